@@ -1,0 +1,50 @@
+# `make` lists the targets. Every target sets up what it needs in .venv, from nothing;
+# PYTHON names the interpreter it starts from (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo train test lint bench clean
+# A half-written result (an interrupted installation) must not look finished.
+.DELETE_ON_ERROR:
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: setup.cfg setup.py pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@
+
+install: $(VENV)/installed  ## Install keras-sd and what it needs into .venv
+	@echo 'Ready: $(BIN)/keras-sd --help'
+
+demo: $(VENV)/installed  ## Generate with the bundled model and fine-tune it (5 minutes)
+	$(BIN)/python -m keras_sd demo --output-dir demo $(ARGS)
+
+train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the options
+	$(BIN)/python -m keras_sd.train $(ARGS)
+
+test: $(VENV)/installed-test  ## Run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/installed-test  ## Check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+bench: $(VENV)/installed  ## Time XLA on and off for training and sampling
+	$(BIN)/python tools/bench.py --output bench/xla.json $(ARGS)
+
+clean:  ## Remove builds and caches; .venv, runs/ and demo/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

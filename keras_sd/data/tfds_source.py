@@ -1,0 +1,106 @@
+"""Random access to TensorFlow Datasets, read without TensorFlow where their files allow it."""
+
+import importlib
+import re
+
+import numpy as np
+from PIL import Image
+
+from keras_sd.data.images import square
+from keras_sd.errors import UserError
+
+_CAPTION_FEATURES = ("captions", "caption", "text")
+
+
+class TFDSSource:
+    """One split of a TFDS data set with the feature `image`.
+
+    Captions come from a feature `captions`, `caption` or `text`, or else from the names of the classes of a
+    feature `label` ("a photo of a pink primrose"). The data set is prepared on first use, which needs a
+    network for all but `emoji_captions`; TFDS keeps it in `TFDS_DATA_DIR`, by default
+    `~/tensorflow_datasets`.
+
+    Args:
+        name: the data set's name in TFDS, with its configuration and version if wanted.
+        split: "train", "validation", or any split that the data set has.
+        image_size: side of the square that an image is cropped and resized to.
+        need_captions: False lets a data set without captions and classes pass.
+
+    Raises:
+        UserError: TFDS or the data set is missing, or it has no such split, no images or no captions.
+    """
+
+    def __init__(self, name: str, split: str, image_size: int, need_captions: bool = True):
+        self.image_size = image_size
+        builder = prepared_builder(name)
+        features = builder.info.features
+        if split not in builder.info.splits:
+            splits = ", ".join(builder.info.splits)
+            raise UserError(f"data set {name}: no split {split!r}; it has {splits}")
+        if "image" not in features or getattr(features["image"], "shape", ())[-1:] not in ((1,), (3,), (4,)):
+            raise UserError(f"data set {name}: no feature 'image'; choose a data set of images")
+        self._caption_feature = next((key for key in _CAPTION_FEATURES if key in features), None)
+        self._class_names = getattr(features["label"], "names", None) if "label" in features else None
+        if need_captions and not self._caption_feature and not self._class_names:
+            raise UserError(f"data set {name}: neither captions nor classes; choose one with captions")
+        self._examples = builder.as_data_source(split=split)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict:
+        """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str)."""
+        example = self._examples[index]
+        pixels = np.asarray(example["image"])
+        image = square(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), self.image_size)
+        return {"image": image, "captions": self._captions(example)}
+
+    def _captions(self, example: dict) -> tuple[str, ...]:
+        if self._caption_feature:
+            values = np.atleast_1d(np.asarray(example[self._caption_feature], dtype=object))
+            return tuple(value.decode() if isinstance(value, bytes) else str(value) for value in values)
+        if self._class_names:
+            name = self._class_names[int(example["label"])].replace("_", " ")
+            article = "an" if name[:1] in "aeiou" else "a"
+            return (name, f"a photo of {article} {name}")
+        return ()
+
+
+def prepared_builder(name: str):
+    """The TFDS builder of a data set that lies ready on this machine, prepared if need be."""
+    try:
+        datasets = importlib.import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise _package_missing(name, error, "tensorflow-datasets") from error
+    if name.partition("/")[0].partition(":")[0] == "emoji_captions":
+        importlib.import_module("keras_sd.data.emoji_captions")  # registers the builder
+    try:
+        builder = datasets.builder(name, file_format="array_record")
+    except Exception as error:
+        raise UserError(
+            f"{name}: neither a folder nor a data set that TFDS knows ({_line(error)}); give `emoji`, the "
+            "path of a folder with images, or a TFDS name such as oxford_flowers102"
+        ) from error
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:  # some data sets need a package of their own to be read
+        raise _package_missing(name, error, error.name or "the package") from error
+    except Exception as error:
+        raise UserError(
+            f"data set {name}: cannot be downloaded and prepared ({_line(error)}); connect to the network, "
+            "or set TFDS_DATA_DIR to where it lies prepared"
+        ) from error
+    return builder
+
+
+def _package_missing(name: str, error: ImportError, package: str) -> UserError:
+    return UserError(
+        f"data set {name}: a Python package is missing ({_line(error)}); install {package}, or give "
+        "`emoji` or a folder with images"
+    )
+
+
+def _line(error: Exception) -> str:
+    """The kind and the first line of an error of another library, cut to a readable length."""
+    text = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
+    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__

@@ -1,0 +1,49 @@
+"""Noise schedules: how much of a picture and how much noise each timestep holds."""
+
+import numpy as np
+
+from keras_sd.errors import UserError
+
+
+def _betas(config):
+    """Noise added by each step of the forward process, `(T,)` float64."""
+    steps = config.num_train_timesteps
+    if config.beta_schedule == "linear":  # Ho et al., 2020
+        return np.linspace(config.beta_start, config.beta_end, steps)
+    if config.beta_schedule == "scaled_linear":  # Rombach et al., 2022: linear in the square root
+        return np.linspace(config.beta_start**0.5, config.beta_end**0.5, steps) ** 2
+    if config.beta_schedule == "squaredcos_cap_v2":  # Nichol and Dhariwal, 2021
+
+        def remaining(time):
+            return np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+
+        times = np.arange(steps + 1) / steps
+        return np.minimum(1 - remaining(times[1:]) / remaining(times[:-1]), 0.999)
+    raise UserError(
+        f"beta_schedule {config.beta_schedule!r}: unknown; use linear, scaled_linear or squaredcos_cap_v2"
+    )
+
+
+def _with_zero_terminal_snr(signal_rates):
+    """Shifts and scales signal rates so that the last timestep is pure noise (Lin et al., 2023)."""
+    first, last = signal_rates[0], signal_rates[-1]
+    return (signal_rates - last) * first / (first - last)
+
+
+class NoiseSchedule:
+    """The forward process: `noisy = signal_rate * sample + noise_rate * noise` at each timestep.
+
+    `signal_rates` and `noise_rates` are float32 `(T,)` with squares that add to 1;
+    `alphas_cumprod`, the squared signal rates, is float64.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.num_train_timesteps = config.num_train_timesteps
+        self.prediction_type = config.prediction_type
+        signal_rates = np.sqrt(np.cumprod(1.0 - _betas(config)))
+        if config.rescale_betas_zero_snr:
+            signal_rates = _with_zero_terminal_snr(signal_rates)
+        self.alphas_cumprod = signal_rates**2
+        self.signal_rates = signal_rates.astype("float32")
+        self.noise_rates = np.sqrt(1.0 - self.alphas_cumprod).astype("float32")

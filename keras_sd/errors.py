@@ -1,0 +1,64 @@
+"""The exception for input that a person can mend, and the command line's way of telling it."""
+
+import errno
+import os
+import sys
+
+BACKENDS = ("tensorflow", "jax")
+
+
+class UserError(ValueError):
+    """Bad input, told in one line: the thing, the fault and the remedy.
+
+    The command line prints the line and leaves with exit code 2.
+    """
+
+
+# Faults of the place written to, not of the program: told without a traceback.
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def run_command(command, program):
+    """Runs a click command as a whole program, which this ends.
+
+    Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each),
+    130 interrupted by Ctrl-C. Any other exception is a fault of the program and keeps its traceback.
+
+    Args:
+        command: the ``click.Command``.
+        program: its name as typed, for the messages and the help.
+    """
+    import click  # here, so that the library's exceptions need no command line
+
+    # TensorFlow's notices would bury what the commands say.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if backend not in BACKENDS:
+        _leave(program, f"KERAS_BACKEND {backend!r}: unknown; use {' or '.join(BACKENDS)}")
+    try:
+        code = command.main(prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else program
+        _leave(program, f"{error.format_message().rstrip('.')}; see {path} --help")
+    except (UserError, click.ClickException) as error:
+        _leave(program, str(error))
+    except click.Abort:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name not in BACKENDS:
+            raise
+        _leave(program, f"{backend}: not installed; install it, or set KERAS_BACKEND to another backend")
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _leave(program, f"{where}{error.strerror}; free the space or choose another place")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(program, message):
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

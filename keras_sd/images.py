@@ -1,0 +1,132 @@
+"""Picture files: PNGs that say how they were made, and contact sheets."""
+
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from keras_sd.errors import UserError
+
+_CHUNK = "parameters"
+_NEGATIVE = "Negative prompt: "
+# A setting's value is quoted, as JSON quotes, where a comma or a colon would end it early.
+_SETTING = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+_CAPTION_SIZE = 11
+_CAPTION_LINES = 3
+_MARGIN = 4
+
+
+def format_parameters(parameters):
+    """The text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
+
+    Args:
+        parameters: a dictionary with "prompt", optionally "negative_prompt", and the settings under the names
+            that they are shown by ("Steps", "Sampler", ...), in order.
+    """
+    settings = dict(parameters)
+    lines = [settings.pop("prompt")]
+    negative = settings.pop("negative_prompt", None)
+    if negative:
+        lines.append(_NEGATIVE + negative)
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value):
+    if not re.search(r'[,:\n"]', value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _unquoted(value):
+    if not value.startswith('"'):
+        return value
+    return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], value[1:-1])
+
+
+def parse_parameters(text):
+    """The dictionary that `format_parameters` wrote as this text, its settings as strings."""
+    *lines, settings = text.split("\n")
+    if not _SETTING.match(settings):  # a prompt without settings
+        lines, settings = [*lines, settings], ""
+    negative = next((index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    parameters = {"prompt": "\n".join(lines[:negative])}
+    if negative < len(lines):
+        parameters["negative_prompt"] = "\n".join(lines[negative:]).removeprefix(_NEGATIVE)
+    return parameters | {name: _unquoted(value.strip()) for name, value in _SETTING.findall(settings)}
+
+
+def save_png(image, path, parameters=None):
+    """Writes a picture as PNG.
+
+    Args:
+        image: uint8 `(h, w, 3)`.
+        path: the file; its folder is made if there is none.
+        parameters: how it was made, as `format_parameters` takes it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    information = PngInfo()
+    if parameters is not None:
+        information.add_text(_CHUNK, format_parameters(parameters))
+    Image.fromarray(np.asarray(image)).save(path, format="PNG", pnginfo=information)
+
+
+def read_parameters(path):
+    """How the picture in a PNG file was made; an empty dictionary if the file does not say.
+
+    Raises:
+        UserError: there is no such picture.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(_CHUNK)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{path}: not a picture that can be read; give a PNG file") from error
+    return parse_parameters(text) if text else {}
+
+
+def image_grid(images, labels=None, columns=None, scale=1):
+    """Lays pictures out as a contact sheet on white, each above its label.
+
+    Args:
+        images: uint8 `(n, h, w, 3)`, or a list of such pictures of one size.
+        labels: a text for each picture, wrapped to its width and cut after three lines.
+        columns: pictures in a row; by default about as many as there are rows.
+        scale: enlarges each pixel to a square of this side, as small pictures leave no room for a label.
+
+    Returns:
+        The sheet, uint8 `(height, width, 3)`.
+    """
+    images = np.stack(list(images)).repeat(scale, axis=1).repeat(scale, axis=2)
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"contact sheet: {len(labels)} labels for {len(images)} pictures; give one for each")
+    count, height, width = images.shape[:3]
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    captions = [_wrap(label, font, width) for label in labels or []]
+    line_height = sum(font.getmetrics())
+    caption_height = line_height * max((len(lines) for lines in captions), default=0)
+    cell_width, cell_height = width + _MARGIN, height + caption_height + _MARGIN
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        left, top = _MARGIN + column * cell_width, _MARGIN + row * cell_height
+        sheet.paste(Image.fromarray(image), (left, top))
+        for line, text in enumerate(captions[index] if captions else ()):
+            draw.text((left, top + height + line * line_height), text, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def _wrap(label, font, width):
+    """Breaks a label into the lines that fit below a picture."""
+    characters = max(int(width / font.getlength("n")), 1)
+    return textwrap.wrap(label, characters, max_lines=_CAPTION_LINES, placeholder="…") or [""]

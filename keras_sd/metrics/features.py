@@ -1,0 +1,142 @@
+"""Feature extractors: what an image is to a metric.
+
+One interface: called with images in [0, 255] (uint8 or float, (n, h, w, 3)), an extractor gives float32
+features (n, d). It is built of `keras.ops`, so it runs by itself or inside a compiled step; `.name` is the
+name under which a KID over its features is reported.
+"""
+
+import functools
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sd import backend
+from keras_sd.errors import UserError
+
+
+class FeatureExtractor:
+    """Base of the extractors: resizing and range.
+
+    Args:
+        network: the Keras model that it looks through, built.
+        image_size: side of the square images that the network takes.
+        name: what a KID over its features is called.
+    """
+
+    def __init__(self, network, image_size, name):
+        self.network, self.image_size, self.name = network, image_size, name
+
+    def __call__(self, images):
+        return ops.cast(self.features(to_unit_range(images, self.image_size)), "float32")
+
+    def features(self, images):
+        """Features of images in [-1, 1] of the network's size."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def compiled(self):
+        """The extractor as an XLA program, for use outside of a compiled step."""
+        return backend.jit(self.__call__, self.network.variables)
+
+
+class ClipFeatures(FeatureExtractor):
+    """Features of a CLIP image tower: its pooled vector before the projection into the shared space.
+
+    Args:
+        image_encoder: `keras_sd.models.image_encoder.ImageEncoder`.
+        name: "kid_emoji" for the bundled encoder.
+    """
+
+    def __init__(self, image_encoder, name="kid_emoji"):
+        super().__init__(image_encoder, image_encoder.config.image_size, name)
+
+    def features(self, images):
+        return self.network.features(images)
+
+
+class InceptionFeatures(FeatureExtractor):
+    """InceptionV3's averaged last feature map, 2048 wide, as in the Keras DDIM example.
+
+    Args:
+        image_size: side to which images are resized: 299 is the network's own, 75 (its smallest) is quick.
+        weights: "imagenet" (from the Keras cache, downloaded when missing), the path of a weights file
+            without the classifier, or None for random weights.
+
+    Raises:
+        UserError: the weights are out of reach or not InceptionV3's, or the images are too small for it.
+    """
+
+    def __init__(self, image_size=299, weights="imagenet", name="kid_inception"):
+        if image_size < 75:
+            raise UserError(f"InceptionV3 at {image_size} pixels: too small; use 75 or more (299 is its own)")
+        super().__init__(_inception(image_size, weights), image_size, name)
+
+    def features(self, images):
+        return self.network(images, training=False)
+
+
+def extract(extractor, images, batch_size=64):
+    """Returns the features of all images by XLA, numpy float32 (n, d), `batch_size` images at a time.
+
+    The last batch is filled up, so that every call has one shape and is compiled once.
+    """
+    images = np.asarray(images)
+    if len(images) == 0:
+        raise UserError("features of no images: the set is empty; give at least one")
+    batch_size = min(batch_size, len(images))
+    features = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        features.append(ops.convert_to_numpy(extractor.compiled(filled))[: len(batch)])
+    return np.concatenate(features)
+
+
+def to_unit_range(images, size):
+    """Maps images in [0, 255], (n, h, w, 3), to float32 in [-1, 1] of `size` by `size` pixels."""
+    return resize(ops.cast(images, "float32") / 127.5 - 1.0, size)
+
+
+def resize(images, size):
+    """Resizes float images (n, h, w, c) to `size` by `size`: bilinear, with antialiasing when shrinking.
+
+    Two matrix products, because XLA has no kernel for TensorFlow's antialiased resize.
+    """
+    height, width = images.shape[1:3]
+    if height != size:
+        images = ops.einsum("ph,nhwc->npwc", _bilinear_weights(height, size), images)
+    if width != size:
+        images = ops.einsum("qw,nhwc->nhqc", _bilinear_weights(width, size), images)
+    return images
+
+
+def _bilinear_weights(source, target):
+    """Share of each of `source` pixels in each of `target` ones, float32 (target, source); rows sum to 1.
+
+    A triangle about each target pixel's centre, as wide as the coarser of the two grids asks for.
+    """
+    scale = source / target
+    centres = (np.arange(target)[:, None] + 0.5) * scale - 0.5
+    distances = np.abs(np.arange(source)[None, :] - centres) / max(scale, 1.0)
+    weights = np.maximum(1.0 - distances, 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype("float32")
+
+
+def _inception(image_size, weights):
+    remedy = "give the path of inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5, or measure kid_emoji"
+    if weights not in (None, "imagenet") and not Path(weights).is_file():
+        raise UserError(f"{weights}: no such InceptionV3 weights file; {remedy}")
+    try:
+        return keras.applications.InceptionV3(
+            include_top=False, pooling="avg", input_shape=(image_size, image_size, 3), weights=weights
+        )
+    except Exception as error:
+        # Keras raises a bare Exception when a download fails, and many kinds for an unreadable file.
+        reason = " ".join(str(error).split())
+        if weights == "imagenet":
+            fault = f"InceptionV3 weights: neither cached nor downloadable ({reason})"
+        else:
+            fault = f"{weights}: not InceptionV3 weights ({reason})"
+        raise UserError(f"{fault}; {remedy}") from error

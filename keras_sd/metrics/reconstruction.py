@@ -1,0 +1,29 @@
+"""How well an autoencoder gives back what went in."""
+
+import numpy as np
+
+from keras_sd.errors import UserError
+
+
+def peak_signal_to_noise_ratio(images, reconstructions):
+    """Returns the mean over the images of the peak signal-to-noise ratio (PSNR), in dB.
+
+    Both are uint8 of shape (n, h, w, c). For each image PSNR = 10 log10(255² / MSE), where MSE is the mean
+    squared difference over all its pixels and channels, in levels of 0 to 255. The ratios are averaged, not
+    the errors. An image given back exactly has an infinite ratio, and so has then the mean.
+    """
+    images, reconstructions = np.asarray(images), np.asarray(reconstructions)
+    for name, array in (("images", images), ("reconstructions", reconstructions)):
+        if array.dtype != np.uint8 or array.ndim != 4 or len(array) == 0:
+            raise UserError(
+                f"PSNR {name} of type {array.dtype} and shape {array.shape}: give uint8 of shape (n, h, w, c)"
+            )
+    if images.shape != reconstructions.shape:
+        raise UserError(
+            f"PSNR of images {images.shape} against reconstructions {reconstructions.shape}: "
+            f"the shapes differ; give one reconstruction per image"
+        )
+    differences = images.astype(np.float64) - reconstructions.astype(np.float64)
+    errors = np.mean(differences**2, axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return float(np.mean(10.0 * np.log10(255.0**2 / errors)))

@@ -1,0 +1,157 @@
+"""Attention: over text and over positions in the UNet, over positions in the VAE."""
+
+import keras
+from keras import ops
+
+from keras_sd.models.layers import GroupNormalization, convolution, dense, layer_normalization
+
+
+def scaled_dot_product(query, key, value, mask=None):
+    """Attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
+
+    A boolean `mask` that broadcasts to `(n, heads, queries, keys)` says which keys a query sees.
+    """
+    scale = query.shape[-1] ** -0.5
+    scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
+    # The softmax of many terms needs more digits than half precision has.
+    scores = ops.cast(scores, "float32")
+    if mask is not None:
+        scores = ops.where(mask, scores, -float("inf"))
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    return ops.einsum("nhqk,nkhd->nqhd", weights, value)
+
+
+class Attention(keras.layers.Layer):
+    """Multi-head attention of `(n, tokens, features)` to itself or to a context."""
+
+    def __init__(self, features, context_features, heads, *, use_bias=False, **kwargs):
+        super().__init__(**kwargs)
+        if features % heads:
+            raise ValueError(f"{features} features do not divide into {heads} attention heads")
+        self.heads = heads
+        self.head_size = features // heads
+        self.to_q = dense(features, features, use_bias=use_bias)
+        self.to_k = dense(context_features, features, use_bias=use_bias)
+        self.to_v = dense(context_features, features, use_bias=use_bias)
+        self.to_out = [dense(features, features)]
+
+    def _split_heads(self, values):
+        return ops.reshape(values, (-1, values.shape[1], self.heads, self.head_size))
+
+    def call(self, inputs, context=None):
+        context = inputs if context is None else context
+        query, key, value = (
+            self._split_heads(project(source))
+            for project, source in ((self.to_q, inputs), (self.to_k, context), (self.to_v, context))
+        )
+        attended = scaled_dot_product(query, key, value)
+        return self.to_out[0](ops.reshape(attended, (-1, inputs.shape[1], self.heads * self.head_size)))
+
+
+class GEGLU(keras.layers.Layer):
+    """A linear layer gated by the GELU of a second one (Shazeer, 2020)."""
+
+    def __init__(self, inputs, outputs, **kwargs):
+        super().__init__(**kwargs)
+        self.proj = dense(inputs, 2 * outputs)
+
+    def call(self, inputs):
+        values, gate = ops.split(self.proj(inputs), 2, axis=-1)
+        return values * ops.gelu(gate, approximate=False)
+
+
+class FeedForward(keras.layers.Layer):
+    """The transformer's position-wise network, four times as wide inside."""
+
+    def __init__(self, features, **kwargs):
+        super().__init__(**kwargs)
+        # The published trees have a dropout at index 1; its rate is 0 in all of Stable Diffusion.
+        self.net = [GEGLU(features, 4 * features), keras.layers.Identity(), dense(4 * features, features)]
+
+    def call(self, inputs):
+        for layer in self.net:
+            inputs = layer(inputs)
+        return inputs
+
+
+class BasicTransformerBlock(keras.layers.Layer):
+    """Self-attention, attention to the text, and a feed-forward network, each on a residual."""
+
+    def __init__(self, features, context_features, heads, *, only_cross_attention=False, **kwargs):
+        super().__init__(**kwargs)
+        self.only_cross_attention = only_cross_attention
+        self.norm1 = layer_normalization(features)
+        self.attn1 = Attention(features, context_features if only_cross_attention else features, heads)
+        self.norm2 = layer_normalization(features)
+        self.attn2 = Attention(features, context_features, heads)
+        self.norm3 = layer_normalization(features)
+        self.ff = FeedForward(features)
+
+    def call(self, inputs, context):
+        hidden = inputs + self.attn1(self.norm1(inputs), context if self.only_cross_attention else None)
+        hidden = hidden + self.attn2(self.norm2(hidden), context)
+        return hidden + self.ff(self.norm3(hidden))
+
+
+class SpatialTransformer(keras.layers.Layer):
+    """A transformer block over the positions of `(n, height, width, channels)` and a text context.
+
+    The projections in and out are 1x1 convolutions in SD 1 and linear layers in SD 2.
+    """
+
+    def __init__(
+        self,
+        channels,
+        context_features,
+        heads,
+        *,
+        groups=32,
+        use_linear_projection=False,
+        only_cross_attention=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.channels = channels
+
+        def projection(**options):
+            if use_linear_projection:
+                return dense(channels, channels, **options)
+            return convolution(channels, channels, 1, **options)
+
+        self.norm = GroupNormalization(channels, groups, 1e-6)
+        self.proj_in = projection()
+        self.transformer_blocks = [
+            BasicTransformerBlock(
+                channels, context_features, heads, only_cross_attention=only_cross_attention
+            )
+        ]
+        self.proj_out = projection(kernel_initializer="zeros")
+
+    def call(self, inputs, context):
+        height, width = inputs.shape[1:3]
+        hidden = self.proj_in(self.norm(inputs))
+        hidden = ops.reshape(hidden, (-1, height * width, self.channels))
+        for block in self.transformer_blocks:
+            hidden = block(hidden, context)
+        hidden = ops.reshape(hidden, (-1, height, width, self.channels))
+        return inputs + self.proj_out(hidden)
+
+
+class AttentionBlock(keras.layers.Layer):
+    """Single-head self-attention over the positions of a feature map, as in the VAE's middle."""
+
+    def __init__(self, channels, *, groups=32, epsilon=1e-6, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.group_norm = GroupNormalization(channels, groups, epsilon)
+        self.to_q = dense(channels, channels)
+        self.to_k = dense(channels, channels)
+        self.to_v = dense(channels, channels)
+        self.to_out = [dense(channels, channels, kernel_initializer="zeros")]
+
+    def call(self, inputs):
+        height, width = inputs.shape[1:3]
+        hidden = ops.reshape(self.group_norm(inputs), (-1, height * width, self.channels))
+        query, key, value = (project(hidden)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
+        attended = self.to_out[0](scaled_dot_product(query, key, value)[:, :, 0])
+        return inputs + ops.reshape(attended, (-1, height, width, self.channels))

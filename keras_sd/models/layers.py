@@ -1,0 +1,139 @@
+"""Layers that every model part shares, built as soon as they are made.
+
+All tensors are channels-last. The makers take input and output widths, so a weight exists once its
+layer does: nothing is traced to find shapes, and an optimizer can be built before the first step.
+"""
+
+import keras
+from keras import ops
+
+
+def dense(inputs, outputs, *, use_bias=True, kernel_initializer="glorot_uniform"):
+    """A linear layer from `inputs` to `outputs` features on the last axis."""
+    layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer)
+    layer.build((None, inputs))
+    return layer
+
+
+def convolution(
+    inputs, outputs, kernel_size=3, *, strides=1, padding="same", kernel_initializer="glorot_uniform"
+):
+    """A two-dimensional convolution from `inputs` to `outputs` channels."""
+    layer = keras.layers.Conv2D(
+        outputs, kernel_size, strides=strides, padding=padding, kernel_initializer=kernel_initializer
+    )
+    layer.build((None, None, None, inputs))
+    return layer
+
+
+def layer_normalization(features, epsilon=1e-5):
+    """Layer normalisation over the last axis."""
+    layer = keras.layers.LayerNormalization(epsilon=epsilon)
+    layer.build((None, features))
+    return layer
+
+
+class GroupNormalization(keras.layers.Layer):
+    """Group normalisation (Wu and He, 2018) of `(n, height, width, channels)`.
+
+    Moments are taken per channel first and then averaged inside each group, so the large tensor is
+    never reshaped to five dimensions; XLA fuses what remains into two reductions and one map.
+    """
+
+    def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        if channels % groups:
+            raise ValueError(f"{channels} channels do not divide into {groups} groups")
+        self.channels = channels
+        self.groups = groups
+        self.epsilon = epsilon
+        self.gamma = self.add_weight(shape=(channels,), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta")
+
+    def _group_mean(self, values):
+        """Averages `(n, h, w, c)` over positions and over the channels of each group: `(n, 1, 1, c)`."""
+        per_channel = ops.mean(values, axis=(1, 2))
+        grouped = ops.reshape(per_channel, (-1, self.groups, self.channels // self.groups))
+        spread = ops.broadcast_to(ops.mean(grouped, axis=2, keepdims=True), ops.shape(grouped))
+        return ops.reshape(spread, (-1, 1, 1, self.channels))
+
+    def call(self, inputs):
+        # Half precision loses the small differences that a variance is made of.
+        values = ops.cast(inputs, "float32")
+        centred = values - self._group_mean(values)
+        scale = ops.rsqrt(self._group_mean(ops.square(centred)) + self.epsilon)
+        outputs = centred * (scale * ops.cast(self.gamma, "float32")) + ops.cast(self.beta, "float32")
+        return ops.cast(outputs, self.compute_dtype)
+
+
+class ResnetBlock(keras.layers.Layer):
+    """Residual block of two convolutions, shifted by the timestep embedding when there is one."""
+
+    def __init__(self, inputs, outputs, *, time_features=None, groups=32, epsilon=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        self.norm1 = GroupNormalization(inputs, groups, epsilon)
+        self.conv1 = convolution(inputs, outputs)
+        self.time_emb_proj = dense(time_features, outputs) if time_features else None
+        self.norm2 = GroupNormalization(outputs, groups, epsilon)
+        # A branch that starts at zero makes the block start as its shortcut, which trains faster.
+        self.conv2 = convolution(outputs, outputs, kernel_initializer="zeros")
+        self.conv_shortcut = convolution(inputs, outputs, 1) if inputs != outputs else None
+
+    def call(self, inputs, time_embedding=None):
+        hidden = self.conv1(ops.silu(self.norm1(inputs)))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(ops.silu(time_embedding))[:, None, None, :]
+        hidden = self.conv2(ops.silu(self.norm2(hidden)))
+        shortcut = inputs if self.conv_shortcut is None else self.conv_shortcut(inputs)
+        return shortcut + hidden
+
+
+class Downsample(keras.layers.Layer):
+    """Halves height and width by a strided convolution.
+
+    `padding` is the zero padding ((top, bottom), (left, right)): 1 all round in the UNet, only
+    bottom and right in the VAE, as the published weights expect.
+    """
+
+    def __init__(self, channels, padding=((1, 1), (1, 1)), **kwargs):
+        super().__init__(**kwargs)
+        self.padding = padding
+        self.conv = convolution(channels, channels, strides=2, padding="valid")
+
+    def call(self, inputs):
+        return self.conv(ops.pad(inputs, ((0, 0), *self.padding, (0, 0))))
+
+
+class Upsample(keras.layers.Layer):
+    """Doubles height and width by nearest neighbours, then convolves."""
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = convolution(channels, channels)
+
+    def call(self, inputs):
+        return self.conv(ops.repeat(ops.repeat(inputs, 2, axis=1), 2, axis=2))
+
+
+class TimestepEmbedding(keras.layers.Layer):
+    """Two linear layers on the sinusoidal features of a timestep (Ho et al., 2020)."""
+
+    def __init__(self, inputs, outputs, **kwargs):
+        super().__init__(**kwargs)
+        self.linear_1 = dense(inputs, outputs)
+        self.linear_2 = dense(outputs, outputs)
+
+    def call(self, features):
+        return self.linear_2(ops.silu(self.linear_1(features)))
+
+
+def sinusoidal_features(timesteps, features, *, flip_sin_to_cos=True, frequency_shift=0):
+    """Sinusoids of `(n,)` timesteps at geometrically spaced frequencies: `(n, features)` float32.
+
+    Vaswani et al. (2017), section 3.5; the published UNets put the cosines first.
+    """
+    half = features // 2
+    exponents = -ops.log(10000.0) * ops.arange(half, dtype="float32") / (half - frequency_shift)
+    angles = ops.cast(timesteps, "float32")[:, None] * ops.exp(exponents)[None, :]
+    sines, cosines = ops.sin(angles), ops.cos(angles)
+    return ops.concatenate([cosines, sines] if flip_sin_to_cos else [sines, cosines], axis=-1)

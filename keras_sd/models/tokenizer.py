@@ -1,0 +1,292 @@
+"""CLIP's tokenizer: lower-cased byte-level byte-pair encoding with an end-of-word mark.
+
+Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016; Radford et al.,
+"Learning Transferable Visual Models From Natural Language Supervision", 2021. The files are those of
+transformers' ``CLIPTokenizer``, which gives the same ids.
+"""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from keras_sd.errors import UserError
+
+BEGIN_TOKEN = "<|startoftext|>"
+END_TOKEN = "<|endoftext|>"
+WORD_END = "</w>"
+WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# One printable symbol stands for each byte; in CLIP's vocabulary they come first, in this order.
+BYTE_SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPACE_SYMBOL = "\u0120"
+
+DEFAULT_MAX_LENGTH = 77
+# Configs without a limit hold a huge number in its place.
+LARGEST_MAX_LENGTH = 2**20
+
+
+class Tokenizer:
+    """Turns texts into the token ids of one vocabulary.
+
+    Args:
+        vocabulary: dictionary from token to id, with the begin, end and pad tokens in it.
+        merges: list of pairs of tokens, the first to be merged first.
+        max_length: tokens in a sequence, the begin and the end token included.
+        pad_token: fills up short sequences: the end token in Stable Diffusion 1.x, ``!`` in 2.x.
+        added_tokens: dictionary from text to id of tokens beyond the merges, found in a text as a
+            whole, such as those of a textual inversion.
+    """
+
+    def __init__(
+        self, vocabulary, merges, max_length=DEFAULT_MAX_LENGTH, pad_token=END_TOKEN, added_tokens=None
+    ):
+        for token in (BEGIN_TOKEN, END_TOKEN, pad_token):
+            if token not in vocabulary:
+                raise UserError(f"tokenizer: the vocabulary has no token {token!r}; CLIP's has")
+        if max_length < 3:
+            raise UserError(f"tokenizer: max_length {max_length} has no room for a text; give 3 or more")
+        self.vocabulary = dict(vocabulary)
+        self.merges = [tuple(pair) for pair in merges]
+        self.max_length = max_length
+        self.pad_token = pad_token
+        self.added_tokens = dict(added_tokens or {})
+        self.begin_token_id = vocabulary[BEGIN_TOKEN]
+        self.end_token_id = vocabulary[END_TOKEN]
+        self.pad_token_id = vocabulary[pad_token]
+        self._encoder = self._make_encoder()
+
+    def _make_encoder(self):
+        try:
+            model = BPE(self.vocabulary, self.merges, end_of_word_suffix=WORD_END, unk_token=END_TOKEN)
+        except Exception as error:  # the library raises the base class
+            raise UserError(f"tokenizer: vocabulary and merges do not fit together ({error})") from error
+        encoder = tokenizers.Tokenizer(model)
+        encoder.normalizer, encoder.pre_tokenizer = _normalizer(), _pre_tokenizer()
+        # The pad token is found in a text before words are, so with 2.x's files "!" is never a word.
+        encoder.add_special_tokens([BEGIN_TOKEN, END_TOKEN, self.pad_token])
+        for token, token_id in sorted(self.added_tokens.items(), key=lambda item: item[1]):
+            encoder.add_tokens([tokenizers.AddedToken(token, normalized=True)])
+            if encoder.token_to_id(token) != token_id:
+                raise UserError(
+                    f"tokenizer: added token {token!r} has id {token_id} where {encoder.token_to_id(token)} "
+                    "is next; ids must go on from the vocabulary without a gap"
+                )
+        return encoder
+
+    @classmethod
+    def train(cls, texts, vocab_size, max_length=DEFAULT_MAX_LENGTH):
+        """Learns the vocabulary of a collection of texts; the same texts give the same vocabulary.
+
+        The ids are in CLIP's order: 256 bytes, 256 bytes that end a word, merges, begin, end.
+
+        Args:
+            texts: iterable of strings.
+            vocab_size: largest number of tokens; few texts give fewer.
+            max_length: as in the constructor.
+        """
+        alphabet = BYTE_SYMBOLS + [symbol + WORD_END for symbol in BYTE_SYMBOLS]
+        smallest = len(alphabet) + 2
+        if vocab_size < smallest:
+            raise UserError(
+                f"tokenizer: vocab_size {vocab_size} is too small; bytes and special tokens take {smallest}"
+            )
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            # Given as special tokens, all of the alphabet gets ids, in this order.
+            special_tokens=alphabet,
+            end_of_word_suffix=WORD_END,
+            show_progress=False,
+        )
+        learner = tokenizers.Tokenizer(BPE(end_of_word_suffix=WORD_END))
+        learner.normalizer, learner.pre_tokenizer = _normalizer(), _pre_tokenizer()
+        learner.train_from_iterator(texts, trainer)
+        merges = json.loads(learner.to_str())["model"]["merges"]
+        tokens = [*alphabet, *("".join(pair) for pair in merges), BEGIN_TOKEN, END_TOKEN]
+        return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
+
+    @classmethod
+    def load(cls, folder):
+        """Reads the ``tokenizer`` folder of a pipeline, in the files of any release of transformers.
+
+        Raises:
+            UserError: a file is missing or damaged, or it is not CLIP's kind of tokenizer.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json", default={})
+        if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
+            vocabulary = _read_json(folder / "vocab.json")
+            merges = _read_merges(folder / "merges.txt")
+            added_tokens = _read_json(folder / "added_tokens.json", default={})
+        else:
+            vocabulary, merges, added_tokens = _read_tokenizer_json(folder / "tokenizer.json")
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            added_tokens[_content(token)] = int(token_id)
+        pad_token = config.get("pad_token")
+        if "added_tokens_decoder" not in config:
+            # The older of the two files leads: 2.x has the end token in one and "!" in the other.
+            pad_token = _read_json(folder / "special_tokens_map.json", default={}).get("pad_token", pad_token)
+        max_length = config.get("model_max_length", DEFAULT_MAX_LENGTH)
+        return cls(
+            vocabulary,
+            merges,
+            max_length if max_length <= LARGEST_MAX_LENGTH else DEFAULT_MAX_LENGTH,
+            END_TOKEN if pad_token is None else _content(pad_token),
+            {token: token_id for token, token_id in added_tokens.items() if token not in vocabulary},
+        )
+
+    def save(self, folder):
+        """Writes the ``tokenizer`` folder of a pipeline."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special_tokens = {
+            "bos_token": BEGIN_TOKEN,
+            "eos_token": END_TOKEN,
+            "pad_token": self.pad_token,
+            "unk_token": END_TOKEN,
+        }
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.max_length,
+            "do_lower_case": True,
+            "add_prefix_space": False,
+            **special_tokens,
+        }
+        _write_json(folder / "vocab.json", self.vocabulary, indent=None)
+        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / "special_tokens_map.json", special_tokens)
+        if self.added_tokens:
+            _write_json(folder / "added_tokens.json", self.added_tokens)
+        merges = "".join(f"{first} {second}\n" for first, second in self.merges)
+        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+    @property
+    def vocab_size(self):
+        """Number of tokens, the added ones included."""
+        return len(self.vocabulary) + len(self.added_tokens)
+
+    def encode(self, texts):
+        """Returns the tokens of each text as a list of ids, whole, without begin, end and padding."""
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def __call__(self, texts):
+        """Encodes texts to one length.
+
+        A text that is too long loses its end; a warning shows what.
+
+        Args:
+            texts: a string or a list of strings.
+
+        Returns:
+            int32 array `(n, max_length)`: begin token, text, end token, padding.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = np.full((len(texts), self.max_length), self.pad_token_id, dtype="int32")
+        room = self.max_length - 2
+        for row, text, encoding in zip(ids, texts, self._encodings(texts), strict=True):
+            if len(encoding.ids) > room:
+                dropped = text[encoding.offsets[room][0] :]
+                warnings.warn(
+                    f"the text has {len(encoding.ids)} tokens where {room} fit; dropped its end: {dropped!r}",
+                    stacklevel=2,
+                )
+            kept = [self.begin_token_id, *encoding.ids[:room], self.end_token_id]
+            row[: len(kept)] = kept
+        return ids
+
+    def decode(self, ids):
+        """Returns the text of one sequence of ids, up to its end token, lower-cased and with plain spaces."""
+        ids = [int(token_id) for token_id in np.ravel(ids)]
+        if ids[:1] == [self.begin_token_id]:
+            ids = ids[1:]
+        if self.end_token_id in ids:
+            ids = ids[: ids.index(self.end_token_id)]
+        tokens = [self._encoder.id_to_token(token_id) for token_id in ids]
+        if None in tokens:
+            raise UserError(
+                f"tokenizer: token id {ids[tokens.index(None)]} is outside of the vocabulary "
+                f"(0 to {self.vocab_size - 1})"
+            )
+        # In the alphabet of bytes, where a word ends in what stands for a space.
+        symbols = [re.sub(f"{WORD_END}$", SPACE_SYMBOL, token) for token in tokens]
+        return decoders.ByteLevel().decode(symbols).strip()
+
+    def _encodings(self, texts):
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"tokenizer: {text!r} is a {type(text).__name__}; give texts as strings")
+        try:
+            return self._encoder.encode_batch(texts, add_special_tokens=False)
+        except TypeError as error:  # all are strings, so one holds half of a surrogate pair
+            raise UserError("tokenizer: a text is not valid Unicode; remove the lone surrogate") from error
+
+
+def _normalizer():
+    return normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+
+
+def _pre_tokenizer():
+    split = pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _content(token):
+    """The text of a token that a file gives as a string or as a dictionary of its properties."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: not found; a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); fetch it again") from error
+
+
+def _read_json(path, default=None):
+    """The dictionary in a JSON file; `default`, where one is given, if there is no file."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not a JSON file ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: no JSON dictionary; fetch it again")
+    return value
+
+
+def _read_merges(path):
+    lines = _read_text(path).split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"{path}: {' '.join(pair)!r} is no pair of tokens; fetch it again")
+    return pairs
+
+
+def _read_tokenizer_json(path):
+    """Vocabulary, merges and added tokens of the one file that newer releases write."""
+    content = _read_json(path)
+    model = content.get("model", {})
+    if not {"vocab", "merges"} <= model.keys() or model.get("end_of_word_suffix") != WORD_END:
+        raise UserError(f"{path}: not CLIP's byte-pair encoding; give a Stable Diffusion model's tokenizer")
+    # Merges are lists of two in newer files and strings in older ones.
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    added_tokens = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return model["vocab"], merges, added_tokens
+
+
+def _write_json(path, value, indent=2):
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

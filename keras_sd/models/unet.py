@@ -1,0 +1,184 @@
+"""The denoising UNet (Rombach et al., 2022): one class for latent text-to-image and pixel DDIM.
+
+The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level attends to the text when
+its block type says so, and does not otherwise; what differs between models stands in the config.
+"""
+
+import keras
+from keras import ops
+
+from keras_sd.models.attention import SpatialTransformer
+from keras_sd.models.layers import (
+    Downsample,
+    GroupNormalization,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    convolution,
+    sinusoidal_features,
+)
+
+
+def _resnet(config, inputs, outputs):
+    return ResnetBlock(
+        inputs,
+        outputs,
+        time_features=4 * config.block_out_channels[0],
+        groups=config.norm_num_groups,
+        epsilon=config.norm_eps,
+    )
+
+
+def _transformer(config, level, channels, *, may_skip_self_attention=True):
+    only_cross_attention = config.only_cross_attention
+    if isinstance(only_cross_attention, tuple):
+        only_cross_attention = only_cross_attention[level]
+    return SpatialTransformer(
+        channels,
+        config.cross_attention_dim,
+        config.heads_per_level[level],
+        groups=config.norm_num_groups,
+        use_linear_projection=config.use_linear_projection,
+        only_cross_attention=may_skip_self_attention and only_cross_attention,
+    )
+
+
+class DownBlock(keras.layers.Layer):
+    """Residual blocks of the way down, each followed by attention to the text where it is asked for.
+
+    Returns the last feature map and the list of all of them, which the way up takes in reverse.
+    """
+
+    def __init__(self, config, level, **kwargs):
+        super().__init__(**kwargs)
+        channels = config.block_out_channels
+        inputs, outputs = channels[max(level - 1, 0)], channels[level]
+        layers = range(config.layers_per_block)
+        self.resnets = [_resnet(config, outputs if index else inputs, outputs) for index in layers]
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        self.attentions = [_transformer(config, level, outputs) for _ in layers] if attends else []
+        is_last = level == len(channels) - 1
+        self.downsamplers = [] if is_last else [Downsample(outputs)]
+
+    def call(self, hidden, time_embedding, context=None):
+        skips = []
+        for index, resnet in enumerate(self.resnets):
+            hidden = resnet(hidden, time_embedding)
+            if self.attentions:
+                hidden = self.attentions[index](hidden, context)
+            skips.append(hidden)
+        for downsample in self.downsamplers:
+            hidden = downsample(hidden)
+            skips.append(hidden)
+        return hidden, skips
+
+
+class MidBlock(keras.layers.Layer):
+    """Residual block, attention and residual block at the coarsest level; one block without text."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        channels = config.block_out_channels[-1]
+        attends = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        self.resnets = [_resnet(config, channels, channels) for _ in range(2 if attends else 1)]
+        level = len(config.block_out_channels) - 1
+        self.attentions = (
+            [_transformer(config, level, channels, may_skip_self_attention=False)] if attends else []
+        )
+
+    def call(self, hidden, time_embedding, context=None):
+        hidden = self.resnets[0](hidden, time_embedding)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            hidden = resnet(attention(hidden, context), time_embedding)
+        return hidden
+
+
+class UpBlock(keras.layers.Layer):
+    """Residual blocks of the way up, each joined with a feature map from the way down."""
+
+    def __init__(self, config, index, **kwargs):
+        super().__init__(**kwargs)
+        channels = config.block_out_channels
+        level = len(channels) - 1 - index
+        outputs = channels[level]
+        previous = channels[min(level + 1, len(channels) - 1)]
+        skip_at_end = channels[max(level - 1, 0)]
+        count = config.layers_per_block + 1
+        self.resnets = [
+            _resnet(
+                config,
+                (previous if position == 0 else outputs)
+                + (skip_at_end if position == count - 1 else outputs),
+                outputs,
+            )
+            for position in range(count)
+        ]
+        attends = config.up_block_types[index] == "CrossAttnUpBlock2D"
+        self.attentions = [_transformer(config, level, outputs) for _ in range(count)] if attends else []
+        self.upsamplers = [Upsample(outputs)] if level else []
+
+    def call(self, hidden, skips, time_embedding, context=None):
+        for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            hidden = resnet(ops.concatenate([hidden, skip], axis=-1), time_embedding)
+            if self.attentions:
+                hidden = self.attentions[index](hidden, context)
+        for upsample in self.upsamplers:
+            hidden = upsample(hidden)
+        return hidden
+
+
+class UNet(keras.Model):
+    """Predicts the noise, velocity or picture in noisy latents.
+
+    Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
+    first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. Height and
+    width must divide by 2 for each level but the last. A model with `num_class_embeds` takes
+    `class_labels (n,)` as well (the noise level, in the x4 upscaler).
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        channels, levels = config.block_out_channels, range(len(config.block_out_channels))
+        time_features = 4 * channels[0]
+        self.conv_in = convolution(config.in_channels, channels[0])
+        self.time_embedding = TimestepEmbedding(channels[0], time_features)
+        if config.num_class_embeds:
+            self.class_embedding = keras.layers.Embedding(config.num_class_embeds, time_features)
+            self.class_embedding.build()
+        self.down_blocks = [DownBlock(config, level) for level in levels]
+        self.mid_block = MidBlock(config)
+        self.up_blocks = [UpBlock(config, index) for index in levels]
+        self.conv_norm_out = GroupNormalization(channels[0], config.norm_num_groups, config.norm_eps)
+        self.conv_out = convolution(channels[0], config.out_channels, kernel_initializer="zeros")
+        self.built = True
+
+    def _embed_time(self, timesteps, class_labels):
+        features = sinusoidal_features(
+            timesteps,
+            self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            frequency_shift=self.config.freq_shift,
+        )
+        embedding = self.time_embedding(ops.cast(features, self.compute_dtype))
+        if self.config.num_class_embeds:
+            embedding = embedding + self.class_embedding(class_labels)
+        return embedding
+
+    def call(self, inputs, class_labels=None):
+        latents, timesteps, context = inputs if len(inputs) == 3 else (*inputs, None)
+        time_embedding = self._embed_time(timesteps, class_labels)
+        if context is not None:
+            context = ops.cast(context, self.compute_dtype)
+        hidden = self.conv_in(ops.cast(latents, self.compute_dtype))
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden, block_skips = block(hidden, time_embedding, context)
+            skips.extend(block_skips)
+        hidden = self.mid_block(hidden, time_embedding, context)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, block_skips = skips[:-count], skips[-count:]
+            hidden = block(hidden, block_skips, time_embedding, context)
+        outputs = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+        return ops.cast(outputs, "float32")

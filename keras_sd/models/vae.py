@@ -1,0 +1,166 @@
+"""The KL autoencoder (Rombach et al., 2022): pictures to latents and back.
+
+The attribute tree is that of diffusers' ``AutoencoderKL``.
+"""
+
+import keras
+from keras import ops
+
+from keras_sd.models.attention import AttentionBlock
+from keras_sd.models.layers import Downsample, GroupNormalization, ResnetBlock, Upsample, convolution
+
+EPSILON = 1e-6
+
+
+class DiagonalGaussian:
+    """The encoder's posterior over latents: a mean and a log variance `(n, h, w, c)` each."""
+
+    def __init__(self, moments):
+        self.mean, log_variance = ops.split(moments, 2, axis=-1)
+        self.log_variance = ops.clip(log_variance, -30.0, 20.0)
+
+    def sample(self, noise):
+        """Draws latents from standard-normal `noise` of the mean's shape."""
+        return self.mean + ops.exp(0.5 * self.log_variance) * noise
+
+    def mode(self):
+        """The most likely latents."""
+        return self.mean
+
+    def kl_divergence(self):
+        """Divergence from the standard normal in nats, summed over each latent: `(n,)`."""
+        terms = ops.square(self.mean) + ops.exp(self.log_variance) - 1.0 - self.log_variance
+        return 0.5 * ops.sum(terms, axis=(1, 2, 3))
+
+
+class DownEncoderBlock(keras.layers.Layer):
+    """Residual blocks at one resolution, then half of it unless this is the last level."""
+
+    def __init__(self, inputs, outputs, *, layers, groups, downsample, **kwargs):
+        super().__init__(**kwargs)
+        self.resnets = [
+            ResnetBlock(outputs if index else inputs, outputs, groups=groups, epsilon=EPSILON)
+            for index in range(layers)
+        ]
+        self.downsamplers = [Downsample(outputs, padding=((0, 1), (0, 1)))] if downsample else []
+
+    def call(self, hidden):
+        for layer in [*self.resnets, *self.downsamplers]:
+            hidden = layer(hidden)
+        return hidden
+
+
+class UpDecoderBlock(keras.layers.Layer):
+    """Residual blocks at one resolution, then twice of it unless this is the last level."""
+
+    def __init__(self, inputs, outputs, *, layers, groups, upsample, **kwargs):
+        super().__init__(**kwargs)
+        self.resnets = [
+            ResnetBlock(outputs if index else inputs, outputs, groups=groups, epsilon=EPSILON)
+            for index in range(layers)
+        ]
+        self.upsamplers = [Upsample(outputs)] if upsample else []
+
+    def call(self, hidden):
+        for layer in [*self.resnets, *self.upsamplers]:
+            hidden = layer(hidden)
+        return hidden
+
+
+class MidBlock(keras.layers.Layer):
+    """Two residual blocks around self-attention at the coarsest resolution."""
+
+    def __init__(self, channels, *, groups, add_attention=True, **kwargs):
+        super().__init__(**kwargs)
+        self.resnets = [ResnetBlock(channels, channels, groups=groups, epsilon=EPSILON) for _ in range(2)]
+        self.attentions = [AttentionBlock(channels, groups=groups, epsilon=EPSILON)] if add_attention else []
+
+    def call(self, hidden):
+        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
+            hidden = layer(hidden)
+        return hidden
+
+
+class Encoder(keras.layers.Layer):
+    """Pictures `(n, h, w, 3)` to the posterior's moments at the latent resolution."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = convolution(config.in_channels, channels[0])
+        self.down_blocks = [
+            DownEncoderBlock(
+                channels[max(level - 1, 0)],
+                channels[level],
+                layers=config.layers_per_block,
+                groups=groups,
+                downsample=level < len(channels) - 1,
+            )
+            for level in range(len(channels))
+        ]
+        self.mid_block = MidBlock(channels[-1], groups=groups, add_attention=config.mid_block_add_attention)
+        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON)
+        self.conv_out = convolution(channels[-1], 2 * config.latent_channels)
+
+    def call(self, images):
+        hidden = self.conv_in(images)
+        for block in [*self.down_blocks, self.mid_block]:
+            hidden = block(hidden)
+        return self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+
+
+class Decoder(keras.layers.Layer):
+    """Latents to pictures."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = convolution(config.latent_channels, channels[0])
+        self.mid_block = MidBlock(channels[0], groups=groups, add_attention=config.mid_block_add_attention)
+        self.up_blocks = [
+            UpDecoderBlock(
+                channels[max(level - 1, 0)],
+                channels[level],
+                layers=config.layers_per_block + 1,
+                groups=groups,
+                upsample=level < len(channels) - 1,
+            )
+            for level in range(len(channels))
+        ]
+        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON)
+        self.conv_out = convolution(channels[-1], config.out_channels)
+
+    def call(self, latents):
+        hidden = self.conv_in(latents)
+        for block in [self.mid_block, *self.up_blocks]:
+            hidden = block(hidden)
+        return self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+
+
+class AutoencoderKL(keras.Model):
+    """Encoder and decoder between pictures in [-1, 1] and latents.
+
+    Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = convolution(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = convolution(config.latent_channels, config.latent_channels, 1)
+        self.built = True
+
+    def encode(self, images):
+        """Encodes `(n, h, w, 3)` pictures in [-1, 1] to a `DiagonalGaussian` over latents."""
+        moments = self.quant_conv(self.encoder(ops.cast(images, self.compute_dtype)))
+        return DiagonalGaussian(ops.cast(moments, "float32"))
+
+    def decode(self, latents):
+        """Decodes unscaled latents `(n, h, w, c)` to pictures, float32, about [-1, 1]."""
+        images = self.decoder(self.post_quant_conv(ops.cast(latents, self.compute_dtype)))
+        return ops.cast(images, "float32")
+
+    def call(self, images):
+        return self.decode(self.encode(images).mode())

@@ -1,0 +1,436 @@
+"""Keras callbacks of a training run, on TensorFlow and on JAX.
+
+A step is one update of the weights: one batch, or several whose gradients are accumulated. `fit()` may be
+called once or several times in a run: steps are counted on from `initial_step`. Reading a loss waits for the
+device, so the callbacks keep the logs of several steps as they come and read them together;
+`StepCallbackList` sees to it that Keras does not read them before.
+
+Order in the list: `StopOnSignal`, `MetricsLog`, `StopOnNonFiniteLoss`, `CheckpointCallback`, then the rest.
+"""
+
+import io
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from keras_sd.errors import UserError
+from keras_sd.training.checkpoints import Checkpoints, disk_fault
+
+
+def sync_state(model) -> None:
+    """Gives the variables of model and optimizer their present values.
+
+    During an epoch on JAX the values live in Keras' training loop and the variables are empty; on TensorFlow
+    there is nothing to do.
+    """
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+
+
+class StepCallbackList(keras.callbacks.CallbackList):
+    """Callbacks that get the logs of a step as they are, still on the device.
+
+    Keras' own list turns every log into a float after every step, which waits for the device. Use:
+    `model.fit(..., callbacks=StepCallbackList(callbacks, model=model))`.
+    """
+
+    def on_train_batch_end(self, batch, logs=None):
+        for callback in self.callbacks:
+            callback.on_train_batch_end(batch, logs)
+
+
+class StepCallback(keras.callbacks.Callback):
+    """Counts steps across epochs and calls `on_step` after each; `self.step` is the number of steps done."""
+
+    batches_per_step = 1  # more when gradients are accumulated
+
+    def __init__(self, initial_step: int = 0):
+        super().__init__()
+        self.step = initial_step
+        self._epoch_start = initial_step
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch_start = self.step
+
+    def on_train_batch_end(self, batch, logs=None):
+        steps, remainder = divmod(batch + 1, self.batches_per_step)
+        if not remainder:
+            self.step = self._epoch_start + steps
+            self.on_step(logs or {})
+
+    def on_step(self, logs: Mapping) -> None:
+        """For subclasses. `logs`: name → number, or scalar on the device."""
+
+
+class ProgressCallback(StepCallback):
+    """A bar on the terminal with images per second, smoothed loss and time left.
+
+    Where standard error is no terminal, the same as a line every `line_seconds`. Compiling does not count in
+    the rate, nor does what is done within `paused()`.
+
+    Args:
+        total_steps: steps of the whole run.
+        initial_step: steps done before.
+        batch_size: images of a step.
+        line_seconds: seconds between two lines.
+    """
+
+    bar_seconds = 0.5
+    smoothing = 0.7  # weight of the past in loss and rate
+
+    def __init__(self, total_steps: int, initial_step: int, batch_size: int, line_seconds: float = 30.0):
+        super().__init__(initial_step)
+        self.total_steps = total_steps
+        self.batch_size = batch_size
+        self.line_seconds = line_seconds
+        self._bar = None
+        self._logs = {}
+        self._loss = self._rate = None
+        self._since = None  # (time, step) of the last reading
+
+    def on_train_begin(self, logs=None):
+        self._since = None
+        if sys.stderr.isatty():
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(total=self.total_steps, initial=self.step, bar_format=layout, file=sys.stderr)
+
+    @contextmanager
+    def paused(self):
+        """For an evaluation: its time does not count in the rate."""
+        paused = time.monotonic()
+        yield
+        if self._since:
+            began, step = self._since
+            self._since = began + time.monotonic() - paused, step
+
+    def on_step(self, logs):
+        self._logs = logs
+        if self._since is None:  # the first step, which compiles
+            self._since = time.monotonic(), self.step
+        elif time.monotonic() - self._since[0] >= (self.bar_seconds if self._bar else self.line_seconds):
+            self._tell()
+
+    def on_train_end(self, logs=None):
+        if self._since and self.step > self._since[1]:
+            self._tell()
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+
+    def _tell(self) -> None:
+        self._loss = self._smooth(self._loss, float(self._logs.get("loss", math.nan)))
+        now = time.monotonic()  # after the loss, whose reading has waited for the steps to end
+        began, step = self._since
+        self._rate = self._smooth(self._rate, (self.step - step) / (now - began))
+        self._since = now, self.step
+        left = tqdm.format_interval((self.total_steps - self.step) / self._rate)
+        figures = f"{self._rate * self.batch_size:.1f} images/s, loss {self._loss:.4f}, {left} left"
+        if self._bar:
+            self._bar.n = self.step
+            self._bar.set_postfix_str(figures)
+        else:
+            print(f"step {self.step}/{self.total_steps}, {figures}", file=sys.stderr, flush=True)
+
+    def _smooth(self, past: float | None, value: float) -> float:
+        return value if past is None else self.smoothing * past + (1 - self.smoothing) * value
+
+
+class MetricsLog(StepCallback):
+    """Numbers and pictures of a run: `logs/metrics.jsonl`, and TensorBoard events beside it.
+
+    As a callback it logs what every step returns. Let the model return figures of the step's own batch
+    (`compute_metrics`), not Keras' mean since the epoch began: then the file of a resumed run equals that of
+    an uninterrupted one apart from the times.
+
+    Args:
+        run_folder: of the run.
+        initial_step: the step resumed from; later lines, of a run killed since, are cut away. With 0 the file
+            starts anew.
+        every: steps that are read and written together.
+    """
+
+    def __init__(self, run_folder, initial_step: int = 0, every: int = 10):
+        super().__init__(initial_step)
+        self.every = every
+        self._pending = []
+        self._initial_step = initial_step
+        folder = Path(run_folder) / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
+        # Names that the resumed step has on record, for instance from the evaluation after its checkpoint.
+        # They are not written again.
+        self.resumed_names = self._cut(initial_step)
+        # TensorBoard drops earlier events from this step on.
+        start = Event(step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write([], [Event(file_version="brain.Event:2"), start])
+
+    def on_step(self, logs):
+        self._pending.append((self.step, logs))
+        if len(self._pending) >= self.every:
+            self.flush()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the steps still held back."""
+        pending, self._pending = self._pending, []
+        self._log(pending)
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs name → number (or scalar on the device) as one line."""
+        self.flush()
+        self._log([(step, values)])
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Shows a uint8 (height, width, 3) image in TensorBoard."""
+        picture = io.BytesIO()
+        Image.fromarray(image).save(picture, "PNG")
+        event = Event(step=step, wall_time=time.time())
+        value = event.summary.value.add(tag=name)
+        value.image.height, value.image.width, value.image.colorspace = image.shape
+        value.image.encoded_image_string = picture.getvalue()
+        self._write([], [event])
+
+    def _log(self, records: list) -> None:
+        lines, events = [], []
+        now = time.time()
+        for step, values in records:
+            known = self.resumed_names if step == self._initial_step else ()
+            scalars = {name: float(value) for name, value in values.items() if name not in known}
+            if not scalars:
+                continue
+            lines.append(json.dumps({"step": step, "time": round(now, 3), **scalars}) + "\n")
+            event = Event(step=step, wall_time=now)
+            for name, value in scalars.items():
+                event.summary.value.add(tag=name, simple_value=value)
+            events.append(event)
+        self._write(lines, events)
+
+    def _write(self, lines: list[str], events: list[Event]) -> None:
+        # The files are opened for each write, so that none is left open and nothing waits in a buffer.
+        try:
+            if lines:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            if events:
+                with self._events_path.open("ab") as file:
+                    writer = RecordWriter(file)
+                    for event in events:
+                        writer.write(event.SerializeToString())
+        except OSError as error:
+            raise UserError(disk_fault(self.path.parent, error)) from error
+
+    def _cut(self, initial_step: int) -> set[str]:
+        """Drops lines after the step, and a half-written one; returns the names on record for the step."""
+        lines, names = [], set()
+        if initial_step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if record["step"] <= initial_step and line.endswith("\n"):
+                    lines.append(line)
+                if record["step"] == initial_step:
+                    names |= record.keys() - {"step", "time"}
+        staging = self.path.with_suffix(".staging")
+        staging.write_text("".join(lines), encoding="utf-8")
+        staging.replace(self.path)
+        return names
+
+
+class CheckpointCallback(StepCallback):
+    """Saves a checkpoint every `every` steps, when the training is stopped, and at its end.
+
+    Args:
+        checkpoints: where to.
+        gather_state: () -> (groups, position), see `Checkpoints.save`; called when the variables have their
+            present values.
+        every: steps between two checkpoints.
+        initial_step: steps done before.
+        metrics_log: flushed before, so that the log never lacks a step of a checkpoint.
+
+    Raises:
+        UserError: the state is not finite, or the disk is full; earlier checkpoints stay as they are.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        gather_state: Callable[[], tuple[dict, dict]],
+        every: int,
+        initial_step: int = 0,
+        metrics_log: MetricsLog | None = None,
+    ):
+        super().__init__(initial_step)
+        self.checkpoints = checkpoints
+        self.gather_state = gather_state
+        self.every = every
+        self.metrics_log = metrics_log
+        self._saved_step = initial_step
+
+    def on_step(self, logs):
+        due = self.step // self.every > self._saved_step // self.every
+        if due or self.model.stop_training:
+            self.save()
+
+    def on_train_end(self, logs=None):
+        if self.step != self._saved_step:
+            self.save()
+
+    def save(self) -> None:
+        """Saves the present state."""
+        if self.metrics_log:
+            self.metrics_log.flush()
+        sync_state(self.model)
+        groups, position = self.gather_state()
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
+                # A loss is of the weights before its step: the step itself can still have broken them.
+                if not np.isfinite(tensor).all():
+                    raise diverged(f"{group}/{name} is not finite after step {self.step}", self.checkpoints)
+        self.checkpoints.save(self.step, groups, position)
+        self._saved_step = self.step
+
+
+class StopOnNonFiniteLoss(StepCallback):
+    """Ends the run with a UserError naming the step of a NaN or infinite loss and the last good checkpoint.
+
+    Args:
+        checkpoints: of the run.
+        initial_step: steps done before.
+        every: steps whose losses are read together.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, initial_step: int = 0, every: int = 10):
+        super().__init__(initial_step)
+        self.checkpoints = checkpoints
+        self.every = every
+        self._pending = []
+
+    def on_step(self, logs):
+        self._pending.append((self.step, logs["loss"]))
+        if len(self._pending) >= self.every:
+            self._check()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check()
+
+    def _check(self) -> None:
+        pending, self._pending = self._pending, []
+        for step, loss in pending:
+            if not math.isfinite(float(loss)):
+                raise diverged(f"the loss is {float(loss)} at step {step}", self.checkpoints)
+
+
+def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
+    """The error of a run whose numbers are no longer finite, in one line with the last good checkpoint."""
+    last = checkpoints.latest()
+    remedy = f"resume from the last good checkpoint, {last}," if last else "start anew (no checkpoint yet)"
+    return UserError(f"training: {fault}; {remedy} with a lower learning rate")
+
+
+class StopOnSignal(StepCallback):
+    """SIGTERM and Ctrl-C finish the step and stop the training; a second Ctrl-C aborts at once.
+
+    The old handlers are back when `fit()` ends. Used as a context manager around one or several `fit()`, they
+    are back at its end, also after an exception. In other threads than the main one it does nothing, since
+    Python hands signals to the main thread only.
+
+    Attributes:
+        signal_received: the signal's number, or None.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        super().__init__()
+        self.signal_received = None
+        self._old_handlers = {}
+        self._entered = False
+
+    def __enter__(self):
+        self._entered = True
+        self._install()
+        return self
+
+    def __exit__(self, *exception):
+        self._entered = False
+        self._restore()
+
+    def on_train_begin(self, logs=None):
+        self._install()
+
+    def on_step(self, logs):
+        # Not in the handler: Keras would stop after any batch, also between those of one step.
+        if self.signal_received is not None:
+            self.model.stop_training = True
+
+    def on_train_end(self, logs=None):
+        if not self._entered:
+            self._restore()
+
+    def _handle(self, number, frame) -> None:
+        if self.signal_received is not None and number == signal.SIGINT:
+            self._restore()
+            raise KeyboardInterrupt
+        self.signal_received = number
+        print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+
+    def _install(self) -> None:
+        if not self._old_handlers and threading.current_thread() is threading.main_thread():
+            self._old_handlers = {number: signal.signal(number, self._handle) for number in self.signals}
+
+    def _restore(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
+
+
+class EMACallback(keras.callbacks.Callback):
+    """Lends the model its EMA weights: `with ema.applied(): ...` evaluates, samples or exports with them.
+
+    Both ways are exact copies, so the raw weights come back bit for bit. (Keras' `SwapEMAWeights` adds and
+    subtracts on TensorFlow, which rounds.) Within the block the model must not be trained.
+
+    Args:
+        optimizer: has `ema_variables`, parallel to `trainable_variables`.
+        trainable_variables: of the model.
+    """
+
+    def __init__(self, optimizer, trainable_variables):
+        super().__init__()
+        self._optimizer = optimizer
+        self._variables = list(trainable_variables)
+
+    @contextmanager
+    def applied(self):
+        sync_state(self.model)
+        raw = [ops.convert_to_tensor(variable) for variable in self._variables]
+        try:
+            for variable, average in zip(self._variables, self._optimizer.ema_variables, strict=True):
+                # A copy: `evaluate` on JAX donates the buffers of the model's variables, and assigning alone
+                # would make the average's buffer one of them.
+                variable.assign(ops.copy(average))
+            yield
+        finally:
+            sync_state(self.model)
+            for variable, value in zip(self._variables, raw, strict=True):
+                variable.assign(value)

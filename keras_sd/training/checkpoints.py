@@ -1,0 +1,348 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `checkpoint-N` (N is the step) of one safetensors file per group of tensors,
+`config.json`, `position.json` and `manifest.json`. It is written under a hidden name and renamed when it is
+complete and on the disk, so a folder of that name is whole, or was damaged afterwards, which the manifest
+tells: it holds the size and the SHA-256 of every file, and one of itself.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors then reads)
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from keras_sd.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+POSITION = "position.json"
+FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `Checkpoints.load` returns: the step, group → name → array, and the position in the data."""
+
+    step: int
+    groups: dict[str, dict[str, np.ndarray]]
+    position: dict
+
+
+class InvalidCheckpoint(Exception):
+    """Why a folder is not a whole checkpoint; never leaves this module."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run_folder: holds the `checkpoint-N` folders; made at the first save.
+        config: what the run is, as JSON values; a checkpoint of another config is refused by `resolve`.
+        total_limit: how many checkpoints to keep, or None for all.
+    """
+
+    def __init__(self, run_folder, config: dict, total_limit: int | None = None):
+        if total_limit is not None and total_limit < 1:
+            raise UserError(f"checkpoints total limit {total_limit}: fewer than one; give 1 or more")
+        self.run_folder = Path(run_folder)
+        self.total_limit = total_limit
+        self._config_text = _json_text(config, sort_keys=True)
+
+    def save(self, step: int, groups: Mapping[str, Mapping[str, np.ndarray]], position: dict) -> Path:
+        """Writes `checkpoint-{step}` whole or not at all, then removes the oldest beyond the limit.
+
+        Args:
+            step: number of steps taken.
+            groups: file name (`weights`, `ema`, ...) → tensor name → array of any shape; bool, integer,
+                float16, float32, float64 or bfloat16. Order is kept.
+            position: JSON values from which the data pipeline goes on.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: no space left or the folder is not writable. Older checkpoints are untouched.
+        """
+        target = self.run_folder / f"checkpoint-{step}"
+        staging = self.run_folder / f".{target.name}.staging-{os.getpid()}"
+        try:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            self._recover()
+            self._remove_leftovers()
+            try:
+                self._write(staging, step, groups, position)
+                self._publish(staging, target)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                self._recover()
+                raise
+        except OSError as error:
+            last = self.latest()
+            kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+            raise UserError(f"{disk_fault(target, error)}; {kept}") from error
+        self._rotate(step)
+        return target
+
+    def latest(self) -> Path | None:
+        """The folder of the newest whole checkpoint. Damaged newer ones are each told in a warning."""
+        self._recover()
+        for step, folder in reversed(self._folders()):
+            try:
+                if _verify(folder)["step"] != step:
+                    raise InvalidCheckpoint("its manifest is of another step")
+                return folder
+            except InvalidCheckpoint as fault:
+                warnings.warn(f"{folder}: skipped, not a valid checkpoint: {fault}", stacklevel=2)
+        return None
+
+    def load(self, path) -> Checkpoint:
+        """Reads a checkpoint after verifying it.
+
+        Raises:
+            UserError: a file is missing, damaged or of an unsupported version.
+        """
+        folder = Path(path)
+        manifest = _verify_for_user(folder)
+        groups = {}
+        for group, names in manifest["tensors"].items():
+            tensors = load_file(_group_file(folder, group))
+            groups[group] = {name: tensors[name] for name in names}
+        return Checkpoint(manifest["step"], groups, json.loads(_read_text(folder / POSITION)))
+
+    def resolve(self, request: str) -> Path:
+        """The folder meant by `--resume-from-checkpoint`, verified and of this run's config.
+
+        Args:
+            request: "latest", the path of a checkpoint, or its name in the run folder.
+
+        Raises:
+            UserError: there is no such valid checkpoint, or it belongs to another config.
+        """
+        if request == "latest":
+            folder = self.latest()
+            if folder is None:
+                raise UserError(
+                    f"{self.run_folder}: no valid checkpoint to resume from; "
+                    "check the output folder or start without resuming"
+                )
+        else:
+            folder = Path(request)
+            if not folder.is_dir():
+                folder = self.run_folder / request
+            if not folder.is_dir():
+                raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
+            _verify_for_user(folder)
+        self._check_config(folder)
+        return folder
+
+    def _check_config(self, folder: Path) -> None:
+        config = json.loads(_read_text(folder / CONFIG))
+        if config != json.loads(self._config_text):
+            key, there, here = _first_difference(config, json.loads(self._config_text))
+            raise UserError(
+                f"{folder}: made with another config ({key} is {there} there and {here} here); "
+                "resume with the same options or choose another output folder"
+            )
+
+    def _write(self, staging: Path, step: int, groups, position: dict) -> None:
+        staging.mkdir()
+        (staging / CONFIG).write_text(self._config_text, encoding="utf-8")
+        (staging / POSITION).write_text(_json_text(position), encoding="utf-8")
+        for group, tensors in groups.items():
+            _write_group(_group_file(staging, group), tensors)
+            # The library makes its files readable to their owner only.
+            shutil.copymode(staging / CONFIG, _group_file(staging, group))
+        files = sorted(staging.iterdir())
+        for file in files:
+            _sync(file)
+        manifest = {
+            "version": FORMAT_VERSION,
+            "step": step,
+            "files": {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+            # The library sorts the tensors of a file; their order is kept here.
+            "tensors": {group: list(tensors) for group, tensors in groups.items()},
+        }
+        (staging / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+        _sync(staging / MANIFEST)
+        _sync(staging)
+
+    def _publish(self, staging: Path, target: Path) -> None:
+        """Gives the complete folder its name. One of that name is replaced, or kept if it is the same."""
+        replaced = None
+        if target.exists():
+            if _same_checkpoint(staging, target):
+                shutil.rmtree(staging)
+                return
+            # A folder cannot be renamed onto another in one go. Between the two renames the old one waits
+            # under a name that `_recover` turns back.
+            replaced = self.run_folder / f".{target.name}.replaced"
+            target.rename(replaced)
+        staging.rename(target)
+        _sync(self.run_folder)
+        if replaced:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def _rotate(self, written: int) -> None:
+        folders = self._folders()
+        if self.total_limit is None or len(folders) <= self.total_limit:
+            return
+        keep = {written}
+        # Newer ones are there when an older one was resumed by name. The newest valid one stays, too.
+        for step, folder in reversed(folders):
+            if step == written or _is_valid(folder):
+                keep.add(step)
+                break
+        surplus = len(folders) - self.total_limit
+        for _, folder in [(step, folder) for step, folder in folders if step not in keep][:surplus]:
+            hidden = self.run_folder / f".{folder.name}.removed"
+            folder.rename(hidden)  # a half-removed folder shall not look like a checkpoint
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """(step, folder), the oldest first."""
+        found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in _children(self.run_folder)]
+        return sorted((int(name[1]), path) for name, path in found if name)
+
+    def _recover(self) -> None:
+        for path in _children(self.run_folder):
+            name = re.fullmatch(r"\.(checkpoint-\d+)\.replaced", path.name)
+            if name and not (self.run_folder / name[1]).exists():
+                path.rename(self.run_folder / name[1])
+
+    def _remove_leftovers(self) -> None:
+        for path in _children(self.run_folder):
+            if re.fullmatch(r"\.checkpoint-\d+\.(staging-\d+|replaced|removed)", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def disk_fault(thing, error: OSError) -> str:
+    """One line for a failed write: the thing, the fault and the remedy."""
+    remedy = "free some space" if error.errno in FULL_DISK_ERRORS else "make the folder writable"
+    return f"{thing}: cannot be saved: {error.strerror}; {remedy} or choose another folder"
+
+
+def _write_group(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    # The library writes a strided array's memory as it lies: make every array contiguous.
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    try:
+        save_file(arrays, path, metadata={"format": "np"})
+    except SafetensorError as error:
+        # The library tells the operating system's error in its text only.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def _verify(folder: Path) -> dict:
+    """Reads the manifest and checks every file against it; raises InvalidCheckpoint."""
+    manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != expected["size"]:
+                raise InvalidCheckpoint(f"{name} has {size} bytes instead of {expected['size']}")
+            if _sha256(file) != expected["sha256"]:
+                raise InvalidCheckpoint(f"{name} is damaged (its SHA-256 differs)")
+        except FileNotFoundError:
+            raise InvalidCheckpoint(f"{name} is missing") from None
+        except OSError as error:
+            raise InvalidCheckpoint(f"{name} cannot be read ({error.strerror})") from None
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict:
+    try:
+        text = _read_text(folder / MANIFEST)
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise InvalidCheckpoint(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise InvalidCheckpoint(f"{MANIFEST} is damaged") from None
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise InvalidCheckpoint(f"format version {version} is not supported, only {FORMAT_VERSION}")
+    manifest.pop("digest", None)
+    if text != _manifest_text(manifest):
+        raise InvalidCheckpoint(f"{MANIFEST} is damaged (its digest differs)")
+    return manifest
+
+
+def _verify_for_user(folder: Path) -> dict:
+    try:
+        return _verify(folder)
+    except InvalidCheckpoint as fault:
+        line = f"{folder}: not a valid checkpoint: {fault}; give another folder or 'latest'"
+        raise UserError(line) from None
+
+
+def _is_valid(folder: Path) -> bool:
+    try:
+        _verify(folder)
+        return True
+    except InvalidCheckpoint:
+        return False
+
+
+def _same_checkpoint(staging: Path, target: Path) -> bool:
+    return _is_valid(target) and _read_text(staging / MANIFEST) == _read_text(target / MANIFEST)
+
+
+def _first_difference(there: dict, here: dict, prefix: str = "") -> tuple[str, str, str]:
+    """The dotted name of the first key that differs, and both values as JSON."""
+    absent = object()
+    sides = there, here
+    key = min(k for k in there.keys() | here.keys() if there.get(k, absent) != here.get(k, absent))
+    if all(isinstance(side.get(key), dict) for side in sides):
+        return _first_difference(there[key], here[key], f"{prefix}{key}.")
+    return f"{prefix}{key}", *(json.dumps(side[key]) if key in side else "absent" for side in sides)
+
+
+def _manifest_text(manifest: dict) -> str:
+    digest = hashlib.sha256(_json_text(manifest).encode()).hexdigest()
+    return _json_text({**manifest, "digest": digest})
+
+
+def _json_text(value, **options) -> str:
+    return json.dumps(value, indent=1, **options) + "\n"
+
+
+def _read_text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8")  # without newline translation, which would hide damage
+
+
+def _group_file(folder: Path, group: str) -> Path:
+    return folder / f"{group}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []

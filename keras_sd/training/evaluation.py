@@ -1,0 +1,48 @@
+"""What a generating run measures on its way: a grid of samples, and KID of raw and EMA weights."""
+
+import contextlib
+
+from PIL import Image
+
+from keras_sd.metrics.features import extract
+from keras_sd.metrics.kid import kernel_inception_distance
+
+
+class SampleEvaluation:
+    """Draws samples with the weights of the moment and compares them with real pictures.
+
+    Args:
+        trainer: the `Trainer` of the run.
+        extractor: what KID looks through (`metrics.features`), or None to leave KID out.
+        real: name of a set, such as "train" or "held_out" -> its uint8 pictures `(n, h, w, 3)`.
+        generate: `generate(name)` gives as many pictures, made for that set.
+        grid: `grid()` gives one uint8 picture that shows the validation prompts.
+    """
+
+    def __init__(self, trainer, extractor, real, generate, grid):
+        self.trainer = trainer
+        self.extractor = extractor
+        self.generate = generate
+        self.grid = grid
+        self.real_features = {name: extract(extractor, images) for name, images in real.items() if extractor}
+        self.folder = trainer.settings.output_dir / "samples"
+
+    def __call__(self, step):
+        figures = {}
+        for weights in ("ema", "raw"):
+            applied = self.trainer.ema.applied() if weights == "ema" else contextlib.nullcontext()
+            with applied:
+                if weights == "ema":
+                    self._save_grid(step)
+                for name, real in self.real_features.items():
+                    generated = extract(self.extractor, self.generate(name))
+                    # Half of the set in a subset, so that the subsets differ.
+                    kid = kernel_inception_distance(real, generated, subset_size=max(len(real) // 2, 2))
+                    figures[f"{self.extractor.name}_{name}_{weights}"] = kid.mean
+        self.trainer.log.log_scalars(step, figures)
+
+    def _save_grid(self, step):
+        picture = self.grid()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / f"step-{step:06}.png")
+        self.trainer.log.log_image(step, "samples", picture)

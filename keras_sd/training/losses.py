@@ -1,0 +1,112 @@
+"""Objectives: a network and the loss it minimises, as Keras models for `fit()`.
+
+An objective's `call` turns a batch, a dictionary of arrays, into one loss per example; that is the
+only hook. Batches carry their own noise and timesteps, so the compiled step is a pure function.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sd.diffusion import prediction
+from keras_sd.models.layers import dense
+
+
+class Objective(keras.Model):
+    """Base of all objectives: the model's output is its loss `(n,)`."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return ops.mean(y_pred)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        # The loss of this batch alone: Keras' own tracker is a mean since the epoch began, which
+        # would differ between a resumed run and an uninterrupted one.
+        return {"loss": ops.mean(y_pred)}
+
+
+def images_to_network(images):
+    """Turns uint8 pictures into float32 in [-1, 1]."""
+    return ops.cast(images, "float32") / 127.5 - 1.0
+
+
+class DiffusionObjective(Objective):
+    """Weighted squared error of what a UNet predicts in noisy samples (Ho et al., 2020).
+
+    A batch holds `samples` (scaled latents, or uint8 pictures for a pixel-space model), `noise` of
+    the same shape, `timesteps (n,)` and, for a conditional UNet, `context (n, tokens, features)`.
+    """
+
+    def __init__(self, unet, schedule, min_snr_gamma=None, **kwargs):
+        super().__init__(**kwargs)
+        self.unet = unet
+        self.prediction_type = schedule.prediction_type
+        self.signal_rates = schedule.signal_rates
+        self.noise_rates = schedule.noise_rates
+        if min_snr_gamma is None:
+            self.weights_by_timestep = np.ones_like(schedule.signal_rates)
+        else:
+            ratio = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+            weight = prediction.min_snr_weight(self.prediction_type, ratio, min_snr_gamma)
+            self.weights_by_timestep = weight.astype("float32")
+
+    def call(self, batch):
+        samples = batch["samples"]
+        if keras.backend.standardize_dtype(samples.dtype) == "uint8":
+            samples = images_to_network(samples)
+        timesteps, noise = batch["timesteps"], batch["noise"]
+        signal_rate, noise_rate, weight = (
+            ops.take(table, timesteps)[:, None, None, None]
+            for table in (self.signal_rates, self.noise_rates, self.weights_by_timestep)
+        )
+        noisy = prediction.add_noise(samples, noise, signal_rate, noise_rate)
+        target = prediction.target(self.prediction_type, samples, noise, signal_rate, noise_rate)
+        inputs = [noisy, timesteps] + ([batch["context"]] if "context" in batch else [])
+        return ops.mean(weight * ops.square(self.unet(inputs) - target), axis=(1, 2, 3))
+
+
+class AutoencoderObjective(Objective):
+    """Reconstruction error of a KL autoencoder, with its divergence from the standard normal.
+
+    A batch holds uint8 `images` and the `noise` of the latents' shape. Squared and absolute errors
+    are means over the pixels of [-1, 1] pictures, the divergence is in nats per latent number.
+    """
+
+    def __init__(self, vae, kl_weight=3e-4, **kwargs):
+        super().__init__(**kwargs)
+        self.vae = vae
+        self.kl_weight = kl_weight
+
+    def call(self, batch):
+        images = images_to_network(batch["images"])
+        posterior = self.vae.encode(images)
+        errors = self.vae.decode(posterior.sample(batch["noise"])) - images
+        reconstruction = ops.mean(ops.abs(errors) + 2.0 * ops.square(errors), axis=(1, 2, 3))
+        latent_size = np.prod(posterior.mean.shape[1:])
+        return reconstruction + self.kl_weight / latent_size * posterior.kl_divergence()
+
+
+class ContrastiveObjective(Objective):
+    """CLIP's symmetric cross entropy between pictures and captions (Radford et al., 2021).
+
+    A batch holds uint8 `images` and `token_ids (n, tokens)`; all others in the batch are negatives.
+    """
+
+    def __init__(self, text_encoder, image_encoder, **kwargs):
+        super().__init__(**kwargs)
+        self.text_encoder = text_encoder
+        self.image_encoder = image_encoder
+        width = text_encoder.config.hidden_size
+        self.text_projection = dense(width, image_encoder.config.projection_dim, use_bias=False)
+        self.logit_scale = self.add_weight(
+            shape=(), initializer=keras.initializers.Constant(np.log(1 / 0.07)), name="logit_scale"
+        )
+
+    def call(self, batch):
+        pictures = ops.normalize(self.image_encoder(images_to_network(batch["images"])), axis=-1)
+        captions = ops.normalize(self.text_projection(self.text_encoder.pooled(batch["token_ids"])), axis=-1)
+        # The cap of 100 is CLIP's own, against a scale that runs away.
+        logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * (pictures @ ops.transpose(captions))
+        own = ops.diagonal(logits)
+        by_picture = ops.logsumexp(logits, axis=1) - own
+        by_caption = ops.logsumexp(logits, axis=0) - own
+        return 0.5 * (by_picture + by_caption)

@@ -1,0 +1,33 @@
+"""AdamW that keeps an exponential moving average (EMA) of the weights inside the compiled step."""
+
+import keras
+from keras import ops
+
+
+class AdamW(keras.optimizers.AdamW):
+    """AdamW (Loshchilov and Hutter, 2019) with EMA copies of the weights.
+
+    The average decays by min(`ema_decay`, (1 + n) / (10 + n)) at update n, so it follows a young
+    run closely and smooths an old one. Keras' own `use_ema` starts from zeros and has a fixed
+    decay. The average moves with each update, not with each accumulated micro-batch.
+    """
+
+    def __init__(self, learning_rate, ema_decay=0.9999, name="adamw", **options):
+        super().__init__(learning_rate, name=name, **options)
+        self.ema_decay = ema_decay
+
+    def build(self, variables):
+        """Makes the moments and the averages, which begin as exact copies of the weights."""
+        if self.built:
+            return
+        super().build(variables)
+        self.ema_variables = self.add_optimizer_variables(variables, "ema")
+        for average, variable in zip(self.ema_variables, variables, strict=True):
+            average.assign(variable)
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate)
+        average = self.ema_variables[self._get_variable_index(variable)]
+        updates = ops.cast(self.iterations, "float32")
+        decay = ops.minimum(self.ema_decay, (1.0 + updates) / (10.0 + updates))
+        self.assign_sub(average, ops.cast(1.0 - decay, average.dtype) * (average - variable))

@@ -1,0 +1,84 @@
+"""Unconditional DDIM training on pixels (Song et al., 2021), as in the Keras example of that name."""
+
+import numpy as np
+
+from keras_sd.data.datasets import batches
+from keras_sd.diffusion.samplers import Denoiser, NoiseStreams
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.models.unet import UNet
+from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.trainer import Trainer
+from keras_sd.weights.formats import write_part, write_scheduler
+from keras_sd.weights.rules import torch_state
+
+
+def sample_pictures(denoiser, count, *, num_steps=20, seed=0, batch_size=50):
+    """Makes `count` uint8 pictures of an unconditional pixel-space model; picture i has seed + i."""
+    config = denoiser.unet.config
+    shape = (config.sample_size, config.sample_size, config.in_channels)
+    pictures = []
+    for start in range(0, count, batch_size):
+        noise = NoiseStreams(range(seed + start, seed + start + batch_size)).draw(shape)
+        for denoised in denoiser.steps(noise, num_steps=num_steps):
+            samples = denoised.latents
+        pictures.append(np.clip(np.round((np.asarray(samples) + 1.0) * 127.5), 0, 255).astype("uint8"))
+    return np.concatenate(pictures)[:count]
+
+
+def train_pixel_ddim(
+    settings, config, scheduler_config, source, *, min_snr_gamma=None, flip=True, make_evaluation=None
+):
+    """Trains an unconditional UNet on pictures and writes it under `output_dir/model`.
+
+    Args:
+        settings: `trainer.Settings`.
+        config: `UNetConfig` of attention-free blocks, with 3 channels in and out.
+        scheduler_config: `SchedulerConfig`; the cosine schedule of signal and noise rates is
+            `beta_schedule="squaredcos_cap_v2"`.
+        source: examples with an `image` of `config.sample_size`.
+        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        flip: mirrors half of the pictures.
+        make_evaluation: `make_evaluation(trainer, denoiser)` gives what is called with the step.
+
+    Returns:
+        Whether training got to its end.
+    """
+    settings.use_precision()
+    unet = UNet(config)
+    schedule = NoiseSchedule(scheduler_config)
+    trainer = Trainer(
+        DiffusionObjective(unet, schedule, min_snr_gamma),
+        settings,
+        {
+            "method": "ddim",
+            "model": config.to_dict(),
+            "schedule": scheduler_config.to_dict(),
+            "data": len(source),
+            "min_snr_gamma": min_snr_gamma,
+            "flip": flip,
+        },
+    )
+
+    def draw(example, generator):
+        image = example["image"]
+        if flip and generator.random() < 0.5:
+            image = image[:, ::-1]
+        return {
+            "samples": image,
+            "noise": generator.standard_normal(image.shape, dtype="float32"),
+            "timesteps": np.int32(generator.integers(schedule.num_train_timesteps)),
+        }
+
+    def make_batches(start):
+        return batches(
+            source, batch_size=settings.train_batch_size, seed=settings.seed, draw=draw, start=start
+        )
+
+    denoiser = Denoiser(unet, schedule)
+    finished = trainer.run(make_batches, make_evaluation(trainer, denoiser) if make_evaluation else None)
+    if finished:
+        folder = settings.output_dir / "model"
+        with trainer.ema.applied():
+            write_part(folder, "unet", config.to_dict(), torch_state(unet))
+        write_scheduler(folder, scheduler_config.to_dict())
+    return finished

@@ -1,0 +1,232 @@
+"""The training loop: Keras' `fit()` on an objective, resumable to the bit, measured on the way."""
+
+import dataclasses
+from pathlib import Path
+
+import keras
+from keras import ops
+
+from keras_sd.errors import UserError
+from keras_sd.training.callbacks import (
+    CheckpointCallback,
+    EMACallback,
+    MetricsLog,
+    ProgressCallback,
+    StepCallback,
+    StepCallbackList,
+    StopOnNonFiniteLoss,
+    StopOnSignal,
+    sync_state,
+)
+from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.optimizer import AdamW
+
+PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
+SCHEDULES = ("cosine", "constant")
+
+# Settings that may differ between a run and its resumption without changing a number in it.
+_MAY_CHANGE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "evaluation_steps",
+    "jit_compile",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train, whatever is trained. Names are those of diffusers' training scripts.
+
+    A step is one update of the weights, made of `gradient_accumulation_steps` batches.
+    """
+
+    output_dir: Path
+    max_train_steps: int = 1000
+    train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    mixed_precision: str = "no"
+    jit_compile: bool = True
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None
+    evaluation_steps: int = 1000
+
+    def __post_init__(self):
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "evaluation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: too small; give at least 1")
+        if self.mixed_precision not in PRECISIONS:
+            raise UserError(f"mixed_precision {self.mixed_precision!r}: unknown; use {', '.join(PRECISIONS)}")
+        if self.lr_scheduler not in SCHEDULES:
+            raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
+
+    def use_precision(self):
+        """Sets Keras' precision policy; call it before the models are made."""
+        keras.config.set_dtype_policy(PRECISIONS[self.mixed_precision])
+
+    def identity(self):
+        """What a checkpoint must share with the run that resumes it, as JSON values."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _MAY_CHANGE}
+
+
+class EvaluationCallback(StepCallback):
+    """Calls `evaluate(step)` every `every` steps and after the last one, with all variables in place."""
+
+    def __init__(self, evaluate, *, every, initial_step, total_steps):
+        super().__init__(initial_step)
+        self.evaluate = evaluate
+        self.every = every
+        self.total_steps = total_steps
+
+    def on_step(self, logs):
+        if self.step % self.every == 0 or self.step == self.total_steps:
+            sync_state(self.model)
+            self.evaluate(self.step)
+
+
+class Trainer:
+    """Trains one objective under one run folder.
+
+    Args:
+        objective: the network and its loss (`training.losses`).
+        settings: `Settings`.
+        identity: JSON values that say what is trained on what; a checkpoint of another is refused.
+    """
+
+    def __init__(self, objective, settings, identity):
+        self.objective = objective
+        self.settings = settings
+        self.checkpoints = Checkpoints(
+            settings.output_dir, {**identity, **settings.identity()}, settings.checkpoints_total_limit
+        )
+        self.optimizer = self._make_optimizer()
+        # Variables born inside the first traced step would make TensorFlow trace it twice.
+        self.optimizer.build(objective.trainable_variables)
+        objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
+        self.ema = EMACallback(self.optimizer, objective.trainable_variables)
+        self.step = self._resume() if settings.resume_from_checkpoint else 0
+        self.log = MetricsLog(settings.output_dir, initial_step=self.step)
+
+    def _make_optimizer(self):
+        settings = self.settings
+        warmup = min(settings.lr_warmup_steps, settings.max_train_steps)
+        decay = settings.max_train_steps - warmup
+        # The constant schedule is the cosine one that ends where it began.
+        learning_rate = keras.optimizers.schedules.CosineDecay(
+            initial_learning_rate=0.0 if warmup else settings.learning_rate,
+            decay_steps=max(decay, 1),
+            alpha=1.0 if settings.lr_scheduler == "constant" else 0.0,
+            warmup_target=settings.learning_rate if warmup else None,
+            warmup_steps=warmup,
+        )
+        accumulation = settings.gradient_accumulation_steps
+        return AdamW(
+            learning_rate,
+            ema_decay=settings.ema_decay,
+            beta_1=settings.adam_beta1,
+            beta_2=settings.adam_beta2,
+            weight_decay=settings.adam_weight_decay,
+            global_clipnorm=settings.max_grad_norm,
+            gradient_accumulation_steps=accumulation if accumulation > 1 else None,
+        )
+
+    def _state(self):
+        """All variables of the run as named groups; names only serve to keep the order."""
+        averages = {id(variable) for variable in self.optimizer.ema_variables}
+        return {
+            "weights": self.objective.weights,
+            "ema": self.optimizer.ema_variables,
+            "optimizer": [v for v in self.optimizer.variables if id(v) not in averages],
+        }
+
+    def gather_state(self):
+        """Copies the state to the host: `(groups, position)` as a checkpoint takes them."""
+        groups = {
+            group: {
+                f"{index:05}.{variable.name}": ops.convert_to_numpy(variable)
+                for index, variable in enumerate(variables)
+            }
+            for group, variables in self._state().items()
+        }
+        return groups, {"batch": self.log.step * self.settings.gradient_accumulation_steps}
+
+    def _resume(self):
+        path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)
+        checkpoint = self.checkpoints.load(path)
+        for group, variables in self._state().items():
+            arrays = checkpoint.groups[group].values()
+            for variable, array in zip(variables, arrays, strict=True):
+                variable.assign(array)
+        return checkpoint.step
+
+    def run(self, make_batches, evaluate=None):
+        """Trains to `max_train_steps` and returns whether it got there.
+
+        Args:
+            make_batches: `make_batches(start)` gives the endless batches from number `start` on.
+            evaluate: `evaluate(step)`, called with the weights in place every `evaluation_steps`.
+
+        Raises:
+            UserError: the loss is not finite, or no checkpoint can be written.
+        """
+        settings = self.settings
+        remaining = settings.max_train_steps - self.step
+        if remaining <= 0:
+            return True
+        callbacks = self._callbacks(evaluate)
+        self.objective.fit(
+            make_batches(self.step * settings.gradient_accumulation_steps),
+            steps_per_epoch=remaining * settings.gradient_accumulation_steps,
+            verbose=0,
+            callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
+        )
+        self.step = self.log.step
+        return self.step == settings.max_train_steps
+
+    def _callbacks(self, evaluate):
+        """The callbacks in the order in which each step calls them."""
+        settings = self.settings
+        callbacks = [
+            StopOnSignal(),
+            self.ema,
+            self.log,
+            StopOnNonFiniteLoss(self.checkpoints, self.step),
+            CheckpointCallback(
+                self.checkpoints, self.gather_state, settings.checkpointing_steps, self.step, self.log
+            ),
+            ProgressCallback(
+                settings.max_train_steps,
+                self.step,
+                settings.train_batch_size * settings.gradient_accumulation_steps,
+            ),
+        ]
+        if evaluate is not None:
+            callbacks.append(
+                EvaluationCallback(
+                    evaluate,
+                    every=settings.evaluation_steps,
+                    initial_step=self.step,
+                    total_steps=settings.max_train_steps,
+                )
+            )
+        for callback in callbacks:
+            callback.batches_per_step = settings.gradient_accumulation_steps
+        return callbacks

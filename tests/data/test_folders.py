@@ -1,0 +1,234 @@
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_sd.data.datasets import available_splits, load_source
+from keras_sd.data.folders import FolderSource
+from keras_sd.data.images import read_image
+from keras_sd.errors import UserError
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def save(path, colour=RED, size=(40, 30), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+def metadata(folder, *entries):
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def png(width, height, data=b""):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two captioned images, which pass."""
+    save(tmp_path / "a.png")
+    save(tmp_path / "deep" / "b.jpg", BLUE)
+    blue = {"file_name": "deep/b.jpg", "text": "a blue square"}
+    metadata(tmp_path, blue, {"file_name": "a.png", "text": "rot 🟥"})
+    return tmp_path
+
+
+def fault(folder, need_captions=True):
+    with pytest.raises(UserError) as caught:
+        load_source(str(folder), "train", 16, need_captions)
+    line = str(caught.value)
+    assert "\n" not in line and ";" in line  # the fault, then the remedy
+    return line
+
+
+def test_metadata(folder):
+    source = load_source(str(folder), "train", 16)
+    assert len(source) == 2
+    assert [source[i]["captions"] for i in range(2)] == [("rot 🟥",), ("a blue square",)]
+    assert source[0]["image"].shape == (16, 16, 3) and source[0]["image"].dtype == np.uint8
+    assert (source[0]["image"] == RED).all()
+
+
+def test_text_files(tmp_path):
+    save(tmp_path / "a.webp", lossless=True)
+    save(tmp_path / "b.bmp")
+    (tmp_path / "a.txt").write_bytes("\ufeffa red square\r\nred\r\n".encode())
+    (tmp_path / "b.txt").write_text("another")
+    source = FolderSource(tmp_path, 16)
+    assert [source[i]["captions"] for i in range(2)] == [("a red square", "red"), ("another",)]
+
+
+def test_without_captions(tmp_path):
+    save(tmp_path / "a.png")
+    line = fault(tmp_path)
+    assert "a.png: no caption" in line and "metadata.jsonl" in line
+    assert load_source(str(tmp_path), "train", 16, need_captions=False)[0]["captions"] == ()
+
+
+def test_splits(folder):
+    assert available_splits(str(folder)) == ("train",)
+    with pytest.raises(UserError, match="no sub-folder 'validation'"):
+        load_source(str(folder), "validation", 16)
+    save(folder / "validation" / "c.png")
+    (folder / "validation" / "c.txt").write_text("held out")
+    assert available_splits(str(folder)) == ("train", "validation")
+    assert load_source(str(folder), "validation", 16)[0]["captions"] == ("held out",)
+    assert len(load_source(str(folder), "train", 16)) == 2
+
+
+def test_empty_folder(tmp_path):
+    assert "no images in this folder" in fault(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["{"], "line 1: not valid JSON"),
+        ([{"file_name": "a.png", "text": "x"}, "[" * 100_000], "line 2: not valid JSON"),
+        ([{"file_name": "a.png"}], 'line 1: no "text"'),
+        ([{"file_name": "a.png", "text": " "}], 'line 1: no "text"'),
+        ([{"text": "x"}], 'line 1: no "file_name"'),
+        (["3"], 'line 1: no "file_name"'),
+        ([{"file_name": "a.png", "text": "x"}], "1 captions for 2 images, none for 'deep/b.jpg'"),
+        ([{"file_name": "a.png", "text": "x"}] * 2, "line 2: second caption for 'a.png'"),
+        ([{"file_name": "c.png", "text": "x"}], "line 1: no image 'c.png'"),
+        ([{"file_name": "../a.png", "text": "x"}], "file '../a.png' lies outside the folder"),
+        ([{"file_name": "/etc/passwd", "text": "x"}], "file '/etc/passwd' lies outside the folder"),
+        (["", ""], "metadata.jsonl: empty"),
+    ],
+)
+def test_bad_metadata(folder, lines, expected):
+    metadata(folder, *lines)
+    assert expected in fault(folder)
+
+
+def test_separator_inside_a_caption_is_not_a_line_end(folder):
+    entries = [{"file_name": name, "text": "one\u2028two"} for name in ("a.png", "deep/b.jpg")]
+    metadata(folder, *[json.dumps(entry, ensure_ascii=False) for entry in entries])
+    assert load_source(str(folder), "train", 16)[0]["captions"] == ("one\u2028two",)
+
+
+def test_not_utf8(folder):
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "caf\xe9"}')
+    assert "metadata.jsonl: not UTF-8 (byte 35)" in fault(folder)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    assert "a.txt: not UTF-8" in fault(folder)
+
+
+def test_text_files_of_unequal_number(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("x")
+    assert "b.png: no caption; write b.txt" in fault(tmp_path)
+    (tmp_path / "b.txt").write_text("\n ")
+    assert "b.txt: empty" in fault(tmp_path)
+    (tmp_path / "b.txt").write_text("y")
+    (tmp_path / "c.txt").write_text("z")
+    assert "c.txt: a caption without an image" in fault(tmp_path)
+
+
+def test_link_out_of_the_folder(folder, tmp_path_factory):
+    outside = save(tmp_path_factory.mktemp("outside") / "c.png")
+    (folder / "a.png").unlink()
+    (folder / "a.png").symlink_to(outside)
+    assert "file 'a.png' lies outside the folder" in fault(folder)
+    (folder / "a.png").unlink()
+    (folder / "a.png").symlink_to("a.png")
+    assert "a.png" in fault(folder)
+
+
+def test_truncated_images(folder):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), "uint8"))
+    for name in ("a.png", "deep/b.jpg", "c.webp", "c.bmp"):
+        path = folder / name
+        noise.save(path)
+        whole = path.read_bytes()
+        for kept in (len(whole) // 3, len(whole) - 100):
+            path.write_bytes(whole[:kept])
+            assert f"{path.name}: truncated or damaged" in fault(folder, need_captions=False), (name, kept)
+        path.write_bytes(whole)
+        assert load_source(str(folder), "train", 16, need_captions=False)
+        with pytest.raises(UserError, match="truncated or damaged"):
+            path.write_bytes(whole[: len(whole) // 3])
+            read_image(path, 16)
+        path.write_bytes(whole)
+
+
+def test_large_truncated_jpeg(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 500, 3), "uint8"))
+    noise.save(tmp_path / "a.jpg", quality=95)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    assert len(whole) > 2 * 65536
+    assert load_source(str(tmp_path), "train", 16, need_captions=False)
+    (tmp_path / "a.jpg").write_bytes(whole[:-1000])
+    assert "a.jpg: truncated or damaged" in fault(tmp_path, need_captions=False)
+
+
+def test_refused_images(folder):
+    path = folder / "a.png"
+    Image.new("RGB", (1, 1)).save(path)
+    assert "a.png: 1 x 1 pixels, but 16 a side are needed" in fault(folder)
+    Image.new("RGB", (40, 15)).save(path)
+    assert "a.png: 40 x 15 pixels" in fault(folder)
+    Image.new("RGB", (32, 32)).save(path, format="GIF")
+    assert "a.png: holds GIF" in fault(folder)
+    path.write_bytes(b"no image at all")
+    assert "a.png: not an image" in fault(folder)
+    path.write_bytes(b"")
+    assert "a.png: not an image" in fault(folder)
+    path.unlink()
+    path.mkdir()
+    assert "a.png: no such image file" in fault(folder)
+
+
+@pytest.mark.parametrize("side", [8100, 10_000, 60_000])
+def test_decompression_bomb(folder, side, recwarn):
+    (folder / "a.png").write_bytes(png(side, side, bytes(1000)))
+    assert "a.png: more than 64 million pixels" in fault(folder)
+    assert not recwarn.list
+
+
+def test_centre_square(tmp_path):
+    pixels = np.zeros((20, 60, 3), "uint8")
+    pixels[:, :20], pixels[:, 20:40] = RED, BLUE
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png", 20) == BLUE).all()
+    assert read_image(tmp_path / "a.png", 64).shape == (64, 64, 3)
+
+
+def test_modes_become_rgb_on_white(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(path)
+    assert (read_image(path, 20) == 255).all()
+    Image.new("LA", (20, 20), (0, 255)).save(path)
+    assert (read_image(path, 20) == 0).all()
+    Image.new("P", (20, 20), 0).save(path, transparency=0)
+    assert (read_image(path, 20) == 255).all()
+    Image.fromarray(np.full((20, 20), 0x8000, "uint16")).save(path)
+    assert (read_image(path, 20) == 128).all()
+    Image.new("1", (20, 20), 1).save(path)
+    assert (read_image(path, 20) == 255).all()
+    Image.new("CMYK", (20, 20), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
+    assert (read_image(tmp_path / "a.jpg", 20) == 255).all()
+
+
+def test_orientation_of_cameras(tmp_path):
+    pixels = np.zeros((20, 20, 3), "uint8")
+    pixels[:10] = 255  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = read_image(tmp_path / "a.png", 20)
+    assert (upright[10:] == 255).all() and (upright[:10] == 0).all()

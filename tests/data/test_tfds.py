@@ -1,0 +1,99 @@
+"""TFDS keeps its folder's place from import on, so each check runs in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+TINY = '''
+import numpy as np
+import tensorflow_datasets as tfds
+
+class TinyShapes(tfds.core.GeneratorBasedBuilder):
+    name = "tiny_shapes"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=["disc", "oval_ring"])
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label})
+        return self.dataset_info_from_configs(features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(4):
+            yield i, {"image": np.full((30, 40, 3), 50 * i, "uint8"), "label": i % 2}
+'''
+
+
+def run(code, folder):
+    environment = os.environ | {"TFDS_DATA_DIR": str(folder / "prepared"), "KERAS_BACKEND": "jax"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_emoji_captions_builds_and_reads_back(tmp_path):
+    build = "from keras_sd.data.datasets import load_source; load_source('emoji_captions', 'train', 64)"
+    result = run(build, tmp_path)  # TFDS writes with TensorFlow
+    assert result.returncode == 0, result.stderr[-3000:]
+    code = """
+import sys
+import numpy as np
+from keras_sd.data.datasets import available_splits, load_source
+from keras_sd.data.emoji import load_emoji
+
+source = load_source("emoji_captions", "validation", 64)
+assert len(source) == 200
+emoji = {e.captions: e for e in load_emoji() if e.split == "validation"}
+for index in range(len(source)):
+    example = source[index]
+    np.testing.assert_array_equal(example["image"], emoji.pop(example["captions"]).load(64))
+assert not emoji
+assert len(load_source("emoji_captions", "train", 64)) == 3578
+assert set(available_splits("emoji_captions")) == {"train", "validation"}
+assert "tensorflow" not in sys.modules
+print("ok")
+"""
+    result = run(code, tmp_path)
+    assert result.stdout.strip().endswith("ok"), result.stderr[-3000:]
+
+
+def test_class_names_become_captions_and_faults_one_line(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "__init__.py").touch()
+    (tmp_path / "tiny" / "tiny_shapes.py").write_text(TINY)
+    code = """
+import tiny.tiny_shapes
+from keras_sd.data.datasets import load_source
+from keras_sd.errors import UserError
+
+source = load_source("tiny_shapes", "train", 16)
+assert len(source) == 4
+examples = {int(source[i]["image"][0, 0, 0]): source[i]["captions"] for i in range(4)}
+assert examples[0] == ("disc", "a photo of a disc"), examples
+assert examples[150] == ("oval ring", "a photo of an oval ring"), examples
+for name, split in (("tiny_shapes", "test"), ("no_such_set", "train")):
+    try:
+        load_source(name, split, 16)
+    except UserError as error:
+        print(error)
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    split, name = result.stdout.strip().splitlines()[-2:]
+    assert split == "data set tiny_shapes: no split 'test'; it has train"
+    assert name.startswith("no_such_set: neither a folder nor a data set that TFDS knows")
+
+
+def test_missing_package_is_named(tmp_path):
+    code = """
+import sys
+sys.modules["tensorflow_datasets"] = None  # as if it were not installed
+from keras_sd.data.datasets import load_source
+load_source("oxford_flowers102", "train", 16)
+"""
+    result = run(code, tmp_path)
+    last = result.stderr.strip().splitlines()[-1]
+    assert "UserError: data set oxford_flowers102: a Python package is missing" in last
+    assert "install tensorflow-datasets" in last

@@ -1,0 +1,260 @@
+"""The tokenizer against transformers' CLIPTokenizer on the same files, and its own rules."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from keras_sd.errors import UserError
+from keras_sd.models.tokenizer import BEGIN_TOKEN, END_TOKEN, Tokenizer
+from tests.reference import run_reference
+
+CORPUS = [
+    "a red heart on a white background",
+    "the woman's face: light skin tone, smiling!",
+    "people holding hands, medium-dark skin tone",
+    "flag of Côte d'Ivoire, 3 stripes",
+    "don't stop! they're dancing, we've seen 100 cats",
+    "Ελληνικά γράμματα και שלום עולם",
+] * 5
+
+TEXTS = [
+    "",
+    " ",
+    "red heart",
+    "Red HEART",
+    "  many   spaces\t\nand\u00a0lines \u3000",
+    "😀",
+    "a 👩🏽‍❤️‍💋‍👨🏿 kiss 🇨🇮",
+    "Côte d'Ivoire; cafe\u0301 CAFÉ naïve ﬁ Å K ß İ",
+    "שלום עולם مرحبا بالعالم",
+    "日本語のテキスト 中文 한국어",
+    "0123456789 ١٢٣ Ⅷ ½ 3.14e-10",
+    "!!! ... ?!?! -- --- ([{<>}]) \"'`~ </w> a</w>b",
+    "don't it's they're we've I'm he'll she'd '' ' DON'T 'tis rock'n'roll",
+    "snake_case kebab-case CamelCase e-mail@example.org https://example.org/?a=b&c=d",
+    "<|startoftext|>inside<|endoftext|> <|STARTOFTEXT|> <|endoftext|",
+    "hello! !bang! a!b",
+    "a <cat-toy> and <CAT-TOY> x<cat-toy>y",
+    "\u0000 control \u0007 \u200b zero \ufeff width \u00ad",
+    "word " * 500,
+    "x" * 300,
+]
+
+
+def random_texts(count=200):
+    rng = np.random.default_rng(0)
+    ranges = ((32, 127), (160, 0x250), (0x370, 0x600), (0x2000, 0x2C00), (0x3040, 0x30FF), (0x1F300, 0x1FAFF))
+    texts = []
+    for _ in range(count):
+        low, high = ranges[rng.integers(len(ranges))]
+        points = np.where(rng.random(20) < 0.3, rng.integers(32, 127, 20), rng.integers(low, high, 20))
+        texts.append("".join(map(chr, points)))
+    return texts
+
+
+SCRIPT = """
+    import json
+    from transformers import CLIPTokenizer
+
+    texts = json.loads((folder / "texts.json").read_text())
+    for name in ("end_padded", "bang_padded", "added"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / name)
+        # Converted from the old files to the one file of recent releases.
+        tokenizer.save_pretrained(folder / (name + "_saved"))
+        length = tokenizer.model_max_length
+        encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
+        outputs[name] = torch.tensor(encoded.input_ids)
+        outputs[name + "/size"] = torch.tensor([len(tokenizer), length])
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    trained = Tokenizer.train(CORPUS, 700, max_length=32)
+    vocabulary, merges = trained.vocabulary, trained.merges
+    return {
+        "end_padded": trained,
+        "bang_padded": Tokenizer(vocabulary, merges, max_length=77, pad_token="!"),
+        "added": Tokenizer(vocabulary, merges, max_length=40, added_tokens={"<cat-toy>": len(vocabulary)}),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizers):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    (folder / "texts.json").write_text(json.dumps(TEXTS + random_texts()))
+    return run_reference(SCRIPT, {}, folder)
+
+
+def encode(tokenizer, texts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tokenizer(texts)
+
+
+@pytest.mark.parametrize("suffix", ["", "_saved"])
+@pytest.mark.parametrize("name", ["end_padded", "bang_padded", "added"])
+def test_ids_are_those_of_transformers(reference, folder, name, suffix):
+    tokenizer = Tokenizer.load(folder / (name + suffix))
+    assert [tokenizer.vocab_size, tokenizer.max_length] == reference[name + "/size"].tolist()
+    ids = encode(tokenizer, TEXTS + random_texts())
+    assert ids.dtype == np.int32
+    for text, row, expected in zip(TEXTS + random_texts(), ids, reference[name], strict=True):
+        assert row.tolist() == expected.tolist(), repr(text)
+
+
+@pytest.mark.parametrize("name", ["end_padded", "bang_padded", "added"])
+def test_saved_folder_loads_as_the_same_tokenizer(tokenizers, folder, name):
+    first, second = tokenizers[name], Tokenizer.load(folder / name)
+    for attribute in ("vocabulary", "merges", "max_length", "pad_token", "added_tokens"):
+        assert getattr(first, attribute) == getattr(second, attribute)
+
+
+def test_begin_end_and_padding(tokenizers):
+    ids = tokenizers["end_padded"](["", "red heart"])
+    assert ids.shape == (2, 32)
+    begin, end = tokenizers["end_padded"].begin_token_id, tokenizers["end_padded"].end_token_id
+    assert ids[0].tolist() == [begin] + [end] * 31
+    assert ids[1, 0] == begin and set(ids[1, 3:]) == {end}
+    assert tokenizers["bang_padded"]("").tolist() == [[begin, end] + [0] * 75]
+    assert tokenizers["end_padded"]([]).shape == (0, 32)
+
+
+def test_layout_of_a_trained_vocabulary():
+    tokenizer = Tokenizer.train(CORPUS, 600)
+    tokens = sorted(tokenizer.vocabulary, key=tokenizer.vocabulary.get)
+    assert list(tokenizer.vocabulary.values()) == list(range(600)) and tokenizer.vocab_size == 600
+    assert tokens[:2] == ["!", '"'] and tokens[256:258] == ["!</w>", '"</w>']
+    assert tokens[512:598] == ["".join(pair) for pair in tokenizer.merges]
+    assert tokens[598:] == [BEGIN_TOKEN, END_TOKEN]
+    assert tokenizer.max_length == 77
+
+
+def test_training_is_reproducible_and_merges_frequent_pairs_first():
+    first, second = (Tokenizer.train(iter(CORPUS), 650) for _ in range(2))
+    assert first.merges == second.merges
+    assert Tokenizer.train(["ab ab ab cd"] * 3, 516).merges == [("a", "b</w>"), ("c", "d</w>")]
+
+
+def test_few_texts_give_a_smaller_vocabulary():
+    assert Tokenizer.train(["a b"], 4096).vocab_size == 514
+    assert Tokenizer.train([], 4096).vocab_size == 514
+    assert Tokenizer.train(CORPUS, 10_000).vocab_size < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded"),
+    [
+        ("", ""),
+        ("A Red\n heart", "a red heart"),
+        ("😀 שלום cafe\u0301 日本語", "😀 שלום café 日本語"),
+        ("3 cats!", "3 cats !"),
+    ],
+)
+def test_decode(tokenizers, text, decoded):
+    assert tokenizers["end_padded"].decode(tokenizers["end_padded"](text)) == decoded
+    assert tokenizers["end_padded"].decode(tokenizers["end_padded"].encode(text)[0]) == decoded
+
+
+def test_truncation_warns_once_for_each_text_and_names_what_is_dropped(tokenizers):
+    long = "cats " * 30 + "😀 and the END"
+    with pytest.warns(UserWarning) as caught:
+        ids = tokenizers["end_padded"](["red heart", long, "dogs " * 40])
+    assert len(caught) == 2
+    assert "😀 and the END'" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert ids[1, -1] == tokenizers["end_padded"].end_token_id
+    kept = tokenizers["end_padded"].decode(ids[1])
+    dropped = str(caught[0].message).split("dropped its end: ")[1].strip("'")
+    assert (kept + " " + dropped).lower().split() == long.lower().split()
+
+
+def test_a_text_that_just_fits_does_not_warn(tokenizers):
+    tokenizer = tokenizers["end_padded"]
+    word = next(text for text in ("a", "o", "1") if len(tokenizer.encode(text)[0]) == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(" ".join([word] * 30))
+    with pytest.warns(UserWarning, match="31 tokens where 30 fit"):
+        tokenizer(" ".join([word] * 31))
+
+
+@pytest.mark.parametrize(("value", "message"), [(["\ud83d"], "not valid Unicode"), ([3], "3 is a int")])
+def test_what_is_no_text(tokenizers, value, message):
+    with pytest.raises(UserError, match=message):
+        tokenizers["end_padded"](value)
+
+
+def test_decode_refuses_unknown_ids(tokenizers):
+    with pytest.raises(UserError, match="token id 5000 is outside of the vocabulary"):
+        tokenizers["end_padded"].decode([5000])
+
+
+def test_vocabulary_size_below_the_alphabet():
+    with pytest.raises(UserError, match="vocab_size 513 is too small; .* 514$"):
+        Tokenizer.train(CORPUS, 513)
+
+
+def test_length_without_room():
+    with pytest.raises(UserError, match="max_length 2 has no room"):
+        Tokenizer.train(CORPUS, 600, max_length=2)
+
+
+def test_older_file_leads_on_padding(tmp_path, tokenizers):
+    # As the files of SD 2.x: the end token in one, "!" in the other.
+    tokenizers["bang_padded"].save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"pad_token": END_TOKEN, "model_max_length": 10**30}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.pad_token_id == 0 and tokenizer.max_length == 77
+    special_tokens = {"pad_token": {"content": END_TOKEN, "lstrip": False, "normalized": True}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_tokens))
+    assert Tokenizer.load(tmp_path).pad_token == END_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", b"{", "vocab.json: not a JSON file"),
+        ("vocab.json", b"[]", "vocab.json: no JSON dictionary"),
+        ("vocab.json", b'{"a": 0}', "has no token '<|startoftext|>'"),
+        ("merges.txt", b"\xff\xfe", "merges.txt: not UTF-8"),
+        ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt: 'a b c' is no pair"),
+        ("merges.txt", b"#version: 0.2\nqx zj\n", "do not fit together"),
+        ("merges.txt", None, "merges.txt: not found"),
+        ("added_tokens.json", b'{"<new>": 9999}', "'<new>' has id 9999 where 657 is next"),
+    ],
+)
+def test_damaged_files(tmp_path, tokenizers, name, content, message):
+    tokenizers["end_padded"].save(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        Tokenizer.load(tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folder_without_files(tmp_path):
+    with pytest.raises(UserError, match=r"vocab.json: not found; .* or tokenizer.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"type": "WordPiece", "vocab": {}}, {"type": "BPE", "vocab": {}, "merges": []}]
+)
+def test_other_kinds_of_tokenizer(tmp_path, model):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(UserError, match="not CLIP's byte-pair encoding"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,184 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_sd import cli
+from keras_sd.diffusion import samplers
+from keras_sd.images import read_parameters
+from tests import tiny
+
+# Any import of a backend, or of Keras, which brings one, ends in an ImportError.
+WITHOUT_BACKEND = """if True:
+    import sys
+    for name in ("keras", "tensorflow", "jax"):
+        sys.modules[name] = None
+    from keras_sd.cli import main
+    main()
+"""
+
+
+def run_python(code, *arguments, **options):
+    """Runs code in an interpreter of its own: (exit code, standard output, standard error)."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def keras_sd_command(monkeypatch, capsys):
+    """Runs the command in this process, which has its backend loaded, with the same three results."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["keras-sd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.pipeline().save(folder)
+    return folder
+
+
+def test_help_needs_no_backend():
+    code, output, errors = run_python(WITHOUT_BACKEND, "--help")
+    assert (code, errors) == (0, "")
+    assert all(command in output for command in ("generate", "evaluate", "train", "demo", "presets"))
+
+
+def test_presets_are_listed_with_licence_and_source():
+    code, output, _ = run_python(WITHOUT_BACKEND, "presets")
+    assert code == 0
+    assert ["emoji", "CC-BY-4.0", "bundled"] in [line.split() for line in output.splitlines()]
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "keras_sd", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("keras-sd, version 0.1.0")
+
+
+@pytest.mark.parametrize(
+    "arguments, thing, remedy",
+    [
+        ("paint", "'paint'", "keras-sd --help"),
+        ("train paint", "'paint'", "keras-sd train --help"),
+        ("train clip --train-batch-size many", "'--train-batch-size'", "keras-sd train clip --help"),
+        ("generate", "PROMPT", "keras-sd generate --help"),
+        ("generate heart --sampler euler", "'euler'", "ddim"),
+        ("generate heart --model emojis", "'emojis'", "emoji"),
+        ("generate heart --num-images 0", "'--num-images'", "x>=1"),
+        ("generate heart --eta 1.5", "'--eta'", "0<=x<=1"),
+        ("generate heart --output heart.jpg", "heart.jpg", "heart.png"),
+        ("generate heart --output .", ".: is a folder", "name a .png file"),
+        ("generate heart --output file/heart.png", "file/heart.png", "choose another place"),
+        ("generate heart --output /proc/heart.png", "/proc/heart.png", "choose another place"),
+        ("evaluate emojis", "'emojis'", "emoji"),
+        ("evaluate --output file/results.json", "file/results.json", "choose another place"),
+        ("demo --output-dir file/demo", "file/demo", "choose another place"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_backend_is_loaded(arguments, thing, remedy, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    code, output, errors = run_python(WITHOUT_BACKEND, *arguments.split(), cwd=tmp_path)
+    assert (code, output) == (2, "")
+    assert errors.startswith("keras-sd: error: ") and errors.count("\n") == 1
+    assert thing in errors and remedy in errors
+
+
+def test_unknown_backend_is_one_line():
+    code = "import os; os.environ['KERAS_BACKEND'] = 'numpy'; from keras_sd.cli import main; main()"
+    code, _, errors = run_python(code, "presets")
+    assert code == 2
+    assert errors == "keras-sd: error: KERAS_BACKEND 'numpy': unknown; use tensorflow or jax\n"
+
+
+@pytest.mark.parametrize(
+    "body, code, last_line",
+    [
+        ("pass", 0, ""),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, ""),
+        ("raise UserError('a thing: at\\nfault; mend it')", 2, "program: error: a thing: at fault; mend it"),
+        (
+            "open('/dev/full', 'w', buffering=1).write('more\\n')",
+            2,
+            "program: error: No space left on device; free the space or choose another place",
+        ),
+        ("raise RuntimeError('a fault of ours')", 1, "RuntimeError: a fault of ours"),
+    ],
+)
+def test_exit_codes(body, code, last_line):
+    program = f"""if True:
+        import os, signal, time
+        import click
+        from keras_sd.errors import UserError, run_command
+
+        @click.command()
+        def command():
+            {body}
+
+        run_command(command, "program")
+    """
+    exit_code, _, errors = run_python(program)
+    assert exit_code == code
+    assert errors.strip().split("\n")[-1] == last_line
+
+
+def test_samplers_are_those_of_the_library():
+    assert set(cli.SAMPLERS) == set(samplers.SAMPLERS)
+
+
+def test_one_picture_says_how_it_was_made(keras_sd_command, model, tmp_path):
+    path = tmp_path / "new" / "heart.png"
+    options = (
+        "--steps",
+        3,
+        "--seed",
+        5,
+        "--guidance-scale",
+        2.5,
+        "--eta",
+        0.5,
+        "--negative-prompt",
+        "a, b: c",
+    )
+    code, output, _ = keras_sd_command("generate", "red heart", "--output", path, "--model", model, *options)
+    assert (code, output.strip()) == (0, str(path))
+    parameters = read_parameters(path)
+    assert len(parameters.pop("Model hash")) == 10
+    assert parameters == {
+        "prompt": "red heart",
+        "negative_prompt": "a, b: c",
+        "Steps": "3",
+        "Sampler": "DDIM",
+        "CFG scale": "2.5",
+        "Seed": "5",
+        "Size": "16x16",
+        "Eta": "0.5",
+        "Model": str(model),
+    }
+
+
+def test_several_pictures_are_a_sheet_and_single_files(keras_sd_command, model, tmp_path):
+    options = ("--output", tmp_path / "hearts.png", "--model", model, "--steps", 2, "--num-images", 3)
+    code, output, _ = keras_sd_command("generate", "blue heart", *options, "--guidance-scale", 1)
+    assert code == 0
+    names = ["hearts.png", "hearts-0.png", "hearts-1.png", "hearts-2.png"]
+    assert output.split() == [str(tmp_path / name) for name in names]
+    sheet, *singles = (np.asarray(Image.open(tmp_path / name)) for name in names)
+    assert np.stack(singles).shape == (3, 16, 16, 3) and len(np.unique(singles, axis=0)) == 3
+    assert min(sheet.shape[:2]) > 16
+    assert [read_parameters(tmp_path / name)["Seed"] for name in names] == ["0", "0", "1", "2"]
+
+
+def test_more_steps_than_timesteps_is_one_line(keras_sd_command, model, tmp_path):
+    options = ("--output", tmp_path / "heart.png", "--model", model, "--steps", 1001)
+    code, _, errors = keras_sd_command("generate", "red heart", *options)
+    assert code == 2
+    assert errors.strip().split("\n")[-1] == "keras-sd: error: num_steps 1001: out of range; use 1 to 1000"

@@ -1,0 +1,431 @@
+"""Callbacks on a real `fit()` of a tiny model, on the backend at hand and, in a second process, on the other."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+
+from keras_sd.errors import UserError
+from keras_sd.training.callbacks import (
+    CheckpointCallback,
+    EMACallback,
+    MetricsLog,
+    ProgressCallback,
+    StepCallback,
+    StepCallbackList,
+    StopOnNonFiniteLoss,
+    StopOnSignal,
+    sync_state,
+)
+from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.losses import Objective
+from keras_sd.training.optimizer import AdamW
+
+BATCH = 4
+
+
+class Regression(Objective):
+    """Two dense layers with batch statistics (a state that is not trained); `poison` breaks the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(5, kernel_initializer=keras.initializers.GlorotUniform(1))
+        self.normalization = keras.layers.BatchNormalization()
+        self.out = keras.layers.Dense(1, kernel_initializer=keras.initializers.GlorotUniform(2))
+        self.hidden.build((None, 3))
+        self.normalization.build((None, 5))
+        self.out.build((None, 5))
+        self.built = True
+
+    def call(self, batch, training=False):
+        hidden = ops.tanh(self.normalization(self.hidden(batch["x"]), training=training))
+        return ops.mean(ops.square(self.out(hidden) - batch["y"]), axis=-1) + batch["poison"]
+
+
+def batches(start, poisoned_step=None):
+    """Endless batches, each a function of its number."""
+    number = start
+    while True:
+        generator = np.random.default_rng(number)
+        x = generator.normal(size=(BATCH, 3)).astype("float32")
+        number += 1
+        poison = np.full(BATCH, np.nan if number == poisoned_step else 0.0, "float32")
+        yield ({"x": x, "y": np.sin(x.sum(axis=1, keepdims=True)), "poison": poison},)
+
+
+class Run:
+    """A miniature of the trainer: model, optimizer and callbacks, resumed where the folder has a checkpoint."""
+
+    def __init__(self, folder, every=4, accumulation=1):
+        self.model = Regression()
+        self.accumulation = accumulation
+        self.optimizer = AdamW(0.05, gradient_accumulation_steps=accumulation if accumulation > 1 else None)
+        self.optimizer.build(self.model.trainable_variables)
+        self.model.compile(optimizer=self.optimizer, jit_compile=False)
+        self.checkpoints = Checkpoints(folder, {})
+        self.step = 0
+        latest = self.checkpoints.latest()
+        if latest:
+            checkpoint = self.checkpoints.load(latest)
+            self.step = checkpoint.step
+            for group, variables in self.groups().items():
+                for variable, value in zip(variables, checkpoint.groups[group].values(), strict=True):
+                    variable.assign(value)
+        self.log = MetricsLog(folder, self.step, every=3)
+        self.stop = StopOnSignal()
+        self.ema = EMACallback(self.optimizer, self.model.trainable_variables)
+        self.callbacks = [
+            self.stop,
+            self.ema,
+            self.log,
+            StopOnNonFiniteLoss(self.checkpoints, self.step),
+            CheckpointCallback(self.checkpoints, self.gather_state, every, self.step, self.log),
+        ]
+
+    def groups(self):
+        return {"weights": self.model.weights, "optimizer": self.optimizer.variables}
+
+    def gather_state(self):
+        groups = {
+            group: {f"{i}.{v.name}": ops.convert_to_numpy(v) for i, v in enumerate(variables)}
+            for group, variables in self.groups().items()
+        }
+        return groups, {"step": self.log.step}
+
+    def fit(self, steps, *more, epochs=1, poisoned_step=None):
+        callbacks = [*self.callbacks, *more]
+        for callback in callbacks:
+            callback.batches_per_step = self.accumulation
+        self.model.fit(
+            batches(self.step * self.accumulation, poisoned_step),
+            epochs=epochs,
+            steps_per_epoch=steps * self.accumulation,
+            callbacks=StepCallbackList(callbacks, model=self.model, add_history=True),
+            verbose=0,
+        )
+        return self
+
+
+class AtStep(StepCallback):
+    """Calls a function after a step."""
+
+    def __init__(self, step, function):
+        super().__init__()
+        self.at = step
+        self.function = function
+
+    def on_step(self, logs):
+        if self.step == self.at:
+            self.function()
+
+
+def assert_same_state(one: dict, other: dict):
+    for group in one:
+        assert list(one[group]) == list(other[group])
+        for name, value in one[group].items():
+            assert value.tobytes() == other[group][name].tobytes(), name
+
+
+def records(run_folder):
+    lines = [json.loads(line) for line in (run_folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def load(checkpoints, step):
+    return checkpoints.load(checkpoints.run_folder / f"checkpoint-{step}")
+
+
+def test_a_checkpoint_in_mid_epoch_holds_the_state_of_its_step(tmp_path):
+    whole = Run(tmp_path / "whole").fit(5, epochs=2)  # saves at 4 and 8, both in mid-epoch, and at the end
+    assert sorted(p.name for p in (tmp_path / "whole").glob("checkpoint-*")) == [
+        "checkpoint-10",
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
+    for step in (4, 8, 10):
+        short = Run(tmp_path / f"short{step}", every=100).fit(step)
+        assert_same_state(load(whole.checkpoints, step).groups, short.gather_state()[0])
+        assert load(whole.checkpoints, step).position == {"step": step}
+    iterations = [value for name, value in load(whole.checkpoints, 8).groups["optimizer"].items() if "iter" in name]
+    assert iterations == [8]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, accumulation):
+    whole = Run(tmp_path / "whole", accumulation=accumulation).fit(13)
+    cut = Run(tmp_path / "cut", accumulation=accumulation)
+    # As after a kill in step 7: the log goes on beyond the checkpoint and ends in a half-written line.
+    with pytest.raises(ZeroDivisionError):
+        cut.fit(13, AtStep(7, lambda: 1 // 0))
+    cut.log.flush()
+    assert [record["step"] for record in records(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6, 7]
+    with cut.log.path.open("a") as file:
+        file.write('{"step": 8, "lo')
+    resumed = Run(tmp_path / "cut", accumulation=accumulation)
+    assert resumed.step == 4
+    resumed.fit(13 - 4)
+    for step in (8, 12, 13):
+        assert_same_state(load(whole.checkpoints, step).groups, load(resumed.checkpoints, step).groups)
+    assert records(tmp_path / "whole") == records(tmp_path / "cut")
+    assert [record["step"] for record in records(tmp_path / "cut")] == list(range(1, 14))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_leaves(tmp_path, number, accumulation, capsys):
+    before = [signal.getsignal(each) for each in StopOnSignal.signals]
+    run = Run(tmp_path, every=100, accumulation=accumulation)
+
+    class InTheFirstBatchOfStep7(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 6 * accumulation:
+                signal.raise_signal(number)
+
+    run.fit(50, InTheFirstBatchOfStep7(), epochs=2)
+    assert run.stop.signal_received == number
+    assert run.checkpoints.latest().name == "checkpoint-7"
+    assert [signal.getsignal(each) for each in StopOnSignal.signals] == before
+    assert capsys.readouterr().err == f"{number.name}: stopping after this step\n"
+    whole = Run(tmp_path / "whole", every=100, accumulation=accumulation).fit(7)
+    assert_same_state(load(run.checkpoints, 7).groups, load(whole.checkpoints, 7).groups)
+
+
+def test_a_second_interrupt_aborts_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = Run(tmp_path, every=100)
+
+    def interrupt_twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a second one of these is still polite
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(50, AtStep(3, interrupt_twice))
+    assert run.checkpoints.latest() is None
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_signal_handlers_as_a_context_outlive_fits_and_errors(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    run = Run(tmp_path, every=100)
+    with pytest.raises(ZeroDivisionError), run.stop:
+        run.fit(2)
+        assert signal.getsignal(signal.SIGTERM) == run.stop._handle
+        run.fit(2, AtStep(1, lambda: 1 // 0))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path):
+    run = Run(tmp_path, every=100)
+    thread = threading.Thread(target=run.fit, args=(3,))
+    thread.start()
+    thread.join()
+    assert run.checkpoints.latest().name == "checkpoint-3"
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_the_last_good_checkpoint(tmp_path):
+    run = Run(tmp_path, every=4)
+    with pytest.raises(UserError, match=r"loss is nan at step 6; resume from .*checkpoint-4, with a lower"):
+        run.fit(20, poisoned_step=6)
+    with pytest.raises(UserError, match=r"loss is nan at step 1; start anew \(no checkpoint yet\) with a lower"):
+        Run(tmp_path / "new").fit(2, poisoned_step=1)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run = Run(tmp_path, every=2)
+
+    def break_weights():
+        sync_state(run.model)
+        run.model.out.bias.assign([np.inf])
+
+    run.callbacks.insert(0, AtStep(4, break_weights))
+    with pytest.raises(UserError, match=r"weights/\d+.bias is not finite after step 4; .*checkpoint-2, "):
+        run.fit(20)
+    assert run.checkpoints.latest().name == "checkpoint-2"
+
+
+def hard_values(shape, seed):
+    """Values that adding and subtracting would not bring back: 1e30 beside 1e-30, -0, denormals, NaN payloads."""
+    generator = np.random.default_rng(seed)
+    bits = generator.integers(0, 2**32, size=shape, dtype=np.uint32).view("float32")
+    return np.where(generator.random(shape) < 0.2, np.float32(-0.0), bits)
+
+
+def test_ema_weights_are_lent_and_returned_bit_for_bit(tmp_path):
+    run = Run(tmp_path)
+    variables, averages = run.model.trainable_variables, run.optimizer.ema_variables
+
+    def read(values):
+        return [ops.convert_to_numpy(value).tobytes() for value in values]
+
+    for i, (variable, average) in enumerate(zip(variables, averages, strict=True)):
+        variable.assign(hard_values(variable.shape, i))
+        average.assign(hard_values(variable.shape, -1 - i + 2**32))
+    raw, ema = read(variables), read(averages)
+    assert raw != ema
+    for _ in range(2):
+        with run.ema.applied():
+            assert read(variables) == ema
+            run.model.evaluate(batches(0), steps=2, verbose=0)
+            with run.ema.applied():
+                assert read(variables) == ema
+            assert read(variables) == ema
+        assert read(variables) == raw and read(averages) == ema
+    with pytest.raises(ZeroDivisionError), run.ema.applied():
+        raise ZeroDivisionError
+    assert read(variables) == raw and read(averages) == ema
+    run.optimizer.ema_variables = averages[:-1]
+    with pytest.raises(ValueError), run.ema.applied():
+        raise AssertionError("not reached")
+    assert read(variables) == raw
+
+
+def test_evaluating_with_ema_weights_in_mid_epoch_changes_nothing_in_the_training(tmp_path):
+    whole = Run(tmp_path / "whole").fit(9)
+    run = Run(tmp_path / "run")
+    losses = []
+
+    def evaluate():
+        for _ in range(2):
+            with run.ema.applied():
+                losses.append(run.model.evaluate(batches(1000), steps=3, verbose=0))
+        losses.append(run.model.evaluate(batches(1000), steps=3, verbose=0))
+
+    run.fit(9, AtStep(5, evaluate))
+    assert_same_state(load(run.checkpoints, 9).groups, load(whole.checkpoints, 9).groups)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def progress_lines(folder, capsys, *, steps=30, **options):
+    run = Run(folder, every=100)
+    run.step = 10
+    run.fit(steps, ProgressCallback(40, 10, BATCH, **options))
+    return capsys.readouterr().err
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
+    told = progress_lines(tmp_path, capsys, line_seconds=0.0).splitlines()
+    pattern = r"step (\d+)/40, [\d.]+ images/s, loss \d+\.\d{4}, \d\d:\d\d left"
+    assert [int(re.fullmatch(pattern, line)[1]) for line in told] == list(range(12, 41))
+    assert told[-1].endswith("00:00 left")
+    once = progress_lines(tmp_path / "quiet", capsys).splitlines()
+    assert len(once) == 1 and re.fullmatch(pattern, once[0])[1] == "40"
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        Run(tmp_path, every=100).fit(5, ProgressCallback(5, 0, BATCH))
+        monkeypatch.undo()
+        shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert re.search(r"100%\|.+\| 5/5, [\d.]+ images/s, loss \d+\.\d{4}, 00:00 left", shown)
+
+
+def test_progress_counts_the_rate_without_pauses(capsys):
+    progress = ProgressCallback(100, 0, 10, line_seconds=0.3)
+    progress.on_epoch_begin(0)
+
+    def step(batch, seconds):
+        threading.Event().wait(seconds)
+        progress.on_train_batch_end(batch, {"loss": 1.0})
+
+    step(0, 0.5)  # compiles
+    step(1, 0.1)
+    with progress.paused():
+        threading.Event().wait(1.0)
+    step(2, 0.1)
+    assert capsys.readouterr().err == ""
+    step(3, 0.1)
+    rate = float(re.search(r"([\d.]+) images/s", capsys.readouterr().err)[1])
+    assert 60 < rate < 101
+
+
+def events(folder):
+    found = []
+    for path in sorted((folder / "logs").glob("events.out.tfevents.*")):
+        found += [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
+    return found
+
+
+def test_tensorboard_gets_scalars_and_images(tmp_path):
+    log = MetricsLog(tmp_path, initial_step=20)
+    log.log_scalars(21, {"loss": 0.5, "kid": ops.convert_to_tensor(0.25)})
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    log.log_image(21, "samples", image)
+    version, start, scalars, picture = events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 21 and start.session_log.status == 1
+    assert {value.tag: value.simple_value for value in scalars.summary.value} == {"loss": 0.5, "kid": 0.25}
+    assert scalars.step == picture.step == 21
+    [value] = picture.summary.value
+    assert (value.tag, value.image.height, value.image.width) == ("samples", 6, 8)
+    import io
+
+    from PIL import Image
+
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string))), image)
+    assert records(tmp_path) == [{"step": 21, "loss": 0.5, "kid": 0.25}]
+
+
+def test_log_is_cut_at_the_resumed_step_and_repeats_nothing(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.log_scalars(step, {"loss": step / 10})
+    log.log_scalars(2, {"kid": 0.5})
+    resumed = MetricsLog(tmp_path, initial_step=2)
+    assert resumed.resumed_names == {"loss", "kid"}
+    kept = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 2, "kid": 0.5}]
+    assert records(tmp_path) == kept
+    resumed.log_scalars(2, {"kid": 0.5})  # an evaluation repeated
+    resumed.log_scalars(2, {"kid": 0.5, "fid": 7})
+    assert records(tmp_path) == kept + [{"step": 2, "fid": 7.0}]
+    MetricsLog(tmp_path)
+    assert records(tmp_path) == []
+
+
+def test_full_disk_while_logging_is_told(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"logs: cannot be saved: No space left on device; free some space or"):
+        log.log_scalars(1, {"loss": 1.0})
+
+
+def test_logs_come_to_callbacks_unread(tmp_path):
+    kinds = set()
+
+    class Look(StepCallback):
+        def on_step(self, logs):
+            kinds.add(type(logs["loss"]))
+
+    Run(tmp_path).fit(2, Look())
+    assert float not in kinds and len(kinds) == 1
+
+
+def test_the_same_on_the_other_backend():
+    if "KERAS_SD_OTHER_BACKEND" in os.environ:
+        assert (keras.backend.backend() == "tensorflow") == ("tensorflow" in sys.modules)
+        return
+    other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "KERAS_BACKEND": other, "KERAS_SD_OTHER_BACKEND": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
