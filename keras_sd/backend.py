@@ -2,6 +2,9 @@
 
 import keras
 
+xla = True
+"""Whether `jit` compiles by XLA on TensorFlow, as JAX always does; off only to measure what XLA is worth."""
+
 
 def jit(function, variables=()):
     """Compiles a pure function of tensors by XLA; it is traced once for each set of input shapes.
@@ -14,7 +17,7 @@ def jit(function, variables=()):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=True, autograph=False)  # captures variables by reference
+        return tf.function(function, jit_compile=xla, autograph=False)  # captures variables by reference
 
     import jax
 

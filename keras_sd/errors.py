@@ -32,7 +32,7 @@ def run_command(command, program):
 
     # TensorFlow's notices would bury what the commands say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend not in BACKENDS:
         _leave(program, f"KERAS_BACKEND {backend!r}: unknown; use {' or '.join(BACKENDS)}")
     try:
@@ -50,7 +50,7 @@ def run_command(command, program):
     except ModuleNotFoundError as error:
         if error.name not in BACKENDS:
             raise
-        _leave(program, f"{backend}: not installed; install it, or set KERAS_BACKEND to another backend")
+        _leave(program, f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend")
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise

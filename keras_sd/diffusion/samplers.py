@@ -32,8 +32,8 @@ def spaced_timesteps(config, num_steps):
     if config.timestep_spacing == "leading":
         return np.arange(num_steps)[::-1] * (total // num_steps) + config.steps_offset
     if config.timestep_spacing == "trailing":
-        # Counted by index, as a range by a fractional step may end one too early or too late.
-        return np.round(total - np.arange(num_steps) * (total / num_steps)).astype("int64") - 1
+        # A range by a fractional step may come out one too long; halves are rounded as in diffusers.
+        return np.round(np.arange(total, 0, -total / num_steps)[:num_steps]).astype("int64") - 1
     if config.timestep_spacing == "linspace":
         return np.round(np.linspace(0, total - 1, num_steps))[::-1].astype("int64")
     raise UserError(

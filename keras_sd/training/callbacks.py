@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -265,7 +265,8 @@ class CheckpointCallback(StepCallback):
             present values.
         every: steps between two checkpoints.
         initial_step: steps done before.
-        metrics_log: flushed before, so that the log never lacks a step of a checkpoint.
+        flush_before: callbacks that hold logs back, flushed before each save: then the log never lacks a step
+            of a checkpoint, and no checkpoint follows a loss that was not finite.
 
     Raises:
         UserError: the state is not finite, or the disk is full; earlier checkpoints stay as they are.
@@ -277,13 +278,13 @@ class CheckpointCallback(StepCallback):
         gather_state: Callable[[], tuple[dict, dict]],
         every: int,
         initial_step: int = 0,
-        metrics_log: MetricsLog | None = None,
+        flush_before: Sequence[StepCallback] = (),
     ):
         super().__init__(initial_step)
         self.checkpoints = checkpoints
         self.gather_state = gather_state
         self.every = every
-        self.metrics_log = metrics_log
+        self.flush_before = flush_before
         self._saved_step = initial_step
 
     def on_step(self, logs):
@@ -297,8 +298,8 @@ class CheckpointCallback(StepCallback):
 
     def save(self) -> None:
         """Saves the present state."""
-        if self.metrics_log:
-            self.metrics_log.flush()
+        for callback in self.flush_before:
+            callback.flush()
         sync_state(self.model)
         groups, position = self.gather_state()
         for group, tensors in groups.items():
@@ -328,12 +329,13 @@ class StopOnNonFiniteLoss(StepCallback):
     def on_step(self, logs):
         self._pending.append((self.step, logs["loss"]))
         if len(self._pending) >= self.every:
-            self._check()
+            self.flush()
 
     def on_epoch_end(self, epoch, logs=None):
-        self._check()
+        self.flush()
 
-    def _check(self) -> None:
+    def flush(self) -> None:
+        """Reads the losses still held back."""
         pending, self._pending = self._pending, []
         for step, loss in pending:
             if not math.isfinite(float(loss)):
@@ -423,7 +425,7 @@ class EMACallback(keras.callbacks.Callback):
     @contextmanager
     def applied(self):
         sync_state(self.model)
-        raw = [ops.convert_to_tensor(variable) for variable in self._variables]
+        raw = [ops.copy(variable) for variable in self._variables]
         try:
             for variable, average in zip(self._variables, self._optimizer.ema_variables, strict=True):
                 # A copy: `evaluate` on JAX donates the buffers of the model's variables, and assigning alone

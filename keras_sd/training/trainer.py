@@ -20,6 +20,7 @@ from keras_sd.training.callbacks import (
 )
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.optimizer import AdamW
+from keras_sd.weights.rules import parameter_paths
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
 SCHEDULES = ("cosine", "constant")
@@ -149,21 +150,22 @@ class Trainer:
         )
 
     def _state(self):
-        """All variables of the run as named groups; names only serve to keep the order."""
+        """All variables of the run as groups of name -> variable, named alike in every process."""
+        names = {id(parameter.variable): parameter.name for parameter in parameter_paths(self.objective)}
         averages = {id(variable) for variable in self.optimizer.ema_variables}
+        trained = [names[id(variable)] for variable in self.objective.trainable_variables]
+        # Keras numbers an optimizer's variables after the layers of its process, so they go by position.
+        others = [variable for variable in self.optimizer.variables if id(variable) not in averages]
         return {
-            "weights": self.objective.weights,
-            "ema": self.optimizer.ema_variables,
-            "optimizer": [v for v in self.optimizer.variables if id(v) not in averages],
+            "weights": {names[id(variable)]: variable for variable in self.objective.weights},
+            "ema": dict(zip(trained, self.optimizer.ema_variables, strict=True)),
+            "optimizer": {f"{index:05}": variable for index, variable in enumerate(others)},
         }
 
     def gather_state(self):
         """Copies the state to the host: `(groups, position)` as a checkpoint takes them."""
         groups = {
-            group: {
-                f"{index:05}.{variable.name}": ops.convert_to_numpy(variable)
-                for index, variable in enumerate(variables)
-            }
+            group: {name: ops.convert_to_numpy(variable) for name, variable in variables.items()}
             for group, variables in self._state().items()
         }
         return groups, {"batch": self.log.step * self.settings.gradient_accumulation_steps}
@@ -172,9 +174,8 @@ class Trainer:
         path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)
         checkpoint = self.checkpoints.load(path)
         for group, variables in self._state().items():
-            arrays = checkpoint.groups[group].values()
-            for variable, array in zip(variables, arrays, strict=True):
-                variable.assign(array)
+            for name, variable in variables.items():
+                variable.assign(checkpoint.groups[group][name])
         return checkpoint.step
 
     def run(self, make_batches, evaluate=None):
@@ -204,13 +205,18 @@ class Trainer:
     def _callbacks(self, evaluate):
         """The callbacks in the order in which each step calls them."""
         settings = self.settings
+        guard = StopOnNonFiniteLoss(self.checkpoints, self.step)
         callbacks = [
             StopOnSignal(),
             self.ema,
             self.log,
-            StopOnNonFiniteLoss(self.checkpoints, self.step),
+            guard,
             CheckpointCallback(
-                self.checkpoints, self.gather_state, settings.checkpointing_steps, self.step, self.log
+                self.checkpoints,
+                self.gather_state,
+                settings.checkpointing_steps,
+                self.step,
+                flush_before=[self.log, guard],
             ),
             ProgressCallback(
                 settings.max_train_steps,

@@ -110,7 +110,7 @@ def check_dtype(dtype):
 def _convert(name, array, dtype):
     # Contiguous, as the library writes a transposed view's memory in the order in which it lies.
     with np.errstate(over="ignore"):  # told below
-        converted = np.ascontiguousarray(array if dtype is None else array.astype(DTYPES[dtype]))
+        converted = np.asarray(array if dtype is None else array.astype(DTYPES[dtype]), order="C")
     if not np.isfinite(converted).all():
         raise UserError(f"{name}: holds values that are no finite {converted.dtype}; save as float32")
     return converted

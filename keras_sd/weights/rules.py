@@ -69,14 +69,13 @@ def parameter_paths(model):
 
 def _walk(layer, path):
     """Lists the parameters of a layer tree, the layer's own before those of its children."""
-    children = list(_children(layer))
-    inherited = {id(variable) for _, child in children for variable in child.weights}
+    own = {id(value) for value in vars(layer).values()}
     parameters = [
         Parameter(path + _LEAVES.get(variable.name, variable.name), variable, layer)
         for variable in layer.weights
-        if id(variable) not in inherited
+        if id(variable) in own
     ]
-    for name, child in children:
+    for name, child in _children(layer):
         parameters += _walk(child, f"{path}{name}.")
     return parameters
 

@@ -1,0 +1,172 @@
+"""The demonstration: pictures from the bundled model, then the same model taught to draw in grey."""
+
+import json
+import time
+
+import numpy as np
+from PIL import Image
+
+from keras_sd.data.datasets import batches, load_source
+from keras_sd.data.emoji import load_emoji
+from keras_sd.data.folders import METADATA
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.images import image_grid
+from keras_sd.metrics.features import ClipFeatures, extract
+from keras_sd.metrics.kid import kernel_inception_distance
+from keras_sd.pipeline import StableDiffusion
+from keras_sd.training.encodings import EncodedSource
+from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.text_to_image import diffusion_example, train_text_to_image
+from keras_sd.training.trainer import Settings
+
+PROMPTS = (
+    "red heart",
+    "grinning face",
+    "pizza",
+    "flag of Japan",
+    "rocket",
+    "cat face",
+    "tulip",
+    "sun",
+    "red apple",
+    "soccer ball",
+    "snowman",
+    "blue circle",
+)
+IMAGE_SIZE = 64
+SAMPLING = {"num_steps": 20, "guidance_scale": 5.0, "progress": False}
+
+
+def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_out_images=100):
+    """Generates, fine-tunes on grey emoji pictures, and compares loss and KID on held-out ones.
+
+    Args:
+        folder: where everything is written; made if there is none.
+        say: called with each line for the reader.
+        max_train_steps: updates of the weights.
+        training_images, held_out_images: sizes of the two sets of grey pictures.
+
+    Returns:
+        Dictionary with the figures "before" and "after", each with "loss" and "kid", also written as
+        `results.json`.
+    """
+    start = time.perf_counter()
+    pipeline = StableDiffusion.from_preset("emoji")
+    pipeline.batch_size = 50
+    save_grid(pipeline, folder / "before.png")
+    say(f"{folder / 'before.png'}: {len(PROMPTS)} prompts, as the bundled model draws them")
+
+    pictures = folder / "pictures"
+    write_grey_pictures(pictures, training_images, held_out_images)
+    say(
+        f"{pictures}: {training_images} grey pictures with captions to learn from, {held_out_images} held out"
+    )
+    measure = Measurement(pipeline, load_source(str(pictures), "validation", IMAGE_SIZE))
+    figures = {"before": measure()}
+
+    def make_evaluation(trainer):
+        def evaluate(step):
+            with trainer.ema.applied():
+                figures["after"] = measure()
+                save_grid(pipeline, folder / "after.png")
+
+        return evaluate
+
+    settings = Settings(
+        output_dir=folder / "run",
+        max_train_steps=max_train_steps,
+        train_batch_size=32,
+        learning_rate=3e-4,
+        lr_warmup_steps=max_train_steps // 10,
+        evaluation_steps=max_train_steps,
+        checkpointing_steps=max_train_steps,
+        checkpoints_total_limit=1,
+    )
+    source = encoded(pipeline, load_source(str(pictures), "train", IMAGE_SIZE))
+    train_text_to_image(
+        settings,
+        pipeline.unet,
+        pipeline.scheduler_config,
+        source,
+        make_evaluation=make_evaluation,
+        export=pipeline.save,
+    )
+    if "after" not in figures:
+        return figures  # stopped by the reader
+    (folder / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    report(folder, figures, time.perf_counter() - start, say)
+    return figures
+
+
+def report(folder, figures, seconds, say):
+    """Tells the figures and the files."""
+    say(f"\n{'held-out grey pictures':<24}{'before':>10}{'after':>10}")
+    for name, title in (("loss", "loss"), ("kid", "KID (kid_emoji)")):
+        say(f"{title:<24}{figures['before'][name]:>10.4f}{figures['after'][name]:>10.4f}")
+    say(f"\nIn {seconds:.0f} s, these were written:")
+    for name, what in (
+        ("before.png", "the bundled model's pictures"),
+        ("after.png", "the same prompts and seeds, fine-tuned"),
+        ("pictures/", "the data set"),
+        ("run/logs/", "the loss of each step, for TensorBoard too"),
+        ("run/model/", f"the fine-tuned model: keras-sd generate heart --model {folder / 'run/model'}"),
+        ("results.json", "the figures above"),
+    ):
+        say(f"  {folder / name}  {what}")
+
+
+class Measurement:
+    """Loss and KID of a pipeline on a set of captioned pictures, from the same noise each time."""
+
+    def __init__(self, pipeline, source):
+        self.pipeline = pipeline
+        examples = [source[index] for index in range(len(source))]
+        self.prompts = [example["captions"][0] for example in examples]
+        self.extractor = ClipFeatures(pipeline.image_encoder)
+        self.real = extract(self.extractor, np.stack([example["image"] for example in examples]))
+        self.schedule = NoiseSchedule(pipeline.scheduler_config)
+        self.objective = DiffusionObjective(pipeline.unet, self.schedule)
+        self.encoded = encoded(pipeline, source)
+
+    def __call__(self):
+        generated = self.pipeline.text_to_image(self.prompts, seed=0, **SAMPLING)
+        subset = len(self.real) // 2  # half of the set, so that the subsets differ
+        kid = kernel_inception_distance(self.real, extract(self.extractor, generated), subset_size=subset)
+        return {"loss": self.loss(), "kid": kid.mean}
+
+    def loss(self, count=8):
+        def draw(example, generator):
+            timesteps = self.schedule.num_train_timesteps
+            return diffusion_example(example, generator, num_train_timesteps=timesteps, caption_dropout=0.0)
+
+        stream = iter(batches(self.encoded, batch_size=50, seed=1, draw=draw))
+        return float(np.mean([np.mean(self.objective(next(stream))) for _ in range(count)]))
+
+
+def encoded(pipeline, source):
+    """The source with its latents and text encodings in memory."""
+    return EncodedSource(source, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+
+
+def save_grid(pipeline, path):
+    """Writes one picture of each prompt with its caption."""
+    images = pipeline.text_to_image(list(PROMPTS), seed=0, **SAMPLING)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image_grid(images, labels=PROMPTS, columns=4, scale=2)).save(path)
+
+
+def write_grey_pictures(folder, training_images, held_out_images):
+    """Writes base emoji without their colours, as anyone's own pictures would lie in a folder.
+
+    The held-out ones go to the sub-folder `validation`.
+    """
+    emoji = [one for one in load_emoji() if one.code == one.concept]
+    order = np.random.default_rng(0).permutation(len(emoji))
+    held_out, training = np.split(order[: training_images + held_out_images], [held_out_images])
+    for part, indices in ((folder, training), (folder / "validation", held_out)):
+        part.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for one in (emoji[index] for index in indices):
+            Image.fromarray(one.load(IMAGE_SIZE)).convert("L").save(part / f"{one.code}.png")
+            lines.append(json.dumps({"file_name": f"{one.code}.png", "text": one.captions[0]}) + "\n")
+        (part / METADATA).write_text("".join(lines), encoding="utf-8")

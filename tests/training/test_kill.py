@@ -1,0 +1,90 @@
+"""A run killed by SIGKILL at random moments, also inside saves, ends as if it had never been.
+
+`KERAS_SD_KILLS` sets the number of kills, 3 by default.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+
+from keras_sd.config import UNetConfig
+from tests.training.test_trainer import assert_same_state, state
+
+KILLS = int(os.environ.get("KERAS_SD_KILLS", "3"))
+STEPS = 60 + 20 * KILLS
+UNET = UNetConfig(
+    sample_size=16,
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D",) * 2,
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",) * 2,
+    norm_num_groups=8,
+)
+
+
+def start(folder, run, *more):
+    """Starts the real command, which saves after every second step."""
+    command = [sys.executable, "-m", "keras_sd.train", "ddim", "--train-data-dir", str(folder / "pictures")]
+    command += ["--unet-config", str(folder / "unet.json"), "--output-dir", str(folder / run)]
+    command += ["--max-train-steps", str(STEPS), "--train-batch-size", "8", "--checkpointing-steps", "2"]
+    command += ["--kid-images", "0", "--evaluation-steps", str(10 * STEPS), "--no-jit-compile", *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
+def newest_step(run):
+    """The step of the newest checkpoint in the folder, -1 before the first."""
+    steps = [int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")]
+    return max(steps, default=-1)
+
+
+def wait_for_progress(process, run):
+    """Waits until the run has saved a few times more than when it started."""
+    begun, deadline = newest_step(run), time.monotonic() + 300
+    while newest_step(run) < begun + 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for index in range(20):
+        picture = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{index}.png")
+    UNET.save(tmp_path / "unet.json")
+    finish(start(tmp_path, "whole"))
+
+    moments = random.Random(0)
+    for kill in range(KILLS):
+        resume = ("--resume-from-checkpoint", "latest") if kill else ()
+        process = start(tmp_path, "killed", *resume)
+        wait_for_progress(process, tmp_path / "killed")
+        time.sleep(moments.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    finish(start(tmp_path, "killed", "--resume-from-checkpoint", "latest"))
+
+    assert_same_state(state(tmp_path / "whole", STEPS), state(tmp_path / "killed", STEPS))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+def losses(run):
+    """Step and loss of every line, without the times."""
+    records = map(json.loads, (run / "logs" / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]

@@ -1,0 +1,170 @@
+"""The training loop: resumed against uninterrupted runs, accumulation, EMA, XLA, both backends."""
+
+import json
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from keras_sd.config import SchedulerConfig, UNetConfig
+from keras_sd.errors import UserError
+from keras_sd.training.pixel_ddim import train_pixel_ddim
+from keras_sd.training.trainer import Settings
+
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D",) * 2,
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",) * 2,
+    norm_num_groups=4,
+)
+SCHEDULER = SchedulerConfig(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+PICTURES = [
+    {"image": np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype="uint8")} for index in range(12)
+]
+STEPS = 6
+
+
+def train(folder, stop_at=None, evaluation_steps=3, **options):
+    """Runs a tiny DDIM training; a SIGTERM arrives after step `stop_at`."""
+    settings = Settings(
+        output_dir=folder,
+        max_train_steps=STEPS,
+        learning_rate=1e-2,
+        lr_warmup_steps=2,
+        evaluation_steps=evaluation_steps,
+        **{"train_batch_size": 4, "checkpointing_steps": 100, **options},
+    )
+    keras.utils.set_random_seed(settings.seed)
+
+    def evaluate(step):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return train_pixel_ddim(
+        settings, UNET, SCHEDULER, PICTURES, make_evaluation=lambda trainer, denoiser: evaluate
+    )
+
+
+def state(folder, step=STEPS):
+    return {
+        group: load_file(folder / f"checkpoint-{step}" / f"{group}.safetensors")
+        for group in ("weights", "ema", "optimizer")
+    }
+
+
+def assert_same_state(left, right):
+    for group in left:
+        assert left[group].keys() == right[group].keys()
+        for name in left[group]:
+            np.testing.assert_array_equal(left[group][name], right[group][name], err_msg=f"{group}/{name}")
+
+
+def losses(folder):
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, jit_compile):
+    assert train(tmp_path / "whole", jit_compile=jit_compile)
+    assert not train(tmp_path / "parts", stop_at=3, jit_compile=jit_compile)
+    assert not (tmp_path / "parts" / f"checkpoint-{STEPS}").exists()
+    assert train(tmp_path / "parts", resume_from_checkpoint="latest", jit_compile=jit_compile)
+    assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert sorted(losses(tmp_path / "whole")) == list(range(1, STEPS + 1))
+
+
+def test_xla_trains_to_the_weights_of_eager_execution(tmp_path):
+    train(tmp_path / "compiled", jit_compile=True)
+    train(tmp_path / "traced", jit_compile=False)
+    compiled, traced = state(tmp_path / "compiled"), state(tmp_path / "traced")
+    for name, array in compiled["weights"].items():
+        np.testing.assert_allclose(array, traced["weights"][name], atol=2e-4, err_msg=name)
+
+
+def test_accumulated_batches_train_like_one_large_batch(tmp_path):
+    train(tmp_path / "large", train_batch_size=8)
+    train(tmp_path / "accumulated", train_batch_size=4, gradient_accumulation_steps=2)
+    large, accumulated = state(tmp_path / "large"), state(tmp_path / "accumulated")
+    for group in ("weights", "ema"):
+        for name, array in large[group].items():
+            np.testing.assert_allclose(array, accumulated[group][name], atol=2e-4, err_msg=name)
+
+
+def test_accumulating_run_resumes_to_the_bit(tmp_path):
+    options = {"gradient_accumulation_steps": 2}
+    assert train(tmp_path / "whole", **options)
+    assert not train(tmp_path / "parts", stop_at=3, **options)
+    assert train(tmp_path / "parts", resume_from_checkpoint="latest", **options)
+    assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
+
+
+def test_average_follows_the_warmed_up_decay(tmp_path):
+    """The EMA after each step, computed here from the weights that the checkpoints hold."""
+    train(tmp_path, checkpointing_steps=1, checkpoints_total_limit=None)
+    first = state(tmp_path, 1)
+    average = first["ema"]
+    for step in range(2, STEPS + 1):
+        decay = min(0.9999, (1 + step - 1) / (10 + step - 1))
+        weights = state(tmp_path, step)["weights"]
+        pairs = zip(average.items(), weights.values(), strict=True)
+        average = {name: decay * array + (1 - decay) * weight for (name, array), weight in pairs}
+    for (name, array), expected in zip(state(tmp_path)["ema"].items(), average.values(), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_exported_model_holds_the_average(tmp_path):
+    train(tmp_path)
+    exported = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    average = sorted(float(np.sum(np.abs(array))) for array in state(tmp_path)["ema"].values())
+    written = sorted(float(np.sum(np.abs(array))) for array in exported.values())
+    np.testing.assert_allclose(written, average, rtol=1e-6)
+
+
+def test_checkpoint_of_other_settings_is_refused(tmp_path):
+    train(tmp_path)
+    with pytest.raises(UserError, match="learning_rate|train_batch_size"):
+        train(tmp_path, train_batch_size=6, resume_from_checkpoint="latest")
+
+
+def test_resuming_from_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        train(tmp_path, resume_from_checkpoint="latest")
+
+
+def test_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path):
+    assert not train(tmp_path, stop_at=3)
+    weights = tmp_path / "checkpoint-3"
+    with pytest.raises(UserError, match=r"(?s)(loss|not finite).*checkpoint-3") as raised:
+        settings_that_diverge(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert weights.is_dir()
+
+
+def settings_that_diverge(folder):
+    """Resumes with pictures that are not numbers."""
+    broken = [{"image": np.full((8, 8, 3), np.nan, "float32")} for _ in PICTURES]
+    settings = Settings(
+        output_dir=folder,
+        max_train_steps=STEPS,
+        learning_rate=1e-2,
+        lr_warmup_steps=2,
+        train_batch_size=4,
+        resume_from_checkpoint="latest",
+    )
+    return train_pixel_ddim(settings, UNET, SCHEDULER, broken)
+
+
+@pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "evaluation_steps"])
+def test_numbers_out_of_range_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=name):
+        Settings(output_dir=tmp_path, **{name: 0})
