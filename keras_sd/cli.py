@@ -54,7 +54,6 @@ def generate(
     """
     output = check_output(output, ".png")
     pipeline = open_model(model)
-    from keras_sd.diffusion.samplers import find_sampler
     from keras_sd.images import image_grid, save_png
 
     pipeline.batch_size = batch_size
@@ -68,21 +67,17 @@ def generate(
         eta=eta,
         seed=seed,
     )
-    parameters = {"prompt": prompt, "negative_prompt": negative_prompt, "Steps": steps}
-    parameters |= {"Sampler": find_sampler(sampler).name, "CFG scale": guidance_scale}
     files = [(output, images[0] if num_images == 1 else image_grid(images), seed)]
     if num_images > 1:
         for index, image in enumerate(images):
             files.append((output.with_stem(f"{output.stem}-{index}"), image, seed + index))
+    settings = {"num_steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
     for path, image, image_seed in files:
-        height, width = image.shape[:2]
+        size = image.shape[:2]
         save_png(
             image,
             path,
-            parameters
-            | {"Seed": image_seed, "Size": f"{width}x{height}"}
-            | ({"Eta": eta} if eta else {})
-            | {"Model hash": pipeline.model_hash, "Model": pipeline.name},
+            pipeline.parameters(prompt, negative_prompt, seed=image_seed, size=size, **settings),
         )
         click.echo(path)
 

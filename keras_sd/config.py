@@ -224,7 +224,7 @@ EMOJI_IMAGE_ENCODER = ImageEncoderConfig(
     patch_size=16,
     hidden_size=128,
     intermediate_size=512,
-    num_hidden_layers=4,
+    num_hidden_layers=3,
     num_attention_heads=4,
     projection_dim=128,
 )

@@ -52,7 +52,7 @@ def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_o
     """
     start = time.perf_counter()
     pipeline = StableDiffusion.from_preset("emoji")
-    pipeline.batch_size = 50
+    pipeline.batch_size = len(PROMPTS)  # all sampling in batches of one size is compiled once
     save_grid(pipeline, folder / "before.png")
     say(f"{folder / 'before.png'}: {len(PROMPTS)} prompts, as the bundled model draws them")
 

@@ -181,21 +181,48 @@ def vae(vae_config, kl_weight, **options):
 @click.option(
     "--tokenizer", "tokenizer_folder", help="Folder of a tokenizer; learned from the captions by default."
 )
-def clip(text_config, image_config, tokenizer_folder, **options):
+@click.option("--frozen-text-encoder", help="Folder of a model whose text encoder and tokenizer are kept.")
+def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
     """Train CLIP's text and image encoders on captioned pictures."""
     settings = _settings(options)
-    from keras_sd.models.tokenizer import Tokenizer
     from keras_sd.training.contrastive import train_contrastive
 
-    text_config = _config(text_config, config.TextEncoderConfig, config.EMOJI_TEXT_ENCODER)
+    settings.use_precision()
     image_config = _config(image_config, config.ImageEncoderConfig, config.EMOJI_IMAGE_ENCODER)
     source, held_out, repeats = _sources(options, image_config.image_size)
+    if frozen_text_encoder:
+        from keras_sd.pipeline import load_clip
+
+        parts = load_clip(frozen_text_encoder)
+        tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
+        text_encoder.trainable = False
+    else:
+        tokenizer, text_encoder = _new_text_encoder(text_config, tokenizer_folder, source)
+    train_contrastive(settings, text_encoder, image_config, tokenizer, source, held_out, repeats=repeats)
+
+
+def _new_text_encoder(config_path, tokenizer_folder, source):
+    """A tokenizer, learned from the captions unless its folder is given, and a text encoder for it."""
+    import dataclasses
+
+    from keras_sd.models.text_encoder import TextEncoder
+    from keras_sd.models.tokenizer import Tokenizer
+
+    text_config = _config(config_path, config.TextEncoderConfig, config.EMOJI_TEXT_ENCODER)
     if tokenizer_folder:
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
         captions = [caption for index in range(len(source)) for caption in source[index]["captions"]]
         tokenizer = Tokenizer.train(captions, text_config.vocab_size, text_config.max_position_embeddings)
-    train_contrastive(settings, text_config, image_config, tokenizer, source, held_out, repeats=repeats)
+    # Few captions give fewer tokens than were asked for.
+    text_config = dataclasses.replace(
+        text_config,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.begin_token_id,
+        eos_token_id=tokenizer.end_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, TextEncoder(text_config)
 
 
 @train.command("text-to-image")

@@ -1,11 +1,14 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from keras_sd import cli
+from keras_sd.demo import run_demo
 from keras_sd.diffusion import samplers
 from keras_sd.images import read_parameters
 from tests import tiny
@@ -70,6 +73,7 @@ def test_module_is_the_command():
         ("paint", "'paint'", "keras-sd --help"),
         ("train paint", "'paint'", "keras-sd train --help"),
         ("train clip --train-batch-size many", "'--train-batch-size'", "keras-sd train clip --help"),
+        ("train --max-train-step few", "'--max-train-step'", "keras-sd train text-to-image --help"),
         ("generate", "PROMPT", "keras-sd generate --help"),
         ("generate heart --sampler euler", "'euler'", "ddim"),
         ("generate heart --model emojis", "'emojis'", "emoji"),
@@ -182,3 +186,29 @@ def test_more_steps_than_timesteps_is_one_line(keras_sd_command, model, tmp_path
     code, _, errors = keras_sd_command("generate", "red heart", *options)
     assert code == 2
     assert errors.strip().split("\n")[-1] == "keras-sd: error: num_steps 1001: out of range; use 1 to 1000"
+
+
+def test_evaluation_of_the_bundled_model_is_a_table_and_a_file(keras_sd_command, tmp_path):
+    path = tmp_path / "results.json"
+    code, output, _ = keras_sd_command("evaluate", "emoji", "--steps", 1, "--output", path)
+    assert code == 0
+    results = json.loads(path.read_text())
+    assert results["model"] == "emoji" and results["num_steps"] == 1
+    assert results["reconstruction_psnr"] > 24
+    table = [line for line in output.splitlines() if line.startswith("| ")]
+    assert len(table) == 9 and f"{results['reconstruction_psnr']:.2f} dB" in table[1]
+
+
+def test_demo_fine_tunes_and_names_what_it_wrote(tmp_path):
+    lines = []
+    folder = tmp_path / "demo"
+    figures = run_demo(folder, lines.append, max_train_steps=3, training_images=36, held_out_images=24)
+    assert json.loads((folder / "results.json").read_text()) == figures
+    for name in ("loss", "kid"):
+        before, after = figures["before"][name], figures["after"][name]
+        assert np.isfinite([before, after]).all() and before != after
+        assert any(f"{before:.4f}" in line and f"{after:.4f}" in line for line in lines)
+    named = [Path(line.split()[0]) for line in lines if line.startswith("  ")]
+    assert len(named) == 6 and all(path.exists() for path in named)
+    steps = [json.loads(line) for line in (folder / "run/logs/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3]

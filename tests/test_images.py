@@ -77,7 +77,8 @@ def test_a_contact_sheet_shows_every_picture():
 def test_labels_stand_below_their_pictures():
     images = np.full((2, 60, 60, 3), 255, "uint8")
     plain, empty = image_grid(images, columns=2), image_grid(images, ["", ""], columns=2)
-    sheet = image_grid(images, ["heart", "a label that is much too long for the room that there is"], columns=2)
+    labels = ["heart", "a label that is much too long for the room that there is"]
+    sheet = image_grid(images, labels, columns=2)
     assert plain.shape[0] < empty.shape[0] < sheet.shape[0]
     below = sheet[64:]
     assert (sheet[:64] == 255).all()

@@ -36,7 +36,8 @@ DIFFUSERS = """
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     options = dict(num_inference_steps=20, guidance_scale=3.0, latents=inputs["noise"].permute(0, 3, 1, 2))
-    options |= dict(prompt=["red heart", "woman running"], negative_prompt=["blue heart", "flag of Japan"])
+    options |= dict(prompt=["red heart"] * 2 + ["woman running"] * 2)
+    options |= dict(negative_prompt=["blue heart"] * 2 + ["flag of Japan"] * 2)
     outputs["latents"] = pipeline(**options, output_type="latent").images.permute(0, 2, 3, 1)
     outputs["images"] = torch.from_numpy(pipeline(**options, output_type="np").images)
 """
@@ -77,9 +78,9 @@ def folder(pipeline, tmp_path_factory):
 @pytest.fixture(scope="module")
 def denoised(pipeline):
     """Noise, text encodings and what 20 guided steps make of them."""
-    noise = NoiseStreams([0, 1]).draw((4, 4, 4))
-    context = pipeline.encode_text(PROMPTS)
-    negative = pipeline.encode_text(["blue heart", "flag of Japan"])
+    noise = NoiseStreams(range(4)).draw((4, 4, 4))
+    context = pipeline.encode_text(PROMPTS).repeat(2, axis=0)
+    negative = pipeline.encode_text(["blue heart", "flag of Japan"]).repeat(2, axis=0)
     latents = pipeline.denoise(noise, context, negative, num_steps=20, guidance_scale=3.0)
     return {"noise": noise, "context": context, "negative": negative, "latents": latents}
 
@@ -104,7 +105,7 @@ def test_a_picture_is_the_same_alone_and_in_batches(pipeline, images):
     for index, prompt in ((1, PROMPTS[0]), (2, PROMPTS[1])):
         alone = pipeline.text_to_image(prompt, seed=3 + index, **OPTIONS)
         assert levels_apart(alone, images[index : index + 1]) <= 1
-    pipeline.batch_size = 3  # two turns of two
+    pipeline.batch_size = 1
     try:
         split = pipeline.text_to_image(PROMPTS, num_images=2, seed=3, **OPTIONS)
     finally:
@@ -140,7 +141,8 @@ def test_prompts_and_guidance_count(pipeline, images):
 
 
 def test_another_size_needs_no_other_model(pipeline):
-    image = pipeline.text_to_image("red heart", height=24, width=16, num_steps=1, guidance_scale=1, progress=False)
+    options = {"num_steps": 1, "guidance_scale": 1, "progress": False}
+    image = pipeline.text_to_image("red heart", height=24, width=16, **options)
     assert image.shape == (1, 24, 16, 3)
 
 
@@ -161,7 +163,7 @@ def test_progress_is_shown_or_handed_over(pipeline, capsys):
 def test_primitives_make_the_task(pipeline, images):
     streams = NoiseStreams([3, 4, 5, 6])
     context, negative = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
-    assert context.shape == (2, 8, 16)
+    assert context.shape == (2, 12, 16)
     latents = pipeline.denoise(
         streams.draw(pipeline.latent_shape()),
         context.repeat(2, axis=0),
@@ -226,7 +228,8 @@ def test_pictures_say_how_they_were_made(folder, pipeline, tmp_path):
     loaded = StableDiffusion.load(folder / "model")
     assert len(loaded.model_hash) == 10 and int(loaded.model_hash, 16) >= 0
     settings = {"num_steps": 30, "guidance_scale": 5.0, "seed": 7, "size": (16, 24)}
-    save_png(np.zeros((16, 24, 3), "uint8"), tmp_path / "a.png", loaded.parameters("red heart", "blue", **settings))
+    image = np.zeros((16, 24, 3), "uint8")
+    save_png(image, tmp_path / "a.png", loaded.parameters("red heart", "blue", **settings))
     assert read_parameters(tmp_path / "a.png") == {
         "prompt": "red heart",
         "negative_prompt": "blue",
@@ -281,7 +284,7 @@ def test_bad_folders_end_in_one_line(pipeline, folder, tmp_path):
     tensors = torch_state(pipeline.unet)
     tensors["conv_in.weight"] = tensors["conv_in.weight"][:3]
     save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, weights)
-    with pytest.raises(UserError, match=r"1 misshapen.*conv_in.weight is \(3, 4, 3, 3\), the model has \(8, 4"):
+    with pytest.raises(UserError, match=r"1 misshapen.*conv_in.weight is \(3, 4, 3, 3\), the model has"):
         StableDiffusion.load(tmp_path / "model")
     weights.unlink()
     with pytest.raises(UserError, match="no such file"):
@@ -289,20 +292,24 @@ def test_bad_folders_end_in_one_line(pipeline, folder, tmp_path):
 
 
 def test_parts_that_do_not_fit_end_in_one_line(pipeline):
-    words, unet = tiny.tokenizer(), pipeline.unet.config.to_dict()
-    text = pipeline.text_encoder.config.to_dict()
+    def text_encoder(**change):
+        return TextEncoder(TextEncoderConfig.from_dict(pipeline.text_encoder.config.to_dict() | change))
+
+    def unet(**change):
+        return UNet(UNetConfig.from_dict(pipeline.unet.config.to_dict() | change))
+
     parts = {
-        "tokenizer": words,
+        "tokenizer": pipeline.tokenizer,
         "text_encoder": pipeline.text_encoder,
         "unet": pipeline.unet,
         "vae": pipeline.vae,
         "scheduler_config": SCHEDULER,
     }
     for change, line in [
-        ({"tokenizer": tiny.tokenizer(max_length=9)}, "gives 9 tokens, the text encoder takes 8"),
-        ({"text_encoder": TextEncoder(TextEncoderConfig.from_dict(text | {"vocab_size": 500}))}, "500"),
-        ({"unet": UNet(UNetConfig.from_dict(unet | {"cross_attention_dim": 12}))}, "16 wide, the UNet takes 12"),
-        ({"unet": UNet(UNetConfig.from_dict(unet | {"in_channels": 9}))}, "9 channels in and 4 out"),
+        ({"tokenizer": tiny.tokenizer(max_length=13)}, "gives 13 tokens, the text encoder takes 12"),
+        ({"text_encoder": text_encoder(vocab_size=500)}, "tokens, the text encoder 500"),
+        ({"unet": unet(cross_attention_dim=12)}, "16 wide, the UNet takes 12"),
+        ({"unet": unet(in_channels=9)}, "9 channels in and 4 out"),
     ]:
         with pytest.raises(UserError, match=line):
             StableDiffusion(**(parts | change))

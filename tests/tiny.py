@@ -70,7 +70,7 @@ IMAGE_ENCODER = ImageEncoderConfig(
 )
 
 
-def tokenizer(max_length=8):
+def tokenizer(max_length=12):
     """A vocabulary of the bytes and a few merges."""
     return Tokenizer.train(TEXTS, vocab_size=530, max_length=max_length)
 

@@ -175,7 +175,8 @@ def _attributes(code: str, entries: dict) -> tuple[str, ...]:
     base, tones, _ = entries[code]
     gender = tuple(
         "woman" if point in ("2640", "1f469") else "man"
-        for point in base.split("-") if point in ("2640", "2642", "1f468", "1f469")
+        for point in base.split("-")
+        if point in ("2640", "2642", "1f468", "1f469")
     ) or ((base,) if base in _COUPLES else ())
     return gender + tuple(dict.fromkeys(tones.lower().split("-")))
 

@@ -42,9 +42,12 @@ class EmojiCaptions(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str):
         for emoji in load_emoji():
             if emoji.split == split:
-                yield emoji.code, {
-                    "image": emoji.load(IMAGE_SIZE),
-                    "captions": list(emoji.captions),
-                    "code": emoji.code,
-                    "concept": emoji.concept,
-                }
+                yield (
+                    emoji.code,
+                    {
+                        "image": emoji.load(IMAGE_SIZE),
+                        "captions": list(emoji.captions),
+                        "code": emoji.code,
+                        "concept": emoji.concept,
+                    },
+                )

@@ -118,9 +118,7 @@ def _metadata_entry(line: str, place: str) -> tuple[str, str]:
     for key in ("file_name", "text"):
         value = entry.get(key) if isinstance(entry, dict) else None
         if not isinstance(value, str) or not value.strip() or "\0" in value:
-            raise UserError(
-                f'{place}: no "{key}"; write {{"file_name": "image.png", "text": "a caption"}}'
-            )
+            raise UserError(f'{place}: no "{key}"; write {{"file_name": "image.png", "text": "a caption"}}')
     return entry["file_name"], entry["text"].strip()
 
 

@@ -6,7 +6,6 @@ network may predict the noise ("epsilon", Ho et al., 2020), the velocity
 ("sample"). Rates broadcast against the samples; plain operators, so NumPy arrays work as well.
 """
 
-
 import numpy as np
 
 

@@ -176,9 +176,10 @@ class MetricsLog(StepCallback):
         # Names that the resumed step has on record, for instance from the evaluation after its checkpoint.
         # They are not written again.
         self.resumed_names = self._cut(initial_step)
-        # TensorBoard drops earlier events from this step on.
-        start = Event(step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._write([], [Event(file_version="brain.Event:2"), start])
+        # At the second event TensorBoard drops what earlier files have from this step on.
+        now = time.time()
+        start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write([], [Event(wall_time=now, file_version="brain.Event:2"), start])
 
     def on_step(self, logs):
         self._pending.append((self.step, logs))
@@ -367,6 +368,7 @@ class StopOnSignal(StepCallback):
         self.signal_received = None
         self._old_handlers = {}
         self._entered = False
+        self._within_step = False
 
     def __enter__(self):
         self._entered = True
@@ -380,8 +382,11 @@ class StopOnSignal(StepCallback):
     def on_train_begin(self, logs=None):
         self._install()
 
+    def on_train_batch_begin(self, batch, logs=None):
+        self._within_step = True
+
     def on_step(self, logs):
-        # Not in the handler: Keras would stop after any batch, also between those of one step.
+        self._within_step = False
         if self.signal_received is not None:
             self.model.stop_training = True
 
@@ -394,6 +399,9 @@ class StopOnSignal(StepCallback):
             self._restore()
             raise KeyboardInterrupt
         self.signal_received = number
+        # Keras stops after any batch. Within a step, whose other batches are to come, `on_step` tells it.
+        if self.model is not None and not self._within_step:
+            self.model.stop_training = True
         print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
 
     def _install(self) -> None:

@@ -5,7 +5,6 @@ from keras import ops
 
 from keras_sd.data.datasets import batches
 from keras_sd.models.image_encoder import ImageEncoder
-from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.training.losses import ContrastiveObjective, images_to_network
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.formats import write_part
@@ -44,15 +43,19 @@ def shifted(image, generator, largest=3):
     return padded[down : down + height, right : right + width]
 
 
-def train_contrastive(settings, text_config, image_config, tokenizer, source, held_out, *, repeats=None):
+def train_contrastive(settings, text_encoder, image_config, tokenizer, source, held_out, *, repeats=None):
     """Trains the two encoders and writes them and the tokenizer under `output_dir/model`.
+
+    A text encoder that is not `trainable` stays as it is and a new image encoder learns to meet it
+    (Zhai et al., 2022, the other way round): a UNet that was trained on it goes on to understand it.
 
     The text projection and the logit scale, which only contrastive training and captioning need,
     lie beside the image encoder's weights.
 
     Args:
         settings: `trainer.Settings`.
-        text_config, image_config: `TextEncoderConfig`, `ImageEncoderConfig` of one `projection_dim`.
+        text_encoder: `TextEncoder`, freshly made to be trained, or a trained one that is kept.
+        image_config: `ImageEncoderConfig` with the text encoder's `projection_dim`.
         tokenizer: `Tokenizer` of the text encoder's vocabulary.
         source: examples with an `image` of `image_config.image_size` and `captions`.
         held_out: examples on which the right caption is looked for among all of theirs.
@@ -61,8 +64,7 @@ def train_contrastive(settings, text_config, image_config, tokenizer, source, he
     Returns:
         Whether training got to its end.
     """
-    settings.use_precision()
-    text_encoder, image_encoder = TextEncoder(text_config), ImageEncoder(image_config)
+    text_config, image_encoder = text_encoder.config, ImageEncoder(image_config)
     objective = ContrastiveObjective(text_encoder, image_encoder)
     trainer = Trainer(
         objective,
@@ -70,6 +72,7 @@ def train_contrastive(settings, text_config, image_config, tokenizer, source, he
         {
             "method": "clip",
             "text_model": text_config.to_dict(),
+            "text_trained": text_encoder.trainable,
             "image_model": image_config.to_dict(),
             "data": len(source),
         },

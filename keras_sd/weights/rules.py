@@ -110,7 +110,7 @@ def torch_state(model):
         A dictionary of NumPy arrays, in the variables' own precision.
     """
     return {
-        parameter.name: keras.ops.convert_to_numpy(parameter.variable).transpose(_torch_axes(parameter))
+        parameter.name: np.asarray(parameter.variable).transpose(_torch_axes(parameter))
         for parameter in parameter_paths(model)
     }
 

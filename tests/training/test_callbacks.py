@@ -214,6 +214,13 @@ def test_a_signal_finishes_the_step_saves_and_leaves(tmp_path, whole, number, ac
     assert_same_state(load(run.checkpoints, 7).groups, load(whole(accumulation).checkpoints, 7).groups)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2], ids=["plain", "accumulated"])
+def test_a_signal_during_an_evaluation_adds_no_step(tmp_path, accumulation):
+    run = Run(tmp_path, every=100, accumulation=accumulation, eager=True)
+    run.fit(50, AtStep(3, lambda: signal.raise_signal(signal.SIGTERM)), epochs=2)
+    assert run.checkpoints.latest().name == "checkpoint-3"
+
+
 def test_a_second_interrupt_aborts_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     run = Run(tmp_path, every=100, eager=True)

@@ -66,7 +66,7 @@ def build(name):
 def arrays():
     generator = np.random.default_rng(0)
     shapes = {"sd1/latents": (2, 4, 6, 4), "sd2/latents": (2, 8, 4, 4), "pixel/latents": (2, 8, 8, 3)}
-    shapes |= {"images": (2, 16, 8, 3), "context": (2, 8, 16)}
+    shapes |= {"images": (2, 16, 8, 3), "context": (2, 12, 16)}
     drawn = {name: generator.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
     return drawn | {"timesteps": np.array([3, 801])}
 

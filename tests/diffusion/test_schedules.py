@@ -1,0 +1,60 @@
+"""Noise schedules against diffusers' and against their definitions."""
+
+import numpy as np
+import pytest
+
+from keras_sd.config import ConfigError, SchedulerConfig
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError
+from tests.reference import run_reference
+
+CONFIGS = {
+    "scaled_linear": {},
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "zero_terminal_snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+}
+
+REFERENCE = """
+from diffusers import DDIMScheduler
+for name, config in CONFIGS.items():
+    outputs[name] = DDIMScheduler(**config).alphas_cumprod
+"""
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    full = {name: SchedulerConfig(**values).to_dict() for name, values in CONFIGS.items()}
+    public = {n: {k: v for k, v in c.items() if not k.startswith("_")} for n, c in full.items()}
+    return run_reference(f"CONFIGS = {public!r}\n{REFERENCE}", {}, tmp_path_factory.mktemp("schedules"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rates_are_those_of_diffusers(name, reference):
+    schedule = NoiseSchedule(SchedulerConfig(**CONFIGS[name]))
+    # diffusers multiplies a thousand factors in float32.
+    np.testing.assert_allclose(schedule.alphas_cumprod, reference[name], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_squared_rates_add_to_one(name):
+    schedule = NoiseSchedule(SchedulerConfig(**CONFIGS[name]))
+    np.testing.assert_allclose(schedule.signal_rates**2 + schedule.noise_rates**2, 1, atol=1e-6)
+    assert np.all(np.diff(schedule.alphas_cumprod) < 0)
+
+
+def test_stable_diffusion_has_its_known_middle():
+    """Cumulative alpha at t=500 is 0.276; schedules with other betas are far off."""
+    np.testing.assert_allclose(NoiseSchedule(SchedulerConfig()).alphas_cumprod[500], 0.2763, atol=1e-3)
+
+
+def test_zero_terminal_snr_ends_in_pure_noise():
+    schedule = NoiseSchedule(SchedulerConfig(rescale_betas_zero_snr=True))
+    assert schedule.signal_rates[-1] == 0 and schedule.noise_rates[-1] == 1
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(UserError, match="beta_schedule 'sigmoid'"):
+        NoiseSchedule(SchedulerConfig(beta_schedule="sigmoid"))
+    with pytest.raises(ConfigError, match="prediction_type 'flow'"):
+        SchedulerConfig(prediction_type="flow")

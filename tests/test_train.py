@@ -1,0 +1,224 @@
+"""Every training method through its command, on pictures in a folder and tiny configs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_sd import config
+from keras_sd.pipeline import StableDiffusion, load_part
+from keras_sd.train import train
+
+COLOURS = {"red": (220, 30, 40), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 30)}
+VAE = config.VAEConfig(
+    sample_size=16,
+    latent_channels=4,
+    block_out_channels=(8, 16),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+TEXT = dataclasses.replace(
+    config.EMOJI_TEXT_ENCODER,
+    vocab_size=540,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+    projection_dim=16,
+    bos_token_id=538,
+    eos_token_id=539,
+    pad_token_id=539,
+)
+IMAGE = dataclasses.replace(
+    config.EMOJI_IMAGE_ENCODER,
+    image_size=16,
+    patch_size=8,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    projection_dim=16,
+)
+UNET = dataclasses.replace(
+    config.EMOJI_UNET,
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    cross_attention_dim=16,
+    attention_head_dim=2,
+    norm_num_groups=4,
+)
+PIXEL_UNET = dataclasses.replace(
+    config.PIXEL_UNET,
+    sample_size=16,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D",) * 2,
+    up_block_types=("UpBlock2D",) * 2,
+    norm_num_groups=4,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Squares of four colours with captions, six of them held out, and the configs as files."""
+    folder = tmp_path_factory.mktemp("train")
+    generator = np.random.default_rng(0)
+    for part, count in (("pictures", 24), ("pictures/validation", 6)):
+        (folder / part).mkdir()
+        lines = []
+        for index in range(count):
+            name = list(COLOURS)[index % len(COLOURS)]
+            picture = np.full((16, 16, 3), 255, "uint8")
+            top, left = generator.integers(1, 5, 2)
+            picture[top : top + 10, left : left + 10] = COLOURS[name]
+            Image.fromarray(picture).save(folder / part / f"{index}.png")
+            lines.append(json.dumps({"file_name": f"{index}.png", "text": f"{name} square"}) + "\n")
+        (folder / part / "metadata.jsonl").write_text("".join(lines))
+    for name, value in (
+        ("vae", VAE),
+        ("text", TEXT),
+        ("image", IMAGE),
+        ("unet", UNET),
+        ("pixel", PIXEL_UNET),
+    ):
+        value.save(folder / f"{name}.json")
+    return folder
+
+
+def run(folder, method, output, *options, steps=30):
+    """Runs one method as the command line does, and returns its figures by name."""
+    arguments = ["--train-data-dir", folder / "pictures", "--output-dir", folder / output]
+    arguments += ["--max-train-steps", steps, "--train-batch-size", 8, "--evaluation-steps", steps]
+    arguments += ["--lr-warmup-steps", 5, "--learning-rate", "5e-3", *options]
+    train.main([method, *map(str, arguments)], standalone_mode=False)
+    curves = {}
+    for line in (folder / output / "logs" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in record.keys() - {"step", "time"}:
+            curves.setdefault(name, []).append(record[name])
+    return curves
+
+
+def fell(losses, share):
+    """Whether the mean of the last five losses is below that share of the first five's."""
+    return np.mean(losses[-5:]) < share * np.mean(losses[:5])
+
+
+@pytest.fixture(scope="module")
+def vae(folder):
+    return run(folder, "vae", "vae", "--vae-config", folder / "vae.json", "--ema-decay", 0.9, steps=80)
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    configs = ("--text-config", folder / "text.json", "--image-config", folder / "image.json")
+    return run(folder, "clip", "clip", *configs, "--ema-decay", 0.9)
+
+
+@pytest.fixture(scope="module")
+def text_to_image(folder, vae, clip):
+    parts = ("--pretrained-vae", folder / "vae/model", "--pretrained-clip", folder / "clip/model")
+    sampling = ("--kid-images", 6, "--num-inference-steps", 4, "--validation-prompts", "red square")
+    options = (*parts, *sampling, "--from-scratch", "--unet-config", folder / "unet.json", "--snr-gamma", 5)
+    return run(folder, "text-to-image", "t2i", *options, steps=60)
+
+
+def test_autoencoder_learns_to_reconstruct(folder, vae):
+    assert fell(vae["loss"], 0.5)
+    assert vae["reconstruction_psnr"][-1] > 12
+    model = load_part(folder / "vae" / "model", "vae")
+    pictures = [np.asarray(Image.open(path)) for path in (folder / "pictures").glob("*.png")]
+    latents = model.encode(np.stack(pictures) / np.float32(127.5) - 1).mode()
+    # The factor was measured on these very pictures.
+    np.testing.assert_allclose(np.std(np.asarray(latents)) * model.config.scaling_factor, 1, rtol=1e-3)
+
+
+def test_contrastive_training_tells_the_colours_apart(clip):
+    assert fell(clip["loss"], 0.9)
+
+
+def test_image_encoder_learns_to_meet_a_frozen_text_encoder(folder, clip):
+    options = ("--frozen-text-encoder", folder / "clip/model", "--image-config", folder / "image.json")
+    assert fell(run(folder, "clip", "locked", *options)["loss"], 0.95)
+    before, after = (load_part(folder / name / "model", "text_encoder") for name in ("clip", "locked"))
+    for old, new in zip(before.weights, after.weights, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_text_to_image_writes_a_model_that_opens_and_samples(folder, text_to_image):
+    assert fell(text_to_image["loss"], 0.9)
+    for split in ("train", "held_out"):
+        for weights in ("ema", "raw"):
+            assert np.isfinite(text_to_image[f"kid_emoji_{split}_{weights}"]).all()
+    assert (folder / "t2i" / "samples" / "step-000060.png").is_file()
+    sd = StableDiffusion.load(folder / "t2i" / "model")
+    images = sd.text_to_image("red square", num_images=2, num_steps=4, progress=False)
+    assert images.shape == (2, 16, 16, 3)
+
+
+def test_loaded_model_is_fine_tuned_from_its_weights(folder, text_to_image):
+    options = ("--pretrained-model-name-or-path", folder / "t2i/model", "--kid-images", 0)
+    figures = run(folder, "text-to-image", "tuned", *options, "--num-inference-steps", 2, steps=5)
+    # It begins where the other run ended, not where a new network does.
+    assert np.mean(figures["loss"]) < 0.9 * text_to_image["loss"][0]
+
+
+@pytest.fixture(scope="module")
+def ddim(folder):
+    options = ("--unet-config", folder / "pixel.json", "--kid-images", 0, "--num-inference-steps", 2)
+    return run(folder, "ddim", "ddim", *options, steps=40)
+
+
+def test_pixel_ddim_learns_and_writes_its_unet(folder, ddim):
+    assert fell(ddim["loss"], 0.8)
+    assert load_part(folder / "ddim" / "model", "unet").config == PIXEL_UNET
+    assert (folder / "ddim" / "samples" / "step-000040.png").is_file()
+
+
+def test_both_backends_train_alike(folder):
+    """The first losses on TensorFlow and on JAX, from the same batches and the same weights."""
+    losses = {}
+    for backend in ("tensorflow", "jax"):
+        command = [sys.executable, "-m", "keras_sd.train", "ddim", "--unet-config", folder / "pixel.json"]
+        command += ["--train-data-dir", folder / "pictures", "--output-dir", folder / backend]
+        command += ["--max-train-steps", "4", "--train-batch-size", "8", "--kid-images", "0"]
+        command += ["--num-inference-steps", "2", "--lr-warmup-steps", "0"]
+        environment = {**os.environ, "KERAS_BACKEND": backend}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        records = map(json.loads, (folder / backend / "logs" / "metrics.jsonl").read_text().splitlines())
+        losses[backend] = [record["loss"] for record in records if "loss" in record]
+    # Initial weights differ between the backends' random generators, but the last layer begins at
+    # zero: the first loss is of the batch alone.
+    assert losses["tensorflow"][0] == pytest.approx(losses["jax"][0], rel=1e-5)
+    np.testing.assert_allclose(losses["tensorflow"], losses["jax"], rtol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["paint"], "paint"),
+        (["ddim", "--train-data-dir", "nowhere/at all"], "nowhere/at all"),
+        (["ddim", "--max-train-steps", "0"], "max_train_steps"),
+        (["ddim", "--unet-config", "missing.json"], "missing.json"),
+        (["vae", "--mixed-precision", "fp8"], "fp8"),
+        (["text-to-image", "--pretrained-model-name-or-path", "unheard"], "unheard"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, told):
+    output = [] if arguments == ["paint"] else ["--output-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-m", "keras_sd.train", *arguments, *output]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and told in lines[0], done.stderr
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
