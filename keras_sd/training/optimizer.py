@@ -23,7 +23,8 @@ class AdamW(keras.optimizers.AdamW):
         super().build(variables)
         self.ema_variables = self.add_optimizer_variables(variables, "ema")
         for average, variable in zip(self.ema_variables, variables, strict=True):
-            average.assign(variable)
+            # A copy: JAX donates the buffers of both to the compiled step, so they may not be one.
+            average.assign(ops.copy(variable))
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(gradient, variable, learning_rate)

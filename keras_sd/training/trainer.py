@@ -197,6 +197,7 @@ class Trainer:
             make_batches(self.step * settings.gradient_accumulation_steps),
             steps_per_epoch=remaining * settings.gradient_accumulation_steps,
             verbose=0,
+            shuffle=False,  # Grain has done it
             callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
         )
         self.step = self.log.step
