@@ -12,7 +12,7 @@ from keras_sd.data.folders import METADATA
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.images import image_grid
 from keras_sd.metrics.features import ClipFeatures, extract
-from keras_sd.metrics.kid import kernel_inception_distance
+from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.pipeline import StableDiffusion
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.losses import DiffusionObjective
@@ -130,8 +130,7 @@ class Measurement:
 
     def __call__(self):
         generated = self.pipeline.text_to_image(self.prompts, seed=0, **SAMPLING)
-        subset = len(self.real) // 2  # half of the set, so that the subsets differ
-        kid = kernel_inception_distance(self.real, extract(self.extractor, generated), subset_size=subset)
+        kid = paired_kernel_inception_distance(self.real, extract(self.extractor, generated))
         return {"loss": self.loss(), "kid": kid.mean}
 
     def loss(self, count=8):

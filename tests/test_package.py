@@ -14,7 +14,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md", "keras_sd")
-MEBIBYTE = 2**20
 
 # Run by the environment's interpreter as it starts: no network, and no TensorFlow under JAX.
 EMPTY_ENVIRONMENT = """
@@ -75,7 +74,7 @@ def test_wheel_holds_the_package_and_the_model_only(wheel):
     files = [path.relative_to(ROOT) for path in (ROOT / "keras_sd").rglob("*") if path.is_file()]
     expected = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     assert {name for name in names if ".dist-info/" not in name} == expected
-    assert sum(zipfile.ZipFile(wheel).getinfo(name).file_size for name in model) <= 25 * MEBIBYTE
+    assert sum(zipfile.ZipFile(wheel).getinfo(name).file_size for name in model) <= 25_000_000
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])

@@ -1,7 +1,13 @@
 """How good the pictures are: Kernel Inception Distance, reconstruction error, nearest neighbours."""
 
 from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract
-from keras_sd.metrics.kid import KID, KernelInceptionDistance, kernel_inception_distance, polynomial_mmd
+from keras_sd.metrics.kid import (
+    KID,
+    KernelInceptionDistance,
+    kernel_inception_distance,
+    paired_kernel_inception_distance,
+    polynomial_mmd,
+)
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "KernelInceptionDistance",
     "extract",
     "kernel_inception_distance",
+    "paired_kernel_inception_distance",
     "peak_signal_to_noise_ratio",
     "polynomial_mmd",
 ]

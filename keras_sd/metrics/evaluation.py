@@ -17,7 +17,7 @@ import numpy as np
 from keras_sd.data.emoji import load_emoji
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import ClipFeatures, extract
-from keras_sd.metrics.kid import kernel_inception_distance
+from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.metrics.retrieval import first_of_identical, nearest, top1
 
@@ -171,8 +171,8 @@ def kid_and_floor(emoji, images, held_out, generated, extractor):
     variants = np.array([i for i in training if emoji[i].code != emoji[i].concept])
 
     def kid(features):
-        # Half of the set, so that the subsets differ.
-        return kernel_inception_distance(real[held_out], features, subset_size=len(held_out) // 2)
+        # Real draws are no pairs, but must be compared in subsets of the same size.
+        return paired_kernel_inception_distance(real[held_out], features)
 
     def draws(candidates):
         chosen = [by_hash(emoji, candidates, f"floor {draw}")[: len(held_out)] for draw in range(FLOOR_DRAWS)]

@@ -5,7 +5,7 @@ import contextlib
 from PIL import Image
 
 from keras_sd.metrics.features import extract
-from keras_sd.metrics.kid import kernel_inception_distance
+from keras_sd.metrics.kid import paired_kernel_inception_distance
 
 
 class SampleEvaluation:
@@ -36,8 +36,7 @@ class SampleEvaluation:
                     self._save_grid(step)
                 for name, real in self.real_features.items():
                     generated = extract(self.extractor, self.generate(name))
-                    # Half of the set in a subset, so that the subsets differ.
-                    kid = kernel_inception_distance(real, generated, subset_size=max(len(real) // 2, 2))
+                    kid = paired_kernel_inception_distance(real, generated)
                     figures[f"{self.extractor.name}_{name}_{weights}"] = kid.mean
         self.trainer.log.log_scalars(step, figures)
 

@@ -32,3 +32,22 @@ class AdamW(keras.optimizers.AdamW):
         updates = ops.cast(self.iterations, "float32")
         decay = ops.minimum(self.ema_decay, (1.0 + updates) / (10.0 + updates))
         self.assign_sub(average, ops.cast(1.0 - decay, average.dtype) * (average - variable))
+
+
+class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):
+    """Counts a schedule's steps in updates when each takes several batches.
+
+    Keras asks a schedule for the rate at the number of batches, also when gradients are accumulated.
+
+    Args:
+        schedule: the schedule over updates.
+        batches: batches in one update.
+    """
+
+    def __init__(self, schedule, batches):
+        super().__init__()
+        self.schedule = schedule
+        self.batches = batches
+
+    def __call__(self, step):
+        return self.schedule(step // self.batches)

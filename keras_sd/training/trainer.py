@@ -19,7 +19,7 @@ from keras_sd.training.callbacks import (
     sync_state,
 )
 from keras_sd.training.checkpoints import Checkpoints
-from keras_sd.training.optimizer import AdamW
+from keras_sd.training.optimizer import AdamW, PerUpdate
 from keras_sd.weights.rules import parameter_paths
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
@@ -140,7 +140,7 @@ class Trainer:
         )
         accumulation = settings.gradient_accumulation_steps
         return AdamW(
-            learning_rate,
+            PerUpdate(learning_rate, accumulation),
             ema_decay=settings.ema_decay,
             beta_1=settings.adam_beta1,
             beta_2=settings.adam_beta2,

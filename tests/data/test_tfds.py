@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-TINY = '''
+TINY = """
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -23,7 +23,7 @@ class TinyShapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(4):
             yield i, {"image": np.full((30, 40, 3), 50 * i, "uint8"), "label": i % 2}
-'''
+"""
 
 
 def run(code, folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_sd.errors import UserError
-from keras_sd.metrics.kid import kernel_inception_distance, polynomial_mmd
+from keras_sd.metrics.kid import kernel_inception_distance, paired_kernel_inception_distance, polynomial_mmd
 from tests.reference import run_reference
 
 
@@ -113,3 +113,24 @@ def test_unfit_features_are_refused():
         polynomial_mmd(features(0, 20, 4), features(1, 20, 5))
     with pytest.raises(UserError, match="two of each"):
         polynomial_mmd(features(0, 1, 4), features(1, 20, 4))
+
+
+def test_pairs_that_are_alike_do_not_pull_the_estimate_below_zero():
+    """Copies with a little noise: the same distribution, so KID is zero up to its own spread."""
+    generator = np.random.default_rng(0)
+    plain, paired = [], []
+    for _ in range(40):
+        real = generator.standard_normal((60, 16))
+        generated = real + 0.1 * generator.standard_normal((60, 16))
+        plain.append(kernel_inception_distance(real, generated, subset_size=30, num_subsets=20).mean)
+        paired.append(paired_kernel_inception_distance(real, generated, num_subsets=20).mean)
+    error = np.std(paired) / np.sqrt(len(paired))
+    assert abs(np.mean(paired)) < 4 * error
+    assert np.mean(plain) < -4 * np.std(plain) / np.sqrt(len(plain))
+
+
+def test_pairs_are_as_many_of_each():
+    with pytest.raises(UserError, match="3 real and 3 generated"):
+        paired_kernel_inception_distance(features(0, 3, 4), features(1, 3, 4))
+    with pytest.raises(UserError, match="8 real and 6 generated"):
+        paired_kernel_inception_distance(features(0, 8, 4), features(1, 6, 4))

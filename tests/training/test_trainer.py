@@ -32,15 +32,20 @@ PICTURES = [
 STEPS = 6
 
 
-def train(folder, stop_at=None, evaluation_steps=3, **options):
+def train(folder, stop_at=None, evaluation_steps=3, jit_compile=False, **options):
     """Runs a tiny DDIM training; a SIGTERM arrives after step `stop_at`."""
     settings = Settings(
         output_dir=folder,
-        max_train_steps=STEPS,
         learning_rate=1e-2,
-        lr_warmup_steps=2,
         evaluation_steps=evaluation_steps,
-        **{"train_batch_size": 4, "checkpointing_steps": 100, **options},
+        jit_compile=jit_compile,
+        **{
+            "max_train_steps": STEPS,
+            "lr_warmup_steps": 2,
+            "train_batch_size": 4,
+            "checkpointing_steps": 100,
+            **options,
+        },
     )
     keras.utils.set_random_seed(settings.seed)
 
@@ -72,7 +77,7 @@ def losses(folder):
     return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("jit_compile", [True, False], ids=["xla", "traced"])
 def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, jit_compile):
     assert train(tmp_path / "whole", jit_compile=jit_compile)
     assert not train(tmp_path / "parts", stop_at=3, jit_compile=jit_compile)
@@ -85,19 +90,23 @@ def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path
 
 def test_xla_trains_to_the_weights_of_eager_execution(tmp_path):
     train(tmp_path / "compiled", jit_compile=True)
-    train(tmp_path / "traced", jit_compile=False)
+    train(tmp_path / "traced")
     compiled, traced = state(tmp_path / "compiled"), state(tmp_path / "traced")
     for name, array in compiled["weights"].items():
         np.testing.assert_allclose(array, traced["weights"][name], atol=2e-4, err_msg=name)
 
 
 def test_accumulated_batches_train_like_one_large_batch(tmp_path):
-    train(tmp_path / "large", train_batch_size=8)
-    train(tmp_path / "accumulated", train_batch_size=4, gradient_accumulation_steps=2)
-    large, accumulated = state(tmp_path / "large"), state(tmp_path / "accumulated")
+    # Two steps: the layers before the last, which begins at zero, have next to no gradient yet, and
+    # Adam divides even that by its own size.
+    train(tmp_path / "large", train_batch_size=8, max_train_steps=2)
+    train(tmp_path / "accumulated", train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2)
+    large, accumulated = state(tmp_path / "large", 2), state(tmp_path / "accumulated", 2)
     for group in ("weights", "ema"):
-        for name, array in large[group].items():
-            np.testing.assert_allclose(array, accumulated[group][name], atol=2e-4, err_msg=name)
+        for name in ("unet.conv_out.weight", "unet.conv_out.bias"):
+            left, right = large[group][name], accumulated[group][name]
+            assert np.abs(left).max() > 1e-3
+            np.testing.assert_allclose(left, right, atol=1e-5, err_msg=f"{group}/{name}")
 
 
 def test_accumulating_run_resumes_to_the_bit(tmp_path):
