@@ -1,6 +1,7 @@
 """The demonstration: pictures from the bundled model, then the same model taught to draw in grey."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -72,6 +73,7 @@ def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_o
 
         return evaluate
 
+    shutil.rmtree(folder / "run", ignore_errors=True)  # of an earlier demonstration
     settings = Settings(
         output_dir=folder / "run",
         max_train_steps=max_train_steps,

@@ -281,7 +281,8 @@ def load_part(folder, part):
     """
     model_class, config_class = _MODELS[part]
     config, tensors = formats.read_part(folder, part)
-    model = model_class(config_class.from_dict(config))
+    with rules.without_initial_values():
+        model = model_class(config_class.from_dict(config))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in CLIP_HEAD}
     rules.load_weights(model, tensors, source=formats.weights_path(folder, part))
     return model

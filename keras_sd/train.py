@@ -5,7 +5,9 @@ import functools
 import click
 
 from keras_sd import config
-from keras_sd.errors import run_command
+from keras_sd.errors import UserError, run_command
+
+FEWEST_FOR_KID = 4  # pictures in a set: two in each half
 
 
 class MethodGroup(click.Group):
@@ -90,9 +92,15 @@ def _sources(options, image_size, need_captions=True):
 
 
 def _example_sets(source, held_out, count):
-    """The examples that KID is measured on, spread evenly over each split; none for a count of 0."""
+    """The examples that KID is measured on, spread evenly over each split that has enough of them."""
+    if 0 < count < FEWEST_FOR_KID:
+        raise UserError(f"--kid-images {count}: too few; give {FEWEST_FOR_KID} or more, or 0 for none")
     splits = {"train": source, "held_out": held_out}
-    return {name: _evenly(split, count) for name, split in splits.items() if len(split) and count}
+    return {
+        name: _evenly(split, count)
+        for name, split in splits.items()
+        if count and len(split) >= FEWEST_FOR_KID
+    }
 
 
 def _evenly(sequence, count):
@@ -138,7 +146,8 @@ def _open_pipeline(options):
         parts["scheduler_config"] = dataclasses.replace(
             parts["scheduler_config"], prediction_type=options["prediction_type"]
         )
-    return StableDiffusion(**parts, batch_size=50)
+    # What fits in training fits in sampling.
+    return StableDiffusion(**parts, batch_size=options["train_batch_size"])
 
 
 def _config(path, config_class, default):

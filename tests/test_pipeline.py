@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from keras_sd import StableDiffusion
+from keras_sd import StableDiffusion, presets
 from keras_sd.config import SchedulerConfig, TextEncoderConfig, UNetConfig
 from keras_sd.diffusion.samplers import NoiseStreams
 from keras_sd.errors import UserError
@@ -33,20 +33,24 @@ PARTS = ("text_encoder", "unet", "vae", "image_encoder")
 DIFFUSERS = """
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    options = dict(num_inference_steps=20, guidance_scale=3.0, latents=inputs["noise"].permute(0, 3, 1, 2))
-    options |= dict(prompt=["red heart"] * 2 + ["woman running"] * 2)
-    options |= dict(negative_prompt=["blue heart"] * 2 + ["flag of Japan"] * 2)
-    outputs["latents"] = pipeline(**options, output_type="latent").images.permute(0, 2, 3, 1)
-    outputs["images"] = torch.from_numpy(pipeline(**options, output_type="np").images)
+    def generate(path, group, **options):
+        pipeline = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        options |= dict(num_inference_steps=20, latents=inputs[group + "/noise"].permute(0, 3, 1, 2))
+        outputs[group + "/latents"] = pipeline(**options, output_type="latent").images.permute(0, 2, 3, 1)
+        outputs[group + "/images"] = torch.from_numpy(pipeline(**options, output_type="np").images)
+
+    prompts = ["red heart"] * 2 + ["woman running"] * 2
+    negatives = ["blue heart"] * 2 + ["flag of Japan"] * 2
+    generate(folder / "model", "tiny", prompt=prompts, negative_prompt=negatives, guidance_scale=3.0)
+    generate((folder / "emoji.txt").read_text(), "emoji", prompt=["red heart", "cat face"], guidance_scale=5.0)
 """
 
 OTHER_BACKEND = """if True:
     import sys
     from safetensors.numpy import load_file, save_file
     import keras
-    from keras_sd import StableDiffusion
+    from keras_sd import StableDiffusion, presets
 
     folder = sys.argv[1]
     inputs = load_file(folder + "/inputs.safetensors")
@@ -141,9 +145,11 @@ def test_prompts_and_guidance_count(pipeline, images):
 
 
 def test_another_size_needs_no_other_model(pipeline):
-    options = {"num_steps": 1, "guidance_scale": 1, "progress": False}
-    image = pipeline.text_to_image("red heart", height=24, width=16, **options)
-    assert image.shape == (1, 24, 16, 3)
+    shape = pipeline.latent_shape(height=24, width=16)
+    assert shape == (6, 4, 4)
+    context = pipeline.encode_text(PROMPTS)
+    latents = pipeline.denoise(NoiseStreams([0, 1]).draw(shape), context, num_steps=1, guidance_scale=1)
+    assert latents.shape == (2, 6, 4, 4) and np.isfinite(latents).all()
 
 
 def test_progress_is_shown_or_handed_over(pipeline, capsys):
@@ -200,11 +206,20 @@ def test_a_saved_folder_comes_back(pipeline, folder, tmp_path, dtype):
 
 
 def test_diffusers_opens_the_folder_and_makes_the_same(pipeline, folder, denoised):
-    reference = run_reference(DIFFUSERS, {"noise": denoised["noise"]}, folder)
-    expected = reference["latents"]
-    assert np.abs(denoised["latents"] - expected).max() / expected.std() < 1e-3
-    pixels = np.round(reference["images"] * 255).astype(int)
-    assert np.abs(pipeline.decode(denoised["latents"]).astype(int) - pixels).max() <= 1
+    emoji = StableDiffusion.from_preset("emoji")
+    noise = NoiseStreams([0, 1]).draw(emoji.latent_shape())
+    (folder / "emoji.txt").write_text(str(presets.find("emoji")))
+    inputs = {"tiny/noise": denoised["noise"], "emoji/noise": noise}
+    reference = run_reference(DIFFUSERS, inputs, folder)
+
+    context = emoji.encode_text(["red heart", "cat face"])
+    negative = emoji.encode_text(["", ""])
+    latents = emoji.denoise(noise, context, negative, num_steps=20, guidance_scale=5.0)
+    for group, ours, model in (("tiny", denoised["latents"], pipeline), ("emoji", latents, emoji)):
+        expected = reference[f"{group}/latents"]
+        assert np.abs(ours - expected).max() / expected.std() < 1e-3
+        pixels = np.round(reference[f"{group}/images"] * 255).astype(int)
+        assert np.abs(model.decode(ours).astype(int) - pixels).max() <= 1
 
 
 def test_the_other_backend_makes_the_same(folder, denoised):

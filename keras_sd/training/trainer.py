@@ -123,7 +123,7 @@ class Trainer:
         self.optimizer.build(objective.trainable_variables)
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
         self.ema = EMACallback(self.optimizer, objective.trainable_variables)
-        self.step = self._resume() if settings.resume_from_checkpoint else 0
+        self.step = self._resume() if settings.resume_from_checkpoint else self._begin()
         self.log = MetricsLog(settings.output_dir, initial_step=self.step)
 
     def _make_optimizer(self):
@@ -169,6 +169,14 @@ class Trainer:
             for group, variables in self._state().items()
         }
         return groups, {"batch": self.log.step * self.settings.gradient_accumulation_steps}
+
+    def _begin(self):
+        if self.checkpoints.latest() is not None:
+            raise UserError(
+                f"{self.settings.output_dir}: holds checkpoints of an earlier run; "
+                "go on with --resume-from-checkpoint latest or choose another --output-dir"
+            )
+        return 0
 
     def _resume(self):
         path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)

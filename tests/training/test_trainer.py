@@ -145,6 +145,14 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
         train(tmp_path, train_batch_size=6, resume_from_checkpoint="latest")
 
 
+def test_beginning_over_an_earlier_run_is_refused(tmp_path):
+    train(tmp_path)
+    before = state(tmp_path)
+    with pytest.raises(UserError, match="earlier run.*--resume-from-checkpoint latest"):
+        train(tmp_path)
+    assert_same_state(before, state(tmp_path))
+
+
 def test_resuming_from_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no valid checkpoint"):
         train(tmp_path, resume_from_checkpoint="latest")
