@@ -23,7 +23,9 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "emoji": Preset(_BUNDLED / "emoji", "CC-BY-4.0"),
+    "emoji": Preset(
+        _BUNDLED / "emoji", "CC-BY-4.0", "d38786460918894ef71e8e43c1aa3ef92dc096ef487a20ab788dee2f4d6be783"
+    ),
     "sd-1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML-OpenRAIL-M"),
     "sd-2.1": Preset("stabilityai/stable-diffusion-2-1", "CreativeML-OpenRAIL++-M"),
 }

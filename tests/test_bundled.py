@@ -1,27 +1,10 @@
-"""The bundled model: small, in half precision, and the same in diffusers."""
+"""The bundled model: small, in half precision, and of sense. ( opens it in diffusers.)"""
 
-import shutil
-
-import numpy as np
 import pytest
 from safetensors import safe_open
 
 from keras_sd import StableDiffusion
-from keras_sd.diffusion.samplers import NoiseStreams
 from keras_sd.presets import find
-from tests.reference import run_reference
-
-PROMPTS = ["red heart", "flag of japan", "waving hand, dark skin tone"]
-
-DIFFUSERS = f"""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "emoji", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = inputs["noise"].permute(0, 3, 1, 2)
-    options = dict(num_inference_steps=20, guidance_scale=5.0, latents=noise, output_type="latent")
-    outputs["latents"] = pipeline({PROMPTS!r}, **options).images.permute(0, 2, 3, 1)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +21,6 @@ def test_folder_is_small_and_in_half_precision():
         with safe_open(path, framework="np") as file:
             assert file.metadata() == {"format": "pt"}
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
-
-
-def test_diffusers_makes_the_same_latents(emoji, tmp_path):
-    noise = NoiseStreams(range(3)).draw(emoji.latent_shape())
-    shutil.copytree(find("emoji"), tmp_path / "emoji")
-    expected = run_reference(DIFFUSERS, {"noise": noise}, tmp_path)["latents"]
-    context, negative = emoji.encode_text(PROMPTS), emoji.encode_text([""] * 3)
-    latents = emoji.denoise(noise, context, negative, num_steps=20, guidance_scale=5.0)
-    assert np.abs(latents - expected).max() < 1e-3
 
 
 def test_a_red_heart_is_red_on_white(emoji):

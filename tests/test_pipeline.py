@@ -43,7 +43,8 @@ DIFFUSERS = """
     prompts = ["red heart"] * 2 + ["woman running"] * 2
     negatives = ["blue heart"] * 2 + ["flag of Japan"] * 2
     generate(folder / "model", "tiny", prompt=prompts, negative_prompt=negatives, guidance_scale=3.0)
-    generate((folder / "emoji.txt").read_text(), "emoji", prompt=["red heart", "cat face"], guidance_scale=5.0)
+    emoji = (folder / "emoji.txt").read_text()
+    generate(emoji, "emoji", prompt=["red heart", "cat face"], guidance_scale=5.0)
 """
 
 OTHER_BACKEND = """if True:

@@ -13,7 +13,11 @@ from keras_sd.models.layers import dense
 
 
 class Objective(keras.Model):
-    """Base of all objectives: the model's output is its loss `(n,)`."""
+    """Base of all objectives: the model's output is its loss `(n,)`, in float32 in every precision."""
+
+    def __init__(self, **kwargs):
+        # Noise and targets stay in float32: only the networks are to run in half precision.
+        super().__init__(autocast=False, **kwargs)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return ops.mean(y_pred)
@@ -102,8 +106,11 @@ class ContrastiveObjective(Objective):
         )
 
     def call(self, batch):
-        pictures = ops.normalize(self.image_encoder(images_to_network(batch["images"])), axis=-1)
-        captions = ops.normalize(self.text_projection(self.text_encoder.pooled(batch["token_ids"])), axis=-1)
+        pictures = self.image_encoder(images_to_network(batch["images"]))
+        captions = self.text_projection(self.text_encoder.pooled(batch["token_ids"]))
+        pictures, captions = (
+            ops.normalize(ops.cast(vectors, "float32"), axis=-1) for vectors in (pictures, captions)
+        )
         # The cap of 100 is CLIP's own, against a scale that runs away.
         logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * (pictures @ ops.transpose(captions))
         own = ops.diagonal(logits)

@@ -91,16 +91,18 @@ class Settings:
 class EvaluationCallback(StepCallback):
     """Calls `evaluate(step)` every `every` steps and after the last one, with all variables in place."""
 
-    def __init__(self, evaluate, *, every, initial_step, total_steps):
+    def __init__(self, evaluate, progress, *, every, initial_step, total_steps):
         super().__init__(initial_step)
         self.evaluate = evaluate
+        self.progress = progress
         self.every = every
         self.total_steps = total_steps
 
     def on_step(self, logs):
         if self.step % self.every == 0 or self.step == self.total_steps:
             sync_state(self.model)
-            self.evaluate(self.step)
+            with self.progress.paused():
+                self.evaluate(self.step)
 
 
 class Trainer:
@@ -119,9 +121,10 @@ class Trainer:
             settings.output_dir, {**identity, **settings.identity()}, settings.checkpoints_total_limit
         )
         self.optimizer = self._make_optimizer()
-        # Variables born inside the first traced step would make TensorFlow trace it twice.
-        self.optimizer.build(objective.trainable_variables)
+        # In float16 Keras wraps the optimizer in one that scales the loss.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
+        # Variables born inside the first traced step would make TensorFlow trace it twice.
+        objective.optimizer.build(objective.trainable_variables)
         self.ema = EMACallback(self.optimizer, objective.trainable_variables)
         self.step = self._resume() if settings.resume_from_checkpoint else self._begin()
         self.log = MetricsLog(settings.output_dir, initial_step=self.step)
@@ -155,7 +158,7 @@ class Trainer:
         averages = {id(variable) for variable in self.optimizer.ema_variables}
         trained = [names[id(variable)] for variable in self.objective.trainable_variables]
         # Keras numbers an optimizer's variables after the layers of its process, so they go by position.
-        others = [variable for variable in self.optimizer.variables if id(variable) not in averages]
+        others = [variable for variable in self.objective.optimizer.variables if id(variable) not in averages]
         return {
             "weights": {names[id(variable)]: variable for variable in self.objective.weights},
             "ema": dict(zip(trained, self.optimizer.ema_variables, strict=True)),
@@ -200,23 +203,29 @@ class Trainer:
         remaining = settings.max_train_steps - self.step
         if remaining <= 0:
             return True
-        callbacks = self._callbacks(evaluate)
-        self.objective.fit(
-            make_batches(self.step * settings.gradient_accumulation_steps),
-            steps_per_epoch=remaining * settings.gradient_accumulation_steps,
-            verbose=0,
-            shuffle=False,  # Grain has done it
-            callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
-        )
+        with StopOnSignal() as stop:
+            callbacks = self._callbacks(stop, evaluate)
+            self.objective.fit(
+                make_batches(self.step * settings.gradient_accumulation_steps),
+                steps_per_epoch=remaining * settings.gradient_accumulation_steps,
+                verbose=0,
+                shuffle=False,  # Grain has done it
+                callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
+            )
         self.step = self.log.step
         return self.step == settings.max_train_steps
 
-    def _callbacks(self, evaluate):
+    def _callbacks(self, stop, evaluate):
         """The callbacks in the order in which each step calls them."""
         settings = self.settings
         guard = StopOnNonFiniteLoss(self.checkpoints, self.step)
+        progress = ProgressCallback(
+            settings.max_train_steps,
+            self.step,
+            settings.train_batch_size * settings.gradient_accumulation_steps,
+        )
         callbacks = [
-            StopOnSignal(),
+            stop,
             self.ema,
             self.log,
             guard,
@@ -227,16 +236,13 @@ class Trainer:
                 self.step,
                 flush_before=[self.log, guard],
             ),
-            ProgressCallback(
-                settings.max_train_steps,
-                self.step,
-                settings.train_batch_size * settings.gradient_accumulation_steps,
-            ),
+            progress,
         ]
         if evaluate is not None:
             callbacks.append(
                 EvaluationCallback(
                     evaluate,
+                    progress,
                     every=settings.evaluation_steps,
                     initial_step=self.step,
                     total_steps=settings.max_train_steps,

@@ -77,12 +77,21 @@ def losses(folder):
     return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
 
 
-@pytest.mark.parametrize("jit_compile", [True, False], ids=["xla", "traced"])
-def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, jit_compile):
-    assert train(tmp_path / "whole", jit_compile=jit_compile)
-    assert not train(tmp_path / "parts", stop_at=3, jit_compile=jit_compile)
+@pytest.fixture(autouse=True)
+def policy():
+    """Leaves Keras' precision as it was."""
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize(
+    "options", [{"jit_compile": True}, {}, {"mixed_precision": "fp16"}], ids=["xla", "traced", "fp16"]
+)
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, options):
+    assert train(tmp_path / "whole", **options)
+    assert not train(tmp_path / "parts", stop_at=3, **options)
     assert not (tmp_path / "parts" / f"checkpoint-{STEPS}").exists()
-    assert train(tmp_path / "parts", resume_from_checkpoint="latest", jit_compile=jit_compile)
+    assert train(tmp_path / "parts", resume_from_checkpoint="latest", **options)
     assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert sorted(losses(tmp_path / "whole")) == list(range(1, STEPS + 1))
