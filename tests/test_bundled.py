@@ -1,4 +1,4 @@
-"""The bundled model: small, in half precision, and of sense. ( opens it in diffusers.)"""
+"""The bundled model: small, in half precision, and of sense; `test_pipeline` opens it in diffusers."""
 
 import pytest
 from safetensors import safe_open
