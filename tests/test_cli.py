@@ -123,6 +123,9 @@ def test_exit_codes(body, code, last_line):
         import click
         from keras_sd.errors import UserError, run_command
 
+        # A shell that starts jobs in the background has them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         @click.command()
         def command():
             {body}
