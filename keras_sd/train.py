@@ -66,16 +66,17 @@ def run_options(**defaults):
 
 
 def _settings(options):
-    """Splits a command's options into `Settings` and the rest; seeds the weights."""
+    """Makes the `Settings` of a command's options, and seeds the weights."""
     import dataclasses
-
-    import keras
+    import random
 
     from keras_sd.training.trainer import Settings
 
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: value for name, value in options.items() if name in names})
-    keras.utils.set_random_seed(settings.seed)
+    # Keras' initialisers take their seeds from this generator. `keras.utils.set_random_seed` sets it too,
+    # but imports TensorFlow, where it is installed, under every backend.
+    random.seed(settings.seed)
     return settings
 
 
