@@ -8,7 +8,7 @@ from keras import ops
 from keras_sd.data.datasets import batches
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.losses import AutoencoderObjective, images_to_network
+from keras_sd.training.losses import AutoencoderObjective, images_from_network, images_to_network
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.formats import write_part
 from keras_sd.weights.rules import torch_state
@@ -26,12 +26,7 @@ def reconstruct(vae, images, batch_size=50):
         ops.convert_to_numpy(vae(images_to_network(images[start : start + batch_size])))
         for start in range(0, len(images), batch_size)
     ]
-    return to_uint8(np.concatenate(outputs))
-
-
-def to_uint8(images):
-    """Rounds pictures in [-1, 1] to uint8."""
-    return np.clip(np.round((np.asarray(images) + 1.0) * 127.5), 0, 255).astype("uint8")
+    return images_from_network(np.concatenate(outputs))
 
 
 def measure_scale(vae, images, batch_size=50):

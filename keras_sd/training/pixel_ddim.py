@@ -6,7 +6,7 @@ from keras_sd.data.datasets import batches
 from keras_sd.diffusion.samplers import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.unet import UNet
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.losses import DiffusionObjective, images_from_network
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.formats import write_part, write_scheduler
 from keras_sd.weights.rules import torch_state
@@ -21,7 +21,7 @@ def sample_pictures(denoiser, count, *, num_steps=20, seed=0, batch_size=50):
         noise = NoiseStreams(range(seed + start, seed + start + batch_size)).draw(shape)
         for denoised in denoiser.steps(noise, num_steps=num_steps):
             samples = denoised.latents
-        pictures.append(np.clip(np.round((np.asarray(samples) + 1.0) * 127.5), 0, 255).astype("uint8"))
+        pictures.append(images_from_network(samples))
     return np.concatenate(pictures)[:count]
 
 
