@@ -1,0 +1,41 @@
+"""What a file or a folder of weights holds, whatever its format.
+
+Readers of every format return a `Checkpoint` in the names, layout and config keys of the diffusers
+folder; writers take one. Tensors are in torch layout, as published, and may be mapped from disk.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Part(NamedTuple):
+    """One model of a checkpoint.
+
+    Attributes:
+        config: dictionary of its `config.json`, in the keys of diffusers or transformers.
+        tensors: arrays in torch layout by their published names.
+        source: the file they come from, for error messages.
+    """
+
+    config: dict
+    tensors: Mapping[str, np.ndarray]
+    source: Path
+
+
+class Checkpoint(NamedTuple):
+    """The parts of a model that were found, and what belongs to them.
+
+    Attributes:
+        parts: `Part` by name: "text_encoder", "unet", "vae", "image_encoder"; those that are there.
+        scheduler: dictionary of `scheduler_config.json`, or None.
+        low_res_scheduler: the same for the noise on an upscaler's low-resolution picture, or None.
+        tokenizer: folder of the tokenizer's files, or None where there are none beside the weights.
+    """
+
+    parts: dict[str, Part]
+    scheduler: dict | None = None
+    low_res_scheduler: dict | None = None
+    tokenizer: Path | None = None
