@@ -14,15 +14,16 @@ from keras_sd.errors import UserError
 from keras_sd.training.pixel_ddim import train_pixel_ddim
 from keras_sd.training.trainer import Settings
 
+# One level, as nearly all of the time of these tests is tracing and compiling the network.
 UNET = UNetConfig(
     sample_size=8,
     in_channels=3,
     out_channels=3,
-    block_out_channels=(8, 16),
+    block_out_channels=(8,),
     layers_per_block=1,
-    down_block_types=("DownBlock2D",) * 2,
+    down_block_types=("DownBlock2D",),
     mid_block_type="UNetMidBlock2D",
-    up_block_types=("UpBlock2D",) * 2,
+    up_block_types=("UpBlock2D",),
     norm_num_groups=4,
 )
 SCHEDULER = SchedulerConfig(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
