@@ -19,23 +19,60 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of all configs: conversion to and from the JSON dictionary of one model part."""
+    """Base of all configs: conversion to and from the JSON dictionary of one model part.
 
-    # Written to the file so that other libraries recognise the part; never read back.
+    Raises:
+        ConfigError: a value has another type than its field, or describes what is not computed here.
+    """
+
+    # Written so that other libraries recognise the part; its keys tell their files from bare dictionaries.
     json_header: ClassVar[dict] = {}
+    # Values that a public file means by leaving a key out, where they differ from the fields' defaults.
+    public_defaults: ClassVar[dict] = {}
+    # Keys of public files that change the computation without being a field, with the values computed here.
+    computed: ClassVar[dict] = {}
+    # Fields that hold a whole number of at least 1, or a tuple of them.
+    sizes: ClassVar[tuple] = ()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            accepted = int | float if field.type is float else field.type
+            if not isinstance(value, accepted):
+                raise self._error(f"{field.name} {value!r} is no {getattr(accepted, '__name__', accepted)}")
+        for name in self.sizes:
+            value = getattr(self, name)
+            if any(
+                type(size) is not int or size < 1 for size in (value if isinstance(value, tuple) else [value])
+            ):
+                raise self._error(f"{name} {value!r} is no size")
 
     @classmethod
     def from_dict(cls, values):
-        """Builds the config from a JSON dictionary; keys that do not describe shape are ignored."""
+        """Builds the config from the dictionary of a `config.json`.
+
+        A key that is missing has the value that the library which published the file gives it. Keys that
+        are no field are ignored where they do not change what is computed.
+
+        Raises:
+            ConfigError: the file describes a model that is not computed here.
+        """
+        for name, accepted in cls.computed.items():
+            given = values.get(name, accepted[0])
+            if any(value not in accepted for value in (given if isinstance(given, list) else [given])):
+                known = " or ".join(repr(value) for value in accepted if value is not None)
+                raise cls._error(f"{name} {given!r} is not supported", f"use a model with {known or 'none'}")
+        if cls.json_header.keys() & values.keys():
+            values = cls.public_defaults | values
         names = {field.name for field in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in names and value is not None}
-        for name, value in known.items():
-            if isinstance(value, list):
-                known[name] = tuple(value)
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise ConfigError(f"{cls.__name__}: {error}") from error
+        return cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+        )
+
+    @classmethod
+    def _error(cls, fault, remedy="use the config.json that belongs to the weights"):
+        return ConfigError(f"{cls.__name__.removesuffix('Config')} config: {fault}; {remedy}")
 
     def to_dict(self):
         """Returns the JSON dictionary, headed by what other libraries look for."""
@@ -57,11 +94,32 @@ class Config:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def _tower_values(values, tower):
+    """The values of one tower ("text" or "vision") of a config that may be that of a whole CLIP."""
+    if f"{tower}_config" not in values:
+        return values
+    shared = {name: values[name] for name in ("projection_dim",) if name in values}
+    # Early releases wrote the values that count into a second dictionary.
+    nested = values[f"{tower}_config"] | (values.get(f"{tower}_config_dict") or {})
+    return nested | shared | {"model_type": f"clip_{tower}_model"}
+
+
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig(Config):
     """CLIP's text transformer (``transformers.CLIPTextModel``). Defaults: SD 1.x (CLIP ViT-L/14)."""
 
     json_header: ClassVar[dict] = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    public_defaults: ClassVar[dict] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "projection_dim": 512,
+    }
+    computed: ClassVar[dict] = {"model_type": ("clip_text_model",)}
+    sizes: ClassVar[tuple] = (
+        *("vocab_size", "hidden_size", "intermediate_size", "projection_dim"),
+        *("num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    )
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -76,6 +134,11 @@ class TextEncoderConfig(Config):
     eos_token_id: int = 49407
     pad_token_id: int = 1
 
+    @classmethod
+    def from_dict(cls, values):
+        """As of every config; takes the dictionary of a whole CLIP (``CLIPModel``) too."""
+        return super().from_dict(_tower_values(values, "text"))
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageEncoderConfig(Config):
@@ -85,6 +148,19 @@ class ImageEncoderConfig(Config):
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
     }
+    public_defaults: ClassVar[dict] = {
+        "patch_size": 32,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 512,
+    }
+    computed: ClassVar[dict] = {"model_type": ("clip_vision_model",)}
+    sizes: ClassVar[tuple] = (
+        *("image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "projection_dim"),
+    )
 
     image_size: int = 224
     patch_size: int = 14
@@ -97,6 +173,25 @@ class ImageEncoderConfig(Config):
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
 
+    @classmethod
+    def from_dict(cls, values):
+        """As of every config; takes the dictionary of a whole CLIP (``CLIPModel``) too."""
+        return super().from_dict(_tower_values(values, "vision"))
+
+
+def _check_levels(config, names, allowed):
+    """Raises a ConfigError unless each of the block types in the fields `names` has a level and is known."""
+    levels = len(config.block_out_channels)
+    for name, types in zip(names, allowed, strict=True):
+        blocks = getattr(config, name)
+        if len(blocks) != levels:
+            raise config._error(
+                f"{levels} block_out_channels, {len(blocks)} {name}", "give one each per level"
+            )
+        unknown = [block for block in blocks if block not in types]
+        if unknown:
+            raise config._error(f"{name} {unknown[0]!r} is not supported", f"use {' or '.join(types)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(Config):
@@ -105,49 +200,77 @@ class UNetConfig(Config):
     ``attention_head_dim`` carries diffusers' historical meaning: the *number* of heads of each
     level for the cross-attention blocks, as in every published SD config.
     ``cross_attention_dim`` of 0 makes an unconditional UNet out of attention-free blocks.
+    ``upcast_attention`` compares queries and keys in float32, where half precision would overflow.
     """
 
     json_header: ClassVar[dict] = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.35.0"}
+    public_defaults: ClassVar[dict] = {"cross_attention_dim": 1280}
+    computed: ClassVar[dict] = {
+        "_class_name": ("UNet2DConditionModel",),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+        "act_fn": ("silu", "swish"),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "center_input_sample": (False, None),
+        "transformer_layers_per_block": (1,),
+        "reverse_transformer_layers_per_block": (None,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_attention_heads": (None,),
+        "dual_cross_attention": (False, None),
+        "class_embed_type": (None,),
+        "class_embeddings_concat": (False, None),
+        "addition_embed_type": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_skip_time_act": (False, None),
+        "resnet_out_scale_factor": (1,),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+        "cross_attention_norm": (None,),
+    }
+    sizes: ClassVar[tuple] = (
+        *("sample_size", "in_channels", "out_channels", "block_out_channels"),
+        *("layers_per_block", "attention_head_dim", "norm_num_groups"),
+    )
 
     sample_size: int = 64
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    down_block_types: tuple = (
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
-    )
+    down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple = (
-        "UpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-    )
+    up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     cross_attention_dim: int = 768
     attention_head_dim: int | tuple = 8
     use_linear_projection: bool = False
     only_cross_attention: bool | tuple = False
+    upcast_attention: bool = False
     num_class_embeds: int | None = None
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    act_fn: str = "silu"
-    downsample_padding: int = 1
-    center_input_sample: bool = False
-    mid_block_scale_factor: float = 1.0
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        if not len(self.down_block_types) == len(self.up_block_types) == levels:
-            raise ConfigError(
-                f"UNet config: {levels} block_out_channels, {len(self.down_block_types)} "
-                f"down_block_types and {len(self.up_block_types)} up_block_types; give one each per level"
-            )
+        super().__post_init__()
+        _check_levels(
+            self,
+            ("down_block_types", "up_block_types"),
+            (("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")),
+        )
+        for name in ("attention_head_dim", "only_cross_attention"):
+            value, levels = getattr(self, name), len(self.block_out_channels)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise self._error(
+                    f"{levels} block_out_channels, {len(value)} {name}", "give one each per level"
+                )
 
     @property
     def heads_per_level(self):
@@ -159,9 +282,31 @@ class UNetConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(Config):
-    """The KL autoencoder (``diffusers.AutoencoderKL``). Defaults: SD 1.x."""
+    """The KL autoencoder (``diffusers.AutoencoderKL``). Defaults: SD 1.x.
+
+    ``force_upcast`` says that float16 has too small a range for the model, which then computes in float32.
+    """
 
     json_header: ClassVar[dict] = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.35.0"}
+    public_defaults: ClassVar[dict] = {
+        "sample_size": 32,
+        "block_out_channels": [64],
+        "down_block_types": ["DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"],
+        "layers_per_block": 1,
+        "force_upcast": True,
+    }
+    computed: ClassVar[dict] = {
+        "_class_name": ("AutoencoderKL",),
+        "act_fn": ("silu", "swish"),
+        "shift_factor": (None, 0),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
+    sizes: ClassVar[tuple] = (
+        *("sample_size", "in_channels", "out_channels", "latent_channels"),
+        *("block_out_channels", "layers_per_block", "norm_num_groups"),
+    )
 
     sample_size: int = 512
     in_channels: int = 3
@@ -172,9 +317,16 @@ class VAEConfig(Config):
     up_block_types: tuple = ("UpDecoderBlock2D",) * 4
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    act_fn: str = "silu"
     scaling_factor: float = 0.18215
+    force_upcast: bool = False
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        types = (("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
+        _check_levels(self, ("down_block_types", "up_block_types"), types)
 
     @property
     def downsampling(self):
@@ -182,11 +334,55 @@ class VAEConfig(Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+# What diffusers' schedulers mean by a missing key. The class in a file says no more than how its author
+# sampled, but it also says which of these hold.
+_DISCRETE = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "steps_offset": 0,
+    "timestep_spacing": "leading",
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+_SIGMAS = _DISCRETE | {"timestep_spacing": "linspace"}
+_SIGMAS_OF_SD = _SIGMAS | {"beta_start": 0.00085, "beta_end": 0.012}
+_LATENT_CONSISTENCY = _DISCRETE | {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SCHEDULER_DEFAULTS = {
+    "DDIMScheduler": _DISCRETE | {"clip_sample": True},
+    "DDPMScheduler": _DISCRETE | {"clip_sample": True},
+    "PNDMScheduler": _DISCRETE | {"set_alpha_to_one": False},
+    "LCMScheduler": _LATENT_CONSISTENCY,
+    "TCDScheduler": _LATENT_CONSISTENCY,
+    "LMSDiscreteScheduler": _SIGMAS,
+    "EulerDiscreteScheduler": _SIGMAS,
+    "EulerAncestralDiscreteScheduler": _SIGMAS,
+    "DPMSolverMultistepScheduler": _SIGMAS,
+    "DPMSolverSinglestepScheduler": _SIGMAS,
+    "DEISMultistepScheduler": _SIGMAS,
+    "UniPCMultistepScheduler": _SIGMAS,
+    "HeunDiscreteScheduler": _SIGMAS_OF_SD,
+    "KDPM2DiscreteScheduler": _SIGMAS_OF_SD,
+    "KDPM2AncestralDiscreteScheduler": _SIGMAS_OF_SD,
+    "DPMSolverSDEScheduler": _SIGMAS_OF_SD,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig(Config):
     """The noise schedule (diffusers' ``scheduler_config.json``). Defaults: SD 1.x."""
 
     json_header: ClassVar[dict] = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.35.0"}
+    computed: ClassVar[dict] = {
+        "_class_name": tuple(_SCHEDULER_DEFAULTS),
+        "trained_betas": (None,),
+        "thresholding": (False, None),
+        "clip_sample_range": (1,),
+        "variance_type": ("fixed_small", "fixed_small_log", None),
+        "interpolation_type": ("linear",),
+        "use_flow_sigmas": (False, None),
+    }
+    sizes: ClassVar[tuple] = ("num_train_timesteps",)
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -199,7 +395,13 @@ class SchedulerConfig(Config):
     set_alpha_to_one: bool = False
     clip_sample: bool = False
 
+    @classmethod
+    def from_dict(cls, values):
+        """As of every config: a missing key has the default of the diffusers class in `_class_name`."""
+        return super().from_dict(_SCHEDULER_DEFAULTS.get(values.get("_class_name"), {}) | values)
+
     def __post_init__(self):
+        super().__post_init__()
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(
                 f"prediction_type {self.prediction_type!r}: unknown; use epsilon, v_prediction or sample"

@@ -3,14 +3,46 @@
 import keras
 from keras import ops
 
-from keras_sd.models.layers import GroupNormalization, convolution, dense, layer_normalization
+from keras_sd.errors import UserError
+from keras_sd.models.layers import GroupNormalization, Layer, convolution, dense, layer_normalization
+
+# Bytes of scores (float32) that one attention holds at a time; beyond them its queries go in turns. Two
+# pictures of 512 x 512 pixels in Stable Diffusion 1 just fit.
+LARGEST_SCORES = 2**30
 
 
-def scaled_dot_product(query, key, value, mask=None):
+def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     """Attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
 
-    A boolean `mask` that broadcasts to `(n, heads, queries, keys)` says which keys a query sees.
+    Where the scores would take more than `LARGEST_SCORES` bytes, slices of the queries are attended one
+    after the other, with the same result. A batch of unknown size counts as one example.
+
+    Args:
+        mask: None, or a boolean that broadcasts to `(n, heads, queries, keys)`: which keys a query sees.
+            Masked attention, which is that of short texts, is never sliced.
+        upcast: whether queries meet keys in float32, since the scores are too large for float16.
+
+    Returns:
+        `(n, queries, heads, head_size)`.
     """
+    if upcast:
+        query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    batch, queries, heads, head_size = query.shape
+    score_bytes = 4 * (batch or 1) * heads * queries * key.shape[1]
+    if score_bytes <= LARGEST_SCORES or mask is not None:
+        return _attend(query, key, value, mask)
+    size = max(1, queries * LARGEST_SCORES // score_bytes)
+    slices = -(-queries // size)
+    query = ops.pad(query, ((0, 0), (0, slices * size - queries), (0, 0), (0, 0)))
+    query = ops.reshape(query, (-1, slices, size, heads, head_size))
+    attended = ops.map(lambda part: _attend(part, key, value), ops.transpose(query, (1, 0, 2, 3, 4)))
+    attended = ops.reshape(
+        ops.transpose(attended, (1, 0, 2, 3, 4)), (-1, slices * size, heads, value.shape[-1])
+    )
+    return attended[:, :queries]
+
+
+def _attend(query, key, value, mask=None):
     scale = query.shape[-1] ** -0.5
     scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
     # The softmax of many terms needs more digits than half precision has.
@@ -21,18 +53,22 @@ def scaled_dot_product(query, key, value, mask=None):
     return ops.einsum("nhqk,nkhd->nqhd", weights, value)
 
 
-class Attention(keras.layers.Layer):
+class Attention(Layer):
     """Multi-head attention of `(n, tokens, features)` to itself or to a context."""
 
-    def __init__(self, features, context_features, heads, *, use_bias=False, **kwargs):
+    def __init__(self, features, context_features, heads, *, upcast=False, **kwargs):
         super().__init__(**kwargs)
         if features % heads:
-            raise ValueError(f"{features} features do not divide into {heads} attention heads")
+            raise UserError(
+                f"{features} channels do not divide into {heads} attention heads; "
+                "change attention_head_dim, which is the number of heads"
+            )
         self.heads = heads
         self.head_size = features // heads
-        self.to_q = dense(features, features, use_bias=use_bias)
-        self.to_k = dense(context_features, features, use_bias=use_bias)
-        self.to_v = dense(context_features, features, use_bias=use_bias)
+        self.upcast = upcast
+        self.to_q = dense(features, features, use_bias=False)
+        self.to_k = dense(context_features, features, use_bias=False)
+        self.to_v = dense(context_features, features, use_bias=False)
         self.to_out = [dense(features, features)]
 
     def _split_heads(self, values):
@@ -44,11 +80,11 @@ class Attention(keras.layers.Layer):
             self._split_heads(project(source))
             for project, source in ((self.to_q, inputs), (self.to_k, context), (self.to_v, context))
         )
-        attended = scaled_dot_product(query, key, value)
+        attended = scaled_dot_product(query, key, value, upcast=self.upcast)
         return self.to_out[0](ops.reshape(attended, (-1, inputs.shape[1], self.heads * self.head_size)))
 
 
-class GEGLU(keras.layers.Layer):
+class GEGLU(Layer):
     """A linear layer gated by the GELU of a second one (Shazeer, 2020)."""
 
     def __init__(self, inputs, outputs, **kwargs):
@@ -60,7 +96,7 @@ class GEGLU(keras.layers.Layer):
         return values * ops.gelu(gate, approximate=False)
 
 
-class FeedForward(keras.layers.Layer):
+class FeedForward(Layer):
     """The transformer's position-wise network, four times as wide inside."""
 
     def __init__(self, features, **kwargs):
@@ -74,16 +110,19 @@ class FeedForward(keras.layers.Layer):
         return inputs
 
 
-class BasicTransformerBlock(keras.layers.Layer):
+class BasicTransformerBlock(Layer):
     """Self-attention, attention to the text, and a feed-forward network, each on a residual."""
 
-    def __init__(self, features, context_features, heads, *, only_cross_attention=False, **kwargs):
+    def __init__(
+        self, features, context_features, heads, *, only_cross_attention=False, upcast=False, **kwargs
+    ):
         super().__init__(**kwargs)
         self.only_cross_attention = only_cross_attention
+        first_features = context_features if only_cross_attention else features
         self.norm1 = layer_normalization(features)
-        self.attn1 = Attention(features, context_features if only_cross_attention else features, heads)
+        self.attn1 = Attention(features, first_features, heads, upcast=upcast)
         self.norm2 = layer_normalization(features)
-        self.attn2 = Attention(features, context_features, heads)
+        self.attn2 = Attention(features, context_features, heads, upcast=upcast)
         self.norm3 = layer_normalization(features)
         self.ff = FeedForward(features)
 
@@ -93,7 +132,7 @@ class BasicTransformerBlock(keras.layers.Layer):
         return hidden + self.ff(self.norm3(hidden))
 
 
-class SpatialTransformer(keras.layers.Layer):
+class SpatialTransformer(Layer):
     """A transformer block over the positions of `(n, height, width, channels)` and a text context.
 
     The projections in and out are 1x1 convolutions in SD 1 and linear layers in SD 2.
@@ -108,6 +147,7 @@ class SpatialTransformer(keras.layers.Layer):
         groups=32,
         use_linear_projection=False,
         only_cross_attention=False,
+        upcast=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -122,7 +162,7 @@ class SpatialTransformer(keras.layers.Layer):
         self.proj_in = projection()
         self.transformer_blocks = [
             BasicTransformerBlock(
-                channels, context_features, heads, only_cross_attention=only_cross_attention
+                channels, context_features, heads, only_cross_attention=only_cross_attention, upcast=upcast
             )
         ]
         self.proj_out = projection(kernel_initializer="zeros")
@@ -137,7 +177,7 @@ class SpatialTransformer(keras.layers.Layer):
         return inputs + self.proj_out(hidden)
 
 
-class AttentionBlock(keras.layers.Layer):
+class AttentionBlock(Layer):
     """Single-head self-attention over the positions of a feature map, as in the VAE's middle."""
 
     def __init__(self, channels, *, groups=32, epsilon=1e-6, **kwargs):
@@ -153,5 +193,6 @@ class AttentionBlock(keras.layers.Layer):
         height, width = inputs.shape[1:3]
         hidden = ops.reshape(self.group_norm(inputs), (-1, height * width, self.channels))
         query, key, value = (project(hidden)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
-        attended = self.to_out[0](scaled_dot_product(query, key, value)[:, :, 0])
+        # One head as wide as the features: its sums are the largest of the model.
+        attended = self.to_out[0](scaled_dot_product(query, key, value, upcast=True)[:, :, 0])
         return inputs + ops.reshape(attended, (-1, height, width, self.channels))

@@ -10,15 +10,16 @@ import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.models.layers import dense, layer_normalization
-from keras_sd.models.transformer import Transformer, embedding, normal
+from keras_sd.models.initial_values import normal, uniform
+from keras_sd.models.layers import Layer, dense, embedding, layer_normalization
+from keras_sd.models.transformer import Transformer
 
 # Mean and standard deviation of the RGB values in [0, 1] over CLIP's training images, published with it.
 PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073))
 PIXEL_DEVIATION = np.array((0.26862954, 0.26130258, 0.27577711))
 
 
-class PatchEmbedding(keras.layers.Layer):
+class PatchEmbedding(Layer):
     """One vector for each patch: a convolution without bias whose stride is its kernel size.
 
     It is computed as a matrix product, since XLA's CPU backend has no fast path for the weight
@@ -31,7 +32,7 @@ class PatchEmbedding(keras.layers.Layer):
         self.kernel = self.add_weight(
             name="kernel",
             shape=(patch_size, patch_size, channels, width),
-            initializer=keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+            initializer=uniform((patch_size * patch_size * channels) ** -0.5),
         )
 
     def call(self, images):
@@ -44,7 +45,7 @@ class PatchEmbedding(keras.layers.Layer):
         return ops.matmul(patches, ops.reshape(self.kernel, (size * size * channels, -1)))
 
 
-class ImageEmbeddings(keras.layers.Layer):
+class ImageEmbeddings(Layer):
     """A learned class vector and one vector for each patch, plus a learned vector for each position."""
 
     def __init__(self, config, **kwargs):
@@ -55,7 +56,7 @@ class ImageEmbeddings(keras.layers.Layer):
             name="class_embedding", shape=(width,), initializer=normal(width**-0.5)
         )
         self.patch_embedding = PatchEmbedding(config.patch_size, config.num_channels, width)
-        self.position_embedding = embedding(self.positions, width, width**-0.5)
+        self.position_embedding = embedding(self.positions, width, normal(width**-0.5))
 
     def call(self, images):
         patches = self.patch_embedding(images)
@@ -68,7 +69,7 @@ class ImageEmbeddings(keras.layers.Layer):
 class ImageEncoder(keras.Model):
     """A vision transformer with a projection into the space that it shares with the text tower.
 
-    Called on float `(n, image_size, image_size, channels)` in [-1, 1]; returns the embeddings,
+    Called on float `(n, image_size, image_size, channels)` in [-1, 1]; returns the embeddings, float32
     `(n, projection_dim)`, not scaled to unit length. All weights exist after construction.
 
     Raises:
@@ -76,7 +77,8 @@ class ImageEncoder(keras.Model):
     """
 
     def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
+        # Pictures are normalised before they are cast.
+        super().__init__(autocast=False, **kwargs)
         if config.image_size % config.patch_size:
             raise UserError(
                 f"image encoder config: image_size {config.image_size} does not divide into patches of "
@@ -103,16 +105,16 @@ class ImageEncoder(keras.Model):
         return super().__call__(images, **kwargs)
 
     def call(self, images):
-        return self.visual_projection(self.features(images))
+        return ops.cast(self.visual_projection(self.features(images)), "float32")
 
     def features(self, images):
-        """Returns the last block's class vector after its layer normalisation, `(n, hidden_size)`.
+        """Returns the last block's class vector after its layer normalisation, float32 `(n, hidden_size)`.
 
         Takes images as a call does.
         """
         self._check(images)
         hidden = self.pre_layrnorm(self.embeddings(normalize_pixels(images)))
-        return self.post_layernorm(self.encoder(hidden)[:, 0])
+        return ops.cast(self.post_layernorm(self.encoder(hidden)[:, 0]), "float32")
 
     def _check(self, images):
         size, shape = self.config.image_size, tuple(images.shape[1:])

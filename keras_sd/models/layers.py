@@ -7,16 +7,37 @@ layer does: nothing is traced to find shapes, and an optimizer can be built befo
 import keras
 from keras import ops
 
+from keras_sd.errors import UserError
+from keras_sd.models.initial_values import glorot_uniform
 
-def dense(inputs, outputs, *, use_bias=True, kernel_initializer="glorot_uniform"):
+
+class Layer(keras.layers.Layer):
+    """A layer that has all of its weights and layers once it is made.
+
+    Where Keras has to find out, it traces a layer before its first call, and the layers inside it again.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.built = True
+
+
+def dense(inputs, outputs, *, use_bias=True, kernel_initializer=glorot_uniform):
     """A linear layer from `inputs` to `outputs` features on the last axis."""
     layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer)
     layer.build((None, inputs))
     return layer
 
 
+def embedding(entries, width, initializer):
+    """A table of `entries` learned vectors."""
+    layer = keras.layers.Embedding(entries, width, initializer)
+    layer.build()
+    return layer
+
+
 def convolution(
-    inputs, outputs, kernel_size=3, *, strides=1, padding="same", kernel_initializer="glorot_uniform"
+    inputs, outputs, kernel_size=3, *, strides=1, padding="same", kernel_initializer=glorot_uniform
 ):
     """A two-dimensional convolution from `inputs` to `outputs` channels."""
     layer = keras.layers.Conv2D(
@@ -33,7 +54,7 @@ def layer_normalization(features, epsilon=1e-5):
     return layer
 
 
-class GroupNormalization(keras.layers.Layer):
+class GroupNormalization(Layer):
     """Group normalisation (Wu and He, 2018) of `(n, height, width, channels)`.
 
     Moments are taken per channel first and then averaged inside each group, so the large tensor is
@@ -43,7 +64,7 @@ class GroupNormalization(keras.layers.Layer):
     def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
         super().__init__(**kwargs)
         if channels % groups:
-            raise ValueError(f"{channels} channels do not divide into {groups} groups")
+            raise UserError(f"{channels} channels do not divide into {groups} groups; change norm_num_groups")
         self.channels = channels
         self.groups = groups
         self.epsilon = epsilon
@@ -66,7 +87,7 @@ class GroupNormalization(keras.layers.Layer):
         return ops.cast(outputs, self.compute_dtype)
 
 
-class ResnetBlock(keras.layers.Layer):
+class ResnetBlock(Layer):
     """Residual block of two convolutions, shifted by the timestep embedding when there is one."""
 
     def __init__(self, inputs, outputs, *, time_features=None, groups=32, epsilon=1e-5, **kwargs):
@@ -88,7 +109,7 @@ class ResnetBlock(keras.layers.Layer):
         return shortcut + hidden
 
 
-class Downsample(keras.layers.Layer):
+class Downsample(Layer):
     """Halves height and width by a strided convolution.
 
     `padding` is the zero padding ((top, bottom), (left, right)): 1 all round in the UNet, only
@@ -104,18 +125,24 @@ class Downsample(keras.layers.Layer):
         return self.conv(ops.pad(inputs, ((0, 0), *self.padding, (0, 0))))
 
 
-class Upsample(keras.layers.Layer):
-    """Doubles height and width by nearest neighbours, then convolves."""
+class Upsample(Layer):
+    """Doubles height and width by nearest neighbours, then convolves.
+
+    With `size` `(height, width)`, the last row or column is left out where that size is odd: the way up
+    meets the size that the way down had before it was rounded up to half.
+    """
 
     def __init__(self, channels, **kwargs):
         super().__init__(**kwargs)
         self.conv = convolution(channels, channels)
 
-    def call(self, inputs):
-        return self.conv(ops.repeat(ops.repeat(inputs, 2, axis=1), 2, axis=2))
+    def call(self, inputs, size=(None, None)):
+        height, width = size
+        enlarged = ops.repeat(ops.repeat(inputs, 2, axis=1), 2, axis=2)
+        return self.conv(enlarged[:, :height, :width])
 
 
-class TimestepEmbedding(keras.layers.Layer):
+class TimestepEmbedding(Layer):
     """Two linear layers on the sinusoidal features of a timestep (Ho et al., 2020)."""
 
     def __init__(self, inputs, outputs, **kwargs):

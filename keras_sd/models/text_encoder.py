@@ -10,21 +10,22 @@ import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.models.layers import layer_normalization
-from keras_sd.models.transformer import Transformer, embedding
+from keras_sd.models.initial_values import normal
+from keras_sd.models.layers import Layer, embedding, layer_normalization
+from keras_sd.models.transformer import Transformer
 
 # Early public configs say that the end token is 2, which it is not in CLIP's vocabulary. They are read
 # as their models were trained: the end token is the largest id.
 LEGACY_END_TOKEN_ID = 2
 
 
-class TextEmbeddings(keras.layers.Layer):
+class TextEmbeddings(Layer):
     """Sum of a learned vector for each token and one for each position."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
-        self.token_embedding = embedding(config.vocab_size, config.hidden_size, 0.02)
-        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size, 0.01)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size, normal(0.02))
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size, normal(0.01))
 
     def call(self, ids):
         return self.token_embedding(ids) + self.position_embedding(np.arange(ids.shape[1]))
@@ -34,7 +35,7 @@ class TextEncoder(keras.Model):
     """A causal transformer over token ids.
 
     Called on int32 `(n, tokens)`; returns the last hidden state after the final layer normalisation,
-    `(n, tokens, hidden_size)`. All weights exist after construction.
+    float32 `(n, tokens, hidden_size)`. All weights exist after construction.
 
     Raises:
         UserError: a call has more tokens than there are positions, or (where the values are at hand,
@@ -66,7 +67,7 @@ class TextEncoder(keras.Model):
                 before it (2.x with all of OpenCLIP's 24 blocks).
 
         Returns:
-            `(n, tokens, hidden_size)`.
+            float32 `(n, tokens, hidden_size)`.
 
         Raises:
             UserError: there is no such layer, or as in a call.
@@ -100,7 +101,8 @@ class TextEncoder(keras.Model):
         return ops.sum(hidden_states * mask[:, :, None], axis=1)
 
     def _hidden_states(self, ids, depth):
-        return self.final_layer_norm(self.encoder(self.embeddings(ops.cast(ids, "int32")), depth=depth))
+        hidden = self.encoder(self.embeddings(ops.cast(ids, "int32")), depth=depth)
+        return ops.cast(self.final_layer_norm(hidden), "float32")
 
     def _check(self, ids):
         tokens, positions = ids.shape[1], self.config.max_position_embeddings

@@ -4,13 +4,13 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 initial weights follow it too. Attribute names are those of transformers' ``CLIPEncoder``.
 """
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
 from keras_sd.models.attention import scaled_dot_product
-from keras_sd.models.layers import dense, layer_normalization
+from keras_sd.models.initial_values import normal
+from keras_sd.models.layers import Layer, dense, layer_normalization
 
 
 def quick_gelu(inputs):
@@ -26,19 +26,7 @@ def gelu(inputs):
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
-def normal(standard_deviation):
-    """A normal initialiser with mean 0."""
-    return keras.initializers.RandomNormal(0.0, standard_deviation)
-
-
-def embedding(entries, width, standard_deviation):
-    """A table of `entries` learned vectors."""
-    layer = keras.layers.Embedding(entries, width, normal(standard_deviation))
-    layer.build()
-    return layer
-
-
-class SelfAttention(keras.layers.Layer):
+class SelfAttention(Layer):
     """Multi-head attention of `(n, tokens, width)` to itself.
 
     With `causal`, a position sees only itself and those before it.
@@ -71,7 +59,7 @@ class SelfAttention(keras.layers.Layer):
         return self.out_proj(ops.reshape(attended, (-1, tokens, width)))
 
 
-class MultiLayerPerceptron(keras.layers.Layer):
+class MultiLayerPerceptron(Layer):
     """Two linear layers with an activation between them, on each position alone."""
 
     def __init__(self, config, **kwargs):
@@ -89,7 +77,7 @@ class MultiLayerPerceptron(keras.layers.Layer):
         return self.fc2(self.activation(self.fc1(inputs)))
 
 
-class TransformerBlock(keras.layers.Layer):
+class TransformerBlock(Layer):
     """Attention, then the perceptron, each on a normalised input and added to it."""
 
     def __init__(self, config, *, causal, **kwargs):
@@ -104,7 +92,7 @@ class TransformerBlock(keras.layers.Layer):
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 
-class Transformer(keras.layers.Layer):
+class Transformer(Layer):
     """A stack of blocks over `(n, tokens, width)`.
 
     Args:

@@ -8,13 +8,16 @@ import keras
 from keras import ops
 
 from keras_sd.models.attention import SpatialTransformer
+from keras_sd.models.initial_values import normal
 from keras_sd.models.layers import (
     Downsample,
     GroupNormalization,
+    Layer,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
     convolution,
+    embedding,
     sinusoidal_features,
 )
 
@@ -40,10 +43,11 @@ def _transformer(config, level, channels, *, may_skip_self_attention=True):
         groups=config.norm_num_groups,
         use_linear_projection=config.use_linear_projection,
         only_cross_attention=may_skip_self_attention and only_cross_attention,
+        upcast=config.upcast_attention,
     )
 
 
-class DownBlock(keras.layers.Layer):
+class DownBlock(Layer):
     """Residual blocks of the way down, each followed by attention to the text where it is asked for.
 
     Returns the last feature map and the list of all of them, which the way up takes in reverse.
@@ -73,7 +77,7 @@ class DownBlock(keras.layers.Layer):
         return hidden, skips
 
 
-class MidBlock(keras.layers.Layer):
+class MidBlock(Layer):
     """Residual block, attention and residual block at the coarsest level; one block without text."""
 
     def __init__(self, config, **kwargs):
@@ -93,8 +97,11 @@ class MidBlock(keras.layers.Layer):
         return hidden
 
 
-class UpBlock(keras.layers.Layer):
-    """Residual blocks of the way up, each joined with a feature map from the way down."""
+class UpBlock(Layer):
+    """Residual blocks of the way up, each joined with a feature map from the way down.
+
+    All but the last block end at the `size` `(height, width)` of the next feature map to be joined.
+    """
 
     def __init__(self, config, index, **kwargs):
         super().__init__(**kwargs)
@@ -117,13 +124,13 @@ class UpBlock(keras.layers.Layer):
         self.attentions = [_transformer(config, level, outputs) for _ in range(count)] if attends else []
         self.upsamplers = [Upsample(outputs)] if level else []
 
-    def call(self, hidden, skips, time_embedding, context=None):
+    def call(self, hidden, skips, time_embedding, context=None, size=(None, None)):
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
             hidden = resnet(ops.concatenate([hidden, skip], axis=-1), time_embedding)
             if self.attentions:
                 hidden = self.attentions[index](hidden, context)
         for upsample in self.upsamplers:
-            hidden = upsample(hidden)
+            hidden = upsample(hidden, size=size)
         return hidden
 
 
@@ -131,21 +138,20 @@ class UNet(keras.Model):
     """Predicts the noise, velocity or picture in noisy latents.
 
     Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
-    first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. Height and
-    width must divide by 2 for each level but the last. A model with `num_class_embeds` takes
-    `class_labels (n,)` as well (the noise level, in the x4 upscaler).
+    first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. A model with
+    `num_class_embeds` takes `class_labels (n,)` as well (the noise level, in the x4 upscaler).
     """
 
     def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
+        # Timesteps in half precision would be rounded: inputs are cast where they are used.
+        super().__init__(autocast=False, **kwargs)
         self.config = config
         channels, levels = config.block_out_channels, range(len(config.block_out_channels))
         time_features = 4 * channels[0]
         self.conv_in = convolution(config.in_channels, channels[0])
         self.time_embedding = TimestepEmbedding(channels[0], time_features)
         if config.num_class_embeds:
-            self.class_embedding = keras.layers.Embedding(config.num_class_embeds, time_features)
-            self.class_embedding.build()
+            self.class_embedding = embedding(config.num_class_embeds, time_features, normal(0.02))
         self.down_blocks = [DownBlock(config, level) for level in levels]
         self.mid_block = MidBlock(config)
         self.up_blocks = [UpBlock(config, index) for index in levels]
@@ -160,10 +166,10 @@ class UNet(keras.Model):
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             frequency_shift=self.config.freq_shift,
         )
-        embedding = self.time_embedding(ops.cast(features, self.compute_dtype))
+        embedded = self.time_embedding(ops.cast(features, self.compute_dtype))
         if self.config.num_class_embeds:
-            embedding = embedding + self.class_embedding(class_labels)
-        return embedding
+            embedded = embedded + self.class_embedding(class_labels)
+        return embedded
 
     def call(self, inputs, class_labels=None):
         latents, timesteps, context = inputs if len(inputs) == 3 else (*inputs, None)
@@ -179,6 +185,7 @@ class UNet(keras.Model):
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, block_skips = skips[:-count], skips[-count:]
-            hidden = block(hidden, block_skips, time_embedding, context)
+            size = skips[-1].shape[1:3] if skips else (None, None)
+            hidden = block(hidden, block_skips, time_embedding, context, size=tuple(size))
         outputs = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
         return ops.cast(outputs, "float32")

@@ -7,7 +7,8 @@ import keras
 from keras import ops
 
 from keras_sd.models.attention import AttentionBlock
-from keras_sd.models.layers import Downsample, GroupNormalization, ResnetBlock, Upsample, convolution
+from keras_sd.models.layers import Downsample, GroupNormalization, Layer, ResnetBlock, Upsample, convolution
+from keras_sd.models.precision import dtype_policy, in_float32
 
 EPSILON = 1e-6
 
@@ -33,7 +34,7 @@ class DiagonalGaussian:
         return 0.5 * ops.sum(terms, axis=(1, 2, 3))
 
 
-class DownEncoderBlock(keras.layers.Layer):
+class DownEncoderBlock(Layer):
     """Residual blocks at one resolution, then half of it unless this is the last level."""
 
     def __init__(self, inputs, outputs, *, layers, groups, downsample, **kwargs):
@@ -50,7 +51,7 @@ class DownEncoderBlock(keras.layers.Layer):
         return hidden
 
 
-class UpDecoderBlock(keras.layers.Layer):
+class UpDecoderBlock(Layer):
     """Residual blocks at one resolution, then twice of it unless this is the last level."""
 
     def __init__(self, inputs, outputs, *, layers, groups, upsample, **kwargs):
@@ -67,7 +68,7 @@ class UpDecoderBlock(keras.layers.Layer):
         return hidden
 
 
-class MidBlock(keras.layers.Layer):
+class MidBlock(Layer):
     """Two residual blocks around self-attention at the coarsest resolution."""
 
     def __init__(self, channels, *, groups, add_attention=True, **kwargs):
@@ -81,7 +82,7 @@ class MidBlock(keras.layers.Layer):
         return hidden
 
 
-class Encoder(keras.layers.Layer):
+class Encoder(Layer):
     """Pictures `(n, h, w, 3)` to the posterior's moments at the latent resolution."""
 
     def __init__(self, config, **kwargs):
@@ -109,7 +110,7 @@ class Encoder(keras.layers.Layer):
         return self.conv_out(ops.silu(self.conv_norm_out(hidden)))
 
 
-class Decoder(keras.layers.Layer):
+class Decoder(Layer):
     """Latents to pictures."""
 
     def __init__(self, config, **kwargs):
@@ -140,27 +141,37 @@ class Decoder(keras.layers.Layer):
 class AutoencoderKL(keras.Model):
     """Encoder and decoder between pictures in [-1, 1] and latents.
 
-    Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`.
+    Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`. Where
+    `config.force_upcast` stands, float16 weights are computed with in float32.
     """
 
     def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
+        policy = keras.config.dtype_policy()
+        if config.force_upcast and policy.compute_dtype == "float16":
+            policy = in_float32(policy)
+        super().__init__(dtype=policy, **kwargs)
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quant_conv = convolution(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = convolution(config.latent_channels, config.latent_channels, 1)
+        latents = config.latent_channels
+        with dtype_policy(policy):
+            self.encoder = Encoder(config)
+            self.decoder = Decoder(config)
+            self.quant_conv = convolution(2 * latents, 2 * latents, 1) if config.use_quant_conv else None
+            self.post_quant_conv = convolution(latents, latents, 1) if config.use_post_quant_conv else None
         self.built = True
 
     def encode(self, images):
         """Encodes `(n, h, w, 3)` pictures in [-1, 1] to a `DiagonalGaussian` over latents."""
-        moments = self.quant_conv(self.encoder(ops.cast(images, self.compute_dtype)))
+        moments = self.encoder(ops.cast(images, self.compute_dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
         return DiagonalGaussian(ops.cast(moments, "float32"))
 
     def decode(self, latents):
         """Decodes unscaled latents `(n, h, w, c)` to pictures, float32, about [-1, 1]."""
-        images = self.decoder(self.post_quant_conv(ops.cast(latents, self.compute_dtype)))
-        return ops.cast(images, "float32")
+        latents = ops.cast(latents, self.compute_dtype)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return ops.cast(self.decoder(latents), "float32")
 
     def call(self, images):
         return self.decode(self.encode(images).mode())
