@@ -3,30 +3,46 @@
 from keras import ops
 
 
-def guided_prediction(unet, latents, timesteps, context=None, negative=None, scale=None):
+def guided_prediction(
+    unet, latents, timesteps, context=None, negative=None, scale=None, rescale=0.0, class_labels=None
+):
     """The UNet's prediction, pushed away from what the negative context asks for.
 
     Without a negative context the UNet is called once on the batch, with one on the doubled batch.
 
     Args:
         unet: called on `[latents, timesteps]` or `[latents, timesteps, context]`.
-        latents: `(n, h, w, c)`.
+        latents: `(n, h, w, c)`, with all that the UNet sees beside them.
         timesteps: `(n,)`.
         context: text encodings `(n, tokens, width)`; None for an unconditional UNet.
         negative: encodings of the negative prompts, of the same shape, or None.
         scale: guidance scale, a scalar; 1 gives the prediction for `context` alone.
+        rescale: 0 to 1, how far each guided prediction gets back the deviation of the one for `context`
+            alone, which strong guidance enlarges (Lin et al., 2023, equations 15 and 16).
+        class_labels: `(n,)` for a UNet that takes them, or None.
 
     Returns:
         `(n, h, w, out)`.
     """
-    if context is None:
-        return unet([latents, timesteps])
+
+    def ask(latents, timesteps, contexts, labels):
+        options = {} if labels is None else {"class_labels": labels}
+        return unet([latents, timesteps, *contexts], **options)
+
     if negative is None:
-        return unet([latents, timesteps, context])
+        return ask(latents, timesteps, [] if context is None else [context], class_labels)
 
     def doubled(values):
-        return ops.concatenate([values, values])
+        return None if values is None else ops.concatenate([values, values])
 
-    predictions = unet([doubled(latents), doubled(timesteps), ops.concatenate([negative, context])])
+    contexts = [ops.concatenate([negative, context])]
+    predictions = ask(doubled(latents), doubled(timesteps), contexts, doubled(class_labels))
     unconditional, conditional = ops.split(predictions, 2)
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    # A network whose last layer is still zero predicts nothing that deviates.
+    enlarged = ops.maximum(_deviation(guided), 1e-12)
+    return guided * (1 + rescale * (_deviation(conditional) / enlarged - 1))
+
+
+def _deviation(predictions):
+    return ops.std(predictions, axis=(1, 2, 3), keepdims=True)

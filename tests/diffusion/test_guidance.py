@@ -6,7 +6,6 @@ import pytest
 
 from keras_sd.diffusion.guidance import guided_prediction
 from keras_sd.models.unet import UNet
-from keras_sd.weights.rules import without_initial_values
 from tests import tiny
 
 
@@ -20,8 +19,7 @@ class CountingUNet(UNet):
 
 @pytest.fixture(scope="module")
 def unet():
-    with without_initial_values():
-        return tiny.randomize(CountingUNet(tiny.SD1_UNET))
+    return tiny.randomize(CountingUNet(tiny.SD1_UNET))
 
 
 def test_one_doubled_call_extrapolates_from_negative_to_positive(unet):
@@ -42,7 +40,6 @@ def test_one_doubled_call_extrapolates_from_negative_to_positive(unet):
 
 
 def test_an_unconditional_unet_has_nothing_to_be_guided_by():
-    with without_initial_values():
-        unet = tiny.randomize(UNet(tiny.PIXEL_UNET))
+    unet = tiny.randomize(UNet(tiny.PIXEL_UNET))
     images, timesteps = np.ones((1, 8, 8, 3), "float32"), np.array([5.0], "float32")
     np.testing.assert_array_equal(guided_prediction(unet, images, timesteps), unet([images, timesteps]))

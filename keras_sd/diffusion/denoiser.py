@@ -1,0 +1,171 @@
+"""The compiled loop that all samplers share."""
+
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_sd import backend
+from keras_sd.diffusion.guidance import guided_prediction
+from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
+from keras_sd.diffusion.samplers import MEMORY_SIZE, find_sampler
+from keras_sd.errors import UserError
+
+
+class NoiseStreams:
+    """Standard-normal noise for a batch of pictures, from one stream for each.
+
+    A picture's noise follows from its own seed alone (NumPy's Philox keyed by it), so it does not depend on
+    the rest of the batch or on the backend.
+    """
+
+    def __init__(self, seeds):
+        self._streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
+
+    def draw(self, shape):
+        """The next noise of every picture, each of `shape`: float32 `(n, *shape)`."""
+        return np.stack([stream.standard_normal(shape, dtype="float32") for stream in self._streams])
+
+
+class Denoised(NamedTuple):
+    """What the loop yields after each step: its number from 1, and the latents `(n, h, w, c)`."""
+
+    step: int
+    latents: object
+
+
+class Known(NamedTuple):
+    """What inpainting keeps: where `mask` is 0 the latents stay `sample`, as noisy as the rest by `noise`.
+
+    The mask is float32 `(n or 1, h, w, 1)`, 1 where new content is made; the others are `(n, h, w, c)`.
+    """
+
+    mask: object
+    sample: object
+    noise: object
+
+
+class Denoiser:
+    """The sampling loop around one UNet: XLA compiles one step, the caller owns the loop.
+
+    Prompts, seeds, guidance, the sampler and its number of steps are inputs of the compiled step. It is
+    compiled for each shape of the latents, with and without guidance, and with and without each of what a
+    task may add (`channels`, `class_labels`, `known`).
+
+    Args:
+        unet: `keras_sd.models.unet.UNet`, conditional or not. Its weights may change between calls.
+        schedule: the `NoiseSchedule` it was trained on.
+        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+    """
+
+    def __init__(self, unet, schedule, jit_compile=True):
+        self.unet = unet
+        self.schedule = schedule
+        self._program = backend.jit(self._step, unet.variables, jit_compile)
+
+    def steps(
+        self,
+        latents,
+        context=None,
+        negative=None,
+        *,
+        guidance_scale=1.0,
+        guidance_rescale=0.0,
+        sampler="ddim",
+        num_steps=30,
+        eta=0.0,
+        streams=None,
+        first_step=0,
+        channels=None,
+        class_labels=None,
+        known=None,
+    ):
+        """Generates `Denoised(step, latents)` after each step, the last of which is the result.
+
+        Args:
+            latents: what to begin with, float32 `(n, h, w, c)`: standard-normal noise, or what `noisy` gives.
+            context, negative: text encodings `(n, tokens, width)`; the negative ones are used, and half
+                of the work is theirs, if `guidance_scale` is not 1.
+            guidance_rescale: 0 to 1, against the overexposure of strong guidance.
+            sampler: a name in `samplers.SAMPLERS`.
+            eta: from 0 to 1, the share of fresh noise at each step of DDIM.
+            streams: `NoiseStreams` to draw fresh noise from, once for each row of the sampler's tables that
+                uses it.
+            first_step: how many of `num_steps` steps are left out at the beginning.
+            channels: what the UNet sees beside the latents, float32 `(n, h, w, k)`, or None.
+            class_labels: int `(n,)` for a UNet with `num_class_embeds`, or None.
+            known: `Known` content that is put back after each evaluation, or None.
+
+        Raises:
+            UserError: an unknown sampler or a number out of range; on the call, before the first step.
+            ValueError: the sampler draws noise, and there are no streams.
+        """
+        if not 0 <= guidance_rescale <= 1:
+            raise UserError(f"guidance_rescale {guidance_rescale}: out of range; use 0 (none) to 1")
+        tables = find_sampler(sampler).tables(self.schedule, num_steps, eta, first_step)
+        if streams is None and any(row.draws for row in tables.rows):
+            raise ValueError(f"sampler {sampler!r} draws noise; give streams")
+        if guidance_scale == 1:
+            negative = None
+        guidance = {
+            "context": context,
+            "negative": negative,
+            "scale": np.asarray(guidance_scale, "float32"),
+            "rescale": np.asarray(guidance_rescale, "float32"),
+            "class_labels": class_labels,
+        }
+        return self._run(tables, latents, guidance, channels, known, streams)
+
+    def noisy(self, sample, noise, *, sampler="ddim", num_steps=30, first_step=0):
+        """The latents to give to `steps` so that the first step begins from a noisy `sample`.
+
+        Args:
+            sample, noise: float32 `(n, h, w, c)`.
+            sampler, num_steps, first_step: as `steps` will be given.
+        """
+        start, rows = find_sampler(sampler).tables(self.schedule, num_steps, first_step=first_step)
+        # `steps` multiplies by the start.
+        signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
+        return add_noise(sample, noise, signal_rate, noise_rate)
+
+    def _run(self, tables, latents, guidance, channels, known, streams):
+        latents = ops.convert_to_numpy(latents) * np.float32(tables.start)
+        memory = np.zeros((MEMORY_SIZE, *latents.shape), "float32")
+        still = np.zeros_like(latents)
+        step = 0
+        for index, row in enumerate(tables.rows):
+            is_last = index == len(tables.rows) - 1
+            numbers = {
+                "timestep": row.timestep,
+                "level": np.array(row.level),
+                # What the last row makes is taken for clean.
+                "end": np.array([1.0, 0.0] if is_last else row.end),
+                "weights": row.weights,
+            }
+            numbers = {name: np.asarray(value, "float32") for name, value in numbers.items()}
+            random = streams.draw(latents.shape[1:]) if row.draws else still
+            latents, memory = self._program(latents, memory, random, numbers, guidance, channels, known)
+            if row.ends_step:
+                step += 1
+                yield Denoised(step, latents)
+
+    def _step(self, latents, memory, random, numbers, guidance, channels, known):
+        """One row of the tables: asks the network, and sums what there is as the row's weights say."""
+        signal_rate, noise_rate = numbers["level"][0], numbers["level"][1]
+        seen = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
+        timesteps = ops.broadcast_to(numbers["timestep"], (latents.shape[0],))
+        prediction = guided_prediction(self.unet, seen, timesteps, **guidance)
+        sample, noise = to_sample_and_noise(
+            self.schedule.prediction_type, prediction, latents, signal_rate, noise_rate
+        )
+        if self.schedule.config.clip_sample:
+            sample = ops.clip(sample, -1.0, 1.0)
+        # Products and a sum, as matrix products may be computed in lower precision.
+        terms = ops.concatenate([latents[None], memory, ops.stack([sample, noise, random])])
+        weights = ops.reshape(numbers["weights"], (*numbers["weights"].shape, 1, 1, 1, 1))
+        results = ops.sum(weights * terms[None], axis=1)
+        latents, memory = results[0], results[1:]
+        if known is not None:
+            kept = add_noise(known.sample, known.noise, numbers["end"][0], numbers["end"][1])
+            latents = kept + known.mask * (latents - kept)
+        return latents, memory
