@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keras_sd.errors import UserError
-from keras_sd.weights.formats import weights_path
+from keras_sd.weights.diffusers_folder import has_weights, weights_path
 
 _BUNDLED = Path(__file__).parent / "bundled"
 
 # What a folder in diffusers' layout needs; hubs keep the same weights in other formats beside them.
-_HUB_FILES = ["model_index.json", "unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
-_HUB_LEFT_OUT = ["*.bin", "*.msgpack", "*.onnx*", "*fp16*", "*non_ema*"]
+_HUB_FILES = [
+    "model_index.json",
+    *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "low_res_scheduler")),
+]
+# What is tried one after the other until there are weights: plain ones, half precision, torch's own files.
+_HUB_LEFT_OUT = ["*.msgpack", "*.onnx*", "*non_ema*"]
+_HUB_TRIES = [["*.bin", "*fp16*"], ["*.bin"], []]
 
 
 class Preset(NamedTuple):
@@ -28,6 +33,7 @@ PRESETS = {
     ),
     "sd-1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML-OpenRAIL-M"),
     "sd-2.1": Preset("stabilityai/stable-diffusion-2-1", "CreativeML-OpenRAIL++-M"),
+    "sd-2.1-base": Preset("stabilityai/stable-diffusion-2-1-base", "CreativeML-OpenRAIL++-M"),
 }
 
 
@@ -69,7 +75,12 @@ def _from_hub(repository):
     from huggingface_hub import snapshot_download  # here, as importing it takes long
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT))
+        for left_out in _HUB_TRIES:
+            ignored = [*_HUB_LEFT_OUT, *left_out]
+            folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
+            if has_weights(folder, "unet"):
+                break
+        return folder
     except (OSError, ValueError) as error:
         raise UserError(
             f"{repository}: neither a folder here nor to be had from the hub ({type(error).__name__}); "

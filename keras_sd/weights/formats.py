@@ -1,7 +1,8 @@
-"""Files: safetensors, and the diffusers folder that is made of them."""
+"""Files: safetensors and JSON, read with care and written whole or not at all."""
 
 import contextlib
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -23,28 +24,6 @@ _NUMPY_DTYPES = {
     "I32": np.int32,
     "U8": np.uint8,
     "BOOL": np.bool_,
-}
-
-# The libraries that read a folder look for each part's weights under the name they would give it.
-_WEIGHT_FILES = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "image_encoder": "model.safetensors",
-}
-
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.35.0",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
 
 
@@ -77,6 +56,20 @@ def _view(data, name, entry, path):
         raise UserError(f"{path}: {name} is of type {entry['dtype']}; convert the file to F32, F16 or BF16")
     begin, end = entry["data_offsets"]
     return data[begin:end].view(_NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def release(array):
+    """Gives back the memory that a mapped array's pages take; a later use reads them from disk again."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not array.flags.c_contiguous:
+        return
+    begin = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (begin + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def write_safetensors(path, tensors, dtype=None):
@@ -153,49 +146,3 @@ def write_json(path, values):
     path = Path(path)
     with _staged(path) as staging:
         staging.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def weights_path(folder, part):
-    """The safetensors file of a part ("unet", "vae", "text_encoder", "image_encoder") of a folder."""
-    return Path(folder) / part / _WEIGHT_FILES[part]
-
-
-def read_part(folder, part):
-    """Reads one part of a diffusers folder.
-
-    Returns:
-        `(config dictionary, tensors)`, the latter as `read_safetensors` gives them.
-    """
-    return read_json(Path(folder) / part / "config.json"), read_safetensors(weights_path(folder, part))
-
-
-def write_part(folder, part, config, tensors, dtype=None):
-    """Writes one part of a diffusers folder: its `config.json` and its weights.
-
-    Args:
-        folder: the diffusers folder; made if there is none.
-        part: "unet", "vae", "text_encoder" or "image_encoder".
-        config: a JSON dictionary.
-        tensors, dtype: as in `write_safetensors`.
-    """
-    path = weights_path(folder, part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, tensors, dtype)
-    write_json(path.with_name("config.json"), config)
-
-
-def read_scheduler(folder):
-    """Reads the noise schedule's dictionary of a diffusers folder."""
-    return read_json(Path(folder) / "scheduler" / "scheduler_config.json")
-
-
-def write_scheduler(folder, config):
-    """Writes the noise schedule's dictionary of a diffusers folder."""
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
-
-
-def write_model_index(folder):
-    """Writes the table of contents by which diffusers' `StableDiffusionPipeline` opens a folder."""
-    write_json(Path(folder) / "model_index.json", _MODEL_INDEX)

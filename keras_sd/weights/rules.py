@@ -8,14 +8,18 @@ the rule is read in both directions.
 
 import contextlib
 import re
+import warnings
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
+from keras_sd import backend
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.weights.formats import release
 
 _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
 
@@ -123,19 +127,70 @@ def canonical_name(name):
     return _OLD_ATTENTION_PATTERN.sub(lambda match: match[1] + _OLD_ATTENTION[match[2]], name)
 
 
-@contextlib.contextmanager
-def without_initial_values():
-    """Makes models built inside it start from zeros, as what is about to be loaded needs no random draw.
+class _Born:
+    """The initialiser of a variable that is born from what is loaded; its own initial value without that."""
 
-    Random initial values take longer than reading a file, above all on JAX, which compiles a program for
-    each shape. Not for several threads at once.
+    def __init__(self, initializer):
+        self.initializer = keras.initializers.get(initializer) or _zeros
+        self.parameter = self.array = None
+        self.is_finite = True
+
+    def __call__(self, shape, dtype=None):
+        if self.array is None:
+            return self.initializer(shape, dtype=dtype)
+        self.is_finite = _is_finite(self.array)
+        tensor = _to_keras(self.parameter, self.array)
+        release(self.array)
+        return keras.ops.cast(tensor, dtype)
+
+
+def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
+    """Makes a model whose variables are born from published tensors, with no other value before.
+
+    Random initial values would take longer than reading the file, and zeros as long. Not for several
+    threads at once.
+
+    Args:
+        model_class, config: the model and its config.
+        tensors, source: as in `load_weights`.
+        dtype: a precision, as `keras_sd.models.precision.dtype_policy` takes it.
+        partial: takes what fits, with a warning of what does not; what is missing gets its initial value.
+
+    Raises:
+        UserError: as `load_weights`.
     """
+    born = []
+    with dtype_policy(dtype), keras.StatelessScope(), _collecting(born):
+        # The scope puts off the variables' values to its end.
+        model = model_class(config)
+        try:
+            found = _matched(model, tensors, source, partial)
+        except UserError:
+            for _, initializer in born:
+                initializer.initializer = _zeros
+            raise
+        initializers = {id(variable): initializer for variable, initializer in born}
+        for parameter, name in found:
+            initializer = initializers[id(parameter.variable)]
+            initializer.parameter, initializer.array = parameter, tensors[name]
+    bad = [initializer.parameter.name for _, initializer in born if not initializer.is_finite]
+    if bad:
+        raise _non_finite(bad, source)
+    return model
+
+
+@contextlib.contextmanager
+def _collecting(born):
+    """Has every weight made inside it start from a `_Born`, listed with its variable."""
     add_weight = keras.layers.Layer.add_weight
 
-    def add_zeros(layer, shape=None, initializer=None, *arguments, **options):
-        return add_weight(layer, shape, _zeros, *arguments, **options)
+    def add_born(layer, shape=None, initializer=None, *arguments, **options):
+        initializer = _Born(initializer)
+        variable = add_weight(layer, shape, initializer, *arguments, **options)
+        born.append((variable, initializer))
+        return variable
 
-    keras.layers.Layer.add_weight = add_zeros
+    keras.layers.Layer.add_weight = add_born
     try:
         yield
     finally:
@@ -143,7 +198,22 @@ def without_initial_values():
 
 
 def _zeros(shape, dtype=None):
-    return keras.ops.convert_to_tensor(np.zeros(shape, dtype))
+    return keras.ops.zeros(shape, dtype)
+
+
+def _to_keras(parameter, array):
+    """A published array as a tensor in the layout of its variable."""
+    # A 1x1 convolution and a linear layer hold the same numbers; files have either.
+    array = np.reshape(array, _torch_shape(parameter))
+    is_kernel = parameter.variable.name == "kernel"
+    return backend.to_tensor(array, _TO_KERAS[array.ndim] if is_kernel else tuple(range(array.ndim)))
+
+
+def _is_finite(array):
+    array = np.asarray(array)
+    # A sum is finite only if all of its terms are, and takes no array of its own.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum(dtype="float32")) or np.isfinite(array).all())
 
 
 def load_weights(model, tensors, *, prefix="", source="weights"):
@@ -161,21 +231,33 @@ def load_weights(model, tensors, *, prefix="", source="weights"):
     Raises:
         UserError: tensors are missing, left over, misshapen or not finite.
     """
-    given = {canonical_name(name.removeprefix(prefix)): name for name in tensors if name.startswith(prefix)}
+    tensors = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    found = _matched(model, tensors, source)
+    bad = [name for _, name in found if not _is_finite(tensors[name])]
+    if bad:
+        raise _non_finite(bad, source)
+    for parameter, name in found:
+        parameter.variable.assign(
+            keras.ops.cast(_to_keras(parameter, tensors[name]), parameter.variable.dtype)
+        )
+
+
+def _matched(model, tensors, source, partial=False):
+    """Pairs of each `Parameter` and the name of its tensor, every one of both accounted for."""
+    given = {canonical_name(name): name for name in tensors}
     given.pop(None, None)
     wanted = {canonical_name(parameter.name): parameter for parameter in parameter_paths(model)}
-    _account(type(model).__name__, wanted, {name: tensors[key].shape for name, key in given.items()}, source)
-    _refuse_non_finite({key: tensors[key] for key in given.values()}, source)
-    for name, parameter in wanted.items():
-        # A 1x1 convolution and a linear layer hold the same numbers; files have either.
-        array = np.reshape(tensors[given[name]], _torch_shape(parameter))
-        if parameter.variable.name == "kernel":
-            array = array.transpose(_TO_KERAS[array.ndim])
-        parameter.variable.assign(array.astype(parameter.variable.dtype))
+    shapes = {name: tuple(tensors[key].shape) for name, key in given.items()}
+    _account(type(model).__name__, wanted, shapes, source, partial)
+    return [
+        (parameter, given[name])
+        for name, parameter in wanted.items()
+        if name in given and _same_shape(shapes[name], _torch_shape(parameter))
+    ]
 
 
-def _account(model_name, wanted, shapes, source):
-    """Raises a UserError that counts all faults of a set of tensors and names the first ones."""
+def _account(model_name, wanted, shapes, source, partial):
+    """Raises a UserError, or warns, with all faults of a set of tensors counted and the first ones named."""
     missing = [
         f"{name} is missing, the model has {_torch_shape(parameter)}"
         for name, parameter in wanted.items()
@@ -184,25 +266,26 @@ def _account(model_name, wanted, shapes, source):
     misshapen = [
         f"{name} is {shapes[name]}, the model has {_torch_shape(parameter)}"
         for name, parameter in wanted.items()
-        if name in shapes and not _same_shape(tuple(shapes[name]), _torch_shape(parameter))
+        if name in shapes and not _same_shape(shapes[name], _torch_shape(parameter))
     ]
     extra = [f"{name} {shape} has no place" for name, shape in shapes.items() if name not in wanted]
     faults = missing + misshapen + extra
     if faults:
         named = "; ".join(faults[:_NAMED_AT_MOST]) + ("; ..." if len(faults) > _NAMED_AT_MOST else "")
-        raise UserError(
+        line = (
             f"{source}: {len(missing)} tensors missing, {len(misshapen)} misshapen, {len(extra)} left over "
-            f"for {model_name}: {named}. Use the config.json that belongs to these weights"
+            f"for {model_name}: {named}"
         )
+        if not partial:
+            raise UserError(f"{line}. Use the config.json that belongs to these weights")
+        warnings.warn(f"{line}. The rest is loaded", stacklevel=4)
 
 
 def _same_shape(given, wanted):
     return given == wanted or given == wanted + (1, 1) or given + (1, 1) == wanted
 
 
-def _refuse_non_finite(tensors, source):
-    bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
-    if bad:
-        raise UserError(
-            f"{source}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}; use an undamaged file"
-        )
+def _non_finite(names, source):
+    return UserError(
+        f"{source}: {len(names)} tensors hold NaN or infinity, the first is {names[0]}; use an undamaged file"
+    )

@@ -128,14 +128,3 @@ def test_missing_files_end_in_one_line(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match="no JSON dictionary|not a JSON file"):
             formats.read_json(tmp_path / "config.json")
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "image_encoder"])
-def test_parts_come_back(tmp_path, part):
-    formats.write_part(tmp_path / "model", part, {"width": 3}, tensors(), "float16")
-    config, read = formats.read_part(tmp_path / "model", part)
-    assert config == {"width": 3}
-    for name, array in tensors().items():
-        np.testing.assert_array_equal(read[name], array.astype("float16"))
-    formats.write_scheduler(tmp_path / "model", {"steps_offset": 1})
-    assert formats.read_scheduler(tmp_path / "model") == {"steps_offset": 1}

@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.text_encoder import TextEncoder
@@ -16,9 +15,9 @@ from keras_sd.models.vae import AutoencoderKL
 from keras_sd.weights.rules import (
     canonical_name,
     load_weights,
+    open_model,
     parameter_paths,
     torch_state,
-    without_initial_values,
 )
 from tests import tiny
 from tests.reference import group_of, run_reference
@@ -58,8 +57,7 @@ SCRIPT = """
 
 
 def build(name):
-    with without_initial_values():
-        return CLASSES.get(name, UNet)(CONFIGS[name])
+    return CLASSES.get(name, UNet)(CONFIGS[name])
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +210,52 @@ def test_layers_out_of_reach_are_an_error_of_the_program():
         parameter_paths(Hidden())
 
 
-def test_initial_values_are_drawn_again_afterwards():
-    config = ImageEncoderConfig.from_dict(tiny.IMAGE_ENCODER.to_dict())
-    assert all(not np.any(variable) for variable in build("image").weights)
-    assert np.std(ImageEncoder(config).visual_projection.kernel) > 0
+@pytest.fixture(scope="module")
+def published():
+    return torch_state(tiny.randomize(build("image")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_model_is_born_from_its_tensors(published, dtype):
+    model = open_model(ImageEncoder, tiny.IMAGE_ENCODER, published, dtype=dtype)
+    for name, array in torch_state(model).items():
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, published[name].astype(array.dtype))
+    # Neither the precision nor the way of being born outlives the call.
+    fresh = ImageEncoder(tiny.IMAGE_ENCODER).visual_projection.kernel
+    assert fresh.dtype == "float32" and np.std(fresh) > 0
+
+
+def test_part_of_a_model_is_taken_only_on_demand(published):
+    partial = {name: array for name, array in published.items() if "layer_norm1" not in name}
+    partial["other.weight"] = np.zeros(3, "float32")
+    partial["visual_projection.weight"] = np.zeros((3, 3), "float32")
+    line = "2 tensors missing, 1 misshapen, 1 left over for ImageEncoder"
+    with pytest.raises(UserError, match=line):
+        open_model(ImageEncoder, tiny.IMAGE_ENCODER, partial)
+    with pytest.warns(UserWarning, match=f"{line}.*The rest is loaded"):
+        model = open_model(ImageEncoder, tiny.IMAGE_ENCODER, partial, partial=True)
+    loaded = torch_state(model)
+    for name in ("vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.mlp.fc1.weight"):
+        np.testing.assert_array_equal(loaded[name], published[name])
+    assert (loaded["vision_model.encoder.layers.0.layer_norm1.weight"] == 1).all()  # its initial value
+    assert np.std(loaded["visual_projection.weight"]) > 0
+
+
+def test_after_a_refusal_models_are_made_as_before(published):
+    bad = published | {"visual_projection.weight": np.full((12, 16), np.nan, "float32")}
+    with pytest.raises(UserError, match="1 tensors hold NaN or infinity, the first is visual_projection"):
+        open_model(ImageEncoder, tiny.IMAGE_ENCODER, bad)
+    with pytest.raises(UserError, match="precision 'int4': unknown"):
+        open_model(ImageEncoder, tiny.IMAGE_ENCODER, published, dtype="int4")
+    model = open_model(ImageEncoder, tiny.IMAGE_ENCODER, published)
+    np.testing.assert_array_equal(
+        torch_state(model)["visual_projection.weight"], published["visual_projection.weight"]
+    )
+    assert np.std(build("image").visual_projection.kernel) > 0
+
+
+def test_large_finite_values_are_finite(published):
+    large = published | {"visual_projection.weight": np.full((12, 16), 3e38, "float32")}
+    model = open_model(ImageEncoder, tiny.IMAGE_ENCODER, large)  # their sum is not
+    assert np.isfinite(model.visual_projection.kernel).all()

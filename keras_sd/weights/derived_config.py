@@ -1,0 +1,149 @@
+"""The config of a model, told from the names and shapes of its tensors, for files that have none beside them.
+
+Widths, depths and where there is attention can be seen. What cannot be seen follows from what can, by rules
+that give the published values for SD 1.x, SD 2.x and the x4 upscaler.
+"""
+
+import functools
+import math
+
+from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.weights.ldm_names import index_count
+
+_HEAD_WIDTH = 64
+_SD1_HEADS = 8
+_MOST_GROUPS = 32
+_OPEN_CLIP_H_WIDTH = 1024
+
+_PROJECTION = "attentions.0.proj_in.weight"
+_SELF_KEY = "attentions.0.transformer_blocks.0.attn1.to_k.weight"
+_TEXT_KEY = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+def unet_config(tensors, sample_size):
+    """The `config.json` of a UNet.
+
+    Linear layers around the attention and no class labels make an SD 2.x, with heads of width 64 and scores
+    in float32; others (SD 1.x, the x4 upscaler) have 8 heads. Normalisation has 32 groups, or as many as
+    divide all widths.
+
+    Args:
+        tensors: dictionary of arrays by diffusers' names.
+        sample_size: side of the latents that it was trained on.
+
+    Raises:
+        KeyError: a tensor that tells the shape is missing, or has too few axes.
+    """
+    size = functools.partial(_size, tensors)
+    levels = range(max(1, index_count(tensors, "down_blocks.")))
+    channels = tuple(size(f"down_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)
+    attends = [f"down_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
+    attends_on_way_up = [f"up_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
+    attends_in_middle = f"mid_block.{_TEXT_KEY}" in tensors
+    is_linear = attends_in_middle and tensors[f"mid_block.{_PROJECTION}"].ndim == 2
+    classes = size("class_embedding.weight", 0) if "class_embedding.weight" in tensors else None
+    is_sd2 = is_linear and classes is None
+    return UNetConfig(
+        sample_size=sample_size,
+        in_channels=size("conv_in.weight", 1),
+        out_channels=size("conv_out.weight", 0),
+        block_out_channels=channels,
+        layers_per_block=index_count(tensors, "down_blocks.0.resnets."),
+        down_block_types=_chosen(attends, "CrossAttnDownBlock2D", "DownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn" if attends_in_middle else "UNetMidBlock2D",
+        up_block_types=_chosen(attends_on_way_up, "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=size(f"mid_block.{_TEXT_KEY}", 1) if attends_in_middle else 0,
+        attention_head_dim=tuple(map(_heads, channels)) if is_sd2 else _SD1_HEADS,
+        upcast_attention=is_sd2,
+        use_linear_projection=is_linear,
+        only_cross_attention=_only_cross_attention(tensors, channels, attends),
+        num_class_embeds=classes,
+        norm_num_groups=math.gcd(_MOST_GROUPS, *channels),
+    ).to_dict()
+
+
+def _only_cross_attention(tensors, channels, attends):
+    """False where all attention begins with attention to itself, otherwise whether a level does without it.
+
+    A level as wide as the text could be either. It is taken to attend to itself, as the upscaler's coarsest.
+    """
+    attends_to_itself = [
+        attends[level] and _size(tensors, f"down_blocks.{level}.{_SELF_KEY}", 1) == channels[level]
+        for level in range(len(channels))
+    ]
+    return False if attends_to_itself == attends else tuple(not itself for itself in attends_to_itself)
+
+
+def vae_config(tensors, sample_size, scaling_factor):
+    """The `config.json` of an autoencoder.
+
+    Args:
+        tensors: dictionary of arrays by diffusers' names.
+        sample_size: side of the pictures that it was trained on.
+        scaling_factor: what its latents are multiplied by for the UNet.
+
+    Raises:
+        KeyError: a tensor that tells the shape is missing, or has too few axes.
+    """
+    size = functools.partial(_size, tensors)
+    levels = range(max(1, index_count(tensors, "encoder.down_blocks.")))
+    channels = tuple(size(f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)
+    return VAEConfig(
+        sample_size=sample_size,
+        in_channels=size("encoder.conv_in.weight", 1),
+        out_channels=size("decoder.conv_out.weight", 0),
+        latent_channels=size("decoder.conv_in.weight", 1),
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(levels),
+        up_block_types=("UpDecoderBlock2D",) * len(levels),
+        layers_per_block=index_count(tensors, "encoder.down_blocks.0.resnets."),
+        norm_num_groups=math.gcd(_MOST_GROUPS, *channels),
+        scaling_factor=scaling_factor,
+        force_upcast=True,  # as the published configs, which leave it out
+        mid_block_add_attention=index_count(tensors, "encoder.mid_block.attentions.") > 0,
+    ).to_dict()
+
+
+def text_encoder_config(tensors, is_open_clip):
+    """The `config.json` of a text encoder.
+
+    Heads are 64 wide. OpenCLIP has the exact GELU; the width of ViT-H is taken for OpenCLIP under any names.
+
+    Args:
+        tensors: dictionary of arrays by transformers' names, each beginning with `text_model.` except for
+            `text_projection.weight`.
+        is_open_clip: whether it comes from OpenCLIP (SD 2.x) and not from CLIP (SD 1.x).
+
+    Raises:
+        KeyError: a tensor that tells the shape is missing, or has too few axes.
+    """
+    size = functools.partial(_size, tensors)
+    vocabulary, width = (size("text_model.embeddings.token_embedding.weight", axis) for axis in range(2))
+    is_open_clip = is_open_clip or width == _OPEN_CLIP_H_WIDTH
+    return TextEncoderConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=size("text_model.encoder.layers.0.mlp.fc1.weight", 0),
+        num_hidden_layers=index_count(tensors, "text_model.encoder.layers."),
+        num_attention_heads=_heads(width),
+        max_position_embeddings=size("text_model.embeddings.position_embedding.weight", 0),
+        hidden_act="gelu" if is_open_clip else "quick_gelu",
+        projection_dim=size("text_projection.weight", 0) if "text_projection.weight" in tensors else width,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+    ).to_dict()
+
+
+def _size(tensors, name, axis):
+    shape = tensors[name].shape
+    if axis >= len(shape):
+        raise KeyError(name)
+    return shape[axis]
+
+
+def _heads(width):
+    return max(1, width // _HEAD_WIDTH)
+
+
+def _chosen(flags, name, other):
+    return tuple(name if flag else other for flag in flags)

@@ -1,0 +1,228 @@
+"""The diffusers folder, the native format: a folder for each part, with its config and its weights.
+
+Read in every form in the wild: one file or shards, plain or of a variant ("fp16"), safetensors or torch's
+own. Written in one form: one safetensors file for each part.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.errors import UserError
+from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.formats import read_json, read_safetensors, write_json, write_safetensors
+from keras_sd.weights.torch_pickle import read_torch
+
+INDEX = "model_index.json"
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
+LOW_RES_SCHEDULER = Path("low_res_scheduler") / "scheduler_config.json"
+PARTS = ("text_encoder", "unet", "vae", "image_encoder")
+
+# The libraries that read a folder look for each part's weights under the names they would give it.
+_STEMS = {
+    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    "text_encoder": ("model", "pytorch_model"),
+    "image_encoder": ("model", "pytorch_model"),
+}
+_SUFFIXES = (".safetensors", ".bin")
+
+_LIBRARIES = {
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+# Parts that a pipeline of diffusers may have, and that we have none of, or that it leaves alone.
+_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
+
+
+def weights_path(folder, part, variant=None):
+    """The file with the weights of a part, or the index of the files, of a folder in diffusers' layout.
+
+    Args:
+        part: "unet", "vae", "text_encoder" or "image_encoder".
+        variant: such as "fp16". None takes the plain files, and where there are none those of a variant.
+
+    Raises:
+        UserError: there is no such file; the line names the variants that there are.
+    """
+    directory = Path(folder) / part
+    found = _weights_by_variant(directory, part)
+    if variant is None and found:
+        return found.get(None) or found.get("fp16") or found[min(found)]
+    if variant not in found:
+        others = ", ".join(sorted(name for name in found if name))
+        remedy = f"use one of the variants {others}" if others else "give a folder in diffusers' layout"
+        wanted = f"{variant} weights" if variant else "weights"
+        raise UserError(f"{directory}: no such file as its {wanted}; {remedy}")
+    return found[variant]
+
+
+def has_weights(folder, part):
+    """Whether a folder has any weights of a part."""
+    return bool(_weights_by_variant(Path(folder) / part, part))
+
+
+def _weights_by_variant(directory, part):
+    """Variant to path of the weights or of their index; safetensors go before torch's own files."""
+    found = {}
+    for stem, suffix in zip(_STEMS[part], _SUFFIXES, strict=True):
+        for path in sorted(directory.glob(f"{stem}*")):
+            rest = path.name.removeprefix(stem)
+            if rest.endswith(f"{suffix}.index.json"):
+                variant = rest.removesuffix(f"{suffix}.index.json")
+            elif rest.startswith(f"{suffix}.index.") and rest.endswith(".json"):
+                variant = rest.removeprefix(f"{suffix}.index").removesuffix(".json")
+            elif rest.endswith(suffix) and "-of-" not in rest:
+                variant = rest.removesuffix(suffix)
+            else:
+                continue
+            if variant == "" or variant.startswith("."):
+                found.setdefault(variant[1:] or None, path)
+    return found
+
+
+def read_weights(path):
+    """Reads a file of weights, or all the shards that an index names.
+
+    Returns:
+        A dictionary of read-only arrays that are mapped from disk.
+
+    Raises:
+        UserError: a file is missing or damaged, or the index names files elsewhere or tensors that are not
+            where it says.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix == ".bin":
+        return {name: value for name, value in read_torch(path).items() if isinstance(value, np.ndarray)}
+    shard_of = read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise UserError(f"{path}: names no files for its tensors; fetch it again")
+    shards = {}
+    for name in sorted(set(shard_of.values())):
+        if Path(name).name != name or not name.endswith(_SUFFIXES):
+            raise UserError(f"{path}: names the file {name!r}, which is not beside it; do not use it")
+        shards[name] = read_weights(path.with_name(name))
+    lost = [tensor for tensor, shard in shard_of.items() if tensor not in shards[shard]]
+    if lost:
+        raise UserError(
+            f"{path}: {len(lost)} tensors are not in the files it names, the first is {lost[0]}; "
+            "fetch all again"
+        )
+    return {tensor: shards[shard][tensor] for tensor, shard in shard_of.items()}
+
+
+def read_part(folder, part, variant=None):
+    """Reads one part of a folder as a `Part`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    config = read_json(Path(folder) / part / "config.json")
+    source = weights_path(folder, part, variant)
+    return Part(config, read_weights(source), source)
+
+
+def read_folder(folder, variant=None):
+    """Reads a folder as a `Checkpoint`.
+
+    Args:
+        variant: as in `weights_path`; parts without that variant give their plain weights, as long as one
+            part has it.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    read_json(folder / INDEX)
+    present = [part for part in PARTS if (folder / part / "config.json").is_file()]
+    with_variant = [part for part in present if variant in _weights_by_variant(folder / part, part)]
+    if variant is not None and present and not with_variant:
+        weights_path(folder, present[0], variant)  # raises, and names the variants
+    parts = {part: read_part(folder, part, variant if part in with_variant else None) for part in present}
+    low_res = read_json(folder / LOW_RES_SCHEDULER) if (folder / LOW_RES_SCHEDULER).is_file() else None
+    tokenizer = folder / "tokenizer"
+    return Checkpoint(
+        parts, read_json(folder / SCHEDULER), low_res, tokenizer if tokenizer.is_dir() else None
+    )
+
+
+def write_part(folder, part, config, tensors, dtype=None):
+    """Writes one part of a folder: its `config.json` and its weights.
+
+    Args:
+        folder: the diffusers folder; made if there is none.
+        part: "unet", "vae", "text_encoder" or "image_encoder".
+        config: a JSON dictionary.
+        tensors, dtype: as in `write_safetensors`.
+    """
+    directory = Path(folder) / part
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / f"{_STEMS[part][0]}.safetensors", tensors, dtype)
+    write_json(directory / "config.json", config)
+
+
+def write_folder(path, checkpoint, save_tokenizer=None, dtype=None):
+    """Writes a `Checkpoint` as a folder that diffusers opens too.
+
+    All files are on disk before the first one takes its place, so that an end in the middle of the work, or
+    weights that `dtype` cannot hold, leave an earlier folder as it was.
+
+    Args:
+        path: the folder; made if there is none. Files of those names in it are replaced.
+        checkpoint: what to write. Without a UNet it becomes a folder of single parts.
+        save_tokenizer: called with the folder of the tokenizer's files to write them, or None.
+        dtype: as in `write_safetensors`.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".{os.getpid()}.partial"
+    try:
+        for part, (config, tensors, _) in checkpoint.parts.items():
+            write_part(staging, part, config, tensors, dtype)
+        if save_tokenizer is not None:
+            save_tokenizer(staging / "tokenizer")
+        for place, config in ((SCHEDULER, checkpoint.scheduler), (LOW_RES_SCHEDULER, _low_res(checkpoint))):
+            if config is not None:
+                write_scheduler(staging / place, config)
+        if "unet" in checkpoint.parts:
+            write_json(staging / INDEX, _model_index(checkpoint))
+        files = [file for file in staging.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == INDEX):  # the table of contents last
+            place = folder / file.relative_to(staging)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_scheduler(path, config):
+    """Writes the dictionary of a noise schedule as the file `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+
+
+def _low_res(checkpoint):
+    config = checkpoint.low_res_scheduler
+    return config and config | {"_class_name": "DDPMScheduler"}
+
+
+def _model_index(checkpoint):
+    """The table of contents by which diffusers' pipelines open a folder."""
+    latents = checkpoint.parts["unet"].config.get("out_channels", 4)
+    index = {"_diffusers_version": "0.35.0"}
+    if checkpoint.low_res_scheduler is not None:
+        index |= {"_class_name": "StableDiffusionUpscalePipeline", "max_noise_level": 350}
+        index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"]} | _ABSENT
+        del index["image_encoder"]
+    else:
+        inpaints = checkpoint.parts["unet"].config.get("in_channels", latents) > latents
+        kind = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+        index |= {"_class_name": kind, "requires_safety_checker": False} | _ABSENT
+    return dict(sorted((index | _LIBRARIES).items()))

@@ -1,0 +1,371 @@
+"""The files of OpenCLIP and of OpenAI's CLIP, which both keep their towers under OpenAI's names.
+
+Names differ from transformers' by module, and by the queries', keys' and values' projections, which are one
+tensor here. The projections into the common space are products from the right here, so they are transposed.
+"""
+
+import functools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.config import ImageEncoderConfig, TextEncoderConfig
+from keras_sd.errors import UserError
+from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
+from keras_sd.models.text_encoder import LEGACY_END_TOKEN_ID
+from keras_sd.weights import derived_config
+from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.formats import read_json, read_safetensors, write_json, write_safetensors
+from keras_sd.weights.ldm_names import index_count
+from keras_sd.weights.rules import canonical_name
+from keras_sd.weights.torch_pickle import read_torch
+
+CONFIG_NAME = "open_clip_config.json"
+
+_TEXT = {
+    "token_embedding": "embeddings.token_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final": "final_layer_norm",
+    "transformer.resblocks": "encoder.layers",
+}
+_VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1": "embeddings.patch_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "transformer.resblocks": "encoder.layers",
+}
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_TEXT_HEAD = {"text_projection": "text_projection.weight", "logit_scale": "logit_scale"}
+_VISION_HEAD = {"proj": "visual_projection.weight"}
+
+_BLOCK_PATTERN = re.compile(r"(transformer\.resblocks|encoder\.layers)\.(\d+)\.(.+)")
+_JOINT_PATTERN = re.compile(r"(.*)in_proj_(weight|bias)")
+_QUERY_PATTERN = re.compile(r"(.*)q_proj\.(weight|bias)")
+_JOINED = ("q_proj", "k_proj", "v_proj")
+
+# Buffers of some files that follow from the config.
+_NO_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
+
+_HEAD_WIDTH, _MOST_IMAGE_HEADS = 64, 16
+_EPSILON = 1e-5
+
+# Config entries that change the computation and not the names or shapes, and their values computed here.
+_COMPUTED = {
+    "text_cfg": {"pool_type": ("argmax", "eos"), "no_causal_mask": (False,), "act_kwargs": (None,)},
+    "vision_cfg": {"pool_type": ("tok",), "act_kwargs": (None,)},
+}
+
+
+def text_to_transformers(tensors):
+    """A text tower's tensors under transformers' names; what has no place keeps its name.
+
+    Args:
+        tensors: dictionary of arrays by OpenCLIP's names (`token_embedding.weight`, ...).
+
+    Returns:
+        A dictionary of arrays, those of the tower under `text_model.`, beside `text_projection.weight`
+        `(projection, width)` and `logit_scale`. What is split or transposed is a view.
+    """
+    return _to_transformers(tensors, _TEXT, _TEXT_HEAD, "text_model.")
+
+
+def text_to_open_clip(tensors):
+    """The inverse of `text_to_transformers`; takes names with and without `text_model.`."""
+    return _to_open_clip(tensors, _TEXT, _TEXT_HEAD)
+
+
+def vision_to_transformers(tensors):
+    """As `text_to_transformers`, for a vision tower.
+
+    Args:
+        tensors: dictionary of arrays by OpenCLIP's names, without `visual.`.
+
+    Returns:
+        A dictionary of arrays, those of the tower under `vision_model.`, beside `visual_projection.weight`.
+    """
+    return _to_transformers(tensors, _VISION, _VISION_HEAD, "vision_model.")
+
+
+def vision_to_open_clip(tensors):
+    """The inverse of `vision_to_transformers`; takes names with and without `vision_model.`."""
+    return _to_open_clip(tensors, _VISION, _VISION_HEAD)
+
+
+def _to_transformers(tensors, modules, head, prefix):
+    renamed = {}
+    for name, array in tensors.items():
+        joint = _JOINT_PATTERN.fullmatch(name)
+        if name in head:
+            renamed[head[name]] = array.T
+        elif joint:
+            thirds = np.array_split(np.atleast_1d(array), len(_JOINED))
+            for part, third in zip(_JOINED, thirds, strict=True):
+                renamed[prefix + _renamed(f"{joint[1]}{part}.{joint[2]}", modules, _BLOCK)] = third
+        else:
+            new_name = _renamed(name, modules, _BLOCK)
+            renamed[name if new_name == name else prefix + new_name] = array
+    return renamed
+
+
+def _to_open_clip(tensors, modules, head):
+    tensors = {canonical_name(name): array for name, array in tensors.items()}
+    tensors.pop(None, None)
+    modules, block, head = _turned(modules), _turned(_BLOCK), _turned(head)
+    renamed = {}
+    for name, array in tensors.items():
+        query = _QUERY_PATTERN.fullmatch(name)
+        if name in head:
+            renamed[head[name]] = array.T
+        elif query:
+            thirds = [tensors[f"{query[1]}{part}.{query[2]}"] for part in _JOINED]
+            renamed[_renamed(f"{query[1]}in_proj_{query[2]}", modules, block)] = np.concatenate(thirds)
+        elif not any(f".{part}." in name for part in _JOINED):
+            renamed[_renamed(name, modules, block)] = array
+    return renamed
+
+
+def _renamed(name, modules, block_modules):
+    """The name with the modules at its beginning, and at its beginning inside of a block, renamed."""
+    block = _BLOCK_PATTERN.fullmatch(name)
+    if block:
+        return f"{modules[block[1]]}.{block[2]}.{_renamed(block[3], block_modules, {})}"
+    known = next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
+    return name if known is None else modules[known] + name[len(known) :]
+
+
+def _turned(modules):
+    return {name: module for module, name in modules.items()}
+
+
+def is_open_clip(path):
+    """Whether a file holds a CLIP with its image tower under OpenCLIP's names; not if it cannot be read."""
+    try:
+        return any(name.startswith("visual.") for name in _read_tensors(Path(path)))
+    except UserError:
+        return False
+
+
+def read_open_clip(path, activation=None):
+    """Reads a CLIP of OpenCLIP's or OpenAI's.
+
+    Shapes tell the config. Heads are 64 wide, but an image tower has 16 at the most, as all published ones
+    do (those of ViT-H/14 are 80 wide). An `open_clip_config.json` beside the weights, which OpenCLIP's models
+    on the hub have, goes before this.
+
+    Args:
+        path: a `.safetensors` file, or a torch file (`.bin`, `.pt`) of OpenCLIP's training or of OpenAI's.
+        activation: "gelu" or "quick_gelu", which the weights do not tell. None takes it from the config
+            beside them. Without one it is quick_gelu in OpenAI's own files, which hold an
+            `input_resolution`, and where the file's name has "quickgelu" or "openai" in it; otherwise gelu.
+
+    Returns:
+        A `Checkpoint` with the parts text_encoder and image_encoder. `text_projection.weight`
+        `(projection, width)` and `logit_scale` are among the tensors of the latter.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds another model than a CLIP with a vision
+            transformer and its own text transformer.
+    """
+    path = Path(path)
+    if activation not in (None, "gelu", "quick_gelu"):
+        raise UserError(f"activation {activation!r}: unknown; use gelu or quick_gelu")
+    tensors = _read_tensors(path)
+    config = _config_beside(path)
+    if activation is None:
+        activation = "quick_gelu" if _is_quick(config, path, tensors) else "gelu"
+    text, vision = _towers(tensors, path)
+    try:
+        text_config = _text_config(text, config and config["text_cfg"], activation)
+        image_config = _image_config(vision, config and config["vision_cfg"], activation)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: {error} is missing or has no shape of a CLIP's; give a whole CLIP"
+        ) from error
+    vision |= {name: text.pop(name) for name in _TEXT_HEAD.values() if name in text}
+    parts = {"text_encoder": Part(text_config, text, path), "image_encoder": Part(image_config, vision, path)}
+    return Checkpoint(parts)
+
+
+def _read_tensors(path):
+    saved = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no dictionary of weights; give a checkpoint of OpenCLIP")
+    # Training on several devices adds the first, OpenCLIP's class for text towers of any kind the second.
+    return {name.removeprefix("module.").removeprefix("text."): array for name, array in _flattened(state)}
+
+
+def _flattened(values, path=""):
+    """Yields tensors by their dotted names; OpenAI's own files hold a module inside of a module."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{path}{name}.")
+        elif isinstance(value, np.ndarray):
+            yield f"{path}{name}", value
+
+
+def _config_beside(path):
+    """The `model_cfg` of the config beside the weights, or None."""
+    path = path.with_name(CONFIG_NAME)
+    if not path.is_file():
+        return None
+    config = read_json(path).get("model_cfg")
+    if not isinstance(config, dict) or not all(isinstance(config.get(tower), dict) for tower in _COMPUTED):
+        raise UserError(f"{path}: has no model_cfg with text_cfg and vision_cfg; use OpenCLIP's own file")
+    for tower, name in (("text_cfg", "heads"), ("vision_cfg", "head_width")):
+        value = config[tower].get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path}: {tower} {name} {value!r} is no count; use OpenCLIP's own file")
+    for tower, computed in _COMPUTED.items():
+        for name, accepted in computed.items():
+            value = config[tower].get(name, accepted[0])
+            if value not in accepted:
+                raise UserError(f"{path}: {tower} {name} {value!r} is not supported; use a model without it")
+    return config
+
+
+def _is_quick(config, path, tensors):
+    if config is not None:
+        return config.get("quick_gelu", False)
+    name = path.name.lower()
+    return "input_resolution" in tensors or "quickgelu" in name or "openai" in name
+
+
+def _towers(tensors, path):
+    """The tensors of the text tower and of the vision tower, in transformers' names."""
+    vision = {n.removeprefix("visual."): array for n, array in tensors.items() if n.startswith("visual.")}
+    text = {n: a for n, a in tensors.items() if not n.startswith("visual.") and n not in _NO_WEIGHTS}
+    text, vision = text_to_transformers(text), vision_to_transformers(vision)
+    unknown = [name for name in text if not name.startswith(("text_model.", *_TEXT_HEAD.values()))]
+    unknown += [
+        f"visual.{name}" for name in vision if not name.startswith(("vision_model.", *_VISION_HEAD.values()))
+    ]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of its tensors have no place in a CLIP with a vision transformer and "
+            f"its own text transformer, the first is {unknown[0]}; give such a one"
+        )
+    return text, vision
+
+
+def _text_config(tensors, open_clip, activation):
+    config = derived_config.text_encoder_config(tensors, is_open_clip=True) | {"hidden_act": activation}
+    if open_clip:
+        config["num_attention_heads"] = open_clip.get("heads", 8)
+        config["layer_norm_eps"] = _epsilon(open_clip)
+        if open_clip.get("pool_type") == "eos":
+            config["eos_token_id"] = open_clip.get("eos_id", 2)
+    return config
+
+
+def _image_config(tensors, open_clip, activation):
+    shape = functools.partial(_shape, tensors)
+    width, channels, _, patch_size = shape("vision_model.embeddings.patch_embedding.weight", 4)
+    positions, _ = shape("vision_model.embeddings.position_embedding.weight", 2)
+    heads = min(max(1, width // _HEAD_WIDTH), _MOST_IMAGE_HEADS)
+    return ImageEncoderConfig(
+        image_size=math.isqrt(positions - 1) * patch_size,
+        patch_size=patch_size,
+        num_channels=channels,
+        hidden_size=width,
+        intermediate_size=shape("vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        num_hidden_layers=index_count(tensors, "vision_model.encoder.layers."),
+        num_attention_heads=width // open_clip.get("head_width", _HEAD_WIDTH) if open_clip else heads,
+        hidden_act=activation,
+        layer_norm_eps=_epsilon(open_clip or {}),
+        projection_dim=shape("visual_projection.weight", 2)[0],
+    ).to_dict()
+
+
+def _shape(tensors, name, rank):
+    shape = tensors[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise KeyError(name)
+    return shape
+
+
+def _epsilon(open_clip):
+    return (open_clip.get("norm_kwargs") or {}).get("eps", _EPSILON)
+
+
+def write_open_clip(path, checkpoint, dtype=None):
+    """Writes a CLIP for OpenCLIP: the weights, and an `open_clip_config.json` beside them.
+
+    OpenCLIP opens their folder as `local-dir:folder` if the weights are called `open_clip_model.safetensors`.
+
+    Args:
+        path: the weights' file, a `.safetensors`.
+        checkpoint: a `Checkpoint` with the parts text_encoder and image_encoder, the latter with
+            `text_projection.weight` and `logit_scale` among its tensors.
+        dtype: as in `write_safetensors`.
+
+    Raises:
+        UserError: something of a CLIP is missing, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: a CLIP is written as safetensors; let the name end in .safetensors")
+    missing = [part for part in ("text_encoder", "image_encoder") if part not in checkpoint.parts]
+    if not missing:
+        missing = [
+            name for name in _TEXT_HEAD.values() if name not in checkpoint.parts["image_encoder"].tensors
+        ]
+    if missing:
+        raise UserError(f"{path}: the model has no {' and no '.join(missing)}; give a whole CLIP")
+    text, image = checkpoint.parts["text_encoder"], checkpoint.parts["image_encoder"]
+    config = open_clip_config(text.config, image.config)
+    head = {name: image.tensors[name] for name in _TEXT_HEAD.values()}
+    vision = {name: array for name, array in image.tensors.items() if name not in head}
+    tensors = text_to_open_clip({**text.tensors, **head})
+    tensors |= {f"visual.{name}": array for name, array in vision_to_open_clip(vision).items()}
+    write_safetensors(path, tensors, dtype)
+    pixels = {"mean": PIXEL_MEAN.tolist(), "std": PIXEL_DEVIATION.tolist()}
+    write_json(path.with_name(CONFIG_NAME), {"model_cfg": config, "preprocess_cfg": pixels})
+
+
+def open_clip_config(text_config, image_config):
+    """The entry of OpenCLIP's `model_configs` for a CLIP.
+
+    Args:
+        text_config, image_config: dictionaries of the two `config.json`.
+
+    Raises:
+        UserError: the towers have different activations or projections, which OpenCLIP has no place for.
+    """
+    text, image = TextEncoderConfig.from_dict(text_config), ImageEncoderConfig.from_dict(image_config)
+    for name in ("hidden_act", "projection_dim"):
+        values = getattr(text, name), getattr(image, name)
+        if values[0] != values[1]:
+            raise UserError(
+                f"{name} is {values[0]} of the texts, {values[1]} of the images; OpenCLIP has one"
+            )
+    config = {"embed_dim": image.projection_dim}
+    if image.hidden_act == "quick_gelu":
+        config["quick_gelu"] = True
+    vision_cfg = {"image_size": image.image_size, "patch_size": image.patch_size} | _tower_config(image)
+    vision_cfg["head_width"] = image.hidden_size // image.num_attention_heads
+    text_cfg = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size}
+    text_cfg |= _tower_config(text) | {"heads": text.num_attention_heads}
+    if text.eos_token_id not in (text.vocab_size - 1, LEGACY_END_TOKEN_ID):
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    return config | {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+def _tower_config(config):
+    ratio = config.intermediate_size / config.hidden_size
+    # OpenCLIP rounds the product down, so the ratio is rounded up, as in its own configs.
+    tower = {"layers": config.num_hidden_layers, "width": config.hidden_size}
+    tower["mlp_ratio"] = math.ceil(ratio * 1e4) / 1e4
+    if config.layer_norm_eps != _EPSILON:
+        tower["norm_kwargs"] = {"eps": config.layer_norm_eps}
+    return tower

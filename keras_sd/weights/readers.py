@@ -1,0 +1,87 @@
+"""One way in for all formats: what a file or a folder is, is found from itself."""
+
+from pathlib import Path
+
+from keras_sd.errors import UserError
+from keras_sd.weights import diffusers_folder
+from keras_sd.weights.checkpoint import Checkpoint
+from keras_sd.weights.keras_cv import read_keras_cv
+from keras_sd.weights.open_clip import is_open_clip, read_open_clip
+from keras_sd.weights.single_file import read_single_file
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_KERAS_CV_SUFFIXES = (".h5", ".hdf5")
+
+
+def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
+    """Reads a model, or the parts of one, of any format.
+
+    Args:
+        path: a folder in diffusers' layout or with KerasCV's H5 files; or a single file with the names of
+            latent-diffusion, of one part, of a CLIP of OpenCLIP's, or of KerasCV.
+        weights: "ema" or "raw", where a single file holds both.
+        variant: which of a folder's sets of files, such as "fp16".
+        prediction_type: "epsilon" or "v_prediction", where a single file does not tell.
+
+    Returns:
+        A `Checkpoint`.
+
+    Raises:
+        UserError: it is missing, damaged, not what its suffix says, or nothing of Stable Diffusion.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_directory(path, variant)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder; give a model")
+    with path.open("rb") as file:
+        is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
+    if is_hdf5 and path.suffix.lower() in _KERAS_CV_SUFFIXES:
+        return read_keras_cv(path)
+    if not is_hdf5 and path.suffix.lower() in _KERAS_CV_SUFFIXES:
+        raise UserError(f"{path}: not an HDF5 file, as its suffix says; fetch it again")
+    if not is_hdf5 and is_open_clip(path):
+        return read_open_clip(path)
+    return read_single_file(path, weights, prediction_type)
+
+
+def _read_directory(folder, variant):
+    if (folder / diffusers_folder.INDEX).is_file():
+        return diffusers_folder.read_folder(folder, variant)
+    if any(folder.glob("*.h5")):
+        return read_keras_cv(folder)
+    parts = {
+        part: diffusers_folder.read_part(folder, part, variant)
+        for part in diffusers_folder.PARTS
+        if (folder / part / "config.json").is_file()
+    }
+    if not parts:
+        raise UserError(f"{folder}: no {diffusers_folder.INDEX} there; give a folder in diffusers' layout")
+    tokenizer = folder / "tokenizer"
+    return Checkpoint(parts, tokenizer=tokenizer if tokenizer.is_dir() else None)
+
+
+def read_part(path, part, variant=None):
+    """Reads one part of a model.
+
+    Args:
+        path: a folder in diffusers' layout, the part's own folder in one, or a file that holds the part.
+        part: "text_encoder", "image_encoder", "unet" or "vae".
+        variant: as in `read_checkpoint`.
+
+    Returns:
+        A `Part`.
+
+    Raises:
+        UserError: it is not there, or as `read_checkpoint`.
+    """
+    path = Path(path)
+    if path.name == part and (path / "config.json").is_file():
+        return diffusers_folder.read_part(path.parent, part, variant)
+    if (path / part).is_dir():
+        return diffusers_folder.read_part(path, part, variant)
+    checkpoint = read_checkpoint(path, variant=variant)
+    if part not in checkpoint.parts:
+        there = ", ".join(checkpoint.parts)
+        raise UserError(f"{path}: holds no {part} but {there}; give one that does")
+    return checkpoint.parts[part]

@@ -1,0 +1,350 @@
+"""Whole models in one file, as latent-diffusion (CompVis, StabilityAI) and most user interfaces keep them.
+
+A single file holds tensors and no config: which model it is follows from the tensors themselves. The same
+readers take files of one part, under latent-diffusion's or diffusers' names.
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.config import SchedulerConfig
+from keras_sd.errors import UserError
+from keras_sd.weights import derived_config
+from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.formats import read_safetensors, write_safetensors
+from keras_sd.weights.ldm_names import (
+    index_count,
+    unet_to_diffusers,
+    unet_to_ldm,
+    vae_to_diffusers,
+    vae_to_ldm,
+)
+from keras_sd.weights.open_clip import text_to_open_clip, text_to_transformers
+from keras_sd.weights.rules import canonical_name
+from keras_sd.weights.stored_zip import ZIP_MAGIC
+from keras_sd.weights.torch_pickle import LEGACY_MAGIC, read_torch
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIX = "cond_stage_model.transformer."
+OPEN_CLIP_PREFIX = "cond_stage_model.model."
+
+_SAFETENSORS, _TORCH = "a safetensors file", "a torch file"
+_SUFFIXES = {".safetensors": _SAFETENSORS} | dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), _TORCH)
+_RENAMING = {_SAFETENSORS: "rename it to end in .safetensors", _TORCH: "rename it to end in .ckpt"}
+_SIGNATURES = {
+    ZIP_MAGIC: _TORCH,
+    LEGACY_MAGIC: _TORCH,
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for",
+    b"\x80": "a plain pickle",
+}
+
+_VAE_PATTERN = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
+
+# Models that keep their parts under the same prefixes but are built otherwise.
+_OTHER_MODELS = {
+    "Stable Diffusion XL or unCLIP": r"conditioner\.embedders\.|.*label_emb\.0\.|add_embedding\.linear_1\.",
+    "Stable Diffusion 3": r".*joint_blocks\.0\.",
+    "Flux": r".*double_blocks\.0\.",
+}
+_IMAGE_TOWER = r"visual\.|vision_model\."
+_OTHER_FILES = {
+    "a LoRA": r"lora_|.*\.lora[._]|.*\.hada_|.*\.lokr_",
+    "a textual inversion embedding": r"emb_params$|string_to_param|<.*>$|clip_[lg]$",
+    "a ControlNet": r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.",
+    "a CLIP with its image tower": _IMAGE_TOWER,
+}
+
+# What compares texts with pictures, which Stable Diffusion does not.
+_CLIP_HEAD = ("text_projection", "logit_scale")
+
+# Config entries that change what a model computes and that its tensors do not show.
+_TOLD = {
+    "attention_head_dim",
+    "norm_num_groups",
+    "norm_eps",
+    "only_cross_attention",
+    "scaling_factor",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "prediction_type",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "rescale_betas_zero_snr",
+}
+
+_UPSCALER_BETAS = {"beta_start": 0.0001, "beta_end": 0.02}
+# The noise on its low-resolution picture.
+_UPSCALER_NOISE = SchedulerConfig(
+    **_UPSCALER_BETAS, clip_sample=True, steps_offset=0, set_alpha_to_one=True
+).to_dict() | {"_class_name": "DDPMScheduler"}
+
+# SD 2.x takes what the last but one of OpenCLIP-H's 24 blocks gives, so the last one is never run.
+_OPEN_CLIP_BLOCKS = 23
+
+# The step at which the 512-pixel base model of SD 2.0 was published. It is the one that predicts the noise.
+_SD2_BASE_STEP = 875000
+
+
+def read_single_file(path, weights="ema", prediction_type=None):
+    """Reads a file of Stable Diffusion 1.x, 2.x or of the x4 upscaler, or of one of their parts.
+
+    Configs are derived from the tensors (`derived_config`), and the noise schedule is the published one of
+    the model's kind. What SD 2.x predicts cannot be seen. It is taken to be the velocity, at 768 pixels; and
+    noise, at 512 pixels, for inpainting and for the base model if the file tells its training step.
+
+    Args:
+        path: a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file.
+        weights: "ema" takes the UNet's averaged weights where the file has them, "raw" those being trained.
+        prediction_type: "epsilon" or "v_prediction", where the above does not hold.
+
+    Returns:
+        A `Checkpoint` in diffusers' and transformers' names, with the parts among text_encoder, unet and vae
+        that are there, and with the schedules if there is a UNet.
+
+    Raises:
+        UserError: the file is missing, damaged, not what its suffix says or nothing of Stable Diffusion.
+    """
+    path = Path(path)
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights {weights!r}: unknown; use ema or raw")
+    tensors, step = _read_tensors(path)
+    _refuse_other_models(path, tensors)
+    try:
+        checkpoint = _checkpoint(path, tensors, step, weights, prediction_type)
+    except KeyError as error:
+        raise UserError(
+            f"{path}: {error.args[0]} is missing or has too few axes, so the model's shape cannot be told; "
+            "use an undamaged file, or a diffusers folder"
+        ) from error
+    if not checkpoint.parts:
+        raise UserError(
+            f"{path}: holds none of the parts of a Stable Diffusion model{_seems(tensors)}; "
+            "give a file with a text encoder, a UNet or a VAE"
+        )
+    return checkpoint
+
+
+def _read_tensors(path):
+    """The file's tensors by name, and the training step that it tells or None."""
+    found, expected = _kind(path), _SUFFIXES.get(path.suffix.lower())
+    if found and expected and found != expected:
+        remedy = _RENAMING.get(found, "fetch the weights themselves")
+        raise UserError(f"{path}: not {expected}, as its suffix says, but {found}; {remedy}")
+    kind = found or expected
+    if kind == _SAFETENSORS:
+        return read_safetensors(path), None
+    if kind == _TORCH:
+        return _torch_tensors(path)
+    raise UserError(f"{path}: {kind or 'of no known kind'}; give a safetensors or a torch file")
+
+
+def _torch_tensors(path):
+    saved = read_torch(path)
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no dictionary of weights; give a checkpoint of torch.save")
+    tensors = {name: a for name, a in state.items() if isinstance(name, str) and isinstance(a, np.ndarray)}
+    if not tensors:
+        raise UserError(
+            f"{path}: holds no tensors by name{_seems(map(str, state))}; give a model's checkpoint"
+        )
+    step = saved.get("global_step")
+    return tensors, step if isinstance(step, int) else None
+
+
+def _kind(path):
+    """What the file is by its first bytes, or None."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: no such file; give a .safetensors or .ckpt file") from error
+    if head[8:9] == b"{":
+        return _SAFETENSORS
+    if head.lstrip().startswith(b"<"):
+        return "a web page"
+    return next((kind for magic, kind in _SIGNATURES.items() if head.startswith(magic)), None)
+
+
+def _refuse_other_models(path, tensors):
+    found = _matching(_OTHER_MODELS, tensors)
+    if found:
+        raise UserError(
+            f"{path}: this is {found}, which is built otherwise; give Stable Diffusion 1.x, 2.x or x4"
+        )
+
+
+def _seems(names):
+    found = _matching(_OTHER_FILES, list(names))
+    return f", it seems to be {found}" if found else ""
+
+
+def _matching(patterns, names):
+    return next((kind for kind, p in patterns.items() if any(re.match(p, name) for name in names)), None)
+
+
+def _checkpoint(path, tensors, step, weights, prediction_type):
+    unet, vae = _unet_tensors(tensors, weights), _vae_tensors(tensors)
+    text, is_open_clip = _text_tensors(tensors)
+    is_upscaler = "class_embedding.weight" in unet if unet else _is_upscaler_vae(vae)
+    parts, scheduler, side = {}, None, 256 if is_upscaler else 512
+    if text:
+        config = derived_config.text_encoder_config(text, is_open_clip)
+        # The projection belongs to OpenCLIP's comparison with pictures.
+        own = {name: array for name, array in text.items() if name.startswith("text_model.")}
+        parts["text_encoder"] = Part(config, own, path)
+    if unet:
+        config = derived_config.unet_config(unet, sample_size=128 if is_upscaler else 64)
+        scheduler = _scheduler(config, step, prediction_type)
+        if _is_sd2_text_to_image(config) and scheduler["prediction_type"] == "v_prediction":
+            side, config["sample_size"] = 768, 96
+        parts["unet"] = Part(config, unet, path)
+    if vae:
+        config = derived_config.vae_config(vae, side, 0.08333 if is_upscaler else 0.18215)
+        parts["vae"] = Part(config, vae, path)
+    return Checkpoint(parts, scheduler, _UPSCALER_NOISE if unet and is_upscaler else None)
+
+
+def _below(tensors, prefix, marker):
+    """The tensors under a prefix, without it; a file of one part has none, and a tensor called `marker`."""
+    if any(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): a for name, a in tensors.items() if name.startswith(prefix)}
+    return dict(tensors) if marker in tensors else {}
+
+
+def _unet_tensors(tensors, weights):
+    if "time_embedding.linear_1.weight" in tensors:
+        return dict(tensors)
+    unet = _below(tensors, UNET_PREFIX, "input_blocks.0.0.weight")
+    if weights == "ema":
+        # The averages are buffers, and a buffer's name has no dots.
+        averages = {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in unet}
+        unet = {name: tensors.get(averages[name], array) for name, array in unet.items()}
+    return unet_to_diffusers(unet)
+
+
+def _vae_tensors(tensors):
+    below = _below(tensors, VAE_PREFIX, "decoder.conv_in.weight")
+    vae = {name: array for name, array in below.items() if _VAE_PATTERN.match(name)}
+    if any(name.startswith("encoder.down_blocks.") for name in vae):
+        return {canonical_name(name): array for name, array in vae.items()}
+    return vae_to_diffusers(vae)
+
+
+def _is_upscaler_vae(vae):
+    """Whether it has three levels, four pixels to a latent, as that of the x4 upscaler."""
+    return index_count(vae, "encoder.down_blocks.") == 3
+
+
+def _text_tensors(tensors):
+    """The text encoder's tensors in transformers' names, and whether it is OpenCLIP's."""
+    if any(re.match(_IMAGE_TOWER, name) for name in tensors):
+        return {}, False  # not a part of Stable Diffusion
+    open_clip = _below(tensors, OPEN_CLIP_PREFIX, "token_embedding.weight")
+    if open_clip:
+        return text_to_transformers({n: a for n, a in open_clip.items() if not _is_unused(n)}), True
+    prefix = "text_model." if "text_model.embeddings.token_embedding.weight" in tensors else CLIP_PREFIX
+    clip = _below(tensors, prefix, "embeddings.token_embedding.weight")
+    names = {name: canonical_name(name) for name in clip}
+    return {f"text_model.{names[name]}": array for name, array in clip.items() if names[name]}, False
+
+
+def _is_unused(name):
+    """Whether it is of a block that is not run, or a constant."""
+    match = re.match(r"transformer\.resblocks\.(\d{1,4})\.", name)
+    return name == "attn_mask" or (match is not None and int(match[1]) >= _OPEN_CLIP_BLOCKS)
+
+
+def _is_sd2_text_to_image(unet_config):
+    is_sd2 = unet_config["use_linear_projection"] and not unet_config["num_class_embeds"]
+    return is_sd2 and unet_config["in_channels"] == unet_config["out_channels"]
+
+
+def _scheduler(unet_config, step, prediction_type):
+    if unet_config["num_class_embeds"]:
+        return SchedulerConfig(**_UPSCALER_BETAS, prediction_type=prediction_type or "v_prediction").to_dict()
+    predicts_velocity = _is_sd2_text_to_image(unet_config) and step != _SD2_BASE_STEP
+    published = "v_prediction" if predicts_velocity else "epsilon"
+    return SchedulerConfig(prediction_type=prediction_type or published).to_dict()
+
+
+def write_single_file(path, checkpoint, dtype=None):
+    """Writes a model as a `.safetensors` file in latent-diffusion's names, whole or not at all.
+
+    It has a place for the text encoder, the UNet and the VAE, and for no config: a warning names what a
+    reader would take otherwise than it is. The image encoder and the tokenizer are left out.
+
+    Args:
+        path: the file, a `.safetensors`.
+        checkpoint: a `Checkpoint`.
+        dtype: as in `write_safetensors`.
+
+    Raises:
+        UserError: there is nothing to write, `dtype` cannot hold a value, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: single files are written as safetensors; let the name end in .safetensors")
+    tensors = {}
+    for name, part in checkpoint.parts.items():
+        tensors |= _ldm_tensors(name, part)
+    if not tensors:
+        raise UserError(f"{path}: no text encoder, UNet or VAE to write; give a Stable Diffusion model")
+    lost = _not_told(checkpoint, _checkpoint(path, tensors, None, "raw", None))
+    if lost:
+        warnings.warn(f"{path}: cannot tell {'; '.join(lost)}: keep the config beside it", stacklevel=2)
+    write_safetensors(path, tensors, dtype)
+
+
+def _ldm_tensors(name, part):
+    """The tensors of a part in a single file."""
+    if name == "unet":
+        return _under(UNET_PREFIX, unet_to_ldm(part.tensors, part.config))
+    names = {given: canonical_name(given) for given in part.tensors}
+    tensors = {names[given]: array for given, array in part.tensors.items() if names[given]}
+    if name == "vae":
+        return _under(VAE_PREFIX, vae_to_ldm(tensors, part.config))
+    if name == "text_encoder":
+        text = _under("text_model.", {n: a for n, a in tensors.items() if not n.startswith(_CLIP_HEAD)})
+        if part.config["hidden_act"] == "gelu":
+            return _under(OPEN_CLIP_PREFIX, text_to_open_clip(text))
+        return _under(CLIP_PREFIX, text)
+    return {}
+
+
+def _under(prefix, tensors):
+    return {prefix + name: array for name, array in tensors.items()}
+
+
+def _not_told(checkpoint, derived):
+    """What a reader derives otherwise than it is given: a list of descriptions."""
+    pairs = [
+        (name, part.config, derived.parts[name].config)
+        for name, part in checkpoint.parts.items()
+        if name in derived.parts
+    ]
+    if checkpoint.scheduler and derived.scheduler:
+        pairs.append(("scheduler", checkpoint.scheduler, derived.scheduler))
+    return [
+        f"{name} {key} {given[key]} (read as {value})"
+        for name, given, read in pairs
+        for key, value in read.items()
+        if key in _TOLD and key in given and not _same(given[key], value)
+    ]
+
+
+def _same(value, other):
+    """Whether two config values are equal, where one value stands for as many as there are levels."""
+    lists = [list(v) for v in (value, other) if isinstance(v, list | tuple)]
+    if len(lists) == 1:
+        return all(item == (other if isinstance(value, list | tuple) else value) for item in lists[0])
+    return lists[0] == lists[1] if lists else value == other
