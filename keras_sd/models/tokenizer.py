@@ -5,6 +5,7 @@ Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 
 transformers' ``CLIPTokenizer``, which gives the same ids.
 """
 
+import gzip
 import json
 import re
 import warnings
@@ -27,6 +28,7 @@ BYTE_SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPACE_SYMBOL = "\u0120"
 
 DEFAULT_MAX_LENGTH = 77
+_CLIP_MERGES = Path(__file__).parents[1] / "bundled" / "clip" / "merges.txt.gz"
 # Configs without a limit hold a huge number in its place.
 LARGEST_MAX_LENGTH = 2**20
 
@@ -90,7 +92,7 @@ class Tokenizer:
             vocab_size: largest number of tokens; few texts give fewer.
             max_length: as in the constructor.
         """
-        alphabet = BYTE_SYMBOLS + [symbol + WORD_END for symbol in BYTE_SYMBOLS]
+        alphabet = _alphabet()
         smallest = len(alphabet) + 2
         if vocab_size < smallest:
             raise UserError(
@@ -107,8 +109,17 @@ class Tokenizer:
         learner.normalizer, learner.pre_tokenizer = _normalizer(), _pre_tokenizer()
         learner.train_from_iterator(texts, trainer)
         merges = json.loads(learner.to_str())["model"]["merges"]
-        tokens = [*alphabet, *("".join(pair) for pair in merges), BEGIN_TOKEN, END_TOKEN]
-        return cls({token: index for index, token in enumerate(tokens)}, merges, max_length)
+        return cls(_clip_vocabulary(merges), merges, max_length)
+
+    @classmethod
+    def clip(cls, pad_token=END_TOKEN):
+        """CLIP's own tokenizer, of Stable Diffusion 1.x and 2.x, whose merges come with the package.
+
+        Args:
+            pad_token: the end token for OpenAI's CLIP (1.x), "!" for OpenCLIP (2.x).
+        """
+        merges = _parse_merges(gzip.decompress(_CLIP_MERGES.read_bytes()).decode("utf-8"), _CLIP_MERGES)
+        return cls(_clip_vocabulary(merges), merges, pad_token=pad_token)
 
     @classmethod
     def load(cls, folder):
@@ -227,6 +238,16 @@ class Tokenizer:
             raise UserError("tokenizer: a text is not valid Unicode; remove the lone surrogate") from error
 
 
+def _alphabet():
+    return BYTE_SYMBOLS + [symbol + WORD_END for symbol in BYTE_SYMBOLS]
+
+
+def _clip_vocabulary(merges):
+    """Token to id in CLIP's order: the alphabet, what is merged, begin and end."""
+    tokens = [*_alphabet(), *("".join(pair) for pair in merges), BEGIN_TOKEN, END_TOKEN]
+    return {token: index for index, token in enumerate(tokens)}
+
+
 def _normalizer():
     return normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -268,7 +289,11 @@ def _read_json(path, default=None):
 
 
 def _read_merges(path):
-    lines = _read_text(path).split("\n")
+    return _parse_merges(_read_text(path), path)
+
+
+def _parse_merges(text, path):
+    lines = text.split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     for pair in pairs:
         if len(pair) != 2:

@@ -54,6 +54,24 @@ def random_texts(count=200):
     return texts
 
 
+WORDS = """
+    a photo of the cat, an <b>old</b> house &amp; garden &lt;3 &#39;quoted&#39; &nbsp; 4k
+    ultra-HD, trending! (masterpiece:1.2) naïve café cafe\u0301 Ångström ﬁancé İstanbul ß ẞ Ω
+    Ⅷ ½ عَرَبِيّ שָׁלוֹם فارسی हिन्दी ไทย 日本語 中文 한국어 👩🏽‍❤️‍💋‍👨🏿 🇨🇮 ❤️ 🏳️‍🌈 😀😀 #1 @user don't
+    WON'T it's we've I'd ''tis rock'n'roll e-mail@example.org https://example.org/?q=1&r=2#x
+    3.14e-10 $5 100% -- ... <|endoftext|> <|startoftext|> </w> a\u00adb zero\u200bwidth
+    \ufeffbom \u202eright \u0007bell tab\there new\nline \u3000wide
+""".split(" ")
+
+
+def captions(count=2000):
+    """Empty ones, very long ones, and random sequences of words of all kinds."""
+    rng = np.random.default_rng(1)
+    mixed = [" ".join(rng.choice(WORDS, rng.integers(1, 40))) for _ in range(count - len(TEXTS) - 204)]
+    long = ["a red heart, " * 1600, "x" * 20_000, "😀" * 5_000, "é" * 20_000]
+    return [*TEXTS, *random_texts(), *long, *mixed]
+
+
 SCRIPT = """
     import json
     from transformers import CLIPTokenizer
@@ -67,6 +85,15 @@ SCRIPT = """
         encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=length)
         outputs[name] = torch.tensor(encoded.input_ids)
         outputs[name + "/size"] = torch.tensor([len(tokenizer), length])
+
+    captions = json.loads((folder / "captions.json").read_text())
+    for name in ("clip", "open_clip"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / name)
+        encoded = tokenizer(captions, padding="max_length", truncation=True, max_length=77)
+        outputs[name] = torch.tensor(encoded.input_ids)
+        whole = tokenizer(captions, add_special_tokens=False).input_ids
+        outputs[name + "/lengths"] = torch.tensor([len(ids) for ids in whole])
+        outputs[name + "/whole"] = torch.tensor([token for ids in whole for token in ids])
 """
 
 
@@ -86,12 +113,15 @@ def folder(tmp_path_factory, tokenizers):
     folder = tmp_path_factory.mktemp("tokenizers")
     for name, tokenizer in tokenizers.items():
         tokenizer.save(folder / name)
+    Tokenizer.clip().save(folder / "clip")
+    Tokenizer.clip("!").save(folder / "open_clip")
     return folder
 
 
 @pytest.fixture(scope="module")
 def reference(folder):
     (folder / "texts.json").write_text(json.dumps(TEXTS + random_texts()))
+    (folder / "captions.json").write_text(json.dumps(captions()))
     return run_reference(SCRIPT, {}, folder)
 
 
@@ -110,6 +140,18 @@ def test_ids_are_those_of_transformers(reference, folder, name, suffix):
     assert ids.dtype == np.int32
     for text, row, expected in zip(TEXTS + random_texts(), ids, reference[name], strict=True):
         assert row.tolist() == expected.tolist(), repr(text)
+
+
+@pytest.mark.parametrize(("name", "pad_token"), [("clip", END_TOKEN), ("open_clip", "!")])
+def test_clip_is_clip_over_two_thousand_captions(reference, name, pad_token):
+    tokenizer = Tokenizer.clip(pad_token)
+    assert (tokenizer.vocab_size, tokenizer.begin_token_id, tokenizer.end_token_id) == (49408, 49406, 49407)
+    texts = captions()
+    assert len(texts) == 2000 and max(map(len, texts)) >= 20_000
+    whole = tokenizer.encode(texts)
+    assert [len(ids) for ids in whole] == reference[name + "/lengths"].tolist()
+    assert [token for ids in whole for token in ids] == reference[name + "/whole"].tolist()
+    np.testing.assert_array_equal(encode(tokenizer, texts), reference[name])
 
 
 @pytest.mark.parametrize("name", ["end_padded", "bang_padded", "added"])

@@ -1,0 +1,181 @@
+"""The prompt language against what AUTOMATIC1111's interface makes of the same texts."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from keras_sd.errors import UserError
+from keras_sd.models.tokenizer import Tokenizer
+from keras_sd.prompts import chunk_prompts, parse_prompt, weighted_encoding
+from tests import tiny
+
+BREAK = (None, 1.0)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return Tokenizer.clip()
+
+
+@pytest.mark.parametrize(
+    "prompt, fragments",
+    [
+        ("a red fox", [("a red fox", 1)]),
+        ("a (red) fox", [("a ", 1), ("red", 1.1), (" fox", 1)]),
+        ("a ((red)) fox", [("a ", 1), ("red", 1.21), (" fox", 1)]),
+        ("a [red] fox", [("a ", 1), ("red", 1 / 1.1), (" fox", 1)]),
+        ("a [[red]] fox", [("a ", 1), ("red", 1 / 1.21), (" fox", 1)]),
+        ("a (red:1.3) fox", [("a ", 1), ("red", 1.3), (" fox", 1)]),
+        ("a (red: 1.3 ) fox", [("a ", 1), ("red", 1.3), (" fox", 1)]),
+        ("a (red:.5) fox", [("a ", 1), ("red", 0.5), (" fox", 1)]),
+        ("a (red:-1) fox", [("a ", 1), ("red", -1), (" fox", 1)]),
+        ("a (red:0) fox", [("a ", 1), ("red", 0), (" fox", 1)]),
+        ("a (very (red:2) big:1.5) fox", [("a ", 1), ("very ", 1.5), ("red", 3), (" big", 1.5), (" fox", 1)]),
+        ("(a [b] c)", [("a ", 1.1), ("b", 1), (" c", 1.1)]),
+        ("a \\(red\\) fox", [("a (red) fox", 1)]),
+        ("a \\[red\\] \\\\fox", [("a [red] \\fox", 1)]),
+        ("(a \\(b\\):1.2)", [("a (b)", 1.2)]),
+        ("a (red fox", [("a ", 1), ("red fox", 1.1)]),
+        ("a [red fox", [("a ", 1), ("red fox", 1 / 1.1)]),
+        ("a red) fox]", [("a red) fox]", 1)]),
+        ("a (b [c) d]", [("a ", 1), ("b ", 1.1), ("c", 1), (" d", 1 / 1.1)]),
+        ("ratio 16:9 at 9:30", [("ratio 16:9 at 9:30", 1)]),
+        ("a: 1.5) fox", [("a: 1.5) fox", 1)]),
+        ("(a:b)", [("a:b", 1.1)]),
+        ("(a:1.5", [("a:1.5", 1.1)]),
+        ("[a:1.5]", [("a:1.5", 1 / 1.1)]),
+        ("(x:1e999)", [("x:1e999", 1.1)]),
+        ("(x:nan)", [("x:nan", 1.1)]),
+        ("a BREAK b", [("a ", 1), BREAK, (" b", 1)]),
+        ("(a BREAK b:2)", [("a ", 2), BREAK, (" b", 2)]),
+        ("BREAKFAST, a break, OUTBREAK", [("BREAKFAST, a break, OUTBREAK", 1)]),
+        ("a\nBREAK\nb", [("a\n", 1), BREAK, ("\nb", 1)]),
+        ("()", []),
+        ("", []),
+    ],
+)
+def test_weights(prompt, fragments):
+    parsed = parse_prompt(prompt)
+    texts, weights = (
+        [text for text, _ in parsed],
+        [1.0 if text is None else weight for text, weight in parsed],
+    )
+    assert texts == [text for text, _ in fragments]
+    np.testing.assert_allclose(weights, [weight for _, weight in fragments])
+
+
+def test_brackets_in_any_order_lose_no_letter():
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        prompt = "".join(generator.choice(list("ab (()[]:1.,\\") + ["BREAK", "(a:1.5)"], 20))
+        letters = "".join(character for character in prompt.replace("BREAK", "") if character in "ab,")
+        text = "".join(text for text, _ in parse_prompt(prompt) if text is not None)
+        assert "".join(character for character in text if character in "ab,") == letters
+
+
+@pytest.mark.parametrize("prompts", [["red heart"], ["", "blue heart, flag of Japan"]])
+def test_a_plain_prompt_is_what_the_tokenizer_makes_of_it(clip, prompts):
+    for tokenizer in (clip, tiny.tokenizer(max_length=32)):
+        ids, weights = chunk_prompts(tokenizer, prompts)
+        np.testing.assert_array_equal(ids[:, 0], tokenizer(prompts))
+        assert ids.shape == weights.shape == (len(prompts), 1, tokenizer.max_length)
+        assert (weights == 1).all()
+
+
+def test_tokens_carry_their_weights(clip):
+    (ids,), (weights,) = chunk_prompts(clip, ["a (red:1.3) fox"])
+    assert ids[0, :5].tolist() == [49406, 320, 736, 3240, 49407]
+    np.testing.assert_allclose(weights[0, :5], [1, 1, 1.3, 1, 1])
+    assert (weights[0, 5:] == 1).all() and (ids[0, 5:] == 49407).all()
+
+
+def words(ids, clip):
+    """The text of each chunk."""
+    return [clip.decode(chunk) for chunk in ids]
+
+
+def test_long_prompts_go_on_in_further_chunks(clip):
+    numbers = [str(number % 10) for number in range(160)]
+    ids, weights = chunk_prompts(clip, [" ".join(numbers), "red"])
+    assert ids.shape == weights.shape == (2, 3, 77)
+    assert words(ids[0], clip) == [" ".join(numbers[start : start + 75]) for start in (0, 75, 150)]
+    assert words(ids[1], clip) == ["red", "", ""]
+    np.testing.assert_array_equal(ids[1, 1:], np.repeat(clip([""]), 2, axis=0))
+
+
+@pytest.mark.parametrize("after_comma, carried", [(20, True), (21, False)])
+def test_a_phrase_is_not_cut_if_its_comma_is_near(clip, after_comma, carried):
+    prompt = "a " * (74 - after_comma) + "," + " b" * (after_comma + 5)
+    (ids,), _ = chunk_prompts(clip, [prompt])
+    first, second = words(ids, clip)
+    assert second.split() == ["b"] * (after_comma + 5 if carried else 5)
+    assert first.count("b") == (0 if carried else after_comma)
+
+
+def test_break_begins_a_chunk(clip):
+    (ids,), (weights,) = chunk_prompts(clip, ["a red fox BREAK (snow:1.5) BREAK"])
+    assert words(ids, clip) == ["a red fox", "snow", ""]
+    assert weights[1, 1] == 1.5 and (np.delete(weights.ravel(), 77 + 1) == 1).all()
+
+
+def test_a_number_of_chunks_can_be_asked_for(clip):
+    ids, _ = chunk_prompts(clip, ["red"], chunks=3)
+    assert words(ids[0], clip) == ["red", "", ""]
+    with pytest.raises(UserError, match="prompt: needs 2 chunks of tokens where 1 are given; shorten it"):
+        chunk_prompts(clip, ["a BREAK b"], chunks=1)
+
+
+def test_weighing_restores_the_mean_of_each_chunk():
+    generator = np.random.default_rng(0)
+    encodings = generator.standard_normal((2, 3, 5, 4)).astype("float32") + 0.3
+    weights = np.ones((2, 3, 5), "float32")
+    plain = weighted_encoding(encodings, weights)
+    assert plain.tobytes() == encodings.tobytes() and plain.shape == (2, 15, 4)
+
+    weights[1, 2, 3] = 1.5
+    weighted = weighted_encoding(encodings, weights).reshape(encodings.shape)
+    np.testing.assert_array_equal(weighted[0], encodings[0])
+    np.testing.assert_array_equal(weighted[1, :2], encodings[1, :2])
+    np.testing.assert_allclose(weighted[1, 2].mean(), encodings[1, 2].mean(), rtol=1e-5)
+    ratio = weighted[1, 2] / encodings[1, 2]
+    np.testing.assert_allclose(ratio[3] / ratio[0], 1.5, rtol=1e-5)
+    silent = weighted_encoding(encodings, np.zeros_like(weights))
+    assert (silent == 0).all()  # no mean to restore
+
+
+@pytest.mark.parametrize(
+    "prompt, line",
+    [
+        ("a fox <lora:snow:0.8>", "<lora:snow:0.8> is left out"),
+        ("a fox <hypernet:snow:1>", "<hypernet:snow:1> is left out"),
+        ("a [fox|cat]", r"\[fox\|cat\] is read as a weight"),
+        ("a [fox:cat:0.5]", r"\[fox:cat:0.5\] is read as a weight"),
+        ("a fox AND a cat", "AND is read as a word"),
+    ],
+)
+def test_what_a_model_cannot_take_is_named(clip, prompt, line):
+    with pytest.warns(UserWarning, match=line):
+        (ids,), _ = chunk_prompts(clip, [prompt])
+    assert "lora" not in clip.decode(ids[0]) and "hypernet" not in clip.decode(ids[0])
+
+
+def test_ordinary_prompts_warn_of_nothing(clip):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chunk_prompts(clip, ["a (red:1.3) [fox], 16:9, sand and stone <3", "word " * 200])
+
+
+@pytest.mark.parametrize(
+    "prompt, line",
+    [
+        (3, "3 is a int; give texts"),
+        ("\ud83d", "not valid Unicode"),
+        ("(x:1001)", "prompt: a weight of 1001; use at most 1000"),
+        ("(" * 9000 + "x", "prompt: a weight of inf; use at most 1000"),
+        (f"(x:{'9' * 400})", "prompt: a weight of inf; use at most 1000"),
+    ],
+)
+def test_what_is_no_prompt_is_one_line(clip, prompt, line):
+    with pytest.raises(UserError, match=line):
+        chunk_prompts(clip, [prompt])
