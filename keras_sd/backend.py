@@ -1,23 +1,26 @@
 """All that depends on the Keras backend."""
 
 import keras
+import numpy as np
 
-xla = True
-"""Whether `jit` compiles by XLA on TensorFlow, as JAX always does; off only to measure what XLA is worth."""
+# What TensorFlow's kernels take for granted of memory that is not their own.
+_ALIGNMENT = 64
 
 
-def jit(function, variables=()):
+def jit(function, variables=(), jit_compile=True):
     """Compiles a pure function of tensors by XLA; it is traced once for each set of input shapes.
 
     Args:
         function: takes and returns nests of tensors (or NumPy arrays); None stands for itself.
         variables: the Keras variables that it reads. Their values are inputs of the program, not
             constants in it: an assignment is seen by the next call and compiles nothing.
+        jit_compile: False leaves XLA out on TensorFlow; JAX always compiles by it.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=xla, autograph=False)  # captures variables by reference
+        # Variables are captured by reference.
+        return tf.function(function, jit_compile=jit_compile, autograph=False)
 
     import jax
 
@@ -32,3 +35,20 @@ def jit(function, variables=()):
         return program([variable.value for variable in variables], *inputs)
 
     return call
+
+
+def to_tensor(array, axes):
+    """A tensor of the array with its axes in another order.
+
+    NumPy makes the copy, which becomes the tensor's own memory where the backend allows it.
+    """
+    transposed = array.transpose(axes)
+    memory = np.empty(transposed.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = memory[start : start + transposed.nbytes].view(array.dtype).reshape(transposed.shape)
+    np.copyto(copy, transposed)
+    if keras.backend.backend() == "tensorflow" and array.dtype.kind == "f" and array.size:
+        import tensorflow as tf
+
+        return tf.experimental.dlpack.from_dlpack(copy.__dlpack__())
+    return keras.ops.convert_to_tensor(copy)

@@ -21,6 +21,33 @@ _CAPTION_LINES = 3
 _MARGIN = 4
 
 
+def as_pictures(images):
+    """Pictures, one `(height, width, 3)` or several, as uint8 `(n, height, width, 3)`.
+
+    Raises:
+        UserError: they are of another type or shape.
+    """
+    images = np.asarray(images)
+    if images.ndim == 3:
+        images = images[None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise UserError(
+            f"pictures of type {images.dtype} and shape {images.shape}: "
+            "give uint8 of shape (n, height, width, 3)"
+        )
+    return images
+
+
+def pictures_to_unit(images):
+    """Brings uint8 pictures to float32 in [-1, 1]."""
+    return images.astype("float32") / np.float32(127.5) - np.float32(1)
+
+
+def pictures_from_unit(images):
+    """Rounds pictures in [-1, 1] to uint8."""
+    return np.clip(np.round((np.asarray(images) + 1.0) * 127.5), 0, 255).astype("uint8")
+
+
 def format_parameters(parameters):
     """The text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
 
@@ -76,6 +103,21 @@ def save_png(image, path, parameters=None):
     if parameters is not None:
         information.add_text(_CHUNK, format_parameters(parameters))
     Image.fromarray(np.asarray(image)).save(path, format="PNG", pnginfo=information)
+
+
+def save_gif(frames, path, frame_rate=10.0):
+    """Writes pictures as an endless GIF.
+
+    Args:
+        frames: uint8 `(n, h, w, 3)`.
+        path: the file; its folder is made if there is none.
+        frame_rate: pictures a second; a GIF counts in hundredths of a second.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    milliseconds = round(1000 / frame_rate)
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def read_parameters(path):

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from keras_sd import StableDiffusion, presets
 from keras_sd.config import SchedulerConfig, TextEncoderConfig, UNetConfig
-from keras_sd.diffusion.samplers import NoiseStreams
+from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
 from keras_sd.images import parse_parameters, read_parameters, save_png
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
-from keras_sd.pipeline import _batches
+from keras_sd.tasks import equal_batches
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference
@@ -121,7 +121,7 @@ def test_a_picture_is_the_same_alone_and_in_batches(pipeline, images):
 def test_batches_are_equal_and_complete():
     for count in range(1, 40):
         for limit in (1, 3, 8):
-            batches = _batches(count, limit)
+            batches = equal_batches(count, limit)
             assert len({len(batch) for batch in batches}) == 1 and len(batches[0]) <= limit
             assert len(batches) == -(-count // limit)
             assert np.concatenate(batches)[:count].tolist() == list(range(count))
@@ -146,11 +146,11 @@ def test_prompts_and_guidance_count(pipeline, images):
 
 
 def test_another_size_needs_no_other_model(pipeline):
-    shape = pipeline.latent_shape(height=24, width=16)
-    assert shape == (6, 4, 4)
+    shape = pipeline.latent_shape(height=20, width=28)  # odd, where the UNet halves them
+    assert shape == (5, 7, 4)
     context = pipeline.encode_text(PROMPTS)
     latents = pipeline.denoise(NoiseStreams([0, 1]).draw(shape), context, num_steps=1, guidance_scale=1)
-    assert latents.shape == (2, 6, 4, 4) and np.isfinite(latents).all()
+    assert latents.shape == (2, 5, 7, 4) and np.isfinite(latents).all()
 
 
 def test_progress_is_shown_or_handed_over(pipeline, capsys):
@@ -271,7 +271,7 @@ def test_pictures_say_how_they_were_made(folder, pipeline, tmp_path):
         ({"seed": 1.5}, "seed 1.5: out of range; use a whole number from 0"),
         ({"num_steps": 0}, "num_steps 0: out of range"),
         ({"eta": 2}, "eta 2: out of range"),
-        ({"height": 20}, "height 20: does not fit the model; use a multiple of 8"),
+        ({"height": 22}, "height 22: does not fit the model; use a multiple of 4"),
         ({"width": 0}, "width 0: does not fit the model"),
         ({"prompt": []}, "prompt: the list is empty"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
@@ -325,7 +325,8 @@ def test_parts_that_do_not_fit_end_in_one_line(pipeline):
         ({"tokenizer": tiny.tokenizer(max_length=13)}, "gives 13 tokens, the text encoder takes 12"),
         ({"text_encoder": text_encoder(vocab_size=500)}, "tokens, the text encoder 500"),
         ({"unet": unet(cross_attention_dim=12)}, "16 wide, the UNet takes 12"),
-        ({"unet": unet(in_channels=9)}, "9 channels in and 4 out"),
+        ({"unet": unet(in_channels=8)}, "8 channels in and 4 out"),
+        ({"unet": unet(out_channels=8)}, "4 channels in and 8 out"),
     ]:
         with pytest.raises(UserError, match=line):
             StableDiffusion(**(parts | change))

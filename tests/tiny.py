@@ -1,5 +1,8 @@
 """The smallest models that have every kind of layer, with random weights in place of initial ones."""
 
+import contextlib
+
+import keras
 import numpy as np
 
 from keras_sd.config import ImageEncoderConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VAEConfig
@@ -59,6 +62,14 @@ VAE = VAEConfig(
     norm_num_groups=4,
 )
 
+# Eight pixels a latent position, as in Stable Diffusion.
+EIGHTFOLD_VAE = VAEConfig(
+    sample_size=32,
+    block_out_channels=(8, 8, 8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+
 IMAGE_ENCODER = ImageEncoderConfig(
     image_size=16,
     patch_size=8,
@@ -90,6 +101,21 @@ def text_encoder_config(tokenizer):
     )
 
 
+@contextlib.contextmanager
+def without_initial_values():
+    """Has models made inside it start from zeros, where random values would only cost time."""
+    add_weight = keras.layers.Layer.add_weight
+
+    def add_zeros(layer, shape=None, initializer=None, *arguments, **options):
+        return add_weight(layer, shape, "zeros", *arguments, **options)
+
+    keras.layers.Layer.add_weight = add_zeros
+    try:
+        yield
+    finally:
+        keras.layers.Layer.add_weight = add_weight
+
+
 def randomize(model, seed=0, scale=0.1):
     """Draws all weights anew, so that no zero or small initial value hides a fault."""
     generator = np.random.default_rng(seed)
@@ -99,7 +125,7 @@ def randomize(model, seed=0, scale=0.1):
     return model
 
 
-def pipeline(scheduler=None, unet=SD1_UNET, **options):
+def pipeline(scheduler=None, unet=SD1_UNET, vae=VAE, **options):
     """A whole `StableDiffusion` of the tiny parts; 16 x 16 pixels."""
     from keras_sd.pipeline import StableDiffusion
 
@@ -108,7 +134,7 @@ def pipeline(scheduler=None, unet=SD1_UNET, **options):
         words,
         randomize(TextEncoder(text_encoder_config(words)), 1, 0.5),
         randomize(UNet(unet), 2, 0.2),
-        randomize(AutoencoderKL(VAE), 3, 0.2),
+        randomize(AutoencoderKL(vae), 3, 0.2),
         scheduler or SchedulerConfig(prediction_type="v_prediction"),
         randomize(ImageEncoder(IMAGE_ENCODER), 4),
         {"text_projection.weight": np.ones((12, 16), "float32"), "logit_scale": np.array(2.5, "float32")},

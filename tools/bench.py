@@ -57,10 +57,9 @@ def train_step(xla):
 
 def sampling(xla):
     """Returns a function that makes four pictures with the bundled model."""
-    from keras_sd import StableDiffusion, backend
+    from keras_sd import StableDiffusion
 
-    backend.xla = xla
-    pipeline = StableDiffusion.from_preset("emoji")
+    pipeline = StableDiffusion.from_preset("emoji", jit_compile=xla)
     return lambda: pipeline.text_to_image("red heart", num_images=4, num_steps=30, progress=False)
 
 

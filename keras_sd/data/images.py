@@ -47,14 +47,39 @@ def read_image(path: Path, size: int) -> np.ndarray:
             raise _truncated(path) from error
 
 
+def read_picture(path: Path, size: tuple[int, int] | None = None, mode: str = "RGB") -> np.ndarray:
+    """The whole picture as uint8 (height, width, 3), upright, transparency on white.
+
+    Args:
+        size: (height, width) to scale it to with Lanczos, where it is another.
+        mode: "RGB", or "L" for a mask, which is returned as (height, width).
+
+    Raises:
+        UserError: as `check_image`.
+    """
+    with _open(path) as image:
+        try:
+            image = _on_white(ImageOps.exif_transpose(image)).convert(mode)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise _truncated(path) from error
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
 def square(image: Image.Image, size: int) -> np.ndarray:
     """The centre square of a Pillow image, resized with Lanczos to uint8 (size, size, 3)."""
+    return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image in 8 bits of RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype("uint8"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+    return image.convert("RGB")
 
 
 def _open(path: Path) -> Image.Image:

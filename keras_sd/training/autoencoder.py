@@ -6,11 +6,12 @@ import numpy as np
 from keras import ops
 
 from keras_sd.data.datasets import batches
+from keras_sd.images import pictures_from_unit
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.losses import AutoencoderObjective, images_from_network, images_to_network
+from keras_sd.training.losses import AutoencoderObjective, images_to_network
 from keras_sd.training.trainer import Trainer
-from keras_sd.weights.formats import write_part
+from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
 
 
@@ -26,7 +27,7 @@ def reconstruct(vae, images, batch_size=50):
         ops.convert_to_numpy(vae(images_to_network(images[start : start + batch_size])))
         for start in range(0, len(images), batch_size)
     ]
-    return images_from_network(np.concatenate(outputs))
+    return pictures_from_unit(np.concatenate(outputs))
 
 
 def measure_scale(vae, images, batch_size=50):

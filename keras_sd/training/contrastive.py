@@ -7,7 +7,7 @@ from keras_sd.data.datasets import batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.training.losses import ContrastiveObjective, images_to_network
 from keras_sd.training.trainer import Trainer
-from keras_sd.weights.formats import write_part
+from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
 
 

@@ -33,11 +33,6 @@ def images_to_network(images):
     return ops.cast(images, "float32") / 127.5 - 1.0
 
 
-def images_from_network(images):
-    """Rounds pictures in [-1, 1] to uint8, as a NumPy array."""
-    return np.clip(np.round((np.asarray(images) + 1.0) * 127.5), 0, 255).astype("uint8")
-
-
 class DiffusionObjective(Objective):
     """Weighted squared error of what a UNet predicts in noisy samples (Ho et al., 2020).
 

@@ -3,12 +3,13 @@
 import numpy as np
 
 from keras_sd.data.datasets import batches
-from keras_sd.diffusion.samplers import Denoiser, NoiseStreams
+from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.images import pictures_from_unit
 from keras_sd.models.unet import UNet
-from keras_sd.training.losses import DiffusionObjective, images_from_network
+from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Trainer
-from keras_sd.weights.formats import write_part, write_scheduler
+from keras_sd.weights.diffusers_folder import SCHEDULER, write_part, write_scheduler
 from keras_sd.weights.rules import torch_state
 
 
@@ -21,7 +22,7 @@ def sample_pictures(denoiser, count, *, num_steps=20, seed=0, batch_size=50):
         noise = NoiseStreams(range(seed + start, seed + start + batch_size)).draw(shape)
         for denoised in denoiser.steps(noise, num_steps=num_steps):
             samples = denoised.latents
-        pictures.append(images_from_network(samples))
+        pictures.append(pictures_from_unit(samples))
     return np.concatenate(pictures)[:count]
 
 
@@ -80,5 +81,5 @@ def train_pixel_ddim(
         folder = settings.output_dir / "model"
         with trainer.ema.applied():
             write_part(folder, "unet", config.to_dict(), torch_state(unet))
-        write_scheduler(folder, scheduler_config.to_dict())
+        write_scheduler(folder / SCHEDULER, scheduler_config.to_dict())
     return finished

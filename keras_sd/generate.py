@@ -1,0 +1,237 @@
+"""The commands that make pictures: one for each task of `StableDiffusion`."""
+
+import tempfile
+from pathlib import Path
+
+import click
+
+# Whatever loads a backend is imported inside the commands, after their options have been checked.
+from keras_sd import presets
+from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.errors import UserError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _decorated(*options):
+    """One decorator that adds all of these options, in this order."""
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+sampling_options = _decorated(
+    click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
+    click.option("--guidance-scale", default=5.0, help="1 switches guidance off."),
+    click.option("--seed", default=0, type=click.IntRange(0), help="Image i uses seed + i."),
+)
+
+prompt_options = _decorated(
+    click.option("--negative-prompt", help="What to stay away from."),
+    sampling_options,
+    click.option("--sampler", default="ddim", type=click.Choice(tuple(SAMPLERS)), help="Way of denoising."),
+    click.option("--eta", default=0.0, type=click.FloatRange(0, 1), help="Fresh noise of DDIM, 0 to 1."),
+    click.option(
+        "--guidance-rescale",
+        default=0.0,
+        type=click.FloatRange(0, 1),
+        help="Against overexposure by strong guidance.",
+    ),
+)
+
+model_options = _decorated(
+    click.option("--model", default="emoji", help="Preset, hub id, diffusers folder, .safetensors or .ckpt."),
+    click.option("--vae", help="Folder or file of another autoencoder."),
+    click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
+    click.option("--batch-size", default=8, type=click.IntRange(1), help="Pictures made at a time."),
+)
+
+size_options = _decorated(
+    click.option("--height", type=click.IntRange(8), help="Pixels; the model's own by default."),
+    click.option("--width", type=click.IntRange(8), help="Pixels; the model's own by default."),
+)
+
+num_images_option = click.option("--num-images", default=1, type=click.IntRange(1), help="Pictures to make.")
+
+
+def output_option(default):
+    return click.option("--output", default=default, help="PNG file to write.")
+
+
+@click.command()
+@click.argument("prompt")
+@output_option("image.png")
+@num_images_option
+@size_options
+@prompt_options
+@model_options
+def generate(prompt, output, num_images, height, width, **options):
+    """Make pictures of PROMPT.
+
+    One picture goes to the file named by --output. Of several, heart.png shows all side by side,
+    and heart-0.png, heart-1.png, ... are the single ones. Each file says how it was made.
+    """
+    output, pipeline, sampling = _prepare(output, options)
+    images = pipeline.text_to_image(prompt, num_images=num_images, height=height, width=width, **sampling)
+    _save(pipeline, images, output, prompt, sampling)
+
+
+@click.command()
+@click.argument("image")
+@click.argument("prompt")
+@output_option("image.png")
+@num_images_option
+@click.option("--strength", default=0.8, type=click.FloatRange(0, 1), help="How much is made new.")
+@size_options
+@prompt_options
+@model_options
+def image_to_image(image, prompt, output, num_images, strength, height, width, **options):
+    """Make pictures of PROMPT that begin from the picture IMAGE."""
+    pixels = _read_picture(image, height, width)
+    output, pipeline, sampling = _prepare(output, options)
+    images = pipeline.image_to_image(pixels, prompt, num_images=num_images, strength=strength, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
+
+
+@click.command()
+@click.argument("image")
+@click.argument("mask")
+@click.argument("prompt")
+@output_option("image.png")
+@num_images_option
+@click.option("--strength", default=1.0, type=click.FloatRange(0, 1), help="How much is made new.")
+@size_options
+@prompt_options
+@model_options
+def inpaint(image, mask, prompt, output, num_images, strength, height, width, **options):
+    """Make anew what is white in MASK, a picture of IMAGE's size, as PROMPT says."""
+    pixels = _read_picture(image, height, width)
+    mask = _read_picture(mask, height, width, mode="L")
+    output, pipeline, sampling = _prepare(output, options)
+    images = pipeline.inpaint(pixels, mask, prompt, num_images=num_images, strength=strength, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
+
+
+@click.command()
+@click.argument("image")
+@click.argument("prompt", default="")
+@output_option("image.png")
+@num_images_option
+@click.option("--noise-level", default=20, type=click.IntRange(0), help="0 stays close to IMAGE.")
+@prompt_options
+@model_options
+def upscale(image, prompt, output, num_images, noise_level, **options):
+    """Make a picture four times as large as IMAGE, with an upscaler as the model."""
+    pixels = _read_picture(image)
+    output, pipeline, sampling = _prepare(output, options)
+    images = pipeline.upscale(pixels, prompt, num_images=num_images, noise_level=noise_level, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Noise level": noise_level})
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--output", default="walk.gif", help="GIF, or PNG for a contact sheet.")
+@click.option("--num-frames", default=24, type=click.IntRange(1), help="Frames of the whole walk.")
+@click.option("--frame-rate", default=10.0, type=click.FloatRange(1, 50), help="Frames a second of a GIF.")
+@size_options
+@prompt_options
+@model_options
+def walk(prompts, output, num_frames, frame_rate, height, width, **options):
+    """Walk from prompt to prompt; with one PROMPTS, round a circle of noises."""
+    suffix = ".png" if Path(output).suffix.lower() == ".png" else ".gif"
+    output, pipeline, sampling = _prepare(output, options, suffix)
+    frames = pipeline.random_walk(list(prompts), num_frames, height=height, width=width, **sampling)
+    from keras_sd.images import image_grid, save_gif, save_png
+
+    if suffix == ".gif":
+        save_gif(frames, output, frame_rate)
+    else:
+        save_png(image_grid(frames), output)
+    click.echo(output)
+
+
+@click.command()
+@click.argument("image")
+@output_option("image.png")
+@size_options
+@model_options
+def reconstruct(image, output, height, width, **options):
+    """Show what the autoencoder keeps of IMAGE."""
+    pixels = _read_picture(image, height, width)
+    output = check_output(output, ".png")
+    pipeline = open_model(**options)
+    from keras_sd.images import save_png
+
+    save_png(pipeline.reconstruct(pixels)[0], output)
+    click.echo(output)
+
+
+COMMANDS = (generate, image_to_image, inpaint, upscale, walk, reconstruct)
+
+
+def _prepare(output, options, suffix=".png"):
+    """Checks where the pictures go and opens the model: (output, pipeline, options of a task)."""
+    output = check_output(output, suffix)
+    model = {name: options.pop(name) for name in ("model", "vae", "dtype", "batch_size")}
+    return output, open_model(**model), {"num_steps": options.pop("steps"), **options}
+
+
+def _read_picture(path, height=None, width=None, mode="RGB"):
+    from keras_sd.data.images import read_picture
+
+    if (height is None) != (width is None):
+        raise UserError("--height and --width: only one is given; give both, or none to keep the picture's")
+    return read_picture(Path(path), (height, width) if height else None, mode)
+
+
+def _save(pipeline, images, output, prompt, sampling, more=None):
+    """Writes one picture, or a sheet of several and the single ones; each says how it was made."""
+    from keras_sd.images import image_grid, save_png
+
+    names = ("negative_prompt", "num_steps", "guidance_scale", "sampler", "eta")
+    settings = {name: sampling[name] for name in names}
+    seed = sampling["seed"]
+    files = [(output, images[0] if len(images) == 1 else image_grid(images), seed)]
+    if len(images) > 1:
+        for index, image in enumerate(images):
+            files.append((output.with_stem(f"{output.stem}-{index}"), image, seed + index))
+    for path, image, image_seed in files:
+        size = images.shape[1:3]
+        parameters = pipeline.parameters(prompt, seed=image_seed, size=size, **settings)
+        save_png(image, path, parameters | (more or {}))
+        click.echo(path)
+
+
+def check_output(path, suffix):
+    """Makes sure, before any long work, that a file can be written; makes its folder.
+
+    Raises:
+        UserError: another suffix, a folder of that name, or a place where nothing can be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a {suffix} file in it")
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{path}: not a {suffix} file; name it {path.with_suffix(suffix)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("ab").close()
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    return path
+
+
+def open_model(model, **options):
+    """Opens a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded."""
+    source = model if Path(model).is_file() else presets.find(model)
+    from keras_sd.pipeline import StableDiffusion
+
+    pipeline = StableDiffusion.load(source, **options)
+    pipeline.name = model
+    return pipeline

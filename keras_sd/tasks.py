@@ -1,0 +1,372 @@
+"""What a model does for people: text to image, image to image, inpainting, upscaling, walks.
+
+Each task is a few lines on the primitives of `keras_sd.pipeline.StableDiffusion`.
+"""
+
+import contextlib
+
+import numpy as np
+from keras import ops
+from tqdm import tqdm
+
+from keras_sd.diffusion.denoiser import Known, NoiseStreams
+from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError
+from keras_sd.images import as_pictures, pictures_to_unit
+
+
+class Tasks:
+    """The tasks, as methods of `StableDiffusion`."""
+
+    def text_to_image(
+        self,
+        prompt,
+        negative_prompt=None,
+        num_images=1,
+        num_steps=30,
+        guidance_scale=7.5,
+        sampler="ddim",
+        seed=0,
+        height=None,
+        width=None,
+        eta=0.0,
+        guidance_rescale=0.0,
+        progress=True,
+    ):
+        """Makes pictures of a text.
+
+        Args:
+            prompt: a text, or a list of texts, with A1111's weights (`keras_sd.prompts`).
+            negative_prompt: what to stay away from: a text, or a list of as many as there are prompts.
+            num_images: pictures for each prompt. Picture i of all is drawn from `seed` + i and is the same
+                alone or in a batch, up to rounding.
+            num_steps: steps for a picture, 1 to the schedule's number of timesteps.
+            guidance_scale: how much the prompt is to be followed; 1 leaves guidance out, in half the time.
+            sampler: a name in `keras_sd.diffusion.samplers.SAMPLERS`.
+            height, width: in pixels, multiples of the VAE's factor (8); by default what the model was
+                trained on.
+            eta: the share of fresh noise in each step of DDIM, 0 (none) to 1.
+            guidance_rescale: 0 to 1, against the overexposure of strong guidance (Lin et al., 2023).
+            progress: True for a progress bar on stderr, False for none, or a function that is called with
+                (steps done, steps in all, latents).
+
+        Returns:
+            uint8 `(len(prompts) * num_images, height, width, 3)`, the pictures of one prompt together.
+
+        Raises:
+            UserError: a number out of range, an unknown sampler, or lists of unequal length.
+        """
+        self._refuse_more_channels("text_to_image")
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        return self._sample(
+            context,
+            negative,
+            seeds,
+            self.latent_shape(height, width),
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            eta=eta,
+            progress=progress,
+        )
+
+    def image_to_image(
+        self, image, prompt, negative_prompt=None, num_images=1, *, strength=0.8, seed=0, **options
+    ):
+        """Makes pictures of a text that begin from a picture (SDEdit, Meng et al., 2022).
+
+        Args:
+            image: one picture for all, `(height, width, 3)`, or one for each that is made.
+            strength: above 0 up to 1, the share of the steps that is made, and so of what is made new.
+            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+
+        Raises:
+            UserError: as `text_to_image`; or the pictures' number or size does not fit.
+        """
+        self._refuse_more_channels("image_to_image")
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        latents = _one_for_each(self.encode_image(image), len(seeds), "pictures")
+
+        def begin(noise, batch, streams):
+            return {"sample": latents[batch]}
+
+        return self._sample(
+            context, negative, seeds, latents.shape[1:], begin=begin, strength=strength, **options
+        )
+
+    def inpaint(
+        self, image, mask, prompt, negative_prompt=None, num_images=1, *, strength=1.0, seed=0, **options
+    ):
+        """Makes the masked part of a picture anew; what the mask leaves is kept to the pixel.
+
+        A model that was trained for it (9 channels) is shown the mask and the rest of the picture. With
+        any other one the rest is put back, as noisy as the latents are, after each step (RePaint's
+        equation 8, Lugmayr et al., 2022).
+
+        Args:
+            image: one picture for all, `(height, width, 3)`, or one for each that is made.
+            mask: `(height, width)`, uint8 or bool, or one for each picture: white (from 128) is made anew.
+            strength: as in `image_to_image`; 1 begins from noise alone.
+            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+
+        Raises:
+            UserError: as `image_to_image`; or the mask has another size than the picture.
+        """
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        images, mask = self._checked(image), _checked_mask(mask)
+        if mask.shape[1:3] != images.shape[1:3]:
+            raise UserError(
+                f"mask: is {mask.shape[2]}x{mask.shape[1]}, the picture {images.shape[2]}x{images.shape[1]}; "
+                "scale it to the picture's size"
+            )
+        count, factor = len(seeds), self.vae.config.downsampling
+        latents = _one_for_each(self.encode_image(images), count, "pictures")
+        small_mask = _one_for_each(mask[:, ::factor, ::factor].astype("float32"), count, "masks")
+        channels = None
+        if self._extra_channels == self.vae.config.latent_channels + 1:
+            hidden = self._encode_unit(pictures_to_unit(images) * ~mask)
+            channels = np.concatenate([small_mask, _one_for_each(hidden, count, "pictures")], axis=-1)
+        else:
+            self._refuse_more_channels("inpaint")
+
+        def begin(noise, batch, streams):
+            given = {"sample": None if strength == 1 else latents[batch]}
+            if channels is not None:
+                return given | {"channels": channels[batch]}
+            return given | {"known": Known(small_mask[batch], latents[batch], noise)}
+
+        made = self._sample(
+            context, negative, seeds, latents.shape[1:], begin=begin, strength=strength, **options
+        )
+        return np.where(mask, made, images)
+
+    def upscale(
+        self, image, prompt="", negative_prompt=None, num_images=1, *, noise_level=20, seed=0, **options
+    ):
+        """Makes a larger picture of a small one, with a model that was trained for it (SD x4 upscaler).
+
+        Args:
+            image: one picture for all, `(height, width, 3)`, or one for each that is made; the VAE's factor
+                says how much larger the results are.
+            noise_level: the timestep whose noise is put on the picture: 0 stays close to it, more lets the
+                model invent more.
+            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+
+        Raises:
+            UserError: the model is no upscaler; or as `image_to_image`.
+        """
+        levels, schedule_config = self.unet.config.num_class_embeds, self.low_res_scheduler_config
+        if not levels or schedule_config is None or self._extra_channels != self.vae.config.in_channels:
+            raise UserError(f"upscale: {self.name} is no upscaler; load one such as the SD x4 upscaler")
+        if _at_least("noise_level", noise_level, 0) >= levels:
+            raise UserError(f"noise_level {noise_level}: out of range; use 0 to {levels - 1}")
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        images = _one_for_each(pictures_to_unit(as_pictures(image)), len(seeds), "pictures")
+        schedule = NoiseSchedule(schedule_config)
+        rates = schedule.signal_rates[noise_level], schedule.noise_rates[noise_level]
+        shape = (*images.shape[1:3], self.vae.config.latent_channels)
+
+        def begin(noise, batch, streams):
+            noisy = add_noise(images[batch], streams.draw(images.shape[1:]), *rates)
+            return {"channels": noisy, "class_labels": np.full(len(batch), noise_level, "int32")}
+
+        return self._sample(context, negative, seeds, shape, begin=begin, **options)
+
+    def random_walk(
+        self, prompts, num_frames=24, negative_prompt=None, *, seed=0, height=None, width=None, **options
+    ):
+        """Makes the frames of a walk through what the model can draw.
+
+        Several prompts: the text encoding goes from one to the next in equal steps, with the same noise.
+        One prompt: the noise goes once round a circle of noises, so the last frame leads to the first.
+
+        Args:
+            prompts: a text, or a list of texts.
+            num_frames: frames of the whole walk, at least one for each prompt.
+            negative_prompt: a text for all frames.
+            seed: of the noise; a circle uses `seed` and `seed` + 1.
+            height, width, options: as in `text_to_image`.
+
+        Returns:
+            uint8 `(num_frames, height, width, 3)`.
+        """
+        self._refuse_more_channels("random_walk")
+        prompts, negatives = _prompts(prompts, negative_prompt or "")
+        if _at_least("num_frames", num_frames, 1) < len(prompts):
+            raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
+        encodings = self.encode_text([*prompts, negatives[0]])
+        shape = self.latent_shape(height, width)
+        seed = _at_least("seed", seed, 0)
+        noises = NoiseStreams([seed, seed + 1]).draw(shape)
+        if len(prompts) == 1:
+            angles = 2 * np.pi * np.arange(num_frames) / num_frames
+            weights = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
+            noise = np.tensordot(weights, noises, axes=1)
+            context = np.repeat(encodings[:1], num_frames, axis=0)
+        else:
+            noise = np.repeat(noises[:1], num_frames, axis=0)
+            context = _interpolate(encodings[:-1], num_frames)
+        negative = np.repeat(encodings[-1:], num_frames, axis=0)
+
+        def begin(_, batch, streams):
+            return {"noise": noise[batch]}
+
+        # Samplers that add noise add the same to every frame.
+        seeds = np.full(num_frames, seed)
+        return self._sample(context, negative, seeds, shape, begin=begin, **options)
+
+    def reconstruct(self, images):
+        """What the VAE makes of pictures: the best that any latents could give. uint8, of the same shape."""
+        return self.decode(self.encode_image(images))
+
+    @property
+    def _extra_channels(self):
+        return self.unet.config.in_channels - self.vae.config.latent_channels
+
+    def _refuse_more_channels(self, task):
+        """Raises a UserError if the UNet wants to see more than the latents."""
+        if self._extra_channels:
+            use = "upscale" if self.unet.config.num_class_embeds else "inpaint"
+            raise UserError(f"{task}: {self.name} was trained for another task; use {use}")
+
+    def _conditions(self, prompt, negative_prompt, num_images, seed):
+        """Encodings of both prompts `(n, tokens, width)` and the seed `(n,)` of each picture."""
+        prompts, negatives = _prompts(prompt, negative_prompt)
+        num_images, seed = _at_least("num_images", num_images, 1), _at_least("seed", seed, 0)
+        # Together, as the longest text says how many chunks of tokens all get.
+        encodings = self.encode_text(prompts + negatives).repeat(num_images, axis=0)
+        context, negative = np.split(encodings, 2)
+        return context, negative, seed + np.arange(len(context))
+
+    def _sample(
+        self,
+        context,
+        negative,
+        seeds,
+        shape,
+        *,
+        begin=None,
+        strength=1.0,
+        num_steps=30,
+        sampler="ddim",
+        progress=True,
+        **options,
+    ):
+        """Makes one picture for each text encoding and seed, in turns.
+
+        Args:
+            shape: of one picture's latents.
+            begin: called with `(noise, batch, streams)` of a turn, its noise, its pictures' indices and their
+                streams; returns what else `denoise` is to be given, "noise" to begin with in place of the
+                drawn one, and "sample", the latents that `strength` leaves something of.
+        """
+        grid = {"sampler": sampler, "num_steps": num_steps, "first_step": _first_step(strength, num_steps)}
+        batches = equal_batches(len(seeds), self.batch_size)
+        images = []
+        with _reporter(progress, len(batches) * (num_steps - grid["first_step"])) as on_step:
+            for batch in batches:
+                streams = NoiseStreams(seeds[batch])
+                noise = streams.draw(shape)
+                given = begin(noise, batch, streams) if begin else {}
+                latents, sample = given.pop("noise", noise), given.pop("sample", None)
+                if sample is not None:
+                    latents = self._denoiser.noisy(sample, latents, **grid)
+                latents = self.denoise(
+                    latents,
+                    context[batch],
+                    negative[batch],
+                    streams=streams,
+                    on_step=on_step,
+                    **grid,
+                    **given,
+                    **options,
+                )
+                images.append(self.decode(latents))
+        return np.concatenate(images)[: len(seeds)]
+
+
+def _at_least(name, value, least):
+    if not isinstance(value, int | np.integer) or value < least:
+        raise UserError(f"{name} {value!r}: out of range; use a whole number from {least}")
+    return int(value)
+
+
+def _prompts(prompt, negative_prompt):
+    """Prompts and negative prompts as two lists of one length."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UserError("prompt: the list is empty; give at least one text")
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return prompts, [negative_prompt or ""] * len(prompts)
+    if len(negative_prompt) != len(prompts):
+        raise UserError(
+            f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts; give one for each"
+        )
+    return prompts, list(negative_prompt)
+
+
+def _first_step(strength, num_steps):
+    """How many of the steps a strength leaves out."""
+    made = int(num_steps * strength)
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength}: out of range; use more than 0, up to 1")
+    if num_steps >= 1 and made < 1:
+        raise UserError(
+            f"strength {strength}: makes none of {num_steps} steps; use {1 / num_steps:.2g} or more"
+        )
+    return num_steps - made
+
+
+def _checked_mask(mask):
+    """A mask, or several, as bool `(n, height, width, 1)`."""
+    mask = np.asarray(mask)
+    if mask.dtype not in (np.uint8, np.bool_) or mask.ndim not in (2, 3) or not mask.size:
+        raise UserError(
+            f"mask of type {mask.dtype} and shape {mask.shape}: give uint8 or bool of shape (height, width)"
+        )
+    mask = mask if mask.dtype == np.bool_ else mask >= 128
+    return mask.reshape(-1, *mask.shape[-2:], 1)
+
+
+def _one_for_each(values, count, title):
+    """One value repeated `count` times, or `count` values as they are."""
+    if len(values) not in (1, count):
+        raise UserError(f"{len(values)} {title} for {count} results; give one, or one for each")
+    return values if len(values) == count else np.repeat(values, count, axis=0)
+
+
+def _interpolate(points, count):
+    """`count` points at equal distances on the way along `points`, from the first to the last."""
+    places = np.linspace(0, len(points) - 1, count)
+    start = np.minimum(places.astype(int), len(points) - 2)
+    share = (places - start).astype("float32").reshape(-1, *[1] * (points.ndim - 1))
+    return points[start] * (1 - share) + points[start + 1] * share
+
+
+def equal_batches(count, limit):
+    """Indices 0 to count - 1 in equal batches of at most `limit`; the last index fills up the last batch.
+
+    Equal, as each size of a batch is compiled for itself.
+    """
+    size = -(-count // -(-count // limit))
+    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+
+
+@contextlib.contextmanager
+def _reporter(progress, total):
+    """Yields the function that `denoise` calls after each of `total` steps, or None."""
+    if not progress:
+        yield None
+    elif progress is True:
+        with tqdm(total=total, unit="step") as bar:
+
+            def advance(denoised):
+                ops.convert_to_numpy(denoised.latents)  # waits for a step that was only dispatched
+                bar.update()
+
+            yield advance
+    else:
+        done = iter(range(1, total + 1))
+        yield lambda denoised: progress(next(done), total, denoised.latents)

@@ -1,0 +1,238 @@
+"""The tasks against diffusers' pipelines, on the same small models and the same noise."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.denoiser import NoiseStreams
+from keras_sd.errors import UserError
+from tests import tiny
+from tests.reference import run_reference
+
+SIZE = 24  # six latent positions, which the UNet halves once
+OPTIONS = {"num_steps": 20, "guidance_scale": 3.0, "progress": False}
+LOW_RES_SCHEDULER = SchedulerConfig(beta_start=0.0001, beta_end=0.02, steps_offset=0)
+
+REFERENCE = """
+    import numpy as np
+    from diffusers import (
+        StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionUpscalePipeline
+    )
+    from diffusers.pipelines.stable_diffusion import (
+        pipeline_stable_diffusion_img2img as img2img,
+        pipeline_stable_diffusion_inpaint as inpaint,
+        pipeline_stable_diffusion_upscale as upscale,
+    )
+
+    def queue(*names):
+        arrays = [inputs[name].permute(0, 3, 1, 2) for name in names]
+        return lambda *arguments, **options: arrays.pop(0)
+
+    for module in (img2img, inpaint):
+        module.retrieve_latents = lambda output, *_, **options: output.latent_dist.mode()
+
+    prompts, negatives = ["red heart", "woman running"], ["blue heart"] * 2
+    options = dict(
+        prompt=prompts, negative_prompt=negatives, output_type="np",
+        num_inference_steps=20, guidance_scale=3.0,
+    )
+    images = inputs["images"].permute(0, 3, 1, 2).float() / 255
+    mask = inputs["mask"][None, None].float()
+
+    def run(pipeline_class, name, **more):
+        pipeline = pipeline_class.from_pretrained(folder / name, torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        return torch.from_numpy(pipeline(**options, **more).images)
+
+    img2img.randn_tensor = queue("noise")
+    outputs["image_to_image"] = run(
+        StableDiffusionImg2ImgPipeline, "plain", image=images, strength=0.6
+    )
+    size = dict(height=images.shape[2], width=images.shape[3], mask_image=mask, image=images)
+    inpaint.randn_tensor = queue("noise")
+    outputs["inpaint"] = run(StableDiffusionInpaintPipeline, "plain", strength=1.0, **size)
+    inpaint.randn_tensor = queue("noise")
+    outputs["inpaint_part"] = run(StableDiffusionInpaintPipeline, "plain", strength=0.5, **size)
+    inpaint.randn_tensor = queue("noise")
+    outputs["inpaint_9"] = run(StableDiffusionInpaintPipeline, "inpainting", strength=1.0, **size)
+    upscale.randn_tensor = queue("image_noise")
+    outputs["upscale"] = run(
+        StableDiffusionUpscalePipeline, "upscaler", image=inputs["images"].permute(0, 3, 1, 2) / 127.5 - 1,
+        noise_level=20, latents=inputs["large_noise"].permute(0, 3, 1, 2),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny.pipeline(SchedulerConfig())
+
+
+@pytest.fixture(scope="module")
+def inpainting():
+    return tiny.pipeline(SchedulerConfig(), unet=dataclasses.replace(tiny.SD1_UNET, in_channels=9))
+
+
+@pytest.fixture(scope="module")
+def upscaler():
+    config = dataclasses.replace(tiny.SD1_UNET, in_channels=7, num_class_embeds=1000)
+    vae = dataclasses.replace(tiny.VAE, scaling_factor=0.08333)  # diffusers allows its upscaler no other
+    return tiny.pipeline(SchedulerConfig(), config, vae, low_res_scheduler_config=LOW_RES_SCHEDULER)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Two pictures with structure: smooth colours and a square."""
+    ramp = np.linspace(0, 255, SIZE)
+    images = np.stack(
+        [
+            np.stack(
+                [ramp + 0 * ramp[:, None], ramp[:, None] + 0 * ramp, 0 * ramp[:, None] + 128 + 0 * ramp], -1
+            )
+        ]
+        * 2
+    )
+    images[1, 5:12, 8:20] = (255, 40, 0)
+    return images.astype("uint8")
+
+
+@pytest.fixture(scope="module")
+def mask():
+    mask = np.zeros((SIZE, SIZE), "uint8")
+    mask[:, SIZE // 2 :] = 255
+    return mask
+
+
+@pytest.fixture(scope="module")
+def reference(plain, inpainting, upscaler, pictures, mask, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, model in {"plain": plain, "inpainting": inpainting, "upscaler": upscaler}.items():
+        model.save(folder / name)
+    large = NoiseStreams([0, 1])
+    inputs = {
+        "images": pictures,
+        "mask": (mask >= 128).astype("float32"),
+        "noise": NoiseStreams([0, 1]).draw(plain.latent_shape(SIZE, SIZE)),
+        "large_noise": large.draw((SIZE, SIZE, 4)),
+        "image_noise": large.draw((SIZE, SIZE, 3)),
+    }
+    return run_reference(REFERENCE, inputs, folder)
+
+
+PROMPTS = {"prompt": ["red heart", "woman running"], "negative_prompt": "blue heart"}
+
+
+def within_two_levels(images, expected):
+    expected = np.round(expected * 255).astype(int)
+    assert images.shape == expected.shape and images.dtype == np.uint8
+    assert images.std() > 10
+    return np.abs(images.astype(int) - expected).max() <= 2
+
+
+def test_image_to_image_is_diffusers(plain, pictures, reference):
+    images = plain.image_to_image(pictures, **PROMPTS, strength=0.6, **OPTIONS)
+    assert within_two_levels(images, reference["image_to_image"])
+
+
+def test_inpainting_is_diffusers_inside_and_the_picture_outside(plain, inpainting, pictures, mask, reference):
+    for model, name, strength in (
+        (plain, "inpaint", 1.0),
+        (plain, "inpaint_part", 0.5),
+        (inpainting, "inpaint_9", 1.0),
+    ):
+        images = model.inpaint(pictures, mask, **PROMPTS, strength=strength, **OPTIONS)
+        inside = np.broadcast_to(mask[:, :, None] >= 128, images.shape)
+        expected = np.where(inside, reference[name], pictures / np.float32(255))
+        assert within_two_levels(images, expected)
+        np.testing.assert_array_equal(images[~inside], pictures[~inside])
+
+
+def test_upscaling_is_diffusers(upscaler, pictures, reference):
+    images = upscaler.upscale(pictures, **PROMPTS, noise_level=20, **OPTIONS)
+    assert images.shape == (2, 4 * SIZE, 4 * SIZE, 3)
+    assert within_two_levels(images, reference["upscale"])
+
+
+def test_strength_decides_how_much_is_kept(plain, pictures):
+    def distance(strength):
+        images = plain.image_to_image(
+            pictures[0], "red heart", strength=strength, num_steps=20, progress=False
+        )
+        return np.abs(images.astype(int) - plain.reconstruct(pictures[0])).mean()
+
+    distances = [distance(strength) for strength in (0.05, 0.5, 1.0)]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_a_walk_between_prompts_begins_and_ends_at_their_pictures(plain):
+    options = OPTIONS | {"height": SIZE, "width": SIZE}
+    frames = plain.random_walk(["red heart", "blue heart", "flag of Japan"], 5, "dark", seed=3, **options)
+    assert frames.shape == (5, SIZE, SIZE, 3)
+    for frame, prompt in ((0, "red heart"), (2, "blue heart"), (4, "flag of Japan")):
+        expected = plain.text_to_image(prompt, "dark", seed=3, **options)[0]
+        assert np.abs(frames[frame].astype(int) - expected).max() <= 1
+    between = plain.encode_text(["red heart", "blue heart"]).mean(axis=0, keepdims=True)
+    noise = NoiseStreams([3]).draw(plain.latent_shape(SIZE, SIZE))
+    latents = plain.denoise(noise, between, plain.encode_text(["dark"]), num_steps=20, guidance_scale=3.0)
+    assert np.abs(frames[1].astype(int) - plain.decode(latents)[0]).max() <= 1
+
+
+def test_a_walk_of_one_prompt_is_a_circle_of_noises(plain):
+    options = OPTIONS | {"height": SIZE, "width": SIZE}
+    frames = plain.random_walk("red heart", 8, seed=3, **options)
+    expected = plain.text_to_image("red heart", num_images=2, seed=3, **options)
+    for frame, picture in ((0, 0), (2, 1)):  # a quarter of the circle leads from one noise to the other
+        assert np.abs(frames[frame].astype(int) - expected[picture]).max() <= 1
+    steps = np.abs(np.diff(frames.astype(int), axis=0, append=frames[:1].astype(int))).mean(axis=(1, 2, 3))
+    assert steps.min() > 0 and steps.max() < 4 * np.median(steps)  # the last leads to the first
+
+
+def test_long_and_weighted_prompts_reach_the_model(plain):
+    options = OPTIONS | {"num_steps": 4}
+    long = "red heart " * 12 + "(flag:1.5)"
+    pictures = [plain.text_to_image(prompt, **options) for prompt in (long, long[:-10] + "(flag:0.5)", "red")]
+    assert np.abs(pictures[0].astype(int) - pictures[1]).max() > 2
+    context = plain.encode_text([long, "red"])
+    assert context.shape[0] == 2 and context.shape[1] % 12 == 0 and context.shape[1] > 12
+    np.testing.assert_allclose(plain.encode_text(["red"]), context[1:, :12], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "task, change, line",
+    [
+        ("image_to_image", {"strength": 0}, "strength 0: out of range"),
+        ("image_to_image", {"strength": 1.1}, "strength 1.1: out of range"),
+        ("image_to_image", {"strength": 0.01}, "strength 0.01: makes none of 20 steps; use 0.05 or more"),
+        (
+            "image_to_image",
+            {"image": np.zeros((22, 24, 3), "uint8")},
+            "height 22: does not fit the model; use a",
+        ),
+        ("image_to_image", {"image": np.zeros((24, 24, 3))}, "pictures of type float64 and shape"),
+        ("image_to_image", {"image": np.zeros((3, 24, 24, 3), "uint8")}, "3 pictures for 1 results"),
+        ("inpaint", {"mask": np.zeros((16, 24), "uint8")}, "mask: is 24x16, the picture 24x24"),
+        ("inpaint", {"mask": np.zeros((24, 24))}, "mask of type float64"),
+        ("upscale", {}, "is no upscaler; load one"),
+        ("random_walk", {"num_frames": 1, "prompts": ["a", "b"]}, "num_frames 1: fewer than the 2 prompts"),
+    ],
+)
+def test_bad_input_is_one_line(plain, task, change, line):
+    given = {"prompt": "red heart", "image": np.zeros((24, 24, 3), "uint8")}
+    if task == "inpaint":
+        given["mask"] = np.zeros((24, 24), "uint8")
+    if task == "random_walk":
+        given = {}
+    with pytest.raises(UserError, match=line) as caught:
+        getattr(plain, task)(**(given | change), **OPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_of_another_task_say_so(inpainting, upscaler, pictures):
+    with pytest.raises(UserError, match="text_to_image: keras_sd was trained for another task; use inpaint"):
+        inpainting.text_to_image("red heart", **OPTIONS)
+    with pytest.raises(UserError, match="image_to_image: keras_sd was trained for another task; use upscale"):
+        upscaler.image_to_image(pictures, "red heart", **OPTIONS)
+    with pytest.raises(UserError, match="noise_level 1000: out of range; use 0 to 999"):
+        upscaler.upscale(pictures, noise_level=1000, **OPTIONS)
