@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train test lint bench clean
+.PHONY: help install demo train test test-full lint bench clean
 # A half-written result (an interrupted installation) must not look finished.
 .DELETE_ON_ERROR:
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -36,7 +36,10 @@ train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the option
 	$(BIN)/python -m keras_sd.train $(ARGS)
 
 test: $(VENV)/installed-test  ## Run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers (an hour, 16 GiB)
+	$(BIN)/python -m pytest -q tests/full_size $(ARGS)
 
 lint: $(VENV)/installed-test  ## Check style and formatting
 	$(BIN)/python -m ruff check .

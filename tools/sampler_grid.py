@@ -1,0 +1,47 @@
+"""Draws what every sampler makes of the same noise in few and in many steps: the README's table of samplers.
+
+python tools/sampler_grid.py --output docs/images/samplers.png
+"""
+
+import click
+import numpy as np
+from PIL import Image
+
+from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.errors import run_command
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--output", default="docs/images/samplers.png", help="PNG file to write.")
+@click.option("--model", default="emoji", help="Preset, hub id, folder or file.")
+@click.option("--prompt", default="face with sunglasses", help="Text of all pictures.")
+@click.option("--steps", default=(3, 5, 10, 20, 50), multiple=True, type=int, help="Numbers of steps.")
+@click.option("--guidance-scale", default=5.0)
+@click.option("--seed", default=0)
+def sampler_grid(output, model, prompt, steps, guidance_scale, seed):
+    """One row for each sampler, one column for each number of steps."""
+    from keras_sd import StableDiffusion
+    from keras_sd.images import image_grid, save_png
+
+    pipeline = StableDiffusion.from_preset(model)
+    images, labels = [], []
+    for name, sampler in SAMPLERS.items():
+        for num_steps in steps:
+            image = pipeline.text_to_image(
+                prompt,
+                num_steps=num_steps,
+                sampler=name,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                progress=False,
+            )[0]
+            # Enlarged, as a label needs more room than 64 pixels give it.
+            images.append(np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.LANCZOS)))
+            labels.append(f"{sampler.name}, {num_steps}")
+        click.echo(name)
+    save_png(image_grid(images, labels, columns=len(steps)), output)
+    click.echo(output)
+
+
+if __name__ == "__main__":
+    run_command(sampler_grid, "sampler_grid")
