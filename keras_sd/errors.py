@@ -1,8 +1,10 @@
 """The exception for input that a person can mend, and the command line's way of telling it."""
 
 import errno
+import functools
 import os
 import sys
+import warnings
 
 BACKENDS = ("tensorflow", "jax")
 
@@ -23,6 +25,7 @@ def run_command(command, program):
 
     Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each),
     130 interrupted by Ctrl-C. Any other exception is a fault of the program and keeps its traceback.
+    A ``UserWarning`` is one line on stderr too.
 
     Args:
         command: the ``click.Command``.
@@ -30,6 +33,7 @@ def run_command(command, program):
     """
     import click  # here, so that the library's exceptions need no command line
 
+    warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
     # TensorFlow's notices would bury what the commands say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
@@ -57,6 +61,14 @@ def run_command(command, program):
         where = f"{error.filename}: " if error.filename else ""
         _leave(program, f"{where}{error.strerror}; free the space or choose another place")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warn(program, show, message, category, *place):
+    """Tells a warning for people in one line; those for programmers as ever."""
+    if issubclass(category, UserWarning):
+        print(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        show(message, category, *place)
 
 
 def _leave(program, message):

@@ -162,13 +162,14 @@ class StableDiffusion(Tasks):
     # Primitives
 
     def encode_text(self, prompts, chunks=None):
-        """Encodes a list of prompts: float32 `(n, chunks * tokens, width)`.
+        """Encodes a prompt or a list of them: float32 `(n, chunks * tokens, width)`.
 
         Prompts are in the language of `keras_sd.prompts`: weights, BREAK, any length.
 
         Args:
             chunks: how many chunks of tokens each gets; by default as many as the longest one needs.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         ids, weights = chunk_prompts(self.tokenizer, prompts, chunks)
         count, chunks, tokens = ids.shape
         encodings = self._in_batches(self._encode_text, ids.reshape(-1, tokens))

@@ -3,6 +3,9 @@
 `(word)` counts 1.1 times, `[word]` 1.1 times less, `(word:1.3)` 1.3 times; brackets nest and multiply, and
 a backslash before one makes it a letter. A text longer than the text encoder takes is encoded in chunks,
 and `BREAK` begins a new one. Nothing is dropped: what a model cannot take is named in a warning.
+
+Where the web interface errs, this does not: a lone backslash stays, a BREAK within brackets is one, and a
+weight that is no number (`(a:1.2.3)`) is text.
 """
 
 import re
@@ -19,13 +22,17 @@ BRACKET_WEIGHT = 1.1
 LARGEST_WEIGHT = 1000.0
 
 # A phrase is not cut if the comma before it is among so many last tokens of a full chunk.
-LONGEST_CARRIED_PHRASE = 20
+COMMA_REACH = 20
 
+# What a warning quotes of a prompt, in characters.
+_LONGEST_QUOTE = 60
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _SYNTAX = re.compile(
-    r"""
+    rf"""
     \\(?P<escaped>[()\[\]\\])
     | (?P<open>[(\[])
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | :\s*(?P<weight>{_NUMBER})\s*\)
     | (?P<close>[)\]])
     | \b(?P<chunk>BREAK)\b
     | (?P<text>[^\\()\[\]:B]+|.)
@@ -35,11 +42,11 @@ _SYNTAX = re.compile(
 _OPENING = {")": "(", "]": "["}
 _FACTORS = {"(": BRACKET_WEIGHT, "[": 1 / BRACKET_WEIGHT}
 _EXTRA_NETWORK = re.compile(r"<\w+:[^<>]*>")
-_EDITING = re.compile(r"\[[^\[\]]*(?:\|[^\[\]]*|:[^\[\]]*:\s*[\d.]+\s*)\]")
+_SCHEDULE = re.compile(rf"\\.|(?P<open>\[)|(?P<or>\|)|(?P<when>:\s*{_NUMBER}\s*\])|(?P<close>\])", re.DOTALL)
 
 
 class Fragment(NamedTuple):
-    """A piece of a prompt of one weight; a text of None is a BREAK."""
+    """A piece of a prompt of one weight; a text of None is a BREAK, whose weight means nothing."""
 
     text: str | None
     weight: float
@@ -53,32 +60,32 @@ class Chunks(NamedTuple):
 
 
 def parse_prompt(text):
-    """Splits a prompt into `Fragment`s.
+    """Splits a prompt into a list of `Fragment`s, texts of one weight joined.
 
     Brackets that are never closed weigh all that follows, ones that were never opened are letters.
+    Round and square brackets are matched each on their own, so they may overlap.
     """
-    fragments, opened = [], {"(": [], "[": []}
+    texts, weights, opened = [], [], {"(": [], "[": []}
 
     def multiply(start, factor):
-        for index in range(start, len(fragments)):
-            fragments[index] = fragments[index]._replace(weight=fragments[index].weight * factor)
+        weights[start:] = [weight * factor for weight in weights[start:]]
 
     for match in _SYNTAX.finditer(text):
         kind = match.lastgroup
         if kind == "open":
-            opened[match["open"]].append(len(fragments))
+            opened[match["open"]].append(len(texts))
         elif kind == "weight" and opened["("]:
             multiply(opened["("].pop(), float(match["weight"]))
         elif kind == "close" and opened[_OPENING[match["close"]]]:
-            multiply(opened[_OPENING[match["close"]]].pop(), _FACTORS[_OPENING[match["close"]]])
-        elif kind == "chunk":
-            fragments.append(Fragment(None, 1.0))
+            bracket = _OPENING[match["close"]]
+            multiply(opened[bracket].pop(), _FACTORS[bracket])
         else:
-            fragments.append(Fragment(match["escaped"] or match[0], 1.0))
+            texts.append(None if kind == "chunk" else match["escaped"] or match[0])
+            weights.append(1.0)
     for bracket, starts in opened.items():
         for start in starts:
             multiply(start, _FACTORS[bracket])
-    return _merged(fragments)
+    return _merged(map(Fragment, texts, weights))
 
 
 def _merged(fragments):
@@ -106,8 +113,10 @@ def chunk_prompts(tokenizer, prompts, chunks=None):
     Raises:
         UserError: a prompt is no text, or needs more than `chunks`.
     """
-    rows = [_token_chunks(tokenizer, prompt) for prompt in prompts]
-    needed = max(map(len, rows))
+    rows = []
+    for prompt in prompts:  # no comprehension: before Python 3.12 it is a frame that warnings count
+        rows.append(_token_chunks(tokenizer, prompt))
+    needed = max(map(len, rows), default=1)
     chunks = needed if chunks is None else chunks
     if needed > chunks:
         raise UserError(f"prompt: needs {needed} chunks of tokens where {chunks} are given; shorten it")
@@ -127,24 +136,28 @@ def _token_chunks(tokenizer, prompt):
     """The (token, weight) pairs of each chunk of a prompt; at least one chunk."""
     tokenizer.encode([prompt])  # refuses what is no text
     fragments = parse_prompt(_without_unknown_syntax(prompt))
-    largest = max((abs(fragment.weight) for fragment in fragments), default=0)
-    if largest > LARGEST_WEIGHT:
-        raise UserError(f"prompt: a weight of {largest:g}; use at most {LARGEST_WEIGHT:g}")
+    for fragment in fragments:
+        if not abs(fragment.weight) <= LARGEST_WEIGHT:  # so put, it is true of NaN
+            raise UserError(f"prompt: a weight of {fragment.weight:g}; use at most {LARGEST_WEIGHT:g}")
     room = tokenizer.max_length - 2
     (comma,) = tokenizer.encode([","])
-    finished, current, phrase = [], [], 0  # phrase: where in the current chunk the last comma ends
+    finished, current, last_comma = [], [], None
     for text, weight in fragments:
         if text is None:
-            finished, current, phrase = [*finished, current], [], 0
+            finished, current, last_comma = [*finished, current], [], None
             continue
         for token in tokenizer.encode([text])[0]:
+            is_comma = [token] == comma
             if len(current) == room:
-                carried = phrase if phrase and room - phrase <= LONGEST_CARRIED_PHRASE else room
-                finished, current, phrase = [*finished, current[:carried]], current[carried:], 0
+                # A comma that comes next ends its phrase, so none is cut here.
+                cuts = not is_comma and last_comma is not None and room - last_comma <= COMMA_REACH
+                border = last_comma + 1 if cuts else room
+                finished, current, last_comma = [*finished, current[:border]], current[border:], None
+            if is_comma:
+                last_comma = len(current)
             current.append((token, weight))
-            if [token] == comma:
-                phrase = len(current)
-    return [*finished, current]
+    # Nothing follows a BREAK at the end, so it begins no chunk.
+    return [*finished, current] if current or not finished else finished
 
 
 def weighted_encoding(encodings, weights):
@@ -167,11 +180,36 @@ def weighted_encoding(encodings, weights):
 
 def _without_unknown_syntax(prompt):
     """Takes out tags that no model here can follow, and names what is read as plain text."""
-    for tag in _EXTRA_NETWORK.findall(prompt):
-        warnings.warn(f"prompt: {tag} is left out, as no such network is loaded", stacklevel=4)
+    lines = [
+        f"{_quoted(tag)} is left out, as no such network is loaded" for tag in _EXTRA_NETWORK.findall(prompt)
+    ]
     prompt = _EXTRA_NETWORK.sub("", prompt)
-    for construct in _EDITING.findall(prompt):
-        warnings.warn(f"prompt: {construct} is read as a weight; it does not change over steps", stacklevel=4)
+    lines += [
+        f"{_quoted(text)} is read as a weight; it does not change over steps" for text in _schedules(prompt)
+    ]
     if re.search(r"\bAND\b", prompt):
-        warnings.warn("prompt: AND is read as a word; prompts are not composed", stacklevel=4)
+        lines.append("AND is read as a word; prompts are not composed")
+    for line in lines:
+        warnings.warn(f"prompt: {line}", stacklevel=4)  # at the caller of chunk_prompts
     return prompt
+
+
+def _schedules(prompt):
+    """Prompt editing `[from:to:when]`, `[to:when]` and alternation `[a|b]`, in the order of their ends."""
+    opened = []  # where a bracket begins, and whether it holds alternatives
+    for match in _SCHEDULE.finditer(prompt):
+        kind = match.lastgroup
+        if kind == "open":
+            opened.append([match.start(), False])
+        elif kind == "or" and opened:
+            opened[-1][1] = True
+        elif kind in ("when", "close") and opened:
+            start, alternates = opened.pop()
+            if alternates or kind == "when":
+                yield prompt[start : match.end()]
+
+
+def _quoted(text):
+    """A part of a prompt on one line, its end left out where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."

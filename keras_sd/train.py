@@ -112,8 +112,8 @@ def _evenly(sequence, count):
 
 def _extractor(name):
     """The feature extractor of that KID; the choice offers no other names."""
+    from keras_sd.loading import load_part
     from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
-    from keras_sd.pipeline import load_part
     from keras_sd.presets import find
 
     if name == "kid_inception":
@@ -128,8 +128,9 @@ def _open_pipeline(options):
     """The pretrained model, with those parts replaced that the options name or begin anew."""
     import dataclasses
 
+    from keras_sd.loading import load_clip, load_part
     from keras_sd.models.unet import UNet
-    from keras_sd.pipeline import StableDiffusion, load_clip, load_part
+    from keras_sd.pipeline import StableDiffusion
 
     vae_folder, clip_folder = options["pretrained_vae"], options["pretrained_clip"]
     parts = {}
@@ -201,7 +202,7 @@ def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **opt
     image_config = _config(image_config, config.ImageEncoderConfig, config.EMOJI_IMAGE_ENCODER)
     source, held_out, repeats = _sources(options, image_config.image_size)
     if frozen_text_encoder:
-        from keras_sd.pipeline import load_clip
+        from keras_sd.loading import load_clip
 
         parts = load_clip(frozen_text_encoder)
         tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]

@@ -117,6 +117,7 @@ def test_unknown_backend_is_one_line():
     [
         ("pass", 0, ""),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, ""),
+        ("warnings.warn('a thing:\\nfault')", 0, "program: warning: a thing: fault"),
         ("raise UserError('a thing: at\\nfault; mend it')", 2, "program: error: a thing: at fault; mend it"),
         (
             "open('/dev/full', 'w', buffering=1).write('more\\n')",
@@ -128,7 +129,7 @@ def test_unknown_backend_is_one_line():
 )
 def test_exit_codes(body, code, last_line):
     program = f"""if True:
-        import os, signal, time
+        import os, signal, time, warnings
         import click
         from keras_sd.errors import UserError, run_command
 

@@ -71,6 +71,7 @@ def test_wheel_holds_the_package_and_the_model_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     model = [name for name in names if name.startswith("keras_sd/bundled/emoji/")]
     assert "keras_sd/bundled/emoji/model_index.json" in model
+    assert {"keras_sd/bundled/clip/merges.txt.gz", "keras_sd/bundled/clip/LICENSE"} <= set(names)
     files = [path.relative_to(ROOT) for path in (ROOT / "keras_sd").rglob("*") if path.is_file()]
     expected = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -284,8 +284,8 @@ def test_bad_settings_end_in_one_line(pipeline, change, line):
 
 
 def test_bad_folders_end_in_one_line(pipeline, folder, tmp_path):
-    for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="no model_index.json there"):
+    for path, line in ((tmp_path, "no model_index.json there"), (tmp_path / "none", "unknown; use one of")):
+        with pytest.raises(UserError, match=line):
             StableDiffusion.load(path)
     with pytest.raises(UserError, match="dtype 'int4': unknown"):
         pipeline.save(tmp_path / "model", "int4")

@@ -67,19 +67,22 @@ REFERENCE = """
 
 @pytest.fixture(scope="module")
 def plain():
-    return tiny.pipeline(SchedulerConfig())
+    # Compiling by XLA, which other tests do, would take longer than all that is done here.
+    return tiny.pipeline(SchedulerConfig(), jit_compile=False)
 
 
 @pytest.fixture(scope="module")
 def inpainting():
-    return tiny.pipeline(SchedulerConfig(), unet=dataclasses.replace(tiny.SD1_UNET, in_channels=9))
+    unet = dataclasses.replace(tiny.SD1_UNET, in_channels=9)
+    return tiny.pipeline(SchedulerConfig(), unet, jit_compile=False)
 
 
 @pytest.fixture(scope="module")
 def upscaler():
     config = dataclasses.replace(tiny.SD1_UNET, in_channels=7, num_class_embeds=1000)
     vae = dataclasses.replace(tiny.VAE, scaling_factor=0.08333)  # diffusers allows its upscaler no other
-    return tiny.pipeline(SchedulerConfig(), config, vae, low_res_scheduler_config=LOW_RES_SCHEDULER)
+    options = {"low_res_scheduler_config": LOW_RES_SCHEDULER, "jit_compile": False}
+    return tiny.pipeline(SchedulerConfig(), config, vae, **options)
 
 
 @pytest.fixture(scope="module")

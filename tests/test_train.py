@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from keras_sd import config
-from keras_sd.pipeline import StableDiffusion, load_part
+from keras_sd.loading import load_part
+from keras_sd.pipeline import StableDiffusion
 from keras_sd.train import train
 
 COLOURS = {"red": (220, 30, 40), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 30)}

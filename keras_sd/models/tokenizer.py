@@ -2,7 +2,8 @@
 
 Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016; Radford et al.,
 "Learning Transferable Visual Models From Natural Language Supervision", 2021. The files are those of
-transformers' ``CLIPTokenizer``, which gives the same ids.
+transformers' ``CLIPTokenizer``, which gives the same ids in its release 5. open_clip's tokenizer has the same
+merges and ids but first mends the text with ftfy and resolves HTML entities: there ``&amp;`` is ``&``.
 """
 
 import gzip

@@ -106,8 +106,8 @@ class StoredZip:
         size, compressed, header = (
             next(wide, _ELSEWHERE) if value == _ELSEWHERE else value for value in (size, compressed, header)
         )
-        is_stored = not method and not flags & 1 and size == compressed
-        if header + 30 + compressed > len(self._data):
+        is_stored = not method and not flags & 1
+        if (is_stored and size != compressed) or header + 30 + compressed > len(self._data):
             raise DamagedFile(f"its entry {name!r:.60} does not lie inside of the file")
         # What TorchScript compresses is its code, which nobody here asks for.
         return name, _Entry(header, size, is_stored), extra_end + comment_length

@@ -64,6 +64,10 @@ WORDS = """
 """.split(" ")
 
 
+# What open_clip leaves as it is: no entities, nothing to mend, no special tokens.
+PLAIN = " ".join(word for word in WORDS if word.isascii() and not set(word) & set("&<\x07"))
+
+
 def captions(count=2000):
     """Empty ones, very long ones, and random sequences of words of all kinds."""
     rng = np.random.default_rng(1)
@@ -94,6 +98,14 @@ SCRIPT = """
         whole = tokenizer(captions, add_special_tokens=False).input_ids
         outputs[name + "/lengths"] = torch.tensor([len(ids) for ids in whole])
         outputs[name + "/whole"] = torch.tensor([token for ids in whole for token in ids])
+
+    from open_clip.tokenizer import SimpleTokenizer
+
+    original = SimpleTokenizer()
+    (folder / "merges.json").write_text(json.dumps(list(original.bpe_ranks)))
+    (folder / "vocabulary.json").write_text(json.dumps(original.encoder))
+    outputs["original/plain"] = torch.tensor(original.encode((folder / "plain.txt").read_text()))
+    outputs["original/entity"] = torch.tensor(original.encode("salt &amp; pepper"))
 """
 
 
@@ -122,6 +134,7 @@ def folder(tmp_path_factory, tokenizers):
 def reference(folder):
     (folder / "texts.json").write_text(json.dumps(TEXTS + random_texts()))
     (folder / "captions.json").write_text(json.dumps(captions()))
+    (folder / "plain.txt").write_text(PLAIN)
     return run_reference(SCRIPT, {}, folder)
 
 
@@ -152,6 +165,21 @@ def test_clip_is_clip_over_two_thousand_captions(reference, name, pad_token):
     assert [len(ids) for ids in whole] == reference[name + "/lengths"].tolist()
     assert [token for ids in whole for token in ids] == reference[name + "/whole"].tolist()
     np.testing.assert_array_equal(encode(tokenizer, texts), reference[name])
+
+
+def test_clip_is_what_open_clip_has(reference, folder):
+    tokenizer = Tokenizer.clip()
+    assert json.loads((folder / "merges.json").read_text()) == [list(pair) for pair in tokenizer.merges]
+    vocabulary = json.loads((folder / "vocabulary.json").read_text())
+    # Only the names of the special tokens differ.
+    vocabulary[BEGIN_TOKEN] = vocabulary.pop("<start_of_text>")
+    vocabulary[END_TOKEN] = vocabulary.pop("<end_of_text>")
+    assert vocabulary == tokenizer.vocabulary
+    assert tokenizer.encode(PLAIN)[0] == reference["original/plain"].tolist()
+    assert len(reference["original/plain"]) > 50
+    # The difference that the module names.
+    assert tokenizer.encode("salt & pepper")[0] == reference["original/entity"].tolist()
+    assert tokenizer.encode("salt &amp; pepper")[0] != reference["original/entity"].tolist()
 
 
 @pytest.mark.parametrize("name", ["end_padded", "bang_padded", "added"])
