@@ -37,17 +37,20 @@ def jit(function, variables=(), jit_compile=True):
     return call
 
 
-def to_tensor(array, axes):
-    """A tensor of the array with its axes in another order.
-
-    NumPy makes the copy, which becomes the tensor's own memory where the backend allows it.
-    """
-    transposed = array.transpose(axes)
-    memory = np.empty(transposed.nbytes + _ALIGNMENT, np.uint8)
+def aligned_copy(array, axes, dtype):
+    """A contiguous copy of a NumPy array with its axes in another order, fit for `to_tensor`."""
+    transposed, dtype = array.transpose(axes), np.dtype(dtype)
+    memory = np.empty(transposed.size * dtype.itemsize + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + transposed.nbytes].view(array.dtype).reshape(transposed.shape)
-    np.copyto(copy, transposed)
-    if keras.backend.backend() == "tensorflow" and array.dtype.kind == "f" and array.size:
+    copy = memory[start : start + transposed.size * dtype.itemsize].view(dtype).reshape(transposed.shape)
+    with np.errstate(over="ignore"):  # infinity, which whoever wants finite numbers will find
+        np.copyto(copy, transposed, casting="unsafe")
+    return copy
+
+
+def to_tensor(copy):
+    """A tensor of what `aligned_copy` gave, on the same memory where the backend allows it."""
+    if keras.backend.backend() == "tensorflow" and copy.dtype.kind == "f" and copy.size:
         import tensorflow as tf
 
         return tf.experimental.dlpack.from_dlpack(copy.__dlpack__())

@@ -6,7 +6,9 @@ is torch's `weight`) and only kernels are transposed, by their rank. No table of
 the rule is read in both directions.
 """
 
+import concurrent.futures
 import contextlib
+import os
 import re
 import warnings
 from typing import NamedTuple
@@ -132,16 +134,13 @@ class _Born:
 
     def __init__(self, initializer):
         self.initializer = keras.initializers.get(initializer) or _zeros
-        self.parameter = self.array = None
-        self.is_finite = True
+        self.loaded = None
 
     def __call__(self, shape, dtype=None):
-        if self.array is None:
+        if self.loaded is None:
             return self.initializer(shape, dtype=dtype)
-        self.is_finite = _is_finite(self.array)
-        tensor = _to_keras(self.parameter, self.array)
-        release(self.array)
-        return keras.ops.cast(tensor, dtype)
+        copy, self.loaded = self.loaded, None  # a backend with memory of its own needs it no longer
+        return backend.to_tensor(copy)
 
 
 def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
@@ -170,13 +169,22 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
                 initializer.initializer = _zeros
             raise
         initializers = {id(variable): initializer for variable, initializer in born}
-        for parameter, name in found:
-            initializer = initializers[id(parameter.variable)]
-            initializer.parameter, initializer.array = parameter, tensors[name]
-    bad = [initializer.parameter.name for _, initializer in born if not initializer.is_finite]
+        bad = _hand_out(found, tensors, initializers)
     if bad:
         raise _non_finite(bad, source)
     return model
+
+
+def _hand_out(found, tensors, initializers):
+    """Gives each variable's initialiser its array; returns the names of those that are not finite."""
+    bad = []
+    # NumPy lets other threads run while it copies.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        copies = threads.map(lambda pair: _take(pair[0], tensors[pair[1]]), found)
+        for (parameter, name), (copy, is_finite) in zip(found, copies, strict=True):
+            initializers[id(parameter.variable)].loaded = copy
+            bad += [] if is_finite else [name]
+    return bad
 
 
 @contextlib.contextmanager
@@ -201,12 +209,19 @@ def _zeros(shape, dtype=None):
     return keras.ops.zeros(shape, dtype)
 
 
+def _take(parameter, array):
+    """A published array in its variable's layout and precision, and whether all of it is finite."""
+    copy = _to_keras(parameter, array)
+    release(array)
+    return copy, _is_finite(copy)
+
+
 def _to_keras(parameter, array):
-    """A published array as a tensor in the layout of its variable."""
     # A 1x1 convolution and a linear layer hold the same numbers; files have either.
-    array = np.reshape(array, _torch_shape(parameter))
+    shaped = np.reshape(array, _torch_shape(parameter))
     is_kernel = parameter.variable.name == "kernel"
-    return backend.to_tensor(array, _TO_KERAS[array.ndim] if is_kernel else tuple(range(array.ndim)))
+    axes = _TO_KERAS[shaped.ndim] if is_kernel else tuple(range(shaped.ndim))
+    return backend.aligned_copy(shaped, axes, parameter.variable.dtype)
 
 
 def _is_finite(array):
