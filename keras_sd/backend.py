@@ -1,5 +1,8 @@
 """All that depends on the Keras backend."""
 
+import functools
+from pathlib import Path
+
 import keras
 import numpy as np
 
@@ -26,7 +29,8 @@ def jit(function, variables=(), jit_compile=True):
 
     variables = list(variables)
 
-    @jax.jit
+    # Every process has the whole of what comes out, however the variables are split.
+    @functools.partial(jax.jit, out_shardings=_replicated())
     def program(values, *inputs):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
             return function(*inputs)
@@ -35,6 +39,74 @@ def jit(function, variables=(), jit_compile=True):
         return program([variable.value for variable in variables], *inputs)
 
     return call
+
+
+def _replicated():
+    """The sharding of an array that every device has whole; None on one device."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    return keras.distribution.TensorLayout([], distribution.device_mesh).backend_layout
+
+
+def join_processes(*arguments):
+    """Connects JAX with the other processes of the run, all of which are there.
+
+    Args:
+        arguments: `HOST:PORT` of process 0, how many processes there are, and which this one is. Without them
+            JAX looks for what has started it (a TPU pod, Slurm, Open MPI), which may be nothing of the kind.
+    """
+    import jax
+
+    try:
+        jax.distributed.initialize(*arguments)
+    except ValueError:
+        if arguments:
+            raise
+
+
+def process_count():
+    """How many processes train together."""
+    if keras.backend.backend() == "tensorflow":
+        return 1
+    import jax
+
+    return jax.process_count()
+
+
+def process_index():
+    """Which of them this one is; process 0 writes the files."""
+    if keras.backend.backend() == "tensorflow":
+        return 0
+    import jax
+
+    return jax.process_index()
+
+
+def devices():
+    """The names of JAX's devices in all processes, those of a process side by side."""
+    import jax
+
+    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return [f"{device.platform}:{device.id}" for device in ordered]
+
+
+def lay_out(variable, layout):
+    """Spreads a variable over devices as a `keras.distribution.TensorLayout` says."""
+    # Keras asks for a variable's layout at its birth only.
+    variable._layout = layout
+    variable.assign(variable.value)
+
+
+def to_numpy(variable):
+    """The whole of a variable or tensor, of which this process has all parts."""
+    value = keras.ops.convert_to_tensor(variable)
+    if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
+        return keras.ops.convert_to_numpy(value)
+    whole = np.empty(value.shape, value.dtype)
+    for shard in value.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 def aligned_copy(array, axes, dtype):
@@ -55,3 +127,77 @@ def to_tensor(copy):
 
         return tf.experimental.dlpack.from_dlpack(copy.__dlpack__())
     return keras.ops.convert_to_tensor(copy)
+
+
+def recomputed(function):
+    """`function`, of floating-point tensors, with a backward pass that computes it again from its inputs.
+
+    What it needs gradients for must be among its arguments or be a Keras variable. `keras.remat` is the
+    same, but XLA drops JAX's barriers on a CPU, merges both computations and so keeps everything. Here, as in
+    TensorFlow's version, the second one waits for the gradient that it is for.
+    """
+    if keras.backend.backend() == "tensorflow":
+        return keras.remat(function)
+
+    import jax
+
+    def call(*inputs):
+        # The values of variables become arguments too.
+        pure, values = jax.closure_convert(function, *inputs)
+
+        @jax.custom_vjp
+        def run(inputs, values):
+            return pure(*inputs, *values)
+
+        def forward(inputs, values):
+            return run(inputs, values), (inputs, values)
+
+        def backward(kept, gradient):
+            inputs, values = kept
+            first = gradient.ravel()[0]
+            # XLA cannot know that this is zero.
+            zero = jax.numpy.where(first == first, 0.0, jax.numpy.nan)
+            inputs = [array + zero.astype(array.dtype) for array in inputs]
+            return jax.vjp(lambda inputs, values: pure(*inputs, *values), tuple(inputs), values)[1](gradient)
+
+        run.defvjp(forward, backward)
+        return run(inputs, values)
+
+    return call
+
+
+def free_memory():
+    """Bytes that are free on the device that computes, and whether those are the host's: `(free, is_host)`.
+
+    On a GPU or TPU those that the backend may still take on the first device; otherwise what Linux tells as
+    available, and infinity where there is no /proc/meminfo.
+    """
+    free = _accelerator_memory()
+    return (_host_memory(), True) if free is None else (free, False)
+
+
+def _accelerator_memory():
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.client import device_lib
+
+        if not tf.config.list_logical_devices("GPU"):
+            return None
+        limit = next(
+            device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"
+        )
+        return limit - tf.config.experimental.get_memory_info("GPU:0")["current"]
+
+    import jax
+
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() if device.platform != "cpu" else None
+    return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else None
+
+
+def _host_memory():
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return float("inf")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -473,3 +473,21 @@ PIXEL_SCHEDULER = SchedulerConfig(
     timestep_spacing="trailing",
     clip_sample=True,
 )
+
+# The bundled upscaler of pictures to twice the side. It predicts the picture itself, whose errors then
+# count alike at all levels of noise, as what is seen beside the noise says nearly all.
+UPSCALER_UNET = UNetConfig(
+    sample_size=128,
+    in_channels=6,
+    out_channels=3,
+    block_out_channels=(32, 48, 64),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D",) * 3,
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",) * 3,
+    num_class_embeds=101,
+    norm_num_groups=8,
+)
+UPSCALER_SCHEDULER = dataclasses.replace(PIXEL_SCHEDULER, prediction_type="sample")
+# The noise on the small picture: that of SD's x4 upscaler.
+LOW_RES_SCHEDULER = SchedulerConfig(beta_start=0.0001, beta_end=0.02)

@@ -46,6 +46,17 @@ prompt_options = _decorated(
 model_options = _decorated(
     click.option("--model", default="emoji", help="Preset, hub id, diffusers folder, .safetensors or .ckpt."),
     click.option("--vae", help="Folder or file of another autoencoder."),
+    click.option(
+        "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="LoRA to add; may be repeated."
+    ),
+    click.option("--lora-folder", help="Where prompts find LoRAs: <lora:name:0.8>."),
+    click.option(
+        "--embedding",
+        "embeddings",
+        multiple=True,
+        metavar="PATH[:TOKEN]",
+        help="Textual inversion to add; may be repeated.",
+    ),
     click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
     click.option("--batch-size", default=8, type=click.IntRange(1), help="Pictures made at a time."),
 )
@@ -121,15 +132,51 @@ def inpaint(image, mask, prompt, output, num_images, strength, height, width, **
 @click.argument("prompt", default="")
 @output_option("image.png")
 @num_images_option
-@click.option("--noise-level", default=20, type=click.IntRange(0), help="0 stays close to IMAGE.")
+@click.option("--noise-level", type=click.IntRange(0), help="0 stays close to IMAGE; the model's usual one.")
 @prompt_options
 @model_options
 def upscale(image, prompt, output, num_images, noise_level, **options):
-    """Make a picture four times as large as IMAGE, with an upscaler as the model."""
+    """Make a larger picture of IMAGE: twice as large, or as an upscaler of Stable Diffusion's kind does.
+
+    The bundled upscaler takes no PROMPT.
+    """
     pixels = _read_picture(image)
+    from keras_sd.upscaler import Upscaler
+
+    folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
+    more = {} if noise_level is None else {"noise_level": noise_level}
+    if Upscaler.is_in(folder):
+        if prompt:
+            raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
+        _upscale_pixels(folder, pixels, check_output(output, ".png"), num_images, more, options)
+        return
     output, pipeline, sampling = _prepare(output, options)
-    images = pipeline.upscale(pixels, prompt, num_images=num_images, noise_level=noise_level, **sampling)
-    _save(pipeline, images, output, prompt, sampling, {"Noise level": noise_level})
+    images = pipeline.upscale(pixels, prompt, num_images=num_images, **more, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Noise level": more.get("noise_level", 20)})
+
+
+def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
+    """Writes pictures that an upscaler without text makes."""
+    from tqdm import tqdm
+
+    from keras_sd.upscaler import Upscaler
+
+    upscaler = Upscaler.load(folder, dtype=options["dtype"], batch_size=options["batch_size"])
+    steps, seed = options["steps"], options["seed"]
+    turns = -(-num_images // options["batch_size"])
+    with tqdm(total=turns * steps, unit="step") as bar:
+        images = upscaler.upscale(
+            pixels[None].repeat(num_images, axis=0),
+            num_steps=steps,
+            sampler=options["sampler"],
+            eta=options["eta"],
+            seed=seed,
+            on_step=lambda denoised: bar.update(),
+            **noise_level,
+        )
+    height, width = images.shape[1:3]
+    said = {"prompt": "", "Steps": steps, "Sampler": options["sampler"], "Size": f"{width}x{height}"}
+    _write(images, output, lambda index: said | {"Seed": seed + index, "Model": options["model"]})
 
 
 @click.command()
@@ -176,7 +223,8 @@ COMMANDS = (generate, image_to_image, inpaint, upscale, walk, reconstruct)
 def _prepare(output, options, suffix=".png"):
     """Checks where the pictures go and opens the model: (output, pipeline, options of a task)."""
     output = check_output(output, suffix)
-    model = {name: options.pop(name) for name in ("model", "vae", "dtype", "batch_size")}
+    names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
+    model = {name: options.pop(name) for name in names}
     return output, open_model(**model), {"num_steps": options.pop("steps"), **options}
 
 
@@ -189,20 +237,27 @@ def _read_picture(path, height=None, width=None, mode="RGB"):
 
 
 def _save(pipeline, images, output, prompt, sampling, more=None):
-    """Writes one picture, or a sheet of several and the single ones; each says how it was made."""
-    from keras_sd.images import image_grid, save_png
-
+    """Writes pictures of a pipeline; each says how it was made."""
     names = ("negative_prompt", "num_steps", "guidance_scale", "sampler", "eta")
     settings = {name: sampling[name] for name in names}
-    seed = sampling["seed"]
-    files = [(output, images[0] if len(images) == 1 else image_grid(images), seed)]
+    seed, size = sampling["seed"], images.shape[1:3]
+    _write(
+        images,
+        output,
+        lambda index: pipeline.parameters(prompt, seed=seed + index, size=size, **settings) | (more or {}),
+    )
+
+
+def _write(images, output, parameters):
+    """Writes one picture, or a sheet of several and the single ones, with the parameters of each."""
+    from keras_sd.images import image_grid, save_png
+
+    files = [(output, images[0] if len(images) == 1 else image_grid(images), 0)]
     if len(images) > 1:
         for index, image in enumerate(images):
-            files.append((output.with_stem(f"{output.stem}-{index}"), image, seed + index))
-    for path, image, image_seed in files:
-        size = images.shape[1:3]
-        parameters = pipeline.parameters(prompt, seed=image_seed, size=size, **settings)
-        save_png(image, path, parameters | (more or {}))
+            files.append((output.with_stem(f"{output.stem}-{index}"), image, index))
+    for path, image, index in files:
+        save_png(image, path, parameters(index))
         click.echo(path)
 
 
@@ -227,11 +282,43 @@ def check_output(path, suffix):
     return path
 
 
-def open_model(model, **options):
-    """Opens a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded."""
+def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
+    """Opens a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded.
+
+    Args:
+        loras: paths of LoRAs, each with ":weight" behind it if it is not 1.
+        lora_folder: where prompts find LoRAs by their names.
+        embeddings: paths of textual inversions, each with ":token" behind it to call its word otherwise.
+    """
     source = model if Path(model).is_file() else presets.find(model)
+    updates = [_path_and_weight(text) for text in loras]
+    for path in [path for path, _ in updates] + ([lora_folder] if lora_folder else []):
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such LoRA; give a file, or a folder that holds one")
+    words = [_path_and_token(text) for text in embeddings]
     from keras_sd.pipeline import StableDiffusion
 
     pipeline = StableDiffusion.load(source, **options)
-    pipeline.name = model
+    pipeline.name, pipeline.lora_folder = model, lora_folder
+    for path, weight in updates:
+        pipeline.load_lora(path, weight=weight)
+    for path, token in words:
+        pipeline.load_textual_inversion(path, token)
     return pipeline
+
+
+def _path_and_weight(text):
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a colon of the path
+
+
+def _path_and_token(text):
+    if Path(text).exists():
+        return text, None
+    path, _, token = text.rpartition(":")
+    if not path or not Path(path).exists():
+        raise UserError(f"{path or text}: no such embedding; give a file, or a folder that holds one")
+    return path, token

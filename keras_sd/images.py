@@ -48,6 +48,11 @@ def pictures_from_unit(images):
     return np.clip(np.round((np.asarray(images) + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
+def resized(image, size, method=Image.Resampling.BICUBIC):
+    """A uint8 picture `(h, w, 3)` interpolated to the size `(height, width)`."""
+    return np.asarray(Image.fromarray(image).resize(tuple(size)[::-1], method))
+
+
 def format_parameters(parameters):
     """The text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
 

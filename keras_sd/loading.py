@@ -27,6 +27,8 @@ CLIP_HEAD = ("text_projection.weight", "logit_scale")
 # OpenCLIP, the text encoder of SD 2, was trained with id 0, "!", behind the end of a text.
 _OPEN_CLIP_PAD_TOKEN = "!"
 
+_TOKENS, _LEARNED_TOKENS = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "learned"))
+
 _MODELS = {
     "text_encoder": (TextEncoder, TextEncoderConfig),
     "image_encoder": (ImageEncoder, ImageEncoderConfig),
@@ -116,6 +118,9 @@ def model_part(name, model, clip_head=None):
     tensors = rules.torch_state(model)
     if name == "image_encoder":
         tensors |= clip_head or {}
+    if _LEARNED_TOKENS in tensors:
+        # Other readers know one table only.
+        tensors[_TOKENS] = np.concatenate([tensors[_TOKENS], tensors.pop(_LEARNED_TOKENS)])
     return Part(model.config.to_dict(), tensors, Path(name))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend, presets
+from keras_sd.adapters import Adapters
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.samplers import find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -14,10 +15,12 @@ from keras_sd.errors import UserError
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
 from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
+from keras_sd.models.tokenizer import vector_names
 from keras_sd.prompts import chunk_prompts, weighted_encoding
 from keras_sd.tasks import Tasks, equal_batches
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
+from keras_sd.weights.embedding_files import read_embeddings
 
 _SAVED_PARTS = ("text_encoder", "unet", "vae", "image_encoder")
 
@@ -41,8 +44,8 @@ class StableDiffusion(Tasks):
         batch_size: the most pictures made at a time; more are made in turns of equal size.
         jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
 
-    Attributes are those arguments. Pictures are uint8 `(n, height, width, 3)`; arrays in and out of the
-    primitives are NumPy's, channels-last.
+    Attributes are those arguments, and `lora_folder`, where prompts find LoRAs by name. Pictures are uint8
+    `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's, channels-last.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class StableDiffusion(Tasks):
         self.image_encoder, self.clip_head = image_encoder, clip_head
         self.name, self.batch_size = name, batch_size
         self._weights_file = None
+        self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
-        self._encode_text = backend.jit(lambda ids: text_encoder(ids), text_encoder.variables, jit_compile)
+        self._jit_compile = jit_compile
+        self._encode_text = self._compile_text_encoding()
         self._encode_image = backend.jit(self._image_to_latents, vae.variables, jit_compile)
         self._decode = backend.jit(self._latents_to_image, vae.variables, jit_compile)
 
@@ -150,6 +155,8 @@ class StableDiffusion(Tasks):
             self.low_res_scheduler_config and self.low_res_scheduler_config.to_dict(),
         )
         if Path(path).suffix == ".safetensors":
+            if self.tokenizer.added_tokens:
+                raise UserError(f"{path}: a single file has no place for learned words; name a folder")
             single_file.write_single_file(path, checkpoint, dtype)
         else:
             diffusers_folder.write_folder(path, checkpoint, self.tokenizer.save, dtype)
@@ -158,6 +165,85 @@ class StableDiffusion(Tasks):
     def model_hash(self):
         """The first ten digits of the SHA-256 of the UNet's file; None if the model came from none."""
         return self._weights_file and presets.file_hash(self._weights_file)[:10]
+
+    # Low-rank updates
+
+    def load_lora(self, path, name=None, weight=1.0):
+        """Adds a LoRA in diffusers', PEFT's or kohya's dialect to the model; several add up.
+
+        Updates go into the kernels, so that sampling costs no more; `save` writes the sum. Prompts may ask
+        for more of one, or less, by `<lora:name:0.8>`, which then holds for that call.
+
+        Args:
+            path: a file, or a folder with `pytorch_lora_weights.safetensors`.
+            name: what it is called from now on; the file's stem, or the folder's name.
+            weight: how much of it; 0 only makes it known to prompts.
+
+        Raises:
+            UserError: the file is damaged, or was made for another kind of model.
+        """
+        self.adapters.load(path, name or Path(path).stem, weight)
+
+    def set_lora_weights(self, weights):
+        """Sets how much of each loaded LoRA, name -> weight, is in the model; those not named go out."""
+        self.adapters.set(weights)
+
+    def unload_lora(self, name=None):
+        """Takes a LoRA off the model, or all of them; without any it is bit for bit what it was."""
+        self.adapters.unload(name)
+
+    def find_lora(self, name):
+        """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded."""
+        if name not in self.adapters.names and self.lora_folder is not None:
+            path = Path(self.lora_folder) / f"{name}.safetensors"
+            if path.is_file() and path.parent == Path(self.lora_folder):
+                self.load_lora(path, weight=0.0)
+        return name in self.adapters.names
+
+    # Learned words
+
+    def load_textual_inversion(self, path, token=None):
+        """Adds the learned words of a file in diffusers', A1111's or kohya's dialect.
+
+        Args:
+            path: a file, or a folder with `learned_embeds.safetensors` or `.bin`.
+            token: what the word is called in prompts; by default as the file says.
+
+        Raises:
+            UserError: the file is damaged, or was made for another kind of model; it has no name for its word
+                and none is given, or one for several; or as `add_tokens`.
+        """
+        embeddings = read_embeddings(path, self.text_encoder.config.hidden_size)
+        if token is not None:
+            if len(embeddings) > 1:
+                raise UserError(f"{path}: holds several words, {', '.join(embeddings)}; leave {token!r} out")
+            (vectors,) = embeddings.values()
+            embeddings = {token: vectors}
+        if None in embeddings:
+            raise UserError(f"{path}: has no name for its word; give a token, like <my-cat>")
+        self.add_tokens(embeddings)
+
+    def add_tokens(self, embeddings):
+        """Adds words to the vocabulary, each of one or several vectors.
+
+        Args:
+            embeddings: dictionary from token to its vectors, `(k, width)`; a prompt's token stands for all k.
+
+        Raises:
+            UserError: a token is in the vocabulary already or would be taken apart in a prompt, vectors are
+                of another width or not finite, or there is no place for more tokens.
+        """
+        tokens, size = self.tokenizer.vocab_size, self.text_encoder.config.vocab_size
+        if tokens != size:
+            raise UserError(
+                f"the tokenizer has {tokens} tokens, the text encoder {size}; tokens can be added where "
+                "both are the same"
+            )
+        names = [name for token, array in embeddings.items() for name in vector_names(token, len(array))]
+        tokenizer = self.tokenizer.add_tokens(names)
+        self.text_encoder.add_tokens(np.concatenate(list(embeddings.values())))
+        self.tokenizer = tokenizer
+        self._encode_text = self._compile_text_encoding()
 
     # Primitives
 
@@ -234,6 +320,10 @@ class StableDiffusion(Tasks):
         parameters |= {"Seed": seed, "Size": f"{width}x{height}", "Eta": f"{eta:g}" if eta else None}
         parameters |= {"Model hash": self.model_hash, "Model": self.name}
         return {name: value for name, value in parameters.items() if value is not None}
+
+    def _compile_text_encoding(self):
+        encoder = self.text_encoder
+        return backend.jit(lambda ids: encoder(ids), encoder.variables, self._jit_compile)
 
     def _checked(self, images):
         """Pictures as `(n, height, width, 3)`, of a size that the VAE can halve as often as it does."""

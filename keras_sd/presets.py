@@ -31,6 +31,11 @@ PRESETS = {
     "emoji": Preset(
         _BUNDLED / "emoji", "CC-BY-4.0", "d38786460918894ef71e8e43c1aa3ef92dc096ef487a20ab788dee2f4d6be783"
     ),
+    "emoji-upscaler": Preset(
+        _BUNDLED / "emoji_upscaler",
+        "CC-BY-4.0",
+        "b6bd21de50b567ea6782e2d3a33254c6dc4326e0daa81ceb69f31d9a13f06581",
+    ),
     "sd-1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML-OpenRAIL-M"),
     "sd-2.1": Preset("stabilityai/stable-diffusion-2-1", "CreativeML-OpenRAIL++-M"),
     "sd-2.1-base": Preset("stabilityai/stable-diffusion-2-1-base", "CreativeML-OpenRAIL++-M"),

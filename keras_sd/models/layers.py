@@ -4,11 +4,13 @@ All tensors are channels-last. The makers take input and output widths, so a wei
 layer does: nothing is traced to find shapes, and an optimizer can be built before the first step.
 """
 
+import math
+
 import keras
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.models.initial_values import glorot_uniform
+from keras_sd.models.initial_values import glorot_uniform, uniform
 
 
 class Layer(keras.layers.Layer):
@@ -22,9 +24,66 @@ class Layer(keras.layers.Layer):
         self.built = True
 
 
+class LowRankUpdate:
+    """What a linear layer or a convolution needs to learn a low-rank update (LoRA, Hu et al., 2022).
+
+    With one, the layer gives `base(x) + lora_scale * lora_B(lora_A(x))`.
+    """
+
+    lora_A = lora_B = None
+
+    def add_low_rank(self, rank, alpha):
+        """Adds an update of that rank, scaled by `alpha / rank`, which changes nothing before it is trained.
+
+        Its initial values are those of Hu et al.'s code: uniform in +-1 / sqrt(inputs), and zeros.
+        """
+        inputs = math.prod(self.kernel.shape[:-1])
+        # Keras lets no layer be added to one that is built.
+        self._tracker.unlock()
+        self.lora_A, self.lora_B = self._low_rank_pair(rank, uniform(inputs**-0.5))
+        self._tracker.lock()
+        self.lora_scale = alpha / rank
+
+    def call(self, inputs):
+        outputs = super().call(inputs)
+        if self.lora_A is None:
+            return outputs
+        return outputs + self.lora_scale * self.lora_B(self.lora_A(inputs))
+
+
+class Dense(LowRankUpdate, keras.layers.Dense):
+    """Keras' linear layer, with a place for a low-rank update."""
+
+    def _low_rank_pair(self, rank, initializer):
+        inputs, outputs = self.kernel.shape
+        return (
+            dense(inputs, rank, use_bias=False, kernel_initializer=initializer),
+            dense(rank, outputs, use_bias=False, kernel_initializer="zeros"),
+        )
+
+
+class Conv2D(LowRankUpdate, keras.layers.Conv2D):
+    """Keras' convolution, with a place for a low-rank update: a window as large, then one of 1x1."""
+
+    def _low_rank_pair(self, rank, initializer):
+        inputs, outputs = self.kernel.shape[2:]
+        return (
+            convolution(
+                inputs,
+                rank,
+                self.kernel_size,
+                strides=self.strides,
+                padding=self.padding,
+                use_bias=False,
+                kernel_initializer=initializer,
+            ),
+            convolution(rank, outputs, 1, use_bias=False, kernel_initializer="zeros"),
+        )
+
+
 def dense(inputs, outputs, *, use_bias=True, kernel_initializer=glorot_uniform):
     """A linear layer from `inputs` to `outputs` features on the last axis."""
-    layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer)
+    layer = Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer)
     layer.build((None, inputs))
     return layer
 
@@ -37,11 +96,23 @@ def embedding(entries, width, initializer):
 
 
 def convolution(
-    inputs, outputs, kernel_size=3, *, strides=1, padding="same", kernel_initializer=glorot_uniform
+    inputs,
+    outputs,
+    kernel_size=3,
+    *,
+    strides=1,
+    padding="same",
+    use_bias=True,
+    kernel_initializer=glorot_uniform,
 ):
     """A two-dimensional convolution from `inputs` to `outputs` channels."""
-    layer = keras.layers.Conv2D(
-        outputs, kernel_size, strides=strides, padding=padding, kernel_initializer=kernel_initializer
+    layer = Conv2D(
+        outputs,
+        kernel_size,
+        strides=strides,
+        padding=padding,
+        use_bias=use_bias,
+        kernel_initializer=kernel_initializer,
     )
     layer.build((None, None, None, inputs))
     return layer

@@ -5,6 +5,8 @@ Stable Diffusion 1.x uses the tower of ViT-L/14, 2.x that of OpenCLIP ViT-H/14. 
 that of transformers' ``CLIPTextModel``.
 """
 
+import dataclasses
+
 import keras
 import numpy as np
 from keras import ops
@@ -12,6 +14,7 @@ from keras import ops
 from keras_sd.errors import UserError
 from keras_sd.models.initial_values import normal
 from keras_sd.models.layers import Layer, embedding, layer_normalization
+from keras_sd.models.precision import dtype_policy
 from keras_sd.models.transformer import Transformer
 
 # Early public configs say that the end token is 2, which it is not in CLIP's vocabulary. They are read
@@ -20,15 +23,42 @@ LEGACY_END_TOKEN_ID = 2
 
 
 class TextEmbeddings(Layer):
-    """Sum of a learned vector for each token and one for each position."""
+    """Sum of a learned vector for each token and one for each position.
+
+    Token ids beyond the table `token_embedding` are those of `learned_embedding`, where there is one.
+    """
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.token_embedding = embedding(config.vocab_size, config.hidden_size, normal(0.02))
         self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size, normal(0.01))
+        self.learned_embedding = None
 
     def call(self, ids):
-        return self.token_embedding(ids) + self.position_embedding(np.arange(ids.shape[1]))
+        return self.token_vectors(ids) + self.position_embedding(np.arange(ids.shape[1]))
+
+    def token_vectors(self, ids):
+        """The vectors `(..., width)` of token ids, without those of positions."""
+        if self.learned_embedding is None:
+            return self.token_embedding(ids)
+        last = self.token_embedding.input_dim - 1
+        return ops.where(
+            (ids > last)[..., None],
+            self.learned_embedding(ops.maximum(ids - last - 1, 0)),
+            self.token_embedding(ops.minimum(ids, last)),
+        )
+
+    def add_tokens(self, vectors):
+        """Gives the next token ids their vectors, float32 `(k, width)`."""
+        # Keras lets no layer be added to one that is built.
+        self._tracker.unlock()
+        if self.learned_embedding is not None:
+            earlier = ops.convert_to_numpy(self.learned_embedding.embeddings)
+            vectors = np.concatenate([earlier, vectors])
+            self._tracker.untrack(self.learned_embedding)
+        with dtype_policy(self.token_embedding.dtype_policy):
+            self.learned_embedding = embedding(*vectors.shape, keras.initializers.Constant(vectors))
+        self._tracker.lock()
 
 
 class TextEncoder(keras.Model):
@@ -57,6 +87,29 @@ class TextEncoder(keras.Model):
 
     def call(self, ids):
         return self._hidden_states(ids, depth=None)
+
+    def add_tokens(self, vectors):
+        """Gives the encoder more token ids, which go on from `config.vocab_size`, with these vectors.
+
+        They are a variable of their own, `embeddings.learned_embedding`, so that they can be trained while
+        the table stays as it is. Do it before anything is compiled with the encoder.
+
+        Args:
+            vectors: `(k, hidden_size)`.
+
+        Raises:
+            UserError: they are of another width, or not finite.
+        """
+        vectors, width = np.asarray(vectors, "float32"), self.config.hidden_size
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            raise UserError(
+                f"text encoder: vectors of shape {vectors.shape} for new tokens; give (count, {width}), "
+                "made for this kind of model"
+            )
+        if not np.isfinite(vectors).all():
+            raise UserError("text encoder: vectors for new tokens hold NaN or infinity; give finite ones")
+        self.embeddings.add_tokens(vectors)
+        self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + len(vectors))
 
     def hidden_states(self, ids, layer=-1):
         """Returns the output of one block, with the final layer normalisation applied.

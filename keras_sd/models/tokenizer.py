@@ -7,6 +7,7 @@ merges and ids but first mends the text with ftfy and resolves HTML entities: th
 """
 
 import gzip
+import itertools
 import json
 import re
 import warnings
@@ -33,6 +34,14 @@ _CLIP_MERGES = Path(__file__).parents[1] / "bundled" / "clip" / "merges.txt.gz"
 # Configs without a limit hold a huge number in its place.
 LARGEST_MAX_LENGTH = 2**20
 
+# Prompts read these as syntax (`keras_sd.prompts`), so a token with one in it would never be found whole.
+_SYNTAX_PATTERN = re.compile(r"[\s()\[\]\\:]")
+
+
+def vector_names(token, count):
+    """The tokens of a learned word of several vectors: `<cat>`, `<cat>_1`, `<cat>_2`, as in diffusers."""
+    return [token, *(f"{token}_{index}" for index in range(1, count))]
+
 
 class Tokenizer:
     """Turns texts into the token ids of one vocabulary.
@@ -43,7 +52,8 @@ class Tokenizer:
         max_length: tokens in a sequence, the begin and the end token included.
         pad_token: fills up short sequences: the end token in Stable Diffusion 1.x, ``!`` in 2.x.
         added_tokens: dictionary from text to id of tokens beyond the merges, found in a text as a
-            whole, such as those of a textual inversion.
+            whole, such as those of a textual inversion. Where `<cat>_1`, `<cat>_2`, ... are added too,
+            `<cat>` stands for all of them.
     """
 
     def __init__(
@@ -63,6 +73,9 @@ class Tokenizer:
         self.end_token_id = vocabulary[END_TOKEN]
         self.pad_token_id = vocabulary[pad_token]
         self._encoder = self._make_encoder()
+        self._further_ids = {
+            token_id: self._further_vectors(token) for token, token_id in self.added_tokens.items()
+        }
 
     def _make_encoder(self):
         try:
@@ -81,6 +94,37 @@ class Tokenizer:
                     "is next; ids must go on from the vocabulary without a gap"
                 )
         return encoder
+
+    def _further_vectors(self, token):
+        """The ids of a learned word's vectors after the first."""
+        names = (f"{token}_{index}" for index in itertools.count(1))
+        return [
+            self.added_tokens[name] for name in itertools.takewhile(self.added_tokens.__contains__, names)
+        ]
+
+    def add_tokens(self, names):
+        """Returns a tokenizer with more added tokens, whose ids go on from the last one.
+
+        Raises:
+            UserError: a name is empty, in the vocabulary already, or would be taken apart in a prompt.
+        """
+        taken = {token.lower() for token in self.added_tokens}
+        for name in names:
+            word = name.lower()
+            if not name or _SYNTAX_PATTERN.search(name):
+                raise UserError(
+                    f"token {name!r}: empty, or with a space, bracket, colon or backslash, which mean "
+                    "something in prompts; name it like <my-cat>"
+                )
+            if word in taken or word in self.vocabulary or word + WORD_END in self.vocabulary:
+                raise UserError(
+                    f"token {name!r}: is in the vocabulary already; choose a name that is none, like <my-cat>"
+                )
+            taken.add(word)
+        ids = {name: self.vocab_size + index for index, name in enumerate(names)}
+        return Tokenizer(
+            self.vocabulary, self.merges, self.max_length, self.pad_token, self.added_tokens | ids
+        )
 
     @classmethod
     def train(cls, texts, vocab_size, max_length=DEFAULT_MAX_LENGTH):
@@ -184,7 +228,7 @@ class Tokenizer:
 
     def encode(self, texts):
         """Returns the tokens of each text as a list of ids, whole, without begin, end and padding."""
-        return [encoding.ids for encoding in self._encodings(texts)]
+        return [[token_id for token_id, _ in tokens] for tokens in self._tokens(texts)]
 
     def __call__(self, texts):
         """Encodes texts to one length.
@@ -200,14 +244,14 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = np.full((len(texts), self.max_length), self.pad_token_id, dtype="int32")
         room = self.max_length - 2
-        for row, text, encoding in zip(ids, texts, self._encodings(texts), strict=True):
-            if len(encoding.ids) > room:
-                dropped = text[encoding.offsets[room][0] :]
+        for row, text, tokens in zip(ids, texts, self._tokens(texts), strict=True):
+            if len(tokens) > room:
+                dropped = text[tokens[room][1] :]
                 warnings.warn(
-                    f"the text has {len(encoding.ids)} tokens where {room} fit; dropped its end: {dropped!r}",
+                    f"the text has {len(tokens)} tokens where {room} fit; dropped its end: {dropped!r}",
                     stacklevel=2,
                 )
-            kept = [self.begin_token_id, *encoding.ids[:room], self.end_token_id]
+            kept = [self.begin_token_id, *(token_id for token_id, _ in tokens[:room]), self.end_token_id]
             row[: len(kept)] = kept
         return ids
 
@@ -227,6 +271,17 @@ class Tokenizer:
         # In the alphabet of bytes, where a word ends in what stands for a space.
         symbols = [re.sub(f"{WORD_END}$", SPACE_SYMBOL, token) for token in tokens]
         return decoders.ByteLevel().decode(symbols).strip()
+
+    def _tokens(self, texts):
+        """The (id, place in the text) of each token of each text; a learned word has all of its vectors."""
+        return [
+            [
+                (vector_id, start)
+                for token_id, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+                for vector_id in (token_id, *self._further_ids.get(token_id, ()))
+            ]
+            for encoding in self._encodings(texts)
+        ]
 
     def _encodings(self, texts):
         texts = [texts] if isinstance(texts, str) else list(texts)

@@ -11,6 +11,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.attention import scaled_dot_product
 from keras_sd.models.initial_values import normal
 from keras_sd.models.layers import Layer, dense, layer_normalization
+from keras_sd.models.recomputation import RecomputingLayer
 
 
 def quick_gelu(inputs):
@@ -92,7 +93,7 @@ class TransformerBlock(Layer):
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 
-class Transformer(Layer):
+class Transformer(RecomputingLayer):
     """A stack of blocks over `(n, tokens, width)`.
 
     Args:
@@ -107,5 +108,5 @@ class Transformer(Layer):
     def call(self, hidden, depth=None):
         """Runs the first `depth` blocks, or all of them."""
         for layer in self.layers[:depth]:
-            hidden = layer(hidden)
+            hidden = self._recomputed(layer)(hidden)
         return hidden

@@ -4,6 +4,8 @@ The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level atten
 its block type says so, and does not otherwise; what differs between models stands in the config.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -12,7 +14,6 @@ from keras_sd.models.initial_values import normal
 from keras_sd.models.layers import (
     Downsample,
     GroupNormalization,
-    Layer,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
@@ -20,6 +21,7 @@ from keras_sd.models.layers import (
     embedding,
     sinusoidal_features,
 )
+from keras_sd.models.recomputation import RecomputingLayer
 
 
 def _resnet(config, inputs, outputs):
@@ -47,7 +49,7 @@ def _transformer(config, level, channels, *, may_skip_self_attention=True):
     )
 
 
-class DownBlock(Layer):
+class DownBlock(RecomputingLayer):
     """Residual blocks of the way down, each followed by attention to the text where it is asked for.
 
     Returns the last feature map and the list of all of them, which the way up takes in reverse.
@@ -67,9 +69,9 @@ class DownBlock(Layer):
     def call(self, hidden, time_embedding, context=None):
         skips = []
         for index, resnet in enumerate(self.resnets):
-            hidden = resnet(hidden, time_embedding)
+            hidden = self._recomputed(resnet)(hidden, time_embedding)
             if self.attentions:
-                hidden = self.attentions[index](hidden, context)
+                hidden = self._recomputed(self.attentions[index])(hidden, context)
             skips.append(hidden)
         for downsample in self.downsamplers:
             hidden = downsample(hidden)
@@ -77,7 +79,7 @@ class DownBlock(Layer):
         return hidden, skips
 
 
-class MidBlock(Layer):
+class MidBlock(RecomputingLayer):
     """Residual block, attention and residual block at the coarsest level; one block without text."""
 
     def __init__(self, config, **kwargs):
@@ -91,13 +93,14 @@ class MidBlock(Layer):
         )
 
     def call(self, hidden, time_embedding, context=None):
-        hidden = self.resnets[0](hidden, time_embedding)
+        hidden = self._recomputed(self.resnets[0])(hidden, time_embedding)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            hidden = resnet(attention(hidden, context), time_embedding)
+            hidden = self._recomputed(attention)(hidden, context)
+            hidden = self._recomputed(resnet)(hidden, time_embedding)
         return hidden
 
 
-class UpBlock(Layer):
+class UpBlock(RecomputingLayer):
     """Residual blocks of the way up, each joined with a feature map from the way down.
 
     All but the last block end at the `size` `(height, width)` of the next feature map to be joined.
@@ -126,12 +129,16 @@ class UpBlock(Layer):
 
     def call(self, hidden, skips, time_embedding, context=None, size=(None, None)):
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            hidden = resnet(ops.concatenate([hidden, skip], axis=-1), time_embedding)
+            hidden = self._recomputed(functools.partial(_joined, resnet))(hidden, skip, time_embedding)
             if self.attentions:
-                hidden = self.attentions[index](hidden, context)
+                hidden = self._recomputed(self.attentions[index])(hidden, context)
         for upsample in self.upsamplers:
             hidden = upsample(hidden, size=size)
         return hidden
+
+
+def _joined(resnet, hidden, skip, time_embedding):
+    return resnet(ops.concatenate([hidden, skip], axis=-1), time_embedding)
 
 
 class UNet(keras.Model):

@@ -28,6 +28,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from keras_sd import backend
 from keras_sd.errors import UserError
 from keras_sd.training.checkpoints import Checkpoints, disk_fault
 
@@ -169,7 +170,8 @@ class MetricsLog(StepCallback):
         self.every = every
         self._pending = []
         self._initial_step = initial_step
-        folder = Path(run_folder) / "logs"
+        self._run_folder = Path(run_folder)
+        folder = self._run_folder / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
@@ -200,9 +202,12 @@ class MetricsLog(StepCallback):
         self._log([(step, values)])
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Shows a uint8 (height, width, 3) image in TensorBoard."""
+        """Keeps a uint8 (height, width, 3) image in TensorBoard and in the run folder: `name/step-N.png`."""
         picture = io.BytesIO()
         Image.fromarray(image).save(picture, "PNG")
+        folder = self._run_folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"step-{step:06}.png").write_bytes(picture.getvalue())
         event = Event(step=step, wall_time=time.time())
         value = event.summary.value.add(tag=name)
         value.image.height, value.image.width, value.image.colorspace = image.shape
@@ -257,8 +262,23 @@ class MetricsLog(StepCallback):
         return names
 
 
+class SilentLog(StepCallback):
+    """A `MetricsLog` that keeps nothing, for the processes beside the one that writes the files."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Does nothing."""
+
+
 class CheckpointCallback(StepCallback):
     """Saves a checkpoint every `every` steps, when the training is stopped, and at its end.
+
+    Of several processes the first one writes it.
 
     Args:
         checkpoints: where to.
@@ -308,7 +328,8 @@ class CheckpointCallback(StepCallback):
                 # A loss is of the weights before its step: the step itself can still have broken them.
                 if not np.isfinite(tensor).all():
                     raise diverged(f"{group}/{name} is not finite after step {self.step}", self.checkpoints)
-        self.checkpoints.save(self.step, groups, position)
+        if backend.process_index() == 0:
+            self.checkpoints.save(self.step, groups, position)
         self._saved_step = self.step
 
 
@@ -425,20 +446,27 @@ class EMACallback(keras.callbacks.Callback):
         trainable_variables: of the model.
     """
 
+    _copy = staticmethod(ops.copy)
+
     def __init__(self, optimizer, trainable_variables):
         super().__init__()
         self._optimizer = optimizer
         self._variables = list(trainable_variables)
 
+    @property
+    def averages(self):
+        """The averages, parallel to the trainable variables."""
+        return self._optimizer.ema_variables
+
     @contextmanager
     def applied(self):
         sync_state(self.model)
-        raw = [ops.copy(variable) for variable in self._variables]
+        raw = [self._copy(variable) for variable in self._variables]
         try:
-            for variable, average in zip(self._variables, self._optimizer.ema_variables, strict=True):
+            for variable, average in zip(self._variables, self.averages, strict=True):
                 # A copy: `evaluate` on JAX donates the buffers of the model's variables, and assigning alone
                 # would make the average's buffer one of them.
-                variable.assign(ops.copy(average))
+                variable.assign(self._copy(average))
             yield
         finally:
             sync_state(self.model)

@@ -3,7 +3,6 @@
 import numpy as np
 from keras import ops
 
-from keras_sd.data.datasets import batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.training.losses import ContrastiveObjective, images_to_network
 from keras_sd.training.trainer import Trainer
@@ -82,16 +81,6 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         caption = example["captions"][generator.integers(len(example["captions"]))]
         return {"images": shifted(example["image"], generator), "token_ids": tokenizer(caption)[0]}
 
-    def make_batches(start):
-        return batches(
-            source,
-            batch_size=settings.train_batch_size,
-            seed=settings.seed,
-            draw=draw,
-            start=start,
-            repeats=repeats,
-        )
-
     def matching_rate(examples):
         """Share of pictures whose own caption is the most similar one of all these examples'."""
         pictures = embed_images(image_encoder, np.stack([example["image"] for example in examples]))
@@ -108,7 +97,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
             }
         trainer.log.log_scalars(step, rates)
 
-    if not trainer.run(make_batches, evaluate):
+    if not trainer.run(source, draw, repeats=repeats, evaluate=evaluate):
         return False
     folder = settings.output_dir / "model"
     with trainer.ema.applied():

@@ -12,20 +12,30 @@ class EncodedSource:
 
     Args:
         source: examples with `image` uint8 and `captions`.
-        vae, text_encoder, tokenizer: the frozen parts.
+        vae, text_encoder, tokenizer: the frozen parts; without a text encoder (None), as when it is trained,
+            captions stay token ids.
         batch_size: pictures encoded at a time.
+        jit_compile: whether XLA compiles on TensorFlow.
+
+    Attributes:
+        condition: what `contexts` holds for the batch: "context", or "token_ids" without a text encoder.
     """
 
-    def __init__(self, source, vae, text_encoder, tokenizer, batch_size=64):
+    def __init__(self, source, vae, text_encoder, tokenizer, batch_size=64, jit_compile=True):
         examples = [source[index] for index in range(len(source))]
-        posterior = backend.jit(lambda images: _scaled_moments(vae, images_to_network(images)), vae.variables)
+        posterior = backend.jit(
+            lambda images: _scaled_moments(vae, images_to_network(images)), vae.variables, jit_compile
+        )
         self.means, self.deviations = _in_batches(
             posterior, np.stack([example["image"] for example in examples]), batch_size
         )
         # The empty caption comes first: what the network learns when a caption is dropped.
         captions = ["", *(caption for example in examples for caption in example["captions"])]
-        encode = backend.jit(lambda ids: (text_encoder(ids),), text_encoder.variables)
-        (self.contexts,) = _in_batches(encode, tokenizer(captions), 4 * batch_size)
+        self.condition, self.contexts = "token_ids", tokenizer(captions)
+        if text_encoder is not None:
+            encode = backend.jit(lambda ids: (text_encoder(ids),), text_encoder.variables, jit_compile)
+            (self.contexts,) = _in_batches(encode, self.contexts, 4 * batch_size)
+            self.condition = "context"
         counts = [len(example["captions"]) for example in examples]
         self.first_caption = np.concatenate([[1], 1 + np.cumsum(counts)])
 
@@ -33,7 +43,8 @@ class EncodedSource:
         return len(self.means)
 
     def __getitem__(self, index):
-        """Keys: mean and deviation of the scaled latents `(h, w, c)`, contexts `(n, tokens, width)`."""
+        """Keys: mean and deviation of the scaled latents `(h, w, c)`, contexts `(n, tokens, width)` of the
+        captions and empty_context; `(n, tokens)` without a text encoder."""
         start, end = self.first_caption[index : index + 2]
         return {
             "mean": self.means[index],

@@ -2,8 +2,6 @@
 
 import contextlib
 
-from PIL import Image
-
 from keras_sd.metrics.features import extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 
@@ -25,7 +23,6 @@ class SampleEvaluation:
         self.generate = generate
         self.grid = grid
         self.real_features = {name: extract(extractor, images) for name, images in real.items() if extractor}
-        self.folder = trainer.settings.output_dir / "samples"
 
     def __call__(self, step):
         figures = {}
@@ -33,15 +30,9 @@ class SampleEvaluation:
             applied = self.trainer.ema.applied() if weights == "ema" else contextlib.nullcontext()
             with applied:
                 if weights == "ema":
-                    self._save_grid(step)
+                    self.trainer.log.log_image(step, "samples", self.grid())
                 for name, real in self.real_features.items():
                     generated = extract(self.extractor, self.generate(name))
                     kid = paired_kernel_inception_distance(real, generated)
                     figures[f"{self.extractor.name}_{name}_{weights}"] = kid.mean
         self.trainer.log.log_scalars(step, figures)
-
-    def _save_grid(self, step):
-        picture = self.grid()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder / f"step-{step:06}.png")
-        self.trainer.log.log_image(step, "samples", picture)

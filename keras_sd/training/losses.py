@@ -37,12 +37,24 @@ class DiffusionObjective(Objective):
     """Weighted squared error of what a UNet predicts in noisy samples (Ho et al., 2020).
 
     A batch holds `samples` (scaled latents, or uint8 pictures for a pixel-space model), `noise` of
-    the same shape, `timesteps (n,)` and, for a conditional UNet, `context (n, tokens, features)`.
+    the same shape and `timesteps (n,)`. What it holds beside them, the UNet is given as well:
+
+    - `context (n, tokens, features)`, or `token_ids (n, tokens)` if the text encoder is trained along;
+    - `channels (n, h, w, c)`, seen beside the noisy samples, and `class_labels (n,)`: an upscaler has both;
+    - `input_noise`, which goes onto the samples in place of the noise that stays the target (input
+      perturbation, Ning et al., 2023).
+
+    Args:
+        unet: the network.
+        schedule: `NoiseSchedule`.
+        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        text_encoder: the one that turns `token_ids` into the context, or None.
     """
 
-    def __init__(self, unet, schedule, min_snr_gamma=None, **kwargs):
+    def __init__(self, unet, schedule, min_snr_gamma=None, text_encoder=None, **kwargs):
         super().__init__(**kwargs)
         self.unet = unet
+        self.text_encoder = text_encoder
         self.prediction_type = schedule.prediction_type
         self.signal_rates = schedule.signal_rates
         self.noise_rates = schedule.noise_rates
@@ -62,10 +74,41 @@ class DiffusionObjective(Objective):
             ops.take(table, timesteps)[:, None, None, None]
             for table in (self.signal_rates, self.noise_rates, self.weights_by_timestep)
         )
-        noisy = prediction.add_noise(samples, noise, signal_rate, noise_rate)
+        noisy = prediction.add_noise(samples, batch.get("input_noise", noise), signal_rate, noise_rate)
         target = prediction.target(self.prediction_type, samples, noise, signal_rate, noise_rate)
-        inputs = [noisy, timesteps] + ([batch["context"]] if "context" in batch else [])
-        return ops.mean(weight * ops.square(self.unet(inputs) - target), axis=(1, 2, 3))
+        return ops.mean(weight * ops.square(self._predict(noisy, timesteps, batch) - target), axis=(1, 2, 3))
+
+    def _predict(self, noisy, timesteps, batch):
+        if "channels" in batch:
+            noisy = ops.concatenate([noisy, batch["channels"]], axis=-1)
+        inputs = [noisy, timesteps]
+        if "token_ids" in batch:
+            inputs.append(self.text_encoder(batch["token_ids"]))
+        elif "context" in batch:
+            inputs.append(batch["context"])
+        labels = {"class_labels": batch["class_labels"]} if "class_labels" in batch else {}
+        return self.unet(inputs, **labels)
+
+
+class PriorPreservationObjective(DiffusionObjective):
+    """DreamBooth's loss of a subject and of its class (Ruiz et al., 2023, equation 2).
+
+    Every array of a batch has a second axis of two: what is drawn for a picture of the subject, and for one
+    of its class.
+    """
+
+    def __init__(self, *arguments, prior_loss_weight=1.0, **options):
+        super().__init__(*arguments, **options)
+        self.prior_loss_weight = prior_loss_weight
+
+    def call(self, batch):
+        losses = super().call({name: _one_axis(pairs) for name, pairs in batch.items()})
+        subject, prior = ops.unstack(ops.reshape(losses, (-1, 2)), axis=1)
+        return subject + self.prior_loss_weight * prior
+
+
+def _one_axis(pairs):
+    return ops.reshape(pairs, (-1, *pairs.shape[2:]))
 
 
 class AutoencoderObjective(Objective):

@@ -7,20 +7,24 @@ from keras import ops
 class AdamW(keras.optimizers.AdamW):
     """AdamW (Loshchilov and Hutter, 2019) with EMA copies of the weights.
 
-    The average decays by min(`ema_decay`, (1 + n) / (10 + n)) at update n, so it follows a young
-    run closely and smooths an old one. Keras' own `use_ema` starts from zeros and has a fixed
-    decay. The average moves with each update, not with each accumulated micro-batch.
+    The average decays by min(`ema_decay`, (1 + n) / (10 + n)) at update n, counted from 0: it follows a
+    young run closely and smooths an old one. Keras' own `use_ema` starts from zeros and has a fixed decay.
+    The average moves with each update, not with each accumulated micro-batch. An `ema_decay` of None makes
+    no average.
     """
 
     def __init__(self, learning_rate, ema_decay=0.9999, name="adamw", **options):
         super().__init__(learning_rate, name=name, **options)
         self.ema_decay = ema_decay
+        self.ema_variables = []
 
     def build(self, variables):
         """Makes the moments and the averages, which begin as exact copies of the weights."""
         if self.built:
             return
         super().build(variables)
+        if self.ema_decay is None:
+            return
         self.ema_variables = self.add_optimizer_variables(variables, "ema")
         for average, variable in zip(self.ema_variables, variables, strict=True):
             # A copy: JAX donates the buffers of both to the compiled step, so they may not be one.
@@ -28,10 +32,16 @@ class AdamW(keras.optimizers.AdamW):
 
     def update_step(self, gradient, variable, learning_rate):
         super().update_step(gradient, variable, learning_rate)
+        if self.ema_decay is None:
+            return
         average = self.ema_variables[self._get_variable_index(variable)]
-        updates = ops.cast(self.iterations, "float32")
-        decay = ops.minimum(self.ema_decay, (1.0 + updates) / (10.0 + updates))
+        decay = ops.minimum(self.ema_decay, young_decay(ops.cast(self.iterations, "float32")))
         self.assign_sub(average, ops.cast(1.0 - decay, average.dtype) * (average - variable))
+
+
+def young_decay(updates):
+    """The largest decay of an average after that many updates: it forgets the start of a young run soon."""
+    return (1.0 + updates) / (10.0 + updates)
 
 
 class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):

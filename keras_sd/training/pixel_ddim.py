@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from keras_sd.data.datasets import batches
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.images import pictures_from_unit
@@ -70,16 +69,14 @@ def train_pixel_ddim(
             "timesteps": np.int32(generator.integers(schedule.num_train_timesteps)),
         }
 
-    def make_batches(start):
-        return batches(
-            source, batch_size=settings.train_batch_size, seed=settings.seed, draw=draw, start=start
-        )
-
     denoiser = Denoiser(unet, schedule)
-    finished = trainer.run(make_batches, make_evaluation(trainer, denoiser) if make_evaluation else None)
+    evaluate = make_evaluation(trainer, denoiser) if make_evaluation else None
+    finished = trainer.run(source, draw, evaluate=evaluate)
     if finished:
-        folder = settings.output_dir / "model"
-        with trainer.ema.applied():
-            write_part(folder, "unet", config.to_dict(), torch_state(unet))
-        write_scheduler(folder / SCHEDULER, scheduler_config.to_dict())
+        trainer.export(lambda folder: _write_model(folder, unet, scheduler_config))
     return finished
+
+
+def _write_model(folder, unet, scheduler_config):
+    write_part(folder, "unet", unet.config.to_dict(), torch_state(unet))
+    write_scheduler(folder / SCHEDULER, scheduler_config.to_dict())

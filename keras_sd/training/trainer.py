@@ -1,17 +1,23 @@
 """The training loop: Keras' `fit()` on an objective, resumable to the bit, measured on the way."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import keras
-from keras import ops
+import numpy as np
 
+from keras_sd import backend
+from keras_sd.data.datasets import batches
 from keras_sd.errors import UserError
+from keras_sd.models.recomputation import enable_gradient_checkpointing, recomputing_layers
+from keras_sd.training import distribution, memory
 from keras_sd.training.callbacks import (
     CheckpointCallback,
     EMACallback,
     MetricsLog,
     ProgressCallback,
+    SilentLog,
     StepCallback,
     StepCallbackList,
     StopOnNonFiniteLoss,
@@ -19,13 +25,14 @@ from keras_sd.training.callbacks import (
     sync_state,
 )
 from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.offloaded_average import OffloadedEMACallback
 from keras_sd.training.optimizer import AdamW, PerUpdate
 from keras_sd.weights.rules import parameter_paths
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
 SCHEDULES = ("cosine", "constant")
 
-# Settings that may differ between a run and its resumption without changing a number in it.
+# Settings that may differ between a run and its resumption: they change no number in it but by rounding.
 _MAY_CHANGE = {
     "output_dir",
     "resume_from_checkpoint",
@@ -33,6 +40,8 @@ _MAY_CHANGE = {
     "checkpoints_total_limit",
     "evaluation_steps",
     "jit_compile",
+    "gradient_checkpointing",
+    "offload_ema",
 }
 
 
@@ -57,6 +66,8 @@ class Settings:
     ema_decay: float = 0.9999
     mixed_precision: str = "no"
     jit_compile: bool = True
+    gradient_checkpointing: bool = False
+    offload_ema: bool = False
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
@@ -105,6 +116,17 @@ class EvaluationCallback(StepCallback):
                 self.evaluate(self.step)
 
 
+def _fingerprint(objective):
+    """The SHA-256 of the weights that stay frozen, which a checkpoint does not hold; None without any."""
+    trained = {id(variable) for variable in objective.trainable_variables}
+    frozen = [parameter for parameter in parameter_paths(objective) if id(parameter.variable) not in trained]
+    digest = hashlib.sha256()
+    for parameter in frozen:
+        digest.update(parameter.name.encode())
+        digest.update(np.ascontiguousarray(backend.to_numpy(parameter.variable)).view(np.uint8))
+    return digest.hexdigest() if frozen else None
+
+
 class Trainer:
     """Trains one objective under one run folder.
 
@@ -117,17 +139,25 @@ class Trainer:
     def __init__(self, objective, settings, identity):
         self.objective = objective
         self.settings = settings
-        self.checkpoints = Checkpoints(
-            settings.output_dir, {**identity, **settings.identity()}, settings.checkpoints_total_limit
-        )
+        distribution.split_weights(objective)
+        identity = {**identity, **settings.identity(), "frozen": _fingerprint(objective)}
+        self.checkpoints = Checkpoints(settings.output_dir, identity, settings.checkpoints_total_limit)
         self.optimizer = self._make_optimizer()
+        if settings.gradient_checkpointing:
+            if not recomputing_layers(objective):
+                raise UserError(
+                    "--gradient-checkpointing: this model has no blocks for it; leave the flag out"
+                )
+            enable_gradient_checkpointing(objective)
         # In float16 Keras wraps the optimizer in one that scales the loss.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
+        memory.check(objective, settings)
         # Variables born inside the first traced step would make TensorFlow trace it twice.
         objective.optimizer.build(objective.trainable_variables)
-        self.ema = EMACallback(self.optimizer, objective.trainable_variables)
+        self.ema = self._make_average()
         self.step = self._resume() if settings.resume_from_checkpoint else self._begin()
-        self.log = MetricsLog(settings.output_dir, initial_step=self.step)
+        self.is_writer = backend.process_index() == 0
+        self.log = MetricsLog(settings.output_dir, self.step) if self.is_writer else SilentLog(self.step)
 
     def _make_optimizer(self):
         settings = self.settings
@@ -144,7 +174,7 @@ class Trainer:
         accumulation = settings.gradient_accumulation_steps
         return AdamW(
             PerUpdate(learning_rate, accumulation),
-            ema_decay=settings.ema_decay,
+            ema_decay=None if settings.offload_ema else settings.ema_decay,
             beta_1=settings.adam_beta1,
             beta_2=settings.adam_beta2,
             weight_decay=settings.adam_weight_decay,
@@ -152,23 +182,30 @@ class Trainer:
             gradient_accumulation_steps=accumulation if accumulation > 1 else None,
         )
 
+    def _make_average(self):
+        variables = self.objective.trainable_variables
+        if self.settings.offload_ema:
+            return OffloadedEMACallback(self.optimizer, variables, self.settings.ema_decay)
+        return EMACallback(self.optimizer, variables)
+
     def _state(self):
-        """All variables of the run as groups of name -> variable, named alike in every process."""
+        """What the run changes as groups of name -> variable (or, of averages in host memory, array), named
+        alike in every process."""
         names = {id(parameter.variable): parameter.name for parameter in parameter_paths(self.objective)}
         averages = {id(variable) for variable in self.optimizer.ema_variables}
         trained = [names[id(variable)] for variable in self.objective.trainable_variables]
         # Keras numbers an optimizer's variables after the layers of its process, so they go by position.
         others = [variable for variable in self.objective.optimizer.variables if id(variable) not in averages]
         return {
-            "weights": {names[id(variable)]: variable for variable in self.objective.weights},
-            "ema": dict(zip(trained, self.optimizer.ema_variables, strict=True)),
+            "weights": dict(zip(trained, self.objective.trainable_variables, strict=True)),
+            "ema": dict(zip(trained, self.ema.averages, strict=True)),
             "optimizer": {f"{index:05}": variable for index, variable in enumerate(others)},
         }
 
     def gather_state(self):
         """Copies the state to the host: `(groups, position)` as a checkpoint takes them."""
         groups = {
-            group: {name: ops.convert_to_numpy(variable) for name, variable in variables.items()}
+            group: {name: backend.to_numpy(variable) for name, variable in variables.items()}
             for group, variables in self._state().items()
         }
         return groups, {"batch": self.log.step * self.settings.gradient_accumulation_steps}
@@ -186,27 +223,44 @@ class Trainer:
         checkpoint = self.checkpoints.load(path)
         for group, variables in self._state().items():
             for name, variable in variables.items():
-                variable.assign(checkpoint.groups[group][name])
+                value = checkpoint.groups[group][name]
+                if isinstance(variable, np.ndarray):
+                    variable[...] = value
+                else:
+                    variable.assign(value)
         return checkpoint.step
 
-    def run(self, make_batches, evaluate=None):
+    def run(self, source, draw, *, repeats=None, evaluate=None):
         """Trains to `max_train_steps` and returns whether it got there.
 
         Args:
-            make_batches: `make_batches(start)` gives the endless batches from number `start` on.
+            source, draw, repeats: examples and what is drawn for each, as `data.datasets.batches` takes them.
             evaluate: `evaluate(step)`, called with the weights in place every `evaluation_steps`.
 
         Raises:
-            UserError: the loss is not finite, or no checkpoint can be written.
+            UserError: the loss is not finite, no checkpoint can be written, or memory cannot be enough.
         """
         settings = self.settings
         remaining = settings.max_train_steps - self.step
         if remaining <= 0:
             return True
+        training_batches = batches(
+            source,
+            batch_size=settings.train_batch_size,
+            seed=settings.seed,
+            draw=draw,
+            start=self.step * settings.gradient_accumulation_steps,
+            repeats=repeats,
+            process_index=backend.process_index(),
+            process_count=backend.process_count(),
+        )
+        example = draw(source[0], np.random.default_rng(settings.seed))
+        shapes = {name: np.shape(array) for name, array in example.items()}
+        memory.check(self.objective, settings, shapes, encodings=memory.cached_bytes(source))
         with StopOnSignal() as stop:
             callbacks = self._callbacks(stop, evaluate)
             self.objective.fit(
-                make_batches(self.step * settings.gradient_accumulation_steps),
+                training_batches,
                 steps_per_epoch=remaining * settings.gradient_accumulation_steps,
                 verbose=0,
                 shuffle=False,  # Grain has done it
@@ -214,6 +268,12 @@ class Trainer:
             )
         self.step = self.log.step
         return self.step == settings.max_train_steps
+
+    def export(self, write):
+        """Calls `write(folder)` with the averaged weights in place, in the process that writes the files."""
+        with self.ema.applied():
+            if self.is_writer:
+                write(self.settings.output_dir / "model")
 
     def _callbacks(self, stop, evaluate):
         """The callbacks in the order in which each step calls them."""
@@ -236,7 +296,7 @@ class Trainer:
                 self.step,
                 flush_before=[self.log, guard],
             ),
-            progress,
+            *([progress] if self.is_writer else []),
         ]
         if evaluate is not None:
             callbacks.append(

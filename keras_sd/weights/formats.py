@@ -51,6 +51,12 @@ def read_safetensors(path):
     return {name: _view(data[start:], name, entry, path) for name, entry in header.items()}
 
 
+def read_metadata(path):
+    """The texts that a safetensors file has in its header, as a dictionary."""
+    with safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
 def _view(data, name, entry, path):
     if entry["dtype"] not in _NUMPY_DTYPES:
         raise UserError(f"{path}: {name} is of type {entry['dtype']}; convert the file to F32, F16 or BF16")

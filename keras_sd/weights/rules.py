@@ -224,6 +224,11 @@ def _to_keras(parameter, array):
     return backend.aligned_copy(shaped, axes, parameter.variable.dtype)
 
 
+def from_torch(parameter, array):
+    """An array in torch layout as the `Parameter`'s variable has it, float32."""
+    return np.asarray(_to_keras(parameter, array), "float32")
+
+
 def _is_finite(array):
     array = np.asarray(array)
     # A sum is finite only if all of its terms are, and takes no array of its own.

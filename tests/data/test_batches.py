@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from keras_sd.data.datasets import available_splits, batches, emoji_source, load_source
+from keras_sd.data.datasets import EmojiSource, available_splits, batches, load_source
 from keras_sd.errors import UserError
 
 SOURCE = [{"image": np.full((2, 2, 3), i, "uint8"), "captions": (f"number {i}",)} for i in range(10)]
@@ -116,7 +116,7 @@ def test_emoji_source():
     repeats = source.repeats(5)
     assert repeats.sum() == 3578 + 4 * 1706
     assert repeats[next(i for i, e in enumerate(source.emoji) if e.code == e.concept)] == 5
-    assert len(emoji_source("validation")) == 200
+    assert len(EmojiSource("validation")) == 200
     assert available_splits("emoji") == ("train", "validation")
     with pytest.raises(UserError, match="no split 'test'"):
         load_source("emoji", "test", 32)

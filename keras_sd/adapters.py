@@ -1,0 +1,93 @@
+"""Low-rank updates (LoRA) at work: added to the kernels of a model, several at once, and taken off again."""
+
+import contextlib
+
+import numpy as np
+
+from keras_sd.errors import UserError
+from keras_sd.weights.lora import read_lora
+from keras_sd.weights.rules import from_torch, parameter_paths
+
+
+class Adapters:
+    """The LoRAs of a model. Kernels are their base plus the weighted updates, so sampling costs no more.
+
+    The base of every kernel that has been touched is kept on the host: without updates the model is again,
+    bit for bit, what it was.
+
+    Args:
+        models: part ("unet", "text_encoder") -> the model.
+    """
+
+    def __init__(self, models):
+        self._models = models
+        self._loaded = {}
+        self._bases = {}
+        self.weights = {}
+
+    @property
+    def names(self):
+        """The names of what is loaded."""
+        return tuple(self._loaded)
+
+    def load(self, path, name, weight):
+        """Loads a LoRA and adds it, times `weight`, to the model."""
+        self._loaded[name] = read_lora(path, self._models)
+        self.set(self.weights | {name: weight})
+
+    def unload(self, name=None):
+        """Takes a LoRA off the model and forgets it; all of them without a name."""
+        for gone in [name] if name else self.names:
+            self._known(gone)
+            del self._loaded[gone]
+        self.set({name: weight for name, weight in self.weights.items() if name in self._loaded})
+
+    def set(self, weights):
+        """Sets the weight of each LoRA by its name; those not named are taken off.
+
+        Raises:
+            UserError: a name is unknown; the line lists those known.
+        """
+        for name in weights:
+            self._known(name)
+        weights = {name: float(weight) for name, weight in weights.items() if weight}
+        self._apply(weights)
+        self.weights = weights
+
+    @contextlib.contextmanager
+    def temporarily(self, weights):
+        """Adds LoRAs for the time of a block."""
+        before = self.weights
+        self.set(before | weights)
+        try:
+            yield
+        finally:
+            self.set(before)
+
+    def _known(self, name):
+        if name not in self._loaded:
+            known = f"use {', '.join(self._loaded)}" if self._loaded else "load it first"
+            raise UserError(f"LoRA {name!r}: not loaded; {known}")
+
+    def _apply(self, weights):
+        """Gives every kernel that is, or has been, touched its base plus the updates."""
+        updates = {}
+        for name, weight in weights.items():
+            for part, layers in self._loaded[name].items():
+                for layer, update in layers.items():
+                    updates.setdefault((part, layer), []).append((weight, update))
+        for part, model in self._models.items():
+            for parameter in parameter_paths(model):
+                key = part, parameter.name.removesuffix(".weight")
+                if parameter.variable.name == "kernel" and (key in updates or key in self._bases):
+                    self._assign(parameter, key, updates.get(key, ()))
+
+    def _assign(self, parameter, key, updates):
+        base = self._bases.setdefault(key, np.array(parameter.variable))
+        total = sum(np.float32(weight) * update.scaled_product for weight, update in updates)
+        if updates:
+            kernel = np.asarray(base, "float32") + from_torch(parameter, total)
+            parameter.variable.assign(kernel.astype(base.dtype))
+        else:
+            parameter.variable.assign(base)
+            del self._bases[key]

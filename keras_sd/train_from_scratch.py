@@ -1,0 +1,226 @@
+"""The commands that train a part of a model from the beginning."""
+
+import click
+
+from keras_sd import config
+from keras_sd.errors import UserError
+from keras_sd.train_options import (
+    evaluation_options,
+    evenly,
+    example_sets,
+    extractor_of,
+    read_config,
+    run_options,
+    settings_of,
+    sources_of,
+)
+
+
+@click.command()
+@run_options(output_dir="runs/vae", max_train_steps=3000, train_batch_size=16, learning_rate=1e-3)
+@click.option("--vae-config", help="config.json of the autoencoder; the emoji model's by default.")
+@click.option(
+    "--kl-weight", default=3e-4, show_default=True, help="Weight of the divergence per latent number."
+)
+@click.option("--random-crop", type=int, help="Side of the squares trained on; whole pictures by default.")
+@click.option("--pretrained-vae", help="Folder of an autoencoder to go on with.")
+@click.option("--decoder-only", is_flag=True, help="Keep its latents as they are; only decode them better.")
+def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **options):
+    """Train the autoencoder that turns pictures into latents."""
+    settings = settings_of(options)
+    if decoder_only and not pretrained_vae:
+        raise UserError("--decoder-only: there are no latents yet; name an autoencoder with --pretrained-vae")
+    from keras_sd.loading import load_part
+    from keras_sd.models.vae import AutoencoderKL
+    from keras_sd.training.autoencoder import train_autoencoder
+    from keras_sd.training.trainer import PRECISIONS
+
+    settings.use_precision()
+    if pretrained_vae:
+        autoencoder = load_part(pretrained_vae, "vae", PRECISIONS[settings.mixed_precision])
+    else:
+        autoencoder = AutoencoderKL(read_config(vae_config, config.VAEConfig, config.EMOJI_VAE))
+    source, held_out, repeats = sources_of(options, autoencoder.config.sample_size, need_captions=False)
+    train_autoencoder(
+        settings,
+        autoencoder,
+        source,
+        held_out,
+        repeats=repeats,
+        kl_weight=kl_weight,
+        random_crop=random_crop,
+        decoder_only=decoder_only,
+    )
+
+
+@click.command()
+@run_options(output_dir="runs/clip", max_train_steps=2000, train_batch_size=256, learning_rate=1e-3)
+@click.option("--text-config", help="config.json of the text encoder; the emoji model's by default.")
+@click.option("--image-config", help="config.json of the image encoder; the emoji model's by default.")
+@click.option(
+    "--tokenizer", "tokenizer_folder", help="Folder of a tokenizer; learned from the captions by default."
+)
+@click.option("--frozen-text-encoder", help="Folder of a model whose text encoder and tokenizer are kept.")
+def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
+    """Train CLIP's text and image encoders on captioned pictures."""
+    settings = settings_of(options)
+    from keras_sd.training.contrastive import train_contrastive
+
+    settings.use_precision()
+    image_config = read_config(image_config, config.ImageEncoderConfig, config.EMOJI_IMAGE_ENCODER)
+    source, held_out, repeats = sources_of(options, image_config.image_size)
+    if frozen_text_encoder:
+        from keras_sd.loading import load_clip
+
+        parts = load_clip(frozen_text_encoder)
+        tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
+        text_encoder.trainable = False
+    else:
+        tokenizer, text_encoder = _new_text_encoder(text_config, tokenizer_folder, source)
+    train_contrastive(settings, text_encoder, image_config, tokenizer, source, held_out, repeats=repeats)
+
+
+def _new_text_encoder(config_path, tokenizer_folder, source):
+    """A tokenizer, learned from the captions unless its folder is given, and a text encoder for it."""
+    import dataclasses
+
+    from keras_sd.models.text_encoder import TextEncoder
+    from keras_sd.models.tokenizer import Tokenizer
+
+    text_config = read_config(config_path, config.TextEncoderConfig, config.EMOJI_TEXT_ENCODER)
+    if tokenizer_folder:
+        tokenizer = Tokenizer.load(tokenizer_folder)
+    else:
+        captions = [caption for index in range(len(source)) for caption in source[index]["captions"]]
+        tokenizer = Tokenizer.train(captions, text_config.vocab_size, text_config.max_position_embeddings)
+    # Few captions give fewer tokens than were asked for.
+    text_config = dataclasses.replace(
+        text_config,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.begin_token_id,
+        eos_token_id=tokenizer.end_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, TextEncoder(text_config)
+
+
+@click.command()
+@run_options(
+    output_dir="runs/ddim", max_train_steps=2000, train_batch_size=64, learning_rate=1e-3, ema_decay=0.999
+)
+@click.option(
+    "--unet-config", help="config.json of the UNet; a small one of attention-free blocks by default."
+)
+@click.option("--resolution", type=int, help="Side of the pictures; the config's by default.")
+@click.option("--snr-gamma", type=float, help="Gamma of min-SNR weighting; 5 is usual. Off by default.")
+@click.option(
+    "--random-flip/--no-random-flip", default=True, show_default=True, help="Mirror half of the pictures."
+)
+@click.option(
+    "--kid",
+    type=click.Choice(["kid_emoji", "kid_inception"]),
+    default="kid_emoji",
+    help="What KID looks through.",
+)
+@evaluation_options
+def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_inference_steps, **options):
+    """Train an unconditional model on pixels, as the Keras DDIM example does."""
+    settings = settings_of(options)
+    import dataclasses
+
+    import numpy as np
+
+    from keras_sd.images import image_grid
+    from keras_sd.training.evaluation import SampleEvaluation
+    from keras_sd.training.pixel_ddim import sample_pictures, train_pixel_ddim
+
+    unet_config = read_config(unet_config, config.UNetConfig, config.PIXEL_UNET)
+    if resolution:
+        unet_config = dataclasses.replace(unet_config, sample_size=resolution)
+    source, held_out, _ = sources_of(options, unet_config.sample_size, need_captions=False)
+    sets = example_sets(source, held_out, kid_images)
+    extractor = extractor_of(kid) if sets else None
+
+    def make_evaluation(trainer, denoiser):
+        def sample(count):
+            return sample_pictures(denoiser, count, num_steps=num_inference_steps, seed=settings.seed)
+
+        return SampleEvaluation(
+            trainer,
+            extractor,
+            {name: np.stack([example["image"] for example in examples]) for name, examples in sets.items()},
+            lambda name: sample(len(sets[name])),
+            lambda: image_grid(sample(16), scale=2),
+        )
+
+    train_pixel_ddim(
+        settings,
+        unet_config,
+        config.PIXEL_SCHEDULER,
+        source,
+        min_snr_gamma=snr_gamma,
+        flip=random_flip,
+        make_evaluation=make_evaluation,
+    )
+
+
+@click.command("super-resolution")
+@run_options(
+    output_dir="runs/super-resolution",
+    max_train_steps=3000,
+    train_batch_size=32,
+    learning_rate=1e-3,
+    ema_decay=0.999,
+)
+@click.option("--unet-config", help="config.json of the UNet; a small one by default.")
+@click.option("--factor", default=2, show_default=True, type=click.IntRange(2), help="How much larger.")
+@click.option("--random-crop", default=48, show_default=True, help="Side of the squares trained on.")
+@click.option("--snr-gamma", type=float, help="Gamma of min-SNR weighting; 5 is usual. Off by default.")
+@click.option("--num-inference-steps", default=10, show_default=True, help="Sampling steps of evaluations.")
+@click.option(
+    "--validation-images", default=32, show_default=True, help="Held-out pictures made small and large again."
+)
+def super_resolution(
+    unet_config, factor, random_crop, snr_gamma, num_inference_steps, validation_images, **options
+):
+    """Train a diffusion upscaler on pictures that are made small."""
+    settings = settings_of(options)
+    import numpy as np
+
+    from keras_sd.images import image_grid
+    from keras_sd.models.unet import UNet
+    from keras_sd.training.super_resolution import measure_upscaling, train_super_resolution
+    from keras_sd.upscaler import Upscaler
+
+    settings.use_precision()
+    unet_config = read_config(unet_config, config.UNetConfig, config.UPSCALER_UNET)
+    upscaler = Upscaler(
+        UNet(unet_config),
+        config.UPSCALER_SCHEDULER,
+        config.LOW_RES_SCHEDULER,
+        jit_compile=settings.jit_compile,
+    )
+    source, held_out, repeats = sources_of(options, unet_config.sample_size, need_captions=False)
+    shown = np.stack([example["image"] for example in evenly(held_out or source, validation_images)])
+
+    def make_evaluation(trainer):
+        def evaluate(step):
+            with trainer.ema.applied():
+                pictures, figures = measure_upscaling(
+                    upscaler, shown, factor=factor, num_steps=num_inference_steps
+                )
+            trainer.log.log_scalars(step, figures)
+            trainer.log.log_image(step, "samples", image_grid(np.concatenate([pictures, shown]), columns=8))
+
+        return evaluate
+
+    train_super_resolution(
+        settings,
+        upscaler,
+        source,
+        factor=factor,
+        crop=random_crop,
+        repeats=repeats,
+        min_snr_gamma=snr_gamma,
+        make_evaluation=make_evaluation,
+    )

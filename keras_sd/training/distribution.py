@@ -1,0 +1,149 @@
+"""Training on several devices and hosts: under JAX, through `keras.distribution`.
+
+With data parallelism every device has all weights and its share of each batch. With model parallelism the
+devices of a process share the large kernels of attention and feed-forward layers among them, and processes
+share the batch. Gradients are summed by XLA either way, so that the numbers are those of one device but for
+rounding.
+"""
+
+import re
+
+import keras
+
+from keras_sd import backend
+from keras_sd.errors import UserError
+from keras_sd.training import rendezvous
+from keras_sd.weights.rules import parameter_paths
+
+KINDS = ("auto", "data", "model")
+BATCH, MODEL = "batch", "model"
+
+# Layers whose outputs are split, and those that take these as inputs (Shoeybi et al., 2019, section 3).
+_SPLIT_OUTPUTS = re.compile(r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj|net\.0\.proj|fc1)\.(weight|bias)$")
+_SPLIT_INPUTS = re.compile(r"\.(to_out\.0|out_proj|net\.2|fc2)\.weight$")
+
+
+def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=None, timeout=300):
+    """Spreads what is made from now on over the devices; call it before anything touches JAX.
+
+    Args:
+        kind: "data", "model", "auto" (data parallelism over all devices that there are) or None for one
+            device.
+        batch_size: examples in a batch over all devices.
+        coordinator, num_processes, process_id: `HOST:PORT` of process 0, the number of processes and this
+            one's, from 0. Without them JAX looks for what starts processes: TPU pods, Slurm, Open MPI.
+        timeout: seconds to wait for the other processes.
+
+    Raises:
+        UserError: the backend, the devices, the batch size or the processes do not allow it.
+    """
+    processes = {
+        "--coordinator": coordinator,
+        "--num-processes": num_processes,
+        "--process-id": process_id,
+    }
+    given = [flag for flag, value in processes.items() if value is not None]
+    if kind is None:
+        if given:
+            raise UserError(f"{given[0]}: belongs to several processes; add --distribution auto")
+        return
+    if keras.backend.backend() != "jax":
+        raise UserError(
+            f"--distribution {kind}: several devices need JAX, and the backend is "
+            f"{keras.backend.backend()}; set KERAS_BACKEND=jax"
+        )
+    if not given:
+        backend.join_processes()
+    elif len(given) < len(processes):
+        missing = next(flag for flag in processes if flag not in given)
+        raise UserError(f"{given[0]}: {missing} is missing; give {', '.join(processes)} together")
+    else:
+        _join(coordinator, num_processes, process_id, timeout)
+    distribution = _distribution(kind)
+    if distribution is None:
+        return
+    replicas = distribution.num_model_replicas
+    if batch_size % replicas:
+        raise UserError(
+            f"--train-batch-size {batch_size}: does not divide among {replicas} replicas of the model; "
+            f"give a multiple of {replicas}"
+        )
+    keras.distribution.set_distribution(distribution)
+
+
+def _join(coordinator, num_processes, process_id, timeout):
+    if num_processes < 1:
+        raise UserError(f"--num-processes {num_processes}: too few; give 1 or more")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process-id {process_id}: out of range; give one from 0 to {num_processes - 1} to each process"
+        )
+    rendezvous.meet(rendezvous.parse_address(coordinator), num_processes, process_id, timeout)
+    backend.join_processes(coordinator, num_processes, process_id)
+
+
+def _distribution(kind):
+    """The `keras.distribution` of that kind over all devices; None for "auto" on one device."""
+    devices, processes = backend.devices(), backend.process_count()
+    remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave the flag out"
+    if kind == "model":
+        own = len(devices) // processes
+        if own < 2:
+            raise UserError(
+                "--distribution model: splits weights over the devices of one process, which has only one; "
+                f"{remedy}"
+            )
+        mesh = keras.distribution.DeviceMesh((processes, own), (BATCH, MODEL), devices)
+        return keras.distribution.ModelParallel(
+            layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name=BATCH, auto_shard_dataset=False
+        )
+    if len(devices) > 1:
+        # The pipeline gives each process its share of a batch.
+        return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+    if kind == "data":
+        raise UserError(f"--distribution data: one device was found, {devices[0]}; {remedy}")
+    return None
+
+
+def split_weights(model):
+    """Under model parallelism, splits the weights of attention and feed-forward layers over the devices.
+
+    Keras' layout map goes by paths of variables, which here have no names of attributes in them; these are
+    split by their published names. Call it before an optimizer is built on the model, as moments are laid out
+    like their weights. Low-rank updates stay whole.
+
+    Raises:
+        UserError: there are none, or they do not divide among the devices.
+    """
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, keras.distribution.ModelParallel):
+        return
+    mesh = distribution.device_mesh
+    device_count = mesh.shape[mesh.axis_names.index(MODEL)]
+    split = []
+    for parameter in parameter_paths(model):
+        axis = _split_axis(parameter)
+        if axis is None:
+            continue
+        if parameter.variable.shape[axis] % device_count:
+            raise UserError(
+                f"--distribution model: the {parameter.variable.shape[axis]} features of {parameter.name} do "
+                f"not divide among {device_count} devices; use another number of devices, or data"
+            )
+        axes = [None] * len(parameter.variable.shape)
+        axes[axis] = MODEL
+        split.append((parameter.variable, keras.distribution.TensorLayout(axes, mesh)))
+    if not split:
+        raise UserError(
+            "--distribution model: this model has no attention or feed-forward layers to split; use data"
+        )
+    for variable, layout in split:
+        backend.lay_out(variable, layout)
+
+
+def _split_axis(parameter):
+    """The axis of a weight that is split, or None. Kernels are (inputs, outputs)."""
+    if _SPLIT_OUTPUTS.search(parameter.name):
+        return len(parameter.variable.shape) - 1
+    # Where transformers' projections are 1x1 convolutions, inputs come last but one as well.
+    return len(parameter.variable.shape) - 2 if _SPLIT_INPUTS.search(parameter.name) else None

@@ -1,0 +1,182 @@
+"""DreamBooth: a few pictures of one subject teach a model a word for it (Ruiz et al., 2023)."""
+
+import itertools
+
+import numpy as np
+from tqdm import tqdm
+
+from keras_sd.data.folders import FolderSource
+from keras_sd.data.images import MINIMUM_SIDE, SUFFIXES
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.images import save_png
+from keras_sd.training.encodings import EncodedSource
+from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.trainer import Trainer
+
+
+def count_pictures(folder):
+    """The number of pictures below a folder; none if there is no such folder.
+
+    Raises:
+        UserError: one of them cannot be trained on.
+    """
+    if not folder.exists() or (folder.is_dir() and not _has_pictures(folder)):
+        return 0
+    return len(FolderSource(folder, MINIMUM_SIDE, need_captions=False))
+
+
+def _has_pictures(folder):
+    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*") if not path.name.startswith("."))
+
+
+def read_pictures(folder, prompt, image_size):
+    """All pictures below a folder, with one prompt as the caption of each.
+
+    Returns:
+        A list of examples with `image` uint8 `(image_size, image_size, 3)` and `captions`.
+
+    Raises:
+        UserError: there are none, or one of them cannot be trained on.
+    """
+    source = FolderSource(folder, image_size, need_captions=False)
+    return [{**source[index], "captions": (prompt,)} for index in range(len(source))]
+
+
+def generate_class_images(pipeline, folder, prompt, count, *, num_steps, guidance_scale, seed):
+    """Draws pictures of a class until a folder holds `count`; training shall not forget what they show.
+
+    Picture i is drawn from `seed` + i and stands whole in `class-i.png` or not at all, so that a run that was
+    killed goes on with those that are there.
+
+    Args:
+        pipeline: the `StableDiffusion` that is to be trained, before that.
+        folder: made if there is none; other pictures in it count too.
+        prompt: the class prompt.
+        num_steps, guidance_scale: as in `text_to_image`.
+    """
+
+    def place(index):
+        return folder / f"class-{index:05}.png"
+
+    missing = max(count - count_pictures(folder), 0)
+    free = (index for index in itertools.count() if not place(index).exists())
+    wanted = set(itertools.islice(free, missing))
+    sampling = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    with tqdm(total=missing, desc="class images", unit="image", disable=not missing) as bar:
+        while wanted:
+            first = min(wanted)
+            # Always a whole batch, as each size is compiled for itself.
+            images = pipeline.text_to_image(
+                prompt, num_images=pipeline.batch_size, seed=seed + first, progress=False, **sampling
+            )
+            for index, image in enumerate(images, start=first):
+                if index not in wanted:
+                    continue
+                wanted.remove(index)
+                parameters = pipeline.parameters(prompt, seed=seed + index, size=image.shape[:2], **sampling)
+                unfinished = folder / f".{place(index).name}"
+                save_png(image, unfinished, parameters)
+                unfinished.replace(place(index))
+                bar.update()
+
+
+def dreambooth_example(example, generator, class_examples=(), **options):
+    """Draws what one training example needs: for a picture of the subject, and for any one of its class.
+
+    Args:
+        example: a picture of the subject, encoded (`encodings.EncodedSource`).
+        class_examples: such pictures of the class, of which one is drawn; none without prior preservation.
+        options: num_train_timesteps and condition, as `text_to_image.diffusion_example` takes them.
+
+    Returns:
+        A dictionary of arrays; with a class each is a pair `(2, ...)` of subject and class, whose latents,
+        noise and timesteps are drawn independently.
+    """
+    subject = diffusion_example(example, generator, **options)
+    if not len(class_examples):
+        return subject
+    chosen = class_examples[generator.integers(len(class_examples))]
+    prior = diffusion_example(chosen, generator, **options)
+    return {name: np.stack([subject[name], prior[name]]) for name in subject}
+
+
+def train_dreambooth(
+    settings,
+    pipeline,
+    instances,
+    class_pictures=(),
+    *,
+    train_text_encoder=False,
+    prior_loss_weight=1.0,
+    identity=None,
+    min_snr_gamma=None,
+    make_evaluation=None,
+    export=None,
+):
+    """Trains what is trainable of a model's UNet, and of its text encoder, on a subject.
+
+    Args:
+        settings: `trainer.Settings`; a batch holds `train_batch_size` pictures of the subject and, with prior
+            preservation, as many of its class.
+        pipeline: the `StableDiffusion`, its networks loaded or with low-rank updates (`training.lora`).
+        instances: examples of the subject, as `read_pictures` gives them.
+        class_pictures: those of its class; with any, its prior is preserved.
+        train_text_encoder: whether the text encoder is trained along.
+        prior_loss_weight: the weight of the class in the loss, lambda in equation 2.
+        identity: JSON values that, beside those of this function, must be a checkpoint's too.
+        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
+        export: called at the end with the folder `output_dir/model`, while the EMA weights are in.
+
+    Returns:
+        Whether training got to its end.
+    """
+    encoded = EncodedSource(
+        [*instances, *class_pictures],
+        pipeline.vae,
+        None if train_text_encoder else pipeline.text_encoder,
+        pipeline.tokenizer,
+        batch_size=pipeline.batch_size,
+        jit_compile=settings.jit_compile,
+    )
+    examples = [encoded[index] for index in range(len(encoded))]
+    subject, others = examples[: len(instances)], examples[len(instances) :]
+    schedule = NoiseSchedule(pipeline.scheduler_config)
+    parts = (pipeline.unet, schedule, min_snr_gamma, pipeline.text_encoder if train_text_encoder else None)
+    if others:
+        objective = PriorPreservationObjective(*parts, prior_loss_weight=prior_loss_weight)
+    else:
+        objective = DiffusionObjective(*parts)
+    trainer = Trainer(
+        objective,
+        settings,
+        {
+            "method": "dreambooth",
+            "model": pipeline.unet.config.to_dict(),
+            "schedule": pipeline.scheduler_config.to_dict(),
+            "instances": len(subject),
+            "class_pictures": len(others),
+            "prompts": [example["captions"] for example in (*instances[:1], *class_pictures[:1])],
+            "prior_loss_weight": prior_loss_weight if others else None,
+            "train_text_encoder": train_text_encoder,
+            "min_snr_gamma": min_snr_gamma,
+            **(identity or {}),
+        },
+    )
+
+    def draw(example, generator):
+        return dreambooth_example(
+            example,
+            generator,
+            others,
+            num_train_timesteps=schedule.num_train_timesteps,
+            condition=encoded.condition,
+        )
+
+    evaluate = make_evaluation(trainer) if make_evaluation else None
+    finished = trainer.run(subject, draw, evaluate=evaluate)
+    if finished and export:
+        with trainer.ema.applied():
+            export(settings.output_dir / "model")
+    return finished

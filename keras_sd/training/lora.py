@@ -1,0 +1,87 @@
+"""Low-rank adaptation (LoRA, Hu et al., 2022): which layers of a model learn an update, and what it holds."""
+
+from keras_sd.errors import UserError
+from keras_sd.models.layers import LowRankUpdate
+from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.weights.lora import PEFT_FILE, LowRank, write_lora
+from keras_sd.weights.rules import parameter_paths, torch_state
+
+# The ends of layers' names. Attention is where LoRA was published and where it is most used.
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+# With these, all that is linear in a transformer and all convolutions of a residual block.
+UNET_ALL = (
+    *(*UNET_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+)
+TEXT_ALL = (*TEXT_ATTENTION, "fc1", "fc2")
+
+
+def add_lora(model, rank, alpha, *, everywhere=False):
+    """Gives layers of a UNet or a text encoder low-rank updates, and makes only those trainable.
+
+    The updates begin at zero. Do it before anything is compiled with the model.
+
+    Args:
+        model: a `UNet` or a `TextEncoder`.
+        rank: of every update; alpha / rank scales it.
+        everywhere: whether all linear layers and the convolutions of residual blocks get one, or only the
+            projections of attention.
+
+    Raises:
+        UserError: the rank is not positive, or the model has no such layer.
+    """
+    if rank < 1:
+        raise UserError(f"rank {rank}: too small; give at least 1")
+    if isinstance(model, TextEncoder):
+        targets = TEXT_ALL if everywhere else TEXT_ATTENTION
+    else:
+        targets = UNET_ALL if everywhere else UNET_ATTENTION
+    layers = {
+        parameter.name.removesuffix(".weight"): parameter.layer
+        for parameter in parameter_paths(model)
+        if parameter.variable.name == "kernel" and isinstance(parameter.layer, LowRankUpdate)
+    }
+    adapted = [layer for name, layer in layers.items() if f".{name}".endswith(_suffixes(targets))]
+    if not adapted:
+        raise UserError("LoRA: the model has no attention to put it on; train all layers or the full model")
+    freeze(model)
+    for layer in adapted:
+        layer.add_low_rank(rank, alpha)
+
+
+def freeze(model):
+    """Has training leave all the weights that a model has now as they are."""
+    # Variable by variable: a layer that is not trainable hides those that it will get.
+    for variable in model.weights:
+        variable.trainable = False
+
+
+def lora_tensors(model):
+    """The updates' tensors under PEFT's names, in torch layout, as a dictionary of NumPy arrays."""
+    return {name: tensor for name, tensor in torch_state(model).items() if ".lora_" in name}
+
+
+def _suffixes(targets):
+    return tuple(f".{target}" for target in targets)
+
+
+def save_lora(folder, models, alpha):
+    """Writes the updates of models in both dialects: PEFT's, which diffusers loads, and kohya's.
+
+    Args:
+        folder: made if there is none; the files are `pytorch_lora_weights.safetensors` and
+            `lora_kohya.safetensors`.
+        models: name of a part ("unet", "text_encoder") -> the model.
+        alpha: as `add_lora` was given.
+    """
+    lora = {part: _layers(lora_tensors(model), alpha) for part, model in models.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lora(folder / PEFT_FILE, lora, "peft")
+    write_lora(folder / "lora_kohya.safetensors", lora, "kohya")
+
+
+def _layers(tensors, alpha):
+    ends = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+    names = [name.removesuffix(ends["down"]) for name in tensors if name.endswith(ends["down"])]
+    return {name: LowRank(tensors[name + ends["down"]], tensors[name + ends["up"]], alpha) for name in names}

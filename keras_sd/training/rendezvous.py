@@ -1,0 +1,145 @@
+"""Where the processes of a run find each other, before JAX connects them.
+
+JAX aborts a process whose peers do not come in time. Here each tells process 0 over TCP that it is there, and
+what is wrong is told in one line.
+"""
+
+import contextlib
+import socket
+import time
+
+from keras_sd.errors import UserError
+
+_READY = "ready"
+_PAUSE = 0.2  # seconds between two attempts
+_LONGEST_LINE = 200
+
+
+def parse_address(text):
+    """Reads `HOST:PORT` as `(host, port)`; an IPv6 address stands in brackets."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
+    return host.strip("[]"), int(port)
+
+
+def meet(address, process_count, process_index, timeout):
+    """Waits until all processes of a run are there.
+
+    Args:
+        address: `(host, port)` of process 0, where all others reach it.
+        process_count, process_index: how many processes there are, and which this one is.
+        timeout: seconds to wait.
+
+    Raises:
+        UserError: some process does not come, comes twice or expects another number of them.
+    """
+    deadline = time.monotonic() + timeout
+    if process_index == 0:
+        _receive_all(address, process_count, deadline, timeout)
+    else:
+        _announce(address, f"{process_index} of {process_count}", deadline, timeout)
+
+
+def _receive_all(address, process_count, deadline, timeout):
+    """Process 0's part: takes the others' announcements and tells them when all are there."""
+    place = "{}:{}".format(*address)
+    with contextlib.ExitStack() as stack:
+        try:
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            # JAX listens on all interfaces, too.
+            server = stack.enter_context(
+                socket.create_server(
+                    ("", address[1]), family=family, dualstack_ipv6=family == socket.AF_INET6
+                )
+            )
+        except OSError as error:
+            raise UserError(
+                f"--coordinator {place}: cannot listen there: {error.strerror}; take another port"
+            ) from None
+        present = {}
+        while len(present) < process_count - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                missing = sorted(set(range(1, process_count)) - present.keys())
+                raise UserError(
+                    f"--coordinator {place}: process {', '.join(map(str, missing))} did not come within "
+                    f"{timeout:g} s; start all {process_count} processes with this address"
+                ) from None
+            index, fault = _read_announcement(connection, process_count, present)
+            if fault:
+                _send(connection, fault)
+            elif index is not None:
+                present[index] = connection
+        for connection in present.values():
+            _send(connection, _READY)
+
+
+def _read_announcement(connection, process_count, present):
+    """The index of the process that announces itself, or None, and what is wrong with it, or None."""
+    # What is no process of ours shall not hold up those that are.
+    connection.settimeout(5)
+    try:
+        words = _read_line(connection).split(" of ")
+        index, count = map(int, words)
+    except (OSError, ValueError):
+        return None, None
+    if count != process_count:
+        return None, f"--num-processes {count}: process 0 was started with {process_count}; give all the same"
+    if index in present:
+        return None, f"--process-id {index}: taken by another process; give each its own"
+    return index, None
+
+
+def _announce(address, announcement, deadline, timeout):
+    """What every process but 0 does."""
+    place = "{}:{}".format(*address)
+    absent = UserError(
+        f"--coordinator {place}: process 0 cannot be reached within {timeout:g} s; start it there, and see "
+        "that the port is open"
+    )
+    while True:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise absent
+        try:
+            connection = socket.create_connection(address, timeout=remaining)
+            break
+        except socket.gaierror:
+            raise UserError(f"--coordinator {place}: no such host; give process 0's address") from None
+        except OSError:
+            time.sleep(min(_PAUSE, remaining))
+    with connection:
+        _send(connection, announcement)
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            answer = _read_line(connection)
+        except TimeoutError:
+            answer = ""
+        except OSError:
+            raise absent from None
+    if not answer:
+        raise UserError(
+            f"--coordinator {place}: not all processes came within {timeout:g} s; start them all, with the "
+            "same --num-processes"
+        )
+    if answer != _READY:
+        raise UserError(answer)
+
+
+def _send(connection, line):
+    with contextlib.suppress(OSError):  # whoever has left is told nothing
+        connection.sendall(f"{line}\n".encode())
+
+
+def _read_line(connection):
+    """One line, without its end; what comes before the connection is closed if there is none."""
+    received = b""
+    while not received.endswith(b"\n") and len(received) < _LONGEST_LINE:
+        part = connection.recv(_LONGEST_LINE)
+        if not part:
+            break
+        received += part
+    return received.decode("utf-8", "replace").rstrip("\n")

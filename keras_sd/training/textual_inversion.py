@@ -1,0 +1,179 @@
+"""Textual inversion: a few pictures teach a text encoder a new word, and nothing else (Gal et al., 2023)."""
+
+import numpy as np
+from keras import ops
+
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError
+from keras_sd.models.tokenizer import vector_names
+from keras_sd.training.encodings import EncodedSource
+from keras_sd.training.lora import freeze
+from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.trainer import Trainer
+from keras_sd.weights.embedding_files import DIFFUSERS_FILE, write_embeddings
+
+KOHYA_FILE = "embedding_kohya.safetensors"
+
+# In each the word is put in the place of {}. The first ones are as the captions of emoji are.
+TEMPLATES = {
+    "object": (
+        *("{}", "{} emoji", "picture of {}", "small icon of {}", "an image of {}", "a picture of one {}"),
+        *("a photo of a {}", "a drawing of the {}", "a close look at {}", "this is {}"),
+    ),
+    "style": (
+        *("{}", "{} style emoji", "picture in {} style", "small icon in {} style", "an image in {} style"),
+        *("a picture in the manner of {}", "a drawing in the style of {}", "all of it made in {} style"),
+    ),
+}
+
+# Vectors that begin as the mean of the table are put apart by so much of its deviation.
+_SPREAD = 0.1
+
+
+def initial_vectors(pipeline, count, words=None, seed=0):
+    """The vectors that a new word begins with.
+
+    Args:
+        pipeline: the `StableDiffusion`.
+        count: the number of vectors.
+        words: text whose tokens' vectors are taken, from the first on and over again where it has fewer. By
+            default the mean of all vectors, with a little noise.
+        seed: of that noise.
+
+    Returns:
+        float32 `(count, width)`.
+
+    Raises:
+        UserError: the words have no token.
+    """
+    embeddings = pipeline.text_encoder.embeddings
+    if words is None:
+        table = np.asarray(ops.convert_to_numpy(embeddings.token_embedding.embeddings), "float32")
+        noise = np.random.default_rng(seed).standard_normal((count, table.shape[1]), dtype="float32")
+        return table.mean(axis=0) + _SPREAD * table.std(axis=0) * noise
+    (ids,) = pipeline.tokenizer.encode([words])
+    if not ids:
+        raise UserError(f"initializer token {words!r}: has no letters; name what the new word is like")
+    vectors = embeddings.token_vectors(np.resize(np.array(ids, "int32"), count))
+    return np.asarray(ops.convert_to_numpy(vectors), "float32")
+
+
+def inversion_example(example, generator, captions, **options):
+    """Draws what one training example needs: latents, noise, timestep and any one of the captions.
+
+    Args:
+        example: of an `encodings.EncodedSource`, whose own captions are left aside.
+        captions: token ids `(n, tokens)`.
+        options: num_train_timesteps and condition, as `text_to_image.diffusion_example` takes them.
+    """
+    chosen = captions[generator.integers(len(captions))]
+    return diffusion_example({**example, "contexts": chosen[None]}, generator, **options)
+
+
+def train_textual_inversion(
+    settings,
+    pipeline,
+    source,
+    *,
+    placeholder_token,
+    initializer_token=None,
+    num_vectors=1,
+    learnable_property="object",
+    min_snr_gamma=None,
+    make_evaluation=None,
+):
+    """Adds a word to a model's vocabulary and trains its vectors; all other weights are frozen.
+
+    At the end `output_dir/model` has them in `learned_embeds.safetensors`, which diffusers and the web
+    interface load, and in `embedding_kohya.safetensors`. They are the averaged ones, as in every run here: a
+    few vectors learned from small batches never come to rest, and the average is where they move about.
+
+    Args:
+        settings: `trainer.Settings`.
+        pipeline: the `StableDiffusion`, which knows the word from then on.
+        source: examples with `image` uint8 `(h, w, 3)`; captions are not used.
+        placeholder_token: the new word, such as "<my-cat>".
+        initializer_token: known words that it begins as, or None, as `initial_vectors` takes them.
+        num_vectors: how many vectors it has, and tokens it takes of a prompt.
+        learnable_property: "object" or "style": what the pictures have in common.
+        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
+
+    Returns:
+        Whether training got to its end.
+
+    Raises:
+        UserError: the token is no new word, has more vectors than a prompt has room for, or the model has
+            other words that are not in its table yet.
+    """
+    if learnable_property not in TEMPLATES:
+        raise UserError(f"learnable_property {learnable_property!r}: unknown; use {' or '.join(TEMPLATES)}")
+    room = pipeline.tokenizer.max_length - 2
+    if not 1 <= num_vectors <= room:
+        raise UserError(f"num_vectors {num_vectors}: a prompt has room for 1 to {room}")
+    text_encoder = pipeline.text_encoder
+    if text_encoder.embeddings.learned_embedding is not None:
+        raise UserError("the model has words added to it, which would be trained too; save it and load that")
+    pipeline.add_tokens(
+        {placeholder_token: initial_vectors(pipeline, num_vectors, initializer_token, settings.seed)}
+    )
+    freeze(pipeline.unet)
+    freeze(text_encoder)
+    learned = text_encoder.embeddings.learned_embedding.embeddings
+    learned.trainable = True
+
+    schedule = NoiseSchedule(pipeline.scheduler_config)
+    encoded, captions = encode_examples(settings, pipeline, source, placeholder_token, learnable_property)
+    trainer = Trainer(
+        DiffusionObjective(pipeline.unet, schedule, min_snr_gamma, text_encoder),
+        settings,
+        {
+            "method": "textual-inversion",
+            "model": pipeline.unet.config.to_dict(),
+            "schedule": pipeline.scheduler_config.to_dict(),
+            "data": len(encoded),
+            "tokens": vector_names(placeholder_token, num_vectors),
+            "initializer_token": initializer_token,
+            "learnable_property": learnable_property,
+            "min_snr_gamma": min_snr_gamma,
+        },
+    )
+
+    def draw(example, generator):
+        return inversion_example(
+            example,
+            generator,
+            captions,
+            num_train_timesteps=schedule.num_train_timesteps,
+            condition=encoded.condition,
+        )
+
+    evaluate = make_evaluation(trainer) if make_evaluation else None
+    finished = trainer.run(encoded, draw, evaluate=evaluate)
+    if finished:
+        with trainer.ema.applied():
+            save_embedding(settings.output_dir / "model", placeholder_token, ops.convert_to_numpy(learned))
+    return finished
+
+
+def encode_examples(settings, pipeline, source, token, learnable_property):
+    """The pictures' latents as an `EncodedSource`, and the token ids `(templates, tokens)` of captions."""
+    pictures = [{"image": source[index]["image"], "captions": ()} for index in range(len(source))]
+    encoded = EncodedSource(
+        pictures,
+        pipeline.vae,
+        None,
+        pipeline.tokenizer,
+        batch_size=pipeline.batch_size,
+        jit_compile=settings.jit_compile,
+    )
+    captions = [template.format(token) for template in TEMPLATES[learnable_property]]
+    return encoded, pipeline.tokenizer(captions)
+
+
+def save_embedding(folder, token, vectors):
+    """Writes a learned word in both dialects into a folder, which is made if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_embeddings(folder / DIFFUSERS_FILE, {token: vectors})
+    write_embeddings(folder / KOHYA_FILE, {token: vectors}, "kohya")

@@ -1,0 +1,104 @@
+"""Files of learned words (textual inversion, Gal et al., 2023), in the dialects that people have.
+
+diffusers keeps `{token: vectors}`; the web interface a pickle with `string_to_param` and the word's `name`;
+kohya's scripts `emb_params`, whose word is the file's name.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.errors import UserError
+from keras_sd.weights.formats import read_safetensors, write_safetensors
+from keras_sd.weights.torch_pickle import read_torch
+
+DIFFUSERS_FILE = "learned_embeds.safetensors"
+DIALECTS = ("diffusers", "kohya")
+
+_FOLDER_FILES = (DIFFUSERS_FILE, "learned_embeds.bin")
+_KOHYA_KEY = "emb_params"
+_SDXL_KEYS = {"clip_g", "clip_l"}
+
+
+def read_embeddings(path, width):
+    """Reads a file, or a folder with diffusers' `learned_embeds.safetensors` or `.bin` in it.
+
+    Args:
+        path: a safetensors file, or torch's own (`.pt`, `.bin`).
+        width: that of the text encoder's vectors.
+
+    Returns:
+        A dictionary: token -> its vectors, float32 `(k, width)`. The token is None where the file has no
+        name for it.
+
+    Raises:
+        UserError: the file is damaged or holds no embeddings, those of another kind of model, or NaN.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / DIFFUSERS_FILE)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    return {token: _checked(array, width, path) for token, array in _arrays(content, path).items()}
+
+
+def _arrays(content, path):
+    """Token -> its array, as it stands in a file of any dialect."""
+    if isinstance(content, np.ndarray):
+        return {None: content}
+    if not isinstance(content, dict):
+        content = {}
+    if _SDXL_KEYS & content.keys():
+        raise UserError(f"{path}: embeddings of Stable Diffusion XL; use ones made for this kind of model")
+    if "string_to_param" in content:
+        parameters, name = content["string_to_param"], content.get("name")
+        # torch's own dictionary of parameters is an object that has them in an attribute.
+        parameters = parameters.get("_parameters", parameters) if isinstance(parameters, dict) else {}
+        found = [array for array in parameters.values() if isinstance(array, np.ndarray)]
+        arrays = {name if isinstance(name, str) and name else None: array for array in found[:1]}
+    elif _KOHYA_KEY in content:
+        arrays = {None: content[_KOHYA_KEY]}
+    else:
+        arrays = content
+    if not arrays or not all(_is_embedding(array) for array in arrays.values()):
+        raise UserError(
+            f"{path}: holds no embeddings; give a textual inversion in diffusers', A1111's or kohya's way"
+        )
+    return arrays
+
+
+def _is_embedding(array):
+    return isinstance(array, np.ndarray) and array.ndim in (1, 2) and array.size > 0
+
+
+def _checked(array, width, path):
+    vectors = np.atleast_2d(np.asarray(array, "float32"))
+    if vectors.shape[1] != width:
+        raise UserError(
+            f"{path}: embeddings are {vectors.shape[1]} wide, the text encoder's {width}; "
+            "use ones made for this kind of model"
+        )
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{path}: holds NaN or infinity; use an undamaged file")
+    return vectors
+
+
+def write_embeddings(path, embeddings, dialect="diffusers", dtype=None):
+    """Writes learned words as a safetensors file.
+
+    Args:
+        path: the file.
+        embeddings: dictionary from token to its vectors `(k, width)`.
+        dialect: "diffusers", or "kohya", which holds one word and calls it as the file is called.
+        dtype: as in `write_safetensors`.
+
+    Raises:
+        UserError: the dialect is unknown or has no place for several words, or as `write_safetensors`.
+    """
+    if dialect not in DIALECTS:
+        raise UserError(f"dialect {dialect!r} of embeddings: unknown; use {' or '.join(DIALECTS)}")
+    if dialect == "kohya":
+        if len(embeddings) != 1:
+            raise UserError(f"{path}: kohya's files hold one word, not {len(embeddings)}; write one for each")
+        (vectors,) = embeddings.values()
+        embeddings = {_KOHYA_KEY: vectors}
+    write_safetensors(path, embeddings, dtype)

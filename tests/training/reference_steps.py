@@ -1,0 +1,136 @@
+"""The torch side of `test_gradients`: one step of each method with diffusers, transformers, PEFT and torch.
+
+Losses are put together as diffusers' training scripts do it. The program reads the models and
+`settings.json` from its folder, and of each case
+
+- `CASE/batch/NAME`: what is random in the step, channels last;
+- `CASE/added/PART.NAME`: LoRA's tensors, or the vectors of new tokens.
+
+It gives `CASE/loss` and `CASE/gradients/PART.NAME`, and `adamw/weights/STEP`.
+"""
+
+SCRIPT = """
+    import copy, json
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import compute_snr
+    from peft import LoraConfig
+    from torch.nn.functional import mse_loss
+    from transformers import CLIPTextModel
+
+    torch.set_grad_enabled(True)
+    settings = json.loads((folder / "settings.json").read_text())
+    models = {
+        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder" / "text_encoder"),
+        "vae": AutoencoderKL.from_pretrained(folder / "vae" / "vae"),
+    }
+    for unet in settings["unets"]:
+        models[unet] = UNet2DConditionModel.from_pretrained(folder / unet / "unet")
+
+
+    def group(prefix):
+        return {key.removeprefix(prefix): value for key, value in inputs.items() if key.startswith(prefix)}
+
+
+    def published(name):
+        return name.removeprefix("text_model.").replace(".default.", ".")
+
+
+    def channels_first(array):
+        if array.dtype == torch.uint8:
+            array = array.float() / 127.5 - 1
+        return array.permute(0, 3, 1, 2) if array.ndim == 4 else array
+
+
+    def add_lora(model, targets, added):
+        model.add_adapter(LoraConfig(**settings["lora"], target_modules=targets))
+        updates = {published(name): value for name, value in model.named_parameters() if ".lora_" in name}
+        assert updates.keys() == added.keys(), updates.keys() ^ added.keys()
+        with torch.no_grad():
+            for name, parameter in updates.items():
+                parameter.copy_(added[name])
+
+
+    def add_tokens(text_encoder, vectors):
+        text_encoder.resize_token_embeddings(text_encoder.config.vocab_size + len(vectors))
+        table = text_encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            table[-len(vectors) :] = vectors
+        table.requires_grad_(True)
+
+
+    def prepare(name, case):
+        \"\"\"The models of a case, what it trains trainable.\"\"\"
+        parts = {"text_encoder": "text_encoder", "vae": "vae", "unet": case.get("unet", "sd1")}
+        parts = {part: copy.deepcopy(models[model]) for part, model in parts.items()}
+        for part, model in parts.items():
+            added = group(f"{name}/added/{part}.")
+            model.requires_grad_(part in case["trains"] and not added)
+            if "vectors" in added:
+                add_tokens(model, added["vectors"])
+            elif added:
+                add_lora(model, settings["lora_targets"][case["lora"]][part], added)
+        return parts
+
+
+    def denoising_loss(case, batch, unet, text_encoder):
+        scheduler = DDPMScheduler(**settings["scheduler"] | case.get("scheduler", {}))
+        samples, noise, timesteps = batch["samples"], batch["noise"], batch["timesteps"].long()
+        noise = noise + case.get("noise_offset", 0) * batch.get("offset_noise", 0)
+        input_noise = noise + case.get("input_perturbation", 0) * batch.get("perturbation", 0)
+        noisy = scheduler.add_noise(samples, input_noise, timesteps)
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(samples, noise, timesteps) if is_velocity else noise
+        levels = None
+        if "low_resolution" in batch:
+            levels = batch["noise_levels"].long()
+            low_res_scheduler = DDPMScheduler(**settings["scheduler"] | settings["low_res_scheduler"])
+            low = low_res_scheduler.add_noise(batch["low_resolution"], batch["low_resolution_noise"], levels)
+            noisy = torch.cat([noisy, low], dim=1)
+        context = text_encoder(batch["token_ids"].long())[0] if "token_ids" in batch else None
+        output = unet(noisy, timesteps, context, class_labels=levels).sample
+        if "prior_loss_weight" in case:
+            (output, prior_output), (target, prior_target) = output.chunk(2), target.chunk(2)
+            return mse_loss(output, target) + case["prior_loss_weight"] * mse_loss(prior_output, prior_target)
+        errors = mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+        if "snr_gamma" in case:
+            snr = compute_snr(scheduler, timesteps)
+            errors = errors * snr.clamp(max=case["snr_gamma"]) / (snr + 1 if is_velocity else snr)
+        return errors.mean()
+
+
+    def autoencoder_loss(case, batch, vae):
+        posterior = vae.encode(batch["samples"]).latent_dist
+        latents = posterior.mean + posterior.std * batch["noise"]
+        errors = vae.decode(latents).sample - batch["samples"]
+        divergence = posterior.kl().mean() / batch["noise"][0].numel()
+        return errors.abs().mean() + 2 * errors.square().mean() + case["kl_weight"] * divergence
+
+
+    for name, case in settings["cases"].items():
+        batch = group(f"{name}/batch/")
+        if "prior_loss_weight" in case:
+            batch = {key: torch.cat([pairs[:, 0], pairs[:, 1]]) for key, pairs in batch.items()}
+        batch = {key: channels_first(array) for key, array in batch.items()}
+        parts = prepare(name, case)
+        if "vae" in case["trains"]:
+            loss = autoencoder_loss(case, batch, parts["vae"])
+        else:
+            loss = denoising_loss(case, batch, parts["unet"], parts["text_encoder"])
+        loss.backward()
+        outputs[f"{name}/loss"] = loss
+        for part in case["trains"]:
+            for parameter, tensor in parts[part].named_parameters():
+                if tensor.requires_grad:
+                    outputs[f"{name}/gradients/{part}.{published(parameter)}"] = tensor.grad
+
+    weights = torch.nn.Parameter(inputs["adamw/weights"])
+    optimizer = torch.optim.AdamW([weights], **settings["adamw"])
+    epsilon, beta2 = settings["adamw"]["eps"], settings["adamw"]["betas"][1]
+    for step, gradient in enumerate(inputs["adamw/gradients"], start=1):
+        # Keras adds epsilon to the root of the second moment before its bias is corrected.
+        optimizer.param_groups[0]["eps"] = epsilon / (1 - beta2**step) ** 0.5
+        weights.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_([weights], settings["max_grad_norm"])
+        optimizer.step()
+        outputs[f"adamw/weights/{step}"] = weights.clone()
+"""

@@ -1,0 +1,75 @@
+"""The average of the weights: beside them on the device and in host memory, its decay, its exact return."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_sd.training.callbacks import EMACallback, StepCallbackList
+from keras_sd.training.offloaded_average import OffloadedEMACallback
+from keras_sd.training.optimizer import AdamW
+
+STEPS = 8
+DECAY = 0.6  # the young decay exceeds it from the sixth update on
+
+
+def trained(ema_decay, make_average, **options):
+    """A linear layer after some steps on fixed data, with its average."""
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(4 * STEPS, 5)).astype("float32")
+    model = keras.Sequential([keras.layers.Input((5,)), keras.layers.Dense(3, kernel_initializer="ones")])
+    optimizer = AdamW(0.1, ema_decay=ema_decay, **options)
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    average = make_average(optimizer, model.trainable_variables)
+    average.batches_per_step = options.get("gradient_accumulation_steps") or 1
+    callbacks = StepCallbackList([average], add_history=True, model=model)
+    model.fit(inputs, inputs[:, :3], batch_size=4, shuffle=False, verbose=0, callbacks=callbacks)
+    return model, average
+
+
+def offloaded(optimizer, variables):
+    return OffloadedEMACallback(optimizer, variables, DECAY)
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_offloaded_average_equals_the_compiled_one(accumulation):
+    options = {"gradient_accumulation_steps": accumulation}
+    model, compiled = trained(DECAY, EMACallback, **options)
+    same_model, on_host = trained(None, offloaded, **options)
+    for average, expected, weight, same in zip(
+        on_host.averages, compiled.averages, model.weights, same_model.weights, strict=True
+    ):
+        assert isinstance(average, np.ndarray)
+        expected, weight = keras.ops.convert_to_numpy(expected), keras.ops.convert_to_numpy(weight)
+        np.testing.assert_array_equal(weight, keras.ops.convert_to_numpy(same))
+        assert np.abs(expected - weight).max() > 1e-2
+        np.testing.assert_allclose(average, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_offloaded_average_is_lent_and_taken_back_exactly():
+    model, average = trained(None, offloaded)
+    weights = [keras.ops.convert_to_numpy(variable).copy() for variable in model.weights]
+    averages = [array.copy() for array in average.averages]
+    with average.applied():
+        for variable, expected in zip(model.weights, averages, strict=True):
+            np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), expected)
+    for variable, expected in zip(model.weights, weights, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), expected)
+    for array, expected in zip(average.averages, averages, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_optimizer_without_average_has_the_moments_alone():
+    model, _ = trained(None, offloaded)
+    held = sum(np.prod(variable.shape) for variable in model.optimizer.variables if len(variable.shape))
+    assert held == 2 * model.count_params()
+
+
+def test_step_skipped_for_an_overflow_leaves_the_average():
+    """Half precision skips updates whose gradients overflow: the average must not move then."""
+    model, average = trained(None, offloaded)
+    before = [array.copy() for array in average.averages]
+    average.on_train_begin()
+    average.on_step({})
+    for array, expected in zip(average.averages, before, strict=True):
+        np.testing.assert_array_equal(array, expected)
