@@ -115,9 +115,8 @@ def _add_loras(parts, rank, alpha, everywhere, train_text_encoder):
 
 def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity=None):
     """Trains what is trainable of the pipeline; a text encoder that is not frozen is trained along."""
-    import numpy as np
-
     from keras_sd.images import image_grid
+    from keras_sd.metrics.clip_score import ClipScore
     from keras_sd.metrics.features import ClipFeatures
     from keras_sd.training.encodings import EncodedSource
     from keras_sd.training.evaluation import SampleEvaluation
@@ -141,13 +140,17 @@ def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity
             progress=False,
         )
 
+    captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
+    scored = sets and pipeline.clip_head is not None
+
     def make_evaluation(trainer):
         return SampleEvaluation(
             trainer,
-            ClipFeatures(pipeline.image_encoder) if sets else None,
-            {name: np.stack([example["image"] for example in examples]) for name, examples in sets.items()},
-            lambda name: sample([example["captions"][0] for example in sets[name]]),
             lambda: image_grid(sample(prompts), labels=prompts, scale=2),
+            sets=sets,
+            generate=lambda examples: sample([example["captions"][0] for example in examples]),
+            extractor=ClipFeatures(pipeline.image_encoder) if sets else None,
+            score=ClipScore(pipeline, captions) if scored else None,
         )
 
     train_text_to_image(

@@ -125,4 +125,4 @@ def _make_evaluation(pipeline, options, trainer):
         )
         return image_grid(images, columns=options["num_validation_images"], labels=labels, scale=2)
 
-    return SampleEvaluation(trainer, None, {}, None, grid)
+    return SampleEvaluation(trainer, grid)

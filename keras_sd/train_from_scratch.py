@@ -128,8 +128,6 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
     settings = settings_of(options)
     import dataclasses
 
-    import numpy as np
-
     from keras_sd.images import image_grid
     from keras_sd.training.evaluation import SampleEvaluation
     from keras_sd.training.pixel_ddim import sample_pictures, train_pixel_ddim
@@ -147,10 +145,10 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
 
         return SampleEvaluation(
             trainer,
-            extractor,
-            {name: np.stack([example["image"] for example in examples]) for name, examples in sets.items()},
-            lambda name: sample(len(sets[name])),
             lambda: image_grid(sample(16), scale=2),
+            sets=sets,
+            generate=lambda examples: sample(len(examples)),
+            extractor=extractor,
         )
 
     train_pixel_ddim(

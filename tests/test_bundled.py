@@ -1,10 +1,14 @@
-"""The bundled model: small, in half precision, and of sense; `test_pipeline` opens it in diffusers."""
+"""The bundled models: small, in half precision, and of sense; `test_pipeline` opens `emoji` in diffusers."""
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
 from keras_sd import StableDiffusion
+from keras_sd.data.datasets import load_source
 from keras_sd.presets import find
+from keras_sd.training.super_resolution import measure_upscaling
+from keras_sd.upscaler import Upscaler
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +33,12 @@ def test_a_red_heart_is_red_on_white(emoji):
     assert red > green + 80 and red > blue + 80
     corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.min() > 200
+
+
+def test_upscaler_is_sharper_than_interpolation():
+    source = load_source("emoji", "validation", 128)
+    images = np.stack([source[index]["image"] for index in range(0, 200, 50)])
+    upscaler = Upscaler.load(find("emoji-upscaler"), jit_compile=False)
+    _, figures = measure_upscaling(upscaler, images, num_steps=4)
+    assert figures["psnr"] > max(figures["bicubic_psnr"], figures["lanczos_psnr"])
+    assert figures["edge_error"] < 0.7 * min(figures["bicubic_edge_error"], figures["lanczos_edge_error"])

@@ -124,7 +124,7 @@ def vae(folder):
 @pytest.fixture(scope="module")
 def clip(folder):
     configs = ("--text-config", folder / "text.json", "--image-config", folder / "image.json")
-    return run(folder, "clip", "clip", *configs, "--ema-decay", 0.9)
+    return run(folder, "clip", "clip", *configs, "--ema-decay", 0.9, "--no-jit-compile")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,7 @@ def text_to_image(folder, vae, clip):
     parts = ("--pretrained-vae", folder / "vae/model", "--pretrained-clip", folder / "clip/model")
     sampling = ("--kid-images", 6, "--num-inference-steps", 4, "--validation-prompts", "red square")
     options = (*parts, *sampling, "--from-scratch", "--unet-config", folder / "unet.json", "--snr-gamma", 5)
+    options += ("--noise-offset", 0.05, "--input-perturbation", 0.1, "--no-jit-compile")
     return run(folder, "text-to-image", "t2i", *options, steps=60)
 
 

@@ -1,6 +1,8 @@
-"""What a generating run measures on its way: a grid of samples, and KID of raw and EMA weights."""
+"""What a generating run measures on its way: a grid of samples, KID and CLIP score of raw and EMA weights."""
 
 import contextlib
+
+import numpy as np
 
 from keras_sd.metrics.features import extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
@@ -11,18 +13,24 @@ class SampleEvaluation:
 
     Args:
         trainer: the `Trainer` of the run.
-        extractor: what KID looks through (`metrics.features`), or None to leave KID out.
-        real: name of a set, such as "train" or "held_out" -> its uint8 pictures `(n, h, w, 3)`.
-        generate: `generate(name)` gives as many pictures, made for that set.
         grid: `grid()` gives one uint8 picture that shows the validation prompts.
+        sets: name of a set, such as "train" or "held_out" -> its examples, with `image`.
+        generate: called with the examples of a set; gives as many pictures, made for them.
+        extractor: what KID looks through (`metrics.features`); needed where there are sets.
+        score: `metrics.clip_score.ClipScore` of the sets' captions, or None to leave it out.
     """
 
-    def __init__(self, trainer, extractor, real, generate, grid):
+    def __init__(self, trainer, grid, *, sets=None, generate=None, extractor=None, score=None):
         self.trainer = trainer
-        self.extractor = extractor
-        self.generate = generate
         self.grid = grid
-        self.real_features = {name: extract(extractor, images) for name, images in real.items() if extractor}
+        self.sets = sets or {}
+        self.generate = generate
+        self.extractor = extractor
+        self.score = score
+        self.real_features = {
+            name: extract(extractor, np.stack([example["image"] for example in examples]))
+            for name, examples in self.sets.items()
+        }
 
     def __call__(self, step):
         figures = {}
@@ -31,8 +39,11 @@ class SampleEvaluation:
             with applied:
                 if weights == "ema":
                     self.trainer.log.log_image(step, "samples", self.grid())
-                for name, real in self.real_features.items():
-                    generated = extract(self.extractor, self.generate(name))
-                    kid = paired_kernel_inception_distance(real, generated)
+                for name, examples in self.sets.items():
+                    images = self.generate(examples)
+                    features = extract(self.extractor, images)
+                    kid = paired_kernel_inception_distance(self.real_features[name], features)
                     figures[f"{self.extractor.name}_{name}_{weights}"] = kid.mean
+                    if self.score is not None:
+                        figures[f"clip_score_{name}_{weights}"] = self.score(name, images)
         self.trainer.log.log_scalars(step, figures)
