@@ -43,23 +43,29 @@ prompt_options = _decorated(
     ),
 )
 
-model_options = _decorated(
-    click.option("--model", default="emoji", help="Preset, hub id, diffusers folder, .safetensors or .ckpt."),
-    click.option("--vae", help="Folder or file of another autoencoder."),
-    click.option(
-        "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="LoRA to add; may be repeated."
-    ),
-    click.option("--lora-folder", help="Where prompts find LoRAs: <lora:name:0.8>."),
-    click.option(
-        "--embedding",
-        "embeddings",
-        multiple=True,
-        metavar="PATH[:TOKEN]",
-        help="Textual inversion to add; may be repeated.",
-    ),
-    click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
-    click.option("--batch-size", default=8, type=click.IntRange(1), help="Pictures made at a time."),
-)
+
+def model_options(default="emoji"):
+    """The options that say which model, and what is added to it."""
+    return _decorated(
+        click.option(
+            "--model", default=default, help="Preset, hub id, diffusers folder, .safetensors or .ckpt."
+        ),
+        click.option("--vae", help="Folder or file of another autoencoder."),
+        click.option(
+            "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="LoRA to add; may be repeated."
+        ),
+        click.option("--lora-folder", help="Where prompts find LoRAs: <lora:name:0.8>."),
+        click.option(
+            "--embedding",
+            "embeddings",
+            multiple=True,
+            metavar="PATH[:TOKEN]",
+            help="Textual inversion to add; may be repeated.",
+        ),
+        click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
+        click.option("--batch-size", default=8, type=click.IntRange(1), help="Pictures made at a time."),
+    )
+
 
 size_options = _decorated(
     click.option("--height", type=click.IntRange(8), help="Pixels; the model's own by default."),
@@ -79,7 +85,7 @@ def output_option(default):
 @num_images_option
 @size_options
 @prompt_options
-@model_options
+@model_options()
 def generate(prompt, output, num_images, height, width, **options):
     """Make pictures of PROMPT.
 
@@ -99,7 +105,7 @@ def generate(prompt, output, num_images, height, width, **options):
 @click.option("--strength", default=0.8, type=click.FloatRange(0, 1), help="How much is made new.")
 @size_options
 @prompt_options
-@model_options
+@model_options()
 def image_to_image(image, prompt, output, num_images, strength, height, width, **options):
     """Make pictures of PROMPT that begin from the picture IMAGE."""
     pixels = _read_picture(image, height, width)
@@ -117,7 +123,7 @@ def image_to_image(image, prompt, output, num_images, strength, height, width, *
 @click.option("--strength", default=1.0, type=click.FloatRange(0, 1), help="How much is made new.")
 @size_options
 @prompt_options
-@model_options
+@model_options()
 def inpaint(image, mask, prompt, output, num_images, strength, height, width, **options):
     """Make anew what is white in MASK, a picture of IMAGE's size, as PROMPT says."""
     pixels = _read_picture(image, height, width)
@@ -134,7 +140,7 @@ def inpaint(image, mask, prompt, output, num_images, strength, height, width, **
 @num_images_option
 @click.option("--noise-level", type=click.IntRange(0), help="0 stays close to IMAGE; the model's usual one.")
 @prompt_options
-@model_options
+@model_options("emoji-upscaler")
 def upscale(image, prompt, output, num_images, noise_level, **options):
     """Make a larger picture of IMAGE: twice as large, or as an upscaler of Stable Diffusion's kind does.
 
@@ -186,7 +192,7 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
 @click.option("--frame-rate", default=10.0, type=click.FloatRange(1, 50), help="Frames a second of a GIF.")
 @size_options
 @prompt_options
-@model_options
+@model_options()
 def walk(prompts, output, num_frames, frame_rate, height, width, **options):
     """Walk from prompt to prompt; with one PROMPTS, round a circle of noises."""
     suffix = ".png" if Path(output).suffix.lower() == ".png" else ".gif"
@@ -205,7 +211,7 @@ def walk(prompts, output, num_frames, frame_rate, height, width, **options):
 @click.argument("image")
 @output_option("image.png")
 @size_options
-@model_options
+@model_options()
 def reconstruct(image, output, height, width, **options):
     """Show what the autoencoder keeps of IMAGE."""
     pixels = _read_picture(image, height, width)

@@ -88,6 +88,8 @@ def test_module_is_the_command():
         ("image-to-image file heart --height 64", "only one is given", "give both"),
         ("inpaint file file heart --strength 2", "'--strength'", "0<=x<=1"),
         ("upscale none.png", "none.png", "add it"),
+        ("generate heart --lora none.safetensors", "none.safetensors", "give a file"),
+        ("generate heart --lora-folder nowhere", "nowhere", "give a file"),
         ("reconstruct none.png", "none.png", "add it"),
         ("walk", "PROMPTS", "keras-sd walk --help"),
         ("walk a b --output walk.mp4", "walk.mp4: not a .gif file", "walk.gif"),
@@ -234,6 +236,19 @@ def test_a_picture_that_does_not_fit_is_one_line(keras_sd_command, model, tmp_pa
     Image.new("RGB", (16, 24)).save(tmp_path / "even.png")
     code, _, errors = keras_sd_command("upscale", tmp_path / "even.png", "heart", "--model", model)
     assert code == 2 and "is no upscaler" in errors
+
+
+def test_a_picture_is_made_twice_as_large(keras_sd_command, tmp_path):
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "small.png")
+    output = tmp_path / "large.png"
+    code, *_ = keras_sd_command("upscale", tmp_path / "small.png", "--steps", 1, "--output", output)
+    assert code == 0
+    large = np.asarray(Image.open(output)).astype(int)
+    assert large.shape == (32, 48, 3)
+    assert np.abs(large.mean(axis=(0, 1)) - (255, 0, 0)).max() < 8
+    assert read_parameters(output)["Model"] == "emoji-upscaler"
+    code, _, errors = keras_sd_command("upscale", tmp_path / "small.png", "red")
+    assert code == 2 and "takes no prompt" in errors
 
 
 def test_a_walk_is_a_gif_or_a_sheet(keras_sd_command, model, tmp_path):

@@ -188,7 +188,9 @@ def _sheet(output, name, models, prompts, count=1):
 
     rows = [model.text_to_image(prompts, num_images=count, seed=0, **SAMPLING) for model in models]
     labels = [prompt for _ in models for prompt in prompts for _ in range(count)]
-    _save(output, name, image_grid(np.concatenate(rows), labels, columns=count * len(prompts), scale=2))
+    # A row for each model, or for each prompt where there is one model.
+    columns = count * (len(prompts) if len(models) > 1 else 1)
+    _save(output, name, image_grid(np.concatenate(rows), labels, columns=columns, scale=2))
 
 
 def _save(output, name, picture):

@@ -177,6 +177,5 @@ def train_dreambooth(
     evaluate = make_evaluation(trainer) if make_evaluation else None
     finished = trainer.run(subject, draw, evaluate=evaluate)
     if finished and export:
-        with trainer.ema.applied():
-            export(settings.output_dir / "model")
+        trainer.export(export)
     return finished

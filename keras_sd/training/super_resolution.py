@@ -150,6 +150,5 @@ def train_super_resolution(
     evaluate = make_evaluation(trainer) if make_evaluation else None
     finished = trainer.run(source, draw, repeats=repeats, evaluate=evaluate)
     if finished:
-        with trainer.ema.applied():
-            upscaler.save(settings.output_dir / "model")
+        trainer.export(upscaler.save)
     return finished

@@ -109,9 +109,8 @@ def train_textual_inversion(
     """
     if learnable_property not in TEMPLATES:
         raise UserError(f"learnable_property {learnable_property!r}: unknown; use {' or '.join(TEMPLATES)}")
-    room = pipeline.tokenizer.max_length - 2
-    if not 1 <= num_vectors <= room:
-        raise UserError(f"num_vectors {num_vectors}: a prompt has room for 1 to {room}")
+    if not 1 <= num_vectors <= _room(pipeline):
+        raise UserError(f"num_vectors {num_vectors}: a prompt has room for 1 to {_room(pipeline)}")
     text_encoder = pipeline.text_encoder
     if text_encoder.embeddings.learned_embedding is not None:
         raise UserError("the model has words added to it, which would be trained too; save it and load that")
@@ -152,8 +151,9 @@ def train_textual_inversion(
     evaluate = make_evaluation(trainer) if make_evaluation else None
     finished = trainer.run(encoded, draw, evaluate=evaluate)
     if finished:
-        with trainer.ema.applied():
-            save_embedding(settings.output_dir / "model", placeholder_token, ops.convert_to_numpy(learned))
+        trainer.export(
+            lambda folder: save_embedding(folder, placeholder_token, ops.convert_to_numpy(learned))
+        )
     return finished
 
 
@@ -169,7 +169,15 @@ def encode_examples(settings, pipeline, source, token, learnable_property):
         jit_compile=settings.jit_compile,
     )
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
-    return encoded, pipeline.tokenizer(captions)
+    # One that is cut might lose what is to be learned. The word alone always fits.
+    lengths = map(len, pipeline.tokenizer.encode(captions))
+    whole = [text for text, length in zip(captions, lengths, strict=True) if length <= _room(pipeline)]
+    return encoded, pipeline.tokenizer(whole)
+
+
+def _room(pipeline):
+    """Tokens of a text that the text encoder takes."""
+    return pipeline.tokenizer.max_length - 2
 
 
 def save_embedding(folder, token, vectors):

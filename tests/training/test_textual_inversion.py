@@ -27,6 +27,7 @@ from tests import tiny
 from tests.training.test_dreambooth import UNET, write_pictures
 
 STEPS = 12
+LOSS_FALL = 0.9
 LEARNED = "text_model.embeddings.learned_embedding.weight"
 TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -130,11 +131,13 @@ def test_each_example_has_any_one_of_the_captions(pictures):
     sd.add_tokens({"<cat>": np.zeros((3, 16), "float32")})
     batch, captions = drawn(sd, pictures, 300)
     assert batch["token_ids"].dtype == np.int32 and batch["samples"].shape == (300, 4, 4, 4)
-    assert len(captions) == len(TEMPLATES["object"])
+    # The shorter ones of all, in which the whole word has room.
+    assert 3 <= len(captions) < len(TEMPLATES["object"])
     counts = [(batch["token_ids"] == caption).all(axis=1).sum() for caption in np.unique(captions, axis=0)]
     assert sum(counts) == 300 and min(counts) >= 10
     # The word alone: begin, its three vectors, end.
     word = list(sd.tokenizer.added_tokens.values())
+    assert all(np.isin(word, caption).all() for caption in captions)
     ends = sd.tokenizer.begin_token_id, sd.tokenizer.end_token_id
     assert captions[0][:5].tolist() == [ends[0], *word, ends[1]]
     for templates in TEMPLATES.values():
@@ -156,17 +159,14 @@ def test_only_the_new_rows_are_trained_and_a_resumed_run_is_the_same(tmp_path, p
             np.testing.assert_array_equal(array, parts[name])
     assert list(whole) and {array.shape for array in whole.values()} <= {(), (3, 16)}
 
+    learned, initial = torch_state(sd.text_encoder)[LEARNED], initial_vectors(untouched, 3, "red")
+    assert (np.abs(learned - initial).max(axis=1) > 0.05).all()
+    assert loss(sd, pictures, learned) < LOSS_FALL * loss(sd, pictures, initial)
     for part in ("text_encoder", "unet", "vae"):
-        state, before = (torch_state(getattr(one, part)) for one in (sd, untouched))
-        learned = state.pop(LEARNED, None)
-        assert state.keys() == before.keys()
-        for name, array in state.items():
-            np.testing.assert_array_equal(array, before[name], err_msg=name)
-        if part == "text_encoder":
-            change = np.abs(learned - initial_vectors(untouched, 3, "red")).max(axis=1)
-            assert (change > 0.05).all()
-
-    assert loss(sd, pictures, learned) < 0.9 * loss(sd, pictures, initial_vectors(untouched, 3, "red"))
+        after, before = (torch_state(getattr(one, part)) for one in (sd, untouched))
+        assert after.keys() - before.keys() == ({LEARNED} if part == "text_encoder" else set())
+        for name, array in before.items():
+            np.testing.assert_array_equal(array, after[name], err_msg=name)
 
     # What is written is the average, in both dialects.
     average = load_file(tmp_path / "whole" / f"checkpoint-{STEPS}" / "ema.safetensors")
