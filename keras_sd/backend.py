@@ -83,6 +83,13 @@ def process_index():
     return jax.process_index()
 
 
+def processes_stop_at(step):
+    """Whether all processes stop after this step since one of them has got SIGTERM; to be asked at every step."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
 def devices():
     """The names of JAX's devices in all processes, those of a process side by side."""
     import jax

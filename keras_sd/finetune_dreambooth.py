@@ -81,6 +81,7 @@ def dreambooth_options(command):
 
 @click.command()
 @run_options(
+    without=("dataset_name", "train_data_dir"),
     output_dir="runs/dreambooth",
     max_train_steps=400,
     train_batch_size=4,

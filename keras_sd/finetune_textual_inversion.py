@@ -65,6 +65,7 @@ def textual_inversion_options(command):
 
 @click.command("textual-inversion")
 @run_options(
+    without=("dataset_name",),
     output_dir="runs/textual-inversion",
     max_train_steps=1000,
     train_batch_size=4,

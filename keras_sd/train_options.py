@@ -11,16 +11,22 @@ from keras_sd.errors import UserError
 FEWEST_FOR_KID = 4  # pictures in a set: two in each half
 
 
-def run_options(**defaults):
-    """The options that every method has; `defaults` replaces default values by the option's name."""
+def run_options(*, without=(), **defaults):
+    """The options that every method has.
+
+    Args:
+        without: names of those that mean nothing to a method.
+        defaults: replace default values by the option's name.
+    """
 
     def option(flag, default, text, **more):
         name = flag.split("/")[0].lstrip("-").replace("-", "_")
-        return click.option(flag, default=defaults.get(name, default), show_default=True, help=text, **more)
+        default = defaults.get(name, default)
+        return name, click.option(flag, default=default, show_default=True, help=text, **more)
 
     options = [
         option("--output-dir", None, "Run folder: checkpoints, logs, samples and, at the end, the model."),
-        option("--dataset-name", "emoji", "`emoji` or the name of a TFDS data set."),
+        option("--dataset-name", "emoji", "`emoji`, `openmoji` or the name of a TFDS data set."),
         option("--train-data-dir", None, "Folder of images; takes the place of --dataset-name."),
         option("--max-train-steps", 1000, "Updates of the weights."),
         option("--train-batch-size", 32, "Images in a batch."),
@@ -63,8 +69,10 @@ def run_options(**defaults):
         option("--coordinator-timeout", 300, "Seconds to wait for the others."),
     ]
 
+    wanted = [add for name, add in options if name not in without]
+
     def decorate(command):
-        return functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
+        return functools.reduce(lambda decorated, add: add(decorated), reversed(wanted), command)
 
     return decorate
 

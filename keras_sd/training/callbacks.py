@@ -376,7 +376,8 @@ class StopOnSignal(StepCallback):
 
     The old handlers are back when `fit()` ends. Used as a context manager around one or several `fit()`, they
     are back at its end, also after an exception. In other threads than the main one it does nothing, since
-    Python hands signals to the main thread only.
+    Python hands signals to the main thread only. Of several processes one that is told to stop tells the
+    others, and all stop after the same step, some steps later.
 
     Attributes:
         signal_received: the signal's number, or None.
@@ -390,6 +391,7 @@ class StopOnSignal(StepCallback):
         self._old_handlers = {}
         self._entered = False
         self._within_step = False
+        self._has_peers = backend.process_count() > 1
 
     def __enter__(self):
         self._entered = True
@@ -408,7 +410,9 @@ class StopOnSignal(StepCallback):
 
     def on_step(self, logs):
         self._within_step = False
-        if self.signal_received is not None:
+        # Several processes must take the same number of steps, or they wait for each other for ever.
+        agreed = backend.processes_stop_at(self.step) if self._has_peers else self.signal_received is not None
+        if agreed:
             self.model.stop_training = True
 
     def on_train_end(self, logs=None):
@@ -420,14 +424,18 @@ class StopOnSignal(StepCallback):
             self._restore()
             raise KeyboardInterrupt
         self.signal_received = number
+        if self._has_peers:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the other processes
         # Keras stops after any batch. Within a step, whose other batches are to come, `on_step` tells it.
-        if self.model is not None and not self._within_step:
+        elif self.model is not None and not self._within_step:
             self.model.stop_training = True
         print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
 
     def _install(self) -> None:
         if not self._old_handlers and threading.current_thread() is threading.main_thread():
-            self._old_handlers = {number: signal.signal(number, self._handle) for number in self.signals}
+            # Of several processes SIGTERM is JAX's.
+            signals = self.signals[1:] if self._has_peers else self.signals
+            self._old_handlers = {number: signal.signal(number, self._handle) for number in signals}
 
     def _restore(self) -> None:
         for number, handler in self._old_handlers.items():

@@ -8,6 +8,7 @@ import pytest
 
 from keras_sd.config import TextEncoderConfig
 from keras_sd.errors import UserError
+from keras_sd.loading import model_part
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights.rules import load_weights
@@ -173,3 +174,59 @@ def test_unknown_layer(layer):
 def test_impossible_config(field, value, message):
     with pytest.raises(UserError, match=message):
         TextEncoder(TextEncoderConfig(**{**SMALL, field: value}))
+
+
+def test_added_tokens_have_vectors_of_their_own():
+    encoder = TextEncoder(CONFIGS["openclip"])
+    table = np.array(encoder.embeddings.token_embedding.embeddings)
+    before = np.array(encoder(token_ids()))
+    new = np.random.default_rng(1).standard_normal((5, 32)).astype("float32")
+    encoder.add_tokens(new[:2])
+    encoder.add_tokens(new[2:])
+    assert encoder.config.vocab_size == 125
+    np.testing.assert_array_equal(encoder(token_ids()), before)
+    ids = np.array([[0, 119, 120, 121, 124]])
+    np.testing.assert_array_equal(
+        encoder.embeddings.token_vectors(ids)[0], np.concatenate([table[[0, 119]], new[[0, 1, 4]]])
+    )
+    learned = encoder.embeddings.learned_embedding.embeddings
+    assert learned.shape == (5, 32)
+    # The variable of the first addition is gone.
+    assert len(encoder.weights) == len(TextEncoder(CONFIGS["openclip"]).weights) + 1
+    np.testing.assert_array_equal(encoder.embeddings.token_embedding.embeddings, table)
+    with pytest.raises(UserError, match=r"token id 125 is outside of the vocabulary \(0 to 124\)"):
+        encoder(np.array([[125]]))
+
+    larger = TextEncoder(
+        TextEncoderConfig(**{**SMALL, "vocab_size": 125}, hidden_act="gelu", eos_token_id=119)
+    )
+    part = model_part("text_encoder", encoder)
+    assert part.config == larger.config.to_dict()
+    load_weights(larger, part.tensors)
+    np.testing.assert_array_equal(larger(ids), encoder(ids))
+
+
+def test_added_tokens_keep_the_precision_of_the_table():
+    with dtype_policy("bfloat16"):
+        encoder = TextEncoder(CONFIGS["openclip"])
+    encoder.add_tokens(np.ones((1, 32)))
+    encoder.add_tokens(np.zeros((1, 32)))
+    assert {variable.dtype for variable in encoder.weights} == {"bfloat16"}
+    np.testing.assert_array_equal(
+        np.array(encoder.embeddings.token_vectors(np.array([120]))), np.ones((1, 32))
+    )
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (np.ones((2, 31)), r"shape \(2, 31\) for new tokens; give \(count, 32\)"),
+        (np.ones(32), r"shape \(32,\)"),
+        (np.full((1, 32), np.inf), "NaN or infinity"),
+    ],
+)
+def test_vectors_that_fit_no_table(vectors, message):
+    encoder = TextEncoder(CONFIGS["openclip"])
+    with pytest.raises(UserError, match=message):
+        encoder.add_tokens(vectors)
+    assert encoder.embeddings.learned_embedding is None

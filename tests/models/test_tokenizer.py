@@ -1,13 +1,14 @@
 """The tokenizer against transformers' CLIPTokenizer on the same files, and its own rules."""
 
 import json
+import re
 import warnings
 
 import numpy as np
 import pytest
 
 from keras_sd.errors import UserError
-from keras_sd.models.tokenizer import BEGIN_TOKEN, END_TOKEN, Tokenizer
+from keras_sd.models.tokenizer import BEGIN_TOKEN, END_TOKEN, Tokenizer, vector_names
 from tests.reference import run_reference
 
 CORPUS = [
@@ -328,3 +329,51 @@ def test_other_kinds_of_tokenizer(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
     with pytest.raises(UserError, match="not CLIP's byte-pair encoding"):
         Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_are_found_whole(tokenizers):
+    plain = tokenizers["end_padded"]
+    tokenizer = plain.add_tokens(["<Cat>"]).add_tokens(vector_names("<dog>", 3))
+    size = plain.vocab_size
+    assert (tokenizer.vocab_size, plain.vocab_size, plain.added_tokens) == (size + 4, size, {})
+    (red,), (comma,) = plain.encode(["red"]), plain.encode([","])
+    cat, dog = size, list(range(size + 1, size + 4))
+    # A word of several vectors stands for all of them, in whatever case and place.
+    for text, expected in {
+        "<cat>": [cat],
+        "red <CAT>, red": [*red, cat, *comma, *red],
+        "<dog>": dog,
+        "<cat><dog><dog>": [cat, *dog, *dog],
+        "red,<DOG> red": [*red, *comma, *dog, *red],
+        "<dog>_2": dog[2:],
+    }.items():
+        assert tokenizer.encode([text]) == [expected], text
+    with pytest.warns(UserWarning, match="33 tokens where 30 fit; dropped its end: '<dog>'"):
+        ids = tokenizer("<dog>" * 11)
+    assert ids[0, 1:-1].tolist() == dog * 10
+
+
+def test_added_tokens_survive_the_folder(tokenizers, tmp_path):
+    tokenizer = tokenizers["end_padded"].add_tokens(vector_names("<dog>", 2))
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.added_tokens == tokenizer.added_tokens
+    assert again.encode(["a <dog>"]) == tokenizer.encode(["a <dog>"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"], "'a': is in the vocabulary already"),
+        (["!"], "'!': is in the vocabulary already"),
+        ([END_TOKEN], "is in the vocabulary already"),
+        (["<b>", "<B>"], "'<B>': is in the vocabulary already"),
+        ([""], "token '': empty"),
+        (["my cat"], "'my cat': empty, or with a space"),
+        (["(cat)"], "bracket"),
+        (["<lora:cat>"], "colon"),
+    ],
+)
+def test_names_that_cannot_be_added(tokenizers, names, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        tokenizers["end_padded"].add_tokens(names)
