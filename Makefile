@@ -36,7 +36,7 @@ train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the option
 	$(BIN)/python -m keras_sd.train $(ARGS)
 
 test: $(VENV)/installed-test  ## Run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers (an hour, 16 GiB)
 	$(BIN)/python -m pytest -q tests/full_size $(ARGS)

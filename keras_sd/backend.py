@@ -84,7 +84,7 @@ def process_index():
 
 
 def processes_stop_at(step):
-    """Whether all processes stop after this step since one of them has got SIGTERM; to be asked at every step."""
+    """Whether all processes stop after this step, as one of them has got SIGTERM; asked at every step."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)

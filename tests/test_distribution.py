@@ -24,13 +24,12 @@ FAST_COMPILATION = "--xla_backend_optimization_level=0"
 SECONDS = 300
 
 
-def start(arguments, flags="", backend="jax"):
-    """Starts a Python process on `backend` with these flags for XLA."""
+def start(arguments, flags=""):
+    """Starts a Python process on JAX with these flags for XLA."""
     environment = {
         **os.environ,
-        "KERAS_BACKEND": backend,
+        "KERAS_BACKEND": "jax",
         "XLA_FLAGS": f"{FAST_COMPILATION} {flags}",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -51,7 +50,7 @@ def finish(process):
 def free_address():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        return "127.0.0.1:{}".format(server.getsockname()[1])
+        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, output, *options, flags="", backend="jax"):
+def train(folder, output, *options, flags=""):
     """Starts `text-to-image` with all of its UNet trained, on batches of four."""
     arguments = ["-m", "keras_sd.train", "text-to-image", "--output-dir", folder / output]
     arguments += ["--pretrained-model-name-or-path", folder / "model"]
@@ -89,7 +88,7 @@ def train(folder, output, *options, flags="", backend="jax"):
     arguments += ["--max-train-steps", STEPS, "--train-batch-size", 4, "--checkpointing-steps", STEPS // 2]
     arguments += ["--learning-rate", 1e-3, "--lr-warmup-steps", 1, "--evaluation-steps", STEPS]
     arguments += ["--kid-images", 0, "--num-inference-steps", 1, "--validation-prompts", "red heart"]
-    return start([*arguments, *options], flags, backend)
+    return start([*arguments, *options], flags)
 
 
 def processes(address, *own):
@@ -105,7 +104,9 @@ def runs(folder):
         train(folder, "two", "--distribution", "data", flags=TWO_DEVICES),
     )
     finish(one), finish(two)
-    shutil.copytree(folder / "two" / f"checkpoint-{STEPS // 2}", folder / "resumed" / f"checkpoint-{STEPS // 2}")
+    shutil.copytree(
+        folder / "two" / f"checkpoint-{STEPS // 2}", folder / "resumed" / f"checkpoint-{STEPS // 2}"
+    )
     address = free_address()
     pair = [train(folder, "processes", *processes(address, index)) for index in range(2)]
     told = [finish(process)[1] for process in pair]
@@ -126,7 +127,9 @@ def losses(folder):
 
 def largest_difference(folder, other, group):
     """Of all tensors, each relative to its largest number."""
-    ours, theirs = (load_file(path / f"checkpoint-{STEPS}" / f"{group}.safetensors") for path in (folder, other))
+    ours, theirs = (
+        load_file(path / f"checkpoint-{STEPS}" / f"{group}.safetensors") for path in (folder, other)
+    )
     assert ours.keys() == theirs.keys()
     return max(
         np.abs(ours[name] - theirs[name]).max() / max(np.abs(ours[name]).max(), 1e-9)
@@ -148,3 +151,134 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
     pictures = [np.asarray(Image.open(runs / name / sample)).astype(int) for name in ("one", output)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert (runs / output / "model" / "model_index.json").is_file()
+
+
+def test_every_device_holds_a_part_of_split_weights():
+    """Kernels are split as Megatron-LM's, by outputs and then by inputs; moments like their weights."""
+    code = """if True:
+        import dataclasses
+        import numpy as np
+        from keras_sd import backend
+        from keras_sd.errors import UserError
+        from keras_sd.training import distribution
+        from keras_sd.training.optimizer import AdamW
+        from keras_sd.models.unet import UNet
+        from keras_sd.weights.rules import parameter_paths
+        from tests import tiny
+
+        def told(function, *arguments, **options):
+            try:
+                function(*arguments, **options)
+            except UserError as error:
+                print(error)
+
+        distribution.start("model", 1)
+        unet = UNet(tiny.SD2_UNET)
+        distribution.split_weights(unet)
+        optimizer = AdamW(1e-3)
+        optimizer.build(unet.trainable_variables)
+        layer = unet.down_blocks[1].attentions[0].transformer_blocks[0]
+        for variable, part in (
+            (layer.attn2.to_k.kernel, (16, 4)),
+            (layer.attn2.to_out[0].kernel, (4, 16)),
+            (layer.attn2.to_out[0].bias, (16,)),
+            (layer.ff.net[0].proj.bias, (32,)),
+            (layer.ff.net[2].kernel, (16, 16)),
+            (unet.conv_in.kernel, (3, 3, 4, 8)),
+        ):
+            index = [v is variable for v in unet.trainable_variables].index(True)
+            for value in (variable.value, optimizer.ema_variables[index].value):
+                assert len(value.addressable_shards) == 4
+                assert all(shard.data.shape == part for shard in value.addressable_shards), part
+        kernel = layer.attn2.to_k.kernel
+        shards = kernel.value.addressable_shards
+        assert {shard.index[1].start for shard in shards} == {0, 4, 8, 12}
+        for shard in shards:
+            np.testing.assert_array_equal(backend.to_numpy(kernel)[shard.index], shard.data)
+        told(distribution.split_weights, UNet(tiny.PIXEL_UNET))
+        narrow = dataclasses.replace(tiny.SD1_UNET, block_out_channels=(6, 6), norm_num_groups=2)
+        told(distribution.split_weights, UNet(narrow))
+    """
+    output, _ = finish(start(["-c", code], "--xla_force_host_platform_device_count=4"))
+    told = output.splitlines()
+    assert len(told) == 2
+    assert "no attention" in told[0]
+    assert "6 features" in told[1] and "4 devices" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "told"),
+    [
+        ("auto", {}, "KERAS_BACKEND=jax"),
+        (None, {"coordinator": "127.0.0.1:1"}, "--coordinator: belongs"),
+        (None, {"process_id": 0}, "--process-id: belongs"),
+        ("data", {"coordinator": "127.0.0.1:1"}, "--num-processes is missing"),
+        ("data", {"coordinator": "here:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
+        ("data", {"coordinator": "here:1", "num_processes": 0, "process_id": 0}, "give 1 or more"),
+        ("data", {"coordinator": "here", "num_processes": 2, "process_id": 0}, "give HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit(kind, processes, told):
+    with pytest.raises(UserError, match=told):
+        distribution.start(kind, 4, **processes)
+
+
+def test_bad_devices_and_hosts_are_one_line_and_exit_code_2(folder):
+    """Nothing is written, and nothing long is done before."""
+    unreachable = processes(free_address(), 1)
+    cases = [
+        (("--distribution", "data"), "", "one device was found, cpu:0"),
+        ((*unreachable, "--coordinator-timeout", 1), "", "cannot be reached within 1 s"),
+        (("--distribution", "auto", "--train-batch-size", 3), TWO_DEVICES, "give a multiple of 2"),
+    ]
+    started = [train(folder, "refused", *options, flags=flags) for options, flags, _ in cases]
+    for process, (_, _, told) in zip(started, cases, strict=True):
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 2, errors
+        lines = errors.strip().splitlines()
+        assert len(lines) == 1 and told in lines[0], errors
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("text", ["localhost", "localhost:", ":8000", "localhost:port", "localhost:70000"])
+def test_addresses_that_are_none(text):
+    with pytest.raises(UserError, match="give HOST:PORT"):
+        rendezvous.parse_address(text)
+
+
+def meet_all(arguments):
+    """What each of several meetings ended with, all held at the same time: None, or the error's line."""
+    results = [None] * len(arguments)
+
+    def meet(place):
+        try:
+            rendezvous.meet(*arguments[place])
+        except UserError as error:
+            results[place] = str(error)
+
+    threads = [threading.Thread(target=meet, args=(place,)) for place in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_processes_meet():
+    address = rendezvous.parse_address(free_address())
+    assert meet_all([(address, 3, index, 10) for index in (2, 0, 1)]) == [None] * 3
+
+
+def test_processes_that_do_not_meet_are_told_why():
+    address = rendezvous.parse_address(free_address())
+    first, second = meet_all([(address, 3, 0, 1), (address, 3, 2, 2)])
+    assert "process 1 did not come within 1 s" in first
+    assert "not all processes came" in second
+    twice = meet_all([(address, 3, 0, 1), (address, 3, 2, 2), (address, 3, 2, 2)])
+    assert "process 1 did not come" in twice[0]
+    assert sum("--process-id 2: taken" in line for line in twice[1:]) == 1
+    fewer = meet_all([(address, 2, 0, 1), (address, 3, 1, 2)])
+    assert "process 1 did not come" in fewer[0]
+    assert "started with 2" in fewer[1]
+    with socket.create_server(("", address[1])), pytest.raises(UserError, match="take another port"):
+        rendezvous.meet(address, 2, 0, 1)

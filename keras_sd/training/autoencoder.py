@@ -113,5 +113,6 @@ def train_autoencoder(
         if not decoder_only:
             images = np.stack([source[index]["image"] for index in range(len(source))])
             config = dataclasses.replace(config, scaling_factor=measure_scale(vae, images))
-        write_part(settings.output_dir / "model", "vae", config.to_dict(), torch_state(vae))
+        if trainer.is_writer:
+            write_part(settings.output_dir / "model", "vae", config.to_dict(), torch_state(vae))
     return vae

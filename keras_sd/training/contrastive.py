@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.training.losses import ContrastiveObjective, images_to_network
 from keras_sd.training.trainer import Trainer
@@ -99,13 +100,15 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
 
     if not trainer.run(source, draw, repeats=repeats, evaluate=evaluate):
         return False
-    folder = settings.output_dir / "model"
-    with trainer.ema.applied():
+
+    def export(folder):
         write_part(folder, "text_encoder", text_config.to_dict(), torch_state(text_encoder))
         beside = {
-            "text_projection.weight": ops.convert_to_numpy(objective.text_projection.kernel).T,
-            "logit_scale": ops.convert_to_numpy(objective.logit_scale),
+            "text_projection.weight": backend.to_numpy(objective.text_projection.kernel).T,
+            "logit_scale": backend.to_numpy(objective.logit_scale),
         }
         write_part(folder, "image_encoder", image_config.to_dict(), {**torch_state(image_encoder), **beside})
-    tokenizer.save(folder / "tokenizer")
+        tokenizer.save(folder / "tokenizer")
+
+    trainer.export(export)
     return True

@@ -42,23 +42,19 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
         "--num-processes": num_processes,
         "--process-id": process_id,
     }
-    given = [flag for flag, value in processes.items() if value is not None]
+    address = _check_processes(kind, processes)
     if kind is None:
-        if given:
-            raise UserError(f"{given[0]}: belongs to several processes; add --distribution auto")
         return
     if keras.backend.backend() != "jax":
         raise UserError(
             f"--distribution {kind}: several devices need JAX, and the backend is "
             f"{keras.backend.backend()}; set KERAS_BACKEND=jax"
         )
-    if not given:
-        backend.join_processes()
-    elif len(given) < len(processes):
-        missing = next(flag for flag in processes if flag not in given)
-        raise UserError(f"{given[0]}: {missing} is missing; give {', '.join(processes)} together")
+    if address:
+        rendezvous.meet(address, num_processes, process_id, timeout)
+        backend.join_processes(coordinator, num_processes, process_id)
     else:
-        _join(coordinator, num_processes, process_id, timeout)
+        backend.join_processes()
     distribution = _distribution(kind)
     if distribution is None:
         return
@@ -71,15 +67,22 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     keras.distribution.set_distribution(distribution)
 
 
-def _join(coordinator, num_processes, process_id, timeout):
-    if num_processes < 1:
-        raise UserError(f"--num-processes {num_processes}: too few; give 1 or more")
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process-id {process_id}: out of range; give one from 0 to {num_processes - 1} to each process"
-        )
-    rendezvous.meet(rendezvous.parse_address(coordinator), num_processes, process_id, timeout)
-    backend.join_processes(coordinator, num_processes, process_id)
+def _check_processes(kind, processes):
+    """The address of process 0, or None where the flags name no processes; refuses what cannot be."""
+    given = [flag for flag, value in processes.items() if value is not None]
+    if not given:
+        return None
+    if kind is None:
+        raise UserError(f"{given[0]}: belongs to several processes; add --distribution auto")
+    missing = [flag for flag in processes if flag not in given]
+    if missing:
+        raise UserError(f"{given[0]}: {missing[0]} is missing; give {', '.join(processes)} together")
+    coordinator, count, index = processes.values()
+    if count < 1:
+        raise UserError(f"--num-processes {count}: too few; give 1 or more")
+    if not 0 <= index < count:
+        raise UserError(f"--process-id {index}: out of range; give one from 0 to {count - 1} to each process")
+    return rendezvous.parse_address(coordinator)
 
 
 def _distribution(kind):
