@@ -64,7 +64,7 @@ def list_presets():
     """List the models that go by a name."""
     for name, preset in presets.PRESETS.items():
         source = "bundled" if isinstance(preset.source, Path) else preset.source
-        click.echo(f"{name:<12}{preset.licence:<24}{source}")
+        click.echo(f"{name:<16}{preset.licence:<24}{source}")
 
 
 def main():

