@@ -1,13 +1,89 @@
 """All that depends on the Keras backend."""
 
 import functools
+import hashlib
+import importlib.metadata
+import os
+import re
 from pathlib import Path
 
 import keras
 import numpy as np
 
+from keras_sd.cache import cache_root
+
 # What TensorFlow's kernels take for granted of memory that is not their own.
 _ALIGNMENT = 64
+
+_CACHE_BYTES = 4 * 2**30
+_FLAG = "--tf_xla_persistent_cache_directory="
+
+
+def cache_folder():
+    """Where programs compiled by XLA are kept for the next process, or None where they are not.
+
+    Machine code fits the processor and the version that it was made for and no other: both name the folder.
+    """
+    root = cache_root()
+    if root is None:
+        return None
+    name = keras.backend.backend()
+    try:
+        information = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        version = importlib.metadata.version(name)
+    except (OSError, importlib.metadata.PackageNotFoundError):  # another system, or a nightly build
+        return None
+    processor = sorted(
+        {line for line in information.splitlines() if line.startswith(("flags", "Features", "model name"))}
+    )
+    digest = hashlib.sha256("\n".join(processor).encode()).hexdigest()[:16]
+    return root / "xla" / f"{name}-{version}-{digest}"
+
+
+def _keep_compiled_programs():
+    """Has XLA look for a program in `cache_folder` before it compiles, and put it there afterwards.
+
+    Whoever has named a folder to the backend keeps it. TensorFlow reads its flags at the first compilation.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return
+    # What this process inherits may be what its parent has set here.
+    flags = re.sub(rf"{_FLAG}\S*/xla/tensorflow-\S*", "", os.environ.get("TF_XLA_FLAGS", "")).strip()
+    if keras.backend.backend() == "tensorflow" and _FLAG in flags:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget_oldest(folder)
+    except OSError:  # a home that cannot be written to; programs are compiled each time
+        return
+    if keras.backend.backend() == "tensorflow":
+        os.environ["TF_XLA_FLAGS"] = f"{flags} {_FLAG}{folder}".strip()
+        return
+
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Smaller programs compile as fast as they are read.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _forget_oldest(folder):
+    """Removes the programs made first until those left take no more than `_CACHE_BYTES`."""
+    entries = []
+    for entry in os.scandir(folder):
+        status = entry.stat()
+        entries.append((status.st_mtime, status.st_size, entry.path))
+    size = sum(entry[1] for entry in entries)
+    for _, length, path in sorted(entries):
+        if size <= _CACHE_BYTES:
+            break
+        Path(path).unlink(missing_ok=True)  # another process may have been faster
+        size -= length
+
+
+_keep_compiled_programs()
 
 
 def jit(function, variables=(), jit_compile=True):

@@ -4,6 +4,8 @@ Several processes of tests get one thread each, as they would only take them fro
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,9 +13,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
+# Many tests, and the processes that they start, compile the same programs: one fresh cache serves them all.
+CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="keras_sd_cache_")
+if CACHE:
+    os.environ["KERAS_SD_CACHE"] = CACHE
+
 # Files that take longest go first, so that no process is left with one of them at the end.
 LONGEST = ("test_train", "test_trainer", "test_kill", "test_cli", "test_distribution", "test_dreambooth")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_unconfigure():
+    if CACHE:
+        shutil.rmtree(CACHE, ignore_errors=True)

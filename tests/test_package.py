@@ -85,6 +85,7 @@ def test_installed_wheel_generates_offline(environment, backend, tmp_path):
         "PATH": os.environ["PATH"],
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "KERAS_SD_CACHE": os.environ["KERAS_SD_CACHE"],
     }
     where = run(
         environment / "python", "-c", "import keras_sd; print(keras_sd.__file__)", cwd=tmp_path, env=variables

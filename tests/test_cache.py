@@ -1,0 +1,80 @@
+"""Programs are kept between processes: the second one compiles nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from keras_sd import backend
+from keras_sd.cache import cache_root
+
+PROGRAM = """if True:
+    import sys
+    import numpy as np
+    import keras
+    from keras_sd import backend
+    variable = keras.Variable(np.eye(64, dtype="float32"))
+    def function(x):
+        for _ in range(40):
+            x = keras.ops.softmax(x @ variable) * 2 + keras.ops.sin(x)
+        return x
+    call = backend.jit(function, [variable])
+    inputs = np.linspace(0, 1, 4096, dtype="float32").reshape(64, 64)
+    print(float(keras.ops.sum(call(keras.ops.convert_to_tensor(inputs)))))
+    print(backend.cache_folder())
+"""
+
+
+def run(name, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "KERAS_BACKEND": name, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def programs(folder):
+    """When each was written; JAX keeps the time of the last use in files beside them."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-atime")]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "jax"])
+def test_a_second_process_finds_the_program(name, tmp_path):
+    first, folder = run(name, KERAS_SD_CACHE=str(tmp_path))
+    kept = programs(tmp_path)
+    assert kept and all(str(path).startswith(folder) for path in kept)
+    assert f"/xla/{name}-" in folder
+    second, _ = run(name, KERAS_SD_CACHE=str(tmp_path))
+    assert second == first
+    assert programs(tmp_path) == kept
+
+
+def test_nothing_is_kept_if_told_so_or_impossible(tmp_path):
+    assert run("tensorflow", KERAS_SD_CACHE="", XDG_CACHE_HOME=str(tmp_path))[1] == "None"
+    (tmp_path / "file").touch()
+    run("tensorflow", KERAS_SD_CACHE=str(tmp_path / "file"), XDG_CACHE_HOME=str(tmp_path))
+    assert not list(tmp_path.rglob("xla"))
+
+
+def test_root(monkeypatch, tmp_path):
+    monkeypatch.delenv("KERAS_SD_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "keras_sd"
+    monkeypatch.setenv("KERAS_SD_CACHE", str(tmp_path / "own"))
+    assert cache_root() == tmp_path / "own"
+    monkeypatch.setenv("KERAS_SD_CACHE", "")
+    assert cache_root() is None
+
+
+def test_oldest_programs_go_first(monkeypatch, tmp_path):
+    for age, name in enumerate(("new", "middle", "old")):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(backend, "_CACHE_BYTES", 20)
+    backend._forget_oldest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["middle", "new"]
