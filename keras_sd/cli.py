@@ -7,6 +7,7 @@ import click
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd import __version__, presets
+from keras_sd.caption import caption
 from keras_sd.convert import convert
 from keras_sd.errors import run_command
 from keras_sd.generate import COMMANDS, check_output, open_model, sampling_options
@@ -19,7 +20,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, train):
+for command in (*COMMANDS, convert, caption, train):
     cli.add_command(command)
 
 

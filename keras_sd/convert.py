@@ -32,9 +32,10 @@ _OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5", ".keras", ".onnx
 )
 @click.option("--partial", is_flag=True, help="Take weights of which some are missing or left over.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at OUTPUT; other files of a folder stay.")
+@click.option("--open-clip", is_flag=True, help="Write both CLIP towers as a folder that open_clip opens.")
 @click.option("--verify", is_flag=True, help="Compare the result with SOURCE and with diffusers.")
 @click.option("--report", help="File for the whole comparison, .json or .md; verifies.")
-def convert(source, output, dtype, partial, overwrite, verify, report, **reading):
+def convert(source, output, dtype, partial, overwrite, open_clip, verify, report, **reading):
     """Write SOURCE, a model or some parts of one in any format, as OUTPUT.
 
     SOURCE is a preset, a hub id, a folder in diffusers' layout or of KerasCV's H5 files, or a single file.
@@ -43,10 +44,13 @@ def convert(source, output, dtype, partial, overwrite, verify, report, **reading
     """
     place = Path(source) if Path(source).exists() else presets.find(source)
     output = _check_place(output, place, overwrite)
+    if open_clip and (verify or report is not None or _is_single_file(output)):
+        raise UserError("--open-clip: writes a folder and compares nothing; leave out --verify and --report")
     if report is not None:
         report = check_output(report, ".md" if Path(report).suffix.lower() == ".md" else ".json")
     from keras_sd import parity
     from keras_sd.loading import open_parts
+    from keras_sd.weights.open_clip import write_open_clip_folder
     from keras_sd.weights.readers import read_checkpoint
 
     notes = []
@@ -57,6 +61,10 @@ def convert(source, output, dtype, partial, overwrite, verify, report, **reading
         for name, part in written.parts.items():
             click.echo(f"{name}: {_summary(part.tensors, dtype)}")
         tokenizer = opened.get("tokenizer")
+        if open_clip:
+            write_open_clip_folder(output, written, tokenizer and tokenizer.save, dtype)
+            click.echo(output)
+            return 0
         _write(output, written, tokenizer, dtype)
     click.echo(output)
     if not verify and report is None:

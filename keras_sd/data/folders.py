@@ -1,6 +1,8 @@
 """A folder of images with captions: `metadata.jsonl` or a text file beside each image."""
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from keras_sd.data.images import SUFFIXES, check_image, read_image
@@ -14,7 +16,8 @@ class FolderSource:
 
     Captions stand in `metadata.jsonl`, one object with `file_name` and `text` on each line (as in Hugging
     Face's imagefolder), or in a text file beside each image with the image's stem, one caption a line (as
-    kohya's scripts read it). Everything is checked on construction, before any long work.
+    kohya's scripts read it). Everything is checked on construction, before any long work. Images that
+    `metadata.jsonl` does not name are left out with a warning.
 
     Args:
         folder: the folder; its sub-folders are read too, save one named `validation`.
@@ -28,20 +31,16 @@ class FolderSource:
     def __init__(self, folder: str | Path, image_size: int, need_captions: bool = True):
         self.folder = Path(folder)
         self.image_size = image_size
-        if not self.folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give a folder with images")
-        images = _images(self.folder)
-        if not images:
-            raise UserError(f"{folder}: no images in this folder; add PNG, JPEG, WebP or BMP files")
+        images = image_paths(self.folder)
         if not need_captions:
             captions = dict.fromkeys(images, ())
         elif (self.folder / METADATA).exists():
             captions = _metadata_captions(self.folder, images)
         else:
             captions = _text_captions(self.folder, images)
-        for path in images:
+        for path in captions:
             check_image(path)
-        self._examples = [(path, captions[path]) for path in images]
+        self._examples = [(path, captions[path]) for path in images if path in captions]
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -52,13 +51,30 @@ class FolderSource:
         return {"image": read_image(path, self.image_size), "captions": captions, "path": str(path)}
 
 
-def _images(folder: Path) -> list[Path]:
+def image_paths(folder: Path, pass_over: Callable[[UserError], None] | None = None) -> list[Path]:
+    """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
+
+    Args:
+        pass_over: told of what lies outside the folder, which is then left out.
+
+    Raises:
+        UserError: there is no such folder, no image in it, or without `pass_over` one that lies outside.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder with images")
     paths = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
         if path.suffix.lower() in SUFFIXES and not hidden and parts[0] != "validation":
-            paths.append(_inside(path, folder, path.name))
+            try:
+                paths.append(_inside(path, folder, path.name))
+            except UserError as error:
+                if pass_over is None:
+                    raise
+                pass_over(error)
+    if not paths:
+        raise UserError(f"{folder}: no images in this folder; add PNG, JPEG, WebP or BMP files")
     return paths
 
 
@@ -103,9 +119,11 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
         captions[image] = (text,)
     missing = [path for path in images if path not in captions]
     if missing:
-        raise UserError(
-            f"{metadata}: {len(captions)} captions for {len(images)} images, none for "
-            f"{str(missing[0].relative_to(folder))!r}; add a line for each image or remove the image"
+        # The captioner passes over what it cannot read, and such a folder is a data set all the same.
+        warnings.warn(
+            f"{metadata}: {len(captions)} captions for {len(images)} images; {len(missing)} are left out, "
+            f"the first is {str(missing[0].relative_to(folder))!r}",
+            stacklevel=2,
         )
     return captions
 

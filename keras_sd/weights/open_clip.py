@@ -298,6 +298,27 @@ def _epsilon(open_clip):
     return (open_clip.get("norm_kwargs") or {}).get("eps", _EPSILON)
 
 
+def write_open_clip_folder(folder, checkpoint, save_tokenizer=None, dtype=None):
+    """Writes a CLIP as a folder that OpenCLIP opens by `local-dir:folder`: config, weights and tokenizer.
+
+    Args:
+        save_tokenizer: a function that writes transformers' tokenizer files into the folder that it is given.
+            None where the vocabulary is CLIP's own, which OpenCLIP has.
+        checkpoint, dtype: as in `write_open_clip`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_open_clip(folder / "open_clip_model.safetensors", checkpoint, dtype)
+    if save_tokenizer is None:
+        return
+    save_tokenizer(folder)
+    path = folder / CONFIG_NAME
+    config = read_json(path)
+    # OpenCLIP takes any name for a sign to look for the tokenizer beside the config.
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
+    write_json(path, config)
+
+
 def write_open_clip(path, checkpoint, dtype=None):
     """Writes a CLIP for OpenCLIP: the weights, and an `open_clip_config.json` beside them.
 

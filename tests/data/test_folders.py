@@ -100,7 +100,6 @@ def test_empty_folder(tmp_path):
         ([{"file_name": "a.png", "text": " "}], 'line 1: no "text"'),
         ([{"text": "x"}], 'line 1: no "file_name"'),
         (["3"], 'line 1: no "file_name"'),
-        ([{"file_name": "a.png", "text": "x"}], "1 captions for 2 images, none for 'deep/b.jpg'"),
         ([{"file_name": "a.png", "text": "x"}] * 2, "line 2: second caption for 'a.png'"),
         ([{"file_name": "c.png", "text": "x"}], "line 1: no image 'c.png'"),
         ([{"file_name": "../a.png", "text": "x"}], "file '../a.png' lies outside the folder"),
@@ -111,6 +110,13 @@ def test_empty_folder(tmp_path):
 def test_bad_metadata(folder, lines, expected):
     metadata(folder, *lines)
     assert expected in fault(folder)
+
+
+def test_images_without_a_line_are_left_out(folder):
+    metadata(folder, {"file_name": "deep/b.jpg", "text": "x"})
+    with pytest.warns(UserWarning, match="1 captions for 2 images; 1 are left out, the first is 'a.png'"):
+        source = load_source(str(folder), "train", 16)
+    assert [example["captions"] for example in source] == [("x",)]
 
 
 def test_separator_inside_a_caption_is_not_a_line_end(folder):

@@ -1,0 +1,184 @@
+"""The command that makes a data set out of a folder of pictures."""
+
+from pathlib import Path
+
+import click
+
+# torch is imported inside the command, after its options have been checked.
+from keras_sd.errors import UserError
+from keras_sd.generate import check_output
+
+_MODES = ("best", "fast", "classic", "negative", "caption")
+_SHEET_PICTURES = 48
+_SHEET_SIDE = 128
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("folder")
+@click.option("--mode", default="best", type=click.Choice(_MODES), help="From the slowest to the plainest.")
+@click.option(
+    "--clip",
+    default="ViT-L-14/openai",
+    help="open_clip model and weights, or a folder of its layout (keras-sd convert --open-clip).",
+)
+@click.option(
+    "--captioner",
+    default="Salesforce/blip-image-captioning-large",
+    help="BLIP for the sentence: hub id, folder, or none.",
+)
+@click.option("--flavors", help="File of phrases, one a line. Without any file, clip-interrogator's lists.")
+@click.option("--mediums", help="The same of media: an oil painting, an icon.")
+@click.option("--movements", help="The same of movements: de stijl.")
+@click.option("--artists", help="The same of artists' names.")
+@click.option("--negative", help="The same of what is unwanted, for --mode negative.")
+@click.option("--max-phrases", default=32, type=click.IntRange(1), help="Most phrases of a caption.")
+@click.option("--batch-size", default=16, type=click.IntRange(1), help="Pictures at a time.")
+@click.option("--low-memory", is_flag=True, help="Load the captioner and CLIP one after the other.")
+@click.option(
+    "--devices", default="auto", help="auto, all, or names with commas: cuda:0,cuda:1. One worker each."
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of each worker on a CPU.")
+@click.option("--num-shards", default=1, type=click.IntRange(1), help="Parts of the folder, one a machine.")
+@click.option("--shard-index", default=0, type=int, help="Which of them this run does, from 0.")
+@click.option("--remove-artists", is_flag=True, help="Take artists' names out of the captions.")
+@click.option(
+    "--remove", "patterns", multiple=True, metavar="REGEX", help="Take out what matches; may repeat."
+)
+@click.option("--product-type", help='Stands in every caption, such as "whisky".')
+@click.option("--introductions", help="JSON lines with file_name and text, whose main words are added.")
+@click.option("--keywords", default=5, type=click.IntRange(1), help="How many words of an introduction.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Longest caption in CLIP's tokens; cut at commas.")
+@click.option("--txt", is_flag=True, help="Write a .txt beside each picture too.")
+@click.option("--contact-sheet", help="PNG file for pictures with their captions.")
+@click.option("--overwrite", is_flag=True, help="Replace captions of another model, mode or vocabulary.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+def caption(
+    folder, devices, threads, num_shards, shard_index, txt, contact_sheet, overwrite, dry_run, **options
+):
+    """Describe the pictures in FOLDER and write metadata.jsonl, which training takes as it is.
+
+    A run that was killed goes on where it was when the same command is given again. Cleaning
+    (--remove-artists to --max-tokens) can be changed afterwards without describing the pictures again.
+    """
+    from keras_sd.captions import workers
+    from keras_sd.captions.dataset import CaptionedFolder, caption_shard
+
+    if contact_sheet is not None:
+        contact_sheet = check_output(contact_sheet, ".png")
+    settings, cleaning = _caption_settings(options), _cleaning_settings(options)
+    cleaning.cleaner()
+    cleaning.keywords_by_name()
+    captioned = CaptionedFolder(folder, settings, overwrite)
+    missing = captioned.missing(shard_index, num_shards)
+    if txt:
+        captioned.check_text_files()
+    if dry_run:
+        _tell_plan(captioned, missing, shard_index, num_shards)
+        return
+    if missing:
+        names = workers.devices(devices)
+        if len(names) > 1 and num_shards > 1:
+            raise UserError(f"--devices {devices}: already splits the folder; leave out --num-shards")
+        from tqdm import tqdm
+
+        with tqdm(total=len(missing), desc="captions", unit="picture") as bar:
+            if len(names) > 1:
+                workers.caption_by_workers(captioned, names, threads, bar.update)
+            else:
+                caption_shard(captioned, shard_index, num_shards, names[0], threads, bar.update)
+    summary = captioned.write(cleaning, txt)
+    if contact_sheet is not None and summary.captions:
+        _write_sheet(captioned, summary, contact_sheet)
+    _tell(captioned, summary)
+
+
+def _caption_settings(options):
+    from keras_sd.captions.dataset import CaptionSettings
+    from keras_sd.captions.vocabulary import KINDS
+
+    captioner = options["captioner"]
+    return CaptionSettings(
+        mode=options["mode"],
+        clip=options["clip"],
+        captioner=None if captioner.lower() == "none" else captioner,
+        vocabulary={kind: options[kind] for kind in KINDS if options[kind] is not None},
+        maximum_phrases=options["max_phrases"],
+        batch_size=options["batch_size"],
+        low_memory=options["low_memory"],
+    )
+
+
+def _cleaning_settings(options):
+    from keras_sd.captions.dataset import CleaningSettings
+    from keras_sd.captions.vocabulary import read_phrases
+
+    artists = None
+    if options["remove_artists"]:
+        artists = read_phrases(options["artists"]) if options["artists"] else _known_artists()
+    return CleaningSettings(
+        artists=artists,
+        patterns=options["patterns"],
+        product_type=options["product_type"],
+        introductions=options["introductions"],
+        keywords=options["keywords"],
+        maximum_tokens=options["max_tokens"],
+    )
+
+
+def _known_artists():
+    """clip-interrogator's list where it is installed; `by` and a name are known without one."""
+    from keras_sd.captions.vocabulary import Vocabulary
+
+    try:
+        return Vocabulary.read().artists
+    except UserError:
+        return ()
+
+
+def _tell_plan(captioned, missing, shard_index, num_shards):
+    from keras_sd.data.images import check_image
+
+    faults = dict(captioned.outside)
+    for name in missing:
+        try:
+            check_image(captioned.folder / name)
+        except UserError as error:
+            faults[name] = str(error)
+    click.echo(f"{captioned.folder}: {len(captioned.names)} pictures")
+    click.echo(f"shard {shard_index} of {num_shards}: {len(missing)} to describe, {len(faults)} unreadable")
+    for fault in faults.values():
+        click.echo(f"  {fault}")
+    for name, value in captioned.settings.identity().items():
+        click.echo(f"{name.replace('_', ' ')}: {value}")
+
+
+def _tell(captioned, summary):
+    """The summary at the end, the file last."""
+    from keras_sd.data.folders import METADATA
+
+    for fault in summary.passed_over.values():
+        click.echo(f"passed over: {fault}", err=True)
+    if summary.missing:
+        click.echo(f"{summary.missing} of {summary.pictures} pictures are left to other shards")
+        return
+    removed = sum(summary.artists.values())
+    click.echo(f"{len(summary.captions)} captioned, {len(summary.passed_over)} passed over")
+    if removed:
+        common = ", ".join(f"{name} ({count})" for name, count in summary.artists.most_common(3))
+        click.echo(f"{removed} artists removed: {common}{' …' if len(summary.artists) > 3 else ''}")
+    if summary.cut:
+        click.echo(f"{summary.cut} phrases left out for the sake of length")
+    if not summary.captions:
+        raise UserError(f"{captioned.folder}: no picture could be captioned; see the lines above")
+    click.echo(captioned.folder / METADATA)
+
+
+def _write_sheet(captioned, summary, path):
+    from keras_sd.data.images import read_image
+    from keras_sd.images import image_grid, save_png
+
+    names = list(summary.captions)
+    names = names[:: max(1, len(names) // _SHEET_PICTURES)][:_SHEET_PICTURES]
+    pictures = [read_image(captioned.folder / name, _SHEET_SIDE) for name in names]
+    save_png(image_grid(pictures, [summary.captions[name] for name in names]), Path(path))
+    click.echo(path)

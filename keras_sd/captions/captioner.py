@@ -1,0 +1,46 @@
+"""A sentence for a picture, by BLIP (Li et al., 2022, arXiv:2201.12086) as transformers has it."""
+
+from keras_sd.errors import UserError
+
+_NEW_TOKENS = 32
+
+
+class Captioner:
+    """Says in a sentence what a picture shows.
+
+    Args:
+        name: a hub id such as `Salesforce/blip-image-captioning-large`, or a folder of that layout.
+        device: where torch computes: "cpu", "cuda", "cuda:1", ... Off the CPU it computes in float16.
+
+    Raises:
+        UserError: transformers is not installed, or the model cannot be opened.
+    """
+
+    def __init__(self, name, device="cpu"):
+        try:
+            import torch
+            from transformers import BlipForConditionalGeneration, BlipProcessor
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{error.name} is not installed; pip install 'keras_sd[caption]', or use --captioner none"
+            ) from error
+        self.dtype = torch.float32 if str(device) == "cpu" else torch.float16
+        try:
+            self._processor = BlipProcessor.from_pretrained(name)
+            model = BlipForConditionalGeneration.from_pretrained(name, dtype=self.dtype)
+        except (OSError, ValueError) as error:
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"captioner {name}: cannot be opened ({line}); give a BLIP model, or --captioner none"
+            ) from error
+        self.device = device
+        self._model = model.to(device).eval()
+
+    def __call__(self, images):
+        """One sentence for each of a list of Pillow images."""
+        import torch
+
+        inputs = self._processor(images=images, return_tensors="pt").to(self.device, self.dtype)
+        with torch.inference_mode():
+            tokens = self._model.generate(**inputs, max_new_tokens=_NEW_TOKENS)
+        return [text.strip() for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]

@@ -1,0 +1,59 @@
+"""What has been done so far, a line for each picture, safe against a kill at any moment."""
+
+import json
+import os
+
+import filelock
+
+from keras_sd.errors import UserError
+
+# What a run that was killed has left running notices it within a batch.
+_PATIENCE = 60
+
+
+class Journal:
+    """A file of JSON lines that one process appends to. Use it in a `with` statement.
+
+    A line that was cut off by a kill is taken away; all others were synced to disk.
+
+    Raises:
+        UserError: another process has it open.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self._lock = filelock.FileLock(f"{path}.lock")
+
+    def __enter__(self):
+        try:
+            self._lock.acquire(timeout=_PATIENCE)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"{self.path}: another run is at work on this shard; wait for it, or choose another shard"
+            ) from error
+        self._file = open(self.path, "ab")
+        end = len(_whole_lines(self.path))
+        if end < self._file.tell():
+            self._file.truncate(end)
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+        self._lock.release()
+
+    def append(self, entries):
+        """Adds dictionaries, and returns once they are on disk."""
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        self._file.write(lines.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_journal(path):
+    """The entries, in order; nothing if there is no such file. The last line may be just being written."""
+    return [json.loads(line) for line in _whole_lines(path).splitlines()]
+
+
+def _whole_lines(path):
+    text = path.read_bytes() if path.exists() else b""
+    return text[: text.rfind(b"\n") + 1]

@@ -1,0 +1,186 @@
+"""How well a phrase fits a picture: a CLIP of open_clip, and exact search among many phrases."""
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from keras_sd.errors import UserError
+
+_TEXT_BATCH = 256
+_QUERIES = 64
+
+
+class Clip:
+    """Pictures and texts as unit vectors of one space (Radford et al., 2021, arXiv:2103.00020).
+
+    Args:
+        name: an open_clip model and its weights, as in `ViT-L-14/openai` (Stable Diffusion 1 was trained with
+            it) or `ViT-H-14/laion2b_s32b_b79k` (2); the weights may be a file too: `ViT-L-14/my/clip.pt`.
+            Or a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
+        device: where torch computes: "cpu", "cuda", "cuda:1", ...
+        cache_folder: where the vectors of long lists of phrases are kept; None keeps none.
+
+    Raises:
+        UserError: open_clip is not installed, does not know the model or cannot get its weights.
+    """
+
+    def __init__(self, name, device="cpu", cache_folder=None):
+        self.name, self.device = name, device
+        self.cache_folder = None if cache_folder is None else Path(cache_folder)
+        self._model, self._preprocess, self._tokenize = _open(name, device)
+        self._vectors = {}
+
+    def encode_images(self, images):
+        """Unit vectors float32 (n, d) of a list of Pillow images."""
+        import torch
+
+        pixels = torch.stack([self._preprocess(image) for image in images]).to(self.device)
+        with torch.inference_mode():
+            return self._model.encode_image(pixels, normalize=True).float().cpu().numpy()
+
+    def encode_texts(self, texts):
+        """Unit vectors float32 (n, d) of texts, each of which is cut to the model's length."""
+        import torch
+
+        vectors = []
+        for start in range(0, len(texts), _TEXT_BATCH):
+            ids = self._tokenize(list(texts[start : start + _TEXT_BATCH])).to(self.device)
+            with torch.inference_mode():
+                vectors.append(self._model.encode_text(ids, normalize=True).float().cpu().numpy())
+        return np.concatenate(vectors)
+
+    def phrase_vectors(self, phrases):
+        """As `encode_texts`, kept in memory and on disk for a list of phrases that comes again.
+
+        The file is named by the text tower's weights and the list, so that it is never another one's.
+        """
+        key = hashlib.sha256("\0".join(phrases).encode()).hexdigest()
+        if key in self._vectors:
+            return self._vectors[key]
+        path = None
+        if self.cache_folder is not None:
+            path = self.cache_folder / f"{self._digest()}-{key[:32]}.safetensors"
+        vectors = _read_vectors(path, len(phrases))
+        if vectors is None:
+            vectors = self.encode_texts(phrases)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                staged = path.with_suffix(f".{os.getpid()}")
+                save_file({"vectors": vectors}, staged)
+                staged.replace(path)  # whole, or not there
+        self._vectors[key] = vectors
+        return vectors
+
+    def _digest(self):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._model.state_dict().items()):
+            if not name.startswith("visual."):
+                digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _read_vectors(path, count):
+    if path is None or not path.is_file():
+        return None
+    try:
+        vectors = load_file(path)["vectors"]
+    except (SafetensorError, KeyError, OSError):  # damaged: made again
+        return None
+    return vectors if len(vectors) == count else None
+
+
+def _open(name, device):
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; pip install 'keras_sd[caption]', or use --mode caption"
+        ) from error
+    if Path(name).is_dir():
+        folder = Path(name).resolve()
+        if not (folder / "open_clip_config.json").is_file():
+            raise UserError(
+                f"{name}: no open_clip_config.json; write such a folder with keras-sd convert --open-clip"
+            )
+        identifier, pretrained = f"local-dir:{folder}", None
+    else:
+        identifier, _, pretrained = name.partition("/")
+        _check_name(open_clip, identifier, pretrained)
+    try:
+        with _quiet():
+            model, preprocess = open_clip.create_model_from_pretrained(
+                identifier, pretrained=pretrained, device=device
+            )
+            tokenize = open_clip.get_tokenizer(identifier)
+    except Exception as error:  # from files, the hub or torch, each with exceptions of its own
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"CLIP {name}: cannot be opened ({line}); check the name, the connection and the files"
+        ) from error
+    return model.eval(), preprocess, tokenize
+
+
+def _check_name(open_clip, identifier, pretrained):
+    models = open_clip.list_models()
+    if identifier not in models:
+        near = difflib.get_close_matches(identifier, models, n=3, cutoff=0.3)
+        raise UserError(
+            f"CLIP {identifier!r}: open_clip has no such model; try {', '.join(near) or models[0]}"
+        )
+    known = open_clip.list_pretrained_tags_by_model(identifier)
+    if pretrained not in known and not Path(pretrained or " ").is_file():
+        raise UserError(
+            f"CLIP {identifier}: no weights {pretrained!r}; write {identifier}/ and then "
+            f"{', '.join(known[:4]) or 'a file'}"
+        )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """open_clip tells its loading on the root logger."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+
+
+def top_k(queries, keys, count, lowest=False):
+    """The `count` keys with the largest inner products with each query, exactly.
+
+    Products in single precision name the candidates, within their largest possible rounding error; products
+    in double precision order these. Equal products go by the lowest index.
+
+    Args:
+        queries: float32 (n, d).
+        keys: float32 (m, d).
+        count: how many; all where there are fewer keys.
+        lowest: the smallest products instead, the smallest first.
+
+    Returns:
+        Indices into the keys (n, count), the best first, and their products float64 (n, count).
+    """
+    count = min(count, len(keys))
+    sign = np.float32(-1 if lowest else 1)
+    indices = np.empty((len(queries), count), dtype=np.int64)
+    products = np.empty((len(queries), count))
+    # A sum of d products, each side rounded: Higham, "Accuracy and Stability of Numerical Algorithms", 3.1.
+    length = np.linalg.norm(keys, axis=1).max(initial=0.0)
+    error = (keys.shape[1] + 2) * 2.0**-24 * np.linalg.norm(queries, axis=1) * length
+    for start in range(0, len(queries), _QUERIES):
+        rough = sign * (queries[start : start + _QUERIES] @ keys.T)
+        limits = np.partition(rough, -count, axis=1)[:, -count]
+        for row, (scores, limit) in enumerate(zip(rough, limits, strict=True), start):
+            candidates = np.flatnonzero(scores >= limit - 2 * error[row])
+            exact = (keys[candidates].astype(np.float64) * queries[row]).sum(axis=1)
+            best = np.argsort(-sign * exact, kind="stable")[:count]
+            indices[row], products[row] = candidates[best], exact[best]
+    return indices, products

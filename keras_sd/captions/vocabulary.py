@@ -1,0 +1,110 @@
+"""The phrases that pictures are described with: artists, media, movements, flavours, and what is unwanted."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import warnings
+from pathlib import Path
+
+from keras_sd.errors import UserError
+
+KINDS = ("artists", "mediums", "movements", "flavors", "negative")
+"""The lists, by the names of their files in `clip-interrogator`, an optional package that has them all."""
+
+_SITES = ("Artstation", "behance", "cg society", "deviantart", "dribbble", "flickr", "instagram", "pexels")
+_SITES += ("pinterest", "pixabay", "pixiv", "polycount", "reddit", "shutterstock", "tumblr", "unsplash")
+_SITES_PHRASES = tuple(
+    phrase.format(site) for site in _SITES for phrase in ("{}", "trending on {}", "featured on {}")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Phrases by kind; each kind is a tuple of distinct strings and may be empty."""
+
+    artists: tuple[str, ...] = ()
+    mediums: tuple[str, ...] = ()
+    movements: tuple[str, ...] = ()
+    flavors: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, **paths):
+        """Reads the lists from text files, one phrase a line.
+
+        Args:
+            paths: file for each of `KINDS` that is wanted. Without any, all lists are those of the installed
+                package `clip-interrogator`.
+
+        Raises:
+            UserError: a file is missing, empty or not UTF-8, or there is no file and no such package.
+        """
+        paths = {kind: path for kind, path in paths.items() if path is not None}
+        if not paths:
+            folder = _installed_folder()
+            paths = {kind: folder / f"{kind}.txt" for kind in KINDS}
+        return cls(**{kind: read_phrases(path) for kind, path in paths.items()})
+
+    @property
+    def styles(self):
+        """What artists stand for in a caption: by them, or inspired by them."""
+        return tuple(f"{word} {artist}" for word in ("by", "inspired by") for artist in self.artists)
+
+    @property
+    def sites(self):
+        """Where such pictures are shown; part of the vocabulary where there are artists."""
+        return _SITES_PHRASES if self.artists else ()
+
+    @property
+    def phrases(self):
+        """All that may describe a picture, without doubles."""
+        return tuple(
+            dict.fromkeys((*self.styles, *self.flavors, *self.mediums, *self.movements, *self.sites))
+        )
+
+    def digest(self):
+        """A name for these lists, 16 hexadecimal digits."""
+        text = "\n".join(f"{kind}\t{phrase}" for kind in KINDS for phrase in getattr(self, kind))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_phrases(path):
+    """The lines of a text file, blank ones left out; warns of doubled ones, which count once.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 (byte {error.start}); save the vocabulary as UTF-8 text"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a text file, a phrase a line"
+        ) from error
+    phrases = [line for line in lines if line]
+    if not phrases:
+        raise UserError(f"{path}: empty vocabulary; write one phrase a line into it")
+    distinct = tuple(dict.fromkeys(phrases))
+    if len(distinct) < len(phrases):
+        doubled = next(phrase for index, phrase in enumerate(phrases) if phrase in phrases[:index])
+        warnings.warn(
+            f"{path}: {len(phrases) - len(distinct)} doubled lines, the first is {doubled!r}; "
+            "each counts once",
+            stacklevel=2,
+        )
+    return distinct
+
+
+def _installed_folder():
+    package = importlib.util.find_spec("clip_interrogator")
+    folder = Path(package.origin).parent / "data" if package and package.origin else None
+    if folder is None or not all((folder / f"{kind}.txt").is_file() for kind in KINDS):
+        raise UserError(
+            "no vocabulary: give text files by --flavors, --mediums, --movements, --artists, "
+            "or pip install --no-deps clip-interrogator"
+        )
+    return folder

@@ -1,0 +1,85 @@
+"""The bundled CLIP for open_clip, a small BLIP of the real class, and a folder of emoji."""
+
+import json
+import subprocess
+import sys
+
+from PIL import Image
+
+from keras_sd.convert import convert
+from keras_sd.data.emoji import load_emoji
+
+BLIP = """if True:
+    import json, sys
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+    from transformers import BlipProcessor
+    folder = sys.argv[1]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    words = [*special, *"a red blue heart face on of the".split()]
+    with open(folder + "/vocab.txt", "w") as file:
+        file.write("\\n".join(words))
+    tokenizer = BertTokenizerFast(folder + "/vocab.txt", additional_special_tokens=["[DEC]"])
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "encoder_hidden_size": 32, "bos_token_id": 5, "eos_token_id": 3}
+    config = BlipConfig(
+        text_config={**size, **text, "pad_token_id": 0, "sep_token_id": 3, "max_position_embeddings": 64},
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+    )
+    torch.manual_seed(0)
+    model = BlipForConditionalGeneration(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    images = BlipImageProcessor(size={"height": 32, "width": 32})
+    BlipProcessor(images, tokenizer).save_pretrained(folder)
+"""
+
+
+def run(code, *arguments, **options):
+    """Runs Python code in a process of its own, which may import torch."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def caption(*arguments, **options):
+    """`keras-sd caption`: (exit code, standard output, standard error)."""
+    code = "from keras_sd.cli import main; main()"
+    done = run(code, "caption", *arguments, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def write_clip(folder):
+    convert.main(["emoji", str(folder), "--open-clip"], standalone_mode=False)
+    return folder
+
+
+def write_captioner(folder):
+    folder.mkdir()
+    done = run(BLIP, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def write_emoji(folder, count):
+    """Pictures of base concepts that CLIP was trained on, and their names by file name."""
+    folder.mkdir(parents=True)
+    emoji = [e for e in load_emoji() if e.split == "train" and e.code == e.concept]
+    names = {}
+    for e in emoji[:: len(emoji) // count][:count]:
+        Image.fromarray(e.load(64)).save(folder / f"{e.code}.png")
+        names[f"{e.code}.png"] = e.captions[0]
+    return names
+
+
+def write_vocabulary(path):
+    names = dict.fromkeys(e.captions[0] for e in load_emoji() if e.code == e.concept)
+    path.write_text("\n".join(names), encoding="utf-8")
+    return path
+
+
+def read_lines(path):
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["file_name"]: line["text"] for line in lines}

@@ -1,0 +1,255 @@
+"""`keras-sd caption` as people run it, each time in a process of its own."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_sd.captions.dataset import CaptionedFolder, CaptionSettings, CleaningSettings
+from keras_sd.data.folders import FolderSource
+from keras_sd.errors import UserError
+from tests.captions import models
+from tests.captions.models import caption, read_lines
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("captions")
+    models.write_clip(place / "clip")
+    models.write_captioner(place / "blip")
+    models.write_vocabulary(place / "names.txt")
+    models.write_emoji(place / "pictures", COUNT)
+    return place
+
+
+def options(place, *more):
+    lists = ("--clip", place / "clip", "--captioner", "none", "--flavors", place / "names.txt")
+    return ("--mode", "fast", "--max-phrases", "5", "--batch-size", "4", *lists, *more)
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """Captions of the pictures, in one go."""
+    folder = place / "reference"
+    shutil.copytree(place / "pictures", folder)
+    code, output, errors = caption(folder, *options(place))
+    assert code == 0, errors
+    assert output.endswith(f"{COUNT} captioned, 0 passed over\n{folder / 'metadata.jsonl'}\n")
+    assert "picture/s" in errors
+    captions = read_lines(folder / "metadata.jsonl")
+    assert list(captions) == sorted(path.name for path in folder.glob("*.png"))
+    return captions
+
+
+def test_bad_pictures_are_passed_over_and_the_rest_trains(place, reference, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(place / "pictures", folder)
+    (folder / "sub").mkdir()
+    first = min(reference)
+    (folder / first).rename(folder / "sub" / first)
+    whole = (folder / max(reference)).read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.zeros((64, 64), "uint8")).save(folder / "animated.gif", save_all=True)
+    Image.new("1", (8001, 8001)).save(folder / "huge.png")
+    Image.open(folder / max(reference)).convert("P").save(folder / "palette.png")
+    (folder / "elsewhere.png").symlink_to(place / "pictures" / first)
+    code, output, errors = caption(
+        folder, *options(place, "--devices", "cpu,cpu", "--contact-sheet", tmp_path / "sheet.png", "--txt")
+    )
+    assert code == 0, errors
+    captions = read_lines(folder / "metadata.jsonl")
+    assert captions.pop("palette.png")
+    expected = {("sub/" if name == first else "") + name: text for name, text in reference.items()}
+    assert captions == expected
+    told = [line for line in errors.splitlines() if line.startswith("passed over")]
+    assert [word in "".join(told) for word in ("truncated.png", "animated.gif", "huge.png", "elsewhere")] == [
+        True
+    ] * 4
+    assert len(told) == 4
+    assert (folder / "sub" / first).with_suffix(".txt").read_text() == reference[first] + "\n"
+    assert min(Image.open(tmp_path / "sheet.png").size) > 256
+    for path in ("elsewhere.png",):
+        (folder / path).unlink()
+    with pytest.warns(UserWarning, match="13 captions for 16 images; 3 are left out"):
+        source = FolderSource(folder, 32)
+    assert len(source) == COUNT + 1 and source[0]["captions"]
+
+
+def test_killed_and_resumed(place, reference, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(place / "pictures", folder)
+    arguments = [*map(str, options(place, "--threads", "1")), "--batch-size", "1"]
+    command = [sys.executable, "-c", "from keras_sd.cli import main; main()", "caption", str(folder)]
+    journal = folder / ".captions" / "captions-0-of-1.jsonl"
+    for lines in (1, 5):
+        process = subprocess.Popen(command + arguments, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (
+            journal.exists() and len(journal.read_text().splitlines()) >= lines
+        ):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "metadata.jsonl").exists()
+    with open(journal, "a") as file:
+        file.write('{"file_name": "torn')
+    code, output, errors = caption(folder, *arguments)
+    assert code == 0, errors
+    assert read_lines(folder / "metadata.jsonl") == reference
+    lines = [json.loads(line)["file_name"] for line in journal.read_text().splitlines()]
+    assert lines == sorted(reference)
+
+
+def test_shards_by_turns_and_low_memory(place, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(place / "pictures", folder)
+    shutil.copytree(place / "pictures", tmp_path / "together")
+    arguments = [*options(place), "--captioner", place / "blip"]
+    for shard in (0, 1):
+        sharding = ("--num-shards", "2", "--shard-index", shard, "--low-memory")
+        code, output, errors = caption(folder, *arguments, *sharding)
+        assert code == 0, errors
+        assert (folder / "metadata.jsonl").exists() == (shard == 1)
+        assert ("6 of 12 pictures are left to other shards" in output) == (shard == 0)
+    code, _, errors = caption(tmp_path / "together", *arguments)
+    assert code == 0, errors
+    assert read_lines(folder / "metadata.jsonl") == read_lines(tmp_path / "together" / "metadata.jsonl")
+
+
+@pytest.fixture
+def described(tmp_path):
+    """A folder in which three pictures have been described by a sentence each."""
+    folder = tmp_path / "described"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (32, 32)).save(folder / name)
+    captioned = CaptionedFolder(folder, CaptionSettings("caption", captioner="blip"))
+    captioned.begin()
+    texts = ("a bottle, by Claude Monet, 8k", "a cup", "by Claude Monet")
+    with captioned.journal(0, 1) as journal:
+        journal.append([{"file_name": f"{n}.png", "text": t} for n, t in zip("abc", texts, strict=True)])
+    return folder
+
+
+SENTENCES = ("--mode", "caption", "--captioner", "blip")
+
+
+def test_cleaning_needs_no_model(described, tmp_path):
+    (tmp_path / "artists.txt").write_text("Claude Monet\n")
+    introductions = tmp_path / "introductions.jsonl"
+    texts = {"a.png": "Peat and smoke. Peat!", "b.png": "Honey and citrus. Honey!"}
+    introductions.write_text("\n".join(json.dumps({"file_name": n, "text": t}) for n, t in texts.items()))
+    before = read_lines_of(described)
+    code, output, errors = caption(
+        *(
+            described,
+            *SENTENCES,
+            "--remove-artists",
+            "--artists",
+            tmp_path / "artists.txt",
+            "--remove",
+            r"\d+k",
+        ),
+        *("--product-type", "whisky", "--introductions", introductions, "--keywords", "1"),
+    )
+    assert code == 0, errors
+    assert read_lines(described / "metadata.jsonl") == {
+        "a.png": "whisky, a bottle, Peat",
+        "b.png": "whisky, a cup, Honey",
+    }
+    assert "2 captioned, 1 passed over\n2 artists removed: Claude Monet (2)\n" in output
+    assert "c.png: nothing is left of its caption" in errors
+    code, _, errors = caption(described, *SENTENCES)
+    assert code == 0, errors
+    assert read_lines(described / "metadata.jsonl")["a.png"] == "a bottle, by Claude Monet, 8k"
+    assert read_lines_of(described) == before
+
+
+def read_lines_of(folder):
+    return {path.name: path.read_bytes() for path in (folder / ".captions").glob("*.jsonl")}
+
+
+def test_new_pictures_are_seen_and_gone_ones_forgotten(described):
+    (described / "b.png").unlink()
+    Image.new("RGB", (32, 32)).save(described / "d.png")
+    captioned = CaptionedFolder(described, CaptionSettings("caption", captioner="blip"))
+    assert captioned.missing() == ["d.png"]
+    assert captioned.write().missing == 1
+    (described / "d.png").unlink()
+    captioned = CaptionedFolder(described, CaptionSettings("caption", captioner="blip"))
+    assert list(captioned.write().captions) == ["a.png", "c.png"]
+
+
+def test_dry_run_writes_nothing(place, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(place / "pictures", folder)
+    (folder / "broken.png").write_bytes(b"")
+    before = sorted(folder.iterdir())
+    code, output, errors = caption(folder, *options(place, "--dry-run"))
+    assert code == 0, errors
+    assert "13 to describe, 1 unreadable" in output and "broken.png" in output and "mode: fast" in output
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (("--num-shards", "2", "--shard-index", "2"), "shard 2 of 2: out of range"),
+        (("--mode", "fast", "--flavors", "missing.txt"), "missing.txt: cannot be read"),
+        (("--mode", "fast"), "another mode"),
+        (("--remove", "("), "no regular expression"),
+        (("--introductions", "missing.jsonl"), "missing.jsonl: cannot be read"),
+        (("--captioner", "other"), "holds captions of another captioner"),
+        (("--captioner", "none"), "name a captioner"),
+        (("--contact-sheet", "sheet.jpg"), ".png"),
+    ],
+)
+def test_bad_input(described, place, more, fault):
+    if more == ("--mode", "fast"):
+        more += ("--flavors", place / "names.txt")
+    before = {path: path.read_bytes() for path in described.rglob("*") if path.is_file()}
+    code, _, errors = caption(described, *SENTENCES, *more)
+    assert code == 2
+    assert fault in errors and len(errors.splitlines()) == 1
+    assert {path: path.read_bytes() for path in described.rglob("*") if path.is_file()} == before
+
+
+def test_others_captions_are_not_overwritten(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "mine"}\n')
+    settings = CaptionSettings("caption", captioner="blip")
+    with pytest.raises(UserError, match="not made here; use another folder"):
+        CaptionedFolder(tmp_path, settings)
+    assert CaptionedFolder(tmp_path, settings, overwrite=True).missing() == ["a.png"]
+    assert "mine" in (tmp_path / "metadata.jsonl").read_text()
+
+
+def test_text_files_are_not_overwritten_or_shared(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("mine")
+    settings = CaptionSettings("caption", captioner="blip")
+    with pytest.raises(UserError, match=r"a.txt: exists"):
+        CaptionedFolder(tmp_path, settings).check_text_files()
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.jpg")
+    with pytest.raises(UserError, match=r"b.txt: would be the caption of 2 pictures"):
+        CaptionedFolder(tmp_path, settings).check_text_files()
+
+
+def test_no_pictures(tmp_path):
+    with pytest.raises(UserError, match="no images in this folder"):
+        CaptionedFolder(tmp_path, CaptionSettings("caption", captioner="blip"))
+    with pytest.raises(UserError, match="no such folder"):
+        CaptionedFolder(tmp_path / "none", CaptionSettings("caption", captioner="blip"))
+
+
+def test_length_is_counted_as_clip_does():
+    cleaner = CleaningSettings(maximum_tokens=6).cleaner()
+    assert cleaner("a red heart, glossy, shiny, bright").text == "a red heart, glossy"
