@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train test test-full lint bench clean
+.PHONY: help install demo train test test-full test-notebooks lint bench notebooks clean
 # A half-written result (an interrupted installation) must not look finished.
 .DELETE_ON_ERROR:
 
@@ -26,6 +26,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --editable '.[test]'
 	@touch $@
 
+$(VENV)/installed-notebooks: $(VENV)/installed
+	$(BIN)/python -m pip install --editable '.[notebooks]'
+	@touch $@
+
 install: $(VENV)/installed  ## Install keras-sd and what it needs into .venv
 	@echo 'Ready: $(BIN)/keras-sd --help'
 
@@ -41,12 +45,18 @@ test: $(VENV)/installed-test  ## Run the tests
 test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers (an hour, 16 GiB)
 	$(BIN)/python -m pytest -q tests/full_size $(ARGS)
 
+test-notebooks: $(VENV)/installed-test $(VENV)/installed-notebooks  ## Execute notebooks at their smallest setting
+	$(BIN)/python -m pytest -q tests/notebooks $(ARGS)
+
 lint: $(VENV)/installed-test  ## Check style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
 bench: $(VENV)/installed  ## Time XLA on and off for training and sampling
 	$(BIN)/python tools/bench.py --output bench/xla.json $(ARGS)
+
+notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
+	$(BIN)/python tools/run_notebooks.py $(ARGS)
 
 clean:  ## Remove builds and caches; .venv, runs/ and demo/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

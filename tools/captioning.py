@@ -111,7 +111,7 @@ def kill_and_resume(pictures, place, kills):
                 command(folder, place, "--batch-size", "4", "--threads", "1"), stderr=subprocess.DEVNULL
             )
             # Most moments lie within the work, some in the loading before it.
-            goal = lines(folder) + random.randrange(-20, total // kills)
+            goal = lines(folder) + random.randrange(-20, total // (2 * kills))
             while process.poll() is None and lines(folder) <= goal:
                 time.sleep(INTERVAL)
             time.sleep(random.random() / 5)
@@ -179,7 +179,7 @@ def measure(output, kills, rounds):
         (place / "names.txt").write_text("\n".join(names), encoding="utf-8")
         exported = [sys.executable, "-m", "keras_sd", "convert", "emoji", str(place / "clip"), "--open-clip"]
         subprocess.run(exported, check=True, capture_output=True)
-        few = write_pictures(place / "few", training[:: len(training) // 400][:400])
+        few = write_pictures(place / "few", training[:1500])
         many = write_pictures(place / "many", [e for e in emoji if e.split == "train"], copies=2)
         workers = {name: ("--devices", name, "--threads", "1") for name in ("cpu", "cpu,cpu")}
         batches = {size: ("--batch-size", size) for size in ("1", "32")}
