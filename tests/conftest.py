@@ -19,7 +19,7 @@ if CACHE:
     os.environ["KERAS_SD_CACHE"] = CACHE
 
 # Files that take longest go first, so that no process is left with one of them at the end.
-LONGEST = ("test_train", "test_trainer", "test_kill", "test_cli", "test_distribution", "test_dreambooth", "test_dataset")
+LONGEST = ("test_train", "test_trainer", "test_kill", "test_cli", "test_distribution", "test_dreambooth")
 
 
 def pytest_collection_modifyitems(items):
