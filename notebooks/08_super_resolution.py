@@ -1,0 +1,375 @@
+# %% [markdown]
+# # Super-resolution with a diffusion model
+#
+# **Author:** keras_sd<br>
+# **Date created:** 2026/11/24<br>
+# **Last modified:** 2026/11/24<br>
+# **Description:** A diffusion upscaler against interpolation: how it works, what it invents.<br>
+# **Accelerator:** None (GPU or TPU for Stable Diffusion)
+
+# %% tags=["parameters"]
+# Draws the pictures of the last section. On a GPU or TPU give a hub id or the absolute path of a folder of
+# Stable Diffusion 1.5 or 2.1 here.
+PRESET = "emoji"
+UPSCALER = "emoji-upscaler"  # or the folder of a `super-resolution` run's model
+TEST_PICTURES = 100
+NUM_STEPS = 10
+STEP_COUNTS = (1, 2, 4, 10, 20, 50)
+NOISE_LEVELS = (0, 10, 25, 50, 100)
+NUM_SEEDS = 8
+PROMPTS = ("red heart", "grinning face", "rocket", "tulip", "pizza", "snowman")
+
+# %% [markdown]
+# ## Introduction
+#
+# Make a picture smaller and detail is lost. Many large pictures become the same small one, so no method can
+# know which of them it was. Interpolation does not ask: it draws smooth curves through the pixels, and edges
+# become soft. A network that is trained to come close to the true pixels answers with the mean of all
+# likely pictures, which is soft again where it is not sure.
+#
+# A diffusion model can do something else: draw *one* likely picture. SR3 (Saharia et al., *Image
+# super-resolution via iterative refinement*, arXiv:2104.07636) begins with noise, as every diffusion model
+# does, and refines it while it looks at the small picture.
+#
+# The bundled upscaler is such a model. It doubles the sides of emoji, has less than a million weights and
+# runs on a processor.
+
+# %%
+import os
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # keep TensorFlow's log out of the notebook
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from keras_sd import StableDiffusion, presets
+from keras_sd.data.datasets import load_source
+from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.images import pictures_from_unit, pictures_to_unit, resized
+from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
+from keras_sd.train_options import evenly
+from keras_sd.training.super_resolution import measure_upscaling, upscaling_example
+from keras_sd.upscaler import Upscaler
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 100,
+        "figure.constrained_layout.use": True,
+        "font.size": 11,
+        "image.interpolation": "nearest",
+    }
+)
+
+
+def show(rows, columns, size=1.7):
+    """Draws pictures as a table: `rows` is a dictionary from a row's title to its pictures."""
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(size * len(columns) + 0.4, (size + 0.1) * len(rows)), squeeze=False
+    )
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=11)
+    for row, (title, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(title)
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    plt.show()
+    return axes
+
+
+# %% [markdown]
+# ## What the network sees
+#
+# Text-to-image models look at their condition, the prompt, by cross-attention. Here the condition is a
+# picture, and it has its place: a pixel of the small picture says something about the same spot of the large
+# one. So the small picture is enlarged by bicubic interpolation and *concatenated* to the noisy picture along
+# the channels: three of noise and three of picture go in, three come out. A UNet of convolutions does the
+# rest. It has no attention, so it takes pictures of any size.
+
+# %%
+upscaler = Upscaler.load(presets.find(UPSCALER), batch_size=20)
+config = upscaler.unet.config
+print(
+    f"{upscaler.unet.count_params():,} weights, {config.in_channels} channels in, {config.out_channels} out"
+)
+
+truth = np.stack([e["image"] for e in evenly(load_source("emoji", "validation", 128), TEST_PICTURES)])
+small = np.stack([resized(picture, (64, 64)) for picture in truth])
+enlarged = np.stack([resized(picture, (128, 128)) for picture in small])
+
+states = []
+upscaler.upscale(small[:1], num_steps=NUM_STEPS, on_step=lambda denoised: states.append(denoised.latents))
+places = np.unique(np.linspace(0, len(states) - 1, 4).astype(int))
+seen = [small[0], enlarged[0], *(pictures_from_unit(states[place])[0] for place in places)]
+titles = ["64 pixels", "enlarged", *(f"after {place + 1} of {len(states)}" for place in places)]
+show({"": seen}, titles)
+
+# %% [markdown]
+# Left what goes in, then the picture on its way from noise.
+#
+# ## Against interpolation
+#
+# Pictures that no model was trained on are made small (bicubic) and large again. Lanczos interpolation takes
+# a wider neighbourhood into account than bicubic does and is a little sharper. The lower row is the square
+# that is marked in the upper one.
+
+
+# %%
+def compare(picture, methods, corner, side=40):
+    """Whole pictures of each method, and below them a square of each, enlarged."""
+    left, top = corner
+    crops = {name: image[top : top + side, left : left + side] for name, image in methods.items()}
+    figure, axes = plt.subplots(2, len(methods), figsize=(1.95 * len(methods), 4.3))
+    for column, (name, image) in enumerate(methods.items()):
+        axes[0, column].set_title(name)
+        axes[0, column].imshow(image)
+        axes[0, column].add_patch(Rectangle((left, top), side, side, fill=False, color="black"))
+        axes[1, column].imshow(crops[name])
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    plt.show()
+
+
+made, figures = measure_upscaling(upscaler, truth, num_steps=NUM_STEPS)
+lanczos = np.stack([resized(picture, (128, 128), Image.Resampling.LANCZOS) for picture in small])
+nearest = small.repeat(2, axis=1).repeat(2, axis=2)
+for index, corner in ((0, (44, 20)), (len(truth) // 2, (44, 20))):
+    compare(
+        truth[index],
+        {
+            "64 pixels": nearest[index],
+            "bicubic": enlarged[index],
+            "Lanczos": lanczos[index],
+            "upscaler": made[index],
+            "truth": truth[index],
+        },
+        corner,
+    )
+
+# %% [markdown]
+# Two figures over all test pictures. The peak signal-to-noise ratio (PSNR) says how close the pixels come;
+# more is better. The edge error is the mean absolute error of the differences between neighbouring pixels, in
+# levels of 0 to 255; less is better. It rises where edges are soft, and where there are rings beside them.
+
+# %%
+print(f"{len(truth)} pictures    PSNR    edge error")
+for title, prefix in (("bicubic", "bicubic_"), ("Lanczos", "lanczos_"), ("upscaler", "")):
+    print(f"{title:12} {figures[prefix + 'psnr']:7.2f} dB {figures[prefix + 'edge_error']:9.2f}")
+gain = figures["edge_error"] / figures["bicubic_edge_error"] - 1
+print(f"edges against bicubic: {gain:+.0%}")
+
+# %% [markdown]
+# It is no wonder that a model of emoji beats a general formula on emoji. It knows that shapes are flat, that
+# edges are sharp, and which curves are common. On photographs it would not.
+#
+# ## Steps
+#
+# With one step the network gives its best guess of the clean picture, from pure noise and the small picture:
+# nearly the mean of what is likely. Each further step settles something. A single likely picture is
+# farther from the truth than the mean is, in the sense of squared errors, though it looks better (Blau and
+# Michaeli, *The perception-distortion tradeoff*, arXiv:1711.06077). Do both figures show it?
+
+# %%
+few = slice(0, max(4, TEST_PICTURES // 4))
+psnrs, edges = [], []
+by_steps = {}
+for num_steps in STEP_COUNTS:
+    pictures = upscaler.upscale(small[few], num_steps=num_steps)
+    psnrs.append(peak_signal_to_noise_ratio(truth[few], pictures))
+    edges.append(edge_error(truth[few], pictures))
+    by_steps[num_steps] = pictures[0]
+
+figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+for axis, values, title in ((axes[0], psnrs, "PSNR (dB)"), (axes[1], edges, "edge error (levels)")):
+    axis.plot(STEP_COUNTS, values, marker="o")
+    axis.set(xscale="log", xlabel="steps", ylabel=title)
+    axis.set_xticks(STEP_COUNTS, STEP_COUNTS)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+plt.show()
+show({"": by_steps.values()}, [f"{count} steps" for count in by_steps], size=1.5)
+
+# %% [markdown]
+# ## What is invented
+#
+# Other seeds begin from other noise and end at other pictures. Where they differ, the small picture left it
+# open. The map shows the standard deviation over seeds, for each pixel.
+
+# %%
+repeated = np.repeat(small[:1], NUM_SEEDS, axis=0)
+draws = upscaler.upscale(repeated, num_steps=NUM_STEPS)  # picture i is drawn from seed + i
+spread = draws.astype("float32").std(axis=0).mean(axis=-1)
+
+figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.6))
+for axis, picture, title in zip(axes, (draws[0], draws[1]), ("seed 0", "seed 1"), strict=False):
+    axis.imshow(picture)
+    axis.set_title(title)
+mean = draws.mean(axis=0).round().astype("uint8")
+axes[2].imshow(mean)
+axes[2].set_title(f"mean of {NUM_SEEDS} seeds")
+shown = axes[3].imshow(spread, cmap="gray_r")
+axes[3].set_title("deviation")
+figure.colorbar(shown, ax=axes[3], label="levels of 255")
+for axis in axes:
+    axis.set(xticks=[], yticks=[])
+plt.show()
+print(
+    f"PSNR of one draw {peak_signal_to_noise_ratio(truth[:1], draws[:1]):.2f} dB, "
+    f"of the mean of {NUM_SEEDS} {peak_signal_to_noise_ratio(truth[:1], mean[None]):.2f} dB"
+)
+
+# %% [markdown]
+# Flat regions are certain, edges are not, and the mean of several draws is closer to the truth than each of
+# them.
+#
+# ## The noise level
+#
+# What if the picture that comes in is itself not clean: too soft, compressed, or drawn by another model? An
+# upscaler that trusts every pixel enlarges the faults as well. Ho et al. (*Cascaded diffusion models for high
+# fidelity image generation*, arXiv:2106.15282) put noise on the small picture in training, of a random
+# level, and tell the network the level. It learns how far to trust what it sees. In use one chooses: 0 keeps
+# to the picture, more lets the model invent more.
+#
+# The first row below goes in as it is, the second one after JPEG compression. On top is what the network
+# sees at each level, below what it makes of it.
+
+
+# %%
+def compressed(picture, quality=25):
+    """A picture after JPEG compression."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+low_res = NoiseSchedule(upscaler.low_res_scheduler_config)
+noise = np.random.default_rng(0).standard_normal(enlarged[0].shape, dtype="float32")
+seen = [
+    pictures_from_unit(
+        add_noise(
+            pictures_to_unit(enlarged[0]), noise, low_res.signal_rates[level], low_res.noise_rates[level]
+        )
+    )
+    for level in NOISE_LEVELS
+]
+spoilt = np.stack([compressed(picture) for picture in small[few]])
+rows, results = {"it sees": seen}, {}
+for title, pictures in (("clean", small[few]), ("compressed", spoilt)):
+    at_levels = [upscaler.upscale(pictures, noise_level=n, num_steps=NUM_STEPS) for n in NOISE_LEVELS]
+    rows[f"{title}"] = [made[0] for made in at_levels]
+    results[title] = [peak_signal_to_noise_ratio(truth[few], made) for made in at_levels]
+show(rows, [f"level {level}" for level in NOISE_LEVELS])
+
+print("PSNR (dB) at level", *(f"{level:7}" for level in NOISE_LEVELS))
+for title, values in results.items():
+    print(f"{title:18}", *(f"{value:7.2f}" for value in values))
+
+# %% [markdown]
+# ## How it is trained
+#
+# Training needs large pictures only, since small ones are made from them. Three things keep the upscaler from
+# learning a single way of becoming small by heart, as it would fail on pictures that became small in another
+# way:
+#
+# - the filter is drawn anew each time (box, bilinear, Hamming, bicubic or Lanczos),
+# - one picture in four is blurred a little before,
+# - noise of a random level goes onto the small picture, low levels more often.
+#
+# It sees squares cut out of pictures. What a convolution learns on 48 pixels holds on 128.
+
+# %%
+schedule = NoiseSchedule(upscaler.scheduler_config)
+generator = np.random.default_rng(3)
+drawn = [
+    upscaling_example(
+        {"image": truth[index]},
+        generator,
+        schedule=schedule,
+        low_res_schedule=low_res,
+        noise_levels=config.num_class_embeds,
+        factor=2,
+        crop=48,
+    )
+    for index in range(min(6, len(truth)))
+]
+noisy = [
+    add_noise(
+        pictures_to_unit(example["samples"]),
+        example["noise"],
+        schedule.signal_rates[example["timesteps"]],
+        schedule.noise_rates[example["timesteps"]],
+    )
+    for example in drawn
+]
+show(
+    {
+        "wanted": [example["samples"] for example in drawn],
+        "seen": [pictures_from_unit(example["channels"]) for example in drawn],
+        "noisy": [pictures_from_unit(picture) for picture in noisy],
+    },
+    [f"level {e['class_labels']}, t {e['timesteps']}" for e in drawn],
+    size=1.55,
+)
+
+# %% [markdown]
+# The network gets `seen` and `noisy`, the noise level and the timestep `t`, and predicts the noise that
+# leads from `wanted` to `noisy`. The loss is the mean squared error. That is all; the rest is the same loop
+# as for every other model here:
+#
+# ```bash
+# python -m keras_sd.train super-resolution --output-dir runs/upscaler --train-data-dir pictures \
+#     --max-train-steps 2000 --learning-rate 1.5e-3 --ema-decay 0.998 --evaluation-steps 500
+# keras-sd upscale small.png --model runs/upscaler/model
+# ```
+#
+# The bundled upscaler took 28 minutes on two cores.
+#
+# ## Larger pictures of what a model draws
+#
+# This is how large text-to-image systems work as well: a base model draws a small picture, and upscalers
+# make it large, each a diffusion model of its own. The emoji model draws 64 pixels.
+
+# %%
+sd = StableDiffusion.from_preset(PRESET)
+drawn = sd.text_to_image(list(PROMPTS), num_steps=30, guidance_scale=5.0, seed=0, progress=False)
+size = [2 * side for side in drawn.shape[1:3]]
+show(
+    {
+        "bicubic": [resized(picture, size) for picture in drawn],
+        "level 0": upscaler.upscale(drawn, num_steps=NUM_STEPS),
+        "level 25": upscaler.upscale(drawn, noise_level=25, num_steps=NUM_STEPS),
+    },
+    PROMPTS,
+)
+
+# %% [markdown]
+# What the small picture lacks, the upscaler does not add: it sharpens edges and leaves shapes as they are.
+#
+# ## Stable Diffusion's x4 upscaler
+#
+# The [x4 upscaler](https://huggingface.co/stabilityai/stable-diffusion-x4-upscaler) follows the same idea
+# with two differences. It works on latents, so that 512 x 512 pixels in and 2048 x 2048 out stay
+# affordable: the noise has the 4 channels of latents at the small picture's size, the small picture comes
+# along as 3 more, and a VAE with a factor of 4 decodes. And it reads a prompt by cross-attention. It has the
+# noise levels, too:
+#
+# ```python
+# x4 = StableDiffusion.from_preset("stabilityai/stable-diffusion-x4-upscaler", dtype="float16")
+# large = x4.upscale(small, "a photo of a cat", noise_level=20, num_steps=50)  # four times the sides
+# ```
+#
+# For pictures as small as emoji, latents are the wrong place: a small autoencoder errs more at edges than
+# this whole upscaler does (`docs/finetuning.md`).
+#
+# ## References
+#
+# - Saharia et al., *Image super-resolution via iterative refinement*, arXiv:2104.07636
+# - Ho et al., *Cascaded diffusion models for high fidelity image generation*, arXiv:2106.15282
+# - Blau and Michaeli, *The perception-distortion tradeoff*, arXiv:1711.06077
+# - Rombach et al., *High-resolution image synthesis with latent diffusion models*, arXiv:2112.10752
