@@ -39,20 +39,29 @@ SMALLEST = {
     "03_sampling_methods": {"STEP_COUNTS": (2, 3), "REFERENCE_STEPS": 6, "NUM_SEEDS": 2},
     "04_random_walks": {"NUM_STEPS": 3, "NUM_FRAMES": 6, "GRID_SIDE": 3},
     "06_fine_tune": {
-        "TRAINING_STEPS": 10,
+        "TRAINING_STEPS": 2,
         "TRAIN_BATCH_SIZE": 4,
         "TRAINING_PICTURES": 16,
-        "KID_PICTURES": 8,
+        "KID_PICTURES": 6,
         "NUM_STEPS": 2,
     },
     "07_dreambooth_and_textual_inversion": {
         "CLASS_IMAGES": 4,
         "DREAMBOOTH_STEPS": 2,
         "INVERSION_STEPS": 2,
+        "SAMPLES": 8,
+        "CLASS_SAMPLES": 8,
         "NUM_STEPS": 2,
     },
-    "08_super_resolution": {"TEST_PICTURES": 4, "NUM_STEPS": 2, "STEP_COUNTS": (1, 2), "NUM_SEEDS": 2},
-    "10_bring_and_take_weights": {"NUM_STEPS": 2},
+    "08_super_resolution": {
+        "TEST_PICTURES": 4,
+        "NUM_STEPS": 2,
+        "STEP_COUNTS": (1, 2),
+        "NOISE_LEVELS": (0, 40),
+        "NUM_SEEDS": 4,
+        "PROMPTS": ("red heart",),
+    },
+    "10_bring_and_take_weights": {"NUM_STEPS": 2, "PROMPTS": ("red heart",)},
 }
 
 METADATA = {
