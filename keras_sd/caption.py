@@ -4,18 +4,22 @@ from pathlib import Path
 
 import click
 
-# torch is imported inside the command, after its options have been checked.
+from keras_sd.captions import MODES, CaptionSettings, CleaningSettings, Vocabulary, workers
+from keras_sd.captions.dataset import CaptionedFolder, caption_shard
+from keras_sd.captions.vocabulary import KINDS
+from keras_sd.data.folders import METADATA
+from keras_sd.data.images import check_image, read_image
 from keras_sd.errors import UserError
 from keras_sd.generate import check_output
+from keras_sd.images import image_grid, save_png
 
-_MODES = ("best", "fast", "classic", "negative", "caption")
 _SHEET_PICTURES = 48
 _SHEET_SIDE = 128
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("folder")
-@click.option("--mode", default="best", type=click.Choice(_MODES), help="From the slowest to the plainest.")
+@click.option("--mode", default="best", type=click.Choice(MODES), help="From the slowest to the plainest.")
 @click.option(
     "--clip",
     default="ViT-L-14/openai",
@@ -60,14 +64,10 @@ def caption(
     A run that was killed goes on where it was when the same command is given again. Cleaning
     (--remove-artists to --max-tokens) can be changed afterwards without describing the pictures again.
     """
-    from keras_sd.captions import workers
-    from keras_sd.captions.dataset import CaptionedFolder, caption_shard
-
     if contact_sheet is not None:
         contact_sheet = check_output(contact_sheet, ".png")
     settings, cleaning = _caption_settings(options), _cleaning_settings(options)
-    cleaning.cleaner()
-    cleaning.keywords_by_name()
+    clean = cleaning.prepare()
     captioned = CaptionedFolder(folder, settings, overwrite)
     missing = captioned.missing(shard_index, num_shards)
     if txt:
@@ -86,16 +86,13 @@ def caption(
                 workers.caption_by_workers(captioned, names, threads, bar.update)
             else:
                 caption_shard(captioned, shard_index, num_shards, names[0], threads, bar.update)
-    summary = captioned.write(cleaning, txt)
+    summary = captioned.write(clean, txt)
     if contact_sheet is not None and summary.captions:
         _write_sheet(captioned, summary, contact_sheet)
     _tell(captioned, summary)
 
 
 def _caption_settings(options):
-    from keras_sd.captions.dataset import CaptionSettings
-    from keras_sd.captions.vocabulary import KINDS
-
     captioner = options["captioner"]
     return CaptionSettings(
         mode=options["mode"],
@@ -109,12 +106,7 @@ def _caption_settings(options):
 
 
 def _cleaning_settings(options):
-    from keras_sd.captions.dataset import CleaningSettings
-    from keras_sd.captions.vocabulary import read_phrases
-
-    artists = None
-    if options["remove_artists"]:
-        artists = read_phrases(options["artists"]) if options["artists"] else _known_artists()
+    artists = _artists(options["artists"]) if options["remove_artists"] else None
     return CleaningSettings(
         artists=artists,
         patterns=options["patterns"],
@@ -125,19 +117,17 @@ def _cleaning_settings(options):
     )
 
 
-def _known_artists():
-    """clip-interrogator's list where it is installed; `by` and a name are known without one."""
-    from keras_sd.captions.vocabulary import Vocabulary
-
+def _artists(path):
+    """The names of a file, or clip-interrogator's where it is installed; `by` and a name are known anyway."""
     try:
-        return Vocabulary.read().artists
+        return Vocabulary.read(artists=path).artists
     except UserError:
+        if path is not None:
+            raise
         return ()
 
 
 def _tell_plan(captioned, missing, shard_index, num_shards):
-    from keras_sd.data.images import check_image
-
     faults = dict(captioned.outside)
     for name in missing:
         try:
@@ -154,8 +144,6 @@ def _tell_plan(captioned, missing, shard_index, num_shards):
 
 def _tell(captioned, summary):
     """The summary at the end, the file last."""
-    from keras_sd.data.folders import METADATA
-
     for fault in summary.passed_over.values():
         click.echo(f"passed over: {fault}", err=True)
     if summary.missing:
@@ -174,9 +162,6 @@ def _tell(captioned, summary):
 
 
 def _write_sheet(captioned, summary, path):
-    from keras_sd.data.images import read_image
-    from keras_sd.images import image_grid, save_png
-
     names = list(summary.captions)
     names = names[:: max(1, len(names) // _SHEET_PICTURES)][:_SHEET_PICTURES]
     pictures = [read_image(captioned.folder / name, _SHEET_SIDE) for name in names]

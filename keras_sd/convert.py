@@ -50,7 +50,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
         report = check_output(report, ".md" if Path(report).suffix.lower() == ".md" else ".json")
     from keras_sd import parity
     from keras_sd.loading import open_parts
-    from keras_sd.weights.open_clip import write_open_clip_folder
+    from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
     from keras_sd.weights.readers import read_checkpoint
 
     notes = []
@@ -62,7 +62,8 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
             click.echo(f"{name}: {_summary(part.tensors, dtype)}")
         tokenizer = opened.get("tokenizer")
         if open_clip:
-            write_open_clip_folder(output, written, tokenizer and tokenizer.save, dtype)
+            output.mkdir(exist_ok=True)
+            write_open_clip(output / WEIGHTS_NAME, written, dtype, tokenizer and tokenizer.save)
             click.echo(output)
             return 0
         _write(output, written, tokenizer, dtype)

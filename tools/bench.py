@@ -4,18 +4,15 @@ Every case runs in a process of its own, since XLA's cache grows with each model
 turns, so that a machine that slows down slows both. XLA is switched for TensorFlow; JAX cannot do without.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import click
+from machine import description
 
 from keras_sd.cli import check_output
 from keras_sd.errors import run_command
@@ -119,14 +116,6 @@ def format_table(results):
     return "\n".join(lines)
 
 
-def processor():
-    """The processor's name as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--output", default="bench/xla.json", help="JSON file to write.")
 @click.option("--rounds", default=3, type=click.IntRange(1), help="Processes for each side of a case.")
@@ -139,14 +128,7 @@ def bench(output, rounds, repeats, case, xla):
         click.echo(json.dumps(measure(case, xla, repeats)))
         return
     output = check_output(output, ".json")
-    results = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "results": [compare(name, rounds, repeats) for name in CASES],
-    }
+    results = description(PACKAGES) | {"results": [compare(name, rounds, repeats) for name in CASES]}
     output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     click.echo(format_table(results["results"]))

@@ -4,11 +4,8 @@ Rates are those between the first and the last batch on disk, so that loading th
 does in a large folder; `seconds` are of the whole command.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -21,9 +18,12 @@ from pathlib import Path
 
 import click
 import numpy as np
+from machine import description
 from PIL import Image
 from tqdm import tqdm
 
+from keras_sd.captions.dataset import JOURNALS
+from keras_sd.captions.journal import count_lines, read_journal
 from keras_sd.captions.ranking import top_k
 from keras_sd.cli import check_output
 from keras_sd.data.emoji import load_emoji
@@ -53,7 +53,7 @@ def command(folder, place, *options):
 
 def lines(folder):
     """Pictures that are done, by the journals."""
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob(".captions/captions-*.jsonl"))
+    return count_lines(folder / JOURNALS)
 
 
 def captions_of(folder):
@@ -122,11 +122,8 @@ def kill_and_resume(pictures, place, kills):
             killed += 1
             bar.update()
     subprocess.run(command(folder, place, "--batch-size", "4"), check=True, capture_output=True)
-    names = [
-        json.loads(line)["file_name"]
-        for path in folder.glob(".captions/captions-*.jsonl")
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
+    journals = (folder / JOURNALS).glob("captions-*.jsonl")
+    names = [entry["file_name"] for path in journals for entry in read_journal(path)]
     expected, found = captions_of(reference), captions_of(folder)
     return {
         "kills": killed,
@@ -183,12 +180,8 @@ def measure(output, kills, rounds):
         many = write_pictures(place / "many", [e for e in emoji if e.split == "train"], copies=2)
         workers = {name: ("--devices", name, "--threads", "1") for name in ("cpu", "cpu,cpu")}
         batches = {size: ("--batch-size", size) for size in ("1", "32")}
-        results = {
+        results = description(PACKAGES) | {
             "command": " ".join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             "names": found_names(place, training[:: len(training) // 200][:200]),
             "search": exact_search(),
             "kills": kill_and_resume(few, place, kills),

@@ -73,8 +73,9 @@ class ArtistRemover:
     """
 
     def __init__(self, artists=()):
-        self._names = {key: frozenset(name) for name in artists if (key := _key(name))}
-        self._longest = max((len(_words(name)) for name in artists), default=0) + 2
+        names = {name: _words(name) for name in artists}
+        self._names = {"".join(words): frozenset(name) for name, words in names.items() if words}
+        self._longest = max(map(len, names.values()), default=0) + 2
 
     def __call__(self, caption):
         """Returns the caption without names, the same if it has none, and the names as they stood there."""
@@ -149,10 +150,6 @@ class ArtistRemover:
         alone = not folded[: word.start()].rpartition(",")[2].strip()
         alone &= not folded[word.end() :].partition(",")[0].strip()
         return alone and caption[places[word.start()]].isupper()
-
-
-def _key(name):
-    return "".join(_words(name))
 
 
 def _words(name):

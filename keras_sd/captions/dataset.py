@@ -7,6 +7,7 @@ killed goes on where it was, and cleaning can be changed without describing a pi
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -19,13 +20,14 @@ from keras_sd.cache import cache_root
 from keras_sd.captions.captioner import Captioner
 from keras_sd.captions.cleaning import Cleaner
 from keras_sd.captions.interrogator import MODES, Interrogator, check_vocabulary
-from keras_sd.captions.journal import Journal, read_journal
+from keras_sd.captions.journal import Journal, count_lines, read_journal
 from keras_sd.captions.keywords import keywords
 from keras_sd.captions.ranking import Clip
 from keras_sd.captions.vocabulary import Vocabulary
 from keras_sd.data.folders import METADATA, image_paths
 from keras_sd.data.images import read_picture
 from keras_sd.errors import UserError
+from keras_sd.weights.formats import write_json, write_text
 
 JOURNALS = ".captions"
 _SETTINGS = "settings.json"
@@ -59,8 +61,9 @@ class CaptionSettings:
         if self.mode == "caption" and self.captioner is None:
             raise UserError("mode caption: is the captioner's sentence alone; name a captioner")
 
-    def read_vocabulary(self):
-        """The `Vocabulary`, checked for the mode.
+    @functools.cached_property
+    def lists(self):
+        """The `Vocabulary`, read when first asked for and checked for the mode.
 
         Raises:
             UserError: as `Vocabulary.read`, or it has nothing for the mode.
@@ -75,7 +78,7 @@ class CaptionSettings:
         """What captions of one data set have in common."""
         identity = {"mode": self.mode, "captioner": self.captioner}
         if self.mode != "caption":
-            identity |= {"clip": self.clip, "vocabulary": self.read_vocabulary().digest()}
+            identity |= {"clip": self.clip, "vocabulary": self.lists.digest()}
             identity |= {"maximum_phrases": self.maximum_phrases}
         return identity
 
@@ -100,24 +103,19 @@ class CleaningSettings:
     keywords: int = 5
     maximum_tokens: int | None = None
 
-    def cleaner(self):
-        """The `Cleaner` of these settings.
+    def prepare(self):
+        """What cleans a caption: a function of a picture's name and its caption that gives a `Cleaned`.
 
         Raises:
-            UserError: a pattern is no regular expression.
+            UserError: a pattern is no regular expression, or the introductions are missing or something else.
         """
-        return Cleaner(self.artists, self.patterns, self.product_type, self.maximum_tokens, _token_count())
-
-    def keywords_by_name(self):
-        """The significant words of the introductions, by file name.
-
-        Raises:
-            UserError: the file is missing or holds something else.
-        """
-        if self.introductions is None:
-            return {}
-        texts = _read_introductions(Path(self.introductions))
-        return dict(zip(texts, keywords(list(texts.values()), self.keywords), strict=True))
+        count_tokens = None if self.maximum_tokens is None else _token_count()
+        cleaner = Cleaner(self.artists, self.patterns, self.product_type, self.maximum_tokens, count_tokens)
+        words = {}
+        if self.introductions is not None:
+            texts = _read_introductions(Path(self.introductions))
+            words = dict(zip(texts, keywords(list(texts.values()), self.keywords), strict=True))
+        return lambda name, caption: cleaner(caption, words.get(name, ()))
 
 
 def _token_count():
@@ -176,12 +174,16 @@ class CaptionedFolder:
     def __init__(self, folder, settings, overwrite=False):
         self.folder, self.settings, self.overwrite = Path(folder), settings, overwrite
         self.outside = {}
-        paths = image_paths(
-            self.folder, lambda error: self.outside.setdefault(str(error).split("'")[1], str(error))
-        )
-        self.names = [path.relative_to(self.folder).as_posix() for path in paths]
+        paths = image_paths(self.folder, self._pass_over)
+        self.names = [self._name(path) for path in paths]
         self.journals = self.folder / JOURNALS
         self._stale = self._check_settings()
+
+    def _name(self, path):
+        return path.relative_to(self.folder).as_posix()
+
+    def _pass_over(self, path, error):
+        self.outside[self._name(path)] = str(error)
 
     def _check_settings(self):
         """Whether there are journals of other settings; refuses without `overwrite`."""
@@ -210,7 +212,7 @@ class CaptionedFolder:
             self._stale = False
         self.journals.mkdir(exist_ok=True)
         if not (self.journals / _SETTINGS).exists():
-            write_whole(self.journals / _SETTINGS, json.dumps(self.settings.identity(), indent=2) + "\n")
+            write_json(self.journals / _SETTINGS, self.settings.identity())
 
     def described(self, kind="captions"):
         """What all shards have said, text by file name, and the fault of what could not be read."""
@@ -224,7 +226,7 @@ class CaptionedFolder:
 
     def lines(self):
         """How many lines the journals of captions have; grows by one for each picture that was looked at."""
-        return sum(path.read_bytes().count(b"\n") for path in self.journals.glob("captions-*.jsonl"))
+        return count_lines(self.journals)
 
     def missing(self, shard_index=0, num_shards=1, kind="captions"):
         """The names of a shard's pictures that nothing has been said of."""
@@ -237,28 +239,26 @@ class CaptionedFolder:
         """The `Journal` of a shard."""
         return Journal(self.journals / f"{kind}-{shard_index}-of-{num_shards}.jsonl")
 
-    def write(self, cleaning=None, text_files=False):
+    def write(self, clean=None, text_files=False):
         """Cleans what has been said and writes `metadata.jsonl`, once every picture was looked at.
 
         Args:
-            cleaning: a `CleaningSettings`; None writes what the models said.
+            clean: what `CleaningSettings.prepare` gives; None writes what the models said.
             text_files: write a `.txt` beside each picture too.
 
         Returns:
             A `Summary`.
         """
-        cleaning = cleaning or CleaningSettings()
+        clean = clean or CleaningSettings().prepare()
         texts, faults = self.described()
         faults |= self.outside
         missing = [name for name in self.names if name not in texts and name not in faults]
-        summary = Summary(len(self.names) + len(self.outside), {}, len(missing), faults)
-        summary.passed_over = {name: faults[name] for name in sorted(faults) if name not in texts}
+        summary = Summary(len(self.names) + len(self.outside), {}, len(missing), dict(sorted(faults.items())))
         if missing:
             return summary
-        cleaner, words = cleaning.cleaner(), cleaning.keywords_by_name()
         for name in self.names:
             if name in texts:
-                cleaned = cleaner(texts[name], words.get(name, ()))
+                cleaned = clean(name, texts[name])
                 summary.artists.update(cleaned.artists)
                 summary.cut += cleaned.cut
                 if cleaned.text:
@@ -268,10 +268,10 @@ class CaptionedFolder:
         lines = [
             json.dumps({"file_name": n, "text": t}, ensure_ascii=False) for n, t in summary.captions.items()
         ]
-        write_whole(self.folder / METADATA, "".join(f"{line}\n" for line in lines))
+        write_text(self.folder / METADATA, "".join(f"{line}\n" for line in lines))
         if text_files:
             for name, text in summary.captions.items():
-                write_whole((self.folder / name).with_suffix(".txt"), text + "\n")
+                write_text((self.folder / name).with_suffix(".txt"), text + "\n")
         return summary
 
     def check_text_files(self):
@@ -305,19 +305,10 @@ def caption_folder(folder, settings=None, cleaning=None, **options):
     Raises:
         UserError: something is wrong with the folder, a model or a vocabulary.
     """
+    clean = (cleaning or CleaningSettings()).prepare()
     captioned = CaptionedFolder(folder, settings or CaptionSettings(), options.pop("overwrite", False))
     caption_shard(captioned, **options)
-    return captioned.write(cleaning)
-
-
-def write_whole(path, text):
-    """Writes a text file that is there whole or, after a kill, as it was."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(staged, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    return captioned.write(clean)
 
 
 def caption_shard(captioned, shard_index=0, num_shards=1, device="cpu", threads=None, advance=None):
@@ -365,7 +356,7 @@ def _open_interrogator(settings, device, with_captioner):
     root = cache_root()
     return Interrogator(
         None if settings.mode == "caption" else Clip(settings.clip, device, root and root / "captions"),
-        settings.read_vocabulary(),
+        settings.lists,
         Captioner(captioner, device) if captioner is not None else None,
         settings.maximum_phrases,
     )

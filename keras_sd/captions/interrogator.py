@@ -62,7 +62,13 @@ class Interrogator:
 
     def _fast(self, sentences, features):
         found = self.rank(features, self.vocabulary.phrases, self.maximum_phrases)
-        return [_joined(sentence, *phrases) for sentence, phrases in zip(sentences, found, strict=True)]
+        return self._with_phrases(sentences, found)
+
+    def _with_phrases(self, sentences, found):
+        return [
+            _joined(sentence, *phrases[: self.maximum_phrases])
+            for sentence, phrases in zip(sentences, found, strict=True)
+        ]
 
     def _classic(self, sentences, features):
         kinds = ("mediums", "styles", "sites", "movements")
@@ -79,8 +85,10 @@ class Interrogator:
         return captions
 
     def _best(self, sentences, features):
-        candidates = self.rank(features, self.vocabulary.phrases, _CHAIN_CANDIDATES)
-        classic, fast = self._classic(sentences, features), self._fast(sentences, features)
+        count = max(_CHAIN_CANDIDATES, self.maximum_phrases)
+        candidates = self.rank(features, self.vocabulary.phrases, count)
+        # The best of the candidates are what `fast` would look for.
+        classic, fast = self._classic(sentences, features), self._with_phrases(sentences, candidates)
         captions = []
         for row, picture in enumerate(features):
             chain = self._chain(picture, sentences[row], candidates[row])

@@ -54,6 +54,11 @@ def read_journal(path):
     return [json.loads(line) for line in _whole_lines(path).splitlines()]
 
 
+def count_lines(folder):
+    """How many lines the journals of captions in a folder have, which costs less than reading them."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("captions-*.jsonl"))
+
+
 def _whole_lines(path):
     text = path.read_bytes() if path.exists() else b""
     return text[: text.rfind(b"\n") + 1]

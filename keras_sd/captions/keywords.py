@@ -6,6 +6,7 @@ Spärck Jones, "A Statistical Interpretation of Term Specificity and Its Applica
 import collections
 import functools
 import html
+import importlib
 import re
 
 from keras_sd.errors import UserError
@@ -85,8 +86,6 @@ def _japanese_tokenizer():
 
 
 def _import(module, package):
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -2,16 +2,17 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from keras_sd.errors import UserError
+from keras_sd.weights.formats import write_safetensors
 
 _TEXT_BATCH = 256
 _QUERIES = 64
@@ -32,7 +33,7 @@ class Clip:
     """
 
     def __init__(self, name, device="cpu", cache_folder=None):
-        self.name, self.device = name, device
+        self.device = device
         self.cache_folder = None if cache_folder is None else Path(cache_folder)
         self._model, self._preprocess, self._tokenize = _open(name, device)
         self._vectors = {}
@@ -61,23 +62,24 @@ class Clip:
 
         The file is named by the text tower's weights and the list, so that it is never another one's.
         """
-        key = hashlib.sha256("\0".join(phrases).encode()).hexdigest()
-        if key in self._vectors:
-            return self._vectors[key]
-        path = None
-        if self.cache_folder is not None:
-            path = self.cache_folder / f"{self._digest()}-{key[:32]}.safetensors"
+        phrases = tuple(phrases)
+        if phrases not in self._vectors:
+            self._vectors[phrases] = self._kept_vectors(phrases)
+        return self._vectors[phrases]
+
+    def _kept_vectors(self, phrases):
+        if self.cache_folder is None:
+            return self.encode_texts(phrases)
+        key = hashlib.sha256("\0".join(phrases).encode()).hexdigest()[:32]
+        path = self.cache_folder / f"{self._digest}-{key}.safetensors"
         vectors = _read_vectors(path, len(phrases))
         if vectors is None:
             vectors = self.encode_texts(phrases)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                staged = path.with_suffix(f".{os.getpid()}")
-                save_file({"vectors": vectors}, staged)
-                staged.replace(path)  # whole, or not there
-        self._vectors[key] = vectors
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, {"vectors": vectors})
         return vectors
 
+    @functools.cached_property
     def _digest(self):
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
@@ -87,7 +89,7 @@ class Clip:
 
 
 def _read_vectors(path, count):
-    if path is None or not path.is_file():
+    if not path.is_file():
         return None
     try:
         vectors = load_file(path)["vectors"]

@@ -1,6 +1,8 @@
 """The phrases that pictures are described with: artists, media, movements, flavours, and what is unwanted."""
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import warnings
@@ -45,17 +47,17 @@ class Vocabulary:
             paths = {kind: folder / f"{kind}.txt" for kind in KINDS}
         return cls(**{kind: read_phrases(path) for kind, path in paths.items()})
 
-    @property
+    @functools.cached_property
     def styles(self):
         """What artists stand for in a caption: by them, or inspired by them."""
         return tuple(f"{word} {artist}" for word in ("by", "inspired by") for artist in self.artists)
 
-    @property
+    @functools.cached_property
     def sites(self):
         """Where such pictures are shown; part of the vocabulary where there are artists."""
         return _SITES_PHRASES if self.artists else ()
 
-    @property
+    @functools.cached_property
     def phrases(self):
         """All that may describe a picture, without doubles."""
         return tuple(
@@ -88,9 +90,10 @@ def read_phrases(path):
     phrases = [line for line in lines if line]
     if not phrases:
         raise UserError(f"{path}: empty vocabulary; write one phrase a line into it")
-    distinct = tuple(dict.fromkeys(phrases))
+    counts = collections.Counter(phrases)
+    distinct = tuple(counts)
     if len(distinct) < len(phrases):
-        doubled = next(phrase for index, phrase in enumerate(phrases) if phrase in phrases[:index])
+        doubled = next(phrase for phrase, count in counts.items() if count > 1)
         warnings.warn(
             f"{path}: {len(phrases) - len(distinct)} doubled lines, the first is {doubled!r}; "
             "each counts once",

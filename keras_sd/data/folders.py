@@ -51,11 +51,11 @@ class FolderSource:
         return {"image": read_image(path, self.image_size), "captions": captions, "path": str(path)}
 
 
-def image_paths(folder: Path, pass_over: Callable[[UserError], None] | None = None) -> list[Path]:
+def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | None = None) -> list[Path]:
     """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
 
     Args:
-        pass_over: told of what lies outside the folder, which is then left out.
+        pass_over: called with a path that lies outside the folder and its fault; it is then left out.
 
     Raises:
         UserError: there is no such folder, no image in it, or without `pass_over` one that lies outside.
@@ -72,7 +72,7 @@ def image_paths(folder: Path, pass_over: Callable[[UserError], None] | None = No
             except UserError as error:
                 if pass_over is None:
                     raise
-                pass_over(error)
+                pass_over(path, error)
     if not paths:
         raise UserError(f"{folder}: no images in this folder; add PNG, JPEG, WebP or BMP files")
     return paths

@@ -149,6 +149,10 @@ def read_json(path):
 
 def write_json(path, values):
     """Writes a dictionary as a JSON file, whole or not at all."""
-    path = Path(path)
-    with _staged(path) as staging:
-        staging.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    with _staged(Path(path)) as staging:
+        staging.write_text(text, encoding="utf-8")

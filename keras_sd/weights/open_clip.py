@@ -23,6 +23,7 @@ from keras_sd.weights.rules import canonical_name
 from keras_sd.weights.torch_pickle import read_torch
 
 CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
 
 _TEXT = {
     "token_embedding": "embeddings.token_embedding",
@@ -298,37 +299,18 @@ def _epsilon(open_clip):
     return (open_clip.get("norm_kwargs") or {}).get("eps", _EPSILON)
 
 
-def write_open_clip_folder(folder, checkpoint, save_tokenizer=None, dtype=None):
-    """Writes a CLIP as a folder that OpenCLIP opens by `local-dir:folder`: config, weights and tokenizer.
+def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
+    """Writes a CLIP for OpenCLIP: the weights, and beside them an `open_clip_config.json` and the tokenizer.
 
-    Args:
-        save_tokenizer: a function that writes transformers' tokenizer files into the folder that it is given.
-            None where the vocabulary is CLIP's own, which OpenCLIP has.
-        checkpoint, dtype: as in `write_open_clip`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_open_clip(folder / "open_clip_model.safetensors", checkpoint, dtype)
-    if save_tokenizer is None:
-        return
-    save_tokenizer(folder)
-    path = folder / CONFIG_NAME
-    config = read_json(path)
-    # OpenCLIP takes any name for a sign to look for the tokenizer beside the config.
-    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
-    write_json(path, config)
-
-
-def write_open_clip(path, checkpoint, dtype=None):
-    """Writes a CLIP for OpenCLIP: the weights, and an `open_clip_config.json` beside them.
-
-    OpenCLIP opens their folder as `local-dir:folder` if the weights are called `open_clip_model.safetensors`.
+    OpenCLIP opens their folder as `local-dir:folder` if the weights have the name `WEIGHTS_NAME`.
 
     Args:
         path: the weights' file, a `.safetensors`.
         checkpoint: a `Checkpoint` with the parts text_encoder and image_encoder, the latter with
             `text_projection.weight` and `logit_scale` among its tensors.
         dtype: as in `write_safetensors`.
+        save_tokenizer: writes transformers' tokenizer files into the folder that it is given. None where the
+            vocabulary is CLIP's own, which OpenCLIP has.
 
     Raises:
         UserError: something of a CLIP is missing, or the file cannot be written.
@@ -345,6 +327,10 @@ def write_open_clip(path, checkpoint, dtype=None):
         raise UserError(f"{path}: the model has no {' and no '.join(missing)}; give a whole CLIP")
     text, image = checkpoint.parts["text_encoder"], checkpoint.parts["image_encoder"]
     config = open_clip_config(text.config, image.config)
+    if save_tokenizer is not None:
+        save_tokenizer(path.parent)
+        # OpenCLIP takes any name for a sign to look for the tokenizer beside the config.
+        config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
     head = {name: image.tensors[name] for name in _TEXT_HEAD.values()}
     vision = {name: array for name, array in image.tensors.items() if name not in head}
     tensors = text_to_open_clip({**text.tensors, **head})

@@ -10,9 +10,8 @@ from keras_sd.convert import convert
 from keras_sd.data.emoji import load_emoji
 
 BLIP = """if True:
-    import json, sys
+    import sys
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
     from transformers import BlipProcessor
     folder = sys.argv[1]
@@ -37,30 +36,35 @@ BLIP = """if True:
 """
 
 
-def run(code, *arguments, **options):
+COMMAND = (sys.executable, "-m", "keras_sd", "caption")
+
+
+def run(code, *arguments):
     """Runs Python code in a process of its own, which may import torch."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, **options
-    )
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
-def caption(*arguments, **options):
+def caption(*arguments):
     """`keras-sd caption`: (exit code, standard output, standard error)."""
-    code = "from keras_sd.cli import main; main()"
-    done = run(code, "caption", *arguments, **options)
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
+
+
+def write_models(folder):
+    """The folders `clip` and `blip`, and `names.txt`, the vocabulary of the emoji's names."""
+    write_clip(folder / "clip")
+    write_captioner(folder / "blip")
+    write_vocabulary(folder / "names.txt")
 
 
 def write_clip(folder):
     convert.main(["emoji", str(folder), "--open-clip"], standalone_mode=False)
-    return folder
 
 
 def write_captioner(folder):
     folder.mkdir()
     done = run(BLIP, folder)
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 def write_emoji(folder, count):
@@ -77,7 +81,6 @@ def write_emoji(folder, count):
 def write_vocabulary(path):
     names = dict.fromkeys(e.captions[0] for e in load_emoji() if e.code == e.concept)
     path.write_text("\n".join(names), encoding="utf-8")
-    return path
 
 
 def read_lines(path):

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -23,9 +22,7 @@ COUNT = 12
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("captions")
-    models.write_clip(place / "clip")
-    models.write_captioner(place / "blip")
-    models.write_vocabulary(place / "names.txt")
+    models.write_models(place)
     models.write_emoji(place / "pictures", COUNT)
     return place
 
@@ -87,10 +84,9 @@ def test_killed_and_resumed(place, reference, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(place / "pictures", folder)
     arguments = [*map(str, options(place, "--threads", "1")), "--batch-size", "1"]
-    command = [sys.executable, "-c", "from keras_sd.cli import main; main()", "caption", str(folder)]
     journal = folder / ".captions" / "captions-0-of-1.jsonl"
     for lines in (1, 5):
-        process = subprocess.Popen(command + arguments, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*models.COMMAND, folder, *arguments], stderr=subprocess.DEVNULL)
         while process.poll() is None and not (
             journal.exists() and len(journal.read_text().splitlines()) >= lines
         ):
@@ -251,5 +247,5 @@ def test_no_pictures(tmp_path):
 
 
 def test_length_is_counted_as_clip_does():
-    cleaner = CleaningSettings(maximum_tokens=6).cleaner()
-    assert cleaner("a red heart, glossy, shiny, bright").text == "a red heart, glossy"
+    clean = CleaningSettings(maximum_tokens=6).prepare()
+    assert clean("a.png", "a red heart, glossy, shiny, bright").text == "a red heart, glossy"

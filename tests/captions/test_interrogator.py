@@ -69,7 +69,6 @@ SAY = """if True:
     except UserError as error:
         said["errors"].append(str(error))
     np.save(folder / "texts.npy", clip.encode_texts(["red heart", "flag: Japan"]))
-    np.save(folder / "images.npy", features)
     print(json.dumps(said))
 """
 
@@ -77,9 +76,7 @@ SAY = """if True:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
-    models.write_clip(folder / "clip")
-    models.write_captioner(folder / "blip")
-    models.write_vocabulary(folder / "names.txt")
+    models.write_models(folder)
     return folder
 
 
