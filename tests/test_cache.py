@@ -16,7 +16,7 @@ PROGRAM = """if True:
     from keras_sd import backend
     variable = keras.Variable(np.eye(64, dtype="float32"))
     def function(x):
-        for _ in range(40):
+        for _ in range(200):  # long enough that compiling takes far more than the least that is kept
             x = keras.ops.softmax(x @ variable) * 2 + keras.ops.sin(x)
         return x
     call = backend.jit(function, [variable])
@@ -51,7 +51,8 @@ def test_a_second_process_finds_the_program(name, tmp_path):
     assert f"/xla/{name}-" in folder
     second, _ = run(name, KERAS_SD_CACHE=str(tmp_path))
     assert second == first
-    assert programs(tmp_path) == kept
+    # Smaller programs, whose compile time is about the least that is kept, may join it.
+    assert kept.items() <= programs(tmp_path).items()
 
 
 def test_nothing_is_kept_if_told_so_or_impossible(tmp_path):
