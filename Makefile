@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train test test-full test-notebooks lint bench notebooks clean
+.PHONY: help install demo train test test-full test-notebooks lint bench notebooks docs clean
 # A half-written result (an interrupted installation) must not look finished.
 .DELETE_ON_ERROR:
 
@@ -28,6 +28,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-notebooks: $(VENV)/installed
 	$(BIN)/python -m pip install --editable '.[notebooks]'
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@
 
 install: $(VENV)/installed  ## Install keras-sd and what it needs into .venv
@@ -57,6 +61,9 @@ bench: $(VENV)/installed  ## Time XLA on and off for training and sampling
 
 notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 	$(BIN)/python tools/run_notebooks.py $(ARGS)
+
+docs: $(VENV)/installed-docs  ## Build the documentation as HTML in build/docs
+	$(BIN)/python tools/make_docs.py $(ARGS)
 
 clean:  ## Remove builds and caches; .venv, runs/ and demo/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,192 @@
+"""What the documentation says holds: links lead somewhere, commands are understood, figures were measured."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from keras_sd.cli import cli
+from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.images import read_parameters
+from keras_sd.train import train
+from tools import draw_architecture
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "notebooks" / "README.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+SETTING = re.compile(r"[A-Z_]+=\S*")
+PROGRAMS = {"keras-sd": cli, "python -m keras_sd.train": train, "python -m keras_sd": cli}
+
+
+def prose(page):
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+def blocks(page, language):
+    return [code for name, code in BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def code_of(page):
+    """The lines of all shell blocks, continued ones joined, and the spans of code in the text."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return lines + SPAN.findall(prose(page))
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = (title.lower() for title in HEADING.findall(prose(page)))
+    return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for address in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", address):
+            continue
+        path, _, anchor = address.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), address
+        assert not anchor or anchor in anchors(target), address
+
+
+def commands(page):
+    """The commands of ours on a page: (program, arguments), without what stands for more."""
+    for line in code_of(page):
+        words = [word for word in shlex.split(line, comments=True) if word != "…"]
+        while words and SETTING.fullmatch(words[0]):
+            words.pop(0)
+        for program in PROGRAMS:
+            length = len(program.split())
+            if " ".join(words[:length]) == program and len(words) > length:
+                yield program, words[length:]
+                break
+
+
+def parse(command, arguments, parent=None):
+    """Has click read the arguments and does nothing with them."""
+    if not isinstance(command, click.Group):
+        command.make_context(command.name, list(arguments), parent=parent)
+        return
+    if command is train and arguments[0].startswith("-"):
+        arguments = ["text-to-image", *arguments]
+    name, *others = arguments
+    assert name in command.commands, f"no command {name}"
+    parse(command.commands[name], others, click.Context(command, info_name=command.name, parent=parent))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page):
+    for program, arguments in commands(page):
+        try:
+            parse(PROGRAMS[program], arguments)
+        except click.exceptions.Exit:
+            pass  # --help
+        except click.MissingParameter:
+            # A command that is only named, or an option of it, stands without what it is to work on.
+            assert sum(not word.startswith("-") for word in arguments) == 1, (program, arguments)
+        except click.UsageError as error:
+            pytest.fail(f"{program} {shlex.join(arguments)}: {error.format_message()}")
+
+
+def test_commands_are_found():
+    found = [command for page in PAGES for command in commands(page)]
+    assert len(found) > 60
+    with pytest.raises(click.NoSuchOption):
+        parse(cli, ["generate", "red heart", "--colour", "red"])
+    with pytest.raises(click.MissingParameter):
+        parse(train, ["dreambooth", "--rank", "4"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_and_scripts_exist(page):
+    targets = set(
+        re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    for line in code_of(page):
+        named = set(re.findall(r"^make ([a-z][a-z-]*)", line))
+        assert named <= targets, line
+        for script in re.findall(r"\b(?:tools|tests)/[\w/]+\.py\b", line):
+            assert (ROOT / script).is_file(), line
+
+
+def run(*command, cwd):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_first_command_of_the_readme(tmp_path):
+    line = next(line for line in code_of(ROOT / "README.md") if line.startswith("keras-sd generate"))
+    program, *arguments = shlex.split(line)
+    run(os.path.join(os.path.dirname(sys.executable), program), *arguments, cwd=tmp_path)
+    for index in range(4):
+        said = read_parameters(tmp_path / f"heart-{index}.png")
+        assert (said["prompt"], said["Seed"], said["Steps"]) == ("red heart", str(index), "30")
+
+
+def test_python_of_the_pages(tmp_path):
+    code = blocks(ROOT / "README.md", "python")[0]
+    promised = re.findall(r"^(?:(\w+) = .*)?# (\w+) (\([\d, ]+\))", code, re.MULTILINE)
+    promised = [(name or "images", dtype, shape) for name, dtype, shape in promised]
+    assert [name for name, *_ in promised] == ["images", "context", "latents", "pictures"]
+    tell = "".join(f"\nprint({name}.dtype, {name}.shape, sep=';')" for name, *_ in promised)
+    (provenance,) = blocks(ROOT / "docs/responsible-use.md", "python")
+    output = run(sys.executable, "-c", f"{code}{tell}\n{provenance}", cwd=tmp_path)
+    assert output.splitlines()[-4:] == [f"{dtype};{shape}" for _, dtype, shape in promised]
+    assert json.loads((tmp_path / "my-model/model_index.json").read_text())["_class_name"]
+    said = read_parameters(tmp_path / "heart.png")
+    assert said["prompt"] == "red heart" and said["Seed"] == "3" and len(said["Model hash"]) == 10
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/model-card-emoji.md", "docs/results.md"])
+def test_figures_of_the_bundled_model_are_the_measured_ones(name):
+    figures = json.loads((ROOT / "benchmarks/emoji-evaluation.json").read_text(encoding="utf-8"))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    forms = {
+        "reconstruction_psnr": "{:.1f} dB",
+        "training_top1": "{:.1%}",
+        "held_out_concept": "{:.1%}",
+        "held_out_variant": "{:.1%}",
+        "kid": "{:.4f}",
+        "kid_floor": "{:.4f}",
+        "generation_seconds": "{:.2f} s",
+    }
+    for key, form in forms.items():
+        assert form.format(figures[key]) in text, key
+
+
+def test_samplers_are_listed():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+) \| (.+) \|$", (ROOT / "docs/samplers.md").read_text(), re.MULTILINE
+    )
+    assert rows == [(key, sampler.name, sampler.purpose) for key, sampler in SAMPLERS.items()]
+
+
+def test_the_diagram_is_that_of_the_imports():
+    imports = draw_architecture.read_imports()
+    assert imports["pipeline"] >= {"tasks", "loading"} and "pipeline" not in imports["training"]
+    assert draw_architecture.OUTPUT.read_text(encoding="utf-8") == draw_architecture.draw(imports)
+
+
+def test_documentation_builds_without_warnings(tmp_path):
+    output = tmp_path / "html"
+    run(sys.executable, "tools/make_docs.py", str(output), cwd=ROOT)
+    index = (output / "index.html").read_text(encoding="utf-8")
+    assert 'href="api/index.html"' in index and 'src="docs/images/grid.png"' in index
+    assert (output / "docs/images/grid.png").is_file()
+    assert "text_to_image" in (output / "api/keras_sd/tasks.html").read_text(encoding="utf-8")
+    assert not (output / "api/keras_sd/cli.html").exists()
+    assert "keras-sd generate" in (output / "commands.html").read_text(encoding="utf-8")
