@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PEERS := --peers diffusers,diffusers-channels-last,diffusers-compiled,openvino,keras-cv --xla on --repeats 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train test test-full test-notebooks lint bench notebooks docs clean
+.PHONY: help install demo train test test-full test-notebooks lint bench bench-peers notebooks docs clean
 # A half-written result (an interrupted installation) must not look finished.
 .DELETE_ON_ERROR:
 
@@ -28,6 +29,14 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-notebooks: $(VENV)/installed
 	$(BIN)/python -m pip install --editable '.[notebooks]'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install --editable '.[bench]'
+	@touch $@
+
+$(VENV)/installed-bench-peers: $(VENV)/installed
+	$(BIN)/python -m pip install --editable '.[bench-peers]'
 	@touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed
@@ -56,8 +65,11 @@ lint: $(VENV)/installed-test  ## Check style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-bench: $(VENV)/installed  ## Time XLA on and off for training and sampling
+bench: $(VENV)/installed-bench  ## Time XLA on and off, on TensorFlow and JAX (15 minutes)
 	$(BIN)/python tools/bench.py --output bench/xla.json $(ARGS)
+
+bench-peers: $(VENV)/installed-bench-peers  ## Time diffusers, OpenVINO and KerasCV beside (40 minutes)
+	$(BIN)/python tools/bench.py --output bench/peers.json $(PEERS) $(ARGS)
 
 notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 	$(BIN)/python tools/run_notebooks.py $(ARGS)

@@ -27,6 +27,13 @@ def _decorated(*options):
 sampling_options = _decorated(
     click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
     click.option("--guidance-scale", default=5.0, help="1 switches guidance off."),
+    click.option(
+        "--guidance-interval",
+        default=(0.0, 1.0),
+        type=(float, float),
+        metavar="START END",
+        help="Share of the steps from which and to which there is guidance; the others take half the time.",
+    ),
     click.option("--seed", default=0, type=click.IntRange(0), help="Image i uses seed + i."),
 )
 

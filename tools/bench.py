@@ -1,138 +1,312 @@
-"""Times the emoji model with XLA on and off: a training step, and sampling.
+"""Times `keras_sd` with XLA on and off, on TensorFlow and JAX, and beside what people would use instead.
 
-Every case runs in a process of its own, since XLA's cache grows with each model, and the two sides take
-turns, so that a machine that slows down slows both. XLA is switched for TensorFlow; JAX cannot do without.
+Each side of a case runs in a process of its own. It is started twice, with an empty cache of compiled
+programs and with the one that this has filled; the second process stays, and its calls take turns with
+those of the first side of the case, so that a machine that slows down slows both. A ratio compares the
+medians of such turns. Results are compared before anything is timed.
 """
 
+import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import click
+import numpy as np
+from tqdm import tqdm
+
+from benchmark import report
+from keras_sd.cli import check_output
+from keras_sd.errors import UserError, run_command
 from machine import description
 
-from keras_sd.cli import check_output
-from keras_sd.errors import run_command
+TOOLS = Path(__file__).resolve().parent
+PACKAGES = ("keras_sd", "keras", "tensorflow", "jax", "numpy")
+PEER_PACKAGES = ("torch", "diffusers", "transformers", "peft", "openvino", "keras-cv")
 
-CASES = {
-    "train": "train step, batch of 64 latents 8x8x16",
-    "sample": "text to image, 4 images 64x64, 30 steps",
+CASES = ("text-encoder", "unet", "vae-encode", "vae-decode", "generation", "training", "training-lora")
+MODELS = ("emoji", "sd15", "sd21")
+# What is measured of a model if nothing is named: what fits 8 GiB and a quarter of an hour.
+USUAL_CASES = {
+    "emoji": ("generation", "training"),
+    "sd15": ("text-encoder", "unet", "vae-encode", "vae-decode"),
+    "sd21": ("text-encoder", "unet"),
 }
-PACKAGES = ("keras_sd", "keras", "tensorflow", "numpy")
+STEPS = {"emoji": 30, "sd15": 10, "sd21": 10}
+TRAINING_BATCH = {"emoji": 64, "sd15": 1, "sd21": 1}
+PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino", "keras-cv")
+
+# The largest difference between two sides, as a share of the largest number.
+LARGEST_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.2, "float16": 0.05}
+# Of pictures, whose numbers are rounded to 255 steps and whose differences grow from step to step.
+LARGEST_PICTURE_DIFFERENCE = {"float32": 0.03, "bfloat16": 0.5, "float16": 0.2}
 
 
-def train_step(xla):
-    """Returns a function that trains the emoji UNet for one step on a fixed batch."""
-    import keras
-    import numpy as np
+class Choices(click.ParamType):
+    """Names out of a list, with commas between them."""
 
-    from keras_sd import config
-    from keras_sd.diffusion.schedules import NoiseSchedule
-    from keras_sd.models.unet import UNet
-    from keras_sd.training.losses import DiffusionObjective
-    from keras_sd.training.optimizer import AdamW
+    name = "names"
 
-    keras.utils.set_random_seed(0)
-    objective = DiffusionObjective(UNet(config.EMOJI_UNET), NoiseSchedule(config.EMOJI_SCHEDULER))
-    optimizer = AdamW(1e-4, weight_decay=0.01, global_clipnorm=1.0)
-    optimizer.build(objective.trainable_variables)
-    objective.compile(optimizer=optimizer, jit_compile=xla)
-    random = np.random.default_rng(0)
-    side, channels = config.EMOJI_UNET.sample_size, config.EMOJI_UNET.in_channels
-    text = (64, config.EMOJI_TEXT_ENCODER.max_position_embeddings, config.EMOJI_TEXT_ENCODER.hidden_size)
-    batch = {
-        "samples": random.standard_normal((64, side, side, channels), dtype="float32"),
-        "noise": random.standard_normal((64, side, side, channels), dtype="float32"),
-        "timesteps": random.integers(0, 1000, 64).astype("int32"),
-        "context": random.standard_normal(text, dtype="float32"),
-    }
-    return lambda: objective.train_on_batch(batch)
+    def __init__(self, names):
+        self.names = tuple(names)
+
+    def convert(self, value, param, ctx):
+        chosen = value if isinstance(value, tuple) else tuple(name for name in value.split(",") if name)
+        for name in chosen:
+            if name not in self.names:
+                self.fail(f"{name!r} is none of {', '.join(self.names)}", param, ctx)
+        return chosen
 
 
-def sampling(xla):
-    """Returns a function that makes four pictures with the bundled model."""
-    from keras_sd import StableDiffusion
-
-    pipeline = StableDiffusion.from_preset("emoji", jit_compile=xla)
-    return lambda: pipeline.text_to_image("red heart", num_images=4, num_steps=30, progress=False)
+class Failure(Exception):
+    """A side that cannot be measured; the line says why."""
 
 
-def measure(case, xla, repeats):
-    """Times one side of a case in this process: seconds of the first call and of the following ones."""
-    call = {"train": train_step, "sample": sampling}[case](xla)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return {"first_call_seconds": seconds[0], "seconds": seconds[1:]}
+class Side:
+    """A process that runs one case by one implementation whenever it is asked to."""
 
-
-def measure_in_process(case, xla, repeats):
-    """Has `measure` run in a new process."""
-    command = [sys.executable, __file__, "--case", case, "--xla" if xla else "--no-xla"]
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-    done = subprocess.run(
-        [*command, "--repeats", str(repeats)], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compare(case, rounds, repeats):
-    """Measures both sides of a case in turns and sums them up by their medians."""
-    sides = {"on": [], "off": []}
-    for number in range(rounds):
-        # The side that goes first changes too.
-        for side in ("on", "off") if number % 2 == 0 else ("off", "on"):
-            sides[side].append(measure_in_process(case, side == "on", repeats))
-            click.echo(f"{case}, XLA {side}, round {number + 1} of {rounds}", err=True)
-    summary = {"case": CASES[case]}
-    for side, runs in sides.items():
-        seconds = [second for run in runs for second in run["seconds"]]
-        summary[f"xla_{side}"] = {
-            "seconds": statistics.median(seconds),
-            "fastest": min(seconds),
-            "slowest": max(seconds),
-            "first_call_seconds": statistics.median(run["first_call_seconds"] for run in runs),
-            "runs": runs,
+    def __init__(self, spec, cache):
+        self._errors = tempfile.TemporaryFile("w+")
+        environment = {
+            **os.environ,
+            "KERAS_BACKEND": "jax" if spec["implementation"] == "jax" else "tensorflow",
+            "KERAS_SD_CACHE": str(cache),
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(cache, "inductor")),
+            "HF_HUB_OFFLINE": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "PYTHONPATH": str(TOOLS),
         }
-    summary["speedup"] = summary["xla_off"]["seconds"] / summary["xla_on"]["seconds"]
-    return summary
+        start = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmark.worker", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self._process.kill()
+            raise
+        self.ready["start_seconds"] = time.perf_counter() - start
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = [line.strip() for line in self._errors if line.strip()]
+        raise Failure(said[-1][:300] if said and code > 0 else f"ended by signal {-code}")
+
+    def call(self):
+        """The seconds of one call."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def close(self):
+        """Ends the process; returns the most bytes that it had in memory."""
+        self._process.stdin.close()
+        peak = self._answer()["peak_bytes"]
+        self._process.wait()
+        return peak
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
 
 
-def format_table(results):
-    """Returns the results as a Markdown table: medians in seconds, with the range in brackets."""
-    lines = ["| case | XLA on | XLA off | off / on | first call on / off |", "|---|---|---|---|---|"]
-    for result in results:
-        on, off = result["xla_on"], result["xla_off"]
-        cells = [f"{s['seconds']:.3f} s ({s['fastest']:.3f}-{s['slowest']:.3f})" for s in (on, off)]
-        first = f"{on['first_call_seconds']:.0f} / {off['first_call_seconds']:.0f} s"
-        lines.append(f"| {result['case']} | {' | '.join(cells)} | {result['speedup']:.2f}x | {first} |")
-    return "\n".join(lines)
+def started(spec, folder):
+    """Starts a side with an empty and then with a filled cache; returns what both took, and the second."""
+    cache = Path(folder, "cache")
+    shutil.rmtree(cache, ignore_errors=True)
+    cold = Side(spec, cache)
+    cold.close()
+    warm = Side(spec, cache)
+    return {"cold": cold.ready, "warm": warm.ready}, warm
+
+
+def difference(result, expected):
+    """The largest difference as a share of the largest expected number."""
+    return float(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def largest_difference(workload):
+    """How far two sides may be from each other."""
+    bars = LARGEST_PICTURE_DIFFERENCE if workload["case"] == "generation" else LARGEST_DIFFERENCE
+    return bars[workload["precision"]]
+
+
+def measure(workload, implementations, repeats, advance):
+    """Measures all sides of a case, each in turns with the first.
+
+    Args:
+        workload: the specification, without the implementation.
+        implementations: dictionaries of implementation and xla; ratios are to the first.
+        advance: called with each side's figures.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        reference, expected = None, None
+        try:
+            for number, implementation in enumerate(implementations):
+                spec = {**workload, **implementation, "result": str(Path(folder, f"{number}.npy"))}
+                figures = {**implementation}
+                try:
+                    starts, side = started(spec, folder)
+                    figures |= starts
+                    result = np.load(spec["result"])
+                    if expected is None:
+                        expected = result
+                    elif implementation["implementation"] != "keras-cv":  # which has its own weights
+                        figures["difference"] = difference(result, expected)
+                        if figures["difference"] > largest_difference(workload):
+                            side.kill()
+                            raise Failure(f"another result: {figures['difference']:.1e}")
+                    figures |= take_turns(side, reference, repeats)
+                    if number == 0:
+                        reference = side
+                    else:
+                        figures["peak_bytes"] = side.close()
+                except Failure as failure:
+                    figures["failed"] = str(failure)
+                advance(figures)
+        finally:
+            if reference is not None:
+                reference.kill()
+
+
+def take_turns(side, reference, repeats):
+    """Calls a side, and the reference in between if there is one."""
+    side.call()  # both are out of the cache by now
+    pairs = [(side.call(), reference.call() if reference else None) for _ in range(repeats)]
+    seconds = [own for own, _ in pairs]
+    figures = {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+    if reference:
+        figures["reference_seconds"] = statistics.median(other for _, other in pairs)
+        figures["ratio"] = figures["seconds"] / figures["reference_seconds"]
+    return figures
+
+
+def model_folder(model, root):
+    """A diffusers folder of the model; Stable Diffusion's is made once, with random weights."""
+    from keras_sd import presets
+
+    if model == "emoji":
+        return presets.find("emoji")
+    folder = Path(root, model)
+    if not folder.exists():
+        click.echo(f"{folder}: writing {model} with random weights", err=True)
+        command = [sys.executable, "-m", "benchmark.random_models", model, str(folder)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(TOOLS)})
+    return folder
+
+
+def sides(case, backends, xla, peers):
+    """Who computes a case: ours first, XLA before the others."""
+    ours = [
+        {"implementation": backend, "xla": switch}
+        for backend in backends
+        for switch in (xla if backend == "tensorflow" else ("on",))
+    ]
+    has = {
+        "openvino": case not in ("generation", "training", "training-lora"),
+        "keras-cv": case not in ("generation", "training", "training-lora"),
+        "diffusers-channels-last": case != "text-encoder",
+    }
+    return ours + [{"implementation": peer, "xla": None} for peer in peers if has.get(peer, True)]
+
+
+def gemm_ceiling(cache):
+    """GFLOP/s of the product of two large matrices, with XLA and without."""
+    found = []
+    for xla in ("on", "off"):
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder, "gemm.npy")
+            spec = {"case": "gemm", "implementation": "tensorflow", "xla": xla, "result": str(result)}
+            Side({**spec, "folder": str(cache), "size": 64, "batch": 1}, folder).close()
+            found.append(float(np.load(result)))
+    return max(found)
+
+
+def workloads(models, cases, size, precisions, root):
+    """The specifications of all cases that are to be measured."""
+    for model in models:
+        folder = model_folder(model, root)
+        for case in cases or USUAL_CASES[model]:
+            for precision in precisions:
+                yield {
+                    "case": case,
+                    "model": model,
+                    "folder": str(folder),
+                    "size": 64 if model == "emoji" else size,
+                    "batch": _batch(model, case),
+                    "steps": STEPS[model],
+                    "precision": precision,
+                }
+
+
+def _batch(model, case):
+    if case.startswith("training"):
+        return TRAINING_BATCH[model]
+    return 4 if model == "emoji" else 1
+
+
+def largest_size():
+    """The side of pictures that this machine is up to, in pixels: larger ones on an accelerator."""
+    return 512 if Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() else 256
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--output", default="bench/xla.json", help="JSON file to write.")
-@click.option("--rounds", default=3, type=click.IntRange(1), help="Processes for each side of a case.")
-@click.option("--repeats", default=10, type=click.IntRange(1), help="Timed calls in each process.")
-@click.option("--case", type=click.Choice(list(CASES)), hidden=True)
-@click.option("--xla/--no-xla", default=True, hidden=True)
-def bench(output, rounds, repeats, case, xla):
-    """Time the emoji model's training step and sampling with XLA on and off."""
-    if case:
-        click.echo(json.dumps(measure(case, xla, repeats)))
-        return
+@click.option("--output", default="bench/xla.json", help="JSON file to write; a table and a plot go beside.")
+@click.option("--models", default="emoji,sd15", type=Choices(MODELS), help=f"Of {', '.join(MODELS)}.")
+@click.option("--cases", default="", type=Choices(CASES), help=f"Of {', '.join(CASES)}; the usual ones.")
+@click.option("--backends", default="tensorflow,jax", type=Choices(("tensorflow", "jax")))
+@click.option("--xla", default="on,off", type=Choices(("on", "off", "auto")), help="On TensorFlow.")
+@click.option("--precisions", default="float32", type=Choices(tuple(LARGEST_DIFFERENCE)))
+@click.option("--peers", default="", type=Choices(PEERS), help=f"Of {', '.join(PEERS)}.")
+@click.option("--size", type=click.IntRange(64), help="Pixels of Stable Diffusion's pictures: 256, or 512.")
+@click.option("--repeats", default=5, type=click.IntRange(1), help="Timed calls of each side.")
+@click.option("--weights-dir", default="build/bench", help="Where models with random weights are kept.")
+def bench(output, models, cases, backends, xla, precisions, peers, size, repeats, weights_dir):
+    """Time models with XLA on and off, on TensorFlow and JAX, and beside other libraries."""
     output = check_output(output, ".json")
-    results = description(PACKAGES) | {"results": [compare(name, rounds, repeats) for name in CASES]}
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
-    click.echo(format_table(results["results"]))
-    click.echo(f"\n{results['date']}, {results['processor']}, {results['cores']} cores, {versions}\n{output}")
+    size = size or largest_size()
+    if size % 64:
+        raise UserError(f"--size {size}: no multiple of 64; use {size // 64 * 64}")
+    if not backends and not peers:
+        raise UserError("--backends: nothing to measure; name tensorflow, jax or both")
+    todo = list(workloads(models, cases, size, precisions, weights_dir))
+    plan = [(workload, sides(workload["case"], backends, xla, peers)) for workload in todo]
+    results = description(PACKAGES + (PEER_PACKAGES if peers else ()))
+    results |= {"command": " ".join(["python tools/bench.py", *sys.argv[1:]]), "repeats": repeats}
+    emoji = model_folder("emoji", weights_dir)
+    results |= {"gemm_gflops": gemm_ceiling(emoji), "results": []}
+
+    with tqdm(total=sum(len(each) for _, each in plan), unit="side", dynamic_ncols=True) as bar:
+
+        def advance(result, figures):
+            report.complete(result, figures, results["gemm_gflops"])
+            result["sides"].append(figures)
+            bar.write(report.line(result, figures))
+            bar.update()
+            report.write(output, results)
+
+        bar.write(report.HEAD)
+        for workload, implementations in plan:
+            result = {key: value for key, value in workload.items() if key != "folder"} | {"sides": []}
+            results["results"].append(result)
+            measure(workload, implementations, repeats, functools.partial(advance, result))
+    report.plot(output.with_suffix(".png"), results)
+    click.echo(f"{output}, {output.with_suffix('.md')} and {output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from machine import description
 from PIL import Image
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from keras_sd.captions.ranking import top_k
 from keras_sd.cli import check_output
 from keras_sd.data.emoji import load_emoji
 from keras_sd.errors import run_command
+from machine import description
 
 PACKAGES = ("keras_sd", "open_clip_torch", "torch", "numpy")
 PHRASES, QUERIES, WIDTH = 100_000, 16, 128

@@ -71,6 +71,7 @@ class Denoiser:
         *,
         guidance_scale=1.0,
         guidance_rescale=0.0,
+        guidance_interval=(0.0, 1.0),
         sampler="ddim",
         num_steps=30,
         eta=0.0,
@@ -87,6 +88,8 @@ class Denoiser:
             context, negative: text encodings `(n, tokens, width)`; the negative ones are used, and half
                 of the work is theirs, if `guidance_scale` is not 1.
             guidance_rescale: 0 to 1, against the overexposure of strong guidance.
+            guidance_interval: from which share of the steps to which there is guidance (Kynkäänniemi et al.,
+                2024); a step outside asks the network for `context` alone, in half the time.
             sampler: a name in `samplers.SAMPLERS`.
             eta: from 0 to 1, the share of fresh noise at each step of DDIM.
             streams: `NoiseStreams` to draw fresh noise from, once for each row of the sampler's tables that
@@ -102,6 +105,9 @@ class Denoiser:
         """
         if not 0 <= guidance_rescale <= 1:
             raise UserError(f"guidance_rescale {guidance_rescale}: out of range; use 0 (none) to 1")
+        start, end = guidance_interval
+        if not 0 <= start < end <= 1:
+            raise UserError(f"guidance_interval {start} {end}: no part of the steps; use 0 1 for all of them")
         tables = find_sampler(sampler).tables(self.schedule, num_steps, eta, first_step)
         if streams is None and any(row.draws for row in tables.rows):
             raise ValueError(f"sampler {sampler!r} draws noise; give streams")
@@ -114,7 +120,9 @@ class Denoiser:
             "rescale": np.asarray(guidance_rescale, "float32"),
             "class_labels": class_labels,
         }
-        return self._run(tables, latents, guidance, channels, known, streams)
+        # A step is guided if its beginning lies inside.
+        guided = [start <= (first_step + step) / num_steps < end for step in range(num_steps - first_step)]
+        return self._run(tables, latents, guidance, guided, channels, known, streams)
 
     def noisy(self, sample, noise, *, sampler="ddim", num_steps=30, first_step=0):
         """The latents to give to `steps` so that the first step begins from a noisy `sample`.
@@ -128,10 +136,11 @@ class Denoiser:
         signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
         return add_noise(sample, noise, signal_rate, noise_rate)
 
-    def _run(self, tables, latents, guidance, channels, known, streams):
+    def _run(self, tables, latents, guidance, guided, channels, known, streams):
         latents = ops.convert_to_numpy(latents) * np.float32(tables.start)
         memory = np.zeros((MEMORY_SIZE, *latents.shape), "float32")
         still = np.zeros_like(latents)
+        unguided = guidance | {"negative": None}
         step = 0
         for index, row in enumerate(tables.rows):
             is_last = index == len(tables.rows) - 1
@@ -144,7 +153,8 @@ class Denoiser:
             }
             numbers = {name: np.asarray(value, "float32") for name, value in numbers.items()}
             random = streams.draw(latents.shape[1:]) if row.draws else still
-            latents, memory = self._program(latents, memory, random, numbers, guidance, channels, known)
+            asked = guidance if guided[step] else unguided
+            latents, memory = self._program(latents, memory, random, numbers, asked, channels, known)
             if row.ends_step:
                 step += 1
                 yield Denoised(step, latents)

@@ -49,12 +49,21 @@ MEASURES = (
 )
 
 
-def evaluate_emoji(pipeline, *, num_steps=30, guidance_scale=5.0, seed=0, batch_size=40, progress=None):
+def evaluate_emoji(
+    pipeline,
+    *,
+    num_steps=30,
+    guidance_scale=5.0,
+    guidance_interval=(0.0, 1.0),
+    seed=0,
+    batch_size=40,
+    progress=None,
+):
     """Measures an `emoji` pipeline and returns a flat dictionary of figures, ready for JSON.
 
     Args:
         pipeline: a `keras_sd.StableDiffusion` that brings an image encoder.
-        num_steps, guidance_scale: of the DDIM sampler. Picture i is drawn from `seed` + i.
+        num_steps, guidance_scale, guidance_interval: of the DDIM sampler. Picture i is drawn from `seed` + i.
         batch_size: prompts of one call, always as many, so that sampling is compiled once.
         progress: callable (iterable, description) -> iterable, such as a progress bar.
 
@@ -83,7 +92,12 @@ def evaluate_emoji(pipeline, *, num_steps=30, guidance_scale=5.0, seed=0, batch_
     held_out = np.array([i for i, one in enumerate(emoji) if one.split == "validation"])
     bases = np.array([i for i, one in enumerate(emoji) if one.code == one.concept])
     prompted = by_hash(emoji, bases, "prompts")[:TRAINING_PROMPTS]
-    options = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": "ddim"}
+    options = {
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "sampler": "ddim",
+    }
 
     def generate(indices, description):
         prompts = [emoji[i].captions[0] for i in indices]

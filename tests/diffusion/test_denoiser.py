@@ -56,6 +56,33 @@ def test_numbers_and_weights_are_inputs_of_one_program():
     assert unet.batches == [4, 2] and one.shape == (2, *SHAPE)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_guidance_in_part_of_the_steps(sampler, denoiser):
+    """As if the scale were changed between the steps; the rows of one step go together."""
+    generator = np.random.default_rng(0)
+    noise = generator.standard_normal((2, *SHAPE)).astype("float32")
+    context, negative = generator.standard_normal((2, 2, 5, 3)).astype("float32")
+    asked = []
+    program = denoiser._program
+
+    def watched(*arguments):
+        asked.append(arguments[4]["negative"] is not None)
+        return program(*arguments)
+
+    def drawn(**options):
+        options = {"guidance_scale": 4.0, "sampler": sampler, "num_steps": 5, **options}
+        return last(denoiser.steps(noise, context, negative, **options))
+
+    denoiser._program = watched
+    part = drawn(guidance_interval=(0.2, 0.6))
+    denoiser._program = program
+    rows = [row.ends_step for row in SAMPLERS[sampler].tables(denoiser.schedule, 5).rows]
+    steps = np.concatenate([[0], np.cumsum(rows)[:-1]])
+    assert asked == [step in (1, 2) for step in steps]
+    assert np.abs(part - drawn()).max() > 1e-3 and np.abs(part - drawn(guidance_scale=1.0)).max() > 1e-3
+    np.testing.assert_array_equal(drawn(guidance_interval=(0.0, 1.0)), drawn())
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "heun", "dpm2", "euler_a"])
 def test_whole_steps_are_counted_and_yielded(sampler, denoiser):
     streams = NoiseStreams([0, 1])
@@ -185,6 +212,7 @@ def test_bad_settings_end_in_one_line_before_the_first_step(denoiser):
         ({"eta": 1.5}, "eta 1.5: out of range"),
         ({"sampler": "heun", "eta": 0.5}, "eta 0.5: Heun takes none"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: out of range; use 0 .none. to 1"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval 0.5 0.5: no part of the steps"),
     ]:
         with pytest.raises(UserError, match=line):
             denoiser.steps(noise, **options)

@@ -1,0 +1,170 @@
+"""The benchmark's cases by `keras_sd`, on the backend that KERAS_BACKEND names, and by KerasCV."""
+
+import contextlib
+import math
+import time
+
+import keras
+import numpy as np
+
+from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
+from keras_sd import StableDiffusion, backend
+from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.loading import load_part
+from keras_sd.training.lora import add_lora
+from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.optimizer import AdamW
+
+_STORED_IN = {"text-encoder": "text_encoder", "unet": "unet", "vae-encode": "vae", "vae-decode": "vae"}
+
+
+def make(spec, inputs):
+    """Returns a function that runs the case and gives its result as an array, and one that counts.
+
+    The second one gives the multiplications of the case, as it was traced, or None where a case is more than
+    one program.
+    """
+    makers = {"gemm": _gemm, "generation": _generation, "training": _training, "training-lora": _training}
+    if spec["implementation"] == "keras-cv":
+        return _keras_cv(spec, inputs), lambda: None
+    call = makers.get(spec["case"], _forward)(spec, inputs)
+    counted = []
+
+    def counting():
+        if counted or spec["case"] in ("gemm", "generation"):
+            return call()
+        with _counted(counted):
+            return call()
+
+    passes = 3 if spec["case"].startswith("training") else 1  # the gradients of both factors of a product
+    return counting, lambda: passes * sum(counted) if counted else None
+
+
+def _jit_compile(xla):
+    """What `--xla` means here; "auto" is what Keras makes of it on this machine."""
+    if xla != "auto":
+        return xla == "on"
+    model = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dense(1)])
+    model.compile(jit_compile="auto")
+    return model.jit_compile
+
+
+def _forward(spec, inputs):
+    model = load_part(spec["folder"], _STORED_IN[spec["case"]], spec["precision"])
+    function = {
+        "text-encoder": lambda inputs: model(inputs["ids"]),
+        "unet": lambda inputs: model([inputs[name] for name in ("latents", "timesteps", "context")]),
+        "vae-encode": lambda inputs: model.encode(inputs["images"]).mode(),
+        "vae-decode": lambda inputs: model.decode(inputs["latents"]),
+    }[spec["case"]]
+    program = backend.jit(function, model.variables, _jit_compile(spec["xla"]))
+    return lambda: keras.ops.convert_to_numpy(keras.ops.cast(program(inputs), "float32"))
+
+
+def _generation(spec, inputs):
+    pipeline = StableDiffusion.load(
+        spec["folder"], dtype=spec["precision"], jit_compile=_jit_compile(spec["xla"])
+    )
+
+    def generate():
+        count = len(inputs["latents"])
+        context, negative = (pipeline.encode_text([text] * count) for text in (PROMPT, ""))
+        latents = pipeline.denoise(
+            inputs["latents"],
+            context,
+            negative,
+            guidance_scale=GUIDANCE_SCALE,
+            num_steps=spec["steps"],
+        )
+        return pipeline.decode(latents) / 255.0
+
+    return generate
+
+
+def _training(spec, inputs):
+    precision = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+    unet = load_part(spec["folder"], "unet", precision[spec["precision"]])
+    if spec["case"] == "training-lora":
+        add_lora(unet, LORA_RANK, LORA_RANK)
+    scheduler = SchedulerConfig.load(f"{spec['folder']}/scheduler/scheduler_config.json")
+    objective = DiffusionObjective(unet, NoiseSchedule(scheduler))
+    optimizer = AdamW(1e-4, weight_decay=0.01, global_clipnorm=1.0)
+    optimizer.build(objective.trainable_variables)
+    objective.compile(optimizer=optimizer, jit_compile=_jit_compile(spec["xla"]))
+    return lambda: np.asarray(objective.train_on_batch(inputs))
+
+
+def _gemm(spec, inputs):
+    """The machine's ceiling: the product of two large matrices by the backend and by NumPy, in GFLOP/s."""
+    side = 2048
+    matrix = np.random.default_rng(0).standard_normal((side, side), dtype="float32")
+    tensor = keras.ops.convert_to_tensor(matrix)
+    product = backend.jit(keras.ops.matmul, jit_compile=spec["xla"] == "on")
+
+    def fastest(function):
+        seconds = []
+        for _ in range(15):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    seconds = min(
+        fastest(lambda: matrix @ matrix),
+        fastest(lambda: keras.ops.convert_to_numpy(product(tensor, tensor))),
+    )
+    return lambda: np.asarray(2 * side**3 / seconds / 1e9)
+
+
+@contextlib.contextmanager
+def _counted(multiplications):
+    """Adds what linear layers, convolutions and attention multiply while they are traced."""
+    dense, convolution, einsum = keras.layers.Dense.call, keras.layers.Conv2D.call, keras.ops.einsum
+
+    def counting_layer(original):
+        def call(layer, *arguments, **options):
+            outputs = original(layer, *arguments, **options)
+            terms = math.prod(layer.kernel.shape[:-1])
+            multiplications.append(math.prod(outputs.shape) * terms)
+            return outputs
+
+        return call
+
+    def counting_einsum(equation, *operands):
+        names = equation.split("->")[0].split(",")
+        sizes = {
+            letter: size
+            for name, operand in zip(names, operands, strict=True)
+            for letter, size in zip(name, operand.shape, strict=True)
+        }
+        multiplications.append(math.prod(sizes.values()))
+        return einsum(equation, *operands)
+
+    keras.layers.Dense.call, keras.layers.Conv2D.call = counting_layer(dense), counting_layer(convolution)
+    keras.ops.einsum = counting_einsum
+    try:
+        yield
+    finally:
+        keras.layers.Dense.call, keras.layers.Conv2D.call, keras.ops.einsum = dense, convolution, einsum
+
+
+def _keras_cv(spec, inputs):
+    """KerasCV's parts under XLA. Their weights are random ones of their own; the time is the same."""
+    from keras_cv.src.models.stable_diffusion import decoder, diffusion_model, image_encoder, text_encoder
+
+    size = spec["size"]
+    if spec["case"] == "unet":
+        model = diffusion_model.DiffusionModel(size, size, 77, download_weights=False)
+        features = np.zeros((len(inputs["latents"]), 320), "float32")
+        arguments = [inputs["latents"], features, inputs["context"]]
+    elif spec["case"] == "vae-decode":
+        model, arguments = decoder.Decoder(size, size, download_weights=False), inputs["latents"]
+    elif spec["case"] == "vae-encode":
+        model, arguments = image_encoder.ImageEncoder(download_weights=False), inputs["images"]
+    else:
+        model = text_encoder.TextEncoder(77, download_weights=False)
+        positions = np.tile(np.arange(77, dtype="int32"), (len(inputs["ids"]), 1))
+        arguments = [inputs["ids"], positions]
+    program = backend.jit(model, model.variables)
+    return lambda: keras.ops.convert_to_numpy(program(arguments))

@@ -1,0 +1,166 @@
+"""The benchmark's cases by what people would use instead: diffusers on torch, and OpenVINO."""
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel
+
+from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
+
+
+def make(spec, inputs):
+    """Returns a function that runs the case and gives its result as an array, channels last, and one that
+    counts nothing: the multiplications are those of our own network."""
+    makers = {"generation": _generation, "training": _training, "training-lora": _training}
+    call = makers.get(spec["case"], _forward)(spec, inputs)
+    return call, lambda: None
+
+
+def _tensor(array, dtype=torch.float32):
+    """A torch tensor, with channels where torch has them."""
+    if array.ndim == 4:
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))).to(dtype)
+    return torch.from_numpy(array)
+
+
+def _array(tensor):
+    array = tensor.detach().float().numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def _prepared(module, spec):
+    """The module as this implementation has it."""
+    if spec["implementation"] == "diffusers-channels-last":
+        return module.to(memory_format=torch.channels_last)
+    return torch.compile(module) if spec["implementation"] == "diffusers-compiled" else module
+
+
+class _Part(torch.nn.Module):
+    """One case as a function of tensors, which is what OpenVINO converts."""
+
+    def __init__(self, module, function):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *tensors):
+        return self.function(self.module, *tensors)
+
+
+_PARTS = {
+    "text-encoder": (CLIPTextModel, "text_encoder", lambda model, ids: model(ids)[0]),
+    "unet": (
+        UNet2DConditionModel,
+        "unet",
+        lambda model, latents, timesteps, context: model(latents, timesteps, context, return_dict=False)[0],
+    ),
+    "vae-encode": (AutoencoderKL, "vae", lambda model, images: model.encode(images).latent_dist.mode()),
+    "vae-decode": (
+        AutoencoderKL,
+        "vae",
+        lambda model, latents: model.decode(latents, return_dict=False)[0],
+    ),
+}
+
+
+def _forward(spec, inputs):
+    model_class, folder, function = _PARTS[spec["case"]]
+    dtype = getattr(torch, spec["precision"])
+    model = model_class.from_pretrained(f"{spec['folder']}/{folder}", torch_dtype=dtype).eval()
+    part = _Part(model, function).eval()
+    tensors = [_tensor(array, dtype) for array in inputs.values()]
+    if spec["implementation"] == "openvino":
+        return _openvino(part, tensors, spec["precision"])
+    if spec["implementation"] == "diffusers-channels-last":
+        tensors = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+    part = _prepared(part, spec)
+
+    @torch.inference_mode()
+    def call():
+        return _array(part(*tensors))
+
+    return call
+
+
+def _openvino(part, tensors, precision):
+    import openvino
+
+    with torch.inference_mode():
+        model = openvino.convert_model(part, example_input=tuple(tensors))
+    for port, tensor in zip(model.inputs, tensors, strict=True):
+        port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
+    model.validate_nodes_and_infer_types()
+    # A processor with matrix units for bfloat16 would be given that.
+    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision]
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    arrays = [tensor.numpy() for tensor in tensors]
+
+    def call():
+        result = compiled(arrays)[0]
+        return result.transpose(0, 2, 3, 1) if result.ndim == 4 else result
+
+    return call
+
+
+def _generation(spec, inputs):
+    dtype = getattr(torch, spec["precision"])
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        spec["folder"], safety_checker=None, torch_dtype=dtype, local_files_only=True
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet = _prepared(pipeline.unet, spec)
+    pipeline.vae.decode = _prepared_function(pipeline.vae, spec)
+    size = spec["size"]
+    options = {"height": size, "width": size, "guidance_scale": GUIDANCE_SCALE, "output_type": "np"}
+
+    def generate():
+        latents = _tensor(inputs["latents"], dtype)
+        prompts = [PROMPT] * len(latents)
+        return pipeline(prompts, latents=latents, num_inference_steps=spec["steps"], **options).images
+
+    return generate
+
+
+def _prepared_function(vae, spec):
+    """The decoder as this implementation has it, as the function that the pipeline calls."""
+    if spec["implementation"] == "diffusers-compiled":
+        return torch.compile(vae.decode)
+    _prepared(vae, spec)
+    return vae.decode
+
+
+def _training(spec, inputs):
+    unet = UNet2DConditionModel.from_pretrained(f"{spec['folder']}/unet").train()
+    if spec["case"] == "training-lora":
+        from peft import LoraConfig
+
+        unet.requires_grad_(False)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    scheduler = DDIMScheduler.from_pretrained(f"{spec['folder']}/scheduler")
+    network = _prepared(unet, spec)
+    samples, noise, context = (_tensor(inputs[name]) for name in ("samples", "noise", "context"))
+    timesteps = torch.from_numpy(inputs["timesteps"]).long()
+    reduced = torch.autocast("cpu", getattr(torch, spec["precision"]), enabled=spec["precision"] != "float32")
+
+    def step():
+        noisy = scheduler.add_noise(samples, noise, timesteps)
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(samples, noise, timesteps) if is_velocity else noise
+        with reduced:
+            prediction = network(noisy, timesteps, context, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return np.asarray(loss.item())
+
+    return step

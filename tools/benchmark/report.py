@@ -1,0 +1,143 @@
+"""What the benchmark says of its figures: a line for each side, a table, a plot and JSON."""
+
+import json
+
+HEAD = (
+    "case                   side                       seconds  ratio  first call cold, warm   memory  GEMM"
+)
+
+
+def name_of(side):
+    """What a side is called in tables."""
+    if side["xla"] is None:
+        return side["implementation"]
+    if side["implementation"] == "jax":
+        return "keras_sd, JAX"
+    return f"keras_sd, TensorFlow, XLA {side['xla']}"
+
+
+def complete(result, figures, gemm_gflops):
+    """Adds what follows from a side's figures and from those of the first side of its case."""
+    first = (result["sides"] or [figures])[0]
+    if "seconds" not in figures:
+        return
+    multiplications = first.get("warm", {}).get("multiplications")
+    if multiplications:
+        figures["gflops"] = 2 * multiplications / figures["seconds"] / 1e9
+        figures["share_of_gemm"] = figures["gflops"] / gemm_gflops
+    if figures["xla"] == "off" and first["xla"] == "on" and "ratio" in figures:
+        figures["xla_pays_after_calls"] = {
+            start: _calls_until_paid(first[start], figures[start], figures) for start in ("cold", "warm")
+        }
+
+
+def _calls_until_paid(with_xla, without, figures):
+    """After how many calls XLA's longer first one is made up for; None for never."""
+    gained = figures["seconds"] - figures["reference_seconds"]
+    lost = with_xla["first_call_seconds"] - without["first_call_seconds"]
+    if lost <= 0:
+        return 0
+    return round(lost / gained + 0.5) if gained > 0 else None
+
+
+def _cells(result, figures):
+    case = f"{result['model']} {result['case']}"
+    if result["precision"] != "float32":
+        case += f" {result['precision']}"
+    if "failed" in figures:
+        return [case, name_of(figures), f"failed: {figures['failed']}", "", "", "", ""]
+    starts = ", ".join(f"{figures[start]['first_call_seconds']:.1f}" for start in ("cold", "warm"))
+    memory = f"{figures['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in figures else ""
+    return [
+        case,
+        name_of(figures),
+        f"{figures['seconds']:.3f}",
+        f"{figures.get('ratio', 1.0):.2f}",
+        f"{starts} s",
+        memory,
+        f"{figures['share_of_gemm']:.0%}" if "share_of_gemm" in figures else "",
+    ]
+
+
+def line(result, figures):
+    """One side as a line for the terminal."""
+    case, side, seconds, ratio, starts, memory, share = _cells(result, figures)
+    return f"{case:22} {side:26} {seconds:>7} {ratio:>6}  {starts:>22} {memory:>8} {share:>5}".rstrip()
+
+
+def table(results):
+    """All sides as a Markdown table, with what it was measured on."""
+    lines = [
+        "| case | side | seconds | × the first | 1st call: cold, warm | start: cold, warm | memory | GEMM |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results["results"]:
+        for figures in result["sides"]:
+            cells = _cells(result, figures)
+            starts = (
+                ", ".join(f"{figures[start]['start_seconds']:.1f}" for start in ("cold", "warm")) + " s"
+                if "warm" in figures
+                else ""
+            )
+            lines.append(f"| {' | '.join([*cells[:5], starts, *cells[5:]])} |")
+    lines += ["", *_pay_offs(results), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
+    lines += [
+        f"{results['processor']}, {results['cores']} cores, {results['date']}; {versions}; "
+        f"GEMM {results['gemm_gflops']:.0f} GFLOP/s. Medians of {results['repeats']} calls, in turns with "
+        f"the first side. `{results['command']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pay_offs(results):
+    for result in results["results"]:
+        for figures in result["sides"]:
+            if "xla_pays_after_calls" in figures:
+                cold, warm = (
+                    "never" if count is None else f"after {count} calls"
+                    for count in (figures["xla_pays_after_calls"][start] for start in ("cold", "warm"))
+                )
+                case = f"{result['model']} {result['case']}, {result['precision']}"
+                yield f"- {case}: compiling pays {cold}; with the programs kept by an earlier process {warm}."
+
+
+def write(output, results):
+    """Writes the JSON and the table beside it."""
+    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(table(results), encoding="utf-8")
+
+
+def plot(path, results):
+    """Draws the seconds of all sides that could be measured, a panel for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = [result for result in results["results"] if any("seconds" in side for side in result["sides"])]
+    heights = [sum("seconds" in side for side in result["sides"]) for result in cases]
+    if not cases:
+        return
+    figure, panels = plt.subplots(
+        len(cases),
+        figsize=(8, 0.9 * len(cases) + 0.32 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for panel, result in zip(panels[:, 0], cases, strict=True):
+        measured = [side for side in result["sides"] if "seconds" in side]
+        names, seconds = [name_of(side) for side in measured], [side["seconds"] for side in measured]
+        spread = [[side["seconds"] - side["fastest"] for side in measured]]
+        spread.append([side["slowest"] - side["seconds"] for side in measured])
+        colours = ["tab:blue" if side["xla"] is not None else "0.65" for side in measured]
+        bars = panel.barh(names, seconds, xerr=spread, color=colours, ecolor="0.3")
+        panel.bar_label(bars, [f" {value:.3g} s" for value in seconds], fontsize=8, label_type="edge")
+        panel.invert_yaxis()
+        panel.margins(x=0.12)
+        size = f"{result['size']} px, batch of {result['batch']}, {result['precision']}"
+        panel.set_title(f"{result['model']}, {result['case']}: {size}", fontsize=10, loc="left")
+    panels[-1, 0].set_xlabel("seconds of a call (median, from the fastest to the slowest)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
