@@ -109,7 +109,7 @@ def write(output, results):
 
 
 def plot(path, results):
-    """Draws the seconds of all sides that could be measured, a panel for each case."""
+    """Draws the time of each side as a multiple of the first one's in the same turns, a panel for a case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,17 +127,28 @@ def plot(path, results):
         constrained_layout=True,
     )
     for panel, result in zip(panels[:, 0], cases, strict=True):
-        measured = [side for side in result["sides"] if "seconds" in side]
-        names, seconds = [name_of(side) for side in measured], [side["seconds"] for side in measured]
-        spread = [[side["seconds"] - side["fastest"] for side in measured]]
-        spread.append([side["slowest"] - side["seconds"] for side in measured])
-        colours = ["tab:blue" if side["xla"] is not None else "0.65" for side in measured]
-        bars = panel.barh(names, seconds, xerr=spread, color=colours, ecolor="0.3")
-        panel.bar_label(bars, [f" {value:.3g} s" for value in seconds], fontsize=8, label_type="edge")
-        panel.invert_yaxis()
-        panel.margins(x=0.12)
-        size = f"{result['size']} px, batch of {result['batch']}, {result['precision']}"
-        panel.set_title(f"{result['model']}, {result['case']}: {size}", fontsize=10, loc="left")
-    panels[-1, 0].set_xlabel("seconds of a call (median, from the fastest to the slowest)")
+        _draw_case(panel, result)
+    panels[-1, 0].set_xlabel("time of a call as a multiple of the first side's: median, fastest to slowest")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_case(panel, result):
+    measured = [side for side in result["sides"] if "seconds" in side]
+    ratios = [side.get("ratio", 1.0) for side in measured]
+    units = [side.get("reference_seconds", side["seconds"]) for side in measured]
+    spread = [
+        [(side["seconds"] - side["fastest"]) / unit for side, unit in zip(measured, units, strict=True)],
+        [(side["slowest"] - side["seconds"]) / unit for side, unit in zip(measured, units, strict=True)],
+    ]
+    colours = ["0.65" if side["xla"] is None else "tab:blue" for side in measured]
+    bars = panel.barh([name_of(side) for side in measured], ratios, xerr=spread, color=colours, ecolor="0.3")
+    labels = [
+        f" {ratio:.2f} × ({side['seconds']:.3g} s)" for ratio, side in zip(ratios, measured, strict=True)
+    ]
+    panel.bar_label(bars, labels, fontsize=8, label_type="edge")
+    panel.invert_yaxis()
+    panel.margins(x=0.15)
+    panel.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
+    size = f"{result['size']} px, batch of {result['batch']}, {result['precision']}"
+    panel.set_title(f"{result['model']}, {result['case']}: {size}", fontsize=10, loc="left")
