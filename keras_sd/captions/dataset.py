@@ -23,7 +23,7 @@ from keras_sd.captions.interrogator import MODES, Interrogator, check_vocabulary
 from keras_sd.captions.journal import Journal, count_lines, read_journal
 from keras_sd.captions.keywords import keywords
 from keras_sd.captions.ranking import Clip
-from keras_sd.captions.vocabulary import Vocabulary
+from keras_sd.captions.vocabulary import Vocabulary, read_phrases
 from keras_sd.data.folders import METADATA, image_paths
 from keras_sd.data.images import read_picture
 from keras_sd.errors import UserError
@@ -88,7 +88,7 @@ class CleaningSettings:
     """What is done to captions before they are written; the order and the reasons are `cleaning.Cleaner`'s.
 
     Attributes:
-        artists: names to be removed, or a file of them; None leaves artists in.
+        artists: names to be removed, or the path of a file of them; None leaves artists in.
         patterns: regular expressions of what is to be removed.
         product_type: such as "whisky"; stands in every caption.
         introductions: JSON lines with `file_name` and `text`, a product's introduction for a picture.
@@ -96,7 +96,7 @@ class CleaningSettings:
         maximum_tokens: longest caption in CLIP's tokens, without the marks of begin and end.
     """
 
-    artists: tuple[str, ...] | None = None
+    artists: tuple[str, ...] | str | None = None
     patterns: tuple[str, ...] = ()
     product_type: str | None = None
     introductions: str | None = None
@@ -107,10 +107,11 @@ class CleaningSettings:
         """What cleans a caption: a function of a picture's name and its caption that gives a `Cleaned`.
 
         Raises:
-            UserError: a pattern is no regular expression, or the introductions are missing or something else.
+            UserError: a pattern is no regular expression; a file of names or of introductions cannot be read.
         """
         count_tokens = None if self.maximum_tokens is None else _token_count()
-        cleaner = Cleaner(self.artists, self.patterns, self.product_type, self.maximum_tokens, count_tokens)
+        artists = read_phrases(self.artists) if isinstance(self.artists, str) else self.artists
+        cleaner = Cleaner(artists, self.patterns, self.product_type, self.maximum_tokens, count_tokens)
         words = {}
         if self.introductions is not None:
             texts = _read_introductions(Path(self.introductions))

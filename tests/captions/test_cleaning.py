@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 
+from keras_sd.captions import CleaningSettings
 from keras_sd.captions.cleaning import ArtistRemover, Cleaner
 from keras_sd.errors import UserError
 
@@ -168,6 +169,13 @@ def test_order_of_cleaning():
 def test_product_type_stands_once():
     assert Cleaner(product_type="whisky")("a Whisky bottle").text == "a Whisky bottle"
     assert Cleaner(product_type="whisky")("whiskyish").text == "whisky, whiskyish"
+
+
+def test_names_may_stand_in_a_file(tmp_path):
+    (tmp_path / "artists.txt").write_text("Claude Monet\n")
+    clean = CleaningSettings(artists=str(tmp_path / "artists.txt")).prepare()
+    cleaned = clean("heart.png", "a heart by Claude Monet, a star")
+    assert (cleaned.text, cleaned.artists) == ("a heart, a star", ("Claude Monet",))
 
 
 def test_artists_stay_unless_asked():
