@@ -14,16 +14,21 @@ from keras_sd.train_options import (
     sources_of,
 )
 
+pretrained_option = click.option(
+    "--pretrained-model-name-or-path",
+    default="emoji",
+    show_default=True,
+    help="Preset, hub id, folder or file.",
+)
+validation_option = click.option(
+    "--validation-prompts", multiple=True, help="A prompt of the sample grid; may be repeated."
+)
+
 
 def captioned_options(command):
     """The options of methods that train on captioned pictures."""
     options = [
-        click.option(
-            "--pretrained-model-name-or-path",
-            default="emoji",
-            show_default=True,
-            help="Preset, hub id, folder or file.",
-        ),
+        pretrained_option,
         click.option(
             "--snr-gamma", type=float, help="Gamma of min-SNR weighting; 5 is usual. Off by default."
         ),
@@ -37,13 +42,31 @@ def captioned_options(command):
             show_default=True,
             help="Captions left out, for guidance.",
         ),
-        click.option(
-            "--validation-prompts", multiple=True, help="A prompt of the sample grid; may be repeated."
-        ),
+        validation_option,
         click.option("--guidance-scale", default=5.0, show_default=True, help="Guidance of the samples."),
-        evaluation_options,
+        evaluation_options(),
     ]
     return functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
+
+
+def low_rank_options(*, rank, layers):
+    """The options of low-rank updates, with these values by default."""
+    options = [
+        click.option(
+            "--rank", default=rank, show_default=True, type=click.IntRange(1), help="Rank of the updates."
+        ),
+        click.option(
+            "--lora-alpha", type=float, help="Updates are scaled by alpha / rank; the rank by default."
+        ),
+        click.option(
+            "--lora-layers",
+            default=layers,
+            show_default=True,
+            type=click.Choice(["attention", "all"]),
+            help="Projections of attention, or all linear layers and the residual blocks' convolutions.",
+        ),
+    ]
+    return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
 
 
 @click.command("text-to-image")
@@ -75,15 +98,7 @@ def text_to_image(**options):
     checkpoints_total_limit=2,
 )
 @captioned_options
-@click.option("--rank", default=8, show_default=True, type=click.IntRange(1), help="Rank of the updates.")
-@click.option("--lora-alpha", type=float, help="Updates are scaled by alpha / rank; the rank by default.")
-@click.option(
-    "--lora-layers",
-    default="attention",
-    show_default=True,
-    type=click.Choice(["attention", "all"]),
-    help="Projections of attention, or all linear layers and the residual blocks' convolutions.",
-)
+@low_rank_options(rank=8, layers="attention")
 @click.option("--train-text-encoder", is_flag=True, help="Low-rank updates for the text encoder too.")
 def lora(rank, lora_alpha, lora_layers, train_text_encoder, **options):
     """Teach a model by low-rank updates (LoRA), kept in a small file beside it."""
@@ -92,10 +107,11 @@ def lora(rank, lora_alpha, lora_layers, train_text_encoder, **options):
     from keras_sd.training.lora import save_lora
 
     alpha = rank if lora_alpha is None else lora_alpha
+    trained = ("unet", "text_encoder") if train_text_encoder else ("unet",)
     pipeline = open_pipeline(
-        options, lambda parts: _add_loras(parts, rank, alpha, lora_layers == "all", train_text_encoder)
+        options, lambda parts: add_loras(parts, trained, rank, alpha, everywhere=lora_layers == "all")
     )
-    models = {"unet": pipeline.unet} | ({"text_encoder": pipeline.text_encoder} if train_text_encoder else {})
+    models = {name: getattr(pipeline, name) for name in trained}
     _train(
         settings,
         options,
@@ -106,21 +122,26 @@ def lora(rank, lora_alpha, lora_layers, train_text_encoder, **options):
     )
 
 
-def _add_loras(parts, rank, alpha, everywhere, train_text_encoder):
+def add_loras(parts, names, rank, alpha, *, everywhere):
+    """Gives the named parts of a model low-rank updates."""
     from keras_sd.training.lora import add_lora
 
-    for name in ("unet", "text_encoder") if train_text_encoder else ("unet",):
+    for name in names:
         add_lora(parts[name], rank, alpha, everywhere=everywhere)
 
 
-def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity=None):
-    """Trains what is trainable of the pipeline; a text encoder that is not frozen is trained along."""
+def encoded_examples(settings, options, pipeline, frozen_text_encoder, **sampling):
+    """What a run on captioned pictures takes: its encoded source, the repeats and `make_evaluation`.
+
+    Args:
+        frozen_text_encoder: None if captions are to stay token ids.
+        sampling: how evaluations sample, beside their number of steps: guidance_scale, sampler.
+    """
     from keras_sd.images import image_grid
     from keras_sd.metrics.clip_score import ClipScore
     from keras_sd.metrics.features import ClipFeatures
     from keras_sd.training.encodings import EncodedSource
     from keras_sd.training.evaluation import SampleEvaluation
-    from keras_sd.training.text_to_image import train_text_to_image
 
     image_size = pipeline.unet.config.sample_size * pipeline.vae.config.downsampling
     source, held_out, repeats = sources_of(options, image_size)
@@ -135,9 +156,9 @@ def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity
         return pipeline.text_to_image(
             texts,
             num_steps=options["num_inference_steps"],
-            guidance_scale=options["guidance_scale"],
             seed=settings.seed,
             progress=False,
+            **sampling,
         )
 
     captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
@@ -153,6 +174,16 @@ def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity
             score=ClipScore(pipeline, captions) if scored else None,
         )
 
+    return encoded, repeats, make_evaluation
+
+
+def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity=None):
+    """Trains what is trainable of the pipeline; a text encoder that is not frozen is trained along."""
+    from keras_sd.training.text_to_image import train_text_to_image
+
+    encoded, repeats, make_evaluation = encoded_examples(
+        settings, options, pipeline, frozen_text_encoder, guidance_scale=options["guidance_scale"]
+    )
     train_text_to_image(
         settings,
         pipeline.unet,

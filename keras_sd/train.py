@@ -2,7 +2,13 @@
 
 import click
 
-from keras_sd import finetune, finetune_dreambooth, finetune_textual_inversion, train_from_scratch
+from keras_sd import (
+    finetune,
+    finetune_dreambooth,
+    finetune_lcm,
+    finetune_textual_inversion,
+    train_from_scratch,
+)
 from keras_sd.errors import run_command
 
 
@@ -23,6 +29,7 @@ def train():
 for _command in (
     finetune.text_to_image,
     finetune.lora,
+    finetune_lcm.lcm,
     finetune_dreambooth.dreambooth,
     finetune_textual_inversion.textual_inversion,
     train_from_scratch.vae,

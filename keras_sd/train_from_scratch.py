@@ -122,7 +122,7 @@ def _new_text_encoder(config_path, tokenizer_folder, source):
     default="kid_emoji",
     help="What KID looks through.",
 )
-@evaluation_options
+@evaluation_options()
 def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_inference_steps, **options):
     """Train an unconditional model on pixels, as the Keras DDIM example does."""
     settings = settings_of(options)

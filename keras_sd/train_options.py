@@ -187,14 +187,21 @@ def read_config(path, config_class, default):
     return config_class.load(path) if path else default
 
 
-def evaluation_options(command):
-    """The options of methods that draw samples on their way."""
-    command = click.option(
-        "--kid-images",
-        default=100,
-        show_default=True,
-        help="Pictures of each split that KID compares; 0: none.",
-    )(command)
-    return click.option(
-        "--num-inference-steps", default=20, show_default=True, help="Sampling steps of evaluations."
-    )(command)
+def evaluation_options(num_inference_steps=20):
+    """The options of methods that draw samples on their way, by default in so many steps."""
+
+    def decorate(command):
+        command = click.option(
+            "--kid-images",
+            default=100,
+            show_default=True,
+            help="Pictures of each split that KID compares; 0: none.",
+        )(command)
+        return click.option(
+            "--num-inference-steps",
+            default=num_inference_steps,
+            show_default=True,
+            help="Sampling steps of evaluations.",
+        )(command)
+
+    return decorate

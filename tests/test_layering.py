@@ -25,7 +25,7 @@ LAYERS = (
     },
     {
         *("train", "train_options", "train_from_scratch"),
-        *("finetune", "finetune_dreambooth", "finetune_textual_inversion"),
+        *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
         *("generate", "convert", "caption", "demo", "cli", "__main__"),
     },
 )

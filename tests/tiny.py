@@ -26,6 +26,19 @@ SD1_UNET = UNetConfig(
     norm_num_groups=4,
 )
 
+# One block with attention: gradients of more would only take longer to trace.
+ONE_BLOCK_UNET = UNetConfig(
+    sample_size=4,
+    block_out_channels=(8,),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D",),
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",),
+    cross_attention_dim=16,
+    attention_head_dim=2,
+    norm_num_groups=4,
+)
+
 # SD 2: linear layers around the transformers and a number of heads for each level.
 SD2_UNET = UNetConfig(
     sample_size=4,

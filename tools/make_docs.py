@@ -37,7 +37,7 @@ API, COMMANDS = "api/index.html", "commands.html"
 NOT_PUBLIC = (
     *("__main__", "cli", "generate", "convert", "caption", "demo", "reference_outputs"),
     *("train", "train_options", "train_from_scratch"),
-    *("finetune", "finetune_dreambooth", "finetune_textual_inversion"),
+    *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
 )
 
 LINK = re.compile(r'(?<= )(href|src)="([^"]+)"')

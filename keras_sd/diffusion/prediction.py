@@ -32,6 +32,20 @@ def to_sample_and_noise(kind, prediction, noisy, signal_rate, noise_rate):
     return prediction, (noisy - signal_rate * prediction) / noise_rate
 
 
+def consistency_shares(timesteps, timestep_scaling=10.0, sigma_data=0.5):
+    """What a consistency function takes of the noisy sample and of the predicted one.
+
+    It has to give a sample without noise as it is, so at timestep 0 all is the former, and soon nearly all is
+    the latter (Song et al., 2023, section 3, with the timesteps of Luo et al., 2023).
+
+    Returns:
+        `(share of the noisy sample, share of the predicted sample)`, of the shape of the timesteps.
+    """
+    scaled = timestep_scaling * timesteps
+    skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    return skip, scaled / np.hypot(scaled, sigma_data)
+
+
 def min_snr_weight(kind, signal_to_noise, gamma):
     """Loss weight that caps the pull of nearly clean timesteps (Hang et al., 2023).
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_sd.diffusion import spacing
-from keras_sd.diffusion.prediction import add_noise, target, to_sample_and_noise
+from keras_sd.diffusion.prediction import add_noise, consistency_shares, target, to_sample_and_noise
 from keras_sd.diffusion.spacing import CLEAN, PURE_NOISE, Level
 from keras_sd.errors import UserError
 
@@ -244,15 +244,11 @@ def _corrected_sample(steps, previous, before_previous):
     return previous + old * (before_previous - previous) / place + new * (SAMPLE - previous)
 
 
-def _lcm(steps, schedule, timestep_scaling=10.0, sigma_data=0.5):
-    """Multistep consistency sampling (Luo et al., 2023): the sample found is made noisy anew each step.
-
-    A consistency model's function is a mix of prediction and latents that at timestep 0 is the latents alone.
-    """
+def _lcm(steps, schedule):
+    """Multistep consistency sampling (Luo et al., 2023): the sample found is made noisy anew each step."""
     for timestep, level, end in steps:
-        scaled = timestep_scaling * timestep
-        skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-        sample = scaled / np.hypot(scaled, sigma_data) * SAMPLE + skip * LATENTS
+        of_latents, of_sample = consistency_shares(timestep)
+        sample = of_latents * LATENTS + of_sample * SAMPLE
         yield Row(timestep, level, end, add_noise(sample, RANDOM, *end))
 
 

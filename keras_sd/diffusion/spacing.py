@@ -146,12 +146,23 @@ def ddpm_steps(schedule, num_steps):
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
+def distilled_timesteps(schedule, count):
+    """Those that a latent consistency model is distilled at (Luo et al., 2023), falling, int64 `(count,)`.
+
+    Raises:
+        UserError: the schedule has not as many.
+    """
+    total = schedule.num_train_timesteps
+    if not 1 <= count <= total:
+        raise UserError(f"num_ddim_timesteps {count}: out of range; use 1 to {total}")
+    return np.arange(count, 0, -1) * (total // count) - 1
+
+
 def lcm_steps(schedule, num_steps, distilled_steps=50):
     """A latent consistency model's: some of the timesteps that it was distilled at (Luo et al., 2023)."""
-    total = schedule.num_train_timesteps
-    distilled_steps = min(distilled_steps, total)
+    distilled_steps = min(distilled_steps, schedule.num_train_timesteps)
     _check_range(num_steps, distilled_steps)
-    distilled = np.arange(distilled_steps, 0, -1) * (total // distilled_steps) - 1
+    distilled = distilled_timesteps(schedule, distilled_steps)
     timesteps = distilled[np.arange(num_steps) * distilled_steps // num_steps]
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 

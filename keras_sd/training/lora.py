@@ -1,5 +1,7 @@
 """Low-rank adaptation (LoRA, Hu et al., 2022): which layers of a model learn an update, and what it holds."""
 
+import contextlib
+
 from keras_sd.errors import UserError
 from keras_sd.models.layers import LowRankUpdate
 from keras_sd.models.text_encoder import TextEncoder
@@ -48,6 +50,22 @@ def add_lora(model, rank, alpha, *, everywhere=False):
     freeze(model)
     for layer in adapted:
         layer.add_low_rank(rank, alpha)
+
+
+@contextlib.contextmanager
+def without_updates(model):
+    """Has a model compute as it would without its low-rank updates, for what is called inside the block."""
+    layers = {
+        parameter.layer for parameter in parameter_paths(model) if isinstance(parameter.layer, LowRankUpdate)
+    }
+    updates = {layer: layer.lora_A for layer in layers}
+    for layer in layers:
+        layer.lora_A = None
+    try:
+        yield
+    finally:
+        for layer, update in updates.items():
+            layer.lora_A = update
 
 
 def freeze(model):

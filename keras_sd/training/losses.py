@@ -33,6 +33,11 @@ def images_to_network(images):
     return ops.cast(images, "float32") / 127.5 - 1.0
 
 
+def at_timesteps(table, timesteps):
+    """Each example's entry of a table `(T,)`, to be multiplied with samples: `(n, 1, 1, 1)`."""
+    return ops.take(table, timesteps)[:, None, None, None]
+
+
 class DiffusionObjective(Objective):
     """Weighted squared error of what a UNet predicts in noisy samples (Ho et al., 2020).
 
@@ -71,7 +76,7 @@ class DiffusionObjective(Objective):
             samples = images_to_network(samples)
         timesteps, noise = batch["timesteps"], batch["noise"]
         signal_rate, noise_rate, weight = (
-            ops.take(table, timesteps)[:, None, None, None]
+            at_timesteps(table, timesteps)
             for table in (self.signal_rates, self.noise_rates, self.weights_by_timestep)
         )
         noisy = prediction.add_noise(samples, batch.get("input_noise", noise), signal_rate, noise_rate)

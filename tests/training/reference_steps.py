@@ -11,7 +11,7 @@ It gives `CASE/loss` and `CASE/gradients/PART.NAME`, and `adamw/weights/STEP`.
 
 SCRIPT = """
     import copy, json
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
     from diffusers.training_utils import compute_snr
     from peft import LoraConfig
     from torch.nn.functional import mse_loss
@@ -98,6 +98,41 @@ SCRIPT = """
         return errors.mean()
 
 
+    def consistency_loss(case, batch, unet, text_encoder):
+        config = settings["scheduler"] | case.get("scheduler", {})
+        ddim = DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False)
+        ddim.set_timesteps(case["num_ddim_timesteps"])
+        stride = ddim.config.num_train_timesteps // case["num_ddim_timesteps"]
+        context, negative = (text_encoder(batch[name].long())[0] for name in ("token_ids", "negative_ids"))
+        starts = batch["timesteps"].long()
+        ends = (starts - stride).clamp(min=0)
+        noisy = ddim.add_noise(batch["samples"], batch["noise"], starts)
+
+        def steps(prediction, timesteps, samples):
+            values = zip(prediction, timesteps, samples, strict=True)
+            return [ddim.step(*example) for example in values]
+
+        def consistent_sample(samples, timesteps):
+            found = steps(unet(samples, timesteps, context).sample, timesteps, samples)
+            found = torch.stack([step.pred_original_sample for step in found])
+            shares = [LCMScheduler().get_scalings_for_boundary_condition_discrete(t) for t in timesteps]
+            skip, out = (torch.stack(share)[:, None, None, None] for share in zip(*shares))
+            return skip * samples + out * found
+
+        unet.disable_adapters()
+        with torch.no_grad():
+            wanted, unwanted = (unet(noisy, starts, states).sample for states in (context, negative))
+            guided = unwanted + case["guidance_scale"] * (wanted - unwanted)
+            less_noisy = torch.stack([step.prev_sample for step in steps(guided, starts, noisy)])
+        unet.enable_adapters()
+        with torch.no_grad():
+            target = consistent_sample(less_noisy, ends)
+        errors = (consistent_sample(noisy, starts) - target).square()
+        if "huber_c" in case:
+            errors = (errors + case["huber_c"] ** 2).sqrt() - case["huber_c"]
+        return errors.mean()
+
+
     def autoencoder_loss(case, batch, vae):
         posterior = vae.encode(batch["samples"]).latent_dist
         latents = posterior.mean + posterior.std * batch["noise"]
@@ -114,6 +149,8 @@ SCRIPT = """
         parts = prepare(name, case)
         if "vae" in case["trains"]:
             loss = autoencoder_loss(case, batch, parts["vae"])
+        elif "num_ddim_timesteps" in case:
+            loss = consistency_loss(case, batch, parts["unet"], parts["text_encoder"])
         else:
             loss = denoising_loss(case, batch, parts["unet"], parts["text_encoder"])
         loss.backward()

@@ -1,6 +1,5 @@
 """DreamBooth: pairs of subject and class, class pictures, what is trained, and its command."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -29,14 +28,6 @@ from keras_sd.training.trainer import Settings
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 
-# One block with attention: gradients of more would only take longer to trace.
-UNET = dataclasses.replace(
-    tiny.SD1_UNET,
-    block_out_channels=(8,),
-    down_block_types=("CrossAttnDownBlock2D",),
-    mid_block_type="UNetMidBlock2D",
-    up_block_types=("UpBlock2D",),
-)
 STEPS = 4
 DRAWING = {"num_train_timesteps": 1000, "condition": "context"}
 
@@ -50,7 +41,7 @@ def write_pictures(folder, count, seed):
 
 
 def pipeline():
-    return tiny.pipeline(unet=UNET, jit_compile=False, batch_size=2)
+    return tiny.pipeline(unet=tiny.ONE_BLOCK_UNET, jit_compile=False, batch_size=2)
 
 
 @pytest.fixture(scope="module")

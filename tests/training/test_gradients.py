@@ -19,6 +19,7 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training import lora
+from keras_sd.training.consistency import ConsistencyObjective
 from keras_sd.training.losses import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.optimizer import AdamW
 from keras_sd.weights.diffusers_folder import write_part
@@ -57,6 +58,20 @@ CASES = {
     "noise offset, input perturbation": {"trains": ["unet"], "noise_offset": 0.1, "input_perturbation": 0.2},
     "LoRA on attention": {"trains": ["unet", "text_encoder"], "lora": "attention"},
     "LoRA on all layers": {"trains": ["unet", "text_encoder"], "lora": "all"},
+    "latent consistency": {
+        "trains": ["unet"],
+        "lora": "attention",
+        "num_ddim_timesteps": 50,
+        "guidance_scale": 3.0,
+    },
+    "latent consistency, velocity, zero terminal SNR, pseudo-Huber": {
+        "trains": ["unet"],
+        "lora": "all",
+        "scheduler": VELOCITY | {"rescale_betas_zero_snr": True},
+        "num_ddim_timesteps": 50,
+        "guidance_scale": 3.0,
+        "huber_c": 0.1,
+    },
     "DreamBooth": {"trains": ["unet", "text_encoder"], "prior_loss_weight": 0.7},
     "textual inversion": {"trains": ["text_encoder"], "new_tokens": 2},
     "super-resolution": {"trains": ["unet"], "unet": "upscaler", "scheduler": VELOCITY},
@@ -97,6 +112,9 @@ def draw(name):
     # Pure noise where the schedule ends in it, and a nearly clean sample, which min-SNR holds back.
     drawn["timesteps"].flat[:2] = 999, 5
     drawn["token_ids"] = whole(TOKENS.vocab_size, TOKENS.max_length)
+    if "num_ddim_timesteps" in case:
+        # Noise alone, the step that ends at timestep 0, and one between.
+        drawn |= {"timesteps": np.array([999, 19, 459], "int32"), "negative_ids": drawn["token_ids"][::-1]}
     if "new_tokens" in case:
         drawn["token_ids"][:, 3:5] = TOKENS.vocab_size + np.arange(case["new_tokens"])
     if "noise_offset" in case:
@@ -153,6 +171,9 @@ def make_objective(case, models):
     if "vae" in case["trains"]:
         return AutoencoderObjective(models["vae"], case["kl_weight"])
     schedule = NoiseSchedule(SchedulerConfig(**case.get("scheduler", {})))
+    if "num_ddim_timesteps" in case:
+        names = ("num_ddim_timesteps", "guidance_scale", "huber_c")
+        return ConsistencyObjective(models["unet"], schedule, **{name: case.get(name) for name in names})
     arguments = (models["unet"], schedule, case.get("snr_gamma"), models["text_encoder"])
     if "prior_loss_weight" in case:
         return PriorPreservationObjective(*arguments, prior_loss_weight=case["prior_loss_weight"])
@@ -179,6 +200,8 @@ def make_batch(case, models, drawn):
         batch["token_ids"] = drawn["token_ids"]
     elif "token_ids" in drawn:
         batch["context"] = models["text_encoder"](drawn["token_ids"])
+    if "negative_ids" in drawn:
+        batch["negative"] = models["text_encoder"](drawn["negative_ids"])
     return batch
 
 

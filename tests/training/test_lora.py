@@ -7,7 +7,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
-from keras_sd.training.lora import UNET_ALL, UNET_ATTENTION, add_lora, lora_tensors
+from keras_sd.training.lora import UNET_ALL, UNET_ATTENTION, add_lora, lora_tensors, without_updates
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.weights.rules import parameter_paths, torch_state
 from tests import tiny
@@ -32,6 +32,9 @@ def test_update_is_what_the_merged_kernels_give(config, everywhere, inputs):
         variable.assign(0.1 * np.random.default_rng(index).standard_normal(variable.shape).astype("float32"))
     updated = np.asarray(unet(inputs))
     assert np.abs(updated - before).max() > 0.01
+    with without_updates(unet):
+        np.testing.assert_array_equal(unet(inputs), before)
+    np.testing.assert_array_equal(unet(inputs), updated)
 
     state = torch_state(unet)
     merged = UNet(config)

@@ -24,7 +24,7 @@ from keras_sd.training.textual_inversion import (
 from keras_sd.training.trainer import Settings
 from keras_sd.weights.rules import torch_state
 from tests import tiny
-from tests.training.test_dreambooth import UNET, write_pictures
+from tests.training.test_dreambooth import write_pictures
 
 STEPS = 12
 LEARNED = "text_model.embeddings.learned_embedding.weight"
@@ -32,7 +32,7 @@ TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 def pipeline():
-    return tiny.pipeline(unet=UNET, jit_compile=False, batch_size=2)
+    return tiny.pipeline(unet=tiny.ONE_BLOCK_UNET, jit_compile=False, batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,146 @@
+"""Latent consistency distillation (LCM, Luo et al., 2023): pictures in a few steps, by low-rank updates."""
+
+import numpy as np
+from keras import ops
+
+from keras_sd.diffusion import spacing
+from keras_sd.diffusion.guidance import guided_prediction
+from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.training.lora import without_updates
+from keras_sd.training.losses import DiffusionObjective, at_timesteps
+from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.trainer import Trainer
+
+
+class ConsistencyObjective(DiffusionObjective):
+    """Has a network give the same sample at both ends of a step (Luo et al., 2023, algorithm 1).
+
+    The step is DDIM's, with guidance, by the network without its low-rank updates: the teacher. With them it
+    learns to give at the step's noisy end what it gives at the other one, where no gradient flows. So what
+    many guided steps would lead to becomes the prediction of one (LCM-LoRA, Luo et al., 2023b).
+
+    A batch is that of `DiffusionObjective` with `context`, and holds the `negative` context beside it. All
+    timesteps are one below a multiple of the step's length.
+
+    Args:
+        unet: with low-rank updates (`training.lora`).
+        schedule: `NoiseSchedule`.
+        num_ddim_timesteps: how many such steps lead from noise to a sample.
+        guidance_scale: of the teacher.
+        huber_c: where the pseudo-Huber loss (Song and Dhariwal, 2024, section 3.3) turns from squared to
+            absolute error; None for squared error.
+    """
+
+    def __init__(self, unet, schedule, *, num_ddim_timesteps, guidance_scale, huber_c=None, **kwargs):
+        super().__init__(unet, schedule, **kwargs)
+        self.guidance_scale = guidance_scale
+        self.huber_c = huber_c
+        self.stride = schedule.num_train_timesteps // num_ddim_timesteps
+        shares = consistency_shares(np.arange(schedule.num_train_timesteps))
+        self.shares_of_noisy, self.shares_of_sample = (share.astype("float32") for share in shares)
+
+    def call(self, batch):
+        context = batch["context"]
+        starts = batch["timesteps"]
+        ends = ops.maximum(starts - self.stride, 0)
+        noisy = add_noise(batch["samples"], batch["noise"], *self._rates(starts))
+        with without_updates(self.unet):
+            guided = guided_prediction(
+                self.unet, noisy, starts, context, batch["negative"], self.guidance_scale
+            )
+        sample, noise = to_sample_and_noise(self.prediction_type, guided, noisy, *self._rates(starts))
+        less_noisy = add_noise(sample, noise, *self._rates(ends))
+        target = ops.stop_gradient(self._consistent_sample(less_noisy, ends, context))
+        errors = self._consistent_sample(noisy, starts, context) - target
+        losses = ops.square(errors)
+        if self.huber_c is not None:
+            losses = ops.sqrt(losses + self.huber_c**2) - self.huber_c
+        return ops.mean(losses, axis=(1, 2, 3))
+
+    def _rates(self, timesteps):
+        return at_timesteps(self.signal_rates, timesteps), at_timesteps(self.noise_rates, timesteps)
+
+    def _consistent_sample(self, noisy, timesteps, context):
+        """The consistency function: the sample that the network finds in a noisy one."""
+        prediction = self.unet([noisy, timesteps, context])
+        sample, _ = to_sample_and_noise(self.prediction_type, prediction, noisy, *self._rates(timesteps))
+        of_noisy, of_sample = (
+            at_timesteps(shares, timesteps) for shares in (self.shares_of_noisy, self.shares_of_sample)
+        )
+        return of_noisy * noisy + of_sample * sample
+
+
+def consistency_example(example, generator, timesteps):
+    """Draws what one training example needs: that of `diffusion_example`, and the empty caption beside it.
+
+    Args:
+        example: of an `encodings.EncodedSource`.
+        timesteps: those that may be drawn, int `(n,)`.
+    """
+    drawn = diffusion_example(example, generator, num_train_timesteps=len(timesteps))
+    return drawn | {
+        "timesteps": np.int32(timesteps[drawn["timesteps"]]),
+        "negative": example["empty_context"],
+    }
+
+
+def train_consistency(
+    settings,
+    unet,
+    scheduler_config,
+    source,
+    *,
+    num_ddim_timesteps=50,
+    guidance_scale=5.0,
+    huber_c=None,
+    identity=None,
+    repeats=None,
+    make_evaluation=None,
+    export=None,
+):
+    """Trains the low-rank updates of a UNet on encoded examples, so that `lcm` samples with them.
+
+    Args:
+        settings: `trainer.Settings`.
+        unet: with low-rank updates (`training.lora`).
+        scheduler_config: `SchedulerConfig`: noise schedule and prediction type.
+        source: `encodings.EncodedSource` with encoded captions.
+        num_ddim_timesteps, guidance_scale, huber_c: as `ConsistencyObjective` takes them.
+        identity, repeats, make_evaluation, export: as `text_to_image.train_text_to_image` takes them.
+
+    Returns:
+        Whether training got to its end.
+
+    Raises:
+        UserError: there are not as many timesteps.
+    """
+    schedule = NoiseSchedule(scheduler_config)
+    timesteps = spacing.distilled_timesteps(schedule, num_ddim_timesteps)
+    distillation = {
+        "num_ddim_timesteps": num_ddim_timesteps,
+        "guidance_scale": guidance_scale,
+        "huber_c": huber_c,
+    }
+    trainer = Trainer(
+        ConsistencyObjective(unet, schedule, **distillation),
+        settings,
+        {
+            "method": "lcm",
+            "model": unet.config.to_dict(),
+            "schedule": scheduler_config.to_dict(),
+            "data": len(source),
+            **distillation,
+            **(identity or {}),
+        },
+    )
+    evaluate = make_evaluation(trainer) if make_evaluation else None
+    finished = trainer.run(
+        source,
+        lambda example, generator: consistency_example(example, generator, timesteps),
+        repeats=repeats,
+        evaluate=evaluate,
+    )
+    if finished and export:
+        trainer.export(export)
+    return finished

@@ -1,0 +1,163 @@
+"""Latent consistency distillation: what is drawn, resuming, its command, and its LoRA in diffusers.
+
+That its loss and gradients are right stands in `test_gradients`.
+"""
+
+import json
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from keras_sd.diffusion.denoiser import NoiseStreams
+from keras_sd.errors import UserError
+from keras_sd.finetune_lcm import lcm
+from keras_sd.pipeline import StableDiffusion
+from keras_sd.training.consistency import consistency_example, train_consistency
+from keras_sd.training.dreambooth import read_pictures
+from keras_sd.training.encodings import EncodedSource
+from keras_sd.training.lora import add_lora
+from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.trainer import Settings
+from keras_sd.weights.rules import torch_state
+from tests import tiny
+from tests.reference import run_reference
+from tests.training.test_dreambooth import assert_equal, write_pictures
+
+STEPS = 4
+NUM_STEPS = 3
+SHAPE = (4, 4, 4)
+
+SCRIPT = """
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained(folder / "model", safety_checker=None)
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+
+def latents():
+    draws = iter(inputs["noise"].permute(0, 1, 4, 2, 3))
+    first = next(draws)
+    sys.modules[LCMScheduler.__module__].randn_tensor = lambda shape, **options: next(draws)
+    result = pipe("red heart", latents=first, num_inference_steps=len(inputs["noise"]), guidance_scale=1.0,
+                  output_type="latent").images
+    return result.permute(0, 2, 3, 1)
+
+outputs["before"] = latents()
+pipe.load_lora_weights(folder / "run" / "model")
+outputs["after"] = latents()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and pictures to distil it on."""
+    folder = tmp_path_factory.mktemp("consistency")
+    tiny.pipeline(unet=tiny.ONE_BLOCK_UNET, jit_compile=False).save(folder / "model")
+    for picture in write_pictures(folder / "pictures", 3, 0).glob("*.png"):
+        picture.with_suffix(".txt").write_text("red heart")
+    return folder
+
+
+def command(folder, output, *options):
+    """Runs the command as the command line does."""
+    arguments = ["--pretrained-model-name-or-path", folder / "model", "--output-dir", output]
+    arguments += ["--train-data-dir", folder / "pictures", "--max-train-steps", STEPS, "--kid-images", 0]
+    arguments += ["--train-batch-size", 2, "--rank", 2, "--learning-rate", "1e-1", "--lr-warmup-steps", 0]
+    lcm.main([*map(str, arguments), "--no-jit-compile", *options], standalone_mode=False)
+
+
+def test_examples_are_those_of_diffusion_at_the_steps_of_the_teacher():
+    example = {
+        "mean": np.zeros(SHAPE, "float32"),
+        "deviation": np.ones(SHAPE, "float32"),
+        "contexts": np.ones((1, 12, 16), "float32"),
+        "empty_context": np.zeros((12, 16), "float32"),
+    }
+    timesteps = np.array([999, 749, 499, 249])
+    drawn = [consistency_example(example, np.random.default_rng(seed), timesteps) for seed in range(200)]
+    counts = [sum(one["timesteps"] == timestep for one in drawn) for timestep in timesteps]
+    assert sum(counts) == 200 and min(counts) > 30
+    plain = diffusion_example(example, np.random.default_rng(7), num_train_timesteps=4)
+    for name in ("samples", "noise", "context"):
+        np.testing.assert_array_equal(drawn[7][name], plain[name])
+    np.testing.assert_array_equal(drawn[7]["negative"], example["empty_context"])
+
+
+def train(folder, output, stop_at=None, **options):
+    """Distils the tiny model; a SIGTERM arrives after step `stop_at`."""
+    settings = Settings(
+        output_dir=output,
+        max_train_steps=STEPS,
+        train_batch_size=2,
+        learning_rate=1e-2,
+        lr_warmup_steps=0,
+        evaluation_steps=1,
+        jit_compile=False,
+        resume_from_checkpoint=options.pop("resume", None),
+    )
+    keras.utils.set_random_seed(0)
+    sd = StableDiffusion.load(folder / "model", jit_compile=False)
+    add_lora(sd.unet, 2, 2)
+
+    def evaluate(step):
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pictures = read_pictures(folder / "pictures", "red heart", 16)
+    encoded = EncodedSource(pictures, sd.vae, sd.text_encoder, sd.tokenizer, jit_compile=False)
+    parts = (sd.unet, sd.scheduler_config, encoded)
+    return sd, train_consistency(settings, *parts, make_evaluation=lambda trainer: evaluate, **options)
+
+
+def test_resumes_to_the_bit_and_leaves_the_model_as_it_is(tmp_path, folder):
+    sd, finished = train(folder, tmp_path / "whole")
+    assert finished
+    assert not train(folder, tmp_path / "parts", stop_at=2)[1]
+    with pytest.raises(UserError, match="guidance_scale"):
+        train(folder, tmp_path / "parts", resume="latest", guidance_scale=3.0)
+    assert train(folder, tmp_path / "parts", resume="latest")[1]
+    for group in ("weights", "ema", "optimizer"):
+        whole, parts = (
+            load_file(tmp_path / name / f"checkpoint-{STEPS}" / f"{group}.safetensors")
+            for name in ("whole", "parts")
+        )
+        assert_equal(whole, parts)
+    before, state = StableDiffusion.load(folder / "model").unet, torch_state(sd.unet)
+    updates = {name for name in state if ".lora_" in name}
+    assert updates and all(np.abs(state[name]).max() > 0 for name in updates)
+    assert_equal({name: array for name, array in state.items() if name not in updates}, torch_state(before))
+
+
+def test_command_writes_a_lora_with_which_diffusers_draws_the_same(folder):
+    command(folder, folder / "run", "--validation-prompts", "red heart")
+    assert (folder / "run" / "samples" / f"step-{STEPS:06}.png").is_file()
+    lines = (folder / "run" / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    streams = NoiseStreams([3])
+    noise = np.stack([streams.draw(SHAPE) for _ in range(NUM_STEPS)])
+    reference = run_reference(SCRIPT, {"noise": noise}, folder)
+    sd = StableDiffusion.load(folder / "model", jit_compile=False)
+
+    def distance(expected):
+        streams = NoiseStreams([3])
+        options = {"sampler": "lcm", "num_steps": NUM_STEPS, "streams": streams}
+        found = sd.denoise(streams.draw(SHAPE), sd.encode_text("red heart"), **options)
+        return np.abs(found - expected).max() / expected.std()
+
+    assert distance(reference["before"]) < 1e-4
+    for name in ("pytorch_lora_weights", "lora_kohya"):
+        sd.load_lora(folder / "run" / "model" / f"{name}.safetensors")
+        assert distance(reference["after"]) < 1e-4
+        sd.unload_lora()
+    assert distance(reference["after"]) > 1e-2
+
+
+def test_bad_number_of_steps_is_told_before_anything_is_encoded(tmp_path, folder):
+    for count in ("0", "1001"):
+        with pytest.raises(UserError, match=f"num_ddim_timesteps {count}: out of range; use 1 to 1000"):
+            command(folder, tmp_path / "run", "--num-ddim-timesteps", count)
+    assert not (tmp_path / "run").exists()
