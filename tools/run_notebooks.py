@@ -37,7 +37,8 @@ SMALLEST = {
         "SAMPLING_STEPS": 2,
     },
     "03_sampling_methods": {"STEP_COUNTS": (2, 3), "REFERENCE_STEPS": 6, "NUM_SEEDS": 2},
-    "04_random_walks": {"NUM_STEPS": 3, "NUM_FRAMES": 6, "GRID_SIDE": 3},
+    "04_random_walks": {"NUM_STEPS": 3, "GRID_SIDE": 4},  # all in batches of 8, compiled once
+    "05_create_captions": {"PICTURES": 20},
     "06_fine_tune": {
         "TRAINING_STEPS": 2,
         "TRAIN_BATCH_SIZE": 4,
@@ -60,6 +61,13 @@ SMALLEST = {
         "NOISE_LEVELS": (0, 40),
         "NUM_SEEDS": 4,
         "PROMPTS": ("red heart",),
+    },
+    "09_xla_and_speed": {
+        "NUM_STEPS": 2,
+        "NUM_IMAGES": 1,
+        "TURNS": 1,
+        "TRAINING_BATCH": 2,
+        "DEVICE_STEPS": 2,
     },
     "10_bring_and_take_weights": {"NUM_STEPS": 2, "PROMPTS": ("red heart",)},
 }
