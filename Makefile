@@ -59,7 +59,7 @@ test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers (a
 	$(BIN)/python -m pytest -q tests/full_size $(ARGS)
 
 test-notebooks: $(VENV)/installed-test $(VENV)/installed-notebooks  ## Execute notebooks at their smallest setting
-	$(BIN)/python -m pytest -q tests/notebooks $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --maxschedchunk 1 tests/notebooks $(ARGS)
 
 lint: $(VENV)/installed-test  ## Check style and formatting
 	$(BIN)/python -m ruff check .
