@@ -26,9 +26,10 @@ from keras_sd.train_options import evaluation_options, open_pipeline, run_option
 )
 @click.option(
     "--num-ddim-timesteps",
-    default=50,
+    default=10,
     show_default=True,
-    help="Steps from noise to a picture, each of which the teacher makes by DDIM.",
+    type=click.IntRange(1, 50),
+    help="Steps of DDIM by which the teacher gets from noise to a picture.",
 )
 @click.option(
     "--loss-type",
@@ -50,8 +51,6 @@ def lcm(rank, lora_alpha, lora_layers, num_ddim_timesteps, loss_type, huber_c, *
     """Distil a model to a few steps of the sampler `lcm`, as a LoRA."""
     settings = settings_of(options)
     settings.use_precision()
-    from keras_sd.diffusion.schedules import NoiseSchedule
-    from keras_sd.diffusion.spacing import distilled_timesteps
     from keras_sd.training.consistency import train_consistency
     from keras_sd.training.lora import save_lora
 
@@ -59,8 +58,6 @@ def lcm(rank, lora_alpha, lora_layers, num_ddim_timesteps, loss_type, huber_c, *
     pipeline = open_pipeline(
         options, lambda parts: add_loras(parts, ["unet"], rank, alpha, everywhere=lora_layers == "all")
     )
-    # Refuses a number out of range before pictures are encoded, which takes long.
-    distilled_timesteps(NoiseSchedule(pipeline.scheduler_config), num_ddim_timesteps)
     encoded, repeats, make_evaluation = encoded_examples(
         settings, options, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
     )

@@ -217,6 +217,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder):
         (["ddim", "--max-train-steps", "0"], "max_train_steps"),
         (["ddim", "--unet-config", "missing.json"], "missing.json"),
         (["vae", "--mixed-precision", "fp8"], "fp8"),
+        (["lcm", "--num-ddim-timesteps", "51"], "--num-ddim-timesteps"),
         (["ddim", "--kid-images", "3"], "--kid-images 3"),
         (["text-to-image", "--pretrained-model-name-or-path", "unheard"], "unheard"),
     ],

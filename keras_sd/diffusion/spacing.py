@@ -146,24 +146,18 @@ def ddpm_steps(schedule, num_steps):
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
-def distilled_timesteps(schedule, count):
-    """Those that a latent consistency model is distilled at (Luo et al., 2023), falling, int64 `(count,)`.
-
-    Raises:
-        UserError: the schedule has not as many.
-    """
+def distilled_timesteps(schedule):
+    """The 50 that latent consistency models are distilled at (Luo et al., 2023), falling, int64."""
     total = schedule.num_train_timesteps
-    if not 1 <= count <= total:
-        raise UserError(f"num_ddim_timesteps {count}: out of range; use 1 to {total}")
+    count = min(50, total)
     return np.arange(count, 0, -1) * (total // count) - 1
 
 
-def lcm_steps(schedule, num_steps, distilled_steps=50):
-    """A latent consistency model's: some of the timesteps that it was distilled at (Luo et al., 2023)."""
-    distilled_steps = min(distilled_steps, schedule.num_train_timesteps)
-    _check_range(num_steps, distilled_steps)
-    distilled = distilled_timesteps(schedule, distilled_steps)
-    timesteps = distilled[np.arange(num_steps) * distilled_steps // num_steps]
+def lcm_steps(schedule, num_steps):
+    """A latent consistency model's: some of the timesteps that it was distilled at."""
+    distilled = distilled_timesteps(schedule)
+    _check_range(num_steps, len(distilled))
+    timesteps = distilled[np.arange(num_steps) * len(distilled) // num_steps]
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 

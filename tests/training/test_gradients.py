@@ -68,7 +68,7 @@ CASES = {
         "trains": ["unet"],
         "lora": "all",
         "scheduler": VELOCITY | {"rescale_betas_zero_snr": True},
-        "num_ddim_timesteps": 50,
+        "num_ddim_timesteps": 10,
         "guidance_scale": 3.0,
         "huber_c": 0.1,
     },
@@ -113,7 +113,7 @@ def draw(name):
     drawn["timesteps"].flat[:2] = 999, 5
     drawn["token_ids"] = whole(TOKENS.vocab_size, TOKENS.max_length)
     if "num_ddim_timesteps" in case:
-        # Noise alone, the step that ends at timestep 0, and one between.
+        # Noise alone, a step that ends at timestep 0, and one between.
         drawn |= {"timesteps": np.array([999, 19, 459], "int32"), "negative_ids": drawn["token_ids"][::-1]}
     if "new_tokens" in case:
         drawn["token_ids"][:, 3:5] = TOKENS.vocab_size + np.arange(case["new_tokens"])
