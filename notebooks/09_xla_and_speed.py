@@ -14,6 +14,7 @@ PROMPT = "red heart"
 NUM_STEPS = 20
 NUM_IMAGES = 4
 TURNS = 7  # timed calls of each side
+PRECISIONS = ("bfloat16", "float16")  # beside float32
 TRAINING_BATCH = 16
 DEVICE_STEPS = 8  # training steps on one and on two devices
 
@@ -202,7 +203,7 @@ for name, change in changes.items():
 
 # %%
 precisions = {"float32": models["XLA on"]}
-for dtype in ("bfloat16", "float16"):
+for dtype in PRECISIONS:
     precisions[dtype] = StableDiffusion.from_preset(PRESET, dtype=dtype)
 for name, model in precisions.items():
     size = sum(variable.value.dtype.size * int(np.prod(variable.shape)) for variable in model.unet.weights)

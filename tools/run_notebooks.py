@@ -66,6 +66,7 @@ SMALLEST = {
         "NUM_STEPS": 2,
         "NUM_IMAGES": 1,
         "TURNS": 1,
+        "PRECISIONS": ("bfloat16",),
         "TRAINING_BATCH": 2,
         "DEVICE_STEPS": 2,
     },
