@@ -28,7 +28,7 @@ for command in (*COMMANDS, convert, caption, train):
 @click.argument("model", default="emoji")
 @click.option("--output", default="results.json", help="JSON file to write.")
 @sampling_options
-def evaluate(model, output, seed, guidance_scale, guidance_interval, steps):
+def evaluate(model, output, seed, guidance_scale, guidance_interval, reuse_interval, steps):
     """Measure MODEL, a preset or a folder trained on the emoji pictures, and print the table."""
     output = check_output(output, ".json")
     pipeline = open_model(model)
@@ -41,6 +41,7 @@ def evaluate(model, output, seed, guidance_scale, guidance_interval, steps):
         num_steps=steps,
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
+        reuse_interval=reuse_interval,
         seed=seed,
         progress=lambda iterable, description: tqdm(iterable, desc=description),
     )

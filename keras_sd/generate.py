@@ -34,6 +34,12 @@ sampling_options = _decorated(
         metavar="START END",
         help="Share of the steps from which and to which there is guidance; the others take half the time.",
     ),
+    click.option(
+        "--reuse-interval",
+        default=1,
+        type=click.IntRange(1),
+        help="Every which step runs the whole UNet; the others reuse its deep features.",
+    ),
     click.option("--seed", default=0, type=click.IntRange(0), help="Image i uses seed + i."),
 )
 

@@ -60,6 +60,7 @@ class Tasks:
         eta=0.0,
         guidance_rescale=0.0,
         guidance_interval=(0.0, 1.0),
+        reuse_interval=1,
         progress=True,
     ):
         """Makes pictures of a text.
@@ -78,6 +79,8 @@ class Tasks:
             guidance_rescale: 0 to 1, against the overexposure of strong guidance (Lin et al., 2023).
             guidance_interval: from which share of the steps to which there is guidance; the others take half
                 the time (Kynkäänniemi et al., 2024).
+            reuse_interval: every which step runs the whole UNet; those between run its outermost level on
+                the deep features of the last whole one (DeepCache, Ma et al., 2024). 1 reuses none.
             progress: True for a progress bar on stderr, False for none, or a function that is called with
                 (steps done, steps in all, latents).
 
@@ -98,6 +101,7 @@ class Tasks:
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
+            reuse_interval=reuse_interval,
             sampler=sampler,
             eta=eta,
             progress=progress,

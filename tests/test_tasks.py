@@ -192,6 +192,19 @@ def test_a_walk_of_one_prompt_is_a_circle_of_noises(plain):
     assert steps.min() > 0 and steps.max() < 4 * np.median(steps)  # the last leads to the first
 
 
+def test_fewer_evaluations_reach_the_model(plain):
+    noise = NoiseStreams([3]).draw(plain.latent_shape())
+    encodings = plain.encode_text(["red heart", ""])
+    fewer = {"reuse_interval": 2, "guidance_interval": (0.0, 0.5)}
+    for part in (fewer, {}, *({name: value} for name, value in fewer.items())):
+        options = {"num_steps": 4, "guidance_scale": 3.0, **part}
+        expected = plain.decode(plain.denoise(noise, encodings[:1], encodings[1:], **options))
+        found = plain.text_to_image("red heart", seed=3, progress=False, **options)
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(UserError, match="reuse_interval 0: out of range"):
+        plain.text_to_image("red heart", reuse_interval=0)
+
+
 def test_long_and_weighted_prompts_reach_the_model(plain):
     options = OPTIONS | {"num_steps": 4}
     long = "red heart " * 12 + "(flag:1.5)"

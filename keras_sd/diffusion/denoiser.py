@@ -1,5 +1,6 @@
 """The compiled loop that all samplers share."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ class Denoiser:
 
     Prompts, seeds, guidance, the sampler and its number of steps are inputs of the compiled step. It is
     compiled for each shape of the latents, with and without guidance, and with and without each of what a
-    task may add (`channels`, `class_labels`, `known`).
+    task may add (`channels`, `class_labels`, `known`). Reuse of deep features takes two more programs, of
+    steps that give them and of steps that take them.
 
     Args:
         unet: `keras_sd.models.unet.UNet`, conditional or not. Its weights may change between calls.
@@ -61,7 +63,10 @@ class Denoiser:
     def __init__(self, unet, schedule, jit_compile=True):
         self.unet = unet
         self.schedule = schedule
-        self._program = backend.jit(self._step, unet.variables, jit_compile)
+        self._program, self._giving_program, self._reusing_program = (
+            backend.jit(step, unet.variables, jit_compile)
+            for step in (self._step, self._giving_step, self._reusing_step)
+        )
 
     def steps(
         self,
@@ -72,6 +77,7 @@ class Denoiser:
         guidance_scale=1.0,
         guidance_rescale=0.0,
         guidance_interval=(0.0, 1.0),
+        reuse_interval=1,
         sampler="ddim",
         num_steps=30,
         eta=0.0,
@@ -90,6 +96,10 @@ class Denoiser:
             guidance_rescale: 0 to 1, against the overexposure of strong guidance.
             guidance_interval: from which share of the steps to which there is guidance (Kynkäänniemi et al.,
                 2024); a step outside asks the network for `context` alone, in half the time.
+            reuse_interval: every which step runs the whole UNet (DeepCache, Ma et al., 2024). Those between
+                run its outermost level on the deep features of the last whole evaluation. Steps are counted
+                from the first that is made; one that asks twice does so in one way. Where guidance begins or
+                ends, a step is whole, and the count starts anew.
             sampler: a name in `samplers.SAMPLERS`.
             eta: from 0 to 1, the share of fresh noise at each step of DDIM.
             streams: `NoiseStreams` to draw fresh noise from, once for each row of the sampler's tables that
@@ -108,6 +118,10 @@ class Denoiser:
         start, end = guidance_interval
         if not 0 <= start < end <= 1:
             raise UserError(f"guidance_interval {start} {end}: no part of the steps; use 0 1 for all of them")
+        if not isinstance(reuse_interval, int | np.integer) or reuse_interval < 1:
+            raise UserError(
+                f"reuse_interval {reuse_interval!r}: out of range; use a whole number from 1 (no reuse)"
+            )
         tables = find_sampler(sampler).tables(self.schedule, num_steps, eta, first_step)
         if streams is None and any(row.draws for row in tables.rows):
             raise ValueError(f"sampler {sampler!r} draws noise; give streams")
@@ -122,7 +136,8 @@ class Denoiser:
         }
         # A step is guided if its beginning lies inside.
         guided = [start <= (first_step + step) / num_steps < end for step in range(num_steps - first_step)]
-        return self._run(tables, latents, guidance, guided, channels, known, streams)
+        kinds = _kinds(guided, reuse_interval)
+        return self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
 
     def noisy(self, sample, noise, *, sampler="ddim", num_steps=30, first_step=0):
         """The latents to give to `steps` so that the first step begins from a noisy `sample`.
@@ -136,12 +151,12 @@ class Denoiser:
         signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
         return add_noise(sample, noise, signal_rate, noise_rate)
 
-    def _run(self, tables, latents, guidance, guided, channels, known, streams):
+    def _run(self, tables, latents, guidance, guided, kinds, channels, known, streams):
         latents = ops.convert_to_numpy(latents) * np.float32(tables.start)
         memory = np.zeros((MEMORY_SIZE, *latents.shape), "float32")
         still = np.zeros_like(latents)
         unguided = guidance | {"negative": None}
-        step = 0
+        step, deep = 0, None
         for index, row in enumerate(tables.rows):
             is_last = index == len(tables.rows) - 1
             numbers = {
@@ -154,17 +169,38 @@ class Denoiser:
             numbers = {name: np.asarray(value, "float32") for name, value in numbers.items()}
             random = streams.draw(latents.shape[1:]) if row.draws else still
             asked = guidance if guided[step] else unguided
-            latents, memory = self._program(latents, memory, random, numbers, asked, channels, known)
+            inputs = (latents, memory, random, numbers, asked, channels, known)
+            if kinds[step] == "plain":
+                latents, memory = self._program(*inputs)
+            elif kinds[step] == "giving":
+                latents, memory, deep = self._giving_program(*inputs)
+            else:
+                latents, memory = self._reusing_program(deep, *inputs)
             if row.ends_step:
                 step += 1
                 yield Denoised(step, latents)
 
-    def _step(self, latents, memory, random, numbers, guidance, channels, known):
+    def _giving_step(self, *inputs):
+        """`_step`, and the deep features that the network found."""
+        found = []
+
+        def unet(*arguments, **options):
+            prediction, deep = self.unet(*arguments, **options, returns_deep=True)
+            found.append(deep)
+            return prediction
+
+        return *self._step(*inputs, unet=unet), *found
+
+    def _reusing_step(self, deep, *inputs):
+        """`_step` on the deep features of another one."""
+        return self._step(*inputs, unet=functools.partial(self.unet, deep=deep))
+
+    def _step(self, latents, memory, random, numbers, guidance, channels, known, unet=None):
         """One row of the tables: asks the network, and sums what there is as the row's weights say."""
         signal_rate, noise_rate = numbers["level"][0], numbers["level"][1]
         seen = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
         timesteps = ops.broadcast_to(numbers["timestep"], (latents.shape[0],))
-        prediction = guided_prediction(self.unet, seen, timesteps, **guidance)
+        prediction = guided_prediction(unet or self.unet, seen, timesteps, **guidance)
         sample, noise = to_sample_and_noise(
             self.schedule.prediction_type, prediction, latents, signal_rate, noise_rate
         )
@@ -179,3 +215,20 @@ class Denoiser:
             kept = add_noise(known.sample, known.noise, numbers["end"][0], numbers["end"][1])
             latents = kept + known.mask * (latents - kept)
         return latents, memory
+
+
+def _kinds(guided, reuse_interval):
+    """What each step does with deep features: "giving", "reusing", or "plain" if no step reuses any.
+
+    Args:
+        guided: whether there is guidance, for each step; features with and without it differ in number.
+    """
+    if reuse_interval == 1:
+        return ["plain"] * len(guided)
+    kinds, since = [], 0
+    for step, is_guided in enumerate(guided):
+        if step == 0 or is_guided != guided[step - 1] or since == reuse_interval:
+            since = 0
+        kinds.append("reusing" if since else "giving")
+        since += 1
+    return kinds

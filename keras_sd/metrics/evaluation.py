@@ -55,6 +55,7 @@ def evaluate_emoji(
     num_steps=30,
     guidance_scale=5.0,
     guidance_interval=(0.0, 1.0),
+    reuse_interval=1,
     seed=0,
     batch_size=40,
     progress=None,
@@ -63,7 +64,8 @@ def evaluate_emoji(
 
     Args:
         pipeline: a `keras_sd.StableDiffusion` that brings an image encoder.
-        num_steps, guidance_scale, guidance_interval: of the DDIM sampler. Picture i is drawn from `seed` + i.
+        num_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler. Picture i is drawn
+            from `seed` + i.
         batch_size: prompts of one call, always as many, so that sampling is compiled once.
         progress: callable (iterable, description) -> iterable, such as a progress bar.
 
@@ -95,7 +97,8 @@ def evaluate_emoji(
     options = {
         "num_steps": num_steps,
         "guidance_scale": guidance_scale,
-        "guidance_interval": guidance_interval,
+        "guidance_interval": list(guidance_interval),
+        "reuse_interval": reuse_interval,
         "sampler": "ddim",
     }
 

@@ -147,6 +147,11 @@ class UNet(keras.Model):
     Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
     first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. A model with
     `num_class_embeds` takes `class_labels (n,)` as well (the noise level, in the x4 upscaler).
+
+    What the levels below the outermost one find changes little from one step of sampling to the next
+    (DeepCache, Ma et al., 2024). With `returns_deep` the call returns them beside the prediction, the feature
+    map `(n, h, w, features)` that enters the outermost block of the way up. Given as `deep`, it takes the
+    place of all that leads to it, and only the outermost level is computed.
     """
 
     def __init__(self, config, **kwargs):
@@ -178,21 +183,24 @@ class UNet(keras.Model):
             embedded = embedded + self.class_embedding(class_labels)
         return embedded
 
-    def call(self, inputs, class_labels=None):
+    def call(self, inputs, class_labels=None, deep=None, returns_deep=False):
         latents, timesteps, context = inputs if len(inputs) == 3 else (*inputs, None)
         time_embedding = self._embed_time(timesteps, class_labels)
         if context is not None:
             context = ops.cast(context, self.compute_dtype)
         hidden = self.conv_in(ops.cast(latents, self.compute_dtype))
         skips = [hidden]
-        for block in self.down_blocks:
+        for block in self.down_blocks if deep is None else self.down_blocks[:1]:
             hidden, block_skips = block(hidden, time_embedding, context)
             skips.extend(block_skips)
-        hidden = self.mid_block(hidden, time_embedding, context)
-        for block in self.up_blocks:
-            count = len(block.resnets)
-            skips, block_skips = skips[:-count], skips[-count:]
-            size = skips[-1].shape[1:3] if skips else (None, None)
-            hidden = block(hidden, block_skips, time_embedding, context, size=tuple(size))
-        outputs = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
-        return ops.cast(outputs, "float32")
+        *inner_blocks, outermost = self.up_blocks
+        if deep is None:
+            deep = self.mid_block(hidden, time_embedding, context)
+            for block in inner_blocks:
+                count = len(block.resnets)
+                skips, block_skips = skips[:-count], skips[-count:]
+                size = tuple(skips[-1].shape[1:3])
+                deep = block(deep, block_skips, time_embedding, context, size=size)
+        hidden = outermost(deep, skips[: len(outermost.resnets)], time_embedding, context)
+        outputs = ops.cast(self.conv_out(ops.silu(self.conv_norm_out(hidden))), "float32")
+        return (outputs, deep) if returns_deep else outputs

@@ -15,7 +15,16 @@ from keras_sd.diffusion.samplers import SAMPLERS, find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import karras_sigmas, sigma_to_timestep, spaced_timesteps, training_sigmas
 from keras_sd.errors import UserError
-from tests.diffusion.toys import SEEDS, SHAPE, GaussianUNet, ToyUNet, last, ode_end, of_every_sampler
+from tests.diffusion.toys import (
+    SEEDS,
+    SHAPE,
+    GaussianUNet,
+    ToyUNet,
+    last,
+    ode_end,
+    of_every_sampler,
+    of_reuse,
+)
 from tests.reference import run_reference
 
 KARRAS = {"use_karras_sigmas": True}
@@ -282,7 +291,7 @@ def test_backends_agree(tmp_path):
     assert done.returncode == 0, done.stderr
     theirs = np.load(tmp_path / "jax.npz")
     assert theirs["backend"] == "jax"
-    for name, ours in of_every_sampler().items():
+    for name, ours in {"reuse": of_reuse(), **of_every_sampler()}.items():
         assert np.abs(ours - theirs[name]).max() / ours.std() < 1e-5, name
 
 

@@ -11,6 +11,8 @@ from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import training_sigmas
+from keras_sd.models.unet import UNet
+from tests import tiny
 
 SHAPE = (4, 3, 2)
 SEEDS = (0, 7)
@@ -77,5 +79,14 @@ def of_every_sampler(num_steps=20):
     return results
 
 
+def of_reuse():
+    """What steps make of noise that reuse the deep features of a tiny UNet."""
+    unet = tiny.randomize(UNet(tiny.SD1_UNET), scale=0.2)
+    denoiser = Denoiser(unet, NoiseSchedule(SchedulerConfig(prediction_type="v_prediction")))
+    noise = NoiseStreams(SEEDS).draw((4, 4, 4))
+    context, negative = np.random.default_rng(0).standard_normal((2, 2, 6, 16)).astype("float32")
+    return last(denoiser.steps(noise, context, negative, guidance_scale=3.0, num_steps=5, reuse_interval=2))
+
+
 if __name__ == "__main__":
-    np.savez(sys.argv[1], backend=keras.backend.backend(), **of_every_sampler())
+    np.savez(sys.argv[1], backend=keras.backend.backend(), reuse=of_reuse(), **of_every_sampler())

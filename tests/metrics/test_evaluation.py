@@ -91,10 +91,13 @@ class Archive(StableDiffusion):
     def __init__(self):
         super().__init__(**tiny_parts())
         self.pictures = {one.captions[0]: one for one in load_emoji()}
-        self.calls = []
+        self.calls, self.shortcuts = [], set()
 
-    def text_to_image(self, prompt, *, num_steps, guidance_scale, seed, sampler, progress):
+    def text_to_image(
+        self, prompt, *, num_steps, guidance_scale, guidance_interval, reuse_interval, seed, sampler, progress
+    ):
         self.calls.append((len(prompt), seed, num_steps, guidance_scale, sampler, progress))
+        self.shortcuts.add((*guidance_interval, reuse_interval))
         return np.stack([self.pictures[text].load(64) for text in prompt])
 
 
@@ -127,6 +130,7 @@ def test_perfect_pictures_get_perfect_figures():
     # Batches of one size, picture i drawn from seed + i; then six calls of four for the time.
     batches = [(64, 7 + start, 3, 5.0, "ddim", False) for start in range(0, 200, 64)]
     assert archive.calls == batches * 2 + [(4, 7, 3, 5.0, "ddim", False)] * 6
+    assert archive.shortcuts == {(0.0, 1.0, 1)}
     table = format_table(results)
     assert table.count("as hoped") >= 4
     assert "100.0%" in table and "28.00 dB" in table
