@@ -65,6 +65,15 @@ class StepCallback(keras.callbacks.Callback):
         self.step = initial_step
         self._epoch_start = initial_step
 
+    @property
+    def model(self):
+        """The model, whose variables are empty on JAX until `sync_state`.
+
+        Keras' own property does that at each reading: time lost in every step and, when a signal interrupts
+        one, with the values of before it, whose memory the step has been given.
+        """
+        return self._model
+
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch_start = self.step
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -212,6 +213,27 @@ def test_a_signal_finishes_the_step_saves_and_leaves(tmp_path, whole, number, ac
     assert [signal.getsignal(each) for each in StopOnSignal.signals] == before
     assert capsys.readouterr().err == f"{number.name}: stopping after this step\n"
     assert_same_state(load(run.checkpoints, 7).groups, load(whole(accumulation).checkpoints, 7).groups)
+
+
+def test_a_signal_between_a_step_and_its_end_loses_nothing(tmp_path, whole):
+    """On JAX the values before the step are gone by then, and those after it have not come to the model."""
+    run = Run(tmp_path, every=100)
+
+    class WhenStep7IsComputed(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            compute, numbers = self.model.train_function, itertools.count(1)
+
+            def computing(*arguments):
+                results = compute(*arguments)
+                if next(numbers) == 7:
+                    signal.raise_signal(signal.SIGTERM)
+                return results
+
+            self.model.train_function = computing
+
+    run.fit(50, WhenStep7IsComputed())
+    assert run.checkpoints.latest().name == "checkpoint-7"
+    assert_same_state(load(run.checkpoints, 7).groups, load(whole(1).checkpoints, 7).groups)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2], ids=["plain", "accumulated"])
