@@ -1,0 +1,177 @@
+"""Measures what sampling with fewer evaluations of the network saves and costs on the `emoji` model.
+
+Ways are fewer steps of DDIM, guidance in part of the steps, reuse of deep features, and the sampler `lcm`
+with a LoRA distilled for it. Time is taken against DDIM in 30 steps, in turns. Pictures are compared with
+DDIM's of the same prompts and seeds, and measured as `keras-sd evaluate` does: KID to held-out pictures, and
+how often prompts get what they ask for.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from keras_sd.cli import check_output
+from keras_sd.errors import UserError, run_command
+from machine import description
+
+SETTINGS = {"num_steps": 30, "guidance_scale": 5.0, "sampler": "ddim"}
+BATCH, SEED, TURNS = 20, 0, 3
+INTERVALS = ((0.0, 0.75), (0.0, 0.5), (0.25, 1.0))
+REUSES, LCM_STEPS, DDIM_STEPS = (2, 3, 5), (1, 2, 4, 8), (10, 8, 4, 2)
+
+
+class Way(NamedTuple):
+    """A way of sampling: its name, and what it changes of `SETTINGS`."""
+
+    name: str
+    changes: dict
+    needs_lora: bool = False
+
+
+def ways(with_lora):
+    """All that is measured; what everything is compared with first."""
+    listed = [Way("DDIM, 30 steps", {})]
+    listed += [Way(f"DDIM, {steps} steps", {"num_steps": steps}) for steps in DDIM_STEPS]
+    if with_lora:
+        distilled = {"sampler": "lcm", "guidance_scale": 1.0}
+        listed += [
+            Way(f"LCM, {steps} steps", distilled | {"num_steps": steps}, needs_lora=True)
+            for steps in LCM_STEPS
+        ]
+    listed += [
+        Way(f"guidance from {start:g} to {end:g}", {"guidance_interval": (start, end)})
+        for start, end in INTERVALS
+    ]
+    listed += [Way(f"deep features for {reuse} steps", {"reuse_interval": reuse}) for reuse in REUSES]
+    return listed
+
+
+class Bench:
+    """The model, its prompts and the real pictures that its own are compared with.
+
+    Args:
+        lora: path of a LoRA for the sampler `lcm`, or None.
+        count: prompts of each kind, at most the 200 that `evaluate_emoji` takes.
+    """
+
+    def __init__(self, lora, count):
+        from keras_sd import StableDiffusion
+        from keras_sd.data.emoji import load_emoji
+        from keras_sd.metrics.evaluation import IMAGE_SIZE, by_hash
+        from keras_sd.metrics.features import ClipFeatures, extract
+
+        self.pipeline = StableDiffusion.from_preset("emoji", batch_size=BATCH)
+        if lora is not None:
+            self.pipeline.load_lora(lora, "lcm", weight=0.0)
+        self.emoji = load_emoji()
+        self.images = np.stack([one.load(IMAGE_SIZE) for one in self.emoji])
+        held_out = [index for index, one in enumerate(self.emoji) if one.split == "validation"]
+        self.bases = np.array([index for index, one in enumerate(self.emoji) if one.code == one.concept])
+        self.held_out = by_hash(self.emoji, held_out, "prompts")[:count]
+        self.prompted = by_hash(self.emoji, self.bases, "prompts")[:count]
+        self.extractor = ClipFeatures(self.pipeline.image_encoder)
+        self.real_features = extract(self.extractor, self.images[self.held_out])
+
+    def adapted(self, way):
+        """A block in which the model has the LoRA if the way needs it."""
+        return self.pipeline.adapters.temporarily({"lcm": 1.0} if way.needs_lora else {})
+
+    def draw(self, way, indices):
+        """Pictures of the first captions of these emoji: uint8 `(n, 64, 64, 3)`."""
+        from keras_sd.metrics.evaluation import generate_batch
+
+        prompts = [self.emoji[index].captions[0] for index in indices]
+        options = SETTINGS | way.changes
+        batches = [
+            generate_batch(self.pipeline, prompts, start, BATCH, SEED, options)
+            for start in range(0, len(prompts), BATCH)
+        ]
+        return np.concatenate(batches)
+
+    def seconds(self, way):
+        """The time of one batch, without that of adding the LoRA."""
+        with self.adapted(way):
+            start = time.perf_counter()
+            self.draw(way, self.prompted[:BATCH])
+            return time.perf_counter() - start
+
+    def measure(self, way, reference):
+        """One row of the results, and the pictures of the held-out prompts.
+
+        Args:
+            reference: pictures of the held-out prompts to compare with; None for the way's own.
+        """
+        from keras_sd.metrics.evaluation import held_out_rates
+        from keras_sd.metrics.features import extract
+        from keras_sd.metrics.kid import paired_kernel_inception_distance
+        from keras_sd.metrics.retrieval import top1
+
+        with self.adapted(way):
+            of_training, pictures = self.draw(way, self.prompted), self.draw(way, self.held_out)
+        reference = pictures if reference is None else reference
+        kid = paired_kernel_inception_distance(self.real_features, extract(self.extractor, pictures))
+        row = {
+            "way": way.name,
+            **SETTINGS,
+            **way.changes,
+            "mean_absolute_difference": float(np.abs(pictures / 255 - reference / 255).mean()),
+            "kid": kid.mean,
+            "kid_standard_deviation": kid.standard_deviation,
+            "training_top1": top1(
+                of_training, self.images[self.bases], np.searchsorted(self.bases, self.prompted)
+            ),
+            **held_out_rates(self.emoji, self.images, self.held_out, pictures),
+        }
+        return row, pictures
+
+
+def table(rows):
+    """The rows as a Markdown table."""
+    lines = ["| way | time | difference | KID | top-1 | held-out concept |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['way']} | {row['time_ratio']:.2f} × | {row['mean_absolute_difference']:.3f} "
+            f"| {row['kid']:.3f} | {row['training_top1']:.1%} | {row['held_out_concept']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--lora", help="LoRA distilled for the sampler lcm, which is left out without one.")
+@click.option("--prompts", default=60, type=click.IntRange(4, 200), help="Prompts of each kind.")
+@click.option("--output", default="benchmarks/fewer-evaluations.json", help="JSON file to write.")
+def fewer_evaluations(lora, prompts, output):
+    """Measure sampling with fewer evaluations of the network."""
+    output = check_output(output, ".json")
+    if lora is not None and not Path(lora).exists():
+        raise UserError(f"{lora}: no such LoRA; give a file, or a folder that holds one")
+    bench = Bench(lora, prompts)
+    listed, rows, reference = ways(lora is not None), [], None
+    for way in tqdm(listed, unit="way"):
+        row, pictures = bench.measure(way, reference)
+        reference = pictures if reference is None else reference
+        rows.append(row)
+    turns = [[bench.seconds(way) for way in listed] for _ in tqdm(range(TURNS), unit="turn")]
+    medians = [statistics.median(seconds) for seconds in zip(*turns, strict=True)]
+    for row, seconds in zip(rows, medians, strict=True):
+        row |= {"seconds": seconds, "time_ratio": seconds / medians[0]}
+    results = description(("keras_sd", "keras", "tensorflow")) | {
+        "command": "python tools/fewer_evaluations.py" + (" --lora LORA" if lora else ""),
+        "prompts": prompts,
+        "seed": SEED,
+        "pictures_timed": BATCH,
+        "rows": rows,
+    }
+    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    click.echo(table(rows))
+    click.echo(output)
+
+
+if __name__ == "__main__":
+    run_command(fewer_evaluations, "fewer_evaluations.py")
