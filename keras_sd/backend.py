@@ -15,6 +15,9 @@ from keras_sd.cache import cache_root
 # What TensorFlow's kernels take for granted of memory that is not their own.
 _ALIGNMENT = 64
 
+# Features of a head that cuDNN's attention takes, before and since NVIDIA's Hopper.
+_LARGEST_FLASH_HEAD, _LARGEST_FLASH_HEAD_ON_HOPPER = 128, 256
+
 _CACHE_BYTES = 4 * 2**30
 _FLAG = "--tf_xla_persistent_cache_directory="
 
@@ -247,6 +250,57 @@ def recomputed(function):
         return run(inputs, values)
 
     return call
+
+
+def compiles_for_processor(tensor):
+    """Whether `tensor` belongs to a program that XLA is about to compile for a CPU."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+        return (
+            not tf.executing_eagerly()
+            and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+            and not tf.config.list_logical_devices("GPU")
+        )
+    import jax
+
+    return isinstance(tensor, jax.core.Tracer) and jax.default_backend() == "cpu"
+
+
+def has_flash_attention(query):
+    """Whether there is `flash_attention` for this query `(n, tokens, heads, head_size)`.
+
+    That is in half precision on NVIDIA's Ampere and later, which JAX gives to cuDNN.
+    """
+    half = keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
+    if keras.backend.backend() != "jax" or not half:
+        return False
+    import jax
+
+    device = jax.local_devices()[0]
+    capability = float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0
+    largest = _LARGEST_FLASH_HEAD_ON_HOPPER if capability >= 9 else _LARGEST_FLASH_HEAD
+    return capability >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= largest
+
+
+def flash_attention(query, key, value):
+    """Attention that never holds all scores (Dao et al., 2022), by cuDNN.
+
+    Args:
+        query, key, value: `(n, tokens, heads, head_size)` in the same half precision. Scores are added up in
+            float32, so that large ones do no harm.
+    """
+    import jax
+
+    keys, lengths = key.shape[1], None
+    if keys % 2:
+        # The backward pass takes even numbers of keys; what is added here is left out by the length.
+        key, value = (keras.ops.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in (key, value))
+        lengths = jax.numpy.full((key.shape[0],), keys, "int32")
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 def free_memory():

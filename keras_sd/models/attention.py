@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.errors import UserError
 from keras_sd.models.layers import GroupNormalization, Layer, convolution, dense, layer_normalization
 
@@ -15,7 +16,8 @@ def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     """Attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
 
     Where the scores would take more than `LARGEST_SCORES` bytes, slices of the queries are attended one
-    after the other, with the same result. A batch of unknown size counts as one example.
+    after the other, with the same result. A batch of unknown size counts as one example. A GPU whose
+    kernels never hold all scores is given everything at once.
 
     Args:
         mask: None, or a boolean that broadcasts to `(n, heads, queries, keys)`: which keys a query sees.
@@ -25,6 +27,8 @@ def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     Returns:
         `(n, queries, heads, head_size)`.
     """
+    if mask is None and backend.has_flash_attention(query):
+        return backend.flash_attention(query, key, value)
     if upcast:
         query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
     batch, queries, heads, head_size = query.shape

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_sd.errors import UserError
+from keras_sd.models import winograd
 from keras_sd.models.initial_values import glorot_uniform, uniform
 
 
@@ -64,6 +65,12 @@ class Dense(LowRankUpdate, keras.layers.Dense):
 
 class Conv2D(LowRankUpdate, keras.layers.Conv2D):
     """Keras' convolution, with a place for a low-rank update: a window as large, then one of 1x1."""
+
+    def convolution_op(self, inputs, kernel):
+        is_plain = (self.kernel_size, self.strides, self.padding) == ((3, 3), (1, 1), "same")
+        if is_plain and winograd.pays(inputs, kernel):
+            return winograd.convolve(inputs, ops.convert_to_tensor(kernel))
+        return super().convolution_op(inputs, kernel)
 
     def _low_rank_pair(self, rank, initializer):
         inputs, outputs = self.kernel.shape[2:]
@@ -128,8 +135,9 @@ def layer_normalization(features, epsilon=1e-5):
 class GroupNormalization(Layer):
     """Group normalisation (Wu and He, 2018) of `(n, height, width, channels)`.
 
-    Moments are taken per channel first and then averaged inside each group, so the large tensor is
-    never reshaped to five dimensions; XLA fuses what remains into two reductions and one map.
+    The large tensor is read once for its moments, which are taken per channel and then joined inside each
+    group (Chan, Golub and LeVeque, 1983), and once more for a scale and a shift per channel; it is never
+    reshaped to five dimensions.
     """
 
     def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
@@ -143,18 +151,28 @@ class GroupNormalization(Layer):
         self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta")
 
     def _group_mean(self, values):
-        """Averages `(n, h, w, c)` over positions and over the channels of each group: `(n, 1, 1, c)`."""
-        per_channel = ops.mean(values, axis=(1, 2))
-        grouped = ops.reshape(per_channel, (-1, self.groups, self.channels // self.groups))
+        """Averages `(n, 1, 1, c)` over the channels of each group, for each of its channels."""
+        grouped = ops.reshape(values, (-1, self.groups, self.channels // self.groups))
         spread = ops.broadcast_to(ops.mean(grouped, axis=2, keepdims=True), ops.shape(grouped))
         return ops.reshape(spread, (-1, 1, 1, self.channels))
 
+    def _moments(self, values):
+        """Mean and variance of each channel's group, `(n, 1, 1, c)` each."""
+        # Squares of numbers far from zero would lose the small differences that a variance is made of.
+        origin = values[:, :1, :1]
+        shifted = values - origin
+        offset = ops.mean(shifted, axis=(1, 2), keepdims=True)
+        square = ops.mean(ops.square(shifted), axis=(1, 2), keepdims=True)
+        mean = self._group_mean(origin + offset)
+        variance = square - ops.square(offset) + ops.square(origin + offset - mean)
+        return mean, self._group_mean(variance)
+
     def call(self, inputs):
-        # Half precision loses the small differences that a variance is made of.
+        # Half precision loses them in any case.
         values = ops.cast(inputs, "float32")
-        centred = values - self._group_mean(values)
-        scale = ops.rsqrt(self._group_mean(ops.square(centred)) + self.epsilon)
-        outputs = centred * (scale * ops.cast(self.gamma, "float32")) + ops.cast(self.beta, "float32")
+        mean, variance = self._moments(values)
+        scale = ops.rsqrt(ops.maximum(variance, 0.0) + self.epsilon) * ops.cast(self.gamma, "float32")
+        outputs = values * scale + (ops.cast(self.beta, "float32") - mean * scale)
         return ops.cast(outputs, self.compute_dtype)
 
 
