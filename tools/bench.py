@@ -7,6 +7,7 @@ medians of such turns. Results are compared before anything is timed.
 """
 
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -24,13 +25,16 @@ from tqdm import tqdm
 from benchmark import report
 from keras_sd.cli import check_output
 from keras_sd.errors import UserError, run_command
-from machine import description
+from machine import accelerator, description, peak_gflops
 
 TOOLS = Path(__file__).resolve().parent
 PACKAGES = ("keras_sd", "keras", "tensorflow", "jax", "numpy")
 PEER_PACKAGES = ("torch", "diffusers", "transformers", "peft", "openvino", "keras-cv")
 
-CASES = ("text-encoder", "unet", "vae-encode", "vae-decode", "generation", "training", "training-lora")
+CASES = (
+    *("text-encoder", "unet", "vae-encode", "vae-decode"),
+    *("denoising", "generation", "training", "training-lora"),
+)
 MODELS = ("emoji", "sd15", "sd21")
 # What is measured of a model if nothing is named: what fits 8 GiB and a quarter of an hour.
 USUAL_CASES = {
@@ -40,11 +44,13 @@ USUAL_CASES = {
 }
 STEPS = {"emoji": 30, "sd15": 10, "sd21": 10}
 TRAINING_BATCH = {"emoji": 64, "sd15": 1, "sd21": 1}
+# Cases that these have nothing for.
+NOT_OF_PARTS = ("denoising", "generation", "training", "training-lora")
 PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino", "keras-cv")
 
 # The largest difference between two sides, as a share of the largest number.
 LARGEST_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.2, "float16": 0.05}
-# Of pictures, whose numbers are rounded to 255 steps and whose differences grow from step to step.
+# Of latents and pictures, whose differences grow from step to step; pictures are rounded to 255 steps.
 LARGEST_PICTURE_DIFFERENCE = {"float32": 0.03, "bfloat16": 0.5, "float16": 0.2}
 
 
@@ -78,6 +84,8 @@ class Side:
             "KERAS_BACKEND": "jax" if spec["implementation"] == "jax" else "tensorflow",
             "KERAS_SD_CACHE": str(cache),
             "TORCHINDUCTOR_CACHE_DIR": str(Path(cache, "inductor")),
+            # Two sides are there at a time.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "HF_HUB_OFFLINE": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "PYTHONPATH": str(TOOLS),
@@ -125,14 +133,20 @@ class Side:
         self._process.wait()
 
 
-def started(spec, folder):
-    """Starts a side with an empty and then with a filled cache; returns what both took, and the second."""
-    cache = Path(folder, "cache")
-    shutil.rmtree(cache, ignore_errors=True)
-    cold = Side(spec, cache)
-    cold.close()
+def started(spec, folder, cache=None):
+    """Starts a side with an empty and then with a filled cache; returns what both took, and the second.
+
+    With a `cache` of the caller's there is one start, with what is kept there.
+    """
+    starts = {}
+    if cache is None:
+        cache = Path(folder, "cache")
+        shutil.rmtree(cache, ignore_errors=True)
+        cold = Side(spec, cache)
+        cold.close()
+        starts["cold"] = cold.ready
     warm = Side(spec, cache)
-    return {"cold": cold.ready, "warm": warm.ready}, warm
+    return {**starts, "warm": warm.ready}, warm
 
 
 def difference(result, expected):
@@ -142,16 +156,18 @@ def difference(result, expected):
 
 def largest_difference(workload):
     """How far two sides may be from each other."""
-    bars = LARGEST_PICTURE_DIFFERENCE if workload["case"] == "generation" else LARGEST_DIFFERENCE
+    repeated = workload["case"] in ("denoising", "generation")
+    bars = LARGEST_PICTURE_DIFFERENCE if repeated else LARGEST_DIFFERENCE
     return bars[workload["precision"]]
 
 
-def measure(workload, implementations, repeats, advance):
+def measure(workload, implementations, repeats, cache, advance):
     """Measures all sides of a case, each in turns with the first.
 
     Args:
         workload: the specification, without the implementation.
         implementations: dictionaries of implementation and xla; ratios are to the first.
+        cache: as `started` takes it.
         advance: called with each side's figures.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +177,7 @@ def measure(workload, implementations, repeats, advance):
                 spec = {**workload, **implementation, "result": str(Path(folder, f"{number}.npy"))}
                 figures = {**implementation}
                 try:
-                    starts, side = started(spec, folder)
+                    starts, side = started(spec, folder, cache)
                     figures |= starts
                     result = np.load(spec["result"])
                     if expected is None:
@@ -218,26 +234,28 @@ def sides(case, backends, xla, peers):
         for switch in (xla if backend == "tensorflow" else ("on",))
     ]
     has = {
-        "openvino": case not in ("generation", "training", "training-lora"),
-        "keras-cv": case not in ("generation", "training", "training-lora"),
+        "openvino": case not in NOT_OF_PARTS,
+        "keras-cv": case not in NOT_OF_PARTS,
         "diffusers-channels-last": case != "text-encoder",
     }
     return ours + [{"implementation": peer, "xla": None} for peer in peers if has.get(peer, True)]
 
 
-def gemm_ceiling(cache):
-    """GFLOP/s of the product of two large matrices, with XLA and without."""
+def gemm_ceiling(model, backends, precision):
+    """GFLOP/s of the product of two large matrices, by all backends, with XLA and without."""
     found = []
-    for xla in ("on", "off"):
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder, "gemm.npy")
-            spec = {"case": "gemm", "implementation": "tensorflow", "xla": xla, "result": str(result)}
-            Side({**spec, "folder": str(cache), "size": 64, "batch": 1}, folder).close()
-            found.append(float(np.load(result)))
+    for backend in backends:
+        for xla in ("on", "off") if backend == "tensorflow" else ("on",):
+            with tempfile.TemporaryDirectory() as folder:
+                result = Path(folder, "gemm.npy")
+                spec = {"case": "gemm", "implementation": backend, "xla": xla, "result": str(result)}
+                spec |= {"folder": str(model), "batch": 1, "precision": precision}
+                Side({**spec, "size": 8192 if accelerator() else 2048}, folder).close()
+                found.append(float(np.load(result)))
     return max(found)
 
 
-def workloads(models, cases, size, precisions, root):
+def workloads(models, cases, size, batch, steps, precisions, root):
     """The specifications of all cases that are to be measured."""
     for model in models:
         folder = model_folder(model, root)
@@ -248,8 +266,8 @@ def workloads(models, cases, size, precisions, root):
                     "model": model,
                     "folder": str(folder),
                     "size": 64 if model == "emoji" else size,
-                    "batch": _batch(model, case),
-                    "steps": STEPS[model],
+                    "batch": batch or _batch(model, case),
+                    "steps": steps or STEPS[model],
                     "precision": precision,
                 }
 
@@ -260,41 +278,69 @@ def _batch(model, case):
     return 4 if model == "emoji" else 1
 
 
-def largest_size():
-    """The side of pictures that this machine is up to, in pixels: larger ones on an accelerator."""
-    return 512 if Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() else 256
+def installed_backends():
+    """TensorFlow and JAX, as far as they are here."""
+    return tuple(name for name in ("tensorflow", "jax") if importlib.util.find_spec(name))
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--output", default="bench/xla.json", help="JSON file to write; a table and a plot go beside.")
 @click.option("--models", default="emoji,sd15", type=Choices(MODELS), help=f"Of {', '.join(MODELS)}.")
 @click.option("--cases", default="", type=Choices(CASES), help=f"Of {', '.join(CASES)}; the usual ones.")
-@click.option("--backends", default="tensorflow,jax", type=Choices(("tensorflow", "jax")))
+@click.option(
+    "--backends",
+    default=lambda: ",".join(installed_backends()),
+    show_default="those installed",
+    type=Choices(("tensorflow", "jax")),
+)
 @click.option("--xla", default="on,off", type=Choices(("on", "off", "auto")), help="On TensorFlow.")
 @click.option("--precisions", default="float32", type=Choices(tuple(LARGEST_DIFFERENCE)))
 @click.option("--peers", default="", type=Choices(PEERS), help=f"Of {', '.join(PEERS)}.")
-@click.option("--size", type=click.IntRange(64), help="Pixels of Stable Diffusion's pictures: 256, or 512.")
+@click.option(
+    "--size",
+    default=lambda: 512 if accelerator() else 256,
+    show_default="256; 512 on a GPU",
+    type=click.IntRange(64),
+    help="Pixels of Stable Diffusion's pictures.",
+)
+@click.option("--batch", type=click.IntRange(1), help="Pictures at a time; by default as the case has them.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of sampling: 10; 30 for emoji.")
 @click.option("--repeats", default=5, type=click.IntRange(1), help="Timed calls of each side.")
 @click.option("--weights-dir", default="build/bench", help="Where models with random weights are kept.")
-def bench(output, models, cases, backends, xla, precisions, peers, size, repeats, weights_dir):
+@click.option("--cache-dir", help="Compiled programs; sides are then started once, with what is there.")
+def bench(
+    output,
+    models,
+    cases,
+    backends,
+    xla,
+    precisions,
+    peers,
+    size,
+    batch,
+    steps,
+    repeats,
+    weights_dir,
+    cache_dir,
+):
     """Time models with XLA on and off, on TensorFlow and JAX, and beside other libraries."""
     output = check_output(output, ".json")
-    size = size or largest_size()
     if size % 64:
         raise UserError(f"--size {size}: no multiple of 64; use {size // 64 * 64}")
-    if not backends and not peers:
+    if not backends:
         raise UserError("--backends: nothing to measure; name tensorflow, jax or both")
-    todo = list(workloads(models, cases, size, precisions, weights_dir))
+    todo = list(workloads(models, cases, size, batch, steps, precisions, weights_dir))
     plan = [(workload, sides(workload["case"], backends, xla, peers)) for workload in todo]
     results = description(PACKAGES + (PEER_PACKAGES if peers else ()))
     results |= {"command": " ".join(["python tools/bench.py", *sys.argv[1:]]), "repeats": repeats}
     emoji = model_folder("emoji", weights_dir)
-    results |= {"gemm_gflops": gemm_ceiling(emoji), "results": []}
+    results["gemm_gflops"] = {name: gemm_ceiling(emoji, backends, name) for name in precisions}
+    results["results"] = []
 
     with tqdm(total=sum(len(each) for _, each in plan), unit="side", dynamic_ncols=True) as bar:
 
         def advance(result, figures):
-            report.complete(result, figures, results["gemm_gflops"])
+            report.complete(result, figures, results["gemm_gflops"], peak_gflops())
             result["sides"].append(figures)
             bar.write(report.line(result, figures))
             bar.update()
@@ -304,7 +350,7 @@ def bench(output, models, cases, backends, xla, precisions, peers, size, repeats
         for workload, implementations in plan:
             result = {key: value for key, value in workload.items() if key != "folder"} | {"sides": []}
             results["results"].append(result)
-            measure(workload, implementations, repeats, functools.partial(advance, result))
+            measure(workload, implementations, repeats, cache_dir, functools.partial(advance, result))
     report.plot(output.with_suffix(".png"), results)
     click.echo(f"{output}, {output.with_suffix('.md')} and {output.with_suffix('.png')}")
 

@@ -25,14 +25,20 @@ def make(spec, inputs):
     The second one gives the multiplications of the case, as it was traced, or None where a case is more than
     one program.
     """
-    makers = {"gemm": _gemm, "generation": _generation, "training": _training, "training-lora": _training}
+    makers = {
+        "gemm": _gemm,
+        "generation": _generation,
+        "denoising": _denoising,
+        "training": _training,
+        "training-lora": _training,
+    }
     if spec["implementation"] == "keras-cv":
         return _keras_cv(spec, inputs), lambda: None
     call = makers.get(spec["case"], _forward)(spec, inputs)
     counted = []
 
     def counting():
-        if counted or spec["case"] in ("gemm", "generation"):
+        if counted or spec["case"] in ("gemm", "generation", "denoising"):
             return call()
         with _counted(counted):
             return call()
@@ -58,14 +64,40 @@ def _forward(spec, inputs):
         "vae-encode": lambda inputs: model.encode(inputs["images"]).mode(),
         "vae-decode": lambda inputs: model.decode(inputs["latents"]),
     }[spec["case"]]
+    inputs = _on_device(inputs)
     program = backend.jit(function, model.variables, _jit_compile(spec["xla"]))
     return lambda: keras.ops.convert_to_numpy(keras.ops.cast(program(inputs), "float32"))
 
 
-def _generation(spec, inputs):
-    pipeline = StableDiffusion.load(
+def _on_device(inputs):
+    """Tensors where the computation is, so that no call waits for the way there."""
+    return {name: keras.ops.convert_to_tensor(array) for name, array in inputs.items()}
+
+
+def device_peak():
+    """The most bytes that the accelerator has held; None without one."""
+    if keras.backend.backend() != "jax":
+        return None
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _pipeline(spec):
+    return StableDiffusion.load(
         spec["folder"], dtype=spec["precision"], jit_compile=_jit_compile(spec["xla"])
     )
+
+
+def _denoising(spec, inputs):
+    """Guided steps alone, without the text encoder and the decoder."""
+    pipeline = _pipeline(spec)
+    options = {"guidance_scale": GUIDANCE_SCALE, "num_steps": spec["steps"]}
+    return lambda: pipeline.denoise(**inputs, **options)
+
+
+def _generation(spec, inputs):
+    pipeline = _pipeline(spec)
 
     def generate():
         count = len(inputs["latents"])
@@ -92,14 +124,16 @@ def _training(spec, inputs):
     optimizer = AdamW(1e-4, weight_decay=0.01, global_clipnorm=1.0)
     optimizer.build(objective.trainable_variables)
     objective.compile(optimizer=optimizer, jit_compile=_jit_compile(spec["xla"]))
+    inputs = _on_device(inputs)
     return lambda: np.asarray(objective.train_on_batch(inputs))
 
 
 def _gemm(spec, inputs):
-    """The machine's ceiling: the product of two large matrices by the backend and by NumPy, in GFLOP/s."""
-    side = 2048
+    """The machine's ceiling: the product of two large matrices by the backend and, in float32, by NumPy, in
+    GFLOP/s."""
+    side = spec["size"]
     matrix = np.random.default_rng(0).standard_normal((side, side), dtype="float32")
-    tensor = keras.ops.convert_to_tensor(matrix)
+    tensor = keras.ops.convert_to_tensor(matrix, dtype=spec["precision"])
     product = backend.jit(keras.ops.matmul, jit_compile=spec["xla"] == "on")
 
     def fastest(function):
@@ -110,17 +144,17 @@ def _gemm(spec, inputs):
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    seconds = min(
-        fastest(lambda: matrix @ matrix),
-        fastest(lambda: keras.ops.convert_to_numpy(product(tensor, tensor))),
-    )
+    seconds = fastest(lambda: keras.ops.convert_to_numpy(product(tensor, tensor)[:1, :1]))
+    if spec["precision"] == "float32":
+        seconds = min(seconds, fastest(lambda: matrix @ matrix))
     return lambda: np.asarray(2 * side**3 / seconds / 1e9)
 
 
 @contextlib.contextmanager
 def _counted(multiplications):
     """Adds what linear layers, convolutions and attention multiply while they are traced."""
-    dense, convolution, einsum = keras.layers.Dense.call, keras.layers.Conv2D.call, keras.ops.einsum
+    dense, convolution = keras.layers.Dense.call, keras.layers.Conv2D.call
+    einsum, attention = keras.ops.einsum, backend.flash_attention
 
     def counting_layer(original):
         def call(layer, *arguments, **options):
@@ -141,12 +175,17 @@ def _counted(multiplications):
         multiplications.append(math.prod(sizes.values()))
         return einsum(equation, *operands)
 
+    def counting_attention(query, key, value):
+        multiplications.append(2 * math.prod(query.shape) * key.shape[1])
+        return attention(query, key, value)
+
     keras.layers.Dense.call, keras.layers.Conv2D.call = counting_layer(dense), counting_layer(convolution)
-    keras.ops.einsum = counting_einsum
+    keras.ops.einsum, backend.flash_attention = counting_einsum, counting_attention
     try:
         yield
     finally:
-        keras.layers.Dense.call, keras.layers.Conv2D.call, keras.ops.einsum = dense, convolution, einsum
+        keras.layers.Dense.call, keras.layers.Conv2D.call = dense, convolution
+        keras.ops.einsum, backend.flash_attention = einsum, attention
 
 
 def _keras_cv(spec, inputs):

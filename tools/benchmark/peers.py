@@ -12,11 +12,18 @@ from transformers import CLIPTextModel
 
 from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def make(spec, inputs):
     """Returns a function that runs the case and gives its result as an array, channels last, and one that
     counts nothing: the multiplications are those of our own network."""
-    makers = {"generation": _generation, "training": _training, "training-lora": _training}
+    makers = {
+        "generation": _generation,
+        "denoising": _generation,
+        "training": _training,
+        "training-lora": _training,
+    }
     call = makers.get(spec["case"], _forward)(spec, inputs)
     return call, lambda: None
 
@@ -24,20 +31,37 @@ def make(spec, inputs):
 def _tensor(array, dtype=torch.float32):
     """A torch tensor, with channels where torch has them."""
     if array.ndim == 4:
-        return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))).to(dtype)
-    return torch.from_numpy(array)
+        array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+    tensor = torch.from_numpy(array)
+    return tensor.to(DEVICE, dtype if tensor.is_floating_point() else None)
 
 
 def _array(tensor):
-    array = tensor.detach().float().numpy()
+    array = tensor.detach().float().cpu().numpy()
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def device_peak():
+    """The most bytes that the accelerator has held; None without one."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 
 def _prepared(module, spec):
     """The module as this implementation has it."""
-    if spec["implementation"] == "diffusers-channels-last":
-        return module.to(memory_format=torch.channels_last)
-    return torch.compile(module) if spec["implementation"] == "diffusers-compiled" else module
+    if spec["implementation"] == "diffusers-channels-last" or _is_compiled_for_gpu(spec):
+        module = module.to(memory_format=torch.channels_last)
+    return _compiled(module, spec) if spec["implementation"] == "diffusers-compiled" else module
+
+
+def _is_compiled_for_gpu(spec):
+    return spec["implementation"] == "diffusers-compiled" and DEVICE == "cuda"
+
+
+def _compiled(module, spec):
+    # What diffusers' documentation advises: CUDA graphs, in programs that are called with the same shapes.
+    is_training = spec["case"].startswith("training")
+    mode = "reduce-overhead" if DEVICE == "cuda" and not is_training else "default"
+    return torch.compile(module, mode=mode)
 
 
 class _Part(torch.nn.Module):
@@ -70,12 +94,12 @@ _PARTS = {
 def _forward(spec, inputs):
     model_class, folder, function = _PARTS[spec["case"]]
     dtype = getattr(torch, spec["precision"])
-    model = model_class.from_pretrained(f"{spec['folder']}/{folder}", torch_dtype=dtype).eval()
+    model = model_class.from_pretrained(f"{spec['folder']}/{folder}", torch_dtype=dtype).eval().to(DEVICE)
     part = _Part(model, function).eval()
     tensors = [_tensor(array, dtype) for array in inputs.values()]
     if spec["implementation"] == "openvino":
         return _openvino(part, tensors, spec["precision"])
-    if spec["implementation"] == "diffusers-channels-last":
+    if spec["implementation"] == "diffusers-channels-last" or _is_compiled_for_gpu(spec):
         tensors = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
     part = _prepared(part, spec)
 
@@ -110,32 +134,40 @@ def _generation(spec, inputs):
     dtype = getattr(torch, spec["precision"])
     pipeline = StableDiffusionPipeline.from_pretrained(
         spec["folder"], safety_checker=None, torch_dtype=dtype, local_files_only=True
-    )
+    ).to(DEVICE)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet = _prepared(pipeline.unet, spec)
     pipeline.vae.decode = _prepared_function(pipeline.vae, spec)
     size = spec["size"]
-    options = {"height": size, "width": size, "guidance_scale": GUIDANCE_SCALE, "output_type": "np"}
+    options = {"height": size, "width": size, "guidance_scale": GUIDANCE_SCALE}
+    options |= {"num_inference_steps": spec["steps"]}
 
     def generate():
         latents = _tensor(inputs["latents"], dtype)
         prompts = [PROMPT] * len(latents)
-        return pipeline(prompts, latents=latents, num_inference_steps=spec["steps"], **options).images
+        return pipeline(prompts, latents=latents, output_type="np", **options).images
 
-    return generate
+    def denoise():
+        latents, context, negative = (
+            _tensor(inputs[name], dtype) for name in ("latents", "context", "negative")
+        )
+        encodings = {"prompt_embeds": context, "negative_prompt_embeds": negative}
+        return _array(pipeline(latents=latents, output_type="latent", **encodings, **options).images)
+
+    return denoise if spec["case"] == "denoising" else generate
 
 
 def _prepared_function(vae, spec):
     """The decoder as this implementation has it, as the function that the pipeline calls."""
     if spec["implementation"] == "diffusers-compiled":
-        return torch.compile(vae.decode)
+        return _compiled(vae.decode, spec)
     _prepared(vae, spec)
     return vae.decode
 
 
 def _training(spec, inputs):
-    unet = UNet2DConditionModel.from_pretrained(f"{spec['folder']}/unet").train()
+    unet = UNet2DConditionModel.from_pretrained(f"{spec['folder']}/unet").train().to(DEVICE)
     if spec["case"] == "training-lora":
         from peft import LoraConfig
 
@@ -147,8 +179,10 @@ def _training(spec, inputs):
     scheduler = DDIMScheduler.from_pretrained(f"{spec['folder']}/scheduler")
     network = _prepared(unet, spec)
     samples, noise, context = (_tensor(inputs[name]) for name in ("samples", "noise", "context"))
-    timesteps = torch.from_numpy(inputs["timesteps"]).long()
-    reduced = torch.autocast("cpu", getattr(torch, spec["precision"]), enabled=spec["precision"] != "float32")
+    timesteps = _tensor(inputs["timesteps"]).long()
+    reduced = torch.autocast(
+        DEVICE, getattr(torch, spec["precision"]), enabled=spec["precision"] != "float32"
+    )
 
     def step():
         noisy = scheduler.add_noise(samples, noise, timesteps)

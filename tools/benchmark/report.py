@@ -16,18 +16,29 @@ def name_of(side):
     return f"keras_sd, TensorFlow, XLA {side['xla']}"
 
 
-def complete(result, figures, gemm_gflops):
-    """Adds what follows from a side's figures and from those of the first side of its case."""
+def complete(result, figures, gemm_gflops, peak_gflops=None):
+    """Adds what follows from a side's figures and from those of the first side of its case.
+
+    Args:
+        gemm_gflops: the measured ceiling, by precision.
+        peak_gflops: what the accelerator's maker promises for half precision, or None.
+    """
     first = (result["sides"] or [figures])[0]
     if "seconds" not in figures:
         return
     multiplications = first.get("warm", {}).get("multiplications")
     if multiplications:
         figures["gflops"] = 2 * multiplications / figures["seconds"] / 1e9
-        figures["share_of_gemm"] = figures["gflops"] / gemm_gflops
+        figures["share_of_gemm"] = figures["gflops"] / gemm_gflops[result["precision"]]
+        if peak_gflops and result["precision"] != "float32":
+            figures["share_of_peak"] = figures["gflops"] / peak_gflops
+    if result["case"] in ("denoising", "generation"):
+        figures["steps_per_second"] = result["steps"] / figures["seconds"]
     if figures["xla"] == "off" and first["xla"] == "on" and "ratio" in figures:
         figures["xla_pays_after_calls"] = {
-            start: _calls_until_paid(first[start], figures[start], figures) for start in ("cold", "warm")
+            start: _calls_until_paid(first[start], figures[start], figures)
+            for start in ("cold", "warm")
+            if start in figures
         }
 
 
@@ -42,21 +53,29 @@ def _calls_until_paid(with_xla, without, figures):
 
 def _cells(result, figures):
     case = f"{result['model']} {result['case']}"
+    if result["batch"] > 1:
+        case += f" x{result['batch']}"
     if result["precision"] != "float32":
         case += f" {result['precision']}"
     if "failed" in figures:
         return [case, name_of(figures), f"failed: {figures['failed']}", "", "", "", ""]
-    starts = ", ".join(f"{figures[start]['first_call_seconds']:.1f}" for start in ("cold", "warm"))
+    starts = _of_starts(figures, "first_call_seconds")
     memory = f"{figures['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in figures else ""
     return [
         case,
         name_of(figures),
         f"{figures['seconds']:.3f}",
         f"{figures.get('ratio', 1.0):.2f}",
-        f"{starts} s",
+        starts,
         memory,
         f"{figures['share_of_gemm']:.0%}" if "share_of_gemm" in figures else "",
     ]
+
+
+def _of_starts(figures, name):
+    """What the starts with an empty and with a filled cache took, as far as there were both."""
+    seconds = [f"{figures[start][name]:.1f}" for start in ("cold", "warm") if start in figures]
+    return f"{', '.join(seconds)} s" if seconds else ""
 
 
 def line(result, figures):
@@ -68,24 +87,23 @@ def line(result, figures):
 def table(results):
     """All sides as a Markdown table, with what it was measured on."""
     lines = [
-        "| case | side | seconds | × the first | 1st call: cold, warm | start: cold, warm | memory | GEMM |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | side | seconds | × the first | 1st call: cold, warm | start: cold, warm "
+        "| memory | GEMM | peak |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results["results"]:
         for figures in result["sides"]:
             cells = _cells(result, figures)
-            starts = (
-                ", ".join(f"{figures[start]['start_seconds']:.1f}" for start in ("cold", "warm")) + " s"
-                if "warm" in figures
-                else ""
-            )
-            lines.append(f"| {' | '.join([*cells[:5], starts, *cells[5:]])} |")
+            starts = _of_starts(figures, "start_seconds")
+            peak = f"{figures['share_of_peak']:.0%}" if "share_of_peak" in figures else ""
+            lines.append(f"| {' | '.join([*cells[:5], starts, *cells[5:], peak])} |")
     lines += ["", *_pay_offs(results), ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
+    device = results.get("accelerator") or f"{results['processor']}, {results['cores']} cores"
+    ceilings = ", ".join(f"{name} {value:.0f}" for name, value in results["gemm_gflops"].items())
     lines += [
-        f"{results['processor']}, {results['cores']} cores, {results['date']}; {versions}; "
-        f"GEMM {results['gemm_gflops']:.0f} GFLOP/s. Medians of {results['repeats']} calls, in turns with "
-        f"the first side. `{results['command']}`",
+        f"{device}, {results['date']}; {versions}; GEMM in GFLOP/s: {ceilings}. "
+        f"Medians of {results['repeats']} calls, in turns with the first side. `{results['command']}`",
     ]
     return "\n".join(lines) + "\n"
 
@@ -94,12 +112,14 @@ def _pay_offs(results):
     for result in results["results"]:
         for figures in result["sides"]:
             if "xla_pays_after_calls" in figures:
-                cold, warm = (
-                    "never" if count is None else f"after {count} calls"
-                    for count in (figures["xla_pays_after_calls"][start] for start in ("cold", "warm"))
-                )
+                said = {
+                    start: "never" if count is None else f"after {count} calls"
+                    for start, count in figures["xla_pays_after_calls"].items()
+                }
                 case = f"{result['model']} {result['case']}, {result['precision']}"
-                yield f"- {case}: compiling pays {cold}; with the programs kept by an earlier process {warm}."
+                warm = f"with the programs kept by an earlier process {said['warm']}"
+                cold = f"compiling pays {said['cold']}; " if "cold" in said else "compiling pays, "
+                yield f"- {case}: {cold}{warm}."
 
 
 def write(output, results):

@@ -2,7 +2,8 @@
 
 `python -m benchmark.worker SPEC`, a JSON dictionary, answers on standard output with a line of JSON for each
 step: what the start took, then the seconds of one call for every line on standard input, and the peak of the
-memory when the input ends. Nothing but NumPy is imported here, since what is measured includes the imports.
+memory, the accelerator's own if there is one, when the input ends. Nothing but NumPy is imported here, since
+what is measured includes the imports.
 """
 
 import importlib
@@ -48,6 +49,9 @@ def inputs(spec):
     latents = normal(batch, side, side, unet["in_channels"])
     if spec["case"] in ("vae-decode", "generation"):
         return {"latents": latents}
+    if spec["case"] == "denoising":
+        contexts = (normal(batch, tokens, unet["cross_attention_dim"]) for _ in range(2))
+        return {"latents": latents, **dict(zip(("context", "negative"), contexts, strict=True))}
     timesteps = generator.integers(0, 1000, batch).astype("int32")
     context = normal(batch, tokens, unet["cross_attention_dim"])
     if spec["case"] == "unet":
@@ -82,7 +86,7 @@ def serve(spec, answer):
         start = time.perf_counter()
         call()
         answer({"seconds": time.perf_counter() - start})
-    answer({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+    answer({"peak_bytes": module.device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 
 
 def main():
