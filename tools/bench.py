@@ -88,7 +88,7 @@ class Side:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "HF_HUB_OFFLINE": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
-            "PYTHONPATH": str(TOOLS),
+            "PYTHONPATH": os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         start = time.perf_counter()
         self._process = subprocess.Popen(
