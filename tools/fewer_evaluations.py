@@ -23,7 +23,7 @@ from machine import description
 SETTINGS = {"num_steps": 30, "guidance_scale": 5.0, "sampler": "ddim"}
 BATCH, SEED, TURNS = 20, 0, 3
 INTERVALS = ((0.0, 0.75), (0.0, 0.5), (0.25, 1.0))
-REUSES, LCM_STEPS, DDIM_STEPS = (2, 3, 5), (1, 2, 4, 8), (10, 8, 4, 2)
+REUSES, LCM_STEPS, DDIM_STEPS = (2, 3, 5), (1, 2, 4, 8), (10, 8, 4, 2, 1)
 
 
 class Way(NamedTuple):
@@ -37,11 +37,11 @@ class Way(NamedTuple):
 def ways(with_lora):
     """All that is measured; what everything is compared with first."""
     listed = [Way("DDIM, 30 steps", {})]
-    listed += [Way(f"DDIM, {steps} steps", {"num_steps": steps}) for steps in DDIM_STEPS]
+    listed += [Way(f"DDIM, {steps} step{'s' * (steps > 1)}", {"num_steps": steps}) for steps in DDIM_STEPS]
     if with_lora:
         distilled = {"sampler": "lcm", "guidance_scale": 1.0}
         listed += [
-            Way(f"LCM, {steps} steps", distilled | {"num_steps": steps}, needs_lora=True)
+            Way(f"LCM, {steps} step{'s' * (steps > 1)}", distilled | {"num_steps": steps}, needs_lora=True)
             for steps in LCM_STEPS
         ]
     listed += [
@@ -144,7 +144,7 @@ def table(rows):
 
 @click.command(context_settings={"show_default": True})
 @click.option("--lora", help="LoRA distilled for the sampler lcm, which is left out without one.")
-@click.option("--prompts", default=60, type=click.IntRange(4, 200), help="Prompts of each kind.")
+@click.option("--prompts", default=120, type=click.IntRange(4, 200), help="Prompts of each kind.")
 @click.option("--output", default="benchmarks/fewer-evaluations.json", help="JSON file to write.")
 def fewer_evaluations(lora, prompts, output):
     """Measure sampling with fewer evaluations of the network."""
