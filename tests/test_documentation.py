@@ -223,6 +223,24 @@ def test_samplers_are_listed():
     assert rows == [(key, sampler.name, sampler.purpose) for key, sampler in SAMPLERS.items()]
 
 
+def test_figures_of_fewer_evaluations_are_the_measured_ones():
+    quality, times = (
+        json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))["rows"]
+        for name in ("fewer-evaluations.json", "fewer-evaluations-times.json")
+    )
+    text = (ROOT / "docs/samplers.md").read_text(encoding="utf-8")
+    ratios = {row["way"].replace("LCM, 1 steps", "LCM, 1 step"): row["time_ratio"] for row in times}
+    for row in quality:
+        ratio = f" {ratios[row['way']]:.2f} ×" if row["way"] in ratios else ""
+        figures = (
+            f"{row['mean_absolute_difference']:.3f}",
+            f"{row['kid']:.3f}",
+            f"{row['training_top1']:.1%}",
+            f"{row['held_out_concept']:.1%}",
+        )
+        assert f"| {row['way']} |{ratio} | {' | '.join(figures)} |" in text
+
+
 def test_the_diagram_is_that_of_the_imports():
     imports = draw_architecture.read_imports()
     assert imports["pipeline"] >= {"tasks", "loading"} and "pipeline" not in imports["training"]
