@@ -257,8 +257,8 @@ def _read_picture(path, height=None, width=None, mode="RGB"):
 
 def _save(pipeline, images, output, prompt, sampling, more=None):
     """Writes pictures of a pipeline; each says how it was made."""
-    names = ("negative_prompt", "num_steps", "guidance_scale", "sampler", "eta")
-    settings = {name: sampling[name] for name in names}
+    names = ("num_steps", "guidance_scale", "guidance_interval", "reuse_interval", "sampler", "eta")
+    settings = {name: sampling[name] for name in ("negative_prompt", *names)}
     seed, size = sampling["seed"], images.shape[1:3]
     _write(
         images,

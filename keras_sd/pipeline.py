@@ -306,7 +306,18 @@ class StableDiffusion(Tasks):
         return (*sides, self.vae.config.latent_channels)
 
     def parameters(
-        self, prompt, negative_prompt=None, *, num_steps, guidance_scale, seed, size, sampler="ddim", eta=0.0
+        self,
+        prompt,
+        negative_prompt=None,
+        *,
+        num_steps,
+        guidance_scale,
+        seed,
+        size,
+        guidance_interval=(0.0, 1.0),
+        reuse_interval=1,
+        sampler="ddim",
+        eta=0.0,
     ):
         """What a picture's file says about how it was made, for `keras_sd.images.save_png`.
 
@@ -315,9 +326,12 @@ class StableDiffusion(Tasks):
             size: `(height, width)`.
         """
         height, width = size
+        start, end = guidance_interval
         parameters = {"prompt": prompt, "negative_prompt": negative_prompt, "Steps": num_steps}
         parameters |= {"Sampler": find_sampler(sampler).name, "CFG scale": f"{guidance_scale:g}"}
         parameters |= {"Seed": seed, "Size": f"{width}x{height}", "Eta": f"{eta:g}" if eta else None}
+        parameters |= {"Guidance interval": f"{start:g} to {end:g}" if (start, end) != (0, 1) else None}
+        parameters |= {"Reuse interval": reuse_interval if reuse_interval > 1 else None}
         parameters |= {"Model hash": self.model_hash, "Model": self.name}
         return {name: value for name, value in parameters.items() if value is not None}
 

@@ -160,6 +160,8 @@ def test_one_picture_says_how_it_was_made(keras_sd_command, model, tmp_path):
         2.5,
         "--eta",
         0.5,
+        "--reuse-interval",
+        2,
         "--negative-prompt",
         "a, b: c",
     )
@@ -176,6 +178,7 @@ def test_one_picture_says_how_it_was_made(keras_sd_command, model, tmp_path):
         "Seed": "5",
         "Size": "16x16",
         "Eta": "0.5",
+        "Reuse interval": "2",
         "Model": str(model),
     }
 

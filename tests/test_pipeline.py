@@ -259,6 +259,9 @@ def test_pictures_say_how_they_were_made(folder, pipeline, tmp_path):
     }
     unsaved = pipeline.parameters("red heart", **settings, eta=0.5)
     assert "Model hash" not in unsaved and "negative_prompt" not in unsaved and unsaved["Eta"] == "0.5"
+    assert "Guidance interval" not in unsaved and "Reuse interval" not in unsaved
+    sparing = pipeline.parameters("red heart", **settings, guidance_interval=(0, 0.75), reuse_interval=2)
+    assert (sparing["Guidance interval"], sparing["Reuse interval"]) == ("0 to 0.75", 2)
     assert parse_parameters("just a prompt") == {"prompt": "just a prompt"}
 
 

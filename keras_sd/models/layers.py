@@ -135,9 +135,8 @@ def layer_normalization(features, epsilon=1e-5):
 class GroupNormalization(Layer):
     """Group normalisation (Wu and He, 2018) of `(n, height, width, channels)`.
 
-    The large tensor is read once for its moments, which are taken per channel and then joined inside each
-    group (Chan, Golub and LeVeque, 1983), and once more for a scale and a shift per channel; it is never
-    reshaped to five dimensions.
+    Moments are taken per channel first and then joined inside each group, so the large tensor is never
+    reshaped to five dimensions; what remains are sums, and a scale and a shift per channel.
     """
 
     def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
@@ -158,6 +157,14 @@ class GroupNormalization(Layer):
 
     def _moments(self, values):
         """Mean and variance of each channel's group, `(n, 1, 1, c)` each."""
+        mean = self._group_mean(ops.mean(values, axis=(1, 2)))
+        return mean, self._group_mean(ops.mean(ops.square(values - mean), axis=(1, 2)))
+
+    def _moments_in_one_pass(self, values):
+        """The same from channels' moments (Chan, Golub and LeVeque, 1983): the tensor is read once.
+
+        That saves a GPU a third of the time. A processor's XLA has no faster way for it.
+        """
         # Squares of numbers far from zero would lose the small differences that a variance is made of.
         origin = values[:, :1, :1]
         shifted = values - origin
@@ -168,9 +175,10 @@ class GroupNormalization(Layer):
         return mean, self._group_mean(variance)
 
     def call(self, inputs):
-        # Half precision loses them in any case.
+        # Half precision, for which there are GPUs, would lose them in any case.
         values = ops.cast(inputs, "float32")
-        mean, variance = self._moments(values)
+        take_moments = self._moments if inputs.dtype == "float32" else self._moments_in_one_pass
+        mean, variance = take_moments(values)
         scale = ops.rsqrt(ops.maximum(variance, 0.0) + self.epsilon) * ops.cast(self.gamma, "float32")
         outputs = values * scale + (ops.cast(self.beta, "float32") - mean * scale)
         return ops.cast(outputs, self.compute_dtype)
