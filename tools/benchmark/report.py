@@ -168,7 +168,7 @@ def _draw_case(panel, result):
     ]
     panel.bar_label(bars, labels, fontsize=8, label_type="edge")
     panel.invert_yaxis()
-    panel.margins(x=0.15)
+    panel.margins(x=0.25)  # room for the labels
     panel.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
     size = f"{result['size']} px, batch of {result['batch']}, {result['precision']}"
     panel.set_title(f"{result['model']}, {result['case']}: {size}", fontsize=10, loc="left")
