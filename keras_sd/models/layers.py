@@ -136,7 +136,7 @@ class GroupNormalization(Layer):
     """Group normalisation (Wu and He, 2018) of `(n, height, width, channels)`.
 
     Moments are taken per channel first and then joined inside each group, so the large tensor is never
-    reshaped to five dimensions; what remains are sums, and a scale and a shift per channel.
+    reshaped to five dimensions; what remains are sums, and a shift and a scale per channel.
     """
 
     def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
@@ -180,7 +180,7 @@ class GroupNormalization(Layer):
         take_moments = self._moments if inputs.dtype == "float32" else self._moments_in_one_pass
         mean, variance = take_moments(values)
         scale = ops.rsqrt(ops.maximum(variance, 0.0) + self.epsilon) * ops.cast(self.gamma, "float32")
-        outputs = values * scale + (ops.cast(self.beta, "float32") - mean * scale)
+        outputs = (values - mean) * scale + ops.cast(self.beta, "float32")
         return ops.cast(outputs, self.compute_dtype)
 
 

@@ -35,7 +35,7 @@ def test_convolution_is_exact_to_rounding(shape):
 
 
 def test_a_layer_takes_it_under_xla_and_gives_the_same(monkeypatch):
-    inputs, kernel = example(64, 64, 160, 160)
+    inputs, kernel = example(128, 128, 160, 160)
     layer = convolution(160, 160)
     layer.kernel.assign(kernel)
     layer.bias.assign(np.arange(160))
@@ -59,10 +59,10 @@ def test_a_layer_takes_it_under_xla_and_gives_the_same(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        ((62, 64, 160, 160), "float32"),
-        ((65, 64, 160, 160), "float32"),
-        ((64, 64, 3, 160), "float32"),
-        ((64, 64, 160, 160), "bfloat16"),
+        ((126, 128, 160, 160), "float32"),
+        ((129, 128, 160, 160), "float32"),
+        ((128, 128, 3, 160), "float32"),
+        ((128, 128, 160, 160), "bfloat16"),
     ],
     ids=["small", "odd", "narrow", "half precision"],
 )
