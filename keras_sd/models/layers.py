@@ -150,7 +150,7 @@ class GroupNormalization(Layer):
         self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta")
 
     def _group_mean(self, values):
-        """Averages `(n, 1, 1, c)` over the channels of each group, for each of its channels."""
+        """Averages one number per channel over the channels of each group: `(n, 1, 1, c)`."""
         grouped = ops.reshape(values, (-1, self.groups, self.channels // self.groups))
         spread = ops.broadcast_to(ops.mean(grouped, axis=2, keepdims=True), ops.shape(grouped))
         return ops.reshape(spread, (-1, 1, 1, self.channels))
@@ -161,11 +161,11 @@ class GroupNormalization(Layer):
         return mean, self._group_mean(ops.mean(ops.square(values - mean), axis=(1, 2)))
 
     def _moments_in_one_pass(self, values):
-        """The same from channels' moments (Chan, Golub and LeVeque, 1983): the tensor is read once.
+        """The same from channels' moments (Chan, Golub and LeVeque, 1983): the tensor is read once for both.
 
-        That saves a GPU a third of the time. A processor's XLA has no faster way for it.
+        It is meant for a GPU, which waits for memory. On a processor XLA is slower at it than at two passes.
         """
-        # Squares of numbers far from zero would lose the small differences that a variance is made of.
+        # Squares of numbers far from zero would lose those differences in float32 too.
         origin = values[:, :1, :1]
         shifted = values - origin
         offset = ops.mean(shifted, axis=(1, 2), keepdims=True)
@@ -175,7 +175,7 @@ class GroupNormalization(Layer):
         return mean, self._group_mean(variance)
 
     def call(self, inputs):
-        # Half precision, for which there are GPUs, would lose them in any case.
+        # Half precision loses the small differences that a variance is made of.
         values = ops.cast(inputs, "float32")
         take_moments = self._moments if inputs.dtype == "float32" else self._moments_in_one_pass
         mean, variance = take_moments(values)

@@ -44,12 +44,13 @@ class ConsistencyObjective(DiffusionObjective):
         context = batch["context"]
         starts = batch["timesteps"]
         ends = ops.maximum(starts - self.stride, 0)
-        noisy = add_noise(batch["samples"], batch["noise"], *self._rates(starts))
+        rates = self._rates(starts)
+        noisy = add_noise(batch["samples"], batch["noise"], *rates)
         with without_updates(self.unet):
             guided = guided_prediction(
                 self.unet, noisy, starts, context, batch["negative"], self.guidance_scale
             )
-        sample, noise = to_sample_and_noise(self.prediction_type, guided, noisy, *self._rates(starts))
+        sample, noise = to_sample_and_noise(self.prediction_type, guided, noisy, *rates)
         less_noisy = add_noise(sample, noise, *self._rates(ends))
         target = ops.stop_gradient(self._consistent_sample(less_noisy, ends, context))
         errors = self._consistent_sample(noisy, starts, context) - target

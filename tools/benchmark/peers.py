@@ -48,13 +48,15 @@ def device_peak():
 
 def _prepared(module, spec):
     """The module as this implementation has it."""
-    if spec["implementation"] == "diffusers-channels-last" or _is_compiled_for_gpu(spec):
+    if _is_channels_last(spec):
         module = module.to(memory_format=torch.channels_last)
     return _compiled(module, spec) if spec["implementation"] == "diffusers-compiled" else module
 
 
-def _is_compiled_for_gpu(spec):
-    return spec["implementation"] == "diffusers-compiled" and DEVICE == "cuda"
+def _is_channels_last(spec):
+    """Whether feature maps are laid out so: where it is asked for, and always on a GPU when compiled."""
+    compiled_for_gpu = spec["implementation"] == "diffusers-compiled" and DEVICE == "cuda"
+    return compiled_for_gpu or spec["implementation"] == "diffusers-channels-last"
 
 
 def _compiled(module, spec):
@@ -99,7 +101,7 @@ def _forward(spec, inputs):
     tensors = [_tensor(array, dtype) for array in inputs.values()]
     if spec["implementation"] == "openvino":
         return _openvino(part, tensors, spec["precision"])
-    if spec["implementation"] == "diffusers-channels-last" or _is_compiled_for_gpu(spec):
+    if _is_channels_last(spec):
         tensors = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
     part = _prepared(part, spec)
 
