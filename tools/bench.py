@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmark import report
+from benchmark.worker import SAMPLING_CASES
 from keras_sd.cli import check_output
 from keras_sd.errors import UserError, run_command
 from machine import accelerator, description, peak_gflops
@@ -31,21 +32,17 @@ TOOLS = Path(__file__).resolve().parent
 PACKAGES = ("keras_sd", "keras", "tensorflow", "jax", "numpy")
 PEER_PACKAGES = ("torch", "diffusers", "transformers", "peft", "openvino", "keras-cv")
 
-CASES = (
-    *("text-encoder", "unet", "vae-encode", "vae-decode"),
-    *("denoising", "generation", "training", "training-lora"),
-)
+PART_CASES = ("text-encoder", "unet", "vae-encode", "vae-decode")
+CASES = (*PART_CASES, *SAMPLING_CASES, "training", "training-lora")
 MODELS = ("emoji", "sd15", "sd21")
 # What is measured of a model if nothing is named: what fits 8 GiB and a quarter of an hour.
 USUAL_CASES = {
     "emoji": ("generation", "training"),
-    "sd15": ("text-encoder", "unet", "vae-encode", "vae-decode"),
+    "sd15": PART_CASES,
     "sd21": ("text-encoder", "unet"),
 }
 STEPS = {"emoji": 30, "sd15": 10, "sd21": 10}
 TRAINING_BATCH = {"emoji": 64, "sd15": 1, "sd21": 1}
-# Cases that these have nothing for.
-NOT_OF_PARTS = ("denoising", "generation", "training", "training-lora")
 PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino", "keras-cv")
 
 # The largest difference between two sides, as a share of the largest number.
@@ -156,8 +153,8 @@ def difference(result, expected):
 
 def largest_difference(workload):
     """How far two sides may be from each other."""
-    repeated = workload["case"] in ("denoising", "generation")
-    bars = LARGEST_PICTURE_DIFFERENCE if repeated else LARGEST_DIFFERENCE
+    is_sampling = workload["case"] in SAMPLING_CASES
+    bars = LARGEST_PICTURE_DIFFERENCE if is_sampling else LARGEST_DIFFERENCE
     return bars[workload["precision"]]
 
 
@@ -234,8 +231,8 @@ def sides(case, backends, xla, peers):
         for switch in (xla if backend == "tensorflow" else ("on",))
     ]
     has = {
-        "openvino": case not in NOT_OF_PARTS,
-        "keras-cv": case not in NOT_OF_PARTS,
+        "openvino": case in PART_CASES,
+        "keras-cv": case in PART_CASES,
         "diffusers-channels-last": case != "text-encoder",
     }
     return ours + [{"implementation": peer, "xla": None} for peer in peers if has.get(peer, True)]

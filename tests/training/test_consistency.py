@@ -21,13 +21,11 @@ from keras_sd.training.dreambooth import read_pictures
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import add_lora
 from keras_sd.training.text_to_image import diffusion_example
-from keras_sd.training.trainer import Settings
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference
-from tests.training.test_dreambooth import assert_equal, write_pictures
+from tests.training.test_dreambooth import STEPS, assert_equal, short_run, write_pictures
 
-STEPS = 4
 NUM_STEPS = 3
 SHAPE = (4, 4, 4)
 
@@ -87,18 +85,9 @@ def test_examples_are_those_of_diffusion_at_the_steps_of_the_teacher():
     np.testing.assert_array_equal(drawn[7]["negative"], example["empty_context"])
 
 
-def train(folder, output, stop_at=None, **options):
+def train(folder, output, stop_at=None, resume=None, **options):
     """Distils the tiny model; a SIGTERM arrives after step `stop_at`."""
-    settings = Settings(
-        output_dir=output,
-        max_train_steps=STEPS,
-        train_batch_size=2,
-        learning_rate=1e-2,
-        lr_warmup_steps=0,
-        evaluation_steps=1,
-        jit_compile=False,
-        resume_from_checkpoint=options.pop("resume", None),
-    )
+    settings = short_run(output, resume)
     keras.utils.set_random_seed(0)
     sd = StableDiffusion.load(folder / "model", jit_compile=False)
     add_lora(sd.unet, 2, 2)

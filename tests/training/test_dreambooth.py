@@ -159,9 +159,9 @@ def largest_change(left, right):
     return max(np.abs(left[name] - right[name]).max() for name in left)
 
 
-def train(folder, subject, others, stop_at=None, resume=None):
-    """Trains low-rank updates of a tiny UNet; a SIGTERM arrives after step `stop_at`."""
-    settings = Settings(
+def short_run(folder, resume=None):
+    """Settings of a run of `STEPS` steps, with an evaluation after each."""
+    return Settings(
         output_dir=folder,
         max_train_steps=STEPS,
         train_batch_size=2,
@@ -171,6 +171,11 @@ def train(folder, subject, others, stop_at=None, resume=None):
         jit_compile=False,
         resume_from_checkpoint=resume,
     )
+
+
+def train(folder, subject, others, stop_at=None, resume=None):
+    """Trains low-rank updates of a tiny UNet; a SIGTERM arrives after step `stop_at`."""
+    settings = short_run(folder, resume)
     keras.utils.set_random_seed(0)
     sd = pipeline()
     add_lora(sd.unet, 2, 2)

@@ -7,7 +7,7 @@ import time
 import keras
 import numpy as np
 
-from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
+from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT, SAMPLING_CASES
 from keras_sd import StableDiffusion, backend
 from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -38,7 +38,7 @@ def make(spec, inputs):
     counted = []
 
     def counting():
-        if counted or spec["case"] in ("gemm", "generation", "denoising"):
+        if counted or spec["case"] in ("gemm", *SAMPLING_CASES):
             return call()
         with _counted(counted):
             return call()

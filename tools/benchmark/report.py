@@ -2,6 +2,8 @@
 
 import json
 
+from benchmark.worker import SAMPLING_CASES
+
 HEAD = (
     "case                   side                       seconds  ratio  first call cold, warm   memory  GEMM"
 )
@@ -32,7 +34,7 @@ def complete(result, figures, gemm_gflops, peak_gflops=None):
         figures["share_of_gemm"] = figures["gflops"] / gemm_gflops[result["precision"]]
         if peak_gflops and result["precision"] != "float32":
             figures["share_of_peak"] = figures["gflops"] / peak_gflops
-    if result["case"] in ("denoising", "generation"):
+    if result["case"] in SAMPLING_CASES:
         figures["steps_per_second"] = result["steps"] / figures["seconds"]
     if figures["xla"] == "off" and first["xla"] == "on" and "ratio" in figures:
         figures["xla_pays_after_calls"] = {

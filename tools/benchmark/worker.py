@@ -20,6 +20,9 @@ PROMPT = "red heart"
 GUIDANCE_SCALE = 7.5
 LORA_RANK = 4
 
+# Cases of many steps of sampling, each a call of a program of its own.
+SAMPLING_CASES = ("denoising", "generation")
+
 # Who computes: the module that knows the implementation's name.
 MODULES = {
     **dict.fromkeys(("tensorflow", "jax", "keras-cv"), "ours"),
