@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.diffusion import prediction
 from keras_sd.models.layers import dense
 
@@ -26,6 +27,11 @@ class Objective(keras.Model):
         # The loss of this batch alone: Keras' own tracker is a mean since the epoch began, which
         # would differ between a resumed run and an uninterrupted one.
         return {"loss": ops.mean(y_pred)}
+
+    def make_train_function(self, force=False):
+        if self.train_function is None or force:
+            super().make_train_function(force=True)
+            self.train_function = backend.fed_by_hand(self.train_function)
 
 
 def images_to_network(images):

@@ -36,28 +36,35 @@ class AdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, gradients, variables, learning_rate):
         """One update of all variables (Kingma and Ba, 2015, algorithm 1 in the order of its section 2).
 
-        What they share is computed once. Keras traces it for each variable, which takes most of the time to
-        the first step of a small model.
+        What they share is computed once and each variable is read once: Keras traces both anew for each use,
+        which takes most of the time to the first step of a small model.
         """
         update = ops.cast(self.iterations + 1, "float32")
-        correction = ops.sqrt(1.0 - self.beta_2**update) / (1.0 - self.beta_1**update)
-        step_size = ops.cast(learning_rate, "float32") * correction
-        decay = ops.cast(learning_rate, "float32") * self.weight_decay
+        rate = ops.cast(learning_rate, "float32")
+        step_size = rate * ops.sqrt(1.0 - self.beta_2**update) / (1.0 - self.beta_1**update)
+        retained = 1.0 - rate * self.weight_decay
+        first_share, second_share, epsilon = (
+            ops.convert_to_tensor(number, "float32")
+            for number in (1.0 - self.beta_1, 1.0 - self.beta_2, self.epsilon)
+        )
+        if self.ema_decay is not None:
+            decay = ops.minimum(self.ema_decay, young_decay(ops.cast(self.iterations, "float32")))
+            average_share = 1.0 - decay
         for gradient, variable in zip(gradients, variables, strict=True):
             index = self._get_variable_index(variable)
-            momentum, velocity = self._momentums[index], self._velocities[index]
-            momentum.assign_add((gradient - momentum) * (1.0 - self.beta_1))
-            velocity.assign_add((ops.square(gradient) - velocity) * (1.0 - self.beta_2))
-            change = momentum * step_size / (ops.sqrt(velocity) + self.epsilon)
-            variable.assign_sub(variable * decay + change)
-        if self.ema_decay is not None:
-            self._move_averages(variables)
-
-    def _move_averages(self, variables):
-        decay = ops.minimum(self.ema_decay, young_decay(ops.cast(self.iterations, "float32")))
-        for variable in variables:
-            average = self.ema_variables[self._get_variable_index(variable)]
-            average.assign_sub((average - variable) * (1.0 - decay))
+            momentum, velocity, weight = (
+                ops.cast(values, "float32")  # reads it
+                for values in (self._momentums[index], self._velocities[index], variable)
+            )
+            momentum = momentum + (gradient - momentum) * first_share
+            velocity = velocity + (ops.square(gradient) - velocity) * second_share
+            weight = weight * retained - momentum * step_size / (ops.sqrt(velocity) + epsilon)
+            self._momentums[index].assign(momentum)
+            self._velocities[index].assign(velocity)
+            variable.assign(weight)
+            if self.ema_decay is not None:
+                average = ops.cast(self.ema_variables[index], "float32")
+                self.ema_variables[index].assign(average - (average - weight) * average_share)
 
 
 def young_decay(updates):

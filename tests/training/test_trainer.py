@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import keras
@@ -33,7 +34,7 @@ PICTURES = [
 STEPS = 6
 
 
-def train(folder, stop_at=None, evaluation_steps=3, jit_compile=False, **options):
+def train(folder, stop_at=None, pictures=PICTURES, evaluation_steps=3, jit_compile=False, **options):
     """Runs a tiny DDIM training; a SIGTERM arrives after step `stop_at`."""
     settings = Settings(
         output_dir=folder,
@@ -55,7 +56,7 @@ def train(folder, stop_at=None, evaluation_steps=3, jit_compile=False, **options
             os.kill(os.getpid(), signal.SIGTERM)
 
     return train_pixel_ddim(
-        settings, UNET, SCHEDULER, PICTURES, make_evaluation=lambda trainer, denoiser: evaluate
+        settings, UNET, SCHEDULER, pictures, make_evaluation=lambda trainer, denoiser: evaluate
     )
 
 
@@ -85,33 +86,65 @@ def policy():
     keras.config.set_dtype_policy("float32")
 
 
+# Nearly all of a run's time goes into its first step, so tests look at the same runs.
+def shared(name, **options):
+    """A fixture: the folder of a run that several tests look at, and none writes into, with every checkpoint."""
+
+    @pytest.fixture(scope="module", name=name)
+    def folder(tmp_path_factory):
+        folder = tmp_path_factory.mktemp(name)
+        train(folder, checkpointing_steps=1, checkpoints_total_limit=None, **options)
+        keras.config.set_dtype_policy("float32")
+        return folder
+
+    return folder
+
+
+ACCUMULATING = {"gradient_accumulation_steps": 2}
+
+traced_run = shared("traced_run")
+compiled_run = shared("compiled_run", jit_compile=True)
+accumulating_run = shared("accumulating_run", **ACCUMULATING)
+stopped_run = shared("stopped_run", stop_at=3)
+
+
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
 @pytest.mark.parametrize(
-    "options", [{"jit_compile": True}, {}, {"mixed_precision": "fp16"}], ids=["xla", "traced", "fp16"]
+    "whole, options",
+    [
+        ("traced_run", {}),
+        ("compiled_run", {"jit_compile": True}),
+        ("accumulating_run", ACCUMULATING),
+        (None, {"mixed_precision": "fp16"}),
+    ],
+    ids=["traced", "xla", "accumulating", "fp16"],
 )
-def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, options):
-    assert train(tmp_path / "whole", **options)
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, request, whole, options):
+    if whole is None:
+        assert train(tmp_path / "whole", **options)
+    whole = request.getfixturevalue(whole) if whole else tmp_path / "whole"
     assert not train(tmp_path / "parts", stop_at=3, **options)
     assert not (tmp_path / "parts" / f"checkpoint-{STEPS}").exists()
     assert train(tmp_path / "parts", resume_from_checkpoint="latest", **options)
-    assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert sorted(losses(tmp_path / "whole")) == list(range(1, STEPS + 1))
+    assert_same_state(state(whole), state(tmp_path / "parts"))
+    assert losses(whole) == losses(tmp_path / "parts")
+    assert sorted(losses(whole)) == list(range(1, STEPS + 1))
 
 
-def test_xla_trains_to_the_weights_of_eager_execution(tmp_path):
-    train(tmp_path / "compiled", jit_compile=True)
-    train(tmp_path / "traced")
-    compiled, traced = state(tmp_path / "compiled"), state(tmp_path / "traced")
+def test_xla_trains_to_the_weights_of_eager_execution(compiled_run, traced_run):
+    compiled, traced = state(compiled_run), state(traced_run)
     for name, array in compiled["weights"].items():
         np.testing.assert_allclose(array, traced["weights"][name], atol=2e-4, err_msg=name)
 
 
-def test_accumulated_batches_train_like_one_large_batch(tmp_path):
-    # Two steps: the layers before the last, which begins at zero, have next to no gradient yet, and
+def test_accumulated_batches_train_like_one_large_batch(tmp_path, accumulating_run):
+    # The second step: the layers before the last, which begins at zero, have next to no gradient yet, and
     # Adam divides even that by its own size.
-    train(tmp_path / "large", train_batch_size=8, max_train_steps=2)
-    train(tmp_path / "accumulated", train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2)
-    large, accumulated = state(tmp_path / "large", 2), state(tmp_path / "accumulated", 2)
+    train(tmp_path, train_batch_size=8, checkpointing_steps=2, checkpoints_total_limit=None)
+    large, accumulated = state(tmp_path, 2), state(accumulating_run, 2)
     for group in ("weights", "ema"):
         for name in ("unet.conv_out.weight", "unet.conv_out.bias"):
             left, right = large[group][name], accumulated[group][name]
@@ -119,48 +152,35 @@ def test_accumulated_batches_train_like_one_large_batch(tmp_path):
             np.testing.assert_allclose(left, right, atol=1e-5, err_msg=f"{group}/{name}")
 
 
-def test_accumulating_run_resumes_to_the_bit(tmp_path):
-    options = {"gradient_accumulation_steps": 2}
-    assert train(tmp_path / "whole", **options)
-    assert not train(tmp_path / "parts", stop_at=3, **options)
-    assert train(tmp_path / "parts", resume_from_checkpoint="latest", **options)
-    assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
-
-
-def test_average_follows_the_warmed_up_decay(tmp_path):
+def test_average_follows_the_warmed_up_decay(traced_run):
     """The EMA after each step, computed here from the weights that the checkpoints hold."""
-    train(tmp_path, checkpointing_steps=1, checkpoints_total_limit=None)
-    first = state(tmp_path, 1)
-    average = first["ema"]
+    average = state(traced_run, 1)["ema"]
     for step in range(2, STEPS + 1):
         decay = min(0.9999, (1 + step - 1) / (10 + step - 1))
-        weights = state(tmp_path, step)["weights"]
+        weights = state(traced_run, step)["weights"]
         pairs = zip(average.items(), weights.values(), strict=True)
         average = {name: decay * array + (1 - decay) * weight for (name, array), weight in pairs}
-    for (name, array), expected in zip(state(tmp_path)["ema"].items(), average.values(), strict=True):
+    for (name, array), expected in zip(state(traced_run)["ema"].items(), average.values(), strict=True):
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_exported_model_holds_the_average(tmp_path):
-    train(tmp_path)
-    exported = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    average = sorted(float(np.sum(np.abs(array))) for array in state(tmp_path)["ema"].values())
+def test_exported_model_holds_the_average(traced_run):
+    exported = load_file(traced_run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    average = sorted(float(np.sum(np.abs(array))) for array in state(traced_run)["ema"].values())
     written = sorted(float(np.sum(np.abs(array))) for array in exported.values())
     np.testing.assert_allclose(written, average, rtol=1e-6)
 
 
-def test_checkpoint_of_other_settings_is_refused(tmp_path):
-    train(tmp_path)
+def test_checkpoint_of_other_settings_is_refused(tmp_path, traced_run):
     with pytest.raises(UserError, match="learning_rate|train_batch_size"):
-        train(tmp_path, train_batch_size=6, resume_from_checkpoint="latest")
+        train(copy(traced_run, tmp_path), train_batch_size=6, resume_from_checkpoint="latest")
 
 
-def test_beginning_over_an_earlier_run_is_refused(tmp_path):
-    train(tmp_path)
-    before = state(tmp_path)
+def test_beginning_over_an_earlier_run_is_refused(tmp_path, traced_run):
+    folder = copy(traced_run, tmp_path)
     with pytest.raises(UserError, match="earlier run.*--resume-from-checkpoint latest"):
-        train(tmp_path)
-    assert_same_state(before, state(tmp_path))
+        train(folder)
+    assert_same_state(state(traced_run), state(folder))
 
 
 def test_resuming_from_nothing_is_refused(tmp_path):
@@ -168,27 +188,13 @@ def test_resuming_from_nothing_is_refused(tmp_path):
         train(tmp_path, resume_from_checkpoint="latest")
 
 
-def test_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path):
-    assert not train(tmp_path, stop_at=3)
-    weights = tmp_path / "checkpoint-3"
-    with pytest.raises(UserError, match=r"(?s)(loss|not finite).*checkpoint-3") as raised:
-        settings_that_diverge(tmp_path)
-    assert "\n" not in str(raised.value)
-    assert weights.is_dir()
-
-
-def settings_that_diverge(folder):
-    """Resumes with pictures that are not numbers."""
+def test_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path, stopped_run):
+    folder = copy(stopped_run, tmp_path)
     broken = [{"image": np.full((8, 8, 3), np.nan, "float32")} for _ in PICTURES]
-    settings = Settings(
-        output_dir=folder,
-        max_train_steps=STEPS,
-        learning_rate=1e-2,
-        lr_warmup_steps=2,
-        train_batch_size=4,
-        resume_from_checkpoint="latest",
-    )
-    return train_pixel_ddim(settings, UNET, SCHEDULER, broken)
+    with pytest.raises(UserError, match=r"(?s)(loss|not finite).*checkpoint-3") as raised:
+        train(folder, pictures=broken, resume_from_checkpoint="latest")
+    assert "\n" not in str(raised.value)
+    assert (folder / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "evaluation_steps"])
