@@ -1,61 +1,26 @@
-"""Numbers from the reference libraries, computed in a process of their own.
+"""Numbers from the reference libraries, computed in processes of their own.
 
-torch and TensorFlow do not share a process here: a snippet runs in a subprocess, and tensors go in
-and out through safetensors files.
+torch and TensorFlow do not share a process here: a snippet runs in a process beside, and tensors go in and
+out through safetensors files. The processes are forked from one that has imported the libraries.
 """
 
-import os
-import subprocess
+import multiprocessing
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
 SECONDS = 300
-
-PROLOGUE = """\
-import sys
-from pathlib import Path
-
-sys.modules["tensorflow"] = None  # a library that looks for it finds none
-import torch
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-torch.set_grad_enabled(False)
-torch.manual_seed(0)
-folder = Path(sys.argv[1])
-inputs = load_file(folder / "inputs.safetensors")
-outputs = {}
-
-
-def randomize(module, scale=0.1):
-    \"\"\"Draws all weights anew, so that no zero or small initial value hides a fault.\"\"\"
-    for name, parameter in module.named_parameters():
-        gain = parameter.ndim == 1 and name.endswith("weight")
-        parameter.copy_(torch.randn_like(parameter) * scale + gain)
-    return module.eval()
-
-
-def store_weights(module, group="weights"):
-    \"\"\"Puts a module's parameters into the outputs, under `group/name`.\"\"\"
-    outputs.update({f"{group}/{name}": tensor for name, tensor in module.state_dict().items()})
-
-"""
-
-EPILOGUE = """
-save_file(
-    {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()},
-    folder / "outputs.safetensors",
-)
-"""
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.reference_libraries"])
 
 
 def run_reference(script, arrays, tmp_path):
     """Runs a snippet of torch code and returns what it computed.
 
-    The snippet finds `torch`, `inputs` (tensors by name), `folder` (`tmp_path`, for other files),
+    The snippet finds `torch`, `sys`, `inputs` (tensors by name), `folder` (`tmp_path`, for other files),
     `randomize(module)` and `store_weights(module, group="weights")`, and fills the dictionary
     `outputs` with tensors.
 
@@ -68,25 +33,15 @@ def run_reference(script, arrays, tmp_path):
         A dictionary of NumPy arrays.
     """
     tmp_path = Path(tmp_path)
+    failure = tmp_path / "reference-failure.txt"
     save_file(arrays, tmp_path / "inputs.safetensors")
-    program = tmp_path / "reference_program.py"
-    program.write_text(PROLOGUE + textwrap.dedent(script) + EPILOGUE, encoding="utf-8")
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, (
-        f"the reference program failed with exit code {done.returncode}:\n{done.stderr}"
-    )
+    process = CONTEXT.Process(target=_run, args=(textwrap.dedent(script), tmp_path, failure))
+    process.start()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"the reference program took more than {SECONDS} s")
+    assert process.exitcode == 0, failure.read_text(encoding="utf-8")
     return load_file(tmp_path / "outputs.safetensors")
 
 
@@ -94,3 +49,49 @@ def group_of(outputs, group="weights"):
     """The outputs below `group/`, by the rest of their names."""
     prefix = group + "/"
     return {name.removeprefix(prefix): array for name, array in outputs.items() if name.startswith(prefix)}
+
+
+def _run(script, folder, failure):
+    """What the process does; one that fails says why in the file `failure`."""
+    try:
+        _compute(script, folder)
+    except BaseException:
+        failure.write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+
+
+def _compute(script, folder):
+    import torch
+    from safetensors import torch as safetensors
+
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    outputs = {}
+
+    def randomize(module, scale=0.1):
+        """Draws all weights anew, so that no zero or small initial value hides a fault."""
+        for name, parameter in module.named_parameters():
+            gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * scale + gain)
+        return module.eval()
+
+    def store_weights(module, group="weights"):
+        """Puts a module's parameters into the outputs, under `group/name`."""
+        outputs.update({f"{group}/{name}": tensor for name, tensor in module.state_dict().items()})
+
+    inputs = safetensors.load_file(folder / "inputs.safetensors")
+    exec(
+        compile(script, str(folder / "reference program"), "exec"),
+        {
+            "__name__": "reference_program",
+            "torch": torch,
+            "sys": sys,
+            "folder": folder,
+            "inputs": inputs,
+            "outputs": outputs,
+            "randomize": randomize,
+            "store_weights": store_weights,
+        },
+    )
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}
+    safetensors.save_file(tensors, folder / "outputs.safetensors")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from keras_sd import presets
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,12 +46,19 @@ def test_sides_are_compared_and_one_that_fails_is_named(tmp_path):
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    tiny.pipeline().save(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "case", ["unet", "vae-encode", "vae-decode", "generation", "training", "training-lora"]
 )
-def test_case_gives_the_same_by_diffusers(case, tmp_path):
+def test_case_gives_the_same_by_diffusers(case, model, tmp_path):
     """One start of each side, without turns."""
-    spec = {"case": case, "folder": str(presets.find("emoji")), "size": 64, "batch": 2, "steps": 2}
+    spec = {"case": case, "folder": str(model), "size": 16, "batch": 2, "steps": 2}
     results = {}
     for implementation in ("tensorflow", "diffusers"):
         result = tmp_path / f"{implementation}.npy"

@@ -66,17 +66,7 @@ def folder(tmp_path_factory):
         text = tiny.TEXTS[index % len(tiny.TEXTS)]
         lines.append(json.dumps({"file_name": f"{index}.png", "text": text}) + "\n")
     (folder / "pictures" / "metadata.jsonl").write_text("".join(lines))
-    unet = tiny.UNetConfig(
-        sample_size=4,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    tiny.pipeline(unet=unet).save(folder / "model")
+    tiny.pipeline(unet=tiny.ONE_BLOCK_UNET).save(folder / "model")
     return folder
 
 

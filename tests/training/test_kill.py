@@ -1,6 +1,7 @@
 """A run killed by SIGKILL at random moments, also inside saves, ends as if it had never been.
 
-`KERAS_SD_KILLS` sets the number of kills, 1 by default.
+`KERAS_SD_KILLS` sets the number of kills, 1 by default. It runs on JAX, where a process that goes on finds
+the program of the one before; that both backends resume to the bit, `test_trainer` says.
 """
 
 import json
@@ -37,8 +38,9 @@ def start(folder, run, *more):
     command = [sys.executable, "-m", "keras_sd.train", "ddim", "--train-data-dir", str(folder / "pictures")]
     command += ["--unet-config", str(folder / "unet.json"), "--output-dir", str(folder / run)]
     command += ["--max-train-steps", str(STEPS), "--train-batch-size", "8", "--checkpointing-steps", "2"]
-    command += ["--kid-images", "0", "--evaluation-steps", str(10 * STEPS), "--no-jit-compile", *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command += ["--kid-images", "0", "--evaluation-steps", str(10 * STEPS), *more]
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
