@@ -120,14 +120,13 @@ def jit(function, variables=(), jit_compile=True):
     return call
 
 
-def fed_by_hand(train_function):
-    """Keras' train function, given each batch alone.
+def with_eager_input(train_function):
+    """Keras' train function, which is handed each batch.
 
-    From an iterator TensorFlow would read inside the program, as a second function around the step, which it
-    traces and optimises anew though XLA is to compile it: a fifth to two fifths of the time to a first step.
+    From its own kind of iterator TensorFlow would read in a second function around the step, which it traces
+    and optimises too, though XLA is to compile what is inside: up to two fifths of the time to a first step.
     """
     if keras.backend.backend() == "tensorflow":
-        # An iterator of its own kind is what Keras hands to the outer function.
         return lambda iterator: train_function(iter([next(iterator)]))
     return train_function
 

@@ -1,4 +1,4 @@
-"""Imports what the reference programs use, in the process that they are forked from: see `tests.reference`."""
+"""Imports what reference programs use, in the process that they are forked from: see `tests.reference`."""
 
 import os
 import sys

@@ -65,7 +65,7 @@ OTHER_BACKEND = """if True:
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny.pipeline(SCHEDULER, batch_size=4)
+    return tiny.pipeline(SCHEDULER, batch_size=4, jit_compile=False)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,11 @@ def test_same_seed_same_bytes(pipeline, images):
     assert levels_apart(other, images) > 10
     # Picture i is drawn from seed + i: the first prompt's second picture moved to the front.
     assert levels_apart(other[:1], images[1:2]) <= 1
+
+
+def test_xla_makes_the_same(images):
+    compiled = tiny.pipeline(SCHEDULER, batch_size=4)
+    assert levels_apart(compiled.text_to_image(PROMPTS, num_images=2, seed=3, **OPTIONS), images) <= 1
 
 
 def test_a_picture_is_the_same_alone_and_in_batches(pipeline, images):

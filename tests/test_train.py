@@ -180,8 +180,8 @@ def test_loaded_model_is_fine_tuned_from_its_weights(folder, text_to_image):
 
 @pytest.fixture(scope="module")
 def ddim(folder):
-    options = ("--unet-config", folder / "pixel.json", "--kid-images", 0, "--num-inference-steps", 2, "--no-jit-compile")
-    return run(folder, "ddim", "ddim", *options, steps=40)
+    options = ("--unet-config", folder / "pixel.json", "--kid-images", 0, "--num-inference-steps", 2)
+    return run(folder, "ddim", "ddim", *options, "--no-jit-compile", steps=40)
 
 
 def test_pixel_ddim_learns_and_writes_its_unet(folder, ddim):
@@ -197,7 +197,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder):
         command = [sys.executable, "-m", "keras_sd.train", "ddim", "--unet-config", folder / "pixel.json"]
         command += ["--train-data-dir", folder / "pictures", "--output-dir", folder / backend]
         command += ["--max-train-steps", "6", "--train-batch-size", "8", "--checkpointing-steps", "3"]
-        command += ["--kid-images", "0", "--num-inference-steps", "2", *more]
+        command += ["--kid-images", "0", "--num-inference-steps", "2", "--no-jit-compile", *more]
         environment = {**os.environ, "KERAS_BACKEND": backend}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ class Objective(keras.Model):
     def make_train_function(self, force=False):
         if self.train_function is None or force:
             super().make_train_function(force=True)
-            self.train_function = backend.fed_by_hand(self.train_function)
+            self.train_function = backend.with_eager_input(self.train_function)
 
 
 def images_to_network(images):

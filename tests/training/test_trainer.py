@@ -88,7 +88,7 @@ def policy():
 
 # Nearly all of a run's time goes into its first step, so tests look at the same runs.
 def shared(name, **options):
-    """A fixture: the folder of a run, with every checkpoint, that several tests look at and none writes into."""
+    """A fixture: the folder of a run, with every checkpoint, that tests look at and none writes into."""
 
     @pytest.fixture(scope="module", name=name)
     def folder(tmp_path_factory):
