@@ -183,7 +183,7 @@ def test_primitives_make_the_task(pipeline, images):
         num_steps=5,
         guidance_scale=3.0,
     )
-    assert levels_apart(pipeline.decode(latents), images) == 0
+    assert levels_apart(pipeline.decode(latents), images) <= 1
     encoded = pipeline.encode_image(images)
     expected = pipeline.vae.encode(images / np.float32(127.5) - 1).mode() * 0.18215
     np.testing.assert_allclose(encoded, expected, atol=1e-4)

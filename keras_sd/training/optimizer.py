@@ -1,6 +1,7 @@
 """AdamW that keeps an exponential moving average (EMA) of the weights inside the compiled step."""
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -36,8 +37,8 @@ class AdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, gradients, variables, learning_rate):
         """One update of all variables (Kingma and Ba, 2015, algorithm 1 in the order of its section 2).
 
-        What they share is computed once and each variable is read once: Keras traces both anew for each use,
-        which takes most of the time to the first step of a small model.
+        What variables share is computed once, and vectors, of which a network has most, are updated as one:
+        Keras traces an update for each variable, which takes most of the time to a small model's first step.
         """
         update = ops.cast(self.iterations + 1, "float32")
         rate = ops.cast(learning_rate, "float32")
@@ -50,21 +51,43 @@ class AdamW(keras.optimizers.AdamW):
         if self.ema_decay is not None:
             decay = ops.minimum(self.ema_decay, young_decay(ops.cast(self.iterations, "float32")))
             average_share = 1.0 - decay
-        for gradient, variable in zip(gradients, variables, strict=True):
-            index = self._get_variable_index(variable)
-            momentum, velocity, weight = (
-                ops.cast(values, "float32")  # reads it
-                for values in (self._momentums[index], self._velocities[index], variable)
-            )
+        for group in _with_joined_vectors(variables):
+            gradient = _joined([gradients[place] for place in group])
+            states = list(zip(*(self._state(variables[place]) for place in group), strict=True))
+            momentum, velocity, weight, *average = map(_joined, states)
             momentum = momentum + (gradient - momentum) * first_share
             velocity = velocity + (ops.square(gradient) - velocity) * second_share
             weight = weight * retained - momentum * step_size / (ops.sqrt(velocity) + epsilon)
-            self._momentums[index].assign(momentum)
-            self._velocities[index].assign(velocity)
-            variable.assign(weight)
-            if self.ema_decay is not None:
-                average = ops.cast(self.ema_variables[index], "float32")
-                self.ema_variables[index].assign(average - (average - weight) * average_share)
+            average = [values - (values - weight) * average_share for values in average]
+            for state, values in zip(states, (momentum, velocity, weight, *average), strict=True):
+                _assign_parts(state, values)
+
+    def _state(self, variable):
+        """What an update changes: both moments, the variable and, if there is one, its average."""
+        index = self._get_variable_index(variable)
+        average = [] if self.ema_decay is None else [self.ema_variables[index]]
+        return self._momentums[index], self._velocities[index], variable, *average
+
+
+def _with_joined_vectors(variables):
+    """The places of all vectors as one group, and each other variable's as one of its own."""
+    vectors = [place for place, variable in enumerate(variables) if variable.ndim == 1]
+    others = [[place] for place, variable in enumerate(variables) if variable.ndim != 1]
+    return [vectors, *others] if vectors else others
+
+
+def _joined(arrays):
+    """One array, or several vectors one behind the other, in float32."""
+    arrays = [ops.cast(array, "float32") for array in arrays]  # reads a variable once
+    return ops.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _assign_parts(variables, values):
+    """Gives variables their parts of what `_joined` has joined."""
+    ends = np.cumsum([variable.shape[0] for variable in variables])
+    parts = ops.split(values, ends[:-1]) if len(variables) > 1 else [values]
+    for variable, part in zip(variables, parts, strict=True):
+        variable.assign(part)
 
 
 def young_decay(updates):
