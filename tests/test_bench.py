@@ -32,7 +32,7 @@ def test_sides_are_compared_and_one_that_fails_is_named(tmp_path):
     assert (on["xla"], off["xla"], keras_cv["implementation"]) == ("on", "off", "keras-cv")
     assert off["difference"] < 1e-4
     assert off["ratio"] == pytest.approx(off["seconds"] / off["reference_seconds"])
-    assert off["peak_bytes"] > 2**27
+    assert min(on["peak_bytes"], off["peak_bytes"]) > 2**27
     # 16 tokens through 4 blocks of width 192, 4 pictures at a time.
     encoder = json.loads((presets.find("emoji") / "text_encoder/config.json").read_text())
     width, tokens = encoder["hidden_size"], encoder["max_position_embeddings"]

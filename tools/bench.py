@@ -6,6 +6,7 @@ those of the first side of the case, so that a machine that slows down slows bot
 medians of such turns. Results are compared before anything is timed.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -168,7 +169,7 @@ def measure(workload, implementations, repeats, cache, advance):
         advance: called with each side's figures.
     """
     with tempfile.TemporaryDirectory() as folder:
-        reference, expected = None, None
+        reference, expected, first = None, None, None
         try:
             for number, implementation in enumerate(implementations):
                 spec = {**workload, **implementation, "result": str(Path(folder, f"{number}.npy"))}
@@ -186,12 +187,15 @@ def measure(workload, implementations, repeats, cache, advance):
                             raise Failure(f"another result: {figures['difference']:.1e}")
                     figures |= take_turns(side, reference, repeats)
                     if number == 0:
-                        reference = side
+                        reference, first = side, figures
                     else:
                         figures["peak_bytes"] = side.close()
                 except Failure as failure:
                     figures["failed"] = str(failure)
                 advance(figures)
+            if reference is not None:
+                with contextlib.suppress(Failure):
+                    first["peak_bytes"] = reference.close()
         finally:
             if reference is not None:
                 reference.kill()
@@ -348,6 +352,7 @@ def bench(
             result = {key: value for key, value in workload.items() if key != "folder"} | {"sides": []}
             results["results"].append(result)
             measure(workload, implementations, repeats, cache_dir, functools.partial(advance, result))
+    report.write(output, results)
     report.plot(output.with_suffix(".png"), results)
     click.echo(f"{output}, {output.with_suffix('.md')} and {output.with_suffix('.png')}")
 

@@ -84,8 +84,11 @@ def _joined(arrays):
 
 def _assign_parts(variables, values):
     """Gives variables their parts of what `_joined` has joined."""
-    ends = np.cumsum([variable.shape[0] for variable in variables])
-    parts = ops.split(values, ends[:-1]) if len(variables) > 1 else [values]
+    if len(variables) > 1:
+        ends = np.cumsum([variable.shape[0] for variable in variables])
+        parts = ops.split(values, ends[:-1])
+    else:
+        parts = [values]
     for variable, part in zip(variables, parts, strict=True):
         variable.assign(part)
 
