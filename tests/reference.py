@@ -8,6 +8,7 @@ import multiprocessing
 import sys
 import textwrap
 import traceback
+import types
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
@@ -20,9 +21,9 @@ CONTEXT.set_forkserver_preload(["tests.reference_libraries"])
 def run_reference(script, arrays, tmp_path):
     """Runs a snippet of torch code and returns what it computed.
 
-    The snippet finds `torch`, `sys`, `inputs` (tensors by name), `folder` (`tmp_path`, for other files),
-    `randomize(module)` and `store_weights(module, group="weights")`, and fills the dictionary
-    `outputs` with tensors.
+    The snippet finds `torch`, `sys`, safetensors' `load_file` and `save_file`, `inputs` (tensors by name),
+    `folder` (`tmp_path`, for other files), `randomize(module)` and `store_weights(module, group="weights")`,
+    and fills the dictionary `outputs` with tensors.
 
     Args:
         script: Python source; common indentation is removed.
@@ -62,7 +63,7 @@ def _run(script, folder, failure):
 
 def _compute(script, folder):
     import torch
-    from safetensors import torch as safetensors
+    from safetensors.torch import load_file, save_file
 
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -79,19 +80,19 @@ def _compute(script, folder):
         """Puts a module's parameters into the outputs, under `group/name`."""
         outputs.update({f"{group}/{name}": tensor for name, tensor in module.state_dict().items()})
 
-    inputs = safetensors.load_file(folder / "inputs.safetensors")
-    exec(
-        compile(script, str(folder / "reference program"), "exec"),
-        {
-            "__name__": "reference_program",
-            "torch": torch,
-            "sys": sys,
-            "folder": folder,
-            "inputs": inputs,
-            "outputs": outputs,
-            "randomize": randomize,
-            "store_weights": store_weights,
-        },
+    inputs = load_file(folder / "inputs.safetensors")
+    program = sys.modules["__main__"] = types.ModuleType("__main__")  # pickles name classes by their module
+    vars(program).update(
+        torch=torch,
+        sys=sys,
+        load_file=load_file,
+        save_file=save_file,
+        folder=folder,
+        inputs=inputs,
+        outputs=outputs,
+        randomize=randomize,
+        store_weights=store_weights,
     )
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}
-    safetensors.save_file(tensors, folder / "outputs.safetensors")
+    exec(compile(script, str(folder / "reference program"), "exec"), vars(program))
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in program.outputs.items()}
+    save_file(tensors, folder / "outputs.safetensors")
