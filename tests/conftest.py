@@ -3,9 +3,14 @@
 Several processes of tests get one thread each, as they would only take them from each other.
 """
 
+import functools
 import os
 import shutil
+import sys
 import tempfile
+import warnings
+
+import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -29,3 +34,26 @@ def pytest_collection_modifyitems(items):
 def pytest_unconfigure():
     if CACHE:
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def without_xla(monkeypatch):
+    """Has commands open their models without XLA: compiling each anew would take most of the time."""
+    from keras_sd import cli, generate
+
+    for module in (cli, generate):
+        monkeypatch.setattr(module, "open_model", functools.partial(generate.open_model, jit_compile=False))
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys):
+    """Runs `main()`, which ends its program, in this process: (exit code, output, errors)."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # programs have one of their own
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd import cli, generate
+from keras_sd import cli
 from keras_sd.demo import run_demo
 from keras_sd.images import read_parameters
 from tests import tiny
@@ -31,23 +31,9 @@ def run_python(code, *arguments, **options):
 
 
 @pytest.fixture
-def without_xla(monkeypatch):
-    """Has commands open their models without XLA: compiling each anew would take most of the time."""
-    for module in (cli, generate):
-        monkeypatch.setattr(module, "open_model", functools.partial(generate.open_model, jit_compile=False))
-
-
-@pytest.fixture
-def keras_sd_command(monkeypatch, capsys, without_xla):
+def keras_sd_command(run_program, without_xla):
     """Runs the command in this process, which has its backend loaded, with the same three results."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["keras-sd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+    return functools.partial(run_program, cli.main)
 
 
 @pytest.fixture(scope="module")

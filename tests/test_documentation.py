@@ -19,7 +19,6 @@ from keras_sd.images import read_parameters, save_png
 from keras_sd.train import train
 from keras_sd.weights.embedding_files import write_embeddings
 from keras_sd.weights.lora import LowRank, write_lora
-from tests.test_cli import without_xla  # noqa: F401
 from tools import draw_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +155,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_commands_of_the_readme(workplace, without_xla):  # noqa: F811
+def test_commands_of_the_readme(workplace, without_xla):
     # The others need a model of the hub or of one's own, or train, or are run by the next test.
     elsewhere = re.compile(r"x4-upscaler|sd-1\.5|convert|caption|evaluate")
     found = [arguments for program, arguments in commands(ROOT / "README.md") if program == "keras-sd"]

@@ -174,16 +174,17 @@ def test_progress_is_shown_or_handed_over(pipeline, capsys):
 
 def test_primitives_make_the_task(pipeline, images):
     streams = NoiseStreams([3, 4, 5, 6])
-    context, negative = pipeline.encode_text(PROMPTS), pipeline.encode_text([""])
+    # Together, as the task does, or the last digits differ.
+    context, negative = np.split(pipeline.encode_text([*PROMPTS, "", ""]), 2)
     assert context.shape == (2, 12, 16)
     latents = pipeline.denoise(
         streams.draw(pipeline.latent_shape()),
         context.repeat(2, axis=0),
-        negative.repeat(4, axis=0),
+        negative.repeat(2, axis=0),
         num_steps=5,
         guidance_scale=3.0,
     )
-    assert levels_apart(pipeline.decode(latents), images) <= 1
+    assert levels_apart(pipeline.decode(latents), images) == 0
     encoded = pipeline.encode_image(images)
     expected = pipeline.vae.encode(images / np.float32(127.5) - 1).mode() * 0.18215
     np.testing.assert_allclose(encoded, expected, atol=1e-4)

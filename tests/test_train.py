@@ -1,6 +1,7 @@
 """Every training method through its command, on pictures in a folder and tiny configs."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -223,13 +224,11 @@ def test_one_backend_goes_on_where_the_other_stopped(folder):
         (["text-to-image", "--pretrained-model-name-or-path", "unheard"], "unheard"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, told):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_program, arguments, told):
     output = [] if arguments == ["paint"] else ["--output-dir", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["train", *arguments, *output])
-    with pytest.raises(SystemExit) as exit_:
-        run_command(train, "python -m keras_sd.train")
-    assert exit_.value.code == 2
-    errors = capsys.readouterr().err
+    main = functools.partial(run_command, train, "python -m keras_sd.train")
+    code, _, errors = run_program(main, *arguments, *output)
+    assert code == 2, errors
     lines = [line for line in errors.splitlines() if "error:" in line]
     assert len(lines) == 1 and told in lines[0], errors
     assert not (tmp_path / "run" / "checkpoint-1").exists()

@@ -1,5 +1,6 @@
 """The training loop: resumed against uninterrupted runs, accumulation, EMA, XLA, both backends."""
 
+import functools
 import json
 import os
 import shutil
@@ -86,46 +87,37 @@ def policy():
     keras.config.set_dtype_policy("float32")
 
 
-# Nearly all of a run's time goes into its first step, so tests look at the same runs.
-def shared(name, **options):
-    """A fixture: the folder of a run, with every checkpoint, that tests look at and none writes into."""
+WHOLE_RUNS = {
+    "traced": {},
+    "xla": {"jit_compile": True},
+    "accumulating": {"gradient_accumulation_steps": 2},
+    "fp16": {"mixed_precision": "fp16"},
+}
 
-    @pytest.fixture(scope="module", name=name)
-    def folder(tmp_path_factory):
-        folder = tmp_path_factory.mktemp(name)
-        train(folder, checkpointing_steps=1, checkpoints_total_limit=None, **options)
-        keras.config.set_dtype_policy("float32")
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Gives the folder of one of `WHOLE_RUNS`, which holds every checkpoint and which no test writes into.
+
+    Each is trained once: nearly all of its time goes into its first step.
+    """
+
+    @functools.cache
+    def folder(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        assert train(folder, checkpointing_steps=1, checkpoints_total_limit=None, **WHOLE_RUNS[kind])
         return folder
 
     return folder
-
-
-ACCUMULATING = {"gradient_accumulation_steps": 2}
-
-traced_run = shared("traced_run")
-compiled_run = shared("compiled_run", jit_compile=True)
-accumulating_run = shared("accumulating_run", **ACCUMULATING)
-stopped_run = shared("stopped_run", stop_at=3)
 
 
 def copy(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize(
-    "whole, options",
-    [
-        ("traced_run", {}),
-        ("compiled_run", {"jit_compile": True}),
-        ("accumulating_run", ACCUMULATING),
-        (None, {"mixed_precision": "fp16"}),
-    ],
-    ids=["traced", "xla", "accumulating", "fp16"],
-)
-def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, request, whole, options):
-    if whole is None:
-        assert train(tmp_path / "whole", **options)
-    whole = request.getfixturevalue(whole) if whole else tmp_path / "whole"
+@pytest.mark.parametrize("kind", WHOLE_RUNS)
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, whole_run, kind):
+    whole, options = whole_run(kind), WHOLE_RUNS[kind]
     assert not train(tmp_path / "parts", stop_at=3, **options)
     assert not (tmp_path / "parts" / f"checkpoint-{STEPS}").exists()
     assert train(tmp_path / "parts", resume_from_checkpoint="latest", **options)
@@ -134,17 +126,17 @@ def test_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path
     assert sorted(losses(whole)) == list(range(1, STEPS + 1))
 
 
-def test_xla_trains_to_the_weights_of_eager_execution(compiled_run, traced_run):
-    compiled, traced = state(compiled_run), state(traced_run)
+def test_xla_trains_to_the_weights_of_eager_execution(whole_run):
+    compiled, traced = state(whole_run("xla")), state(whole_run("traced"))
     for name, array in compiled["weights"].items():
         np.testing.assert_allclose(array, traced["weights"][name], atol=2e-4, err_msg=name)
 
 
-def test_accumulated_batches_train_like_one_large_batch(tmp_path, accumulating_run):
+def test_accumulated_batches_train_like_one_large_batch(tmp_path, whole_run):
     # The second step: the layers before the last, which begins at zero, have next to no gradient yet, and
     # Adam divides even that by its own size.
     train(tmp_path, train_batch_size=8, checkpointing_steps=2, checkpoints_total_limit=None)
-    large, accumulated = state(tmp_path, 2), state(accumulating_run, 2)
+    large, accumulated = state(tmp_path, 2), state(whole_run("accumulating"), 2)
     for group in ("weights", "ema"):
         for name in ("unet.conv_out.weight", "unet.conv_out.bias"):
             left, right = large[group][name], accumulated[group][name]
@@ -152,8 +144,9 @@ def test_accumulated_batches_train_like_one_large_batch(tmp_path, accumulating_r
             np.testing.assert_allclose(left, right, atol=1e-5, err_msg=f"{group}/{name}")
 
 
-def test_average_follows_the_warmed_up_decay(traced_run):
+def test_average_follows_the_warmed_up_decay(whole_run):
     """The EMA after each step, computed here from the weights that the checkpoints hold."""
+    traced_run = whole_run("traced")
     average = state(traced_run, 1)["ema"]
     for step in range(2, STEPS + 1):
         decay = min(0.9999, (1 + step - 1) / (10 + step - 1))
@@ -164,23 +157,24 @@ def test_average_follows_the_warmed_up_decay(traced_run):
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_exported_model_holds_the_average(traced_run):
+def test_exported_model_holds_the_average(whole_run):
+    traced_run = whole_run("traced")
     exported = load_file(traced_run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     average = sorted(float(np.sum(np.abs(array))) for array in state(traced_run)["ema"].values())
     written = sorted(float(np.sum(np.abs(array))) for array in exported.values())
     np.testing.assert_allclose(written, average, rtol=1e-6)
 
 
-def test_checkpoint_of_other_settings_is_refused(tmp_path, traced_run):
+def test_checkpoint_of_other_settings_is_refused(tmp_path, whole_run):
     with pytest.raises(UserError, match="learning_rate|train_batch_size"):
-        train(copy(traced_run, tmp_path), train_batch_size=6, resume_from_checkpoint="latest")
+        train(copy(whole_run("traced"), tmp_path), train_batch_size=6, resume_from_checkpoint="latest")
 
 
-def test_beginning_over_an_earlier_run_is_refused(tmp_path, traced_run):
-    folder = copy(traced_run, tmp_path)
+def test_beginning_over_an_earlier_run_is_refused(tmp_path, whole_run):
+    folder = copy(whole_run("traced"), tmp_path)
     with pytest.raises(UserError, match="earlier run.*--resume-from-checkpoint latest"):
         train(folder)
-    assert_same_state(state(traced_run), state(folder))
+    assert_same_state(state(whole_run("traced")), state(folder))
 
 
 def test_resuming_from_nothing_is_refused(tmp_path):
@@ -188,13 +182,13 @@ def test_resuming_from_nothing_is_refused(tmp_path):
         train(tmp_path, resume_from_checkpoint="latest")
 
 
-def test_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path, stopped_run):
-    folder = copy(stopped_run, tmp_path)
+def test_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path):
+    assert not train(tmp_path, stop_at=3)
     broken = [{"image": np.full((8, 8, 3), np.nan, "float32")} for _ in PICTURES]
     with pytest.raises(UserError, match=r"(?s)(loss|not finite).*checkpoint-3") as raised:
-        train(folder, pictures=broken, resume_from_checkpoint="latest")
+        train(tmp_path, pictures=broken, resume_from_checkpoint="latest")
     assert "\n" not in str(raised.value)
-    assert (folder / "checkpoint-3").is_dir()
+    assert (tmp_path / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "evaluation_steps"])
