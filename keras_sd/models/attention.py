@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.models.layers import GroupNormalization, Layer, convolution, dense, layer_normalization
+from keras_sd.models.layers import GroupNormalization, Layer, LayerNormalization, convolution, dense
 
 # Bytes of scores (float32) that one attention holds at a time; beyond them its queries go in turns. Two
 # pictures of 512 x 512 pixels in Stable Diffusion 1 just fit.
@@ -123,11 +123,11 @@ class BasicTransformerBlock(Layer):
         super().__init__(**kwargs)
         self.only_cross_attention = only_cross_attention
         first_features = context_features if only_cross_attention else features
-        self.norm1 = layer_normalization(features)
+        self.norm1 = LayerNormalization(features)
         self.attn1 = Attention(features, first_features, heads, upcast=upcast)
-        self.norm2 = layer_normalization(features)
+        self.norm2 = LayerNormalization(features)
         self.attn2 = Attention(features, context_features, heads, upcast=upcast)
-        self.norm3 = layer_normalization(features)
+        self.norm3 = LayerNormalization(features)
         self.ff = FeedForward(features)
 
     def call(self, inputs, context):

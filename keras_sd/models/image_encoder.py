@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_sd.errors import UserError
 from keras_sd.models.initial_values import normal, uniform
-from keras_sd.models.layers import Layer, dense, embedding, layer_normalization
+from keras_sd.models.layers import Layer, LayerNormalization, dense, embedding
 from keras_sd.models.transformer import Transformer
 
 # Mean and standard deviation of the RGB values in [0, 1] over CLIP's training images, published with it.
@@ -91,9 +91,9 @@ class ImageEncoder(keras.Model):
         self.config = config
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.embeddings = ImageEmbeddings(config)
-        self.pre_layrnorm = layer_normalization(width, epsilon)
+        self.pre_layrnorm = LayerNormalization(width, epsilon)
         self.encoder = Transformer(config, causal=False)
-        self.post_layernorm = layer_normalization(width, epsilon)
+        self.post_layernorm = LayerNormalization(width, epsilon)
         self.visual_projection = dense(
             width, config.projection_dim, use_bias=False, kernel_initializer=normal(width**-0.5)
         )

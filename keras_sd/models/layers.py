@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.models import winograd
+from keras_sd.models import normalization, winograd
 from keras_sd.models.initial_values import glorot_uniform, uniform
 
 
@@ -125,83 +125,61 @@ def convolution(
     return layer
 
 
-def layer_normalization(features, epsilon=1e-5):
+class LayerNormalization(Layer):
     """Layer normalisation over the last axis."""
-    layer = keras.layers.LayerNormalization(epsilon=epsilon)
-    layer.build((None, features))
-    return layer
+
+    def __init__(self, features, epsilon=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+        self.gamma = self.add_weight(shape=(features,), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(features,), initializer="zeros", name="beta")
+
+    def call(self, inputs):
+        gamma, beta = ops.cast(self.gamma, "float32"), ops.cast(self.beta, "float32")
+        outputs = normalization.layer_normalization(inputs, gamma, beta, self.epsilon)
+        return ops.cast(outputs, self.compute_dtype)
 
 
 class GroupNormalization(Layer):
-    """Group normalisation (Wu and He, 2018) of `(n, height, width, channels)`.
+    """Group normalisation of `(n, height, width, channels)`; with `silu`, that unit follows."""
 
-    Moments are taken per channel first and then joined inside each group, so the large tensor is never
-    reshaped to five dimensions; what remains are sums, and a shift and a scale per channel.
-    """
-
-    def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
+    def __init__(self, channels, groups=32, epsilon=1e-5, *, silu=False, **kwargs):
         super().__init__(**kwargs)
         if channels % groups:
             raise UserError(f"{channels} channels do not divide into {groups} groups; change norm_num_groups")
         self.channels = channels
         self.groups = groups
         self.epsilon = epsilon
+        self.silu = silu
         self.gamma = self.add_weight(shape=(channels,), initializer="ones", name="gamma")
         self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta")
 
-    def _group_mean(self, values):
-        """Averages one number per channel over the channels of each group: `(n, 1, 1, c)`."""
-        grouped = ops.reshape(values, (-1, self.groups, self.channels // self.groups))
-        spread = ops.broadcast_to(ops.mean(grouped, axis=2, keepdims=True), ops.shape(grouped))
-        return ops.reshape(spread, (-1, 1, 1, self.channels))
-
-    def _moments(self, values):
-        """Mean and variance of each channel's group, `(n, 1, 1, c)` each."""
-        mean = self._group_mean(ops.mean(values, axis=(1, 2)))
-        return mean, self._group_mean(ops.mean(ops.square(values - mean), axis=(1, 2)))
-
-    def _moments_in_one_pass(self, values):
-        """The same from channels' moments (Chan, Golub and LeVeque, 1983): the tensor is read once for both.
-
-        It is meant for a GPU, which waits for memory. On a processor XLA is slower at it than at two passes.
-        """
-        # Squares of numbers far from zero would lose those differences in float32 too.
-        origin = values[:, :1, :1]
-        shifted = values - origin
-        offset = ops.mean(shifted, axis=(1, 2), keepdims=True)
-        square = ops.mean(ops.square(shifted), axis=(1, 2), keepdims=True)
-        mean = self._group_mean(origin + offset)
-        variance = square - ops.square(offset) + ops.square(origin + offset - mean)
-        return mean, self._group_mean(variance)
-
     def call(self, inputs):
-        # Half precision loses the small differences that a variance is made of.
-        values = ops.cast(inputs, "float32")
-        take_moments = self._moments if inputs.dtype == "float32" else self._moments_in_one_pass
-        mean, variance = take_moments(values)
-        scale = ops.rsqrt(ops.maximum(variance, 0.0) + self.epsilon) * ops.cast(self.gamma, "float32")
-        outputs = (values - mean) * scale + ops.cast(self.beta, "float32")
+        gamma, beta = ops.cast(self.gamma, "float32"), ops.cast(self.beta, "float32")
+        outputs = normalization.group_normalization(
+            inputs, gamma, beta, self.groups, self.epsilon, silu=self.silu
+        )
         return ops.cast(outputs, self.compute_dtype)
 
 
 class ResnetBlock(Layer):
-    """Residual block of two convolutions, shifted by the timestep embedding when there is one."""
+    """Residual block of two convolutions, shifted by the activated timestep embedding when there is one."""
 
     def __init__(self, inputs, outputs, *, time_features=None, groups=32, epsilon=1e-5, **kwargs):
         super().__init__(**kwargs)
-        self.norm1 = GroupNormalization(inputs, groups, epsilon)
+        self.norm1 = GroupNormalization(inputs, groups, epsilon, silu=True)
         self.conv1 = convolution(inputs, outputs)
         self.time_emb_proj = dense(time_features, outputs) if time_features else None
-        self.norm2 = GroupNormalization(outputs, groups, epsilon)
+        self.norm2 = GroupNormalization(outputs, groups, epsilon, silu=True)
         # A branch that starts at zero makes the block start as its shortcut, which trains faster.
         self.conv2 = convolution(outputs, outputs, kernel_initializer="zeros")
         self.conv_shortcut = convolution(inputs, outputs, 1) if inputs != outputs else None
 
     def call(self, inputs, time_embedding=None):
-        hidden = self.conv1(ops.silu(self.norm1(inputs)))
+        hidden = self.conv1(self.norm1(inputs))
         if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(ops.silu(time_embedding))[:, None, None, :]
-        hidden = self.conv2(ops.silu(self.norm2(hidden)))
+            hidden = hidden + self.time_emb_proj(time_embedding)[:, None, None, :]
+        hidden = self.conv2(self.norm2(hidden))
         shortcut = inputs if self.conv_shortcut is None else self.conv_shortcut(inputs)
         return shortcut + hidden
 

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_sd.errors import UserError
 from keras_sd.models.initial_values import normal
-from keras_sd.models.layers import Layer, embedding, layer_normalization
+from keras_sd.models.layers import Layer, LayerNormalization, embedding
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.transformer import Transformer
 
@@ -77,7 +77,7 @@ class TextEncoder(keras.Model):
         self.config = config
         self.embeddings = TextEmbeddings(config)
         self.encoder = Transformer(config, causal=True)
-        self.final_layer_norm = layer_normalization(config.hidden_size, config.layer_norm_eps)
+        self.final_layer_norm = LayerNormalization(config.hidden_size, config.layer_norm_eps)
         self.built = True
 
     def __call__(self, ids, **kwargs):

@@ -10,7 +10,7 @@ from keras import ops
 from keras_sd.errors import UserError
 from keras_sd.models.attention import scaled_dot_product
 from keras_sd.models.initial_values import normal
-from keras_sd.models.layers import Layer, dense, layer_normalization
+from keras_sd.models.layers import Layer, LayerNormalization, dense
 from keras_sd.models.recomputation import RecomputingLayer
 
 
@@ -83,9 +83,9 @@ class TransformerBlock(Layer):
 
     def __init__(self, config, *, causal, **kwargs):
         super().__init__(**kwargs)
-        self.layer_norm1 = layer_normalization(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm1 = LayerNormalization(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config, causal=causal)
-        self.layer_norm2 = layer_normalization(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = LayerNormalization(config.hidden_size, config.layer_norm_eps)
         self.mlp = MultiLayerPerceptron(config)
 
     def call(self, inputs):

@@ -167,7 +167,9 @@ class UNet(keras.Model):
         self.down_blocks = [DownBlock(config, level) for level in levels]
         self.mid_block = MidBlock(config)
         self.up_blocks = [UpBlock(config, index) for index in levels]
-        self.conv_norm_out = GroupNormalization(channels[0], config.norm_num_groups, config.norm_eps)
+        self.conv_norm_out = GroupNormalization(
+            channels[0], config.norm_num_groups, config.norm_eps, silu=True
+        )
         self.conv_out = convolution(channels[0], config.out_channels, kernel_initializer="zeros")
         self.built = True
 
@@ -181,7 +183,7 @@ class UNet(keras.Model):
         embedded = self.time_embedding(ops.cast(features, self.compute_dtype))
         if self.config.num_class_embeds:
             embedded = embedded + self.class_embedding(class_labels)
-        return embedded
+        return ops.silu(embedded)
 
     def call(self, inputs, class_labels=None, deep=None, returns_deep=False):
         latents, timesteps, context = inputs if len(inputs) == 3 else (*inputs, None)
@@ -202,5 +204,5 @@ class UNet(keras.Model):
                 size = tuple(skips[-1].shape[1:3])
                 deep = block(deep, block_skips, time_embedding, context, size=size)
         hidden = outermost(deep, skips[: len(outermost.resnets)], time_embedding, context)
-        outputs = ops.cast(self.conv_out(ops.silu(self.conv_norm_out(hidden))), "float32")
+        outputs = ops.cast(self.conv_out(self.conv_norm_out(hidden)), "float32")
         return (outputs, deep) if returns_deep else outputs

@@ -100,14 +100,14 @@ class Encoder(Layer):
             for level in range(len(channels))
         ]
         self.mid_block = MidBlock(channels[-1], groups=groups, add_attention=config.mid_block_add_attention)
-        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON)
+        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON, silu=True)
         self.conv_out = convolution(channels[-1], 2 * config.latent_channels)
 
     def call(self, images):
         hidden = self.conv_in(images)
         for block in [*self.down_blocks, self.mid_block]:
             hidden = block(hidden)
-        return self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+        return self.conv_out(self.conv_norm_out(hidden))
 
 
 class Decoder(Layer):
@@ -128,14 +128,14 @@ class Decoder(Layer):
             )
             for level in range(len(channels))
         ]
-        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON)
+        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON, silu=True)
         self.conv_out = convolution(channels[-1], config.out_channels)
 
     def call(self, latents):
         hidden = self.conv_in(latents)
         for block in [self.mid_block, *self.up_blocks]:
             hidden = block(hidden)
-        return self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+        return self.conv_out(self.conv_norm_out(hidden))
 
 
 class AutoencoderKL(keras.Model):
