@@ -1,6 +1,7 @@
 """What every test shares: a quiet TensorFlow backend, unless the caller chose another.
 
-Several processes of tests get one thread each, as they would only take them from each other.
+Several processes of tests get one thread each, as they would only take them from each other, and compile
+with fewer passes.
 """
 
 import functools
@@ -17,6 +18,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
+    # XLA's own passes stay. LLVM's on what comes out of them would take half of the time to compile, and
+    # whoever runs a file of tests by itself has them.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Many tests, and the processes that they start, compile the same programs: one fresh cache serves them all.
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="keras_sd_cache_")
