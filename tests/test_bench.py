@@ -1,5 +1,6 @@
 """The benchmark: every case and side runs, results are compared, and one that fails stops nothing."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from keras_sd import presets
 from tests import tiny
+from tests.reference import run_reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,50 +48,66 @@ def test_sides_are_compared_and_one_that_fails_is_named(tmp_path):
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
+CASES = ["unet", "vae-encode", "vae-decode", "generation", "training", "training-lora"]
+
+BY_DIFFUSERS = """
+    import io
+    import json
+    import numpy as np
+
+    specs = json.loads((folder / "specs.json").read_text())
+    sys.path.insert(0, specs.pop("tools"))
+    from benchmark import worker
+
+    torch.set_grad_enabled(True)
+    answers = {}
+    for case, spec in specs.items():
+        sys.stdin = io.StringIO("\\n")
+        worker.serve(spec, answers.setdefault(case, []).append)
+        outputs[case] = torch.from_numpy(np.load(spec["result"]))
+    (folder / "answers.json").write_text(json.dumps(answers))
+"""
+
+
+def check_answers(answers):
+    """What one start, one line of input and its end are answered with."""
+    ready, call, end = answers
+    assert ready["first_call_seconds"] > 0 and call["seconds"] > 0 and end["peak_bytes"] > 0
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    tiny.pipeline().save(folder)
-    return folder
+def specs(tmp_path_factory):
+    """One start of each case, without turns, to which an implementation and a file are still to be added."""
+    model = tmp_path_factory.mktemp("bench")
+    tiny.pipeline().save(model)
+    spec = {"folder": str(model), "size": 16, "batch": 2, "steps": 2, "xla": "off", "precision": "float32"}
+    return {case: spec | {"case": case} for case in CASES}
 
 
-@pytest.mark.parametrize(
-    "case", ["unet", "vae-encode", "vae-decode", "generation", "training", "training-lora"]
-)
-def test_case_gives_the_same_by_diffusers(case, model, tmp_path):
-    """One start of each side, without turns."""
-    spec = {"case": case, "folder": str(model), "size": 16, "batch": 2, "steps": 2}
-    results = {}
-    for implementation in ("tensorflow", "diffusers"):
-        result = tmp_path / f"{implementation}.npy"
-        side = {"implementation": implementation, "xla": "off", "precision": "float32", "result": str(result)}
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmark.worker", json.dumps(spec | side)],
-            input="\n",
-            capture_output=True,
-            text=True,
-            cwd=ROOT / "tools",
-        )
-        assert done.returncode == 0, done.stderr
-        ready, call, end = map(json.loads, done.stdout.splitlines())
-        assert ready["first_call_seconds"] > 0 and call["seconds"] > 0 and end["peak_bytes"] > 0
-        results[implementation] = np.load(result)
-    expected = results["diffusers"]
+@pytest.fixture(scope="module")
+def by_diffusers(specs, tmp_path_factory):
+    """The results of all cases."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    own = {
+        case: spec | {"implementation": "diffusers", "result": str(folder / f"{case}.npy")}
+        for case, spec in specs.items()
+    }
+    (folder / "specs.json").write_text(json.dumps(own | {"tools": str(ROOT / "tools")}))
+    results = run_reference(BY_DIFFUSERS, {}, folder)
+    for answers in json.loads((folder / "answers.json").read_text()).values():
+        check_answers(answers)
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case_gives_the_same_by_diffusers(case, specs, by_diffusers, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from benchmark import worker
+
+    result, answers = tmp_path / "tensorflow.npy", []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    worker.serve(specs[case] | {"implementation": "tensorflow", "result": str(result)}, answers.append)
+    check_answers(answers)
+    expected = by_diffusers[case]
     tolerance = 8 / 255 if case == "generation" else 1e-3 * np.abs(expected).max()
-    np.testing.assert_allclose(results["tensorflow"], expected, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (("--models", "sd3"), "sd3"),
-        (("--cases", "unets"), "unets"),
-        (("--size", "100"), "--size 100: no multiple of 64; use 64"),
-        (("--backends", ""), "--backends: nothing to measure"),
-        (("--output", "bench.txt"), "bench.txt"),
-    ],
-)
-def test_bad_input_ends_in_one_line(arguments, line):
-    done = bench(*arguments)
-    assert done.returncode == 2
-    assert line in done.stderr.splitlines()[-1]
+    np.testing.assert_allclose(np.load(result), expected, rtol=0, atol=tolerance)
