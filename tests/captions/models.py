@@ -1,59 +1,53 @@
 """The bundled CLIP for open_clip, a small BLIP of the real class, and a folder of emoji."""
 
 import json
-import subprocess
 import sys
+import tempfile
 
 from PIL import Image
 
+from keras_sd import cli
 from keras_sd.convert import convert
 from keras_sd.data.emoji import load_emoji
+from tests.reference import run_forked, run_reference
 
-BLIP = """if True:
-    import sys
-    import torch
+BLIP = """
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
     from transformers import BlipProcessor
-    folder = sys.argv[1]
+    blip = str(folder / "blip")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     words = [*special, *"a red blue heart face on of the".split()]
-    with open(folder + "/vocab.txt", "w") as file:
+    with open(blip + "/vocab.txt", "w") as file:
         file.write("\\n".join(words))
-    tokenizer = BertTokenizerFast(folder + "/vocab.txt", additional_special_tokens=["[DEC]"])
+    tokenizer = BertTokenizerFast(blip + "/vocab.txt", additional_special_tokens=["[DEC]"])
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"vocab_size": len(words), "encoder_hidden_size": 32, "bos_token_id": 5, "eos_token_id": 3}
     config = BlipConfig(
         text_config={**size, **text, "pad_token_id": 0, "sep_token_id": 3, "max_position_embeddings": 64},
         vision_config={**size, "image_size": 32, "patch_size": 8},
     )
-    torch.manual_seed(0)
     model = BlipForConditionalGeneration(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(blip)
     images = BlipImageProcessor(size={"height": 32, "width": 32})
-    BlipProcessor(images, tokenizer).save_pretrained(folder)
+    BlipProcessor(images, tokenizer).save_pretrained(blip)
 """
 
 
 COMMAND = (sys.executable, "-m", "keras_sd", "caption")
 
 
-def run(code, *arguments):
-    """Runs Python code in a process of its own, which may import torch."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-
-
 def caption(*arguments):
     """`keras-sd caption`: (exit code, standard output, standard error)."""
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        return run_forked(cli.main, ["caption", *arguments], folder)
 
 
 def write_models(folder):
     """The folders `clip` and `blip`, and `names.txt`, the vocabulary of the emoji's names."""
     write_clip(folder / "clip")
-    write_captioner(folder / "blip")
+    write_captioner(folder)
     write_vocabulary(folder / "names.txt")
 
 
@@ -62,9 +56,8 @@ def write_clip(folder):
 
 
 def write_captioner(folder):
-    folder.mkdir()
-    done = run(BLIP, folder)
-    assert done.returncode == 0, done.stderr
+    (folder / "blip").mkdir()
+    run_reference(BLIP, {}, folder)
 
 
 def write_emoji(folder, count):

@@ -1,4 +1,4 @@
-"""`keras-sd caption` as people run it, each time in a process of its own."""
+"""`keras-sd caption` as people run it, each time in a process of its own, most of them forked."""
 
 import json
 import shutil
