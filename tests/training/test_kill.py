@@ -4,6 +4,7 @@
 the program of the one before; that both backends resume to the bit, `test_trainer` says.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -15,22 +16,11 @@ import time
 import numpy as np
 from PIL import Image
 
-from keras_sd.config import UNetConfig
-from tests.training.test_trainer import assert_same_state, state
+from tests import tiny
+from tests.training.test_trainer import UNET, assert_same_state, state
 
 KILLS = int(os.environ.get("KERAS_SD_KILLS", "1"))
-STEPS = 60 + 20 * KILLS
-UNET = UNetConfig(
-    sample_size=16,
-    in_channels=3,
-    out_channels=3,
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D",) * 2,
-    mid_block_type="UNetMidBlock2D",
-    up_block_types=("UpBlock2D",) * 2,
-    norm_num_groups=8,
-)
+STEPS = 40 + 20 * KILLS
 
 
 def start(folder, run, *more):
@@ -38,8 +28,8 @@ def start(folder, run, *more):
     command = [sys.executable, "-m", "keras_sd.train", "ddim", "--train-data-dir", str(folder / "pictures")]
     command += ["--unet-config", str(folder / "unet.json"), "--output-dir", str(folder / run)]
     command += ["--max-train-steps", str(STEPS), "--train-batch-size", "8", "--checkpointing-steps", "2"]
-    command += ["--kid-images", "0", "--evaluation-steps", str(10 * STEPS), *more]
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    command += ["--kid-images", "0", "--num-inference-steps", "1", *more]
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": tiny.FAST_COMPILATION}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -68,7 +58,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     for index in range(20):
         picture = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{index}.png")
-    UNET.save(tmp_path / "unet.json")
+    dataclasses.replace(UNET, sample_size=16).save(tmp_path / "unet.json")
     finish(start(tmp_path, "whole"))
 
     moments = random.Random(0)
