@@ -19,8 +19,6 @@ from tests import tiny
 
 STEPS = 4
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-# Numbers stay float32's, and programs compile in half the time.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
 SECONDS = 300
 
 
@@ -29,7 +27,7 @@ def start(arguments, flags=""):
     environment = {
         **os.environ,
         "KERAS_BACKEND": "jax",
-        "XLA_FLAGS": f"{FAST_COMPILATION} {flags}",
+        "XLA_FLAGS": f"{tiny.FAST_COMPILATION} {flags}",
     }
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
