@@ -35,10 +35,18 @@ PROMPTS = (
     "blue circle",
 )
 IMAGE_SIZE = 64
-SAMPLING = {"num_steps": 20, "guidance_scale": 5.0, "progress": False}
+SAMPLING = {"guidance_scale": 5.0, "progress": False}
 
 
-def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_out_images=100):
+def run_demo(
+    folder,
+    say=print,
+    max_train_steps=300,
+    training_images=600,
+    held_out_images=100,
+    num_steps=20,
+    jit_compile=True,
+):
     """Generates, fine-tunes on grey emoji pictures, and compares loss and KID on held-out ones.
 
     Args:
@@ -46,15 +54,17 @@ def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_o
         say: called with each line for the reader.
         max_train_steps: updates of the weights.
         training_images, held_out_images: sizes of the two sets of grey pictures.
+        num_steps: denoising steps of each picture.
+        jit_compile: whether XLA compiles on TensorFlow.
 
     Returns:
         Dictionary with the figures "before" and "after", each with "loss" and "kid", also written as
         `results.json`.
     """
     start = time.perf_counter()
-    pipeline = StableDiffusion.from_preset("emoji")
-    pipeline.batch_size = len(PROMPTS)  # all sampling in batches of one size is compiled once
-    save_grid(pipeline, folder / "before.png")
+    # All sampling in batches of one size is compiled once.
+    pipeline = StableDiffusion.from_preset("emoji", batch_size=len(PROMPTS), jit_compile=jit_compile)
+    save_grid(pipeline, folder / "before.png", num_steps)
     say(f"{folder / 'before.png'}: {len(PROMPTS)} prompts, as the bundled model draws them")
 
     pictures = folder / "pictures"
@@ -62,14 +72,23 @@ def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_o
     say(
         f"{pictures}: {training_images} grey pictures with captions to learn from, {held_out_images} held out"
     )
-    measure = Measurement(pipeline, load_source(str(pictures), "validation", IMAGE_SIZE))
-    figures = {"before": measure()}
+    held_out, training = (examples_of(pictures, split) for split in ("validation", "train"))
+    # Encoded together, they are encoded by one program.
+    encoded_held_out, encoded_training = EncodedSource(
+        [*held_out, *training],
+        pipeline.vae,
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+        jit_compile=jit_compile,
+    ).split(len(held_out))
+    measure = Measurement(pipeline, held_out, encoded_held_out)
+    figures = {"before": measure(num_steps)}
 
     def make_evaluation(trainer):
         def evaluate(step):
             with trainer.ema.applied():
-                figures["after"] = measure()
-                save_grid(pipeline, folder / "after.png")
+                figures["after"] = measure(num_steps)
+                save_grid(pipeline, folder / "after.png", num_steps)
 
         return evaluate
 
@@ -83,13 +102,13 @@ def run_demo(folder, say=print, max_train_steps=300, training_images=600, held_o
         evaluation_steps=max_train_steps,
         checkpointing_steps=max_train_steps,
         checkpoints_total_limit=1,
+        jit_compile=jit_compile,
     )
-    source = encoded(pipeline, load_source(str(pictures), "train", IMAGE_SIZE))
     train_text_to_image(
         settings,
         pipeline.unet,
         pipeline.scheduler_config,
-        source,
+        encoded_training,
         make_evaluation=make_evaluation,
         export=pipeline.save,
     )
@@ -118,20 +137,25 @@ def report(folder, figures, seconds, say):
 
 
 class Measurement:
-    """Loss and KID of a pipeline on a set of captioned pictures, from the same noise each time."""
+    """Loss and KID of a pipeline on captioned pictures, from the same noise each time.
 
-    def __init__(self, pipeline, source):
+    Args:
+        pipeline: a `StableDiffusion`.
+        examples: the pictures with their captions.
+        encoded: the same ones as an `EncodedSource`.
+    """
+
+    def __init__(self, pipeline, examples, encoded):
         self.pipeline = pipeline
-        examples = [source[index] for index in range(len(source))]
         self.prompts = [example["captions"][0] for example in examples]
         self.extractor = ClipFeatures(pipeline.image_encoder)
         self.real = extract(self.extractor, np.stack([example["image"] for example in examples]))
         self.schedule = NoiseSchedule(pipeline.scheduler_config)
         self.objective = DiffusionObjective(pipeline.unet, self.schedule)
-        self.encoded = encoded(pipeline, source)
+        self.encoded = encoded
 
-    def __call__(self):
-        generated = self.pipeline.text_to_image(self.prompts, seed=0, **SAMPLING)
+    def __call__(self, num_steps):
+        generated = self.pipeline.text_to_image(self.prompts, num_steps=num_steps, seed=0, **SAMPLING)
         kid = paired_kernel_inception_distance(self.real, extract(self.extractor, generated))
         return {"loss": self.loss(), "kid": kid.mean}
 
@@ -144,14 +168,15 @@ class Measurement:
         return float(np.mean([np.mean(self.objective(next(stream))) for _ in range(count)]))
 
 
-def encoded(pipeline, source):
-    """The source with its latents and text encodings in memory."""
-    return EncodedSource(source, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+def examples_of(pictures, split):
+    """One split of a folder of pictures as a list."""
+    source = load_source(str(pictures), split, IMAGE_SIZE)
+    return [source[index] for index in range(len(source))]
 
 
-def save_grid(pipeline, path):
+def save_grid(pipeline, path, num_steps):
     """Writes one picture of each prompt with its caption."""
-    images = pipeline.text_to_image(list(PROMPTS), seed=0, **SAMPLING)
+    images = pipeline.text_to_image(list(PROMPTS), num_steps=num_steps, seed=0, **SAMPLING)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image_grid(images, labels=PROMPTS, columns=4, scale=2)).save(path)
 

@@ -281,7 +281,8 @@ def test_evaluation_of_the_bundled_model_is_a_table_and_a_file(keras_sd_command,
 def test_demo_fine_tunes_and_names_what_it_wrote(tmp_path):
     lines = []
     folder = tmp_path / "demo"
-    figures = run_demo(folder, lines.append, max_train_steps=3, training_images=36, held_out_images=24)
+    options = {"training_images": 36, "held_out_images": 24, "num_steps": 4, "jit_compile": False}
+    figures = run_demo(folder, lines.append, max_train_steps=3, **options)
     assert json.loads((folder / "results.json").read_text()) == figures
     for name in ("loss", "kid"):
         before, after = figures["before"][name], figures["after"][name]

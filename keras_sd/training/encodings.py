@@ -1,5 +1,7 @@
 """Latents and text encodings made once before a run, since the networks that make them stay frozen."""
 
+import copy
+
 import numpy as np
 from keras import ops
 
@@ -38,6 +40,14 @@ class EncodedSource:
             self.condition = "context"
         counts = [len(example["captions"]) for example in examples]
         self.first_caption = np.concatenate([[1], 1 + np.cumsum(counts)])
+
+    def split(self, count):
+        """Two sources: the first `count` examples, and the others."""
+        parts = copy.copy(self), copy.copy(self)
+        for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
+            part.means, part.deviations = self.means[place], self.deviations[place]
+        parts[1].first_caption = self.first_caption[count:]
+        return parts
 
     def __len__(self):
         return len(self.means)
