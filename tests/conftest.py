@@ -28,7 +28,7 @@ if CACHE:
     os.environ["KERAS_SD_CACHE"] = CACHE
 
 # Files that take longest go first, so that no process is left with one of them at the end.
-LONGEST = ("test_train", "test_trainer", "test_kill", "test_cli", "test_distribution", "test_dreambooth")
+LONGEST = ("test_cli", "test_distribution", "test_documentation", "test_bench", "test_trainer", "test_train")
 
 
 def pytest_collection_modifyitems(items):
@@ -42,11 +42,15 @@ def pytest_unconfigure():
 
 @pytest.fixture
 def without_xla(monkeypatch):
-    """Has commands open their models without XLA: compiling each anew would take most of the time."""
+    """Has commands open their models without XLA, and a test's commands share those that they have opened.
+
+    Compiling or tracing each anew would take most of the time.
+    """
     from keras_sd import cli, generate
 
+    open_once = functools.cache(functools.partial(generate.open_model, jit_compile=False))
     for module in (cli, generate):
-        monkeypatch.setattr(module, "open_model", functools.partial(generate.open_model, jit_compile=False))
+        monkeypatch.setattr(module, "open_model", open_once)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the documentation says holds: links lead somewhere, commands are understood, figures were measured."""
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from keras_sd.data.emoji import load_emoji
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.images import read_parameters, save_png
 from keras_sd.train import train
+from keras_sd.upscaler import Upscaler
 from keras_sd.weights.embedding_files import write_embeddings
 from keras_sd.weights.lora import LowRank, write_lora
 from tools import draw_architecture
@@ -155,7 +157,9 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_commands_of_the_readme(workplace, without_xla):
+def test_commands_of_the_readme(workplace, without_xla, monkeypatch):
+    # `test_cli` upscales by XLA.
+    monkeypatch.setattr(Upscaler, "load", functools.partial(Upscaler.load, jit_compile=False))
     # The others need a model of the hub or of one's own, or train, or are run by the next test.
     elsewhere = re.compile(r"x4-upscaler|sd-1\.5|convert|caption|evaluate")
     found = [arguments for program, arguments in commands(ROOT / "README.md") if program == "keras-sd"]
