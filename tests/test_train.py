@@ -53,12 +53,15 @@ IMAGE = dataclasses.replace(
     num_attention_heads=2,
     projection_dim=16,
 )
+# One level, as nearly all of the time of these tests is tracing and compiling the networks.
 UNET = dataclasses.replace(
     config.EMOJI_UNET,
     sample_size=8,
     in_channels=4,
     out_channels=4,
-    block_out_channels=(16, 32),
+    block_out_channels=(16,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
     cross_attention_dim=16,
     attention_head_dim=2,
     norm_num_groups=4,
@@ -66,9 +69,9 @@ UNET = dataclasses.replace(
 PIXEL_UNET = dataclasses.replace(
     config.PIXEL_UNET,
     sample_size=16,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D",) * 2,
-    up_block_types=("UpBlock2D",) * 2,
+    block_out_channels=(8,),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
     norm_num_groups=4,
 )
 
