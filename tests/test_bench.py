@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_sd import presets
+from keras_sd.errors import run_command
 from tests import tiny
 from tests.reference import run_reference
 
@@ -111,3 +112,22 @@ def test_case_gives_the_same_by_diffusers(case, specs, by_diffusers, tmp_path, m
     expected = by_diffusers[case]
     tolerance = 8 / 255 if case == "generation" else 1e-3 * np.abs(expected).max()
     np.testing.assert_allclose(np.load(result), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--models", "sd3"), "sd3"),
+        (("--cases", "unets"), "unets"),
+        (("--size", "100"), "--size 100: no multiple of 64; use 64"),
+        (("--backends", ""), "--backends: nothing to measure"),
+        (("--output", "bench.txt"), "bench.txt"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, line, run_program, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import bench as program
+
+    code, _, errors = run_program(lambda: run_command(program.bench, "bench.py"), *arguments)
+    assert code == 2
+    assert line in errors.splitlines()[-1]
