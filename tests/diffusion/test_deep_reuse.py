@@ -56,7 +56,7 @@ def by_parts(unet, latents, timestep, context, deep=None):
     block = unet.up_blocks[1]
     for resnet, attention, skip in zip(block.resnets, block.attentions, (second, first), strict=True):
         hidden = attention(resnet(ops.concatenate([hidden, skip], axis=-1), time), context)
-    return ops.convert_to_numpy(unet.conv_out(ops.silu(unet.conv_norm_out(hidden)))), deep
+    return ops.convert_to_numpy(unet.conv_out(unet.conv_norm_out(hidden))), deep
 
 
 def ddim_by_parts(denoiser, latents, context, negative, guided, whole):
