@@ -121,16 +121,15 @@ def jit(function, variables=(), jit_compile=True):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
             return function(*inputs)
 
-    turned = dict.fromkeys(kernels, (None, None))
+    turned = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
 
     def call(*inputs):
         # A GPU is done with a step in less than Keras takes to ask each variable whether it is cast.
         values = [variable._value for variable in variables]
         for place in kernels:
-            value, copy = turned[place]
-            if values[place] is not value:
-                value, copy = turned[place] = values[place], jax.device_put(values[place], layouts[place])
-            values[place] = copy
+            if values[place] is not turned[place][0]:
+                turned[place] = values[place], jax.device_put(values[place], layouts[place])
+            values[place] = turned[place][1]
         return program(values, inputs)
 
     return call

@@ -136,8 +136,7 @@ class LayerNormalization(Layer):
 
     def call(self, inputs):
         gamma, beta = ops.cast(self.gamma, "float32"), ops.cast(self.beta, "float32")
-        outputs = normalization.layer_normalization(inputs, gamma, beta, self.epsilon)
-        return ops.cast(outputs, self.compute_dtype)
+        return normalization.layer_normalization(inputs, gamma, beta, self.epsilon)
 
 
 class GroupNormalization(Layer):
@@ -156,10 +155,9 @@ class GroupNormalization(Layer):
 
     def call(self, inputs):
         gamma, beta = ops.cast(self.gamma, "float32"), ops.cast(self.beta, "float32")
-        outputs = normalization.group_normalization(
+        return normalization.group_normalization(
             inputs, gamma, beta, self.groups, self.epsilon, silu=self.silu
         )
-        return ops.cast(outputs, self.compute_dtype)
 
 
 class ResnetBlock(Layer):
