@@ -4,6 +4,7 @@ torch and TensorFlow do not share a process here: a snippet runs in a process be
 out through safetensors files. The processes are forked from one that has imported the libraries.
 """
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.reference_libraries"])
@@ -58,10 +60,19 @@ def run_forked(main, arguments, tmp_path):
     return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 
 
+def start_process(function, *arguments):
+    """Starts a function in a forked process."""
+    process = CONTEXT.Process(target=function, args=arguments)
+    # The process that the others are forked from finds its module from where it is started, which must not be
+    # where some test happens to be.
+    with contextlib.chdir(ROOT):
+        process.start()
+    return process
+
+
 def _fork(function, *arguments):
     """Calls a function in a process of its own and returns the exit code."""
-    process = CONTEXT.Process(target=function, args=arguments)
-    process.start()
+    process = start_process(function, *arguments)
     process.join(SECONDS)
     if process.exitcode is None:
         process.kill()

@@ -1,8 +1,6 @@
 """Programs whose kernels are laid out as a GPU wants them."""
 
-import os
-import subprocess
-import sys
+from tests.programs import run_python
 
 
 def test_program_of_turned_kernels_is_the_same_and_sees_assignments():
@@ -25,5 +23,4 @@ def test_program_of_turned_kernels_is_the_same_and_sees_assignments():
         assert made[0].format.layout.major_to_minor == (3, 0, 1, 2)
         assert np.abs(made[1] - 2 * made[0]).max() == 0 < np.abs(made[0]).max()
     """
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    run_python(["-c", script])

@@ -1,11 +1,8 @@
 """Several devices and processes lose, step by step, what one device loses, and end with its weights."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -16,33 +13,22 @@ from safetensors.numpy import load_file
 from keras_sd.errors import UserError
 from keras_sd.training import distribution, rendezvous
 from tests import tiny
+from tests.programs import Program
 
 STEPS = 4
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-SECONDS = 300
 
 
 def start(arguments, flags=""):
-    """Starts a Python process on JAX with these flags for XLA."""
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": "jax",
-        "XLA_FLAGS": f"{tiny.FAST_COMPILATION} {flags}",
-    }
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Starts a program on JAX with these flags for XLA."""
+    return Program(arguments, XLA_FLAGS=f"{tiny.FAST_COMPILATION} {flags}")
 
 
-def finish(process):
-    """What a process printed, once it has succeeded."""
-    output, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, errors
-    return output, errors
+def finish(program):
+    """What a program printed, once it has succeeded."""
+    done = program.finish()
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def free_address():
@@ -220,11 +206,11 @@ def test_bad_devices_and_hosts_are_one_line_and_exit_code_2(folder):
         (("--distribution", "auto", "--train-batch-size", 3), TWO_DEVICES, "give a multiple of 2"),
     ]
     started = [train(folder, "refused", *options, flags=flags) for options, flags, _ in cases]
-    for process, (_, _, told) in zip(started, cases, strict=True):
-        _, errors = process.communicate(timeout=SECONDS)
-        assert process.returncode == 2, errors
-        lines = errors.strip().splitlines()
-        assert len(lines) == 1 and told in lines[0], errors
+    for program, (_, _, told) in zip(started, cases, strict=True):
+        done = program.finish()
+        assert done.returncode == 2, done.stderr
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and told in lines[0], done.stderr
     assert not (folder / "refused").exists()
 
 

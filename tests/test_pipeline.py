@@ -1,10 +1,5 @@
 """The pipeline: its promises about seeds and batches, its folder, and diffusers reading that folder."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
@@ -20,6 +15,7 @@ from keras_sd.models.unet import UNet
 from keras_sd.tasks import equal_batches
 from keras_sd.weights.rules import torch_state
 from tests import tiny
+from tests.programs import run_python
 from tests.reference import run_reference
 
 # As the emoji model.
@@ -233,14 +229,7 @@ def test_the_other_backend_makes_the_same(folder, denoised):
     other = "tensorflow" if keras.backend.backend() == "jax" else "jax"
     inputs = {name: denoised[name] for name in ("noise", "context", "negative")}
     save_file(inputs, folder / "inputs.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_BACKEND, str(folder)],
-        env={**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == other
+    assert run_python(["-c", OTHER_BACKEND, folder], other).strip() == other
     expected = denoised["latents"]
     latents = load_file(folder / "outputs.safetensors")["latents"]
     assert np.abs(latents - expected).max() / expected.std() < 1e-3

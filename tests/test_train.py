@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -19,6 +16,7 @@ from keras_sd.loading import load_part
 from keras_sd.pipeline import StableDiffusion
 from keras_sd.train import train
 from tests import tiny
+from tests.programs import run_python
 
 COLOURS = {"red": (220, 30, 40), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 30)}
 VAE = config.VAEConfig(
@@ -215,10 +213,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):
     options = (*ddim_options(folder), "--resume-from-checkpoint", "latest")
     arguments = map(str, method_arguments(folder, "ddim", "other", *options, steps=40))
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
-    environment = {**os.environ, "KERAS_BACKEND": other, "XLA_FLAGS": tiny.FAST_COMPILATION}
-    command = [sys.executable, "-m", "keras_sd.train", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(["-m", "keras_sd.train", *arguments], other, XLA_FLAGS=tiny.FAST_COMPILATION)
     resumed = curves_of(folder / "other")["loss"]
     assert len(ddim["loss"]) == 40 and len(resumed) == 20
     assert resumed[:3] == pytest.approx(ddim["loss"][20:23], rel=1e-4)

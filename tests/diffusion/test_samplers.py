@@ -1,7 +1,6 @@
 """Every sampler against diffusers, against a Gaussian whose ODE is solved, and on both backends."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from keras_sd.diffusion.samplers import SAMPLERS, find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import karras_sigmas, sigma_to_timestep, spaced_timesteps, training_sigmas
 from keras_sd.errors import UserError
+from tests import tiny
 from tests.diffusion.toys import (
     SEEDS,
     SHAPE,
@@ -25,6 +25,7 @@ from tests.diffusion.toys import (
     of_every_sampler,
     of_reuse,
 )
+from tests.programs import run_python
 from tests.reference import run_reference
 
 KARRAS = {"use_karras_sigmas": True}
@@ -285,10 +286,7 @@ def test_lcm_draws_from_the_gaussian_by_its_consistency_function(gaussian):
 
 
 def test_backends_agree(tmp_path):
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    command = [sys.executable, "-m", "tests.diffusion.toys", str(tmp_path / "jax.npz")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_python(["-m", "tests.diffusion.toys", tmp_path / "jax.npz"], XLA_FLAGS=tiny.FAST_COMPILATION)
     theirs = np.load(tmp_path / "jax.npz")
     assert theirs["backend"] == "jax"
     for name, ours in {"reuse": of_reuse(), **of_every_sampler()}.items():

@@ -49,7 +49,10 @@ def main():
     for variable in encoder.weights:
         variable.assign(0.2 * random.standard_normal(variable.shape))
     extractor = ClipFeatures(encoder)  # which shrinks the images, in the compiled step as well
-    results = {"backend": keras.backend.backend(), "tensorflow_imported": "tensorflow" in sys.modules}
+    results = {
+        "backend": keras.backend.backend(),
+        "tensorflow_imported": sys.modules.get("tensorflow") is not None,
+    }
 
     estimates = []
     for start in range(0, 36, 12):

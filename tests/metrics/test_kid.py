@@ -1,13 +1,11 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from keras_sd.errors import UserError
 from keras_sd.metrics.kid import kernel_inception_distance, paired_kernel_inception_distance, polynomial_mmd
+from tests.programs import run_python
 from tests.reference import run_reference
 
 
@@ -88,12 +86,7 @@ def test_agrees_with_torch_fidelity(tmp_path, subset_size, seed, width):
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_metric_in_a_compiled_step_is_the_mean_of_the_batches(backend):
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.metrics.compiled_step"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = json.loads(run_python(["-m", "tests.metrics.compiled_step"], backend).splitlines()[-1])
     assert results["backend"] == backend
     assert results["tensorflow_imported"] == (backend == "tensorflow")
     assert results["empty"] == 0.0

@@ -1,9 +1,5 @@
 """Attention: its slices, its masks and its numbers in half precision."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,6 +9,7 @@ from keras_sd import backend
 from keras_sd.errors import UserError
 from keras_sd.models import attention
 from keras_sd.models.attention import Attention, scaled_dot_product
+from tests.programs import run_python
 
 
 def tensors(queries=11, keys=7, scale=1.0):
@@ -101,8 +98,7 @@ def test_slices_and_their_gradients_on_jax():
         for one, other in zip(*map(jax.tree.leaves, both), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
     """
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    run_python(["-c", script])
 
 
 def test_masked_positions_are_not_seen(little_memory):

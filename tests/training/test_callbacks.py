@@ -9,11 +9,9 @@ import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import threading
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -38,6 +36,7 @@ from keras_sd.training.callbacks import (
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.losses import Objective
 from keras_sd.training.optimizer import AdamW
+from tests.programs import run_python
 
 BATCH = 4
 
@@ -467,15 +466,10 @@ def test_logs_come_to_callbacks_unread(tmp_path):
 
 def test_the_same_on_the_other_backend():
     if "KERAS_SD_OTHER_BACKEND" in os.environ:
-        assert (keras.backend.backend() == "tensorflow") == ("tensorflow" in sys.modules)
+        imported = sys.modules.get("tensorflow") is not None
+        assert imported == (keras.backend.backend() == "tensorflow")
         return
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
-    done = subprocess.run(
-        # Compiling accumulation takes JAX long.
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not accumulated", __file__],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "KERAS_BACKEND": other, "KERAS_SD_OTHER_BACKEND": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    # Compiling accumulation takes JAX long.
+    options = ("-q", "-p", "no:cacheprovider", "-k", "not accumulated")
+    run_python(["-m", "pytest", *options, __file__], other, KERAS_SD_OTHER_BACKEND="1")

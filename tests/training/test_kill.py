@@ -9,14 +9,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 from PIL import Image
 
 from tests import tiny
+from tests.programs import Program
 from tests.training.test_trainer import UNET, assert_same_state, state
 
 KILLS = int(os.environ.get("KERAS_SD_KILLS", "1"))
@@ -25,17 +24,16 @@ STEPS = 40 + 20 * KILLS
 
 def start(folder, run, *more):
     """Starts the real command, which saves after every second step."""
-    command = [sys.executable, "-m", "keras_sd.train", "ddim", "--train-data-dir", str(folder / "pictures")]
-    command += ["--unet-config", str(folder / "unet.json"), "--output-dir", str(folder / run)]
-    command += ["--max-train-steps", str(STEPS), "--train-batch-size", "8", "--checkpointing-steps", "2"]
-    command += ["--kid-images", "0", "--num-inference-steps", "1", *more]
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": tiny.FAST_COMPILATION}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    arguments = ["-m", "keras_sd.train", "ddim", "--train-data-dir", folder / "pictures"]
+    arguments += ["--unet-config", folder / "unet.json", "--output-dir", folder / run]
+    arguments += ["--max-train-steps", STEPS, "--train-batch-size", 8, "--checkpointing-steps", 2]
+    arguments += ["--kid-images", 0, "--num-inference-steps", 1, *more]
+    return Program(arguments, XLA_FLAGS=tiny.FAST_COMPILATION)
 
 
-def finish(process):
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
+def finish(program):
+    done = program.finish(seconds=600)
+    assert done.returncode == 0, done.stderr
 
 
 def newest_step(run):
@@ -44,11 +42,11 @@ def newest_step(run):
     return max(steps, default=-1)
 
 
-def wait_for_progress(process, run):
+def wait_for_progress(program, run):
     """Waits until the run has saved a few times more than when it started."""
     begun, deadline = newest_step(run), time.monotonic() + 300
     while newest_step(run) < begun + 4:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert program.is_running() and time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -64,12 +62,11 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     moments = random.Random(0)
     for kill in range(KILLS):
         resume = ("--resume-from-checkpoint", "latest") if kill else ()
-        process = start(tmp_path, "killed", *resume)
-        wait_for_progress(process, tmp_path / "killed")
+        program = start(tmp_path, "killed", *resume)
+        wait_for_progress(program, tmp_path / "killed")
         time.sleep(moments.uniform(0.0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stderr.close()
+        program.kill()
+        assert program.finish().returncode == -signal.SIGKILL
     finish(start(tmp_path, "killed", "--resume-from-checkpoint", "latest"))
 
     assert_same_state(state(tmp_path / "whole", STEPS), state(tmp_path / "killed", STEPS))

@@ -1,10 +1,7 @@
 """Less memory for the same numbers, and an estimate that keeps close to what XLA's programs take."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,6 +19,7 @@ from keras_sd.training.losses import AutoencoderObjective, DiffusionObjective
 from keras_sd.training.trainer import Settings, Trainer
 from keras_sd.weights.rules import parameter_paths
 from tests import tiny
+from tests.programs import run_python
 from tests.training.test_trainer import assert_same_state, losses, state, train
 
 TOKENS = tiny.tokenizer()
@@ -221,10 +219,7 @@ MEASURE = """if True:
 
 
 def test_estimate_is_close_to_what_xla_allocates_under_jax():
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_python(["-c", MEASURE]).splitlines()[-1])
     assert found["error"] < 1e-6
     kept, recomputed = found["measured"]
     assert recomputed < 0.7 * kept

@@ -1,9 +1,5 @@
 """Files of learned words against diffusers' own, in every dialect; and the words at work in a pipeline."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,6 +10,7 @@ from keras_sd.pipeline import StableDiffusion
 from keras_sd.prompts import chunk_prompts
 from keras_sd.weights.embedding_files import read_embeddings, write_embeddings
 from tests import tiny
+from tests.programs import run_python
 from tests.reference import run_reference
 
 WIDTH = 16
@@ -181,11 +178,7 @@ def test_words_under_jax_and_in_the_command(pipeline, folder):
         pipeline.load_textual_inversion(sys.argv[1] + "/ours.safetensors")
         np.save(sys.argv[1] + "/jax.npy", pipeline.encode_text("red <ours>"))
     """
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, folder], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(["-c", program, folder])
     expected = pipeline.encode_text("red <ours>")
     np.testing.assert_allclose(np.load(folder / "jax.npy"), expected, atol=1e-5)
 
