@@ -35,6 +35,7 @@ PROMPTS = (
     "blue circle",
 )
 IMAGE_SIZE = 64
+DRAWS = 4  # of noise for each held-out picture, whose mean is the loss
 SAMPLING = {"guidance_scale": 5.0, "progress": False}
 
 
@@ -159,12 +160,14 @@ class Measurement:
         kid = paired_kernel_inception_distance(self.real, extract(self.extractor, generated))
         return {"loss": self.loss(), "kid": kid.mean}
 
-    def loss(self, count=8):
+    def loss(self):
         def draw(example, generator):
             timesteps = self.schedule.num_train_timesteps
             return diffusion_example(example, generator, num_train_timesteps=timesteps, caption_dropout=0.0)
 
-        stream = iter(batches(self.encoded, batch_size=50, seed=1, draw=draw))
+        batch_size = min(50, len(self.encoded))
+        stream = iter(batches(self.encoded, batch_size=batch_size, seed=1, draw=draw))
+        count = DRAWS * len(self.encoded) // batch_size
         return float(np.mean([np.mean(self.objective(next(stream))) for _ in range(count)]))
 
 

@@ -39,16 +39,14 @@ TINY_ENCODER = ImageEncoderConfig(
 TINY_VAE = VAEConfig(
     sample_size=64,
     latent_channels=4,
-    block_out_channels=(8, 8),
-    down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
+    block_out_channels=(4, 4, 4, 8),
     layers_per_block=1,
     norm_num_groups=4,
 )
 
 
 TINY_UNET = UNetConfig(
-    sample_size=32,
+    sample_size=8,
     in_channels=4,
     out_channels=4,
     block_out_channels=(8, 8),
@@ -89,7 +87,7 @@ class Archive(StableDiffusion):
     """A generator that looks the picture up: the best there could be."""
 
     def __init__(self):
-        super().__init__(**tiny_parts())
+        super().__init__(**tiny_parts(), jit_compile=False)
         self.pictures = {one.captions[0]: one for one in load_emoji()}
         self.calls, self.shortcuts = [], set()
 
