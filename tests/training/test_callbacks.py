@@ -117,6 +117,7 @@ class Run:
             epochs=epochs,
             steps_per_epoch=steps * self.accumulation,
             callbacks=StepCallbackList(callbacks, model=self.model, add_history=True),
+            shuffle=False,  # which a generator cannot
             verbose=0,
         )
         return self
