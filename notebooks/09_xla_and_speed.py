@@ -297,7 +297,7 @@ np.testing.assert_allclose(one, two, rtol=1e-4)
 # for dense products in half precision.
 
 # %%
-results = json.loads((notebooks.parent / "benchmarks" / "sd15.json").read_text())["results"]
+results = json.loads((notebooks.parent / "benchmarks" / "peers.json").read_text())["results"]
 unet = next(result for result in results if result["case"] == "unet")
 operations = 2 * unet["sides"][0]["warm"]["multiplications"]
 weight_bytes = 2 * 860e6  # parameters in half precision
