@@ -5,6 +5,8 @@ reach 60 to 160 (two cores); those in TensorFlow's XLA are as fast as products. 
 windows takes what the product saves.
 """
 
+import math
+
 import keras
 from keras import ops
 
@@ -19,12 +21,17 @@ _LEAST_CHANNELS = 256
 def pays(inputs, kernel, strides, padding):
     """Whether `convolve` takes these arguments and is the faster way."""
     is_slow = keras.backend.backend() == "jax" and backend.compiles_for_processor(inputs)
-    if not is_slow or inputs.dtype != "float32" or (padding == "same" and strides != (1, 1)):
+    size, is_dense = kernel.shape[0], strides == (1, 1)
+    if not is_slow or inputs.dtype != "float32":
         return False
-    if tuple(kernel.shape[:2]) == (1, 1) == strides:
+    if padding == "same" and not (is_dense and size % 2):
+        return False
+    if size == 1 and is_dense:
         return True
-    batch, height, width, channels = inputs.shape
-    positions = (height // strides[0]) * (width // strides[1])
+    batch, *lengths, channels = inputs.shape
+    if padding == "valid":
+        lengths = [(length - size) // stride + 1 for length, stride in zip(lengths, strides, strict=True)]
+    positions = math.prod(lengths)
     rows = batch * positions
     is_small = rows <= _FEW_ROWS or (positions <= _SMALL_MAP and rows <= _MOST_ROWS)
     return is_small and channels >= _LEAST_CHANNELS

@@ -56,6 +56,8 @@ def test_layers_take_it_under_jax_where_maps_are_small():
             (convolution(255, 8), (1, 4, 4, 255), False),
             (convolution(8, 8, 1), (2, 32, 32, 8), True),
             (Downsample(256), (1, 16, 16, 256), True),
+            (Downsample(256), (4, 16, 16, 256), True),
+            (convolution(256, 8, 2), (1, 4, 4, 256), False),
             (convolution(8, 8, 2, strides=2), (1, 4, 4, 8), False),
         ):
             inputs = np.random.default_rng(0).standard_normal(shape).astype("float32")
