@@ -12,9 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.reference import start_process
-
-SECONDS = 300
+from tests.reference import SECONDS, exit_code, start_process
 
 
 class Program:
@@ -42,13 +40,10 @@ class Program:
 
     def finish(self, seconds=SECONDS):
         """Waits for the end; returns what `subprocess.run` would."""
-        self._process.join(seconds)
-        if self._process.exitcode is None:
-            self.kill()
-            raise AssertionError(f"{self._arguments} took more than {seconds} s")
+        code = exit_code(self._process, seconds)
         printed = [path.read_text(encoding="utf-8") for path in self._printed]
         self._folder.cleanup()
-        return subprocess.CompletedProcess(self._arguments, self._process.exitcode, *printed)
+        return subprocess.CompletedProcess(self._arguments, code, *printed)
 
 
 def run_python(arguments, backend="jax", **environment):

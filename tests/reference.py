@@ -6,7 +6,6 @@ out through safetensors files. The processes are forked from one that has import
 
 import contextlib
 import multiprocessing
-import os
 import sys
 import textwrap
 import traceback
@@ -39,25 +38,9 @@ def run_reference(script, arrays, tmp_path):
     tmp_path = Path(tmp_path)
     failure = tmp_path / "reference-failure.txt"
     save_file(arrays, tmp_path / "inputs.safetensors")
-    code = _fork(_run, textwrap.dedent(script), tmp_path, failure)
-    assert code == 0, failure.read_text(encoding="utf-8")
+    process = start_process(_run, textwrap.dedent(script), tmp_path, failure)
+    assert exit_code(process) == 0, failure.read_text(encoding="utf-8")
     return load_file(tmp_path / "outputs.safetensors")
-
-
-def run_forked(main, arguments, tmp_path):
-    """Runs `main()`, a function of a module that ends its program, where the libraries are imported already.
-
-    Args:
-        main: the function.
-        arguments: of the program.
-        tmp_path: an existing folder, for what is printed.
-
-    Returns:
-        Exit code, standard output and standard error.
-    """
-    output, errors = (Path(tmp_path) / f"printed-{name}.txt" for name in ("output", "errors"))
-    code = _fork(_run_program, main, [str(argument) for argument in arguments], output, errors)
-    return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 
 
 def start_process(function, *arguments):
@@ -70,22 +53,14 @@ def start_process(function, *arguments):
     return process
 
 
-def _fork(function, *arguments):
-    """Calls a function in a process of its own and returns the exit code."""
-    process = start_process(function, *arguments)
-    process.join(SECONDS)
+def exit_code(process, seconds=SECONDS):
+    """Waits for the end of a forked process, which is killed if it takes longer."""
+    process.join(seconds)
     if process.exitcode is None:
         process.kill()
-        raise AssertionError(f"the forked program took more than {SECONDS} s")
+        process.join()
+        raise AssertionError(f"the forked program took more than {seconds} s")
     return process.exitcode
-
-
-def _run_program(main, arguments, output, errors):
-    for descriptor, path in ((1, output), (2, errors)):
-        with open(path, "wb") as file:
-            os.dup2(file.fileno(), descriptor)
-    sys.argv = ["program", *arguments]
-    main()
 
 
 def group_of(outputs, group="weights"):

@@ -14,12 +14,11 @@ from keras_sd.images import read_parameters
 from tests import tiny
 
 # Any import of a backend, or of Keras, which brings one, ends in an ImportError.
-WITHOUT_BACKEND = """if True:
-    import sys
-    for name in ("keras", "tensorflow", "jax"):
-        sys.modules[name] = None
-    from keras_sd.cli import main
-    main()
+WITHOUT_BACKEND = """
+import sys
+for name in ("keras", "tensorflow", "jax"):
+    sys.modules[name] = None
+from keras_sd.cli import main
 """
 
 
@@ -44,13 +43,13 @@ def model(tmp_path_factory):
 
 
 def test_help_needs_no_backend():
-    code, output, errors = run_python(WITHOUT_BACKEND, "--help")
+    code, output, errors = run_python(WITHOUT_BACKEND + "main()", "--help")
     assert (code, errors) == (0, "")
     assert all(command in output for command in ("generate", "evaluate", "train", "demo", "presets"))
 
 
 def test_presets_are_listed_with_licence_and_source():
-    code, output, _ = run_python(WITHOUT_BACKEND, "presets")
+    code, output, _ = run_python(WITHOUT_BACKEND + "main()", "presets")
     assert code == 0
     assert ["emoji", "CC-BY-4.0", "bundled"] in [line.split() for line in output.splitlines()]
 
@@ -92,21 +91,18 @@ BAD_INPUT = [
 ]
 
 # One process takes them all, as its start is what takes long.
-ALL_BAD_INPUT = """if True:
-    import contextlib, io, json, sys
-    for name in ("keras", "tensorflow", "jax"):
-        sys.modules[name] = None
-    from keras_sd.cli import main
-    answers = {}
-    for line in json.loads(sys.argv[1]):
-        sys.argv = ["keras-sd", *line.split()]
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            with contextlib.redirect_stderr(io.StringIO()) as errors:
-                try:
-                    main()
-                except SystemExit as end:
-                    answers[line] = end.code, output.getvalue(), errors.getvalue()
-    print(json.dumps(answers))
+ALL_BAD_INPUT = """
+import contextlib, io, json
+answers = {}
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["keras-sd", *line.split()]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                main()
+            except SystemExit as end:
+                answers[line] = end.code, output.getvalue(), errors.getvalue()
+print(json.dumps(answers))
 """
 
 
@@ -114,7 +110,8 @@ ALL_BAD_INPUT = """if True:
 def answers_to_bad_input(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad-input")
     (folder / "file").write_text("not a folder")
-    code, output, errors = run_python(ALL_BAD_INPUT, json.dumps([row[0] for row in BAD_INPUT]), cwd=folder)
+    lines = json.dumps([row[0] for row in BAD_INPUT])
+    code, output, errors = run_python(WITHOUT_BACKEND + ALL_BAD_INPUT, lines, cwd=folder)
     assert code == 0, errors
     return json.loads(output)
 

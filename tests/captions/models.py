@@ -1,15 +1,13 @@
 """The bundled CLIP for open_clip, a small BLIP of the real class, and a folder of emoji."""
 
 import json
-import sys
-import tempfile
 
 from PIL import Image
 
-from keras_sd import cli
 from keras_sd.convert import convert
 from keras_sd.data.emoji import load_emoji
-from tests.reference import run_forked, run_reference
+from tests.programs import Program
+from tests.reference import run_reference
 
 BLIP = """
     from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
@@ -35,13 +33,15 @@ BLIP = """
 """
 
 
-COMMAND = (sys.executable, "-m", "keras_sd", "caption")
+def start_caption(*arguments):
+    """Starts `keras-sd caption`."""
+    return Program(["-m", "keras_sd", "caption", *arguments])
 
 
 def caption(*arguments):
     """`keras-sd caption`: (exit code, standard output, standard error)."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_forked(cli.main, ["caption", *arguments], folder)
+    done = start_caption(*arguments).finish()
+    return done.returncode, done.stdout, done.stderr
 
 
 def write_models(folder):

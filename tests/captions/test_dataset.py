@@ -1,9 +1,7 @@
-"""`keras-sd caption` as people run it, each time in a process of its own, most of them forked."""
+"""`keras-sd caption` as people run it, each time in a forked process of its own."""
 
 import json
 import shutil
-import signal
-import subprocess
 import time
 
 import numpy as np
@@ -86,13 +84,12 @@ def test_killed_and_resumed(place, reference, tmp_path):
     arguments = [*map(str, options(place, "--threads", "1")), "--batch-size", "1"]
     journal = folder / ".captions" / "captions-0-of-1.jsonl"
     for lines in (1, 5):
-        process = subprocess.Popen([*models.COMMAND, folder, *arguments], stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (
+        program = models.start_caption(folder, *arguments)
+        while program.is_running() and not (
             journal.exists() and len(journal.read_text().splitlines()) >= lines
         ):
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        program.kill()
         assert not (folder / "metadata.jsonl").exists()
     with open(journal, "a") as file:
         file.write('{"file_name": "torn')

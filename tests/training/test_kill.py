@@ -46,7 +46,7 @@ def wait_for_progress(program, run):
     """Waits until the run has saved a few times more than when it started."""
     begun, deadline = newest_step(run), time.monotonic() + 300
     while newest_step(run) < begun + 4:
-        assert program.is_running() and time.monotonic() < deadline
+        assert program.is_running() and time.monotonic() < deadline, program.finish().stderr
         time.sleep(0.01)
 
 
