@@ -5,6 +5,7 @@ layer does: nothing is traced to find shapes, and an optimizer can be built befo
 """
 
 import math
+import re
 
 import keras
 from keras import ops
@@ -18,10 +19,13 @@ class Layer(keras.layers.Layer):
     """A layer that has all of its weights and layers once it is made.
 
     Where Keras has to find out, it traces a layer before its first call, and the layers inside it again.
+
+    Unless it is given a name, it has that of its class, without a number: TensorFlow takes a millisecond to make
+    the first variable of a name and a shape, a fifth of one for each after it.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, name=None, **kwargs):
+        super().__init__(name=name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower(), **kwargs)
         self.built = True
 
 
@@ -92,14 +96,14 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
 
 def dense(inputs, outputs, *, use_bias=True, kernel_initializer=glorot_uniform):
     """A linear layer from `inputs` to `outputs` features on the last axis."""
-    layer = Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer)
+    layer = Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer, name="dense")
     layer.build((None, inputs))
     return layer
 
 
 def embedding(entries, width, initializer):
     """A table of `entries` learned vectors."""
-    layer = keras.layers.Embedding(entries, width, initializer)
+    layer = keras.layers.Embedding(entries, width, initializer, name="embedding")
     layer.build()
     return layer
 
@@ -122,6 +126,7 @@ def convolution(
         padding=padding,
         use_bias=use_bias,
         kernel_initializer=kernel_initializer,
+        name="convolution",
     )
     layer.build((None, None, None, inputs))
     return layer
