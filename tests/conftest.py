@@ -1,7 +1,7 @@
 """What every test shares: a quiet TensorFlow backend, unless the caller chose another.
 
 Several processes of tests get one thread each, as they would only take them from each other, and compile
-with fewer passes.
+with fewer passes. Whoever runs a file of tests by itself has all of it as users do.
 """
 
 import functools
@@ -18,9 +18,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
-    # XLA's own passes stay. LLVM's on what comes out of them would take half of the time to compile, and
-    # whoever runs a file of tests by itself has them.
+    # XLA's own passes stay. LLVM's on what comes out of them would take half of the time to compile.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    if os.environ["KERAS_BACKEND"] == "tensorflow":
+        import tensorflow as tf
+        from tensorflow.python.util import tf_stack
+
+        # TensorFlow's own passes on a graph that is not XLA's, which runs once or twice.
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        # The stack that TensorFlow keeps with each operation for its errors: here half of it is pytest's, and
+        # keeping it is an eighth of the time to trace.
+        shallow = tf_stack.extract_stack()
+        tf_stack.extract_stack = lambda stacklevel=1: shallow
 
 # Many tests, and the processes that they start, compile the same programs: one fresh cache serves them all.
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="keras_sd_cache_")
