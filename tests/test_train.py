@@ -15,7 +15,6 @@ from keras_sd.errors import run_command
 from keras_sd.loading import load_part
 from keras_sd.pipeline import StableDiffusion
 from keras_sd.train import train
-from tests import tiny
 from tests.programs import run_python
 
 COLOURS = {"red": (220, 30, 40), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 30)}
@@ -213,7 +212,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):
     options = (*ddim_options(folder), "--resume-from-checkpoint", "latest")
     arguments = map(str, method_arguments(folder, "ddim", "other", *options, steps=40))
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
-    run_python(["-m", "keras_sd.train", *arguments], other, XLA_FLAGS=tiny.FAST_COMPILATION)
+    run_python(["-m", "keras_sd.train", *arguments], other)
     resumed = curves_of(folder / "other")["loss"]
     assert len(ddim["loss"]) == 40 and len(resumed) == 20
     assert resumed[:3] == pytest.approx(ddim["loss"][20:23], rel=1e-4)

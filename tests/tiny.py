@@ -14,10 +14,6 @@ from keras_sd.models.vae import AutoencoderKL
 
 TEXTS = ["red heart", "blue heart", "a grinning face", "flag of Japan", "dark skin tone", "woman running"]
 
-# Flags of XLA for processes in which it is not the matter: numbers stay float32's, and programs compile in a
-# third of the time.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
 # SD 1: convolutions around the transformers and one number of heads.
 SD1_UNET = UNetConfig(
     sample_size=4,

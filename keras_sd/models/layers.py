@@ -20,8 +20,8 @@ class Layer(keras.layers.Layer):
 
     Where Keras has to find out, it traces a layer before its first call, and the layers inside it again.
 
-    Unless it is given a name, it has that of its class, without a number: TensorFlow takes a millisecond to make
-    the first variable of a name and a shape, a fifth of one for each after it.
+    Unless it is given a name, it has that of its class, without a number: TensorFlow takes a millisecond to
+    make the first variable of a name and a shape, a fifth of one for each after it.
     """
 
     def __init__(self, name=None, **kwargs):

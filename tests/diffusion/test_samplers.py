@@ -14,7 +14,6 @@ from keras_sd.diffusion.samplers import SAMPLERS, find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import karras_sigmas, sigma_to_timestep, spaced_timesteps, training_sigmas
 from keras_sd.errors import UserError
-from tests import tiny
 from tests.diffusion.toys import (
     SEEDS,
     SHAPE,
@@ -286,7 +285,7 @@ def test_lcm_draws_from_the_gaussian_by_its_consistency_function(gaussian):
 
 
 def test_backends_agree(tmp_path):
-    run_python(["-m", "tests.diffusion.toys", tmp_path / "jax.npz"], XLA_FLAGS=tiny.FAST_COMPILATION)
+    run_python(["-m", "tests.diffusion.toys", tmp_path / "jax.npz"])
     theirs = np.load(tmp_path / "jax.npz")
     assert theirs["backend"] == "jax"
     for name, ours in {"reuse": of_reuse(), **of_every_sampler()}.items():

@@ -14,7 +14,6 @@ import time
 import numpy as np
 from PIL import Image
 
-from tests import tiny
 from tests.programs import Program
 from tests.training.test_trainer import UNET, assert_same_state, state
 
@@ -28,7 +27,7 @@ def start(folder, run, *more):
     arguments += ["--unet-config", folder / "unet.json", "--output-dir", folder / run]
     arguments += ["--max-train-steps", STEPS, "--train-batch-size", 8, "--checkpointing-steps", 2]
     arguments += ["--kid-images", 0, "--num-inference-steps", 1, *more]
-    return Program(arguments, XLA_FLAGS=tiny.FAST_COMPILATION)
+    return Program(arguments)
 
 
 def finish(program):
