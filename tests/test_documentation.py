@@ -127,6 +127,16 @@ def test_targets_and_scripts_exist(page):
             assert (ROOT / script).is_file(), line
 
 
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+def test_notebooks_name_what_exists(notebook):
+    text = notebook.read_text(encoding="utf-8")
+    named = [path.partition("#")[0] for path in LINK.findall(text) if not re.match(r"[a-z]+:", path)]
+    named += [f"../{page}" for page in re.findall(r"`(docs/[\w-]+\.md)`", text)]
+    named += [f"../benchmarks/{name}" for name in re.findall(r'"benchmarks" / "([^"]+)"', text)]
+    for path in named:
+        assert (notebook.parent / path).is_file(), path
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """The current folder: files of all names that the README's commands are given."""
