@@ -27,6 +27,7 @@ PAGES = (
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "notebooks" / "README.md"),
     *sorted((ROOT / "docs").glob("*.md")),
 )
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -56,7 +57,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", (*PAGES, *NOTEBOOKS), ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for address in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", address):
@@ -127,14 +128,13 @@ def test_targets_and_scripts_exist(page):
             assert (ROOT / script).is_file(), line
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_name_what_exists(notebook):
     text = notebook.read_text(encoding="utf-8")
-    named = [path.partition("#")[0] for path in LINK.findall(text) if not re.match(r"[a-z]+:", path)]
-    named += [f"../{page}" for page in re.findall(r"`(docs/[\w-]+\.md)`", text)]
-    named += [f"../benchmarks/{name}" for name in re.findall(r'"benchmarks" / "([^"]+)"', text)]
+    named = re.findall(r"`(docs/[\w-]+\.md)`", text)
+    named += [f"benchmarks/{name}" for name in re.findall(r'"benchmarks" / "([^"]+)"', text)]
     for path in named:
-        assert (notebook.parent / path).is_file(), path
+        assert (ROOT / path).is_file(), path
 
 
 @pytest.fixture
