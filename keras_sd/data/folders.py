@@ -1,5 +1,7 @@
 """A folder of images with captions: `metadata.jsonl` or a text file beside each image."""
 
+import copy
+import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -50,6 +52,53 @@ class FolderSource:
         path, captions = self._examples[index]
         return {"image": read_image(path, self.image_size), "captions": captions, "path": str(path)}
 
+    def at_size(self, image_size: int) -> "FolderSource":
+        """The same images at another size, without looking at any file again."""
+        source = copy.copy(self)
+        source.image_size = image_size
+        return source
+
+    def with_captions(self, captions: tuple[str, ...]) -> "FolderSource":
+        """The same images, each with these captions in place of its own."""
+        source = copy.copy(self)
+        source._examples = [(path, captions) for path, _ in self._examples]
+        return source
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of every example; no image is read."""
+        return [captions for _, captions in self._examples]
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of each image's name within the folder, size, time of change and captions.
+
+        It stays the same when the folder is moved or renamed. A copy has another, unless it keeps the times,
+        as those of `cp -a` and `rsync -t` do.
+
+        Raises:
+            UserError: an image is no longer there.
+        """
+        described = []
+        for path, captions in self._examples:
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be found ({error.strerror}); put it back") from error
+            name = path.relative_to(self.folder).as_posix()
+            described.append([name, state.st_size, state.st_mtime_ns, *captions])
+        return digest(["folder", described])
+
+
+def no_folder(path: Path) -> UserError:
+    """Says that a path is no folder."""
+    if path.exists():
+        return UserError(f"{path}: a file, not a folder; give the folder that holds the images")
+    return UserError(f"{path}: no such folder; give a folder with images")
+
+
+def digest(value) -> str:
+    """The SHA-256, in hexadecimal, of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
 
 def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | None = None) -> list[Path]:
     """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
@@ -61,7 +110,7 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
         UserError: there is no such folder, no image in it, or without `pass_over` one that lies outside.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder with images")
+        raise no_folder(folder)
     paths = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts

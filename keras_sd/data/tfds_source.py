@@ -1,11 +1,13 @@
 """Random access to TensorFlow Datasets, read without TensorFlow where their files allow it."""
 
+import copy
 import importlib
 import re
 
 import numpy as np
 from PIL import Image
 
+from keras_sd.data.folders import digest
 from keras_sd.data.images import square
 from keras_sd.errors import UserError
 
@@ -43,6 +45,7 @@ class TFDSSource:
         self._class_names = getattr(features["label"], "names", None) if "label" in features else None
         if need_captions and not self._caption_feature and not self._class_names:
             raise UserError(f"data set {name}: neither captions nor classes; choose one with captions")
+        self._identity = ["tfds", builder.info.full_name, split]
         self._examples = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
@@ -54,6 +57,20 @@ class TFDSSource:
         pixels = np.asarray(example["image"])
         image = square(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), self.image_size)
         return {"image": image, "captions": self._captions(example)}
+
+    def at_size(self, image_size: int) -> "TFDSSource":
+        """The same examples at another size."""
+        source = copy.copy(self)
+        source.image_size = image_size
+        return source
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of every example, for which all are read."""
+        return [self._captions(self._examples[index]) for index in range(len(self))]
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the data set's name, configuration and version, and of the split."""
+        return digest(self._identity)
 
     def _captions(self, example: dict) -> tuple[str, ...]:
         if self._caption_feature:

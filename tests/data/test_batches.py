@@ -1,10 +1,13 @@
+import functools
 import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_sd.data.datasets import EmojiSource, available_splits, batches, load_source
 from keras_sd.errors import UserError
@@ -122,10 +125,42 @@ def test_emoji_source():
         load_source("emoji", "test", 32)
 
 
+def test_a_source_at_another_size():
+    source = load_source("emoji", "validation", 16)
+    assert source[0]["image"].shape == (16, 16, 3)
+    other = source.at_size(24)
+    assert other[0]["image"].shape == (24, 24, 3) and source[0]["image"].shape == (16, 16, 3)
+    assert other.captions() == [example["captions"] for example in source]
+
+
+def test_fingerprint_of_emoji():
+    prints = [
+        load_source(name, split, 16).fingerprint()
+        for name in ("emoji", "openmoji")
+        for split in ("train", "validation")
+    ]
+    assert len(set(prints)) == 4 and all(len(one) == 64 for one in prints)
+    assert load_source("emoji", "train", 64).fingerprint() == prints[0]
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "No Such Thing"])
 def test_missing_folder(name):
     with pytest.raises(UserError, match="no such folder"):
         load_source(name, "train", 32)
+
+
+@pytest.mark.parametrize("name", ["emoji", "openmoji", "oxford_flowers102"])
+def test_a_path_is_a_folder_whatever_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for find in (available_splits, functools.partial(load_source, split="train", image_size=16)):
+        with pytest.raises(UserError, match=f"{name}: no such folder; give a folder with images"):
+            find(Path(name))
+    for split in ("train", "validation"):
+        (tmp_path / name / split).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / name / split / f"{split}.png")
+    assert available_splits(Path(name)) == ("train", "validation")
+    source = load_source(Path(name), "validation", 16, need_captions=False)
+    assert [example["path"] for example in source] == [f"{name}/validation/validation.png"]
 
 
 def test_import_without_tensorflow():

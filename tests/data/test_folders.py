@@ -1,5 +1,7 @@
 import json
+import os
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -85,6 +87,48 @@ def test_splits(folder):
     assert available_splits(str(folder)) == ("train", "validation")
     assert load_source(str(folder), "validation", 16)[0]["captions"] == ("held out",)
     assert len(load_source(str(folder), "train", 16)) == 2
+
+
+def test_another_size(folder, monkeypatch):
+    source = load_source(folder, "train", 16)
+    (folder / "a.png").write_bytes(b"no image at all")  # no file is checked again
+    other = source.at_size(24)
+    assert other[1]["image"].shape == (24, 24, 3) and source[1]["image"].shape == (16, 16, 3)
+    assert other.captions() == source.captions() == [("rot 🟥",), ("a blue square",)]
+    assert other.with_captions(("a square",)).captions() == [("a square",)] * 2
+
+
+def test_fingerprint(folder):
+    first = load_source(folder, "train", 16)
+    prints = [first.fingerprint()]
+    assert prints == [load_source(folder, "train", 32).fingerprint()]
+    moved = folder.rename(folder.with_name("moved"))
+    assert load_source(moved, "train", 16).fingerprint() == prints[0]
+    with pytest.raises(UserError, match="a.png: cannot be found"):
+        first.fingerprint()
+
+    def changed():
+        prints.append(load_source(moved, "train", 16).fingerprint())
+        return prints[-1] not in prints[:-1]
+
+    os.utime(moved / "a.png", ns=(0, 5))
+    assert changed()
+    metadata(moved, {"file_name": "deep/b.jpg", "text": "blue"}, {"file_name": "a.png", "text": "red"})
+    assert changed()
+    (moved / "a.png").rename(moved / "c.png")
+    metadata(moved, {"file_name": "deep/b.jpg", "text": "blue"}, {"file_name": "c.png", "text": "red"})
+    assert changed()
+    assert load_source(moved, "train", 16, need_captions=False).fingerprint() not in prints
+
+
+def test_fingerprint_of_many_is_fast(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    for number in range(1, 2000):
+        os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
+    source = load_source(tmp_path, "train", 16, need_captions=False)
+    start = time.process_time()
+    source.fingerprint()
+    assert time.process_time() - start < 0.5  # 2 s for 100,000 where it takes 0.04 s
 
 
 def test_empty_folder(tmp_path):

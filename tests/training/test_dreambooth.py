@@ -272,7 +272,7 @@ def test_pictures_that_cannot_be_used_are_refused_by_name(tmp_path, subject, mon
         ((empty,), "empty: no images"),
         ((broken,), "13.png: truncated"),
         ((subject, *PRIOR, "--class-data-dir", broken), "13.png: truncated"),
-        ((subject, *PRIOR, "--class-data-dir", picture), "13.png: no such folder"),
+        ((subject, *PRIOR, "--class-data-dir", picture), "13.png: a file, not a folder"),
         ((subject, *PRIOR, "--class-data-dir", subject / "class"), "keep them apart"),
     ]
     for arguments, told in cases:
