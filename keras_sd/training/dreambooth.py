@@ -9,7 +9,7 @@ from keras_sd.data.folders import FolderSource
 from keras_sd.data.images import MINIMUM_SIDE, SUFFIXES
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.images import save_png
-from keras_sd.training.encodings import EncodedSource
+from keras_sd.training.encodings import EncodedSource, JoinedSource
 from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.text_to_image import diffusion_example
 from keras_sd.training.trainer import Trainer
@@ -31,16 +31,15 @@ def _has_pictures(folder):
 
 
 def read_pictures(folder, prompt, image_size):
-    """All pictures below a folder, with one prompt as the caption of each.
+    """All images below a folder, with one prompt as the caption of each.
 
     Returns:
-        A list of examples with `image` uint8 `(image_size, image_size, 3)` and `captions`.
+        A `FolderSource`, which reads an image when it is asked for.
 
     Raises:
         UserError: there are none, or one of them cannot be trained on.
     """
-    source = FolderSource(folder, image_size, need_captions=False)
-    return [{**source[index], "captions": (prompt,)} for index in range(len(source))]
+    return FolderSource(folder, image_size, need_captions=False).with_captions((prompt,))
 
 
 def generate_class_images(pipeline, folder, prompt, count, *, num_steps, guidance_scale, seed):
@@ -133,11 +132,10 @@ def train_dreambooth(
         Whether training got to its end.
     """
     encoded = EncodedSource(
-        [*instances, *class_pictures],
+        JoinedSource(instances, class_pictures),
         pipeline.vae,
         None if train_text_encoder else pipeline.text_encoder,
         pipeline.tokenizer,
-        batch_size=pipeline.batch_size,
         jit_compile=settings.jit_compile,
     )
     examples = [encoded[index] for index in range(len(encoded))]
@@ -157,7 +155,7 @@ def train_dreambooth(
             "schedule": pipeline.scheduler_config.to_dict(),
             "instances": len(subject),
             "class_pictures": len(others),
-            "prompts": [example["captions"] for example in (*instances[:1], *class_pictures[:1])],
+            "prompts": [images[0]["captions"] for images in (instances, class_pictures) if len(images)],
             "prior_loss_weight": prior_loss_weight if others else None,
             "train_text_encoder": train_text_encoder,
             "min_snr_gamma": min_snr_gamma,

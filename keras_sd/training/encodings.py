@@ -1,52 +1,125 @@
 """Latents and text encodings made once before a run, since the networks that make them stay frozen."""
 
+import concurrent.futures
 import copy
+import hashlib
+import itertools
+import os
 
 import numpy as np
 from keras import ops
 
 from keras_sd import backend
+from keras_sd.errors import UserError
 from keras_sd.training.losses import images_to_network
+from keras_sd.training.progress import Progress
+
+BATCH_SIZE = 4
+"""Images encoded at a time; each of 512 px takes 0.6 GiB in Stable Diffusion's encoder."""
 
 
 class EncodedSource:
-    """A source of examples whose pictures and captions are encoded already, all in memory.
+    """A source of examples whose images and captions are encoded already, all in memory.
+
+    Each image is read and decoded once, while those before it are encoded; the pixels of a few batches, and
+    not all, are in memory. Equal captions are encoded once.
 
     Args:
-        source: examples with `image` uint8 and `captions`.
+        source: examples with `image` uint8 and, if they have any, `captions`.
         vae, text_encoder, tokenizer: the frozen parts; without a text encoder (None), as when it is trained,
             captions stay token ids.
-        batch_size: pictures encoded at a time.
+        batch_size: most images encoded at a time.
         jit_compile: whether XLA compiles on TensorFlow.
+        progress: whether to show how far it is, on standard error.
 
     Attributes:
         condition: what `contexts` holds for the batch: "context", or "token_ids" without a text encoder.
+
+    Raises:
+        UserError: there are no examples, or an image cannot be read or encoded in finite numbers.
     """
 
-    def __init__(self, source, vae, text_encoder, tokenizer, batch_size=64, jit_compile=True):
-        examples = [source[index] for index in range(len(source))]
+    def __init__(
+        self,
+        source,
+        vae,
+        text_encoder,
+        tokenizer,
+        batch_size=BATCH_SIZE,
+        jit_compile=True,
+        progress=True,
+    ):
+        if not len(source):
+            raise UserError("data set: no examples to encode; give one with images")
+        # Taken before the files are read: a file that changes meanwhile makes the next run another one.
+        self._fingerprint = _fingerprint_of(source)
+        show = progress and backend.process_index() == 0
+        batch_size = min(batch_size, len(source))
+        self.means, self.deviations, captions = self._encode_images(
+            source,
+            vae,
+            batch_size,
+            jit_compile,
+            Progress("encoding images", len(source), "images", disable=not show),
+        )
+        # The empty caption comes first: what the network learns when a caption is dropped.
+        rows = {"": 0}
+        self._rows = [
+            _as_slice([rows.setdefault(caption, len(rows)) for caption in of_image]) for of_image in captions
+        ]
+        self.condition, self.contexts = "token_ids", tokenizer(list(rows))
+        if text_encoder is not None:
+            encode = backend.jit(lambda ids: (text_encoder(ids),), text_encoder.variables, jit_compile)
+            bar = Progress("encoding captions", len(rows), "captions", delay=2.0, disable=not show)
+            size = min(4 * batch_size, len(rows))
+            batches = (self.contexts[start : start + size] for start in range(0, len(rows), size))
+            (self.contexts,) = _in_batches(encode, batches, size, len(rows), bar)
+            self.condition = "context"
+
+    def _encode_images(self, source, vae, batch_size, jit_compile, bar):
+        """Means and deviations of all latents, and the captions."""
         posterior = backend.jit(
             lambda images: _scaled_moments(vae, images_to_network(images)), vae.variables, jit_compile
         )
-        self.means, self.deviations = _in_batches(
-            posterior, np.stack([example["image"] for example in examples]), batch_size
-        )
-        # The empty caption comes first: what the network learns when a caption is dropped.
-        captions = ["", *(caption for example in examples for caption in example["captions"])]
-        self.condition, self.contexts = "token_ids", tokenizer(captions)
-        if text_encoder is not None:
-            encode = backend.jit(lambda ids: (text_encoder(ids),), text_encoder.variables, jit_compile)
-            (self.contexts,) = _in_batches(encode, self.contexts, 4 * batch_size)
-            self.condition = "context"
-        counts = [len(example["captions"]) for example in examples]
-        self.first_caption = np.concatenate([[1], 1 + np.cumsum(counts)])
+        captions = []
+        pixels = None if self._fingerprint else hashlib.sha256()
+
+        def batches():
+            for examples in _read_ahead(source, batch_size):
+                captions.extend(example.get("captions", ()) for example in examples)
+                images = np.stack([example["image"] for example in examples])
+                if pixels:
+                    pixels.update(images.data)
+                yield images
+
+        def check(start, means, deviations):
+            for index, moments in enumerate(zip(means, deviations, strict=True), start):
+                if not all(np.isfinite(array).all() for array in moments):
+                    raise UserError(
+                        f"image {index}: its latents are not finite numbers; take another precision (bf16 or "
+                        "none), or another VAE"
+                    )
+
+        means, deviations = _in_batches(posterior, batches(), batch_size, len(source), bar, check)
+        if pixels:
+            self._fingerprint = hashlib.sha256(f"{pixels.hexdigest()} {captions}".encode()).hexdigest()
+        return means, deviations, captions
+
+    def fingerprint(self):
+        """The SHA-256, in hexadecimal, of what was encoded.
+
+        It is the source's own fingerprint or, where it has none (as a list), that of pixels and captions.
+        """
+        return self._fingerprint
 
     def split(self, count):
         """Two sources: the first `count` examples, and the others."""
         parts = copy.copy(self), copy.copy(self)
         for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
             part.means, part.deviations = self.means[place], self.deviations[place]
-        parts[1].first_caption = self.first_caption[count:]
+            part._rows = self._rows[place]
+            described = f"{self._fingerprint} {place.start} {place.stop}"
+            part._fingerprint = hashlib.sha256(described.encode()).hexdigest()
         return parts
 
     def __len__(self):
@@ -55,28 +128,96 @@ class EncodedSource:
     def __getitem__(self, index):
         """Keys: mean and deviation of the scaled latents `(h, w, c)`, contexts `(n, tokens, width)` of the
         captions and empty_context; `(n, tokens)` without a text encoder."""
-        start, end = self.first_caption[index : index + 2]
         return {
             "mean": self.means[index],
             "deviation": self.deviations[index],
-            "contexts": self.contexts[start:end],
+            "contexts": self.contexts[self._rows[index]],
             "empty_context": self.contexts[0],
         }
 
 
+def _as_slice(rows):
+    """An index of these rows that copies nothing where they follow each other, as new captions' do."""
+    start = rows[0] if rows else 0
+    end = start + len(rows)
+    return slice(start, end) if rows == list(range(start, end)) else np.array(rows)
+
+
 def _scaled_moments(vae, images):
-    """Mean and standard deviation of the latents of these pictures, scaled as the UNet takes them."""
+    """Mean and standard deviation of the latents of these images, scaled as the UNet takes them."""
     posterior = vae.encode(images)
     scale = vae.config.scaling_factor
     return posterior.mean * scale, ops.exp(0.5 * posterior.log_variance) * scale
 
 
-def _in_batches(function, inputs, batch_size):
-    """Calls a compiled function batch by batch; the last one is filled up, so that it compiles once."""
-    outputs = []
-    for start in range(0, len(inputs), batch_size):
-        batch = inputs[start : start + batch_size]
-        missing = batch_size - len(batch)
-        filled = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
-        outputs.append([ops.convert_to_numpy(output)[: len(batch)] for output in function(filled)])
-    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+def _read_ahead(source, batch_size):
+    """Yields lists of examples in their order; threads read the next list while one is in use."""
+    threads = min(batch_size, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        reading = (pool.submit(source.__getitem__, index) for index in range(len(source)))
+        ahead = list(itertools.islice(reading, batch_size))
+        try:
+            while ahead:
+                examples = [example.result() for example in ahead]
+                ahead = list(itertools.islice(reading, batch_size))
+                yield examples
+        finally:
+            for example in ahead:
+                example.cancel()
+
+
+def _in_batches(function, batches, batch_size, count, progress, check=None):
+    """Calls a compiled function batch by batch; the last one is filled up, so that it compiles once.
+
+    Args:
+        function: takes an array of `batch_size` rows and gives a tuple of arrays with as many.
+        batches: arrays, of which the last may have fewer rows.
+        count: rows in all of them.
+        progress: `Progress` of the rows.
+        check: called with the number of a batch's first row and the arrays made of it.
+
+    Returns:
+        List of arrays with `count` rows.
+    """
+    whole, done = None, 0
+    with progress:
+        for batch in batches:
+            missing = batch_size - len(batch)
+            filled = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
+            outputs = [ops.convert_to_numpy(output)[: len(batch)] for output in function(filled)]
+            if check:
+                check(done, *outputs)
+            if whole is None:
+                whole = [np.empty((count, *output.shape[1:]), output.dtype) for output in outputs]
+            for array, output in zip(whole, outputs, strict=True):
+                array[done : done + len(batch)] = output
+            done += len(batch)
+            progress.update(len(batch))
+    return whole
+
+
+class JoinedSource:
+    """The examples of several sources, one source after the other."""
+
+    def __init__(self, *sources):
+        self.sources = sources
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index):
+        for source in self.sources:
+            if 0 <= index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError("out of range")
+
+    def fingerprint(self):
+        """The SHA-256 of those of the sources; None if one has none."""
+        parts = [_fingerprint_of(source) for source in self.sources if len(source)]
+        return None if None in parts else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _fingerprint_of(source):
+    fingerprint = getattr(source, "fingerprint", None)
+    return fingerprint() if fingerprint else None

@@ -159,15 +159,7 @@ def train_textual_inversion(
 
 def encode_examples(settings, pipeline, source, token, learnable_property):
     """The pictures' latents as an `EncodedSource`, and the token ids `(templates, tokens)` of captions."""
-    pictures = [{"image": source[index]["image"], "captions": ()} for index in range(len(source))]
-    encoded = EncodedSource(
-        pictures,
-        pipeline.vae,
-        None,
-        pipeline.tokenizer,
-        batch_size=pipeline.batch_size,
-        jit_compile=settings.jit_compile,
-    )
+    encoded = EncodedSource(source, pipeline.vae, None, pipeline.tokenizer, jit_compile=settings.jit_compile)
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
     # One that is cut might lose what is to be learned. The word alone always fits.
     lengths = map(len, pipeline.tokenizer.encode(captions))

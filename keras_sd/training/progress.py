@@ -1,0 +1,75 @@
+"""How far a long task before or after training has got, on standard error."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+FIRST_LINE_SECONDS = 2.0
+"""What is done sooner than that needs no line."""
+
+
+class Progress:
+    """A bar on the terminal with the rate and the time left; elsewhere the same as a line now and then.
+
+    Use it as a context manager and call `update` whenever some are done.
+
+    Args:
+        description: what is done, such as "encoding images".
+        total: how many there are.
+        unit: what is counted, in the plural.
+        delay: seconds after which a bar appears.
+        line_seconds: seconds between two lines.
+        disable: shows nothing, as in all processes but one.
+    """
+
+    def __init__(self, description, total, unit, *, delay=0.0, line_seconds=30.0, disable=False):
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.delay = delay
+        self.line_seconds = line_seconds
+        self.disable = disable
+        self.done = 0
+        self._bar = None
+
+    def __enter__(self):
+        self._began = time.monotonic()
+        self._next_line = self._began + FIRST_LINE_SECONDS
+        self._told = -1  # how many were done at the last line
+        if not self.disable and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.description,
+                unit=self.unit,
+                delay=self.delay,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+                file=sys.stderr,
+            )
+        return self
+
+    def __exit__(self, kind, *_):
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and 0 <= self._told < self.done:
+            self._tell()
+
+    def update(self, count):
+        """Counts `count` more as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures(), refresh=False)
+            self._bar.update(count)
+        elif not self.disable and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self.line_seconds
+            self._tell()
+
+    def _tell(self):
+        self._told = self.done
+        line = f"{self.description} {self.done}/{self.total}, {self._figures()}"
+        print(line, file=sys.stderr, flush=True)
+
+    def _figures(self):
+        rate = self.done / max(time.monotonic() - self._began, 1e-9)
+        left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
+        return f"{rate:.1f} {self.unit}/s, {left} left"
