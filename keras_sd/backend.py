@@ -18,6 +18,11 @@ _ALIGNMENT = 64
 # Features of a head that cuDNN's attention takes, before and since NVIDIA's Hopper.
 _LARGEST_FLASH_HEAD, _LARGEST_FLASH_HEAD_ON_HOPPER = 128, 256
 
+# XLA's status, its compilers' own words (TPUs count the memory of a program beforehand), and TensorFlow's.
+_OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|ResourceExhausted|Ran out of memory|Out of memory|OOM when allocating", re.IGNORECASE
+)
+
 _CACHE_BYTES = 4 * 2**30
 _FLAG = "--tf_xla_persistent_cache_directory="
 
@@ -352,38 +357,37 @@ def flash_attention(query, key, value):
     )
 
 
-def free_memory():
-    """Bytes that are free on the device that computes, and whether those are the host's: `(free, is_host)`.
+def is_out_of_memory(error):
+    """Whether an exception says that an allocation failed, in host memory or on the device.
 
-    On a GPU or TPU those that the backend may still take on the first device; otherwise what Linux tells as
-    available, and infinity where there is no /proc/meminfo.
+    Keras, and generators of either backend, wrap exceptions of others, so those behind it count too.
     """
-    free = _accelerator_memory()
-    return (_host_memory(), True) if free is None else (free, False)
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError) or (_is_of_backend(error) and _OUT_OF_MEMORY.search(str(error))):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def _accelerator_memory():
+def _is_of_backend(error):
+    """Whether an exception comes from XLA or TensorFlow, or is Keras' copy of such a one."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
-        from tensorflow.python.client import device_lib
 
-        if not tf.config.list_logical_devices("GPU"):
-            return None
-        limit = next(
-            device.memory_limit for device in device_lib.list_local_devices() if device.device_type == "GPU"
-        )
-        return limit - tf.config.experimental.get_memory_info("GPU:0")["current"]
-
+        return isinstance(error, tf.errors.OpError | RuntimeError)
     import jax
 
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() if device.platform != "cpu" else None
-    return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else None
+    return isinstance(error, jax.errors.JaxRuntimeError | RuntimeError)
 
 
-def _host_memory():
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return float("inf")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+def has_accelerator():
+    """Whether what computes has memory of its own: a GPU or a TPU."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
+    import jax
+
+    return jax.default_backend() != "cpu"

@@ -24,7 +24,8 @@ def run_command(command, program):
     """Runs a click command as a whole program, which this ends.
 
     Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each),
-    130 interrupted by Ctrl-C. Any other exception is a fault of the program and keeps its traceback.
+    130 interrupted by Ctrl-C. Memory that is not enough is bad input too. Any other exception is a fault of
+    the program and keeps its traceback.
     A ``UserWarning`` is one line on stderr too.
 
     Args:
@@ -51,16 +52,36 @@ def run_command(command, program):
         _leave(program, str(error))
     except click.Abort:
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        if error.name not in BACKENDS:
+    except Exception as error:
+        message = _mendable_fault(error)
+        if message is None:
             raise
-        _leave(program, f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend")
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _leave(program, f"{where}{error.strerror}; free the space or choose another place")
+        _leave(program, message)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mendable_fault(error):
+    """The line for an exception that is no fault of the program, or None."""
+    if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS:
+        return f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend"
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; free the space or choose another place"
+    if is_out_of_memory(error):
+        return (
+            "out of memory; take half precision (--dtype bfloat16, in training --mixed-precision bf16), a "
+            "smaller batch size or smaller images"
+        )
+    return None
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that an allocation failed; loads no backend that is not there already."""
+    if "keras_sd.backend" in sys.modules:
+        from keras_sd import backend
+
+        return backend.is_out_of_memory(error)
+    return isinstance(error, MemoryError)
 
 
 def _warn(program, show, message, category, *place):

@@ -365,8 +365,8 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 # ```
 #
 # They resume after a crash (`--resume-from-checkpoint latest`) and measure KID on their way. For Stable
-# Diffusion add `--mixed-precision bf16 --gradient-checkpointing`; before the first step a line says how much
-# memory the run needs.
+# Diffusion add `--mixed-precision bf16 --gradient-checkpointing`; where memory falls short, a line names the
+# flags that help.
 #
 # Mind whose style you teach. Ask the people whose pictures you train on, keep to their licence, and name it
 # where you publish the result.

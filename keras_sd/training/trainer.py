@@ -1,5 +1,6 @@
 """The training loop: Keras' `fit()` on an objective, resumable to the bit, measured on the way."""
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -11,7 +12,7 @@ from keras_sd import backend
 from keras_sd.data.datasets import batches
 from keras_sd.errors import UserError
 from keras_sd.models.recomputation import enable_gradient_checkpointing, recomputing_layers
-from keras_sd.training import distribution, memory
+from keras_sd.training import distribution
 from keras_sd.training.callbacks import (
     CheckpointCallback,
     EMACallback,
@@ -151,10 +152,10 @@ class Trainer:
             enable_gradient_checkpointing(objective)
         # In float16 Keras wraps the optimizer in one that scales the loss.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
-        memory.check(objective, settings)
-        # Variables born inside the first traced step would make TensorFlow trace it twice.
-        objective.optimizer.build(objective.trainable_variables)
-        self.ema = self._make_average()
+        with self._with_memory_advice():
+            # Variables born inside the first traced step would make TensorFlow trace it twice.
+            objective.optimizer.build(objective.trainable_variables)
+            self.ema = self._make_average()
         self.step = self._resume() if settings.resume_from_checkpoint else self._begin()
         self.is_writer = backend.process_index() == 0
         self.log = MetricsLog(settings.output_dir, self.step) if self.is_writer else SilentLog(self.step)
@@ -238,7 +239,7 @@ class Trainer:
             evaluate: `evaluate(step)`, called with the weights in place every `evaluation_steps`.
 
         Raises:
-            UserError: the loss is not finite, no checkpoint can be written, or memory cannot be enough.
+            UserError: the loss is not finite, no checkpoint can be written, or memory is not enough.
         """
         settings = self.settings
         remaining = settings.max_train_steps - self.step
@@ -254,10 +255,7 @@ class Trainer:
             process_index=backend.process_index(),
             process_count=backend.process_count(),
         )
-        example = draw(source[0], np.random.default_rng(settings.seed))
-        shapes = {name: np.shape(array) for name, array in example.items()}
-        memory.check(self.objective, settings, shapes, encodings=memory.cached_bytes(source))
-        with StopOnSignal() as stop:
+        with self._with_memory_advice(), StopOnSignal() as stop:
             callbacks = self._callbacks(stop, evaluate)
             self.objective.fit(
                 training_batches,
@@ -274,6 +272,32 @@ class Trainer:
         with self.ema.applied():
             if self.is_writer:
                 write(self.settings.output_dir / "model")
+
+    @contextlib.contextmanager
+    def _with_memory_advice(self):
+        """Turns what is raised inside for want of memory into a line that names the flags that help."""
+        try:
+            yield
+        except Exception as error:
+            if not backend.is_out_of_memory(error):
+                raise
+            flags = list(self._memory_savers()) or ["a smaller model or smaller images"]
+            raise UserError(f"training: out of memory; take {', or '.join(flags)}") from error
+
+    def _memory_savers(self):
+        """The flags that are off and spare memory on the device, the cheapest ones first."""
+        settings = self.settings
+        if settings.mixed_precision == "no":
+            yield "--mixed-precision bf16"
+        if not settings.gradient_checkpointing and recomputing_layers(self.objective):
+            yield "--gradient-checkpointing"
+        if settings.train_batch_size > 1:
+            size = settings.train_batch_size
+            parts = next(divisor for divisor in range(2, size + 1) if size % divisor == 0)
+            accumulation = settings.gradient_accumulation_steps * parts
+            yield f"--train-batch-size {size // parts} --gradient-accumulation-steps {accumulation}"
+        if not settings.offload_ema and backend.has_accelerator():
+            yield "--offload-ema"
 
     def _callbacks(self, stop, evaluate):
         """The callbacks in the order in which each step calls them."""
