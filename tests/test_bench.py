@@ -6,12 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
 from keras_sd import presets
+from keras_sd.config import SchedulerConfig, UNetConfig
+from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import run_command
+from keras_sd.models.unet import UNet
+from keras_sd.training.losses import DiffusionObjective
 from tests import tiny
+from tests.programs import run_python
 from tests.reference import run_reference
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +118,111 @@ def test_case_gives_the_same_by_diffusers(case, specs, by_diffusers, tmp_path, m
     expected = by_diffusers[case]
     tolerance = 8 / 255 if case == "generation" else 1e-3 * np.abs(expected).max()
     np.testing.assert_allclose(np.load(result), expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def sd15_unet():
+    """Stable Diffusion 1.5's UNet, of zeros: 1.7 GB."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        with tiny.without_initial_values():
+            return UNet(UNetConfig())
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(512, 401.6e9), (256, 90.1e9)])
+def test_counted_multiplications_of_stable_diffusion_are_those_of_its_layers(
+    size, expected, sd15_unet, monkeypatch
+):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from benchmark import counting
+
+    side, config = size // 8, sd15_unet.config
+    inputs = {
+        "samples": keras.KerasTensor((1, side, side, 4)),
+        "noise": keras.KerasTensor((1, side, side, 4)),
+        "timesteps": keras.KerasTensor((1,), "int32"),
+        "context": keras.KerasTensor((1, 77, config.cross_attention_dim)),
+    }
+    objective = DiffusionObjective(sd15_unet, NoiseSchedule(SchedulerConfig()))
+    counted = counting.multiplications(objective, inputs)
+    assert counted == multiplications_of_unet(config, side, tokens=77)
+    assert counted == pytest.approx(expected, rel=1e-3)
+
+
+def multiplications_of_unet(config, side, tokens):
+    """Of one example, layer by layer from the config (Rombach et al., 2022)."""
+    widths, context = config.block_out_channels, config.cross_attention_dim
+    time = 4 * widths[0]
+
+    def convolution(side, inputs, outputs, window=3):
+        return side**2 * window**2 * inputs * outputs
+
+    def resnet(side, inputs, outputs):
+        shortcut = convolution(side, inputs, outputs, 1) if inputs != outputs else 0
+        return (
+            convolution(side, inputs, outputs)
+            + convolution(side, outputs, outputs)
+            + time * outputs
+            + shortcut
+        )
+
+    def transformer(side, width):
+        positions = side**2
+        own = 4 * positions * width**2 + 2 * positions**2 * width
+        text = 2 * positions * width**2 + 2 * tokens * context * width + 2 * positions * tokens * width
+        feed_forward = (8 + 4) * positions * width**2
+        return own + text + feed_forward + 2 * convolution(side, width, width, 1)
+
+    sides = [side // 2**level for level in range(len(widths))]
+    total = widths[0] * time + time**2 + convolution(side, config.in_channels, widths[0])
+    skipped, inputs = [widths[0]], widths[0]
+    for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
+        for _ in range(config.layers_per_block):
+            total += resnet(side, inputs, width)
+            total += transformer(side, width) if "Attn" in config.down_block_types[level] else 0
+            skipped.append(inputs := width)
+        if level < len(widths) - 1:
+            total += convolution(side // 2, width, width)
+            skipped.append(width)
+    total += 2 * resnet(sides[-1], inputs, inputs) + transformer(sides[-1], inputs)
+    for block, (side, width) in enumerate(zip(sides[::-1], widths[::-1], strict=True)):
+        for _ in range(config.layers_per_block + 1):
+            total += resnet(side, inputs + skipped.pop(), width)
+            total += transformer(side, width) if "Attn" in config.up_block_types[block] else 0
+            inputs = width
+        if block < len(widths) - 1:
+            total += convolution(2 * side, width, width)
+    return total + convolution(sides[0], inputs, config.out_channels)
+
+
+COUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from benchmark import ours, worker
+
+counts = {}
+for spec in json.loads(sys.argv[2]):
+    call, count = ours.make(spec, worker.inputs(spec))
+    if spec["case"] == "training":
+        call()  # what a first step traces is not counted
+    counts[spec["case"]] = count()
+print(json.dumps(counts))
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_training_is_counted_as_multiples_of_the_forward_pass(backend, specs):
+    cases = ("unet", "training", "training-lora")
+    own = [specs[case] | {"implementation": backend} for case in cases]
+    counts = json.loads(run_python(["-c", COUNT, ROOT / "tools", json.dumps(own)], backend).splitlines()[-1])
+    config = UNetConfig.load(Path(specs["unet"]["folder"], "unet", "config.json"))
+    forward = 2 * multiplications_of_unet(config, side=4, tokens=12)  # two examples
+    assert counts["unet"] == forward and counts["training"] == 3 * forward
+    # Frozen kernels have no gradient of their own; the updates come beside.
+    assert 2 * forward < counts["training-lora"] < 2.5 * forward
 
 
 @pytest.mark.parametrize(

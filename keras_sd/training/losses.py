@@ -19,6 +19,8 @@ class Objective(keras.Model):
     def __init__(self, **kwargs):
         # Noise and targets stay in float32: only the networks are to run in half precision.
         super().__init__(autocast=False, **kwargs)
+        # Its networks are; Keras would trace the whole once more to find out, on JAX at each start.
+        self.built = True
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return ops.mean(y_pred)

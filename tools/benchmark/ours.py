@@ -1,13 +1,13 @@
 """The benchmark's cases by `keras_sd`, on the backend that KERAS_BACKEND names, and by KerasCV."""
 
-import contextlib
-import math
+import functools
 import time
 
 import keras
 import numpy as np
 
-from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT, SAMPLING_CASES
+from benchmark.counting import PASSES, multiplications
+from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
 from keras_sd import StableDiffusion, backend
 from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -23,8 +23,8 @@ _STORED_IN = {"text-encoder": "text_encoder", "unet": "unet", "vae-encode": "vae
 def make(spec, inputs):
     """Returns a function that runs the case and gives its result as an array, and one that counts.
 
-    The second one gives the multiplications of the case, as it was traced, or None where a case is more than
-    one program.
+    The second one gives the multiplications of the case, or None where a case is more than one program.
+    Makers return the first one and the function of `inputs` whose forward pass counts, or None.
     """
     makers = {
         "gemm": _gemm,
@@ -35,17 +35,9 @@ def make(spec, inputs):
     }
     if spec["implementation"] == "keras-cv":
         return _keras_cv(spec, inputs), lambda: None
-    call = makers.get(spec["case"], _forward)(spec, inputs)
-    counted = []
-
-    def counting():
-        if counted or spec["case"] in ("gemm", *SAMPLING_CASES):
-            return call()
-        with _counted(counted):
-            return call()
-
-    passes = 3 if spec["case"].startswith("training") else 1  # the gradients of both factors of a product
-    return counting, lambda: passes * sum(counted) if counted else None
+    call, counted = makers.get(spec["case"], _forward)(spec, inputs)
+    passes = PASSES.get(spec["case"], 1)
+    return call, lambda: passes * multiplications(counted, inputs) if counted else None
 
 
 def _jit_compile(xla):
@@ -67,7 +59,11 @@ def _forward(spec, inputs):
     }[spec["case"]]
     inputs = _on_device(inputs)
     program = backend.jit(function, model.variables, _jit_compile(spec["xla"]))
-    return lambda: keras.ops.convert_to_numpy(keras.ops.cast(program(inputs), "float32"))
+
+    def call():
+        return keras.ops.convert_to_numpy(keras.ops.cast(program(inputs), "float32"))
+
+    return call, function
 
 
 def _on_device(inputs):
@@ -94,7 +90,7 @@ def _denoising(spec, inputs):
     """Guided steps alone, without the text encoder and the decoder."""
     pipeline = _pipeline(spec)
     options = {"guidance_scale": GUIDANCE_SCALE, "num_steps": spec["steps"]}
-    return lambda: pipeline.denoise(**inputs, **options)
+    return functools.partial(pipeline.denoise, **inputs, **options), None
 
 
 def _generation(spec, inputs):
@@ -112,7 +108,7 @@ def _generation(spec, inputs):
         )
         return pipeline.decode(latents) / 255.0
 
-    return generate
+    return generate, None
 
 
 def _training(spec, inputs):
@@ -126,7 +122,11 @@ def _training(spec, inputs):
     optimizer.build(objective.trainable_variables)
     objective.compile(optimizer=optimizer, jit_compile=_jit_compile(spec["xla"]))
     inputs = _on_device(inputs)
-    return lambda: np.asarray(objective.train_on_batch(inputs))
+
+    def step():
+        return np.asarray(objective.train_on_batch(inputs))
+
+    return step, objective
 
 
 def _gemm(spec, inputs):
@@ -151,45 +151,8 @@ def _gemm(spec, inputs):
     seconds = min(fastest(product(jit_compile)) for jit_compile in (True, False))
     if spec["precision"] == "float32":
         seconds = min(seconds, fastest(lambda: matrix @ matrix))
-    return lambda: np.asarray(2 * side**3 / seconds / 1e9)
-
-
-@contextlib.contextmanager
-def _counted(multiplications):
-    """Adds what linear layers, convolutions and attention multiply while they are traced."""
-    dense, convolution = keras.layers.Dense.call, keras.layers.Conv2D.call
-    einsum, attention = keras.ops.einsum, backend.flash_attention
-
-    def counting_layer(original):
-        def call(layer, *arguments, **options):
-            outputs = original(layer, *arguments, **options)
-            terms = math.prod(layer.kernel.shape[:-1])
-            multiplications.append(math.prod(outputs.shape) * terms)
-            return outputs
-
-        return call
-
-    def counting_einsum(equation, *operands):
-        names = equation.split("->")[0].split(",")
-        sizes = {
-            letter: size
-            for name, operand in zip(names, operands, strict=True)
-            for letter, size in zip(name, operand.shape, strict=True)
-        }
-        multiplications.append(math.prod(sizes.values()))
-        return einsum(equation, *operands)
-
-    def counting_attention(query, key, value):
-        multiplications.append(2 * math.prod(query.shape) * key.shape[1])
-        return attention(query, key, value)
-
-    keras.layers.Dense.call, keras.layers.Conv2D.call = counting_layer(dense), counting_layer(convolution)
-    keras.ops.einsum, backend.flash_attention = counting_einsum, counting_attention
-    try:
-        yield
-    finally:
-        keras.layers.Dense.call, keras.layers.Conv2D.call = dense, convolution
-        keras.ops.einsum, backend.flash_attention = einsum, attention
+    gigaflops = np.asarray(2 * side**3 / seconds / 1e9)
+    return lambda: gigaflops, None
 
 
 def _keras_cv(spec, inputs):

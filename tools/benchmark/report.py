@@ -55,6 +55,8 @@ def _calls_until_paid(with_xla, without, figures):
 
 def _cells(result, figures):
     case = f"{result['model']} {result['case']}"
+    if "correction" in result:
+        case += "*"
     if result["batch"] > 1:
         case += f" x{result['batch']}"
     if result["precision"] != "float32":
@@ -87,7 +89,10 @@ def line(result, figures):
 
 
 def table(results):
-    """All sides as a Markdown table, with what it was measured on."""
+    """All sides as a Markdown table, with what it was measured on.
+
+    Of a case whose figures were derived anew from the measured times, `correction` says what was wrong.
+    """
     lines = [
         "| case | side | seconds | × the first | 1st call: cold, warm | start: cold, warm "
         "| memory | GEMM | peak |",
@@ -100,6 +105,8 @@ def table(results):
             peak = f"{figures['share_of_peak']:.0%}" if "share_of_peak" in figures else ""
             lines.append(f"| {' | '.join([*cells[:5], starts, *cells[5:], peak])} |")
     lines += ["", *_pay_offs(results), ""]
+    corrections = dict.fromkeys(each["correction"] for each in results["results"] if "correction" in each)
+    lines += [line for text in corrections for line in (f"\\* {text}", "")]
     versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     device = results.get("accelerator") or f"{results['processor']}, {results['cores']} cores"
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in results["gemm_gflops"].items())
