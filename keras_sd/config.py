@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from keras_sd.errors import UserError
+from keras_sd.files import write_json
 
 
 class ConfigError(UserError):
@@ -91,7 +92,7 @@ class Config:
 
     def save(self, path):
         """Writes the config as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 def _tower_values(values, tower):

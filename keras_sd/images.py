@@ -3,13 +3,13 @@
 import math
 import re
 import textwrap
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from keras_sd.errors import UserError
+from keras_sd.files import replaced
 
 _CHUNK = "parameters"
 _NEGATIVE = "Negative prompt: "
@@ -98,16 +98,15 @@ def save_png(image, path, parameters=None):
     """Writes a picture as PNG.
 
     Args:
-        image: uint8 `(h, w, 3)`.
-        path: the file; its folder is made if there is none.
+        image: uint8 `(h, w, 3)`, or `(h, w)` in grey.
+        path: the file; its folder is made if there is none. An earlier one is replaced once this is on disk.
         parameters: how it was made, as `format_parameters` takes it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     information = PngInfo()
     if parameters is not None:
         information.add_text(_CHUNK, format_parameters(parameters))
-    Image.fromarray(np.asarray(image)).save(path, format="PNG", pnginfo=information)
+    with replaced(path) as staging:
+        Image.fromarray(np.asarray(image)).save(staging, format="PNG", pnginfo=information)
 
 
 def save_gif(frames, path, frame_rate=10.0):
@@ -118,11 +117,10 @@ def save_gif(frames, path, frame_rate=10.0):
         path: the file; its folder is made if there is none.
         frame_rate: pictures a second; a GIF counts in hundredths of a second.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = (Image.fromarray(frame) for frame in frames)
-    milliseconds = round(1000 / frame_rate)
-    first.save(path, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    options = {"append_images": others, "duration": round(1000 / frame_rate), "loop": 0}
+    with replaced(path) as staging:
+        first.save(staging, format="GIF", save_all=True, **options)
 
 
 def read_parameters(path):

@@ -9,6 +9,7 @@ from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
+from keras_sd.files import replaced_folder
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit, resized
 from keras_sd.loading import load_part
 from keras_sd.tasks import equal_batches
@@ -66,10 +67,10 @@ class Upscaler:
 
     def save(self, path, dtype=None):
         """Writes a folder with `unet/`, `scheduler/` and `low_res_scheduler/` in diffusers' layout."""
-        folder = Path(path)
-        write_part(folder, "unet", self.unet.config.to_dict(), torch_state(self.unet), dtype)
-        write_scheduler(folder / SCHEDULER, self.scheduler_config.to_dict())
-        write_scheduler(folder / LOW_RES_SCHEDULER, self.low_res_scheduler_config.to_dict())
+        with replaced_folder(path) as folder:
+            write_part(folder, "unet", self.unet.config.to_dict(), torch_state(self.unet), dtype)
+            write_scheduler(folder / SCHEDULER, self.scheduler_config.to_dict())
+            write_scheduler(folder / LOW_RES_SCHEDULER, self.low_res_scheduler_config.to_dict())
 
     def upscale(
         self,

@@ -27,7 +27,7 @@ from keras_sd.captions.vocabulary import Vocabulary, read_phrases
 from keras_sd.data.folders import METADATA, image_paths
 from keras_sd.data.images import read_picture
 from keras_sd.errors import UserError
-from keras_sd.weights.formats import write_json, write_text
+from keras_sd.files import write_json, write_text
 
 JOURNALS = ".captions"
 _SETTINGS = "settings.json"

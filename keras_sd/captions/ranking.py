@@ -5,6 +5,7 @@ import difflib
 import functools
 import hashlib
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,10 @@ class Clip:
         vectors = _read_vectors(path, len(phrases))
         if vectors is None:
             vectors = self.encode_texts(phrases)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, {"vectors": vectors})
+            try:
+                write_safetensors(path, {"vectors": vectors})
+            except UserError as error:
+                warnings.warn(f"{error}; they will be computed again", stacklevel=2)
         return vectors
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from keras_sd.errors import UserError
+from keras_sd.files import write_json, write_text
 
 BEGIN_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -213,13 +214,13 @@ class Tokenizer:
             "add_prefix_space": False,
             **special_tokens,
         }
-        _write_json(folder / "vocab.json", self.vocabulary, indent=None)
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "special_tokens_map.json", special_tokens)
+        write_json(folder / "vocab.json", self.vocabulary, indent=None)
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "special_tokens_map.json", special_tokens)
         if self.added_tokens:
-            _write_json(folder / "added_tokens.json", self.added_tokens)
+            write_json(folder / "added_tokens.json", self.added_tokens)
         merges = "".join(f"{first} {second}\n" for first, second in self.merges)
-        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        write_text(folder / "merges.txt", "#version: 0.2\n" + merges)
 
     @property
     def vocab_size(self):
@@ -367,7 +368,3 @@ def _read_tokenizer_json(path):
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     added_tokens = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     return model["vocab"], merges, added_tokens
-
-
-def _write_json(path, value, indent=2):
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

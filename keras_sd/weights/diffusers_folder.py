@@ -4,15 +4,14 @@ Read in every form in the wild: one file or shards, plain or of a variant ("fp16
 own. Written in one form: one safetensors file for each part.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from keras_sd.errors import UserError
+from keras_sd.files import replaced_folder, write_json
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_json, read_safetensors, write_json, write_safetensors
+from keras_sd.weights.formats import read_json, read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 INDEX = "model_index.json"
@@ -180,10 +179,7 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None):
         save_tokenizer: called with the folder of the tokenizer's files to write them, or None.
         dtype: as in `write_safetensors`.
     """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{os.getpid()}.partial"
-    try:
+    with replaced_folder(path, last=INDEX) as staging:
         for part, (config, tensors, _) in checkpoint.parts.items():
             write_part(staging, part, config, tensors, dtype)
         if save_tokenizer is not None:
@@ -193,13 +189,6 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None):
                 write_scheduler(staging / place, config)
         if "unet" in checkpoint.parts:
             write_json(staging / INDEX, _model_index(checkpoint))
-        files = [file for file in staging.rglob("*") if file.is_file()]
-        for file in sorted(files, key=lambda file: file.name == INDEX):  # the table of contents last
-            place = folder / file.relative_to(staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_scheduler(path, config):

@@ -1,9 +1,9 @@
-"""Files: safetensors and JSON, read with care and written whole or not at all."""
+"""Files of weights and configs: safetensors, read with care and written whole or not at all, and JSON."""
 
-import contextlib
 import json
 import mmap
 import os
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from keras_sd.errors import UserError
+from keras_sd.files import replaced
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -92,12 +93,15 @@ def write_safetensors(path, tensors, dtype=None):
     check_dtype(dtype)
     path = Path(path)
     arrays = {name: _convert(name, array, dtype) for name, array in tensors.items()}
-    with _staged(path) as staging:
+    with replaced(path) as staging:
         try:
             save_file(arrays, staging, metadata={"format": "pt"})
         except SafetensorError as error:
-            line = f"{path}: cannot be written ({error}); free some space or choose another place"
-            raise UserError(line) from error
+            # The library tells the operating system's error in its text only.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def check_dtype(dtype):
@@ -113,20 +117,6 @@ def _convert(name, array, dtype):
     if not np.isfinite(converted).all():
         raise UserError(f"{name}: holds values that are no finite {converted.dtype}; save as float32")
     return converted
-
-
-@contextlib.contextmanager
-def _staged(path):
-    """Yields a path beside `path` to write to, and gives it that name once it is on disk."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield staging
-        os.chmod(staging, 0o644)
-        with open(staging, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def read_json(path):
@@ -145,14 +135,3 @@ def read_json(path):
     if not isinstance(values, dict):
         raise UserError(f"{path}: no JSON dictionary; fetch it again")
     return values
-
-
-def write_json(path, values):
-    """Writes a dictionary as a JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path, text):
-    """Writes a text file, whole or not at all."""
-    with _staged(Path(path)) as staging:
-        staging.write_text(text, encoding="utf-8")

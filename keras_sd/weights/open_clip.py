@@ -13,11 +13,12 @@ import numpy as np
 
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
+from keras_sd.files import write_json
 from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
 from keras_sd.models.text_encoder import LEGACY_END_TOKEN_ID
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_json, read_safetensors, write_json, write_safetensors
+from keras_sd.weights.formats import read_json, read_safetensors, write_safetensors
 from keras_sd.weights.ldm_names import index_count
 from keras_sd.weights.rules import canonical_name
 from keras_sd.weights.torch_pickle import read_torch

@@ -1,0 +1,131 @@
+"""Files that are there whole or not at all: each is written under a temporary name, and renamed once it is on
+the disk. A full disk, a kill or a fault leaves what was there before.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from keras_sd.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ENDING = ".partial"
+
+
+@contextlib.contextmanager
+def replaced(path):
+    """Yields a temporary path in the folder of a file; what is written there becomes the file at the end.
+
+    Args:
+        path: the file; its folder is made if there is none. A link stays, and what it names is replaced. The
+            permissions of an earlier file stay too.
+
+    Raises:
+        UserError: the file cannot be written. Then, and at any other exception, nothing has changed.
+    """
+    place = Path(os.path.realpath(path))
+    staging = _temporary(place.parent)
+    try:
+        with _told_in_one_line(path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            # Some libraries give files of their own making other permissions.
+            mode = (place if place.exists() else staging).stat().st_mode
+            yield staging
+            os.chmod(staging, mode & 0o7777)
+            sync(staging)
+            os.replace(staging, place)
+            sync(place.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(path, last=None):
+    """Yields an empty temporary folder; what is written there gets its place in the folder `path` at the end.
+
+    Where there is no such folder yet, it appears at once. In an earlier one, files of these names are
+    replaced one after the other, and others stay.
+
+    Args:
+        path: the folder.
+        last: the name of the file that is replaced last, a table of contents.
+
+    Raises:
+        UserError: it cannot be written. Then, and at any other exception before the first file has got its
+            place, nothing has changed.
+    """
+    place = Path(os.path.realpath(path))
+    is_new = not place.exists()
+    staging = _temporary(place.parent if is_new else place)
+    try:
+        with _told_in_one_line(path):
+            staging.mkdir(parents=True)
+            yield staging
+            paths = sorted(staging.rglob("*"), key=lambda one: (one.name == last, one))
+            for one in (*paths, staging):
+                sync(one)
+            if is_new:
+                os.rename(staging, place)
+                sync(place.parent)
+                return
+            for file in (one for one in paths if one.is_file()):
+                target = place / file.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_text(path, text):
+    """Writes a text file in UTF-8, as `replaced` does."""
+    with replaced(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def write_json(path, values, indent=2):
+    """Writes a JSON file, as `replaced` does."""
+    write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _told_in_one_line(path):
+    """Turns the operating system's errors into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {write_fault(error)}") from error
+    except UserError as error:
+        # A file of a temporary folder, whose name nobody has given.
+        if isinstance(error.__cause__, OSError) and _ENDING in str(error):
+            raise UserError(f"{path}: {write_fault(error.__cause__)}") from error.__cause__
+        raise
+
+
+def write_fault(error):
+    """The fault and the remedy of an `OSError` that a file could not be written for."""
+    remedy = "free some space or choose another place" if error.errno in _FULL else "choose another place"
+    return f"cannot be written ({error.strerror}); {remedy}"
+
+
+def sync(path):
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot, for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(folder):
+    """A hidden name that no other process and no other thread takes, and that is short for any file."""
+    return folder / f".{secrets.token_hex(8)}{_ENDING}"
