@@ -47,7 +47,7 @@ install: $(VENV)/installed  ## Install keras-sd and what it needs into .venv
 	@echo 'Ready: $(BIN)/keras-sd --help'
 
 demo: $(VENV)/installed  ## Generate with the bundled model and fine-tune it (5 minutes)
-	$(BIN)/python -m keras_sd demo --output-dir demo $(ARGS)
+	$(BIN)/python -m keras_sd demo $(ARGS)
 
 train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the options
 	$(BIN)/python -m keras_sd.train $(ARGS)
@@ -66,10 +66,10 @@ lint: $(VENV)/installed-test  ## Check style and formatting
 	$(BIN)/python -m ruff format --check .
 
 bench: $(VENV)/installed-bench  ## Time XLA on and off, on TensorFlow and JAX (15 minutes)
-	$(BIN)/python tools/bench.py --output bench/xla.json $(ARGS)
+	$(BIN)/python tools/bench.py $(ARGS)
 
 bench-peers: $(VENV)/installed-bench-peers  ## Time diffusers, OpenVINO and KerasCV beside (40 minutes)
-	$(BIN)/python tools/bench.py --output bench/peers.json $(PEERS) $(ARGS)
+	$(BIN)/python tools/bench.py $(PEERS) $(ARGS)
 
 notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 	$(BIN)/python tools/run_notebooks.py $(ARGS)
@@ -77,6 +77,6 @@ notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 docs: $(VENV)/installed-docs  ## Build the documentation as HTML in build/docs
 	$(BIN)/python tools/make_docs.py $(ARGS)
 
-clean:  ## Remove builds and caches; .venv, runs/ and demo/ stay
+clean:  ## Remove builds and caches; .venv, runs/, demo/ and bench/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

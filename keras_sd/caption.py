@@ -1,7 +1,5 @@
 """The command that makes a data set out of a folder of pictures."""
 
-from pathlib import Path
-
 import click
 
 from keras_sd.captions import MODES, CaptionSettings, CleaningSettings, Vocabulary, workers
@@ -10,8 +8,8 @@ from keras_sd.captions.vocabulary import KINDS
 from keras_sd.data.folders import METADATA
 from keras_sd.data.images import check_image, read_image
 from keras_sd.errors import UserError
-from keras_sd.generate import check_output
 from keras_sd.images import image_grid, save_png
+from keras_sd.outputs import check_output
 
 _SHEET_PICTURES = 48
 _SHEET_SIDE = 128
@@ -65,7 +63,7 @@ def caption(
     (--remove-artists to --max-tokens) can be changed afterwards without describing the pictures again.
     """
     if contact_sheet is not None:
-        contact_sheet = check_output(contact_sheet, ".png")
+        contact_sheet = check_output(contact_sheet, ".png", overwrite=overwrite, remedy="remove it")
     settings, cleaning = _caption_settings(options), _cleaning_settings(options)
     clean = cleaning.prepare()
     captioned = CaptionedFolder(folder, settings, overwrite)
@@ -88,7 +86,7 @@ def caption(
                 caption_shard(captioned, shard_index, num_shards, names[0], threads, bar.update)
     summary = captioned.write(clean, txt)
     if contact_sheet is not None and summary.captions:
-        _write_sheet(captioned, summary, contact_sheet)
+        _write_sheet(captioned, summary, contact_sheet.free())
     _tell(captioned, summary)
 
 
@@ -165,5 +163,5 @@ def _write_sheet(captioned, summary, path):
     names = list(summary.captions)
     names = names[:: max(1, len(names) // _SHEET_PICTURES)][:_SHEET_PICTURES]
     pictures = [read_image(captioned.folder / name, _SHEET_SIDE) for name in names]
-    save_png(image_grid(pictures, [summary.captions[name] for name in names]), Path(path))
+    save_png(image_grid(pictures, [summary.captions[name] for name in names]), path)
     click.echo(path)

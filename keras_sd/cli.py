@@ -1,6 +1,5 @@
 """The command line: `keras-sd COMMAND`, or `python -m keras_sd COMMAND`."""
 
-import json
 from pathlib import Path
 
 import click
@@ -10,7 +9,9 @@ from keras_sd import __version__, presets
 from keras_sd.caption import caption
 from keras_sd.convert import convert
 from keras_sd.errors import run_command
-from keras_sd.generate import COMMANDS, check_output, open_model, sampling_options
+from keras_sd.files import write_json
+from keras_sd.generate import COMMANDS, open_model, sampling_options
+from keras_sd.outputs import check_output, check_output_folder, output_option
 from keras_sd.train import train
 
 
@@ -26,11 +27,11 @@ for command in (*COMMANDS, convert, caption, train):
 
 @cli.command()
 @click.argument("model", default="emoji")
-@click.option("--output", default="results.json", help="JSON file to write.")
+@output_option("results.json", "JSON file to write.")
 @sampling_options
-def evaluate(model, output, seed, guidance_scale, guidance_interval, reuse_interval, steps):
+def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, reuse_interval, steps):
     """Measure MODEL, a preset or a folder trained on the emoji pictures, and print the table."""
-    output = check_output(output, ".json")
+    output = check_output(output, ".json", default="results.json", overwrite=overwrite)
     pipeline = open_model(model)
     from tqdm import tqdm
 
@@ -45,17 +46,19 @@ def evaluate(model, output, seed, guidance_scale, guidance_interval, reuse_inter
         seed=seed,
         progress=lambda iterable, description: tqdm(iterable, desc=description),
     )
-    output.write_text(json.dumps({"model": model, **results}, indent=2) + "\n", encoding="utf-8")
     click.echo(format_table(results))
-    click.echo(output)
+    path = output.free()
+    write_json(path, {"model": model, **results})
+    click.echo(path)
 
 
 @cli.command()
-@click.option("--output-dir", default="demo", help="Folder to write to.")
-def demo(output_dir):
+@output_option("demo", "Folder to write to.", "--output-dir")
+def demo(output_dir, overwrite):
     """Make pictures with the emoji model, fine-tune it for a minute or two, and compare."""
-    folder = Path(output_dir)
-    check_output(folder / "before.png", ".png")
+    folder = check_output_folder(
+        output_dir, "demo", overwrite, is_own=lambda folder: (folder / "before.png").is_file()
+    )
     presets.find("emoji")
     from keras_sd.demo import run_demo
 

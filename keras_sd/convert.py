@@ -11,7 +11,9 @@ import click
 # Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd import presets
 from keras_sd.errors import UserError
-from keras_sd.generate import DTYPES, check_output
+from keras_sd.files import replaced_folder, write_json, write_text
+from keras_sd.generate import DTYPES
+from keras_sd.outputs import check_output, check_writable
 
 _SINGLE_FILE = ".safetensors"
 
@@ -47,7 +49,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     if open_clip and (verify or report is not None or _is_single_file(output)):
         raise UserError("--open-clip: writes a folder and compares nothing; leave out --verify and --report")
     if report is not None:
-        report = check_output(report, ".md" if Path(report).suffix.lower() == ".md" else ".json")
+        report = check_output(report, (".json", ".md"), overwrite=overwrite)
     from keras_sd import parity
     from keras_sd.loading import open_parts
     from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
@@ -62,8 +64,8 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
             click.echo(f"{name}: {_summary(part.tensors, dtype)}")
         tokenizer = opened.get("tokenizer")
         if open_clip:
-            output.mkdir(exist_ok=True)
-            write_open_clip(output / WEIGHTS_NAME, written, dtype, tokenizer and tokenizer.save)
+            with replaced_folder(output) as folder:
+                write_open_clip(folder / WEIGHTS_NAME, written, dtype, tokenizer and tokenizer.save)
             click.echo(output)
             return 0
         _write(output, written, tokenizer, dtype)
@@ -78,7 +80,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
         del written
         result = parity.compare(source, checkpoint, source_outputs, output, configs, notes)
     if report is not None:
-        _save_report(report, result)
+        _save_report(report.free(), result)
     click.echo(f"\n{result.to_markdown()}")
     return 0 if result.passes else 1
 
@@ -94,20 +96,17 @@ def _check_place(output, source, overwrite):
         raise UserError(
             f"{path}: {path.suffix} files are read, not written; name a folder or a {_SINGLE_FILE} file"
         )
+    check_writable(path)
     here, origin = path.resolve(), Path(source).resolve()
     if here == origin or here in origin.parents or (path.exists() and origin in here.parents):
         raise UserError(f"{path}: belongs to the source; choose another place")
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists; choose another place, or replace it with --overwrite")
     if _is_single_file(path):
-        return check_output(path, _SINGLE_FILE)
+        return check_output(output, _SINGLE_FILE, overwrite=overwrite).path
     if path.is_file():
         raise UserError(f"{path}: is a file; name a folder or a {_SINGLE_FILE} file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path if path.exists() else path.parent).close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    check_writable(path / "model_index.json")
     return path
 
 
@@ -174,7 +173,6 @@ def _write(output, checkpoint, tokenizer, dtype):
 def _write_configs(folder, checkpoint, tokenizer):
     """Writes what a single file does not hold as a folder in diffusers' layout, without the weights."""
     from keras_sd.weights.diffusers_folder import INDEX
-    from keras_sd.weights.formats import write_json
 
     for name, part in checkpoint.parts.items():
         (folder / name).mkdir()
@@ -192,4 +190,4 @@ def _save_report(path, report):
         text = f"# {report.source} as {report.output}, {report.date}\n\n{report.to_markdown(None)}"
     else:
         text = json.dumps(report.to_dict(), indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")

@@ -11,7 +11,8 @@ from keras_sd.data.datasets import batches, load_source
 from keras_sd.data.emoji import load_emoji
 from keras_sd.data.folders import METADATA
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.images import image_grid
+from keras_sd.files import write_json, write_text
+from keras_sd.images import image_grid, save_png
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.pipeline import StableDiffusion
@@ -115,7 +116,7 @@ def run_demo(
     )
     if "after" not in figures:
         return figures  # stopped by the reader
-    (folder / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", figures)
     report(folder, figures, time.perf_counter() - start, say)
     return figures
 
@@ -180,8 +181,7 @@ def examples_of(pictures, split):
 def save_grid(pipeline, path, num_steps):
     """Writes one picture of each prompt with its caption."""
     images = pipeline.text_to_image(list(PROMPTS), num_steps=num_steps, seed=0, **SAMPLING)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images, labels=PROMPTS, columns=4, scale=2)).save(path)
+    save_png(image_grid(images, labels=PROMPTS, columns=4, scale=2), path)
 
 
 def write_grey_pictures(folder, training_images, held_out_images):
@@ -193,9 +193,9 @@ def write_grey_pictures(folder, training_images, held_out_images):
     order = np.random.default_rng(0).permutation(len(emoji))
     held_out, training = np.split(order[: training_images + held_out_images], [held_out_images])
     for part, indices in ((folder, training), (folder / "validation", held_out)):
-        part.mkdir(parents=True, exist_ok=True)
         lines = []
         for one in (emoji[index] for index in indices):
-            Image.fromarray(one.load(IMAGE_SIZE)).convert("L").save(part / f"{one.code}.png")
+            grey = np.asarray(Image.fromarray(one.load(IMAGE_SIZE)).convert("L"))
+            save_png(grey, part / f"{one.code}.png")
             lines.append(json.dumps({"file_name": f"{one.code}.png", "text": one.captions[0]}) + "\n")
-        (part / METADATA).write_text("".join(lines), encoding="utf-8")
+        write_text(part / METADATA, "".join(lines))

@@ -1,6 +1,5 @@
 """The commands that make pictures: one for each task of `StableDiffusion`."""
 
-import tempfile
 from pathlib import Path
 
 import click
@@ -9,6 +8,7 @@ import click
 from keras_sd import presets
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import UserError
+from keras_sd.outputs import check_output, output_option
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -88,10 +88,6 @@ size_options = _decorated(
 num_images_option = click.option("--num-images", default=1, type=click.IntRange(1), help="Pictures to make.")
 
 
-def output_option(default):
-    return click.option("--output", default=default, help="PNG file to write.")
-
-
 @click.command()
 @click.argument("prompt")
 @output_option("image.png")
@@ -99,13 +95,15 @@ def output_option(default):
 @size_options
 @prompt_options
 @model_options()
-def generate(prompt, output, num_images, height, width, **options):
+def generate(prompt, num_images, height, width, **options):
     """Make pictures of PROMPT.
 
     One picture goes to the file named by --output. Of several, heart.png shows all side by side,
     and heart-0.png, heart-1.png, ... are the single ones. Each file says how it was made.
+    Without --output, files that are there already stay: image.png, image-1.png, ...
     """
-    output, pipeline, sampling = _prepare(output, options)
+    output = _check_pictures(options, num_images)
+    pipeline, sampling = _open(options)
     images = pipeline.text_to_image(prompt, num_images=num_images, height=height, width=width, **sampling)
     _save(pipeline, images, output, prompt, sampling)
 
@@ -119,10 +117,11 @@ def generate(prompt, output, num_images, height, width, **options):
 @size_options
 @prompt_options
 @model_options()
-def image_to_image(image, prompt, output, num_images, strength, height, width, **options):
+def image_to_image(image, prompt, num_images, strength, height, width, **options):
     """Make pictures of PROMPT that begin from the picture IMAGE."""
     pixels = _read_picture(image, height, width)
-    output, pipeline, sampling = _prepare(output, options)
+    output = _check_pictures(options, num_images)
+    pipeline, sampling = _open(options)
     images = pipeline.image_to_image(pixels, prompt, num_images=num_images, strength=strength, **sampling)
     _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
 
@@ -137,11 +136,12 @@ def image_to_image(image, prompt, output, num_images, strength, height, width, *
 @size_options
 @prompt_options
 @model_options()
-def inpaint(image, mask, prompt, output, num_images, strength, height, width, **options):
+def inpaint(image, mask, prompt, num_images, strength, height, width, **options):
     """Make anew what is white in MASK, a picture of IMAGE's size, as PROMPT says."""
     pixels = _read_picture(image, height, width)
     mask = _read_picture(mask, height, width, mode="L")
-    output, pipeline, sampling = _prepare(output, options)
+    output = _check_pictures(options, num_images)
+    pipeline, sampling = _open(options)
     images = pipeline.inpaint(pixels, mask, prompt, num_images=num_images, strength=strength, **sampling)
     _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
 
@@ -154,12 +154,13 @@ def inpaint(image, mask, prompt, output, num_images, strength, height, width, **
 @click.option("--noise-level", type=click.IntRange(0), help="0 stays close to IMAGE; the model's usual one.")
 @prompt_options
 @model_options("emoji-upscaler")
-def upscale(image, prompt, output, num_images, noise_level, **options):
+def upscale(image, prompt, num_images, noise_level, **options):
     """Make a larger picture of IMAGE: twice as large, or as an upscaler of Stable Diffusion's kind does.
 
     The bundled upscaler takes no PROMPT.
     """
     pixels = _read_picture(image)
+    output = _check_pictures(options, num_images)
     from keras_sd.upscaler import Upscaler
 
     folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
@@ -167,9 +168,9 @@ def upscale(image, prompt, output, num_images, noise_level, **options):
     if Upscaler.is_in(folder):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
-        _upscale_pixels(folder, pixels, check_output(output, ".png"), num_images, more, options)
+        _upscale_pixels(folder, pixels, output, num_images, more, options)
         return
-    output, pipeline, sampling = _prepare(output, options)
+    pipeline, sampling = _open(options)
     images = pipeline.upscale(pixels, prompt, num_images=num_images, **more, **sampling)
     _save(pipeline, images, output, prompt, sampling, {"Noise level": more.get("noise_level", 20)})
 
@@ -200,24 +201,25 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
 
 @click.command()
 @click.argument("prompts", nargs=-1, required=True)
-@click.option("--output", default="walk.gif", help="GIF, or PNG for a contact sheet.")
+@output_option("walk.gif", "GIF, or PNG for a contact sheet.")
 @click.option("--num-frames", default=24, type=click.IntRange(1), help="Frames of the whole walk.")
 @click.option("--frame-rate", default=10.0, type=click.FloatRange(1, 50), help="Frames a second of a GIF.")
 @size_options
 @prompt_options
 @model_options()
-def walk(prompts, output, num_frames, frame_rate, height, width, **options):
+def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
     """Walk from prompt to prompt; with one PROMPTS, round a circle of noises."""
-    suffix = ".png" if Path(output).suffix.lower() == ".png" else ".gif"
-    output, pipeline, sampling = _prepare(output, options, suffix)
+    output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
+    pipeline, sampling = _open(options)
     frames = pipeline.random_walk(list(prompts), num_frames, height=height, width=width, **sampling)
     from keras_sd.images import image_grid, save_gif, save_png
 
-    if suffix == ".gif":
-        save_gif(frames, output, frame_rate)
+    path = output.free()
+    if path.suffix.lower() == ".gif":
+        save_gif(frames, path, frame_rate)
     else:
-        save_png(image_grid(frames), output)
-    click.echo(output)
+        save_png(image_grid(frames), path)
+    click.echo(path)
 
 
 @click.command()
@@ -225,26 +227,38 @@ def walk(prompts, output, num_frames, frame_rate, height, width, **options):
 @output_option("image.png")
 @size_options
 @model_options()
-def reconstruct(image, output, height, width, **options):
+def reconstruct(image, height, width, **options):
     """Show what the autoencoder keeps of IMAGE."""
     pixels = _read_picture(image, height, width)
-    output = check_output(output, ".png")
+    output = _check_pictures(options)
     pipeline = open_model(**options)
     from keras_sd.images import save_png
 
-    save_png(pipeline.reconstruct(pixels)[0], output)
-    click.echo(output)
+    pixels = pipeline.reconstruct(pixels)[0]
+    path = output.free()
+    save_png(pixels, path)
+    click.echo(path)
 
 
 COMMANDS = (generate, image_to_image, inpaint, upscale, walk, reconstruct)
 
 
-def _prepare(output, options, suffix=".png"):
-    """Checks where the pictures go and opens the model: (output, pipeline, options of a task)."""
-    output = check_output(output, suffix)
+def _check_pictures(options, num_images=1):
+    """Takes --output and --overwrite out of the options, and checks that the pictures can be written."""
+    output, overwrite = options.pop("output"), options.pop("overwrite")
+
+    def singles(path):
+        indices = range(num_images) if num_images > 1 else ()
+        return [path.with_stem(f"{path.stem}-{index}") for index in indices]
+
+    return check_output(output, ".png", default="image.png", overwrite=overwrite, beside=singles)
+
+
+def _open(options):
+    """Opens the model that options name: the pipeline, and the options of a task."""
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
     model = {name: options.pop(name) for name in names}
-    return output, open_model(**model), {"num_steps": options.pop("steps"), **options}
+    return open_model(**model), {"num_steps": options.pop("steps"), **options}
 
 
 def _read_picture(path, height=None, width=None, mode="RGB"):
@@ -271,34 +285,12 @@ def _write(images, output, parameters):
     """Writes one picture, or a sheet of several and the single ones, with the parameters of each."""
     from keras_sd.images import image_grid, save_png
 
-    files = [(output, images[0] if len(images) == 1 else image_grid(images), 0)]
-    if len(images) > 1:
-        for index, image in enumerate(images):
-            files.append((output.with_stem(f"{output.stem}-{index}"), image, index))
+    path = output.free()
+    files = [(path, images[0] if len(images) == 1 else image_grid(images), 0)]
+    files += [(single, images[index], index) for index, single in enumerate(output.beside(path))]
     for path, image, index in files:
         save_png(image, path, parameters(index))
         click.echo(path)
-
-
-def check_output(path, suffix):
-    """Makes sure, before any long work, that a file can be written; makes its folder.
-
-    Raises:
-        UserError: another suffix, a folder of that name, or a place where nothing can be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a {suffix} file in it")
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{path}: not a {suffix} file; name it {path.with_suffix(suffix)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.open("ab").close()
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    return path
 
 
 def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):

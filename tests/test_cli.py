@@ -12,6 +12,7 @@ from keras_sd import cli
 from keras_sd.demo import run_demo
 from keras_sd.images import read_parameters
 from tests import tiny
+from tests.programs import Program
 
 # Any import of a backend, or of Keras, which brings one, ends in an ImportError.
 WITHOUT_BACKEND = """
@@ -59,6 +60,8 @@ def test_module_is_the_command():
     assert done.stdout.startswith("keras-sd, version 0.1.0")
 
 
+LONG = "x" * 300
+
 BAD_INPUT = [
     ("paint", "'paint'", "keras-sd --help"),
     ("train paint", "'paint'", "keras-sd train --help"),
@@ -73,6 +76,24 @@ BAD_INPUT = [
     ("generate heart --output .", ".: is a folder", "name a .png file"),
     ("generate heart --output file/heart.png", "file/heart.png", "choose another place"),
     ("generate heart --output /proc/heart.png", "/proc/heart.png", "choose another place"),
+    (f"generate heart --output {LONG}.png", "File name too long", "choose another place"),
+    (f"generate heart --output new/{LONG}/heart.png", "File name too long", "choose another place"),
+    ("generate heart --output new/heart.png/", "new/heart.png/: is a folder", "name a .png file"),
+    ("generate heart --output taken.png", "taken.png: exists", "--overwrite"),
+    ("generate heart --output more.png --num-images 2", "more-1.png: exists", "--overwrite"),
+    ("image-to-image taken.png heart --output taken.png", "taken.png: exists", "--overwrite"),
+    ("inpaint taken.png taken.png heart --output taken.png", "taken.png: exists", "--overwrite"),
+    ("upscale taken.png --output taken.png", "taken.png: exists", "--overwrite"),
+    ("walk a b --output taken.gif", "taken.gif: exists", "--overwrite"),
+    ("reconstruct taken.png --output taken.png", "taken.png: exists", "--overwrite"),
+    ("evaluate --output taken.json", "taken.json: exists", "--overwrite"),
+    ("convert emoji taken.safetensors", "taken.safetensors: exists", "--overwrite"),
+    ("convert emoji folder", "folder: exists", "--overwrite"),
+    ("convert emoji new --report taken.json", "taken.json: exists", "--overwrite"),
+    (f"convert emoji {LONG}", "File name too long", "choose another place"),
+    ("caption folder --contact-sheet taken.png", "taken.png: exists", "remove it"),
+    ("demo --output-dir folder", "folder: exists", "--overwrite"),
+    ("demo --output-dir folder --overwrite", "folder: holds something else", "another folder"),
     ("image-to-image heart.png", "PROMPT", "keras-sd image-to-image --help"),
     ("image-to-image none.png heart", "none.png", "no such image file"),
     ("image-to-image file heart", "file: not an image", "replace it by PNG"),
@@ -83,7 +104,7 @@ BAD_INPUT = [
     ("generate heart --lora-folder nowhere", "nowhere", "give a file"),
     ("reconstruct none.png", "none.png", "add it"),
     ("walk", "PROMPTS", "keras-sd walk --help"),
-    ("walk a b --output walk.mp4", "walk.mp4: not a .gif file", "walk.gif"),
+    ("walk a b --output walk.mp4", "walk.mp4: not a .gif or .png file", "walk.gif"),
     ("generate heart --model none.ckpt", "'none.ckpt'", "emoji"),
     ("evaluate emojis", "'emojis'", "emoji"),
     ("evaluate --output file/results.json", "file/results.json", "choose another place"),
@@ -110,9 +131,17 @@ print(json.dumps(answers))
 def answers_to_bad_input(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad-input")
     (folder / "file").write_text("not a folder")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "kept.txt").write_text("kept")
+    for name in ("taken.png", "taken.gif", "taken.json", "taken.safetensors", "more-1.png"):
+        Image.new("RGB", (16, 16)).save(folder / name, "PNG")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     lines = json.dumps([row[0] for row in BAD_INPUT])
     code, output, errors = run_python(WITHOUT_BACKEND + ALL_BAD_INPUT, lines, cwd=folder)
     assert code == 0, errors
+    # Nothing is written, and no folder made.
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["folder"]
     return json.loads(output)
 
 
@@ -210,6 +239,59 @@ def test_several_pictures_are_a_sheet_and_single_files(keras_sd_command, model, 
     assert np.stack(singles).shape == (3, 16, 16, 3) and len(np.unique(singles, axis=0)) == 3
     assert min(sheet.shape[:2]) > 16
     assert [read_parameters(tmp_path / name)["Seed"] for name in names] == ["0", "0", "1", "2"]
+
+
+def test_what_is_there_stays_or_is_overwritten(keras_sd_command, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", model, "--steps", 1, "--guidance-scale", 1)
+
+    def generate(*more):
+        code, output, errors = keras_sd_command("generate", "red heart", *options, *more)
+        assert code == 0, errors
+        return output.split()
+
+    assert generate() == ["image.png"]
+    first = Path("image.png").read_bytes()
+    assert generate("--num-images", 2) == ["image-1.png", "image-1-0.png", "image-1-1.png"]
+    Path("image-3-1.png").write_bytes(b"of someone else")
+    assert generate("--seed", 1) == ["image-2.png"]
+    assert generate("--num-images", 2) == ["image-4.png", "image-4-0.png", "image-4-1.png"]
+    assert Path("image.png").read_bytes() == first
+    assert generate("--seed", 1, "--output", "image.png", "--overwrite") == ["image.png"]
+    assert Path("image.png").read_bytes() == Path("image-2.png").read_bytes() != first
+    assert generate("--output", "-0.png") == ["-0.png"]
+    assert not list(tmp_path.glob(".*"))
+    walk = ("walk", "a", *options, "--num-frames", 2)
+    assert [keras_sd_command(*walk)[1].strip() for _ in range(2)] == ["walk.gif", "walk-1.gif"]
+
+
+ON_A_FULL_DISK = """if True:
+    import resource
+    from keras_sd.cli import main
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    main()
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_image(model, picture, tmp_path):
+    (tmp_path / "output").mkdir()
+    for name in ("image.png", "walk.gif"):
+        (tmp_path / "output" / name).write_text("earlier")
+    commands = {
+        "image.png": ["reconstruct", picture, "--height", 64, "--width", 64],
+        "walk.gif": ["walk", "heart", "--steps", 1, "--num-frames", 4],
+    }
+    for name, arguments in commands.items():
+        path = tmp_path / "output" / name
+        arguments += ["--model", model, "--output", path, "--overwrite"]
+        done = Program(["-c", ON_A_FULL_DISK, *arguments], KERAS_SD_CACHE="").finish()
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == (
+            f"keras-sd: error: {path}: cannot be written (File too large); "
+            "free some space or choose another place"
+        )
+    files = {path.name: path.read_text() for path in (tmp_path / "output").iterdir()}
+    assert files == {"image.png": "earlier", "walk.gif": "earlier"}
 
 
 @pytest.fixture

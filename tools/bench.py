@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from benchmark import report
 from benchmark.worker import SAMPLING_CASES
-from keras_sd.cli import check_output
 from keras_sd.errors import UserError, run_command
+from keras_sd.outputs import check_output, overwrite_option
 from machine import accelerator, description, peak_gflops
 
 TOOLS = Path(__file__).resolve().parent
@@ -284,7 +284,12 @@ def installed_backends():
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--output", default="bench/xla.json", help="JSON file to write; a table and a plot go beside.")
+@click.option(
+    "--output",
+    show_default="bench/xla.json, or bench/peers.json, numbered if there is one",
+    help="JSON file to write; a table and a plot go beside.",
+)
+@overwrite_option
 @click.option("--models", default="emoji,sd15", type=Choices(MODELS), help=f"Of {', '.join(MODELS)}.")
 @click.option("--cases", default="", type=Choices(CASES), help=f"Of {', '.join(CASES)}; the usual ones.")
 @click.option(
@@ -310,6 +315,7 @@ def installed_backends():
 @click.option("--cache-dir", help="Compiled programs; sides are then started once, with what is there.")
 def bench(
     output,
+    overwrite,
     models,
     cases,
     backends,
@@ -324,7 +330,13 @@ def bench(
     cache_dir,
 ):
     """Time models with XLA on and off, on TensorFlow and JAX, and beside other libraries."""
-    output = check_output(output, ".json")
+    place = check_output(
+        output,
+        ".json",
+        default="bench/peers.json" if peers else "bench/xla.json",
+        overwrite=overwrite,
+        beside=lambda path: [path.with_suffix(".md"), path.with_suffix(".png")],
+    )
     if size % 64:
         raise UserError(f"--size {size}: no multiple of 64; use {size // 64 * 64}")
     if not backends:
@@ -336,6 +348,7 @@ def bench(
     emoji = model_folder("emoji", weights_dir)
     results["gemm_gflops"] = {name: gemm_ceiling(emoji, backends, name) for name in precisions}
     results["results"] = []
+    output = place.free()
 
     with tqdm(total=sum(len(each) for _, each in plan), unit="side", dynamic_ncols=True) as bar:
 

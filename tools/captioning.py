@@ -24,9 +24,10 @@ from tqdm import tqdm
 from keras_sd.captions.dataset import JOURNALS
 from keras_sd.captions.journal import count_lines, read_journal
 from keras_sd.captions.ranking import top_k
-from keras_sd.cli import check_output
 from keras_sd.data.emoji import load_emoji
 from keras_sd.errors import run_command
+from keras_sd.files import write_json
+from keras_sd.outputs import check_output, output_option
 from machine import description
 
 PACKAGES = ("keras_sd", "open_clip_torch", "torch", "numpy")
@@ -161,12 +162,12 @@ def exact_search():
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--output", default="benchmarks/captions.json", help="JSON file to write.")
+@output_option("benchmarks/captions.json", "JSON file to write.")
 @click.option("--kills", default=20, type=click.IntRange(1), help="SIGKILLs of a run.")
 @click.option("--rounds", default=3, type=click.IntRange(1), help="Runs of each side of a comparison.")
-def measure(output, kills, rounds):
+def measure(output, overwrite, kills, rounds):
     """Measure names found, workers, batches, kills and exact search; 10 minutes."""
-    output = check_output(output, ".json")
+    output = check_output(output, ".json", default="benchmarks/captions.json", overwrite=overwrite)
     emoji = load_emoji()
     names = dict.fromkeys(e.captions[0] for e in emoji if e.code == e.concept)
     training = [e for e in emoji if e.split == "train" and e.code == e.concept]
@@ -188,7 +189,9 @@ def measure(output, kills, rounds):
             "batches": compare(many, place, batches, rounds, "batch size 1 and 32"),
             "workers": compare(many, place, workers, rounds, "1 and 2 workers"),
         }
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = output.free()
+    write_json(path, results)
+    click.echo(path)
     click.echo(json.dumps({name: results[name] for name in ("names", "search", "kills")}, indent=2))
     for name in ("batches", "workers"):
         click.echo(f"{name}: {results[name]['pictures_per_second']}, ratio {results[name]['ratio']:.2f}")

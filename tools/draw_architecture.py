@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from keras_sd.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "keras_sd"
 OUTPUT = ROOT / "docs" / "images" / "architecture.svg"
@@ -172,7 +174,7 @@ def draw(imports):
 @click.command()
 def main():
     """Writes the diagram that README.md shows."""
-    OUTPUT.write_text(draw(read_imports()), encoding="utf-8")
+    write_text(OUTPUT, draw(read_imports()))
     click.echo(OUTPUT.relative_to(ROOT))
 
 

@@ -6,7 +6,6 @@ DDIM's of the same prompts and seeds, and measured as `keras-sd evaluate` does: 
 how often prompts get what they ask for.
 """
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,8 +15,9 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from keras_sd.cli import check_output
 from keras_sd.errors import UserError, run_command
+from keras_sd.files import write_json
+from keras_sd.outputs import check_output, output_option
 from machine import description
 
 SETTINGS = {"num_steps": 30, "guidance_scale": 5.0, "sampler": "ddim"}
@@ -145,10 +145,10 @@ def table(rows):
 @click.command(context_settings={"show_default": True})
 @click.option("--lora", help="LoRA distilled for the sampler lcm, which is left out without one.")
 @click.option("--prompts", default=120, type=click.IntRange(4, 200), help="Prompts of each kind.")
-@click.option("--output", default="benchmarks/fewer-evaluations.json", help="JSON file to write.")
-def fewer_evaluations(lora, prompts, output):
+@output_option("benchmarks/fewer-evaluations.json", "JSON file to write.")
+def fewer_evaluations(lora, prompts, output, overwrite):
     """Measure sampling with fewer evaluations of the network."""
-    output = check_output(output, ".json")
+    output = check_output(output, ".json", default="benchmarks/fewer-evaluations.json", overwrite=overwrite)
     if lora is not None and not Path(lora).exists():
         raise UserError(f"{lora}: no such LoRA; give a file, or a folder that holds one")
     bench = Bench(lora, prompts)
@@ -168,9 +168,10 @@ def fewer_evaluations(lora, prompts, output):
         "pictures_timed": BATCH,
         "rows": rows,
     }
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     click.echo(table(rows))
-    click.echo(output)
+    path = output.free()
+    write_json(path, results)
+    click.echo(path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import click
 import numpy as np
 
 from keras_sd.errors import run_command
+from keras_sd.files import write_json
+from keras_sd.outputs import check_output, overwrite_option
 
 # A fruit that Twemoji does not have, and a combination that the bundled model has not seen.
 SUBJECT, SUBJECT_CLASS = "e0c4", "fruit"
@@ -33,15 +35,17 @@ def output_option(command):
 
 @finetuning.command()
 @click.argument("folder")
-def pictures(folder):
+@overwrite_option
+def pictures(folder, overwrite):
     """Write FOLDER/subject, four views of a new symbol, and FOLDER/word, one picture that is held out."""
     from PIL import Image
 
     from keras_sd.data.emoji import draw_openmoji, load_emoji
+    from keras_sd.images import save_png
 
     subject, word = Path(folder) / "subject", Path(folder) / "word"
-    for place in (subject, word):
-        place.mkdir(parents=True, exist_ok=True)
+    for place in (subject / "0.png", word / f"{UNSEEN}.png"):
+        check_output(place, ".png", overwrite=overwrite)
     drawing = Image.fromarray(draw_openmoji(SUBJECT, 256))
     views = ((0, 1.0, 0, 0), (15, 0.9, -8, 6), (-15, 0.8, 10, -8), (30, 0.9, 4, 10))
     for index, (degrees, scale, right, down) in enumerate(views):
@@ -49,9 +53,10 @@ def pictures(folder):
         view = Image.new("RGB", (256, 256), "white")
         turned = drawing.resize((size, size)).rotate(degrees, Image.Resampling.BICUBIC, fillcolor="white")
         view.paste(turned, ((256 - size) // 2 + right, (256 - size) // 2 + down))
-        view.resize((64, 64), Image.Resampling.LANCZOS).save(subject / f"{index}.png")
+        view = view.resize((64, 64), Image.Resampling.LANCZOS)
+        save_png(np.asarray(view), subject / f"{index}.png")
     unseen = next(emoji for emoji in load_emoji() if emoji.code == UNSEEN)
-    Image.fromarray(unseen.load(64)).save(word / f"{UNSEEN}.png")
+    save_png(unseen.load(64), word / f"{UNSEEN}.png")
 
 
 @finetuning.command()
@@ -197,7 +202,6 @@ def _save(output, name, picture):
     from keras_sd.images import save_png
 
     folder = Path(output).parent / "finetuning"
-    folder.mkdir(parents=True, exist_ok=True)
     save_png(picture, folder / f"{name}.png")
 
 
@@ -209,8 +213,7 @@ def _add(output, name, figures):
         package: importlib.metadata.version(package) for package in ("keras_sd", "keras", "tensorflow")
     }
     results[name] = figures | {"date": datetime.date.today().isoformat(), "versions": versions}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(path, results)
     click.echo(json.dumps({name: figures}, indent=2))
 
 

@@ -21,6 +21,7 @@ from pdoc.render_helpers import formatter, to_html
 import keras_sd
 from keras_sd.cli import cli
 from keras_sd.errors import UserError, run_command
+from keras_sd.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,7 @@ API, COMMANDS = "api/index.html", "commands.html"
 
 # The commands have a page of their own; the other two are a program each, not for import.
 NOT_PUBLIC = (
-    *("__main__", "cli", "generate", "convert", "caption", "demo", "reference_outputs"),
+    *("__main__", "cli", "outputs", "generate", "convert", "caption", "demo", "reference_outputs"),
     *("train", "train_options", "train_from_scratch"),
     *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
 )
@@ -74,11 +75,10 @@ def write_page(output, name, title, body, titles):
         for place, entry in entries.items()
     )
     style = STYLE + formatter.get_style_defs()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(
+    write_text(
+        target,
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{style}</style></head><body><nav><ul>{items}</ul></nav><main>{body}</main></body></html>\n",
-        encoding="utf-8",
     )
 
 

@@ -10,6 +10,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from keras_sd.errors import run_command
+from keras_sd.files import replaced
+from keras_sd.outputs import check_output, overwrite_option
+
 
 def read_curves(path):
     """Reads `metrics.jsonl` into name -> (steps, values)."""
@@ -28,9 +32,11 @@ def smoothed(values, window):
 
 @click.command()
 @click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-def main(run_folder, output):
+@click.argument("output")
+@overwrite_option
+def main(run_folder, output, overwrite):
     """Plots RUN_FOLDER's loss, and beside it whatever its evaluations measured, to OUTPUT."""
+    place = check_output(output, ".png", overwrite=overwrite)
     curves = read_curves(run_folder / "logs" / "metrics.jsonl")
     steps, losses = curves.pop("loss")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -43,8 +49,9 @@ def main(run_folder, output):
     right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
-    figure.savefig(output, dpi=150)
+    with replaced(place.free()) as staging:
+        figure.savefig(staging, dpi=150, format="png")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "plot_run.py")

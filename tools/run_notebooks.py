@@ -6,7 +6,6 @@ next (times of execution, versions of the kernel, ids of cells) is left out, so 
 """
 
 import ast
-import os
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from keras_sd.errors import UserError, run_command
+from keras_sd.files import replaced
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -121,10 +121,8 @@ def run_notebook(source, output, smallest=False):
     if smallest:
         _set_parameters(notebook, source.stem, SMALLEST.get(source.stem, {}))
     execute(notebook, source)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".unfinished")
-    nbformat.write(notebook, unfinished)
-    os.replace(unfinished, output)
+    with replaced(output) as staging:
+        nbformat.write(notebook, staging)
 
 
 def read_script(source):

@@ -9,17 +9,19 @@ from PIL import Image
 
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import run_command
+from keras_sd.outputs import check_output, output_option
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--output", default="docs/images/samplers.png", help="PNG file to write.")
+@output_option("docs/images/samplers.png")
 @click.option("--model", default="emoji", help="Preset, hub id, folder or file.")
 @click.option("--prompt", default="face with sunglasses", help="Text of all pictures.")
 @click.option("--steps", default=(3, 5, 10, 20, 50), multiple=True, type=int, help="Numbers of steps.")
 @click.option("--guidance-scale", default=5.0)
 @click.option("--seed", default=0)
-def sampler_grid(output, model, prompt, steps, guidance_scale, seed):
+def sampler_grid(output, overwrite, model, prompt, steps, guidance_scale, seed):
     """One row for each sampler, one column for each number of steps."""
+    output = check_output(output, ".png", default="docs/images/samplers.png", overwrite=overwrite)
     from keras_sd import StableDiffusion
     from keras_sd.images import image_grid, save_png
 
@@ -39,8 +41,9 @@ def sampler_grid(output, model, prompt, steps, guidance_scale, seed):
             images.append(np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.LANCZOS)))
             labels.append(f"{sampler.name}, {num_steps}")
         click.echo(name)
-    save_png(image_grid(images, labels, columns=len(steps)), output)
-    click.echo(output)
+    path = output.free()
+    save_png(image_grid(images, labels, columns=len(steps)), path)
+    click.echo(path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What the benchmark says of its figures: a line for each side, a table, a plot and JSON."""
 
-import json
-
 from benchmark.worker import SAMPLING_CASES
+from keras_sd.files import replaced, write_json, write_text
 
 HEAD = (
     "case                   side                       seconds  ratio  first call cold, warm   memory  GEMM"
@@ -133,8 +132,8 @@ def _pay_offs(results):
 
 def write(output, results):
     """Writes the JSON and the table beside it."""
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(table(results), encoding="utf-8")
+    write_json(output, results)
+    write_text(output.with_suffix(".md"), table(results))
 
 
 def plot(path, results):
@@ -158,7 +157,8 @@ def plot(path, results):
     for panel, result in zip(panels[:, 0], cases, strict=True):
         _draw_case(panel, result)
     panels[-1, 0].set_xlabel("time of a call as a multiple of the first side's: median, fastest to slowest")
-    figure.savefig(path, dpi=110)
+    with replaced(path) as staging:
+        figure.savefig(staging, dpi=110, format="png")
     plt.close(figure)
 
 
