@@ -52,7 +52,11 @@ _SHEET_SIDE = 128
 @click.option("--max-tokens", type=click.IntRange(2), help="Longest caption in CLIP's tokens; cut at commas.")
 @click.option("--txt", is_flag=True, help="Write a .txt beside each picture too.")
 @click.option("--contact-sheet", help="PNG file for pictures with their captions.")
-@click.option("--overwrite", is_flag=True, help="Replace captions of another model, mode or vocabulary.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace captions of another model, mode or vocabulary, and your own.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def caption(
     folder, devices, threads, num_shards, shard_index, txt, contact_sheet, overwrite, dry_run, **options
@@ -61,6 +65,7 @@ def caption(
 
     A run that was killed goes on where it was when the same command is given again. Cleaning
     (--remove-artists to --max-tokens) can be changed afterwards without describing the pictures again.
+    Captions that were there before or have been changed by hand stay, unless --overwrite is given.
     """
     if contact_sheet is not None:
         contact_sheet = check_output(contact_sheet, ".png", overwrite=overwrite, remedy="remove it")
@@ -136,6 +141,7 @@ def _tell_plan(captioned, missing, shard_index, num_shards):
     click.echo(f"shard {shard_index} of {num_shards}: {len(missing)} to describe, {len(faults)} unreadable")
     for fault in faults.values():
         click.echo(f"  {fault}")
+    click.echo(f"{len(captioned.by_hand.names)} captions of your own are kept")
     for name, value in captioned.settings.identity().items():
         click.echo(f"{name.replace('_', ' ')}: {value}")
 
@@ -154,6 +160,13 @@ def _tell(captioned, summary):
         click.echo(f"{removed} artists removed: {common}{' …' if len(summary.artists) > 3 else ''}")
     if summary.cut:
         click.echo(f"{summary.cut} phrases left out for the sake of length")
+    if summary.kept or summary.removed:
+        kept = f"{summary.kept} captions of your own kept"
+        removed = f", {summary.removed} that you took out left out" if summary.removed else ""
+        click.echo(f"{kept}{removed}; replace them with --overwrite")
+    if captioned.by_hand.others:
+        number, first = len(captioned.by_hand.others), min(captioned.by_hand.others)
+        click.echo(f"{number} captions of your own are of pictures that are not there, such as {first!r}")
     if not summary.captions:
         raise UserError(f"{captioned.folder}: no picture could be captioned; see the lines above")
     click.echo(captioned.folder / METADATA)

@@ -7,136 +7,27 @@ killed goes on where it was, and cleaning can be changed without describing a pi
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import gc
 import json
 import os
-import shutil
 from pathlib import Path
 
 from PIL import Image
 
 from keras_sd.cache import cache_root
+from keras_sd.captions.by_hand import ByHand, Written, read_lines, text_path, with_caption
 from keras_sd.captions.captioner import Captioner
-from keras_sd.captions.cleaning import Cleaner
-from keras_sd.captions.interrogator import MODES, Interrogator, check_vocabulary
+from keras_sd.captions.interrogator import Interrogator
 from keras_sd.captions.journal import Journal, count_lines, read_journal
-from keras_sd.captions.keywords import keywords
 from keras_sd.captions.ranking import Clip
-from keras_sd.captions.vocabulary import Vocabulary, read_phrases
+from keras_sd.captions.settings import CaptionSettings, CleaningSettings
 from keras_sd.data.folders import METADATA, image_paths
 from keras_sd.data.images import read_picture
 from keras_sd.errors import UserError
 from keras_sd.files import write_json, write_text
 
 JOURNALS = ".captions"
-_SETTINGS = "settings.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionSettings:
-    """How captions are made.
-
-    Attributes:
-        mode: one of `interrogator.MODES`.
-        clip: as in `ranking.Clip`.
-        captioner: as in `captioner.Captioner`, or None.
-        vocabulary: file for each of `vocabulary.KINDS` that is wanted; empty, `clip-interrogator`'s own.
-        maximum_phrases: most phrases of a caption.
-        batch_size: pictures at a time.
-        low_memory: has the captioner go over all pictures before CLIP is loaded.
-    """
-
-    mode: str = "best"
-    clip: str = "ViT-L-14/openai"
-    captioner: str | None = "Salesforce/blip-image-captioning-large"
-    vocabulary: dict[str, str] = dataclasses.field(default_factory=dict)
-    maximum_phrases: int = 32
-    batch_size: int = 16
-    low_memory: bool = False
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise UserError(f"mode {self.mode!r}: unknown; use {', '.join(MODES)}")
-        if self.mode == "caption" and self.captioner is None:
-            raise UserError("mode caption: is the captioner's sentence alone; name a captioner")
-
-    @functools.cached_property
-    def lists(self):
-        """The `Vocabulary`, read when first asked for and checked for the mode.
-
-        Raises:
-            UserError: as `Vocabulary.read`, or it has nothing for the mode.
-        """
-        if self.mode == "caption":
-            return Vocabulary()
-        vocabulary = Vocabulary.read(**self.vocabulary)
-        check_vocabulary(vocabulary, self.mode)
-        return vocabulary
-
-    def identity(self):
-        """What captions of one data set have in common."""
-        identity = {"mode": self.mode, "captioner": self.captioner}
-        if self.mode != "caption":
-            identity |= {"clip": self.clip, "vocabulary": self.lists.digest()}
-            identity |= {"maximum_phrases": self.maximum_phrases}
-        return identity
-
-
-@dataclasses.dataclass(frozen=True)
-class CleaningSettings:
-    """What is done to captions before they are written; the order and the reasons are `cleaning.Cleaner`'s.
-
-    Attributes:
-        artists: names to be removed, or the path of a file of them; None leaves artists in.
-        patterns: regular expressions of what is to be removed.
-        product_type: such as "whisky"; stands in every caption.
-        introductions: JSON lines with `file_name` and `text`, a product's introduction for a picture.
-        keywords: how many significant words of it are added.
-        maximum_tokens: longest caption in CLIP's tokens, without the marks of begin and end.
-    """
-
-    artists: tuple[str, ...] | str | None = None
-    patterns: tuple[str, ...] = ()
-    product_type: str | None = None
-    introductions: str | None = None
-    keywords: int = 5
-    maximum_tokens: int | None = None
-
-    def prepare(self):
-        """What cleans a caption: a function of a picture's name and its caption that gives a `Cleaned`.
-
-        Raises:
-            UserError: a pattern is no regular expression; a file of names or of introductions cannot be read.
-        """
-        count_tokens = None if self.maximum_tokens is None else _token_count()
-        artists = read_phrases(self.artists) if isinstance(self.artists, str) else self.artists
-        cleaner = Cleaner(artists, self.patterns, self.product_type, self.maximum_tokens, count_tokens)
-        words = {}
-        if self.introductions is not None:
-            texts = _read_introductions(Path(self.introductions))
-            words = dict(zip(texts, keywords(list(texts.values()), self.keywords), strict=True))
-        return lambda name, caption: cleaner(caption, words.get(name, ()))
-
-
-def _token_count():
-    from keras_sd.models.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.clip()
-    return lambda text: len(tokenizer.encode([text])[0])
-
-
-def _read_introductions(path):
-    try:
-        lines = [
-            json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-        return {line["file_name"]: str(line["text"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); "
-            'write lines such as {"file_name": "image.png", "text": "..."}, in UTF-8'
-        ) from error
+_SETTINGS, _WRITTEN = "settings.json", "written.json"
 
 
 @dataclasses.dataclass
@@ -150,6 +41,8 @@ class Summary:
         passed_over: fault by file name.
         artists: how often each name was removed.
         cut: phrases left out for the sake of length.
+        kept: captions that were there before or have been changed by hand, and stay.
+        removed: pictures whose line was taken out by hand, and that stay without one.
     """
 
     pictures: int
@@ -158,6 +51,8 @@ class Summary:
     passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
     artists: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     cut: int = 0
+    kept: int = 0
+    removed: int = 0
 
 
 class CaptionedFolder:
@@ -166,7 +61,8 @@ class CaptionedFolder:
     Args:
         folder: the folder, which `metadata.jsonl` and `.captions` are written into.
         settings: a `CaptionSettings`.
-        overwrite: begin anew where there are captions of another kind.
+        overwrite: begin anew where there are captions of another kind, and replace what people have written
+            or changed.
 
     Raises:
         UserError: there is no picture, or there are captions of another model, mode or vocabulary.
@@ -179,6 +75,7 @@ class CaptionedFolder:
         self.names = [self._name(path) for path in paths]
         self.journals = self.folder / JOURNALS
         self._stale = self._check_settings()
+        self.by_hand = self._find_by_hand()
 
     def _name(self, path):
         return path.relative_to(self.folder).as_posix()
@@ -197,19 +94,31 @@ class CaptionedFolder:
             differing = [name for name in identity | found if identity.get(name) != found.get(name)]
             if not differing:
                 return False
-            fault = f"holds captions of another {', '.join(differing).replace('_', ' ')}"
-        elif (self.folder / METADATA).exists():
-            fault = f"holds a {METADATA} that was not made here"
-        else:
-            return False
-        if not self.overwrite:
-            raise UserError(f"{self.folder}: {fault}; use another folder, or replace them with --overwrite")
-        return True
+            if self.overwrite or not self._has_texts():
+                return True
+            kind = ", ".join(differing).replace("_", " ")
+            raise UserError(
+                f"{self.folder}: holds captions of another {kind}; "
+                "use another folder, or replace them with --overwrite"
+            )
+        return False
+
+    def _has_texts(self):
+        """Whether anything has been said of any picture; nothing is lost otherwise."""
+        return any("text" in entry for path in self.journals.glob("*.jsonl") for entry in read_journal(path))
+
+    def _find_by_hand(self):
+        if self.overwrite:
+            return ByHand()
+        return Written(self.folder, self.journals / _WRITTEN).by_hand(self.names)
 
     def begin(self):
         """Makes the folder of journals, empty of those of other settings."""
         if self._stale:
-            shutil.rmtree(self.journals, ignore_errors=True)
+            for path in self.journals.glob("*.jsonl"):
+                with Journal(path):  # refuses where another run is at work
+                    path.unlink()
+            (self.journals / _SETTINGS).unlink(missing_ok=True)
             self._stale = False
         self.journals.mkdir(exist_ok=True)
         if not (self.journals / _SETTINGS).exists():
@@ -230,11 +139,12 @@ class CaptionedFolder:
         return count_lines(self.journals)
 
     def missing(self, shard_index=0, num_shards=1, kind="captions"):
-        """The names of a shard's pictures that nothing has been said of."""
+        """The names of a shard's pictures that nothing has been said of, by a model or by hand."""
         if not 0 <= shard_index < num_shards:
             raise UserError(f"shard {shard_index} of {num_shards}: out of range; count shards from 0")
         texts, _ = self.described(kind)
-        return [name for name in self.names[shard_index::num_shards] if name not in texts]
+        known = texts.keys() | self.by_hand.names
+        return [name for name in self.names[shard_index::num_shards] if name not in known]
 
     def journal(self, shard_index, num_shards, kind="captions"):
         """The `Journal` of a shard."""
@@ -242,6 +152,9 @@ class CaptionedFolder:
 
     def write(self, clean=None, text_files=False):
         """Cleans what has been said and writes `metadata.jsonl`, once every picture was looked at.
+
+        Lines and text files that people have written or changed stay, as does the lack of a line that they
+        have taken out. The text file of a picture whose line nobody has changed says what goes into it.
 
         Args:
             clean: what `CleaningSettings.prepare` gives; None writes what the models said.
@@ -253,42 +166,84 @@ class CaptionedFolder:
         clean = clean or CleaningSettings().prepare()
         texts, faults = self.described()
         faults |= self.outside
-        missing = [name for name in self.names if name not in texts and name not in faults]
-        summary = Summary(len(self.names) + len(self.outside), {}, len(missing), dict(sorted(faults.items())))
+        own = self.by_hand = self._find_by_hand()  # again, as describing takes long
+        known = texts.keys() | faults.keys() | own.names
+        missing = [name for name in self.names if name not in known]
+        faults = {name: fault for name, fault in sorted(faults.items()) if name not in own.names}
+        summary = Summary(len(self.names) + len(self.outside), {}, len(missing), faults)
         if missing:
             return summary
+        cleaned = {name: clean(name, texts[name]) for name in self.names if name in texts}
         for name in self.names:
-            if name in texts:
-                cleaned = clean(name, texts[name])
-                summary.artists.update(cleaned.artists)
-                summary.cut += cleaned.cut
-                if cleaned.text:
-                    summary.captions[name] = cleaned.text
-                else:
-                    summary.passed_over[name] = f"{name}: nothing is left of its caption; clean it less"
-        lines = [
-            json.dumps({"file_name": n, "text": t}, ensure_ascii=False) for n, t in summary.captions.items()
-        ]
-        write_text(self.folder / METADATA, "".join(f"{line}\n" for line in lines))
-        if text_files:
-            for name, text in summary.captions.items():
-                write_text((self.folder / name).with_suffix(".txt"), text + "\n")
+            caption = self._caption(name, cleaned.get(name), summary)
+            if caption:
+                summary.captions[name] = caption
+        self._write(summary.captions, {name: one.text for name, one in cleaned.items()}, text_files)
         return summary
 
+    def _caption(self, name, cleaned, summary):
+        """The caption of a picture, or None; counts in the summary what it is."""
+        own = self.by_hand
+        if name in own.removed:
+            summary.removed += 1
+            return None
+        theirs = own.captions.get(name) or own.texts.get(name)
+        if theirs and (cleaned is None or theirs != cleaned.text):
+            summary.kept += 1
+            return theirs
+        if cleaned is None:
+            return None
+        summary.artists.update(cleaned.artists)
+        summary.cut += cleaned.cut
+        if not cleaned.text:
+            summary.passed_over[name] = f"{name}: nothing is left of its caption; clean it less"
+        return cleaned.text
+
+    def _write(self, captions, said, text_files):
+        """Writes `metadata.jsonl`, and text files where they are not someone's own.
+
+        Args:
+            captions: caption by file name.
+            said: what the models said, cleaned, by file name.
+        """
+        own, lines = self.by_hand, self._lines()
+        content = [
+            with_caption(lines.get(name, json.dumps({"file_name": name}, ensure_ascii=False)), caption)
+            for name, caption in captions.items()
+        ]
+        content = "".join(f"{line}\n" for line in [*content, *own.others.values()])
+        kept = {name for name, caption in own.captions.items() if caption != said.get(name)}
+        names = [name for name in captions if text_files and own.texts.get(name) in (None, said.get(name))]
+        texts = {name: f"{captions[name]}\n" for name in names}
+        written = Written(self.folder, self.journals / _WRITTEN)
+        ours = {name: caption for name, caption in captions.items() if name not in kept}
+        written.begin(ours, texts, own.removed | kept)
+        places = {self.folder / METADATA: content}
+        places |= {text_path(self.folder, name): text for name, text in texts.items()}
+        for place, text in places.items():
+            if not place.exists() or place.read_bytes() != text.encode():
+                write_text(place, text)
+        written.end()
+
+    def _lines(self):
+        """The lines that there are; those of a damaged file are given up with `overwrite` alone."""
+        try:
+            return read_lines(self.folder / METADATA)
+        except UserError:
+            if not self.overwrite:
+                raise
+            return {}
+
     def check_text_files(self):
-        """Makes sure that `.txt` files may be written.
+        """Makes sure that no two pictures would share a text file.
 
         Raises:
-            UserError: two pictures would share one, or there is one already that was not made here.
+            UserError: two would.
         """
-        places = collections.Counter((self.folder / name).with_suffix(".txt") for name in self.names)
+        places = collections.Counter(text_path(self.folder, name) for name in self.names)
         place, count = places.most_common(1)[0]
         if count > 1:
             raise UserError(f"{place}: would be the caption of {count} pictures; rename all but one of them")
-        if not self.overwrite and not (self.journals / _SETTINGS).exists():
-            found = next((place for place in places if place.exists()), None)
-            if found:
-                raise UserError(f"{found}: exists; move it away, or replace captions with --overwrite")
 
 
 def caption_folder(folder, settings=None, cleaning=None, **options):

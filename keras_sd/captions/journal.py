@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import filelock
 
@@ -26,7 +27,12 @@ class Journal:
 
     def __enter__(self):
         try:
-            self._lock.acquire(timeout=_PATIENCE)
+            try:
+                self._lock.acquire(timeout=min(_PATIENCE, 1))
+            except filelock.Timeout:
+                line = f"{self.path}: another run is at work on this shard; waiting {_PATIENCE} s for its end"
+                warnings.warn(line, stacklevel=2)
+                self._lock.acquire(timeout=_PATIENCE)
         except filelock.Timeout as error:
             raise UserError(
                 f"{self.path}: another run is at work on this shard; wait for it, or choose another shard"

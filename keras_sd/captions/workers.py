@@ -81,6 +81,7 @@ def _start(captioned, index, count, device, threads):
     work = {
         "folder": str(captioned.folder),
         "settings": dataclasses.asdict(captioned.settings),
+        "overwrite": captioned.overwrite,
         "shard": {"shard_index": index, "num_shards": count, "device": device, "threads": threads},
     }
     worker = subprocess.Popen(
@@ -101,7 +102,7 @@ def main():
     """One worker."""
     work = json.load(sys.stdin)
     try:
-        captioned = CaptionedFolder(work["folder"], CaptionSettings(**work["settings"]))
+        captioned = CaptionedFolder(work["folder"], CaptionSettings(**work["settings"]), work["overwrite"])
         caption_shard(captioned, **work["shard"])
     except UserError as error:
         print(f"worker: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_sd.captions.by_hand import Written
 from keras_sd.captions.dataset import CaptionedFolder, CaptionSettings, CleaningSettings
 from keras_sd.data.folders import FolderSource
 from keras_sd.errors import UserError
@@ -214,23 +215,122 @@ def test_bad_input(described, place, more, fault):
     assert {path: path.read_bytes() for path in described.rglob("*") if path.is_file()} == before
 
 
-def test_others_captions_are_not_overwritten(tmp_path):
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "mine"}\n')
+@pytest.fixture
+def captioned_by_hand(tmp_path):
+    """A folder that captions of people were in before: a.png's, and those of pictures that are not there."""
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"text": "mine",  "file_name": "./a.png"}\n'
+        '{"file_name": "b.png", "label": 3}\n'
+        '{"file_name": "later.png", "text": "mine too"}\n'
+    )
+    (tmp_path / "c.txt").write_text("my own\n")
+    return tmp_path
+
+
+def test_captions_that_were_there_stay(captioned_by_hand):
     settings = CaptionSettings("caption", captioner="blip")
-    with pytest.raises(UserError, match="not made here; use another folder"):
-        CaptionedFolder(tmp_path, settings)
-    assert CaptionedFolder(tmp_path, settings, overwrite=True).missing() == ["a.png"]
-    assert "mine" in (tmp_path / "metadata.jsonl").read_text()
+    captioned = CaptionedFolder(captioned_by_hand, settings)
+    assert captioned.missing() == ["b.png"]
+    captioned.begin()
+    with captioned.journal(0, 1) as journal:
+        journal.append([{"file_name": "b.png", "text": "a bottle"}])
+    for _ in range(2):
+        code, output, errors = caption(captioned_by_hand, *SENTENCES, "--txt")
+        assert code == 0, errors
+        assert "2 captions of your own kept; replace them with --overwrite\n" in output
+        assert "1 captions of your own are of pictures that are not there, such as 'later.png'" in output
+        assert (captioned_by_hand / "metadata.jsonl").read_text().splitlines() == [
+            '{"text": "mine",  "file_name": "./a.png"}',
+            '{"file_name": "b.png", "label": 3, "text": "a bottle"}',
+            '{"file_name": "c.png", "text": "my own"}',
+            '{"file_name": "later.png", "text": "mine too"}',
+        ]
+        texts = [(captioned_by_hand / f"{name}.txt").read_text() for name in "abc"]
+        assert texts == ["mine\n", "a bottle\n", "my own\n"]
+    (captioned_by_hand / "c.txt").write_text("better")
+    caption(captioned_by_hand, *SENTENCES)
+    assert read_lines(captioned_by_hand / "metadata.jsonl")["c.png"] == "better"
+    assert CaptionedFolder(captioned_by_hand, settings, overwrite=True).missing() == ["a.png", "c.png"]
 
 
-def test_text_files_are_not_overwritten_or_shared(tmp_path):
+def test_corrected_captions_stay(described):
+    def run(*more):
+        code, output, errors = caption(described, *SENTENCES, *more)
+        assert code == 0, errors
+        return output, read_lines(described / "metadata.jsonl")
+
+    said = {"a.png": "a bottle, by Claude Monet, 8k", "b.png": "a cup", "c.png": "by Claude Monet"}
+    output, captions = run("--txt")
+    assert captions == said and "your own" not in output
+    corrected = json.dumps({"file_name": "a.png", "text": "a green bottle"})
+    (described / "metadata.jsonl").write_text(f'{corrected}\n{{"file_name": "b.png", "text": "a cup"}}\n')
+    for word in ("tea", "coffee"):
+        output, captions = run("--product-type", word, "--txt")
+        assert captions == {"a.png": "a green bottle", "b.png": f"{word}, a cup"}
+        line = "1 captions of your own kept, 1 that you took out left out; replace them with --overwrite\n"
+        assert line in output
+    assert (described / "a.txt").read_text() == "a green bottle\n"
+    assert (described / "b.txt").read_text() == "coffee, a cup\n"
+    output, captions = run("--overwrite", "--txt")
+    assert captions == said and "your own" not in output
+    assert run()[1] == said
+
+
+def test_a_kill_while_captions_are_written_makes_them_nobodys_own(described):
+    caption(described, *SENTENCES)
+    written = Written(described, described / ".captions" / "written.json")
+    before = (described / "metadata.jsonl").read_text()
+    new = {"a.png": "new", "b.png": "new", "c.png": "new", "d.png": "new"}
+    written.begin(new, {}, ())
+    for text in (before, "".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in new.items())):
+        (described / "metadata.jsonl").write_text(text)
+        own = Written(described, described / ".captions" / "written.json").by_hand(
+            ["a.png", "b.png", "d.png"]
+        )
+        assert not own.names and not own.others
+
+
+def test_captions_of_an_earlier_version_are_taken_for_ours_where_they_are_the_same(described):
+    caption(described, *SENTENCES)
+    (described / ".captions" / "written.json").unlink()
+    (described / "metadata.jsonl").write_text(
+        (described / "metadata.jsonl").read_text().replace("a cup", "a mug")
+    )
+    assert "1 captions of your own kept" in caption(described, *SENTENCES)[1]
+    _, output, _ = caption(described, *SENTENCES, "--product-type", "tea")
+    assert read_lines(described / "metadata.jsonl") == {
+        "a.png": "tea, a bottle, by Claude Monet, 8k",
+        "b.png": "a mug",
+        "c.png": "tea, by Claude Monet",
+    }
+
+
+def test_a_folder_in_which_nothing_was_described_is_free(place, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    code, _, errors = caption(tmp_path, *options(place, "--clip", place / "names.txt"))
+    assert code == 2 and "no such model" in errors
+    assert CaptionedFolder(tmp_path, CaptionSettings("caption", captioner="blip")).missing() == ["a.png"]
+    code, _, errors = caption(tmp_path, *options(place))
+    assert code == 0, errors
+    with pytest.raises(UserError, match="holds captions of another mode"):
+        CaptionedFolder(tmp_path, CaptionSettings("caption", captioner="blip"))
+
+
+def test_damaged_captions_are_told_or_replaced(described):
+    (described / "metadata.jsonl").write_text("mine\n")
+    code, _, errors = caption(described, *SENTENCES)
+    assert code == 2 and "metadata.jsonl, line 1" in errors and len(errors.splitlines()) == 1
+    code, _, errors = caption(described, *SENTENCES, "--overwrite")
+    assert code == 0 and len(read_lines(described / "metadata.jsonl")) == 3
+
+
+def test_text_files_are_not_shared(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (32, 32)).save(tmp_path / name)
-    (tmp_path / "a.txt").write_text("mine")
     settings = CaptionSettings("caption", captioner="blip")
-    with pytest.raises(UserError, match=r"a.txt: exists"):
-        CaptionedFolder(tmp_path, settings).check_text_files()
+    CaptionedFolder(tmp_path, settings).check_text_files()
     Image.new("RGB", (32, 32)).save(tmp_path / "b.jpg")
     with pytest.raises(UserError, match=r"b.txt: would be the caption of 2 pictures"):
         CaptionedFolder(tmp_path, settings).check_text_files()

@@ -1,0 +1,168 @@
+"""What people have written or changed in a folder of captions, told apart from what was written here.
+
+Digests of what was written are kept in `.captions/written.json`. What has another digest, or none, is
+someone's own: a caption in `metadata.jsonl` or in the text file of a picture, or a line that was taken out.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+
+from keras_sd.data.folders import METADATA
+from keras_sd.errors import UserError
+from keras_sd.files import write_json
+
+_LINES, _TEXTS = "metadata", "txt"
+
+
+@dataclasses.dataclass
+class ByHand:
+    """What is someone's own.
+
+    Attributes:
+        captions: caption in `metadata.jsonl` by file name of the picture.
+        texts: content of the text file, stripped, by file name of the picture.
+        removed: file names whose line was taken out.
+        others: lines of pictures that are not in the folder, by file name.
+    """
+
+    captions: dict[str, str] = dataclasses.field(default_factory=dict)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    removed: set[str] = dataclasses.field(default_factory=set)
+    others: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self):
+        """File names of the pictures that need no other caption."""
+        return self.captions.keys() | self.texts.keys() | self.removed
+
+
+class Written:
+    """The digests of what was written.
+
+    Args:
+        folder: the folder of pictures.
+        path: the file that keeps them.
+    """
+
+    def __init__(self, folder, path):
+        self.folder, self.path = folder, path
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            found = {}  # then all that is there counts as someone's own
+        # None stands for a caption that was there, and was someone's own.
+        self._kept = {kind: found.get(kind, {}) for kind in (_LINES, _TEXTS)}
+        # Of a run that was killed while it wrote: nobody knows how far it came.
+        self._begun = found.get("begun", {})
+
+    def by_hand(self, names):
+        """A `ByHand` of those pictures.
+
+        Raises:
+            UserError: `metadata.jsonl` or a text file cannot be read.
+        """
+        lines, own = read_lines(self.folder / METADATA), ByHand()
+        for name in names:
+            if name in lines:
+                caption = caption_of(lines[name])
+                if caption and not self._is_ours(_LINES, name, caption):
+                    own.captions[name] = caption
+            elif lines and name in self._kept[_LINES]:
+                own.removed.add(name)
+            text = read_text_file(text_path(self.folder, name))
+            if text and text.strip() and not self._is_ours(_TEXTS, name, text):
+                own.texts[name] = text.strip()
+        for name in lines.keys() - set(names):
+            if not self._is_ours(_LINES, name, caption_of(lines[name])):
+                own.others[name] = lines[name]
+        return own
+
+    def _is_ours(self, kind, name, content):
+        digests = self._kept[kind].get(name), self._begun.get(kind, {}).get(name)
+        return _digest(content) in digests
+
+    def begin(self, captions, texts, own):
+        """Remembers what is about to be written.
+
+        Args:
+            captions: caption by file name.
+            texts: content of the text file by file name.
+            own: file names whose caption, or its lack, is someone's own.
+        """
+        self._begun = {_LINES: _digests(captions) | dict.fromkeys(own), _TEXTS: _digests(texts)}
+        write_json(self.path, {**self._kept, "begun": self._begun}, indent=None)
+
+    def end(self):
+        """Remembers that it has been."""
+        self._kept = {_LINES: self._begun[_LINES], _TEXTS: self._kept[_TEXTS] | self._begun[_TEXTS]}
+        self._begun = {}
+        write_json(self.path, self._kept, indent=None)
+
+
+def read_lines(path):
+    """The lines of a `metadata.jsonl`, if there is one, by the file name that each is of.
+
+    Raises:
+        UserError: a line is none of a picture, or the second of one.
+    """
+    remedy = "correct it, or replace the captions with --overwrite"
+    lines = {}
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            name = PurePosixPath(json.loads(line)["file_name"]).as_posix()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f'{path}, line {number}: no JSON object with "file_name"; {remedy}') from error
+        if name in lines:
+            raise UserError(f"{path}, line {number}: second caption for {name!r}; {remedy}")
+        lines[name] = line.strip()
+    return lines
+
+
+def text_path(folder, name):
+    """The text file of a picture."""
+    return (Path(folder) / name).with_suffix(".txt")
+
+
+def read_text_file(path):
+    """What a text file says, or None if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); save it as UTF-8, or move it away") from error
+
+
+def with_caption(line, caption):
+    """A line of `metadata.jsonl` with a caption; what else it says stays."""
+    if caption_of(line) == caption:
+        return line
+    return json.dumps({**json.loads(line), "text": caption}, ensure_ascii=False)
+
+
+def caption_of(line):
+    """The caption in a line of `metadata.jsonl`; empty where it has none."""
+    text = json.loads(line).get("text")
+    return text.strip() if isinstance(text, str) else ""
+
+
+def _digests(contents):
+    return {name: _digest(content) for name, content in contents.items()}
+
+
+def _digest(content):
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
