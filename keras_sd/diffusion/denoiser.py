@@ -113,6 +113,8 @@ class Denoiser:
             UserError: an unknown sampler or a number out of range; on the call, before the first step.
             ValueError: the sampler draws noise, and there are no streams.
         """
+        if not 0 <= guidance_scale < float("inf"):
+            raise UserError(f"guidance_scale {guidance_scale}: out of range; use a number from 0; 1 is none")
         if not 0 <= guidance_rescale <= 1:
             raise UserError(f"guidance_rescale {guidance_rescale}: out of range; use 0 (none) to 1")
         start, end = guidance_interval
@@ -123,6 +125,7 @@ class Denoiser:
                 f"reuse_interval {reuse_interval!r}: out of range; use a whole number from 1 (no reuse)"
             )
         tables = find_sampler(sampler).tables(self.schedule, num_steps, eta, first_step)
+        self._check_predictable(tables.rows)
         if streams is None and any(row.draws for row in tables.rows):
             raise ValueError(f"sampler {sampler!r} draws noise; give streams")
         if guidance_scale == 1:
@@ -150,6 +153,14 @@ class Denoiser:
         # `steps` multiplies by the start.
         signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
         return add_noise(sample, noise, signal_rate, noise_rate)
+
+    def _check_predictable(self, rows):
+        """Refuses levels at which a prediction of noise tells no sample, as the signal rate is 0 there."""
+        if self.schedule.prediction_type == "epsilon" and any(row.level[0] == 0 for row in rows):
+            raise UserError(
+                "prediction_type epsilon: with rescale_betas_zero_snr the last timestep holds noise alone, "
+                "from which predicted noise gives no sample; use v_prediction, or timestep_spacing leading"
+            )
 
     def _run(self, tables, latents, guidance, guided, kinds, channels, known, streams):
         latents = ops.convert_to_numpy(latents) * np.float32(tables.start)

@@ -47,3 +47,17 @@ class NoiseSchedule:
         self.alphas_cumprod = signal_rates**2
         self.signal_rates = signal_rates.astype("float32")
         self.noise_rates = np.sqrt(1.0 - self.alphas_cumprod).astype("float32")
+
+    def check_learnable(self):
+        """Refuses epsilon with a zero terminal SNR: its last timestep teaches nothing of the sample (Lin et
+        al., 2023, section 3.3), and min-SNR weights are 0 / 0 there.
+
+        Raises:
+            UserError: the schedule is of that kind.
+        """
+        if self.prediction_type == "epsilon" and not self.signal_rates[-1]:
+            raise UserError(
+                "prediction_type epsilon: cannot be trained with rescale_betas_zero_snr, whose last timestep "
+                "is noise alone; train v_prediction (--prediction-type), or take rescale_betas_zero_snr out "
+                "of scheduler_config.json"
+            )

@@ -31,10 +31,12 @@ def add_lora(model, rank, alpha, *, everywhere=False):
             projections of attention.
 
     Raises:
-        UserError: the rank is not positive, or the model has no such layer.
+        UserError: the rank or alpha is not positive, or the model has no such layer.
     """
     if rank < 1:
         raise UserError(f"rank {rank}: too small; give at least 1")
+    if not 0 < alpha < float("inf"):
+        raise UserError(f"alpha {alpha}: out of range; give more than 0")
     if isinstance(model, TextEncoder):
         targets = TEXT_ALL if everywhere else TEXT_ATTENTION
     else:

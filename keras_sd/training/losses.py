@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.diffusion import prediction
+from keras_sd.errors import UserError
 from keras_sd.models.layers import dense
 
 
@@ -62,10 +63,16 @@ class DiffusionObjective(Objective):
         schedule: `NoiseSchedule`.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
         text_encoder: the one that turns `token_ids` into the context, or None.
+
+    Raises:
+        UserError: what is predicted cannot be learned with this schedule, or gamma is out of range.
     """
 
     def __init__(self, unet, schedule, min_snr_gamma=None, text_encoder=None, **kwargs):
         super().__init__(**kwargs)
+        schedule.check_learnable()
+        if min_snr_gamma is not None and not 0 < min_snr_gamma < float("inf"):
+            raise UserError(f"min_snr_gamma {min_snr_gamma}: out of range; use more than 0, such as 5")
         self.unet = unet
         self.text_encoder = text_encoder
         self.prediction_type = schedule.prediction_type
