@@ -40,7 +40,7 @@ def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, 
     results = evaluate_emoji(
         pipeline,
         num_steps=steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=pipeline.defaults.guidance_scale if guidance_scale is None else guidance_scale,
         guidance_interval=guidance_interval,
         reuse_interval=reuse_interval,
         seed=seed,

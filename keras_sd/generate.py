@@ -26,7 +26,12 @@ def _decorated(*options):
 
 sampling_options = _decorated(
     click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
-    click.option("--guidance-scale", default=5.0, help="1 switches guidance off."),
+    click.option(
+        "--guidance-scale",
+        type=float,
+        show_default="the model's own; usually 7.5",
+        help="How much the prompt is followed; 1 switches guidance off.",
+    ),
     click.option(
         "--guidance-interval",
         default=(0.0, 1.0),
@@ -258,7 +263,10 @@ def _open(options):
     """Opens the model that options name: the pipeline, and the options of a task."""
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
     model = {name: options.pop(name) for name in names}
-    return open_model(**model), {"num_steps": options.pop("steps"), **options}
+    pipeline = open_model(**model)
+    if options["guidance_scale"] is None:
+        options["guidance_scale"] = pipeline.defaults.guidance_scale
+    return pipeline, {"num_steps": options.pop("steps"), **options}
 
 
 def _read_picture(path, height=None, width=None, mode="RGB"):

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_sd import backend, presets
 from keras_sd.adapters import Adapters
+from keras_sd.defaults import ModelDefaults
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.samplers import find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -40,6 +41,7 @@ class StableDiffusion(Tasks):
         clip_head: dictionary of the arrays "text_projection.weight" `(projection, width)` and
             "logit_scale" that belong to the image encoder, or None.
         low_res_scheduler_config: the schedule of the noise on an upscaler's low-resolution picture, or None.
+        defaults: `keras_sd.defaults.ModelDefaults` of the model; the usual ones by default.
         name: what pictures say they were made by.
         batch_size: the most pictures made at a time; more are made in turns of equal size.
         jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
@@ -58,6 +60,7 @@ class StableDiffusion(Tasks):
         image_encoder=None,
         clip_head=None,
         low_res_scheduler_config=None,
+        defaults=None,
         name="keras_sd",
         batch_size=8,
         jit_compile=True,
@@ -66,6 +69,7 @@ class StableDiffusion(Tasks):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
         self.image_encoder, self.clip_head = image_encoder, clip_head
+        self.defaults = defaults or ModelDefaults()
         self.name, self.batch_size = name, batch_size
         self._weights_file = None
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
@@ -131,7 +135,8 @@ class StableDiffusion(Tasks):
             raise UserError(
                 f"{path}: has no {' and no '.join(missing)}; give a whole model, and single parts beside it"
             )
-        model = cls(**open_parts(checkpoint, dtype, partial), name=source.resolve().name, **options)
+        options |= {"defaults": ModelDefaults.load(source), "name": source.resolve().name}
+        model = cls(**open_parts(checkpoint, dtype, partial), **options)
         model._weights_file = checkpoint.parts["unet"].source
         return model
 
@@ -159,7 +164,9 @@ class StableDiffusion(Tasks):
                 raise UserError(f"{path}: a single file has no place for learned words; name a folder")
             single_file.write_single_file(path, checkpoint, dtype)
         else:
-            diffusers_folder.write_folder(path, checkpoint, self.tokenizer.save, dtype)
+            diffusers_folder.write_folder(
+                path, checkpoint, self.tokenizer.save, dtype, write_more=self.defaults.save
+            )
 
     @functools.cached_property
     def model_hash(self):

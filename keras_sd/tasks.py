@@ -52,7 +52,7 @@ class Tasks:
         negative_prompt=None,
         num_images=1,
         num_steps=30,
-        guidance_scale=7.5,
+        guidance_scale=None,
         sampler="ddim",
         seed=0,
         height=None,
@@ -71,7 +71,8 @@ class Tasks:
             num_images: pictures for each prompt. Picture i of all is drawn from `seed` + i and is the same
                 alone or in a batch, up to rounding.
             num_steps: steps for a picture, 1 to the schedule's number of timesteps.
-            guidance_scale: how much the prompt is to be followed; 1 leaves guidance out, in half the time.
+            guidance_scale: how much the prompt is to be followed; 1 leaves guidance out, in half the time. By
+                default the model's own (`keras_sd.defaults`), usually 7.5.
             sampler: a name in `keras_sd.diffusion.samplers.SAMPLERS`.
             height, width: in pixels, multiples of the VAE's factor (8); by default what the model was
                 trained on.
@@ -289,6 +290,7 @@ class Tasks:
         begin=None,
         strength=1.0,
         num_steps=30,
+        guidance_scale=None,
         sampler="ddim",
         progress=True,
         **options,
@@ -301,6 +303,8 @@ class Tasks:
                 streams; returns what else `denoise` is to be given, "noise" to begin with in place of the
                 drawn one, and "sample", the latents that `strength` leaves something of.
         """
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
         grid = {"sampler": sampler, "num_steps": num_steps, "first_step": _first_step(strength, num_steps)}
         batches = equal_batches(len(seeds), self.batch_size)
         images = []
@@ -318,6 +322,7 @@ class Tasks:
                     negative[batch],
                     streams=streams,
                     on_step=on_step,
+                    guidance_scale=guidance_scale,
                     **grid,
                     **given,
                     **options,

@@ -15,7 +15,7 @@ PACKAGE = Path(keras_sd.__file__).parent
 
 # From the ground up; a module imports from its own row and the rows above it.
 LAYERS = (
-    {"errors", "files", "config", "cache", "backend"},
+    {"errors", "files", "config", "defaults", "cache", "backend"},
     {"models"},
     {"diffusion", "weights", "images", "prompts"},
     {

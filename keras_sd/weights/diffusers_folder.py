@@ -167,7 +167,7 @@ def write_part(folder, part, config, tensors, dtype=None):
     write_json(directory / "config.json", config)
 
 
-def write_folder(path, checkpoint, save_tokenizer=None, dtype=None):
+def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=None):
     """Writes a `Checkpoint` as a folder that diffusers opens too.
 
     All files are on disk before the first one takes its place, so that an end in the middle of the work, or
@@ -178,6 +178,7 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None):
         checkpoint: what to write. Without a UNet it becomes a folder of single parts.
         save_tokenizer: called with the folder of the tokenizer's files to write them, or None.
         dtype: as in `write_safetensors`.
+        write_more: called with the folder to write further files at its top, or None.
     """
     with replaced_folder(path, last=INDEX) as staging:
         for part, (config, tensors, _) in checkpoint.parts.items():
@@ -187,6 +188,8 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None):
         for place, config in ((SCHEDULER, checkpoint.scheduler), (LOW_RES_SCHEDULER, _low_res(checkpoint))):
             if config is not None:
                 write_scheduler(staging / place, config)
+        if write_more is not None:
+            write_more(staging)
         if "unet" in checkpoint.parts:
             write_json(staging / INDEX, _model_index(checkpoint))
 
