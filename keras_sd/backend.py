@@ -322,6 +322,24 @@ def compiles_for_processor(tensor):
     return isinstance(tensor, jax.core.Tracer) and jax.default_backend() == "cpu"
 
 
+def multiplies_bfloat16():
+    """Whether the device that computes has units for bfloat16: TPUs, NVIDIA's GPUs since Ampere, AMD's."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        devices = tf.config.list_physical_devices("GPU")
+        details = tf.config.experimental.get_device_details(devices[0]) if devices else {}
+        return details.get("compute_capability", (0, 0)) >= (8, 0)
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        return device.platform == "tpu"
+    capability = str(getattr(device, "compute_capability", "0"))
+    # AMD's have names in place of numbers.
+    return capability.startswith("gfx9") or (capability[:1].isdigit() and float(capability) >= 8)
+
+
 def has_flash_attention(query):
     """Whether there is `flash_attention` for this query `(n, tokens, heads, head_size)`.
 

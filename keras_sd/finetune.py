@@ -1,17 +1,25 @@
-"""The commands that fine-tune a model on captioned pictures: all of the UNet, or low-rank updates."""
-
-import functools
+"""The commands that fine-tune a model on captioned images: all of the UNet, or low-rank updates."""
 
 import click
 
 from keras_sd.train_options import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SMALL_IMAGE,
+    decorated,
     evaluation_options,
     evenly,
     example_sets,
+    image_size_of,
+    inference_steps_option,
+    model_option,
     open_pipeline,
+    prepare,
+    refuse_unused,
     run_options,
-    settings_of,
-    sources_of,
+    snr_gamma_option,
 )
 
 pretrained_option = click.option(
@@ -21,43 +29,58 @@ pretrained_option = click.option(
     help="Preset, hub id, folder or file.",
 )
 validation_option = click.option(
-    "--validation-prompts", multiple=True, help="A prompt of the sample grid; may be repeated."
+    "--validation-prompts",
+    multiple=True,
+    help="A prompt of the sample grid; may be repeated. Some of the captions by default.",
 )
 
 
-def captioned_options(command):
-    """The options of methods that train on captioned pictures."""
-    options = [
+def captioned_options(method):
+    """The options of methods that train on captioned images."""
+    return decorated(
         pretrained_option,
+        snr_gamma_option,
         click.option(
-            "--snr-gamma", type=float, help="Gamma of min-SNR weighting; 5 is usual. Off by default."
+            "--noise-offset",
+            default=0.0,
+            show_default=True,
+            type=NOT_NEGATIVE,
+            help="Noise that is the same all over a channel; 0.1 is usual.",
         ),
-        click.option("--noise-offset", default=0.0, help="Noise that is the same all over; 0.1 is usual."),
         click.option(
-            "--input-perturbation", default=0.0, help="More noise on the input than is the target; 0.1."
+            "--input-perturbation",
+            default=0.0,
+            show_default=True,
+            type=NOT_NEGATIVE,
+            help="More noise on the input than is the target; 0.1 is usual.",
         ),
         click.option(
             "--proportion-empty-prompts",
             default=0.1,
             show_default=True,
+            type=SHARE,
             help="Captions left out, for guidance.",
         ),
         validation_option,
-        click.option("--guidance-scale", default=5.0, show_default=True, help="Guidance of the samples."),
+        model_option(method, "guidance_scale"),
         evaluation_options(),
-    ]
-    return functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
+    )
+
+
+def rank_options(rank):
+    """Rank and alpha of low-rank updates, with this rank by default."""
+    return decorated(
+        click.option("--rank", default=rank, show_default=True, type=COUNT, help="Rank of the updates."),
+        click.option(
+            "--lora-alpha", type=POSITIVE, help="Updates are scaled by alpha / rank; the rank by default."
+        ),
+    )
 
 
 def low_rank_options(*, rank, layers):
     """The options of low-rank updates, with these values by default."""
-    options = [
-        click.option(
-            "--rank", default=rank, show_default=True, type=click.IntRange(1), help="Rank of the updates."
-        ),
-        click.option(
-            "--lora-alpha", type=float, help="Updates are scaled by alpha / rank; the rank by default."
-        ),
+    return decorated(
+        rank_options(rank),
         click.option(
             "--lora-layers",
             default=layers,
@@ -65,13 +88,36 @@ def low_rank_options(*, rank, layers):
             type=click.Choice(["attention", "all"]),
             help="Projections of attention, or all linear layers and the residual blocks' convolutions.",
         ),
-    ]
-    return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
+    )
+
+
+def subject_options(method, prompt):
+    """The options of methods that show what they have learned of one subject.
+
+    Args:
+        prompt: what is drawn where no prompt is given, for the help.
+    """
+    return decorated(
+        click.option(
+            "--validation-prompts",
+            multiple=True,
+            help=f"A prompt of the sample grid; may be repeated. {prompt} by default.",
+        ),
+        click.option(
+            "--num-validation-images",
+            default=4,
+            show_default=True,
+            type=COUNT,
+            help="Samples for each of these prompts.",
+        ),
+        inference_steps_option(30),
+        model_option(method, "guidance_scale"),
+    )
 
 
 @click.command("text-to-image")
-@run_options(output_dir="runs/text-to-image", train_batch_size=64, learning_rate=2e-4, ema_decay=0.999)
-@captioned_options
+@run_options("text-to-image", output_dir="runs/text-to-image")
+@captioned_options("text-to-image")
 @click.option("--from-scratch", is_flag=True, help="Begin with a new UNet instead of the pretrained one.")
 @click.option("--unet-config", help="config.json of the new UNet; the emoji model's by default.")
 @click.option("--pretrained-vae", help="Folder of a `vae` run's model, in place of the pretrained VAE.")
@@ -82,92 +128,92 @@ def low_rank_options(*, rank, layers):
     help="What the UNet predicts; as it was trained by default.",
 )
 def text_to_image(**options):
-    """Train the UNet on captioned pictures: fine-tune a model, or begin one from scratch."""
-    settings = settings_of(options)
-    settings.use_precision()
-    pipeline = open_pipeline(options)
-    _train(settings, options, pipeline, pipeline.text_encoder, export=pipeline.save)
+    """Train the UNet on captioned images: fine-tune a model, or begin one from scratch."""
+    refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
+    run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
+    pipeline = open_pipeline(run)
+    _train(run, pipeline, pipeline.text_encoder, export=pipeline.save)
 
 
 @click.command()
-@run_options(
-    output_dir="runs/lora",
-    train_batch_size=64,
-    learning_rate=1e-3,
-    ema_decay=0.999,
-    checkpoints_total_limit=2,
-)
-@captioned_options
+@run_options("lora", output_dir="runs/lora")
+@captioned_options("lora")
 @low_rank_options(rank=8, layers="attention")
 @click.option("--train-text-encoder", is_flag=True, help="Low-rank updates for the text encoder too.")
-def lora(rank, lora_alpha, lora_layers, train_text_encoder, **options):
+def lora(**options):
     """Teach a model by low-rank updates (LoRA), kept in a small file beside it."""
-    settings = settings_of(options)
-    settings.use_precision()
+    run = prepare("lora", options)
     from keras_sd.training.lora import save_lora
 
-    alpha = rank if lora_alpha is None else lora_alpha
-    trained = ("unet", "text_encoder") if train_text_encoder else ("unet",)
-    pipeline = open_pipeline(
-        options, lambda parts: add_loras(parts, trained, rank, alpha, everywhere=lora_layers == "all")
-    )
+    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
+    pipeline, alpha, identity = open_with_loras(run, trained)
     models = {name: getattr(pipeline, name) for name in trained}
     _train(
-        settings,
-        options,
+        run,
         pipeline,
-        None if train_text_encoder else pipeline.text_encoder,
-        identity={"method": "lora", "rank": rank, "alpha": alpha},
+        None if options["train_text_encoder"] else pipeline.text_encoder,
+        identity={"method": "lora", **identity},
         export=lambda folder: save_lora(folder, models, alpha),
     )
 
 
-def add_loras(parts, names, rank, alpha, *, everywhere):
-    """Gives the named parts of a model low-rank updates."""
-    from keras_sd.training.lora import add_lora
+def open_with_loras(run, names):
+    """The pretrained model whose named parts have low-rank updates, their alpha, and what a checkpoint of
+    them must share with a run: `(pipeline, alpha, identity)`."""
+    rank, alpha, layers = (run.options.get(name) for name in ("rank", "lora_alpha", "lora_layers"))
+    alpha = rank if alpha is None else alpha
 
-    for name in names:
-        add_lora(parts[name], rank, alpha, everywhere=everywhere)
+    def adapt(parts):
+        from keras_sd.training.lora import add_lora
+
+        for name in names:
+            add_lora(parts[name], rank, alpha, everywhere=layers == "all")
+
+    identity = {"rank": rank, "lora_alpha": alpha, "lora_layers": layers, "trained": list(names)}
+    return open_pipeline(run, adapt), alpha, identity
 
 
-def encoded_examples(settings, options, pipeline, frozen_text_encoder, **sampling):
-    """What a run on captioned pictures takes: its encoded source, the repeats and `make_evaluation`.
+def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
+    """What a run on captioned images takes: its encoded source, the repeats and `make_evaluation`.
 
     Args:
         frozen_text_encoder: None if captions are to stay token ids.
         sampling: how evaluations sample, beside their number of steps: guidance_scale, sampler.
     """
-    from keras_sd.images import image_grid
-    from keras_sd.metrics.clip_score import ClipScore
-    from keras_sd.metrics.features import ClipFeatures
     from keras_sd.training.encodings import EncodedSource
-    from keras_sd.training.evaluation import SampleEvaluation
 
-    image_size = pipeline.unet.config.sample_size * pipeline.vae.config.downsampling
-    source, held_out, repeats = sources_of(options, image_size)
+    image_size = image_size_of(pipeline)
+    source, held_out, repeats = run.sources(image_size)
     encoded = EncodedSource(
-        source, pipeline.vae, frozen_text_encoder, pipeline.tokenizer, jit_compile=settings.jit_compile
+        source, pipeline.vae, frozen_text_encoder, pipeline.tokenizer, jit_compile=run.settings.jit_compile
     )
-    prompts = list(options["validation_prompts"])
-    prompts = prompts or evenly([example["captions"][0] for example in held_out or source], 16)
-    sets = example_sets(source, held_out, options["kid_images"]) if pipeline.image_encoder else {}
 
     def sample(texts):
         return pipeline.text_to_image(
             texts,
-            num_steps=options["num_inference_steps"],
-            seed=settings.seed,
+            num_steps=run.options["num_inference_steps"],
+            seed=run.settings.seed,
             progress=False,
             **sampling,
         )
 
-    captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
-    scored = sets and pipeline.clip_head is not None
-
     def make_evaluation(trainer):
+        from keras_sd.images import image_grid
+        from keras_sd.metrics.clip_score import ClipScore
+        from keras_sd.metrics.features import ClipFeatures
+        from keras_sd.training.evaluation import SampleEvaluation
+
+        is_small = image_size <= SMALL_IMAGE
+        prompts = list(run.options["validation_prompts"]) or [
+            example["captions"][0] for example in evenly(held_out or source, 16 if is_small else 4)
+        ]
+        count = run.options["kid_images"]
+        sets = example_sets(source, held_out, count) if pipeline.image_encoder else {}
+        captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
+        scored = sets and pipeline.clip_head is not None
         return SampleEvaluation(
             trainer,
-            lambda: image_grid(sample(prompts), labels=prompts, scale=2),
+            lambda: image_grid(sample(prompts), labels=prompts, scale=2 if is_small else 1),
             sets=sets,
             generate=lambda examples: sample([example["captions"][0] for example in examples]),
             extractor=ClipFeatures(pipeline.image_encoder) if sets else None,
@@ -177,20 +223,21 @@ def encoded_examples(settings, options, pipeline, frozen_text_encoder, **samplin
     return encoded, repeats, make_evaluation
 
 
-def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity=None):
+def _train(run, pipeline, frozen_text_encoder, *, export, identity=None):
     """Trains what is trainable of the pipeline; a text encoder that is not frozen is trained along."""
     from keras_sd.training.text_to_image import train_text_to_image
 
+    options = run.options
     encoded, repeats, make_evaluation = encoded_examples(
-        settings, options, pipeline, frozen_text_encoder, guidance_scale=options["guidance_scale"]
+        run, pipeline, frozen_text_encoder, guidance_scale=options["guidance_scale"]
     )
     train_text_to_image(
-        settings,
+        run.settings,
         pipeline.unet,
         pipeline.scheduler_config,
         encoded,
         text_encoder=None if frozen_text_encoder else pipeline.text_encoder,
-        identity=identity,
+        identity=frozen_parts(pipeline, frozen_text_encoder) | (identity or {}),
         repeats=repeats,
         min_snr_gamma=options["snr_gamma"],
         make_evaluation=make_evaluation,
@@ -199,3 +246,39 @@ def _train(settings, options, pipeline, frozen_text_encoder, *, export, identity
         noise_offset=options["noise_offset"],
         input_perturbation=options["input_perturbation"],
     )
+
+
+def frozen_parts(pipeline, frozen_text_encoder):
+    """Fingerprints of the parts that a run depends on and that are no part of its objective."""
+    from keras_sd.weights.rules import weights_fingerprint
+
+    parts = {"vae": pipeline.vae}
+    if frozen_text_encoder:
+        parts["text_encoder"] = frozen_text_encoder
+    return {name: weights_fingerprint(part) for name, part in parts.items()}
+
+
+def subject_evaluation(run, pipeline, prompt):
+    """`make_evaluation` of a run on one subject: it draws the validation prompts, or this one."""
+
+    def make_evaluation(trainer):
+        from keras_sd.images import image_grid
+        from keras_sd.training.evaluation import SampleEvaluation
+
+        columns = run.options["num_validation_images"]
+        labels = [text for text in run.options["validation_prompts"] or [prompt] for _ in range(columns)]
+        scale = 2 if image_size_of(pipeline) <= SMALL_IMAGE else 1
+
+        def grid():
+            images = pipeline.text_to_image(
+                labels,
+                num_steps=run.options["num_inference_steps"],
+                guidance_scale=run.options["guidance_scale"],
+                seed=run.settings.seed,
+                progress=False,
+            )
+            return image_grid(images, columns=columns, labels=labels, scale=scale)
+
+        return SampleEvaluation(trainer, grid)
+
+    return make_evaluation

@@ -3,33 +3,34 @@
 import click
 
 from keras_sd.finetune import (
-    add_loras,
     encoded_examples,
+    frozen_parts,
     low_rank_options,
+    open_with_loras,
     pretrained_option,
     validation_option,
 )
-from keras_sd.train_options import evaluation_options, open_pipeline, run_options, settings_of
+from keras_sd.train_options import (
+    POSITIVE,
+    evaluation_options,
+    model_option,
+    prepare,
+    refuse_unused,
+    run_options,
+)
 
 
 @click.command()
-@run_options(
-    output_dir="runs/lcm",
-    train_batch_size=64,
-    learning_rate=1e-3,
-    ema_decay=0.99,
-)
+@run_options("lcm", output_dir="runs/lcm")
 @pretrained_option
 @low_rank_options(rank=16, layers="all")
-@click.option(
-    "--guidance-scale", default=5.0, show_default=True, help="Guidance of the teacher, which is distilled in."
-)
+@model_option("lcm", "guidance_scale", "Guidance of the teacher, which is distilled in.")
 @click.option(
     "--num-ddim-timesteps",
     default=10,
     show_default=True,
     type=click.IntRange(1, 50),
-    help="Steps of DDIM by which the teacher gets from noise to a picture.",
+    help="Steps of DDIM by which the teacher gets from noise to an image.",
 )
 @click.option(
     "--loss-type",
@@ -42,34 +43,32 @@ from keras_sd.train_options import evaluation_options, open_pipeline, run_option
     "--huber-c",
     default=0.001,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     help="Where the pseudo-Huber loss turns from squared to absolute error.",
 )
 @validation_option
 @evaluation_options(num_inference_steps=4)
-def lcm(rank, lora_alpha, lora_layers, num_ddim_timesteps, loss_type, huber_c, **options):
+def lcm(**options):
     """Distil a model to a few steps of the sampler `lcm`, as a LoRA."""
-    settings = settings_of(options)
-    settings.use_precision()
+    is_huber = options["loss_type"] == "huber"
+    refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
+    run = prepare("lcm", options)
     from keras_sd.training.consistency import train_consistency
     from keras_sd.training.lora import save_lora
 
-    alpha = rank if lora_alpha is None else lora_alpha
-    pipeline = open_pipeline(
-        options, lambda parts: add_loras(parts, ["unet"], rank, alpha, everywhere=lora_layers == "all")
-    )
+    pipeline, alpha, identity = open_with_loras(run, ["unet"])
     encoded, repeats, make_evaluation = encoded_examples(
-        settings, options, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
+        run, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
     )
     train_consistency(
-        settings,
+        run.settings,
         pipeline.unet,
         pipeline.scheduler_config,
         encoded,
-        num_ddim_timesteps=num_ddim_timesteps,
+        num_ddim_timesteps=options["num_ddim_timesteps"],
         guidance_scale=options["guidance_scale"],
-        huber_c=huber_c if loss_type == "huber" else None,
-        identity={"rank": rank, "alpha": alpha},
+        huber_c=options["huber_c"] if is_huber else None,
+        identity=frozen_parts(pipeline, pipeline.text_encoder) | identity,
         repeats=repeats,
         make_evaluation=make_evaluation,
         export=lambda folder: save_lora(folder, {"unet": pipeline.unet}, alpha),

@@ -2,47 +2,67 @@
 
 import click
 
-from keras_sd import config
+from keras_sd import config, presets
 from keras_sd.errors import UserError
 from keras_sd.train_options import (
+    COUNT,
+    NOT_NEGATIVE,
     evaluation_options,
     evenly,
     example_sets,
     extractor_of,
+    inference_steps_option,
+    prepare,
     read_config,
+    refuse_unused,
     run_options,
-    settings_of,
-    sources_of,
+    snr_gamma_option,
 )
+
+
+def _defaults_from(config_path):
+    """The model whose values a small built-in network is trained with; None for one of a user's config."""
+    return None if config_path else presets.find("emoji")
 
 
 @click.command()
-@run_options(output_dir="runs/vae", max_train_steps=3000, train_batch_size=16, learning_rate=1e-3)
+@run_options("vae", output_dir="runs/vae")
 @click.option("--vae-config", help="config.json of the autoencoder; the emoji model's by default.")
 @click.option(
-    "--kl-weight", default=3e-4, show_default=True, help="Weight of the divergence per latent number."
+    "--kl-weight",
+    default=3e-4,
+    show_default=True,
+    type=NOT_NEGATIVE,
+    help="Weight of the divergence per latent number.",
 )
-@click.option("--random-crop", type=int, help="Side of the squares trained on; whole pictures by default.")
+@click.option("--random-crop", type=COUNT, help="Side of the squares trained on; whole images by default.")
 @click.option("--pretrained-vae", help="Folder of an autoencoder to go on with.")
 @click.option("--decoder-only", is_flag=True, help="Keep its latents as they are; only decode them better.")
 def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **options):
-    """Train the autoencoder that turns pictures into latents."""
-    settings = settings_of(options)
+    """Train the autoencoder that encodes images to latents."""
     if decoder_only and not pretrained_vae:
         raise UserError("--decoder-only: there are no latents yet; name an autoencoder with --pretrained-vae")
+    refuse_unused(["vae_config"], not pretrained_vae, "with --pretrained-vae")
+    refuse_unused(["kl_weight"], not decoder_only, "with --decoder-only")
+    run = prepare(
+        "vae",
+        options,
+        variant=None if pretrained_vae else "from scratch",
+        defaults_from=pretrained_vae or _defaults_from(vae_config),
+        need_captions=False,
+    )
     from keras_sd.loading import load_part
     from keras_sd.models.vae import AutoencoderKL
     from keras_sd.training.autoencoder import train_autoencoder
     from keras_sd.training.trainer import PRECISIONS
 
-    settings.use_precision()
     if pretrained_vae:
-        autoencoder = load_part(pretrained_vae, "vae", PRECISIONS[settings.mixed_precision])
+        autoencoder = load_part(pretrained_vae, "vae", PRECISIONS[run.settings.mixed_precision])
     else:
         autoencoder = AutoencoderKL(read_config(vae_config, config.VAEConfig, config.EMOJI_VAE))
-    source, held_out, repeats = sources_of(options, autoencoder.config.sample_size, need_captions=False)
+    source, held_out, repeats = run.sources(autoencoder.config.sample_size)
     train_autoencoder(
-        settings,
+        run.settings,
         autoencoder,
         source,
         held_out,
@@ -54,7 +74,7 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
 
 
 @click.command()
-@run_options(output_dir="runs/clip", max_train_steps=2000, train_batch_size=256, learning_rate=1e-3)
+@run_options("clip", output_dir="runs/clip")
 @click.option("--text-config", help="config.json of the text encoder; the emoji model's by default.")
 @click.option("--image-config", help="config.json of the image encoder; the emoji model's by default.")
 @click.option(
@@ -62,13 +82,13 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
 )
 @click.option("--frozen-text-encoder", help="Folder of a model whose text encoder and tokenizer are kept.")
 def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
-    """Train CLIP's text and image encoders on captioned pictures."""
-    settings = settings_of(options)
+    """Train CLIP's text and image encoders on captioned images."""
+    refuse_unused(["text_config", "tokenizer_folder"], not frozen_text_encoder, "with --frozen-text-encoder")
+    run = prepare("clip", options, defaults_from=_defaults_from(text_config or image_config))
     from keras_sd.training.contrastive import train_contrastive
 
-    settings.use_precision()
     image_config = read_config(image_config, config.ImageEncoderConfig, config.EMOJI_IMAGE_ENCODER)
-    source, held_out, repeats = sources_of(options, image_config.image_size)
+    source, held_out, repeats = run.sources(image_config.image_size)
     if frozen_text_encoder:
         from keras_sd.loading import load_clip
 
@@ -77,7 +97,7 @@ def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **opt
         text_encoder.trainable = False
     else:
         tokenizer, text_encoder = _new_text_encoder(text_config, tokenizer_folder, source)
-    train_contrastive(settings, text_encoder, image_config, tokenizer, source, held_out, repeats=repeats)
+    train_contrastive(run.settings, text_encoder, image_config, tokenizer, source, held_out, repeats=repeats)
 
 
 def _new_text_encoder(config_path, tokenizer_folder, source):
@@ -105,27 +125,33 @@ def _new_text_encoder(config_path, tokenizer_folder, source):
 
 
 @click.command()
-@run_options(
-    output_dir="runs/ddim", max_train_steps=2000, train_batch_size=64, learning_rate=1e-3, ema_decay=0.999
-)
+@run_options("ddim", output_dir="runs/ddim")
 @click.option(
     "--unet-config", help="config.json of the UNet; a small one of attention-free blocks by default."
 )
-@click.option("--resolution", type=int, help="Side of the pictures; the config's by default.")
-@click.option("--snr-gamma", type=float, help="Gamma of min-SNR weighting; 5 is usual. Off by default.")
+@click.option("--resolution", type=COUNT, help="Side of the images; the config's by default.")
+@snr_gamma_option
 @click.option(
-    "--random-flip/--no-random-flip", default=True, show_default=True, help="Mirror half of the pictures."
+    "--random-flip/--no-random-flip", default=True, show_default=True, help="Mirror half of the images."
 )
 @click.option(
     "--kid",
     type=click.Choice(["kid_emoji", "kid_inception"]),
     default="kid_emoji",
+    show_default=True,
     help="What KID looks through.",
 )
 @evaluation_options()
 def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_inference_steps, **options):
     """Train an unconditional model on pixels, as the Keras DDIM example does."""
-    settings = settings_of(options)
+    refuse_unused(["kid"], kid_images, "with --kid-images 0")
+    run = prepare(
+        "ddim",
+        options | {"num_inference_steps": num_inference_steps},
+        defaults_from=_defaults_from(unet_config),
+        need_captions=False,
+        scheduler_config=config.PIXEL_SCHEDULER,
+    )
     import dataclasses
 
     from keras_sd.images import image_grid
@@ -135,24 +161,24 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
     unet_config = read_config(unet_config, config.UNetConfig, config.PIXEL_UNET)
     if resolution:
         unet_config = dataclasses.replace(unet_config, sample_size=resolution)
-    source, held_out, _ = sources_of(options, unet_config.sample_size, need_captions=False)
-    sets = example_sets(source, held_out, kid_images)
-    extractor = extractor_of(kid) if sets else None
+    source, held_out, _ = run.sources(unet_config.sample_size)
 
     def make_evaluation(trainer, denoiser):
+        sets = example_sets(source, held_out, kid_images)
+
         def sample(count):
-            return sample_pictures(denoiser, count, num_steps=num_inference_steps, seed=settings.seed)
+            return sample_pictures(denoiser, count, num_steps=num_inference_steps, seed=run.settings.seed)
 
         return SampleEvaluation(
             trainer,
             lambda: image_grid(sample(16), scale=2),
             sets=sets,
             generate=lambda examples: sample(len(examples)),
-            extractor=extractor,
+            extractor=extractor_of(kid) if sets else None,
         )
 
     train_pixel_ddim(
-        settings,
+        run.settings,
         unet_config,
         config.PIXEL_SCHEDULER,
         source,
@@ -163,26 +189,32 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
 
 
 @click.command("super-resolution")
-@run_options(
-    output_dir="runs/super-resolution",
-    max_train_steps=3000,
-    train_batch_size=32,
-    learning_rate=1e-3,
-    ema_decay=0.999,
-)
+@run_options("super-resolution", output_dir="runs/super-resolution")
 @click.option("--unet-config", help="config.json of the UNet; a small one by default.")
 @click.option("--factor", default=2, show_default=True, type=click.IntRange(2), help="How much larger.")
-@click.option("--random-crop", default=48, show_default=True, help="Side of the squares trained on.")
-@click.option("--snr-gamma", type=float, help="Gamma of min-SNR weighting; 5 is usual. Off by default.")
-@click.option("--num-inference-steps", default=10, show_default=True, help="Sampling steps of evaluations.")
 @click.option(
-    "--validation-images", default=32, show_default=True, help="Held-out pictures made small and large again."
+    "--random-crop", default=48, show_default=True, type=COUNT, help="Side of the squares trained on."
+)
+@snr_gamma_option
+@inference_steps_option(10)
+@click.option(
+    "--validation-images",
+    default=32,
+    show_default=True,
+    type=COUNT,
+    help="Held-out images made small and large again.",
 )
 def super_resolution(
     unet_config, factor, random_crop, snr_gamma, num_inference_steps, validation_images, **options
 ):
-    """Train a diffusion upscaler on pictures that are made small."""
-    settings = settings_of(options)
+    """Train a diffusion upscaler on images that are made small."""
+    run = prepare(
+        "super-resolution",
+        options | {"num_inference_steps": num_inference_steps},
+        defaults_from=_defaults_from(unet_config),
+        need_captions=False,
+        scheduler_config=config.UPSCALER_SCHEDULER,
+    )
     import numpy as np
 
     from keras_sd.images import image_grid
@@ -190,18 +222,18 @@ def super_resolution(
     from keras_sd.training.super_resolution import measure_upscaling, train_super_resolution
     from keras_sd.upscaler import Upscaler
 
-    settings.use_precision()
     unet_config = read_config(unet_config, config.UNetConfig, config.UPSCALER_UNET)
     upscaler = Upscaler(
         UNet(unet_config),
         config.UPSCALER_SCHEDULER,
         config.LOW_RES_SCHEDULER,
-        jit_compile=settings.jit_compile,
+        jit_compile=run.settings.jit_compile,
     )
-    source, held_out, repeats = sources_of(options, unet_config.sample_size, need_captions=False)
-    shown = np.stack([example["image"] for example in evenly(held_out or source, validation_images)])
+    source, held_out, repeats = run.sources(unet_config.sample_size)
 
     def make_evaluation(trainer):
+        shown = np.stack([example["image"] for example in evenly(held_out or source, validation_images)])
+
         def evaluate(step):
             with trainer.ema.applied():
                 pictures, figures = measure_upscaling(
@@ -213,7 +245,7 @@ def super_resolution(
         return evaluate
 
     train_super_resolution(
-        settings,
+        run.settings,
         upscaler,
         source,
         factor=factor,

@@ -1,48 +1,121 @@
-"""What the training commands share: their options, and what these open."""
+"""What the training commands share: their options, the checks of these, and what they open.
 
+`prepare` checks a run before it loads a backend: its options, its folder, its images, its model's place. What
+is at fault is told within seconds.
+"""
+
+import dataclasses
 import functools
+import math
+import sys
+import warnings
 from pathlib import Path
 
 import click
 
 from keras_sd import config, presets
+from keras_sd.defaults import ModelDefaults, usual
+from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 
-FEWEST_FOR_KID = 4  # pictures in a set: two in each half
+FEWEST_FOR_KID = 4  # images in a set: two in each half
+SMALL_IMAGE = 128  # pixels; of images up to this size, evaluations draw more and show them enlarged
 
 
-def run_options(*, without=(), **defaults):
+class Number(click.FloatRange):
+    """A finite number in a range, which holds its ends unless `min_open` or `max_open`."""
+
+    name = "number"
+
+    def convert(self, value, parameter, context):
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", parameter, context)
+        return number
+
+
+POSITIVE = Number(min=0, min_open=True)
+NOT_NEGATIVE = Number(min=0)
+SHARE = Number(min=0, max=1)
+DECAY = Number(min=0, max=1, max_open=True)
+COUNT = click.IntRange(1)
+FROM_ZERO = click.IntRange(0)
+
+# Options whose values follow the model (`keras_sd.defaults`), with their types and help.
+_FOLLOWS_MODEL = {
+    "max_train_steps": (COUNT, "Updates of the weights."),
+    "train_batch_size": (COUNT, "Images in a batch, over all devices."),
+    "learning_rate": (POSITIVE, "Highest learning rate."),
+    "lr_scheduler": (click.Choice(["cosine", "constant"]), "Learning-rate schedule after the warm-up."),
+    "lr_warmup_steps": (FROM_ZERO, "Updates over which the learning rate rises from 0."),
+    "adam_beta2": (DECAY, "Decay of the second moment."),
+    "ema_decay": (DECAY, "Largest decay of the EMA weights."),
+    "guidance_scale": (NOT_NEGATIVE, "Guidance scale of the samples; up to 1: none."),
+}
+
+
+def decorated(*options):
+    """One decorator that adds all of these options, in this order."""
+
+    def decorate(command):
+        return functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
+
+    return decorate
+
+
+def model_option(method, name, text=None):
+    """A click option whose value follows the model: None until `prepare` has looked into its folder."""
+    kind, usual_text = _FOLLOWS_MODEL[name]
+    value = usual(method)[name]
+    shown = f"{value:g}" if isinstance(value, float) else value
+    return click.option(
+        _flag(name), type=kind, help=text or usual_text, show_default=f"the model's own; usually {shown}"
+    )
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def run_options(method, *, without=(), **defaults):
     """The options that every method has.
 
     Args:
-        without: names of those that mean nothing to a method.
+        method: its name in `keras_sd.defaults`.
+        without: names of those that mean nothing to it.
         defaults: replace default values by the option's name.
     """
 
     def option(flag, default, text, **more):
         name = flag.split("/")[0].lstrip("-").replace("-", "_")
+        shown = more.pop("show_default", True)
         default = defaults.get(name, default)
-        return name, click.option(flag, default=default, show_default=True, help=text, **more)
+        return name, click.option(flag, default=default, show_default=shown, help=text, **more)
+
+    def follows_model(name):
+        return name, model_option(method, name)
 
     options = [
         option("--output-dir", None, "Run folder: checkpoints, logs, samples and, at the end, the model."),
-        option("--dataset-name", "emoji", "`emoji`, `openmoji` or the name of a TFDS data set."),
-        option("--train-data-dir", None, "Folder of images; takes the place of --dataset-name."),
-        option("--max-train-steps", 1000, "Updates of the weights."),
-        option("--train-batch-size", 32, "Images in a batch."),
-        option("--gradient-accumulation-steps", 1, "Batches in one update."),
-        option("--learning-rate", 1e-3, "Highest learning rate."),
+        option("--dataset-name", None, "`emoji`, `openmoji` or the name of a TFDS data set."),
+        option("--train-data-dir", None, "Folder of images, in place of --dataset-name."),
+        follows_model("max_train_steps"),
+        follows_model("train_batch_size"),
+        option("--gradient-accumulation-steps", 1, "Batches in one update.", type=COUNT),
+        follows_model("learning_rate"),
+        follows_model("lr_scheduler"),
+        follows_model("lr_warmup_steps"),
+        option("--adam-beta1", 0.9, "Decay of the first moment.", type=DECAY),
+        follows_model("adam_beta2"),
+        option("--adam-epsilon", 1e-8, "Added to the root of the second moment.", type=POSITIVE),
+        option("--adam-weight-decay", 0.01, "Decoupled weight decay.", type=NOT_NEGATIVE),
+        option("--max-grad-norm", 1.0, "Global norm at which gradients are clipped.", type=POSITIVE),
+        follows_model("ema_decay"),
         option(
-            "--lr-scheduler", "cosine", "Course after the warm-up.", type=click.Choice(["cosine", "constant"])
-        ),
-        option("--lr-warmup-steps", 100, "Updates over which the learning rate rises from 0."),
-        option("--adam-beta1", 0.9, "Decay of the first moment."),
-        option("--adam-beta2", 0.99, "Decay of the second moment."),
-        option("--adam-weight-decay", 0.01, "Decoupled weight decay."),
-        option("--max-grad-norm", 1.0, "Global norm at which gradients are clipped."),
-        option("--ema-decay", 0.9999, "Largest decay of the averaged weights."),
-        option(
-            "--mixed-precision", "no", "Precision of the layers.", type=click.Choice(["no", "fp16", "bf16"])
+            "--mixed-precision",
+            "auto",
+            "Precision of the layers; `auto`: bf16 on a GPU or TPU that multiplies it, no on a processor.",
+            type=click.Choice(["auto", "no", "fp16", "bf16"]),
         ),
         option("--jit-compile/--no-jit-compile", True, "Compile the step by XLA."),
         option(
@@ -50,12 +123,16 @@ def run_options(*, without=(), **defaults):
             False,
             "Compute activations again in the backward pass: less memory, about a third more time.",
         ),
-        option("--offload-ema/--no-offload-ema", False, "Keep the averaged weights in host memory."),
-        option("--seed", 0, "Seed of weights, order, noise and timesteps."),
-        option("--checkpointing-steps", 500, "Updates between two checkpoints."),
-        option("--checkpoints-total-limit", 2, "Checkpoints to keep."),
+        option("--offload-ema/--no-offload-ema", False, "Keep the EMA weights in host memory."),
+        option(
+            "--seed", 0, "Seed of weights, order, noise and timesteps.", type=click.IntRange(0, 2**32 - 1)
+        ),
+        option("--checkpointing-steps", 500, "Updates between two checkpoints.", type=COUNT),
+        option("--checkpoints-total-limit", 2, "Checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "`latest` or a checkpoint folder."),
-        option("--evaluation-steps", 1000, "Updates between two evaluations."),
+        option(
+            "--evaluation-steps", 1000, "Updates between two evaluations; 0: none.", type=click.IntRange(0)
+        ),
         option(
             "--distribution",
             None,
@@ -66,27 +143,198 @@ def run_options(*, without=(), **defaults):
         option("--coordinator", None, "HOST:PORT of process 0, when several processes train together."),
         option("--num-processes", None, "How many they are.", type=int),
         option("--process-id", None, "Which of them this is, from 0.", type=int),
-        option("--coordinator-timeout", 300, "Seconds to wait for the others."),
+        option("--coordinator-timeout", 300, "Seconds to wait for the others.", type=COUNT),
     ]
+    return decorated(*(add for name, add in options if name not in without))
 
-    wanted = [add for name, add in options if name not in without]
 
-    def decorate(command):
-        return functools.reduce(lambda decorated, add: add(decorated), reversed(wanted), command)
+def _enough_for_kid(context, parameter, count):
+    if 0 < count < FEWEST_FOR_KID:
+        raise UserError(f"--kid-images {count}: too few; give {FEWEST_FOR_KID} or more, or 0 for none")
+    return count
 
-    return decorate
+
+def evaluation_options(num_inference_steps=20):
+    """The options of methods that draw samples on their way, by default in so many steps."""
+    return decorated(
+        inference_steps_option(num_inference_steps),
+        click.option(
+            "--kid-images",
+            default=100,
+            show_default=True,
+            type=FROM_ZERO,
+            callback=_enough_for_kid,
+            help="Images of each split that KID compares; 0: none.",
+        ),
+    )
+
+
+def inference_steps_option(default):
+    return click.option(
+        "--num-inference-steps",
+        default=default,
+        show_default=True,
+        type=COUNT,
+        help="Sampling steps of evaluations.",
+    )
+
+
+snr_gamma_option = click.option(
+    "--snr-gamma", type=POSITIVE, help="Gamma of min-SNR weighting; 5 is usual. Off by default."
+)
+
+
+def is_given(name):
+    """Whether the user has typed the option of that name."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def refuse_unused(names, has_effect, reason):
+    """Refuses those of the named options that the user has given although they have no effect.
+
+    Args:
+        reason: what they need or what overrides them, as the rest of "--name: has no effect ...".
+    """
+    flags = {parameter.name: parameter.opts[0] for parameter in click.get_current_context().command.params}
+    for name in names:
+        if not has_effect and is_given(name):
+            raise UserError(f"{flags[name]}: has no effect {reason}; leave it out")
+
+
+@dataclasses.dataclass
+class Run:
+    """What `prepare` has found.
+
+    Attributes:
+        settings: `trainer.Settings`.
+        source, held_out: the images to train on and those held out (empty if there are none), checked, but
+            not yet of the size that they are trained at (`source.at_size`); None where a method has its own.
+        model: path of the pretrained model, or None.
+        options: of the command, with all values.
+    """
+
+    settings: object
+    source: object
+    held_out: object
+    model: Path | None
+    options: dict
+
+    def sources(self, image_size):
+        """The training images and the held-out ones at a size, and how often an epoch shows each."""
+        source = self.source.at_size(image_size)
+        held_out = self.held_out.at_size(image_size) if self.held_out else ()
+        return source, held_out, source.repeats() if hasattr(source, "repeats") else None
+
+
+def prepare(
+    method,
+    options,
+    *,
+    variant=None,
+    defaults_from=None,
+    need_captions=True,
+    scheduler_config=None,
+):
+    """Checks a run and starts its backend; whatever a user can mend is told before long work.
+
+    Args:
+        method, variant: in `keras_sd.defaults`.
+        options: of the command. Those that follow the model are filled in.
+        defaults_from: folder of the model whose values the options follow; that of the pretrained model, for
+            methods that open one, unless its UNet begins anew by another config.
+        need_captions: whether images need captions.
+        scheduler_config: of the noise schedule, where it is not the pretrained model's.
+
+    Returns:
+        `Run`.
+    """
+    from keras_sd.training.run_folder import claim_output_dir
+
+    claim_output_dir(options["output_dir"], options["resume_from_checkpoint"], lock=False)
+    source, held_out = _check_sources(options, need_captions)
+    model = None
+    if options.get("pretrained_model_name_or_path"):
+        model = find_model(options["pretrained_model_name_or_path"])
+        scheduler_config = _scheduler_of(model)
+        if options.get("unet_config") is None:
+            defaults_from = model
+    defaults = ModelDefaults.load(defaults_from) if defaults_from else ModelDefaults()
+    if options["lr_warmup_steps"] is not None and options["max_train_steps"] is not None:
+        _check_warmup(options)
+    for name, value in defaults.training(method, variant).items():
+        if name in options and options[name] is None:
+            options[name] = value
+    if scheduler_config is not None:
+        _check_schedule(scheduler_config, options)
+    settings = settings_of(options)
+    return Run(settings, source, held_out, model, options)
+
+
+def find_model(name):
+    """The file or folder of a model named on the command line."""
+    return Path(name) if Path(name).is_file() else presets.find(name)
+
+
+def _scheduler_of(model):
+    """The noise schedule's config of a model's folder; the usual one of a single file, which brings none."""
+    path = model / "scheduler" / "scheduler_config.json"
+    return config.SchedulerConfig.load(path) if path.is_file() else config.SchedulerConfig()
+
+
+def _check_schedule(scheduler_config, options):
+    if options.get("prediction_type"):
+        scheduler_config = dataclasses.replace(scheduler_config, prediction_type=options["prediction_type"])
+    NoiseSchedule(scheduler_config).check_learnable()
+    steps, most = options["num_inference_steps"], scheduler_config.num_train_timesteps
+    if steps > most:
+        raise UserError(f"--num-inference-steps {steps}: the model has {most} timesteps; give fewer")
+
+
+def _check_warmup(options):
+    warmup, steps = options["lr_warmup_steps"], options["max_train_steps"]
+    if warmup > steps:
+        warnings.warn(
+            f"--lr-warmup-steps {warmup}: longer than the run; the learning rate rises in all {steps} steps",
+            stacklevel=3,
+        )
+
+
+def _check_sources(options, need_captions):
+    """The checked sources of training and held-out images; none where a method reads its own."""
+    if "train_data_dir" not in options:
+        return None, None
+    from keras_sd.data.datasets import available_splits, load_source
+    from keras_sd.data.images import MINIMUM_SIDE
+
+    folder, name = options["train_data_dir"], options.get("dataset_name")
+    if folder and name:
+        raise UserError(f"--train-data-dir {folder}: --dataset-name {name} is given too; leave one out")
+    if not folder and not name:
+        if options.get("pretrained_model_name_or_path", "emoji") != "emoji":
+            raise UserError("--train-data-dir: missing; give a folder of images, or --dataset-name")
+        options["dataset_name"] = name = "emoji"  # what the bundled model was trained on
+    place = Path(folder) if folder else name
+    source = load_source(place, "train", MINIMUM_SIDE, need_captions)
+    held_out = ()
+    if "validation" in available_splits(place):
+        held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions)
+    return source, held_out
 
 
 def settings_of(options):
     """Makes the `Settings` of a command's options, spreads models over the devices and seeds the weights."""
-    import dataclasses
     import random
 
+    from keras_sd import backend
     from keras_sd.training import distribution
+    from keras_sd.training.run_folder import claim_output_dir
     from keras_sd.training.trainer import Settings
 
     names = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: value for name, value in options.items() if name in names})
+    given = {name: value for name, value in options.items() if name in names}
+    automatic = given["mixed_precision"] == "auto"
+    settings = Settings(**given | ({"mixed_precision": "no"} if automatic else {}))
     distribution.start(
         options["distribution"],
         settings.train_batch_size,
@@ -95,28 +343,33 @@ def settings_of(options):
         process_id=options["process_id"],
         timeout=options["coordinator_timeout"],
     )
+    if not backend.process_index():
+        claim_output_dir(options["output_dir"], options["resume_from_checkpoint"])
+    if automatic and backend.multiplies_bfloat16():
+        settings = dataclasses.replace(settings, mixed_precision="bf16")
+    settings.use_precision()
     # Keras' initialisers take their seeds from this generator. `keras.utils.set_random_seed` sets it too,
     # but imports TensorFlow, where it is installed, under every backend.
     random.seed(settings.seed)
+    if not backend.process_index():
+        print(_summary(settings), file=sys.stderr, flush=True)
     return settings
 
 
-def sources_of(options, image_size, need_captions=True):
-    """The training examples, the held-out ones (empty when there are none) and the repeats."""
-    from keras_sd.data.datasets import available_splits, load_source
-
-    name = options["train_data_dir"] or options["dataset_name"]
-    source = load_source(name, "train", image_size, need_captions)
-    held_out = ()
-    if "validation" in available_splits(name):
-        held_out = load_source(name, "validation", image_size, need_captions)
-    return source, held_out, source.repeats() if hasattr(source, "repeats") else None
+def _summary(settings):
+    """The values that decide a run, whoever has chosen them, in one line."""
+    batch = f"batch size {settings.train_batch_size}"
+    if settings.gradient_accumulation_steps > 1:
+        batch += f" x {settings.gradient_accumulation_steps}"
+    return (
+        f"training: {settings.max_train_steps} steps, {batch}, learning rate {settings.learning_rate:g} "
+        f"({settings.lr_scheduler}, warm-up {settings.lr_warmup_steps}), EMA {settings.ema_decay:g}, "
+        f"mixed precision {settings.mixed_precision}, {settings.output_dir}"
+    )
 
 
 def example_sets(source, held_out, count):
     """The examples that KID is measured on, spread evenly over each split that has enough of them."""
-    if 0 < count < FEWEST_FOR_KID:
-        raise UserError(f"--kid-images {count}: too few; give {FEWEST_FOR_KID} or more, or 0 for none")
     splits = {"train": source, "held_out": held_out}
     return {
         name: evenly(split, count) for name, split in splits.items() if count and len(split) >= FEWEST_FOR_KID
@@ -142,28 +395,26 @@ def extractor_of(name):
 PARTS = ("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae", "scheduler_config")
 
 
-def open_pipeline(options, adapt=None):
+def open_pipeline(run, adapt=None):
     """The pretrained model, with those parts replaced that the options name or begin anew.
 
     Args:
-        options: of the command.
+        run: what `prepare` has found.
         adapt: called with the parts, as a dictionary, before anything is compiled with them.
     """
-    import dataclasses
-
     from keras_sd.loading import load_clip, load_part
     from keras_sd.models.unet import UNet
     from keras_sd.pipeline import StableDiffusion
     from keras_sd.training.trainer import PRECISIONS
 
+    options = run.options
     vae_folder, clip_folder = options.get("pretrained_vae"), options.get("pretrained_clip")
-    dtype = PRECISIONS[options["mixed_precision"]]
-    parts = {}
+    dtype = PRECISIONS[run.settings.mixed_precision]
+    parts, defaults = {}, None
     if not (vae_folder and clip_folder and options["from_scratch"]):
-        name = options["pretrained_model_name_or_path"]
-        source = name if Path(name).is_file() else presets.find(name)
-        pretrained = StableDiffusion.load(source, dtype=dtype)
+        pretrained = StableDiffusion.load(run.model, dtype=dtype)
         parts = {name: getattr(pretrained, name) for name in PARTS}
+        defaults = pretrained.defaults
     if vae_folder:
         parts["vae"] = load_part(vae_folder, "vae", dtype)
     if clip_folder:
@@ -177,31 +428,17 @@ def open_pipeline(options, adapt=None):
         )
     if adapt is not None:
         adapt(parts)
-    # What fits in training fits in sampling.
-    return StableDiffusion(
-        **parts, batch_size=options["train_batch_size"], jit_compile=options["jit_compile"]
-    )
+    pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])
+    # Samples are drawn while all that training needs stays in memory.
+    largest = 64 if image_size_of(pipeline) <= SMALL_IMAGE else 4
+    pipeline.batch_size = min(run.settings.train_batch_size, largest)
+    return pipeline
+
+
+def image_size_of(pipeline):
+    """The side of the images that a model is trained at."""
+    return pipeline.unet.config.sample_size * pipeline.vae.config.downsampling
 
 
 def read_config(path, config_class, default):
     return config_class.load(path) if path else default
-
-
-def evaluation_options(num_inference_steps=20):
-    """The options of methods that draw samples on their way, by default in so many steps."""
-
-    def decorate(command):
-        command = click.option(
-            "--kid-images",
-            default=100,
-            show_default=True,
-            help="Pictures of each split that KID compares; 0: none.",
-        )(command)
-        return click.option(
-            "--num-inference-steps",
-            default=num_inference_steps,
-            show_default=True,
-            help="Sampling steps of evaluations.",
-        )(command)
-
-    return decorate

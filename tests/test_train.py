@@ -223,7 +223,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):
     [
         (["paint"], "paint"),
         (["ddim", "--train-data-dir", "nowhere/at all"], "nowhere/at all"),
-        (["ddim", "--max-train-steps", "0"], "max_train_steps"),
+        (["ddim", "--max-train-steps", "0"], "--max-train-steps"),
         (["ddim", "--unet-config", "missing.json"], "missing.json"),
         (["vae", "--mixed-precision", "fp8"], "fp8"),
         (["lcm", "--num-ddim-timesteps", "51"], "--num-ddim-timesteps"),

@@ -221,3 +221,9 @@ def batches(
     dataset = dataset[start * process_count + process_index :: process_count]
     threads = min(8, os.cpu_count() or 1)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+
+
+def fingerprint_of(source) -> str | int:
+    """What tells a source's examples from others: its fingerprint, or its length if it has none."""
+    fingerprint = getattr(source, "fingerprint", None)
+    return (fingerprint() if fingerprint else None) or len(source)

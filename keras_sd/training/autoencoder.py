@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from keras import ops
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.errors import UserError
 from keras_sd.images import pictures_from_unit
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
@@ -82,7 +83,7 @@ def train_autoencoder(
         {
             "method": "vae",
             "model": config.to_dict(),
-            "data": len(source),
+            "data": fingerprint_of(source),
             "kl_weight": kl_weight,
             "random_crop": random_crop,
             "decoder_only": decoder_only,

@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.diffusion import spacing
 from keras_sd.diffusion.guidance import guided_prediction
 from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise
@@ -127,7 +128,7 @@ def train_consistency(
             "method": "lcm",
             "model": unet.config.to_dict(),
             "schedule": scheduler_config.to_dict(),
-            "data": len(source),
+            "data": fingerprint_of(source),
             **distillation,
             **(identity or {}),
         },

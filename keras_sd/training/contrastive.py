@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.training.losses import ContrastiveObjective, images_to_network
 from keras_sd.training.trainer import Trainer
@@ -74,7 +75,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
             "text_model": text_config.to_dict(),
             "text_trained": text_encoder.trainable,
             "image_model": image_config.to_dict(),
-            "data": len(source),
+            "data": fingerprint_of(source),
         },
     )
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 from tqdm import tqdm
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.data.folders import FolderSource
 from keras_sd.data.images import MINIMUM_SIDE, SUFFIXES
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -153,8 +154,8 @@ def train_dreambooth(
             "method": "dreambooth",
             "model": pipeline.unet.config.to_dict(),
             "schedule": pipeline.scheduler_config.to_dict(),
-            "instances": len(subject),
-            "class_pictures": len(others),
+            "data": fingerprint_of(encoded),
+            "class_images": len(others),
             "prompts": [images[0]["captions"] for images in (instances, class_pictures) if len(images)],
             "prior_loss_weight": prior_loss_weight if others else None,
             "train_text_encoder": train_text_encoder,

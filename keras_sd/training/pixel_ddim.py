@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.images import pictures_from_unit
@@ -53,7 +54,7 @@ def train_pixel_ddim(
             "method": "ddim",
             "model": config.to_dict(),
             "schedule": scheduler_config.to_dict(),
-            "data": len(source),
+            "data": fingerprint_of(source),
             "min_snr_gamma": min_snr_gamma,
             "flip": flip,
         },

@@ -7,6 +7,7 @@ picture, with its level as a label, is that of Ho et al., "Cascaded Diffusion Mo
 import numpy as np
 from PIL import Image, ImageFilter
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
@@ -129,7 +130,7 @@ def train_super_resolution(
             "model": unet.config.to_dict(),
             "schedule": upscaler.scheduler_config.to_dict(),
             "low_res_schedule": upscaler.low_res_scheduler_config.to_dict(),
-            "data": len(source),
+            "data": fingerprint_of(source),
             "factor": factor,
             "crop": crop,
             "min_snr_gamma": min_snr_gamma,

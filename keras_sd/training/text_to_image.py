@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Trainer
@@ -90,7 +91,7 @@ def train_text_to_image(
             "method": "text-to-image",
             "model": unet.config.to_dict(),
             "schedule": scheduler_config.to_dict(),
-            "data": len(source),
+            "data": fingerprint_of(source),
             "min_snr_gamma": min_snr_gamma,
             **drawing,
             **(identity or {}),

@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_sd.data.datasets import fingerprint_of
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
@@ -80,6 +81,7 @@ def train_textual_inversion(
     initializer_token=None,
     num_vectors=1,
     learnable_property="object",
+    identity=None,
     min_snr_gamma=None,
     make_evaluation=None,
 ):
@@ -97,6 +99,7 @@ def train_textual_inversion(
         initializer_token: known words that it begins as, or None, as `initial_vectors` takes them.
         num_vectors: how many vectors it has, and tokens it takes of a prompt.
         learnable_property: "object" or "style": what the pictures have in common.
+        identity: JSON values that, beside those of this function, must be a checkpoint's too.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
         make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
 
@@ -131,11 +134,12 @@ def train_textual_inversion(
             "method": "textual-inversion",
             "model": pipeline.unet.config.to_dict(),
             "schedule": pipeline.scheduler_config.to_dict(),
-            "data": len(encoded),
+            "data": fingerprint_of(encoded),
             "tokens": vector_names(placeholder_token, num_vectors),
             "initializer_token": initializer_token,
             "learnable_property": learnable_property,
             "min_snr_gamma": min_snr_gamma,
+            **(identity or {}),
         },
     )
 

@@ -8,6 +8,7 @@ the rule is read in both directions.
 
 import concurrent.futures
 import contextlib
+import hashlib
 import os
 import re
 import warnings
@@ -309,3 +310,12 @@ def _non_finite(names, source):
     return UserError(
         f"{source}: {len(names)} tensors hold NaN or infinity, the first is {names[0]}; use an undamaged file"
     )
+
+
+def weights_fingerprint(model):
+    """The SHA-256 of all weights of a model with their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for parameter in parameter_paths(model):
+        digest.update(parameter.name.encode())
+        digest.update(np.ascontiguousarray(backend.to_numpy(parameter.variable)).view(np.uint8))
+    return digest.hexdigest()

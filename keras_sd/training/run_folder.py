@@ -1,0 +1,203 @@
+"""The folder of a training run: who may use it, what is done in it, and folders that are whole or absent."""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from keras_sd.errors import UserError
+
+LOCK = ".lock"
+MODEL = "model"
+RECORD = Path("logs") / "record.json"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+_locks = {}  # folder -> the descriptor of its lock, which this process holds
+
+
+def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
+    """Takes a run folder for this process until its end, before any long work; imports no backend.
+
+    Called at the very start of a command, and again by `Trainer`, which does no harm. The folder is made.
+
+    Args:
+        output_dir: the run folder.
+        resume_from_checkpoint: None for a new run, "latest", or the path or name of a checkpoint.
+        lock: False checks the folder only: of several processes the first one alone holds it.
+
+    Raises:
+        UserError: another process uses the folder, it cannot be written to, it holds an earlier run that is
+            not resumed, or there is nothing to resume.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another --output-dir")
+    if resume_from_checkpoint is None:
+        _check_new(folder)
+    else:
+        _check_resumable(folder, resume_from_checkpoint)
+    if lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written to: {error.strerror}; choose another --output-dir"
+            ) from error
+
+
+def release_output_dir(output_dir):
+    """Gives a run folder free; a folder in which nothing was written goes."""
+    folder = Path(output_dir).resolve()
+    descriptor = _locks.pop(folder, None)
+    if descriptor is None:
+        return
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+        folder.rmdir()  # which only an empty one lets be done
+    os.close(descriptor)
+
+
+@atexit.register
+def _release_all():
+    for folder in list(_locks):
+        release_output_dir(folder)
+
+
+def _check_new(folder):
+    if any(_CHECKPOINT.fullmatch(path.name) for path in _children(folder)):
+        raise UserError(
+            f"{folder}: holds checkpoints of an earlier run; "
+            "go on with --resume-from-checkpoint latest or choose another --output-dir"
+        )
+    if (folder / MODEL).exists():
+        raise UserError(
+            f"{folder / MODEL}: is the model of an earlier run; choose another --output-dir or move it away"
+        )
+
+
+def _check_resumable(folder, request):
+    if request == "latest":
+        if not any(
+            _CHECKPOINT.fullmatch(path.name.lstrip(".").removesuffix(".replaced"))
+            for path in _children(folder)
+        ):
+            raise UserError(
+                f"{folder}: no valid checkpoint to resume from; "
+                "check --output-dir or start without --resume-from-checkpoint"
+            )
+    elif not Path(request).is_dir() and not (folder / request).is_dir():
+        raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
+
+
+def _children(folder):
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _lock(folder):
+    """Locks the folder's lock file, which holds this process' id; a dead process holds no lock."""
+    place = folder.resolve()
+    if place in _locks:
+        return
+    while True:
+        descriptor = os.open(place / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "another one"
+            os.close(descriptor)
+            raise UserError(
+                f"{folder}: in use by process {owner}; wait for it or choose another --output-dir"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            # The one before may have removed the file between our two calls.
+            if os.fstat(descriptor).st_ino == os.stat(place / LOCK).st_ino:
+                break
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    _locks[place] = descriptor
+
+
+class RunRecord:
+    """Which step of a run was last evaluated and exported, so that a run that was killed makes up for it.
+
+    Args:
+        run_folder: of the run.
+        initial_step: the step resumed from: what was done later is to be done again. With 0 it starts anew.
+    """
+
+    def __init__(self, run_folder, initial_step=0):
+        self._path = Path(run_folder) / RECORD
+        self._steps = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if initial_step:
+                written = json.loads(self._path.read_text(encoding="utf-8"))
+                self._steps = {name: min(int(step), initial_step) for name, step in written.items()}
+
+    def last(self, name):
+        """The last step at which that was done, -1 for none."""
+        return self._steps.get(name, -1)
+
+    def write(self, name, step):
+        """Remembers that something was done at a step."""
+        self._steps[name] = step
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, json.dumps(self._steps).encode())
+
+
+def write_whole(path, content):
+    """Writes bytes as a file that is there as a whole or not at all."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staging.write_bytes(content)
+        staging.replace(path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def write_whole_folder(target, write):
+    """Has `write(folder)` make a folder that is whole or absent; one of that name is replaced."""
+    target = Path(target)
+    restore_folder(target)
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    try:
+        staging.mkdir(parents=True)
+        write(staging)
+        for path in staging.rglob("*"):
+            _sync(path)
+        replaced = _replaced(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            target.rename(replaced)
+        staging.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        restore_folder(target)
+        raise
+
+
+def restore_folder(target):
+    """Gives a folder its name back that a process was killed while it replaced."""
+    if _replaced(target).is_dir() and not target.exists():
+        _replaced(target).rename(target)
+
+
+def _replaced(target):
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
