@@ -100,7 +100,8 @@ def jit(function, variables=(), jit_compile=True):
     Args:
         function: takes and returns nests of tensors (or NumPy arrays); None stands for itself.
         variables: the Keras variables that it reads. Their values are inputs of the program, not
-            constants in it: an assignment is seen by the next call and compiles nothing.
+            constants in it: an assignment is seen by the next call and compiles nothing. One that is
+            missing here is a RuntimeError.
         jit_compile: False leaves XLA out on TensorFlow; JAX always compiles by it.
     """
     if keras.backend.backend() == "tensorflow":
@@ -123,7 +124,7 @@ def jit(function, variables=(), jit_compile=True):
 
     @functools.partial(jax.jit, **options)
     def program(values, inputs):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+        with _GivenValues(variables, values):
             return function(*inputs)
 
     turned = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
@@ -269,41 +270,76 @@ def to_tensor(copy):
     return keras.ops.convert_to_tensor(copy)
 
 
-def recomputed(function):
+def recomputed(function, variables):
     """`function`, of floating-point tensors, with a backward pass that computes it again from its inputs.
 
-    What it needs gradients for must be among its arguments or be a Keras variable. `keras.remat` is the
-    same, but XLA drops JAX's barriers on a CPU, merges both computations and so keeps everything. Here, as in
+    What it needs gradients for must be among its arguments or its variables. `keras.remat` is the same, but
+    XLA drops JAX's barriers on a CPU, merges both computations and so keeps everything. Here, as in
     TensorFlow's version, the second one waits for the gradient that it is for.
+
+    Args:
+        variables: all the Keras variables that it reads. It may not assign to them.
     """
     if keras.backend.backend() == "tensorflow":
         return keras.remat(function)
 
     import jax
 
+    variables = list(variables)
+
+    def pure(values, inputs):
+        with _GivenValues(variables, values):
+            return function(*inputs)
+
     def call(*inputs):
-        # The values of variables become arguments too.
-        pure, values = jax.closure_convert(function, *inputs)
-
+        # A program that JAX keeps for a function and its shapes would hold the values of its first trace.
         @jax.custom_vjp
-        def run(inputs, values):
-            return pure(*inputs, *values)
+        def run(values, inputs):
+            return pure(values, inputs)
 
-        def forward(inputs, values):
-            return run(inputs, values), (inputs, values)
+        def forward(values, inputs):
+            return run(values, inputs), (values, inputs)
 
         def backward(kept, gradient):
-            inputs, values = kept
+            values, inputs = kept
             first = gradient.ravel()[0]
             # XLA cannot know that this is zero.
             zero = jax.numpy.where(first == first, 0.0, jax.numpy.nan)
-            inputs = [array + zero.astype(array.dtype) for array in inputs]
-            return jax.vjp(lambda inputs, values: pure(*inputs, *values), tuple(inputs), values)[1](gradient)
+            inputs = tuple(array + zero.astype(array.dtype) for array in inputs)
+            return jax.vjp(pure, values, inputs)[1](gradient)
 
         run.defvjp(forward, backward)
-        return run(inputs, values)
+        return run([_value(variable) for variable in variables], inputs)
 
     return call
+
+
+class _GivenValues(keras.StatelessScope):
+    """In which the variables that are named have the values that are given, and no others can be read.
+
+    Those would silently be constants in the program that is traced inside, whatever they become later.
+    """
+
+    def __init__(self, variables, values):
+        super().__init__(state_mapping=list(zip(variables, values, strict=True)))
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None:
+            raise RuntimeError(f"{variable.path}: read by a compiled function that does not name it")
+        return value
+
+    def add_update(self, update):
+        raise RuntimeError(f"{update[0].path}: assigned by a compiled function, where it would be lost")
+
+
+def _value(variable):
+    """What a variable is now, inside a `StatelessScope` or not, in the dtype that it is kept in."""
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    scope = get_stateless_scope()
+    value = None if scope is None else scope.get_current_value(variable)
+    return variable._value if value is None else value
 
 
 def compiles_for_processor(tensor):

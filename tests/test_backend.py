@@ -24,3 +24,33 @@ def test_program_of_turned_kernels_is_the_same_and_sees_assignments():
         assert np.abs(made[1] - 2 * made[0]).max() == 0 < np.abs(made[0]).max()
     """
     run_python(["-c", script])
+
+
+def test_program_refuses_what_would_be_a_constant_in_it():
+    script = """if True:
+        import jax, numpy as np
+        from keras_sd import backend
+        from keras_sd.models.layers import dense
+        inputs, layer = np.ones((2, 3), "float32"), dense(3, 3)
+
+        def refused(call, reason):
+            try:
+                call()
+            except RuntimeError as error:
+                assert reason in str(error), error
+            else:
+                raise AssertionError(reason)
+
+        refused(lambda: backend.jit(layer, [layer.kernel])(inputs), "bias: read by")
+        refused(lambda: backend.recomputed(layer, [layer.kernel])(inputs), "bias: read by")
+        layer.compute = lambda inputs: layer.bias.assign(inputs[0]) + layer(inputs)
+        refused(lambda: backend.recomputed(layer.compute, layer.variables)(inputs), "bias: assigned by")
+        # A value that is given around the recomputation is the one inside it.
+        twice = [2 * variable.value for variable in layer.variables]
+        recomputed = jax.jit(lambda: backend.recomputed(layer, layer.variables)(inputs))
+        before = recomputed()
+        import keras
+        with keras.StatelessScope(state_mapping=list(zip(layer.variables, twice))):
+            np.testing.assert_allclose(backend.recomputed(layer, layer.variables)(inputs), 2 * before)
+    """
+    run_python(["-c", script])

@@ -3,6 +3,8 @@
 Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. It takes about a third more time.
 """
 
+import functools
+
 from keras_sd import backend
 from keras_sd.models.layers import Layer
 
@@ -12,12 +14,14 @@ class RecomputingLayer(Layer):
 
     recomputes = False
 
-    def _recomputed(self, function):
-        """`function`, of tensors alone, which is to be computed again if this layer does that.
+    def _recomputed(self, layer, function=None):
+        """`layer`, of tensors alone, which is to be computed again if this layer does that.
 
-        What it needs gradients for must be among its arguments: TensorFlow finds no other tensors.
+        With `function(layer, ...)` that is what is computed. What it needs gradients for must be among its
+        arguments or the layer's weights: no backend finds other tensors.
         """
-        return backend.recomputed(function) if self.recomputes else function
+        function = layer if function is None else functools.partial(function, layer)
+        return backend.recomputed(function, layer.variables) if self.recomputes else function
 
 
 def recomputing_layers(model):

@@ -4,8 +4,6 @@ The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level atten
 its block type says so, and does not otherwise; what differs between models stands in the config.
 """
 
-import functools
-
 import keras
 from keras import ops
 
@@ -129,7 +127,7 @@ class UpBlock(RecomputingLayer):
 
     def call(self, hidden, skips, time_embedding, context=None, size=(None, None)):
         for index, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            hidden = self._recomputed(functools.partial(_joined, resnet))(hidden, skip, time_embedding)
+            hidden = self._recomputed(resnet, _joined)(hidden, skip, time_embedding)
             if self.attentions:
                 hidden = self._recomputed(self.attentions[index])(hidden, context)
         for upsample in self.upsamplers:
