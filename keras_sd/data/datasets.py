@@ -25,7 +25,7 @@ import grain
 import numpy as np
 
 from keras_sd.data.emoji import load_emoji
-from keras_sd.data.folders import FolderSource, digest, no_folder
+from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.tfds_source import TFDSSource, prepared_builder
 from keras_sd.errors import UserError
 
@@ -143,7 +143,7 @@ def load_source(
     """
     folder = _folder(name)
     if folder is not None:
-        return _folder_split(folder, split, image_size, need_captions)
+        return FolderSource(split_folder(folder, split), image_size, need_captions)
     if name in _EMOJI:
         return EmojiSource(split, image_size, _EMOJI[name])
     if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name):  # not of the form of a TFDS name
@@ -151,14 +151,6 @@ def load_source(
             f"{name}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
         )
     return TFDSSource(name, split, image_size, need_captions)
-
-
-def _folder_split(folder: Path, split: str, image_size: int, need_captions: bool) -> FolderSource:
-    if (folder / split).is_dir():
-        return FolderSource(folder / split, image_size, need_captions)
-    if split == "train" or not folder.is_dir():
-        return FolderSource(folder, image_size, need_captions)
-    raise UserError(f"{folder}: no sub-folder {split!r}; put held-out images into {folder / split}")
 
 
 def batches(

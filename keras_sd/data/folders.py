@@ -1,16 +1,48 @@
 """A folder of images with captions: `metadata.jsonl` or a text file beside each image."""
 
+import collections
 import copy
+import functools
 import hashlib
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from keras_sd.data.images import SUFFIXES, check_image, read_image
+from keras_sd.data.images import FORMATS, SUFFIXES, check_image, format_of, read_image
 from keras_sd.errors import UserError
 
 METADATA = "metadata.jsonl"
+
+# Suffixes of images that other programs read. What lies under such a name is sometimes a JPEG all the same.
+_OTHER_IMAGES = {
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".tga", ".ico", ".icns", ".cur"),
+    *(".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ai", ".pcx", ".dib", ".dds", ".exr", ".hdr"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".wdp", ".jxr", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".nrw"),
+    *(".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".rwl", ".pef", ".srw", ".x3f", ".iiq", ".3fr", ".erf"),
+    *(".kdc", ".dcr", ".mrw"),
+}
+# Suffixes of what lies beside images and is none: captions, tables, side-cars, caches, notes.
+_COMPANIONS = {
+    *(".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".xml"),
+    *(
+        ".xmp",
+        ".aae",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".md",
+        ".rst",
+        ".html",
+        ".log",
+        ".ini",
+        ".db",
+        ".npz",
+        ".npy",
+    ),
+    *(".safetensors", ".py", ".lock"),
+}
+_NAMED = 3  # left-out files that are named of each suffix, and suffixes
 
 
 class FolderSource:
@@ -40,8 +72,10 @@ class FolderSource:
             captions = _metadata_captions(self.folder, images)
         else:
             captions = _text_captions(self.folder, images)
-        for path in captions:
-            check_image(path)
+        # Of images whose EXIF is damaged people are told once, whoever finds them.
+        self._damaged = [path for path in captions if not check_image(path)]
+        if self._damaged:
+            self._tell_damaged()
         self._examples = [(path, captions[path]) for path in images if path in captions]
 
     def __len__(self) -> int:
@@ -50,7 +84,20 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str), path (str)."""
         path, captions = self._examples[index]
-        return {"image": read_image(path, self.image_size), "captions": captions, "path": str(path)}
+        image = read_image(path, self.image_size, self._damage_found)
+        return {"image": image, "captions": captions, "path": str(path)}
+
+    def _damage_found(self, path: Path) -> None:
+        if not self._damaged:
+            self._damaged.append(path)
+            self._tell_damaged()
+
+    def _tell_damaged(self) -> None:
+        first = self._damaged[0].relative_to(self.folder)
+        _warn_once(
+            f"{self.folder}: images whose EXIF block is damaged are taken as they are stored: "
+            f"{len(self._damaged)}, the first is {str(first)!r}; turn those that lie on their sides"
+        )
 
     def at_size(self, image_size: int) -> "FolderSource":
         """The same images at another size, without looking at any file again."""
@@ -103,6 +150,9 @@ def digest(value) -> str:
 def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | None = None) -> list[Path]:
     """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
 
+    A file without a suffix, or with that of another format, is an image if its content is. Other files that
+    may be images are left out, and a warning counts and names them.
+
     Args:
         pass_over: called with a path that lies outside the folder and its fault; it is then left out.
 
@@ -111,20 +161,94 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
     """
     if not folder.is_dir():
         raise no_folder(folder)
-    paths = []
+    paths, left_out = [], collections.defaultdict(list)
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and parts[0] != "validation":
-            try:
+        if parts[0] == "validation" or any(part.startswith((".", "@eaDir", "__MACOSX")) for part in parts):
+            continue
+        try:
+            if _is_image(path):
                 paths.append(_inside(path, folder, path.name))
-            except UserError as error:
-                if pass_over is None:
-                    raise
-                pass_over(path, error)
+            elif path.suffix and path.suffix.lower() not in _COMPANIONS and path.is_file():
+                left_out[path.suffix.lower()].append(parts)
+        except UserError as error:
+            if pass_over is None:
+                raise
+            pass_over(path, error)
     if not paths:
-        raise UserError(f"{folder}: no images in this folder; add PNG, JPEG, WebP or BMP files")
+        only = f" that are read, but {_listed(left_out)}" if left_out else ""
+        raise UserError(f"{folder}: no images in this folder{only}; add PNG, JPEG, WebP or BMP files")
+    if left_out:
+        _warn_once(
+            f"{folder}: left out are {_listed(left_out)}; convert images among them to PNG, JPEG, WebP or BMP"
+        )
     return paths
+
+
+def _is_image(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return True
+    return (not suffix or suffix in _OTHER_IMAGES) and path.is_file() and format_of(path) in FORMATS
+
+
+def _listed(left_out: dict[str, list[tuple[str, ...]]]) -> str:
+    """Files by their suffix, the most frequent first: "5 files (4 .heic: 'a.heic', ...; 1 .tga: 'b.tga')"."""
+    most = sorted(left_out, key=lambda suffix: -len(left_out[suffix]))
+    parts = []
+    for suffix in most[:_NAMED]:
+        names = [repr("/".join(file)) for file in left_out[suffix]]
+        more = ", ..." if len(names) > _NAMED else ""
+        parts.append(f"{len(names)} {suffix}: {', '.join(names[:_NAMED])}{more}")
+    others = sum(len(left_out[suffix]) for suffix in most[_NAMED:])
+    if others:
+        parts.append(f"{others} others: {', '.join(most[_NAMED:])}")
+    count = sum(map(len, left_out.values()))
+    return f"{count} {'file' if count == 1 else 'files'} ({'; '.join(parts)})"
+
+
+def split_folder(folder: Path, split: str) -> Path:
+    """The folder that holds a split: a sub-folder of its name or, of the training split, the folder itself.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise no_folder(folder)
+    if not (folder / split).is_dir():
+        if split == "train":
+            return folder
+        raise UserError(f"{folder}: no sub-folder {split!r}; put held-out images into {folder / split}")
+    if split == "train":
+        names = (path for path in sorted(folder.iterdir()) if path.name not in ("train", "validation"))
+        outside = [path.name for path in names if _holds_images(path)]
+        if outside:
+            _warn_once(
+                f"{folder}: has a sub-folder 'train', so that images elsewhere in it are left out: in "
+                f"{len(outside)} places, the first is {outside[0]!r}; move them into {folder / 'train'}"
+            )
+    return folder / split
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether a file is, by its name, an image, or there is one below a folder."""
+    if path.name.startswith("."):
+        return False
+    return any(file.suffix.lower() in SUFFIXES for file in ([path] if path.is_file() else path.rglob("*")))
+
+
+def has_images(folder: Path) -> bool:
+    """Whether `image_paths` would find an image below a folder."""
+    try:
+        return bool(image_paths(folder, lambda path, error: None))
+    except UserError:
+        return False
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Tells a fault once in a process. Python forgets what it told when Pillow's warnings are held back."""
+    warnings.warn(message, stacklevel=3)
 
 
 def _inside(path: Path, folder: Path, name: str) -> Path:
@@ -169,10 +293,9 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
     missing = [path for path in images if path not in captions]
     if missing:
         # The captioner passes over what it cannot read, and such a folder is a data set all the same.
-        warnings.warn(
+        _warn_once(
             f"{metadata}: {len(captions)} captions for {len(images)} images; {len(missing)} are left out, "
-            f"the first is {str(missing[0].relative_to(folder))!r}",
-            stacklevel=2,
+            f"the first is {str(missing[0].relative_to(folder))!r}"
         )
     return captions
 
@@ -200,6 +323,13 @@ def _text_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str, ..
             )
         _inside(text, folder, text.name)
         captions[path] = tuple(line.strip() for line in _read_text(text).splitlines() if line.strip())
+    owners = collections.Counter(path.with_suffix(".txt") for path in images)
+    shared = [path for path in images if owners[path.with_suffix(".txt")] > 1]
+    if shared:
+        _warn_once(
+            f"{folder}: {len(shared)} images have another's name but for the suffix, and its caption, the "
+            f"first is {str(shared[0].relative_to(folder))!r}; rename them if they are not the same image"
+        )
     used = {path.with_suffix(".txt") for path in images}
     orphans = {text for parent in {path.parent for path in images} for text in parent.glob("*.txt")} - used
     if orphans:

@@ -1,70 +1,131 @@
-"""Reading pictures that come from outside: checked formats and sizes, square crops."""
+"""Reading images that come from outside: checked formats and sizes, square crops."""
 
+import contextlib
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from keras_sd.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats that are read; a file's format is told by its content, not by its name."""
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-"""Names that are taken for pictures; those of other formats than `FORMATS` are refused, not passed over."""
+SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".webp"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".avif"),
+}
+"""Names that are taken for images; those of other formats than `FORMATS` are refused, not passed over."""
 
 MAXIMUM_PIXELS = 64_000_000
 MINIMUM_SIDE = 16
 
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, for each orientation of EXIF."""
 
-def check_image(path: Path) -> None:
-    """Refuse what cannot become a training picture, without decoding pixels where that can be avoided.
+_ORIENTATION = 0x0112
+
+# Filters of warnings belong to the whole process, and images are read by threads.
+_FILTERING = threading.Lock()
+
+
+def check_image(path: Path) -> bool:
+    """Refuse what cannot become a training image, without decoding pixels where that can be avoided.
+
+    Returns:
+        Whether it can be made upright: False if its EXIF block is damaged; it is then taken as it is stored.
 
     Raises:
         UserError: not a file, not readable, another format, too large, too small, or truncated.
     """
-    with _open(path) as image:
-        try:
-            if image.format == "PNG":
-                image.verify()  # every chunk and its checksum
-            elif not _has_end(path, image):
-                image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _truncated(path) from error
+    with _open(path) as image, _damage_told(path):
+        is_upright = _orientation(image) is not None
+        if image.format == "PNG":
+            image.verify()  # every chunk and its checksum
+        elif not _has_end(path, image):
+            image.load()
+    return is_upright
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The picture's centre square, uint8 (size, size, 3), transparency on white, upright.
+def read_image(path: Path, size: int, tell: Callable[[Path], None] | None = None) -> np.ndarray:
+    """The image's centre square, uint8 (size, size, 3), transparency on white, upright.
+
+    Args:
+        tell: called with the path of an image whose EXIF block is damaged, which is taken as it is stored; by
+            default that is a warning.
 
     Raises:
         UserError: as `check_image`.
     """
-    with _open(path) as image:
-        try:
-            return square(ImageOps.exif_transpose(image), size)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _truncated(path) from error
+    with _open(path) as image, _damage_told(path):
+        return square(_upright(image, path, tell), size)
 
 
-def read_picture(path: Path, size: tuple[int, int] | None = None, mode: str = "RGB") -> np.ndarray:
-    """The whole picture as uint8 (height, width, 3), upright, transparency on white.
+def read_picture(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    mode: str = "RGB",
+    tell: Callable[[Path], None] | None = None,
+) -> np.ndarray:
+    """The whole image as uint8 (height, width, 3), upright, transparency on white.
 
     Args:
         size: (height, width) to scale it to with Lanczos, where it is another.
         mode: "RGB", or "L" for a mask, which is returned as (height, width).
+        tell: as `read_image` takes it.
 
     Raises:
         UserError: as `check_image`.
     """
-    with _open(path) as image:
-        try:
-            image = _on_white(ImageOps.exif_transpose(image)).convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _truncated(path) from error
+    with _open(path) as image, _damage_told(path):
+        image = _on_white(_upright(image, path, tell)).convert(mode)
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
     return np.asarray(image)
+
+
+def format_of(path: Path) -> str | None:
+    """The format of an image file by its first bytes, or None for what is no image that is known here.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if head[4:8] == b"ftyp":
+        return {b"avi": "AVIF", b"hei": "HEIF", b"hev": "HEIF", b"mif": "HEIF", b"msf": "HEIF"}.get(
+            head[8:11]
+        )
+    if head.startswith(b"RIFF"):
+        return "WEBP" if head[8:12] == b"WEBP" else None
+    starts = {
+        b"\x89PNG\r\n\x1a\n": "PNG",
+        b"\xff\xd8": "JPEG",
+        b"BM": "BMP",
+        b"GIF8": "GIF",
+        b"II*\0": "TIFF",
+        b"MM\0*": "TIFF",
+        b"8BPS": "PSD",
+        b"\xff\x0a": "JPEG XL",
+        b"\0\0\0\x0cJXL ": "JPEG XL",
+        b"\0\0\0\x0cjP": "JPEG 2000",
+    }
+    return next((name for start, name in starts.items() if head.startswith(start)), None)
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -82,30 +143,77 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turns whatever Pillow raises at damaged bytes, of many types, into one line."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(path) from error
+    except Exception as error:
+        if getattr(error, "errno", None):
+            raise _unreadable(path, error) from error
+        raise _truncated(path) from error
+
+
+@contextlib.contextmanager
+def _pillow_silent() -> Iterator[None]:
+    """Keeps Pillow's warnings back: they name no file, and its limit of pixels is looser than ours."""
+    with _FILTERING, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _upright(image: Image.Image, path: Path, tell: Callable[[Path], None] | None) -> Image.Image:
+    """The image turned as its camera says; as it is stored where that cannot be read, which is told."""
+    image.load()
+    orientation = _orientation(image)
+    if orientation is None:
+        (tell or _warn_of_exif)(path)
+    return image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+
+
+def _warn_of_exif(path: Path) -> None:
+    warnings.warn(
+        f"{path}: its EXIF block is damaged, so it is taken as it is stored; turn it if it lies on its side",
+        stacklevel=4,
+    )
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF's orientation, from 1 to 8, or None if there is a block of EXIF that cannot be read."""
+    with _pillow_silent():
+        try:
+            # The method of the base: that of PNG decodes the whole image to find what stands behind it.
+            orientation = Image.Image.getexif(image).get(_ORIENTATION)
+            if orientation is None and image.info.get("exif"):
+                # What opened the image may have met the fault before, and Pillow keeps what it had by then.
+                warnings.filterwarnings("error", module=r"PIL\.")
+                Image.Exif().load(image.info["exif"])
+            return orientation if orientation in _TRANSPOSITIONS else 1
+        except MemoryError:
+            raise
+        except Exception:  # struct.error, SyntaxError, KeyError, TypeError, ...: damage has many types
+            return None
+
+
 def _open(path: Path) -> Image.Image:
     """Read the header only, and refuse by it."""
     if not path.is_file():
         raise UserError(f"{path}: no such image file; add it, or remove what names it")
-    try:
-        with warnings.catch_warnings():
-            # The limit below is stricter than Pillow's, which warns first.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=[*FORMATS, "GIF", "TIFF"])
-    except Image.DecompressionBombError as error:
-        raise _too_large(path) from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image; replace it by {' or '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if getattr(error, "errno", None):
-            raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-        raise _truncated(path) from error
+    found, wanted = format_of(path), " or ".join(FORMATS)
+    if found is None:
+        raise UserError(f"{path}: not an image; replace it by {wanted}")
+    if found not in FORMATS:
+        raise UserError(f"{path}: holds {found}, which is not read; convert it to {wanted}")
+    with _damage_told(path), _pillow_silent():
+        # Phones put further images behind the first (MPO). This class reads the first and asks for no more.
+        image = JpegImageFile(path) if found == "JPEG" else Image.open(path, formats=[found])
     width, height = image.size
     fault = None
-    if image.format not in FORMATS:
-        fault = UserError(
-            f"{path}: holds {image.format}, which is not read; convert it to {' or '.join(FORMATS)}"
-        )
-    elif width * height > MAXIMUM_PIXELS:
+    if width * height > MAXIMUM_PIXELS:
         fault = _too_large(path, f" ({width} x {height})")
     elif min(width, height) < MINIMUM_SIDE:
         fault = UserError(
@@ -130,6 +238,10 @@ def _has_end(path: Path, image: Image.Image) -> bool:
             file.seek(length - 65536)
             return b"\xff\xd9" in file.read()
     return False
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable")
 
 
 def _truncated(path: Path) -> UserError:

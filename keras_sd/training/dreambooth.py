@@ -6,8 +6,8 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_sd.data.datasets import fingerprint_of
-from keras_sd.data.folders import FolderSource
-from keras_sd.data.images import MINIMUM_SIDE, SUFFIXES
+from keras_sd.data.folders import FolderSource, has_images
+from keras_sd.data.images import MINIMUM_SIDE
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.images import save_png
 from keras_sd.training.encodings import EncodedSource, JoinedSource
@@ -22,13 +22,9 @@ def count_pictures(folder):
     Raises:
         UserError: one of them cannot be trained on.
     """
-    if not folder.exists() or (folder.is_dir() and not _has_pictures(folder)):
+    if not folder.exists() or (folder.is_dir() and not has_images(folder)):
         return 0
     return len(FolderSource(folder, MINIMUM_SIDE, need_captions=False))
-
-
-def _has_pictures(folder):
-    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*") if not path.name.startswith("."))
 
 
 def read_pictures(folder, prompt, image_size):

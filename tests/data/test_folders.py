@@ -3,6 +3,7 @@ import os
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +283,86 @@ def test_orientation_of_cameras(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     upright = read_image(tmp_path / "a.png", 20)
     assert (upright[10:] == 255).all() and (upright[:10] == 0).all()
+
+
+LEFT_OUT = ("a.heic", "b.HEIC", "c.heif", "d.jxl", "e.tga", "f.psd", "g.cr2", "h.ico", "deep/i.heic", "j.mp4")
+
+
+def test_files_that_are_left_out_are_counted_and_named(folder, recwarn):
+    for name in LEFT_OUT:
+        (folder / name).write_bytes(b"what is not read here")
+    for name in (
+        ".hidden.heic",
+        "notes.txt",
+        "a.caption",
+        "b.captions",
+        "c.json",
+        "d.csv",
+        "LICENSE",
+        "Thumbs.db",
+    ):
+        (folder / name).write_bytes(b"what is no image")
+    (folder / "validation").mkdir()
+    (folder / "validation" / "k.heic").write_bytes(b"of another split")
+    for _ in range(2):
+        assert len(load_source(folder, "train", 16)) == 2
+    (warning,) = recwarn.list
+    line = str(warning.message)
+    assert "left out are 10 files (3 .heic: 'a.heic', 'b.HEIC', 'deep/i.heic'; 1 .heif: 'c.heif'; " in line
+    assert "5 others: .tga, .psd, .cr2, .ico, .mp4);" in line and "\n" not in line
+
+
+def test_a_folder_of_files_that_are_left_out(tmp_path):
+    for number in range(5):
+        (tmp_path / f"{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    assert "but 5 files (5 .heic: '0.heic', '1.heic', '2.heic', ...); add PNG" in fault(tmp_path)
+
+
+def test_images_under_other_names_are_taken(tmp_path, recwarn):
+    Image.new("RGB", (20, 20), RED).save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    data = (tmp_path / "a.jpg").read_bytes()
+    names = ["a.jpg", "b.jfif", "c.jpe", "d.HEIC", "e", "f.mpo"]
+    for name in names:
+        (tmp_path / name).write_bytes(data)
+    source = load_source(tmp_path, "train", 16, need_captions=False)
+    assert [Path(example["path"]).name for example in source] == names
+    assert all(abs(int(example["image"][0, 0, 0]) - 255) < 3 for example in source)
+    assert not recwarn.list
+
+
+def test_images_beside_the_training_folder_are_told(tmp_path, recwarn):
+    save(tmp_path / "train" / "a.png")
+    assert len(load_source(tmp_path, "train", 16, need_captions=False)) == 1
+    assert not recwarn.list
+    save(tmp_path / "b.png")
+    save(tmp_path / "more" / "c.png")
+    with pytest.warns(
+        UserWarning, match="images elsewhere in it are left out: in 2 places, the first is 'b.png'"
+    ):
+        assert len(load_source(tmp_path, "train", 16, need_captions=False)) == 1
+
+
+def test_images_that_share_a_caption_are_told(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png"):
+        save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a square")
+    with pytest.warns(UserWarning, match="2 images have another's name but for the suffix, .*'a.jpg'"):
+        assert len(load_source(tmp_path, "train", 16)) == 3
+
+
+def broken_exif(path, block=b"Exif\0\0II*\0\x08\0\0\0\xff\xff", size=(40, 30)):
+    """A JPEG with this block of EXIF."""
+    Image.new("RGB", size, RED).save(path, exif=block)
+    return path
+
+
+def test_damaged_exif_is_told_once_in_a_folder(tmp_path):
+    for number in range(3):
+        broken_exif(tmp_path / f"{number}.jpg")
+    with pytest.warns(UserWarning) as told:
+        source = load_source(tmp_path, "train", 16, need_captions=False)
+        for example in source.at_size(32):
+            assert example["image"].shape == (32, 32, 3)
+        load_source(tmp_path, "train", 16, need_captions=False)
+    (warning,) = told
+    assert "are taken as they are stored: 3, the first is '0.jpg'; turn those" in str(warning.message)

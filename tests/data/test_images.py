@@ -1,0 +1,232 @@
+"""Images as cameras, phones and programs write them, whole and damaged."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from keras_sd.data.images import check_image, format_of, read_image, read_picture
+from keras_sd.errors import UserError
+
+EXIF = b"Exif\0\0"
+ORIENTATION = 0x0112
+
+
+def ifd(*entries, count=None, following=0):
+    """A block of EXIF: entries of (tag, type, count, four bytes of value)."""
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    number = len(entries) if count is None else count
+    return EXIF + b"II*\0\x08\0\0\0" + struct.pack("<H", number) + packed + struct.pack("<I", following)
+
+
+DAMAGED_EXIF = {
+    "no header": EXIF + b"no TIFF at all",
+    "cut header": EXIF + b"II*",
+    "cut directory": EXIF + b"II*\0\x08\0\0\0\x05",
+    "no directory": EXIF + b"II*\0\xff\xff\0\0",
+    "entries missing": ifd((0x010F, 2, 4, b"abc\0"), count=40),
+    "value outside": ifd((0x010F, 2, 4000, b"\xff\xff\xff\x7f")),
+}
+
+
+def gradient(height=30, width=40):
+    """Every corner of another colour."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 255 // height, columns * 255 // width, np.full_like(rows, 99)], -1).astype(
+        "uint8"
+    )
+
+
+def all_readings(path):
+    """An image by each of the functions that read one: all of it, and the centre square."""
+    return read_picture(path), read_image(path, 30)
+
+
+@pytest.mark.parametrize("kind", DAMAGED_EXIF)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path, kind, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(gradient()).save(path, exif=DAMAGED_EXIF[kind], lossless=True)
+    assert check_image(path) is False
+    with pytest.warns(UserWarning) as told:
+        whole, square = all_readings(path)
+    assert [str(warning.message).startswith(f"{path}: its EXIF block is damaged") for warning in told] == [
+        True
+    ] * 2
+    assert np.abs(whole.astype(int) - gradient()).mean() < 8 and square.shape == (30, 30, 3)
+    named = []
+    read_image(path, 16, tell=named.append)
+    assert named == [path]
+
+
+def test_a_damaged_block_that_tells_the_orientation_is_obeyed(tmp_path, recwarn):
+    block = ifd((ORIENTATION, 3, 1, b"\x03\0\0\0"), (0x927C, 7, 4000, b"\xff\xff\0\0"))
+    Image.fromarray(gradient()).save(tmp_path / "a.png", exif=block)
+    assert check_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), gradient()[::-1, ::-1])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_orientation_is_that_of_pillow(tmp_path, orientation, suffix, recwarn):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(gradient()).save(tmp_path / f"a.{suffix}", exif=exif)
+    with Image.open(tmp_path / f"a.{suffix}") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_picture(tmp_path / f"a.{suffix}"), expected)
+    assert check_image(tmp_path / f"a.{suffix}") and not recwarn.list
+
+
+def test_an_orientation_of_another_type_is_none(tmp_path, recwarn):
+    Image.fromarray(gradient()).save(tmp_path / "a.png", exif=ifd((ORIENTATION, 2, 4, b"six\0")))
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), gradient())
+    assert not recwarn.list
+
+
+def test_the_first_image_of_a_phone_is_taken(tmp_path, recwarn):
+    path = tmp_path / "a.jpg"
+    first, second = (Image.fromarray(pixels) for pixels in (gradient(), 255 - gradient()))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    first.save(path, format="MPO", save_all=True, append_images=[second], exif=exif, quality=95)
+    with Image.open(path) as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    assert check_image(path) and format_of(path) == "JPEG"
+    expected = np.rot90(gradient(), -1).astype(int)
+    assert np.abs(read_picture(path) - expected).mean() < 4
+    assert read_image(path, 16).shape == (16, 16, 3)
+    # Its index of images damaged, byte by byte.
+    whole = path.read_bytes()
+    start = whole.index(b"MPF\0") + 4
+    for place in range(start, start + 80):
+        for value in (0, 0xFF):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            check_image(path)
+            assert np.abs(read_picture(path) - expected).mean() < 4
+    assert not recwarn.list
+
+
+def test_profiles_and_thumbnails_that_are_damaged(tmp_path, recwarn):
+    thumbnail = io.BytesIO()
+    Image.new("RGB", (16, 12)).save(thumbnail, format="JPEG")
+    cut = thumbnail.getvalue()[:-30]
+    for suffix in ("jpg", "png", "webp"):
+        path = tmp_path / f"a.{suffix}"
+        image = Image.fromarray(gradient())
+        image.save(
+            path, icc_profile=b"no profile" * 20, exif=ifd((0x0100, 3, 1, b"\1\0\0\0")) + cut, lossless=True
+        )
+        assert check_image(path)
+        assert np.abs(read_picture(path).astype(int) - gradient()).mean() < 8
+    # JPEGs whose profile lacks a part, and whose thumbnail ends before they do.
+    data = (tmp_path / "a.jpg").read_bytes()
+    place = data.index(b"ICC_PROFILE\0") + 12
+    (tmp_path / "a.jpg").write_bytes(data[:place] + b"\1\7" + data[place + 2 :])
+    assert np.abs(read_picture(tmp_path / "a.jpg").astype(int) - gradient()).mean() < 8
+    (tmp_path / "a.jpg").write_bytes(data[:-200])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        check_image(tmp_path / "a.jpg")
+    assert not recwarn.list
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_modes(tmp_path, recwarn):
+    colours = Image.fromarray(gradient())
+    pixels, grey = gradient().astype(float), np.asarray(colours.convert("L"))
+    alpha = np.linspace(0, 255, 40).astype("uint8")[None].repeat(30, 0)
+    share = alpha[..., None] / 255
+    deep = Image.fromarray(grey.astype("uint16") * 257)
+    palette = colours.quantize(16)
+    transparent = np.asarray(palette.convert("RGB")).astype(float)
+    transparent[np.asarray(palette) == 3] = 255
+    with_alpha = colours.copy()
+    with_alpha.putalpha(Image.fromarray(alpha))
+    grey_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    cases = {
+        "cmyk.jpg": (colours.convert("CMYK"), pixels, {"quality": 95}),
+        "grey.jpg": (Image.fromarray(grey), grey[..., None], {"quality": 95}),
+        "grey.png": (Image.fromarray(grey), grey[..., None], {}),
+        "la.png": (grey_alpha, grey[..., None] * share + 255 * (1 - share), {}),
+        "rgba.webp": (with_alpha, pixels * share + 255 * (1 - share), {"lossless": True}),
+        "deep.png": (deep, grey[..., None], {}),
+        "palette.png": (palette, transparent, {"transparency": 3}),
+        "bits.png": (Image.fromarray(grey > 99), 255.0 * (grey > 99)[..., None], {}),
+        "key.png": (Image.fromarray(grey), np.where(grey == 99, 255, grey)[..., None], {"transparency": 99}),
+    }
+    for name, (image, expected, options) in cases.items():
+        path = saved(tmp_path / name, image, **options)
+        assert check_image(path), name
+        whole, square = all_readings(path)
+        difference = np.abs(whole.astype(float) - np.broadcast_to(expected, whole.shape)).mean()
+        assert difference < 4, (name, difference)
+        np.testing.assert_array_equal(square, whole[:, 5:35], err_msg=name)
+        assert read_picture(path, mode="L").shape == (30, 40)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_the_first_frame_of_an_animation(tmp_path, suffix, recwarn):
+    frames = [Image.fromarray(pixels) for pixels in (gradient(), 255 - gradient(), gradient()[::-1])]
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    assert check_image(path)
+    np.testing.assert_array_equal(read_picture(path), gradient())
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIF"),
+        (b"\0\0\0\x1cftypavif", "AVIF"),
+        (b"II*\0", "TIFF"),
+        (b"\xff\x0a", "JPEG XL"),
+        (b"8BPS", "PSD"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, head, found):
+    (tmp_path / "a.png").write_bytes(head + bytes(100))
+    for read in (check_image, read_picture):
+        with pytest.raises(
+            UserError, match=f"a.png: holds {found}, which is not read; convert it to PNG or JPEG"
+        ):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+def test_damage_anywhere_is_one_line_or_an_image(tmp_path, suffix):
+    """Bytes changed at random, most of them in the headers, where Pillow's errors have many types."""
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x010F], exif[0x011A] = 6, "maker", 72.5
+    options = {} if suffix == "bmp" else {"exif": exif, "icc_profile": b"profile" * 9}
+    Image.fromarray(gradient()).save(path, **options)
+    whole = np.frombuffer(path.read_bytes(), "uint8")
+    generator = np.random.default_rng(0)
+    read = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for trial in range(400):
+            damaged = whole.copy()
+            end = len(whole) if trial % 4 == 0 else min(len(whole), 400)
+            places = generator.integers(0, end, generator.integers(1, 5))
+            damaged[places] = generator.integers(0, 256, len(places))
+            path.write_bytes(damaged.tobytes())
+            for function in (check_image, read_picture):
+                try:
+                    function(path)
+                    read += 1
+                except UserError as error:
+                    assert "\n" not in str(error)
+    assert read > 20
