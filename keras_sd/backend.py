@@ -213,6 +213,15 @@ def process_index():
     return jax.process_index()
 
 
+def any_process(flags):
+    """Where any process has True: a bool array `(n,)`, which each gives its own of; all have to ask."""
+    if process_count() == 1:
+        return flags
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(flags).any(axis=0)
+
+
 def processes_stop_at(step):
     """Whether all processes stop after this step, as one of them has got SIGTERM; asked at every step."""
     from jax.experimental import multihost_utils

@@ -1,5 +1,6 @@
 """Several devices and processes lose, step by step, what one device loses, and end with its weights."""
 
+import io
 import json
 import os
 import shutil
@@ -126,6 +127,39 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
     pictures = [np.asarray(Image.open(runs / name / sample)).astype(int) for name in ("one", output)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert (runs / output / "model" / "model_index.json").is_file()
+
+
+def test_two_processes_draw_class_images_into_one_folder(folder):
+    """Each picture is whole, and as one process draws it, also where some are there already."""
+    (folder / "subject").mkdir()
+    for index in range(2):
+        shutil.copy(folder / "pictures" / f"{index}.png", folder / "subject")
+    arguments = ["-m", "keras_sd.train", "dreambooth", "--instance-data-dir", folder / "subject"]
+    arguments += ["--pretrained-model-name-or-path", folder / "model", "--instance-prompt", "a sks heart"]
+    arguments += ["--with-prior-preservation", "--class-prompt", "a heart", "--num-class-images", 6]
+    arguments += ["--max-train-steps", 1, "--train-batch-size", 2, "--num-inference-steps", 1]
+    arguments += ["--evaluation-steps", 9, "--checkpointing-steps", 9]
+
+    def pictures(output):
+        return {path.name: path.read_bytes() for path in (folder / output / "class-images").iterdir()}
+
+    finish(start([*arguments, "--output-dir", folder / "alone"]))
+    alone = pictures("alone")
+    assert list(sorted(alone)) == [f"class-{index:05}.png" for index in range(6)]
+    # As after a kill.
+    (folder / "both" / "class-images").mkdir(parents=True)
+    (folder / "both" / "class-images" / "class-00002.png").write_bytes(alone["class-00002.png"])
+    address = free_address()
+    pair = [
+        start([*arguments, "--output-dir", folder / "both", *processes(address, index)]) for index in range(2)
+    ]
+    told = [finish(process)[1] for process in pair]
+    assert ["class images" in errors for errors in told] == [True, False]
+    both = pictures("both")
+    assert both.keys() == alone.keys()
+    for name in both:
+        drawn, expected = (np.asarray(Image.open(io.BytesIO(one[name]))).astype(int) for one in (both, alone))
+        assert np.abs(drawn - expected).max() <= 1
 
 
 def test_every_device_holds_a_part_of_split_weights():

@@ -1,10 +1,9 @@
 """DreamBooth: a few pictures of one subject teach a model a word for it (Ruiz et al., 2023)."""
 
-import itertools
-
 import numpy as np
 from tqdm import tqdm
 
+from keras_sd import backend
 from keras_sd.data.datasets import fingerprint_of
 from keras_sd.data.folders import FolderSource, has_images
 from keras_sd.data.images import MINIMUM_SIDE
@@ -43,7 +42,9 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_steps, guidanc
     """Draws pictures of a class until a folder holds `count`; training shall not forget what they show.
 
     Picture i is drawn from `seed` + i and stands whole in `class-i.png` or not at all, so that a run that was
-    killed goes on with those that are there.
+    killed goes on with those that are there. Several processes of a run draw together, as each has a part of
+    the devices only, and each writes what its folder lacks: the folder may be the same for all, or be each
+    host's own.
 
     Args:
         pipeline: the `StableDiffusion` that is to be trained, before that.
@@ -56,10 +57,15 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_steps, guidanc
         return folder / f"class-{index:05}.png"
 
     missing = max(count - count_pictures(folder), 0)
-    free = (index for index in itertools.count() if not place(index).exists())
-    wanted = set(itertools.islice(free, missing))
+    # There are fewer than `count` pictures, so that these are below it.
+    free = [index for index in range(count) if not place(index).exists()][:missing]
+    is_wanted = np.zeros(count, bool)
+    is_wanted[free] = True
+    # Before anyone has written: all draw the same ones.
+    wanted = set(np.flatnonzero(backend.any_process(is_wanted)).tolist())
     sampling = {"num_steps": num_steps, "guidance_scale": guidance_scale}
-    with tqdm(total=missing, desc="class images", unit="image", disable=not missing) as bar:
+    is_silent = not wanted or backend.process_index() > 0
+    with tqdm(total=len(wanted), desc="class images", unit="image", disable=is_silent) as bar:
         while wanted:
             first = min(wanted)
             # Always a whole batch, as each size is compiled for itself.
@@ -70,11 +76,11 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_steps, guidanc
                 if index not in wanted:
                     continue
                 wanted.remove(index)
-                parameters = pipeline.parameters(prompt, seed=seed + index, size=image.shape[:2], **sampling)
-                unfinished = folder / f".{place(index).name}"
-                save_png(image, unfinished, parameters)
-                unfinished.replace(place(index))
                 bar.update()
+                if is_wanted[index] and not place(index).exists():
+                    size = image.shape[:2]
+                    parameters = pipeline.parameters(prompt, seed=seed + index, size=size, **sampling)
+                    save_png(image, place(index), parameters)
 
 
 def dreambooth_example(example, generator, class_examples=(), **options):
