@@ -50,6 +50,8 @@ class Adapters:
         """
         for name in weights:
             self._known(name)
+            if not np.isfinite(weights[name]):
+                raise UserError(f"LoRA {name!r}: its weight {weights[name]} is no finite number; use another")
         weights = {name: float(weight) for name, weight in weights.items() if weight}
         self._apply(weights)
         self.weights = weights

@@ -10,7 +10,7 @@ from keras_sd.caption import caption
 from keras_sd.convert import convert
 from keras_sd.errors import run_command
 from keras_sd.files import write_json
-from keras_sd.generate import COMMANDS, open_model, sampling_options
+from keras_sd.generate import COMMANDS, check_steps, open_model, sampling_options
 from keras_sd.outputs import check_output, check_output_folder, output_option
 from keras_sd.train import train
 
@@ -32,6 +32,7 @@ for command in (*COMMANDS, convert, caption, train):
 def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, reuse_interval, steps):
     """Measure MODEL, a preset or a folder trained on the emoji pictures, and print the table."""
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
+    check_steps(model, steps)
     pipeline = open_model(model)
     from tqdm import tqdm
 

@@ -2,11 +2,9 @@
 
 import click
 
+from keras_sd.option_types import NOT_NEGATIVE, POSITIVE, SHARE
 from keras_sd.train_options import (
     COUNT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
     SMALL_IMAGE,
     decorated,
     evaluation_options,

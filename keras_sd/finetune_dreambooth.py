@@ -13,9 +13,9 @@ from keras_sd.finetune import (
     subject_evaluation,
     subject_options,
 )
+from keras_sd.option_types import NOT_NEGATIVE
 from keras_sd.train_options import (
     COUNT,
-    NOT_NEGATIVE,
     decorated,
     image_size_of,
     open_pipeline,

@@ -10,8 +10,8 @@ from keras_sd.finetune import (
     pretrained_option,
     validation_option,
 )
+from keras_sd.option_types import POSITIVE
 from keras_sd.train_options import (
-    POSITIVE,
     evaluation_options,
     model_option,
     prepare,

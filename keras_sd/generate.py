@@ -1,5 +1,6 @@
 """The commands that make pictures: one for each task of `StableDiffusion`."""
 
+import math
 from pathlib import Path
 
 import click
@@ -8,8 +9,10 @@ import click
 from keras_sd import presets
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import UserError
+from keras_sd.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.outputs import check_output, output_option
 
+LARGEST_SEED = 2**62
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -28,14 +31,14 @@ sampling_options = _decorated(
     click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
     click.option(
         "--guidance-scale",
-        type=float,
+        type=NOT_NEGATIVE,
         show_default="the model's own; usually 7.5",
         help="How much the prompt is followed; 1 switches guidance off.",
     ),
     click.option(
         "--guidance-interval",
         default=(0.0, 1.0),
-        type=(float, float),
+        type=(SHARE, SHARE),
         metavar="START END",
         help="Share of the steps from which and to which there is guidance; the others take half the time.",
     ),
@@ -45,18 +48,18 @@ sampling_options = _decorated(
         type=click.IntRange(1),
         help="Every which step runs the whole UNet; the others reuse its deep features.",
     ),
-    click.option("--seed", default=0, type=click.IntRange(0), help="Image i uses seed + i."),
+    click.option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help="Image i uses seed + i."),
 )
 
 prompt_options = _decorated(
     click.option("--negative-prompt", help="What to stay away from."),
     sampling_options,
     click.option("--sampler", default="ddim", type=click.Choice(tuple(SAMPLERS)), help="Way of denoising."),
-    click.option("--eta", default=0.0, type=click.FloatRange(0, 1), help="Fresh noise of DDIM, 0 to 1."),
+    click.option("--eta", default=0.0, type=SHARE, help="Fresh noise of DDIM, 0 to 1."),
     click.option(
         "--guidance-rescale",
         default=0.0,
-        type=click.FloatRange(0, 1),
+        type=SHARE,
         help="Against overexposure by strong guidance.",
     ),
 )
@@ -118,7 +121,7 @@ def generate(prompt, num_images, height, width, **options):
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option("--strength", default=0.8, type=click.FloatRange(0, 1), help="How much is made new.")
+@click.option("--strength", default=0.8, type=SHARE, help="How much is made new.")
 @size_options
 @prompt_options
 @model_options()
@@ -137,7 +140,7 @@ def image_to_image(image, prompt, num_images, strength, height, width, **options
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option("--strength", default=1.0, type=click.FloatRange(0, 1), help="How much is made new.")
+@click.option("--strength", default=1.0, type=SHARE, help="How much is made new.")
 @size_options
 @prompt_options
 @model_options()
@@ -166,10 +169,11 @@ def upscale(image, prompt, num_images, noise_level, **options):
     """
     pixels = _read_picture(image)
     output = _check_pictures(options, num_images)
-    from keras_sd.upscaler import Upscaler
-
     folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
     more = {} if noise_level is None else {"noise_level": noise_level}
+    check_steps(folder, options["steps"])
+    from keras_sd.upscaler import Upscaler
+
     if Upscaler.is_in(folder):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
@@ -208,7 +212,7 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
 @click.argument("prompts", nargs=-1, required=True)
 @output_option("walk.gif", "GIF, or PNG for a contact sheet.")
 @click.option("--num-frames", default=24, type=click.IntRange(1), help="Frames of the whole walk.")
-@click.option("--frame-rate", default=10.0, type=click.FloatRange(1, 50), help="Frames a second of a GIF.")
+@click.option("--frame-rate", default=10.0, type=Number(1, 50), help="Frames a second of a GIF.")
 @size_options
 @prompt_options
 @model_options()
@@ -263,6 +267,7 @@ def _open(options):
     """Opens the model that options name: the pipeline, and the options of a task."""
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
     model = {name: options.pop(name) for name in names}
+    check_steps(model["model"], options["steps"])
     pipeline = open_model(**model)
     if options["guidance_scale"] is None:
         options["guidance_scale"] = pipeline.defaults.guidance_scale
@@ -301,6 +306,20 @@ def _write(images, output, parameters):
         click.echo(path)
 
 
+def check_steps(model, steps):
+    """Refuses more steps than a model's schedule has, where that can be read before a backend is loaded."""
+    if Path(model).is_file():
+        return  # tells it once it is open
+    folder = Path(presets.find(model))
+    from keras_sd.weights.diffusers_folder import SCHEDULER
+    from keras_sd.weights.formats import read_json
+
+    if (folder / SCHEDULER).is_file():
+        most = read_json(folder / SCHEDULER).get("num_train_timesteps", steps)
+        if steps > most:
+            raise UserError(f"--steps {steps}: out of range; use 1 to {most}")
+
+
 def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
     """Opens a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded.
 
@@ -329,9 +348,12 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
 def _path_and_weight(text):
     path, _, weight = text.rpartition(":")
     try:
-        return (path, float(weight)) if path else (text, 1.0)
+        weight = float(weight)
     except ValueError:
         return text, 1.0  # a colon of the path
+    if path and not math.isfinite(weight):
+        raise UserError(f"--lora {text}: {weight} is not a finite number; give another weight")
+    return (path, weight) if path else (text, 1.0)
 
 
 def _path_and_token(text):

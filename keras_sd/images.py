@@ -44,8 +44,17 @@ def pictures_to_unit(images):
 
 
 def pictures_from_unit(images):
-    """Rounds pictures in [-1, 1] to uint8."""
-    return np.clip(np.round((np.asarray(images) + 1.0) * 127.5), 0, 255).astype("uint8")
+    """Rounds pictures in [-1, 1] to uint8.
+
+    Raises:
+        UserError: there are numbers that are not finite, which would be black.
+    """
+    images = np.asarray(images)
+    if not np.isfinite(images).all():
+        raise UserError(
+            "images: the model computed numbers that are not finite; take float32, or less guidance"
+        )
+    return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
 def resized(image, size, method=Image.Resampling.BICUBIC):

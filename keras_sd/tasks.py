@@ -18,6 +18,9 @@ from keras_sd.errors import UserError
 from keras_sd.images import as_pictures, pictures_to_unit
 from keras_sd.prompts import take_loras
 
+# Image i has the seed plus i, in 63 bits.
+LARGEST_SEED = 2**62
+
 
 def _with_loras(task):
     """Adds the LoRAs that a task's prompts ask for by tags, for that call."""
@@ -238,7 +241,7 @@ class Tasks:
             raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
         encodings = self.encode_text([*prompts, negatives[0]])
         shape = self.latent_shape(height, width)
-        seed = _at_least("seed", seed, 0)
+        seed = _checked_seed(seed)
         noises = NoiseStreams([seed, seed + 1]).draw(shape)
         if len(prompts) == 1:
             angles = 2 * np.pi * np.arange(num_frames) / num_frames
@@ -274,7 +277,7 @@ class Tasks:
     def _conditions(self, prompt, negative_prompt, num_images, seed):
         """Encodings of both prompts `(n, tokens, width)` and the seed `(n,)` of each picture."""
         prompts, negatives = _prompts(prompt, negative_prompt)
-        num_images, seed = _at_least("num_images", num_images, 1), _at_least("seed", seed, 0)
+        num_images, seed = _at_least("num_images", num_images, 1), _checked_seed(seed)
         # Together, as the longest text says how many chunks of tokens all get.
         encodings = self.encode_text(prompts + negatives).repeat(num_images, axis=0)
         context, negative = np.split(encodings, 2)
@@ -337,6 +340,12 @@ def _at_least(name, value, least):
     return int(value)
 
 
+def _checked_seed(seed):
+    if _at_least("seed", seed, 0) > LARGEST_SEED:
+        raise UserError(f"seed {seed}: out of range; use a whole number from 0 to {LARGEST_SEED}")
+    return int(seed)
+
+
 def _prompts(prompt, negative_prompt):
     """Prompts and negative prompts as two lists of one length."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -353,9 +362,9 @@ def _prompts(prompt, negative_prompt):
 
 def _first_step(strength, num_steps):
     """How many of the steps a strength leaves out."""
-    made = int(num_steps * strength)
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength}: out of range; use more than 0, up to 1")
+    made = int(num_steps * strength)
     if num_steps >= 1 and made < 1:
         raise UserError(
             f"strength {strength}: makes none of {num_steps} steps; use {1 / num_steps:.2g} or more"

@@ -4,9 +4,9 @@ import click
 
 from keras_sd import config, presets
 from keras_sd.errors import UserError
+from keras_sd.option_types import NOT_NEGATIVE
 from keras_sd.train_options import (
     COUNT,
-    NOT_NEGATIVE,
     evaluation_options,
     evenly,
     example_sets,

@@ -6,7 +6,6 @@ is at fault is told within seconds.
 
 import dataclasses
 import functools
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -17,26 +16,12 @@ from keras_sd import config, presets
 from keras_sd.defaults import ModelDefaults, usual
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
+from keras_sd.option_types import NOT_NEGATIVE, POSITIVE, Number
 
 FEWEST_FOR_KID = 4  # images in a set: two in each half
 SMALL_IMAGE = 128  # pixels; of images up to this size, evaluations draw more and show them enlarged
 
 
-class Number(click.FloatRange):
-    """A finite number in a range, which holds its ends unless `min_open` or `max_open`."""
-
-    name = "number"
-
-    def convert(self, value, parameter, context):
-        number = super().convert(value, parameter, context)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", parameter, context)
-        return number
-
-
-POSITIVE = Number(min=0, min_open=True)
-NOT_NEGATIVE = Number(min=0)
-SHARE = Number(min=0, max=1)
 DECAY = Number(min=0, max=1, max_open=True)
 COUNT = click.IntRange(1)
 FROM_ZERO = click.IntRange(0)

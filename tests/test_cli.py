@@ -68,6 +68,18 @@ BAD_INPUT = [
     ("train clip --train-batch-size many", "'--train-batch-size'", "keras-sd train clip --help"),
     ("train --max-train-step few", "'--max-train-step'", "keras-sd train text-to-image --help"),
     ("generate", "PROMPT", "keras-sd generate --help"),
+    ("generate heart --steps 0", "'--steps'", "x>=1"),
+    ("generate heart --steps 5000", "--steps 5000: out of range", "use 1 to 1000"),
+    ("upscale taken.png --steps 5000", "--steps 5000: out of range", "use 1 to 1000"),
+    ("evaluate --steps 5000", "--steps 5000: out of range", "use 1 to 1000"),
+    ("generate heart --guidance-scale nan", "'--guidance-scale'", "finite number"),
+    ("generate heart --guidance-interval 0 nan", "'--guidance-interval'", "finite number"),
+    ("generate heart --guidance-rescale nan", "'--guidance-rescale'", "finite number"),
+    ("generate heart --eta nan", "'--eta'", "finite number"),
+    ("image-to-image taken.png heart --strength nan", "'--strength'", "finite number"),
+    ("walk a --frame-rate nan", "'--frame-rate'", "finite number"),
+    ("generate heart --seed 9223372036854775808", "'--seed'", "0<=x<=4611686018427387904"),
+    ("generate heart --lora taken.safetensors:nan", "--lora taken.safetensors:nan", "another weight"),
     ("generate heart --sampler magic", "'magic'", "ddim"),
     ("generate heart --model emojis", "'emojis'", "emoji"),
     ("generate heart --num-images 0", "'--num-images'", "x>=1"),
@@ -369,7 +381,7 @@ def test_more_steps_than_timesteps_is_one_line(keras_sd_command, model, tmp_path
     options = ("--output", tmp_path / "heart.png", "--model", model, "--steps", 1001)
     code, _, errors = keras_sd_command("generate", "red heart", *options)
     assert code == 2
-    assert errors.strip().split("\n")[-1] == "keras-sd: error: num_steps 1001: out of range; use 1 to 1000"
+    assert errors.strip().split("\n")[-1] == "keras-sd: error: --steps 1001: out of range; use 1 to 1000"
 
 
 def test_evaluation_of_the_bundled_model_is_a_table_and_a_file(keras_sd_command, tmp_path):

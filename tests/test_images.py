@@ -5,7 +5,14 @@ import pytest
 from PIL import Image
 
 from keras_sd.errors import UserError
-from keras_sd.images import format_parameters, image_grid, parse_parameters, read_parameters, save_png
+from keras_sd.images import (
+    format_parameters,
+    image_grid,
+    parse_parameters,
+    pictures_from_unit,
+    read_parameters,
+    save_png,
+)
 
 PARAMETERS = {
     "prompt": "red heart",
@@ -87,3 +94,11 @@ def test_labels_stand_below_their_pictures():
     assert (below[:, 68:] < 128).sum() > (below[:, :64] < 128).sum()
     with pytest.raises(UserError, match="1 labels for 2 pictures"):
         image_grid(images, ["one"])
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_become_no_image(number):
+    numbers = np.zeros((1, 8, 8, 3), "float32")
+    numbers[0, 1, 2, 0] = number
+    with pytest.raises(UserError, match="not finite"):
+        pictures_from_unit(numbers)

@@ -26,7 +26,7 @@ LAYERS = (
     {
         *("train", "train_options", "train_from_scratch"),
         *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
-        *("outputs", "generate", "convert", "caption", "demo", "cli", "__main__"),
+        *("option_types", "outputs", "generate", "convert", "caption", "demo", "cli", "__main__"),
     },
 )
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}

@@ -219,6 +219,13 @@ def test_long_and_weighted_prompts_reach_the_model(plain):
     "task, change, line",
     [
         ("image_to_image", {"strength": 0}, "strength 0: out of range"),
+        ("image_to_image", {"strength": float("nan")}, "strength nan: out of range"),
+        ("image_to_image", {"strength": float("inf")}, "strength inf: out of range"),
+        ("image_to_image", {"guidance_scale": float("nan")}, "guidance_scale nan: out of range"),
+        ("image_to_image", {"guidance_scale": float("inf")}, "guidance_scale inf: out of range"),
+        ("image_to_image", {"num_steps": 2.5}, "num_steps 2.5: out of range"),
+        ("image_to_image", {"seed": 2**63}, "seed 9223372036854775808: out of range"),
+        ("random_walk", {"seed": 2**63, "prompts": "a"}, "seed 9223372036854775808: out of range"),
         ("image_to_image", {"strength": 1.1}, "strength 1.1: out of range"),
         ("image_to_image", {"strength": 0.01}, "strength 0.01: makes none of 20 steps; use 0.05 or more"),
         (
@@ -241,7 +248,7 @@ def test_bad_input_is_one_line(plain, task, change, line):
     if task == "random_walk":
         given = {}
     with pytest.raises(UserError, match=line) as caught:
-        getattr(plain, task)(**(given | change), **OPTIONS)
+        getattr(plain, task)(**(OPTIONS | given | change))
     assert "\n" not in str(caught.value)
 
 

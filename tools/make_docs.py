@@ -36,7 +36,17 @@ API, COMMANDS = "api/index.html", "commands.html"
 
 # The commands have a page of their own; the other two are a program each, not for import.
 NOT_PUBLIC = (
-    *("__main__", "cli", "outputs", "generate", "convert", "caption", "demo", "reference_outputs"),
+    *(
+        "__main__",
+        "cli",
+        "option_types",
+        "outputs",
+        "generate",
+        "convert",
+        "caption",
+        "demo",
+        "reference_outputs",
+    ),
     *("train", "train_options", "train_from_scratch"),
     *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
 )

@@ -83,7 +83,7 @@ def spaced_timesteps(config, num_steps, spacing=None):
 
 
 def _check_range(num_steps, most):
-    if not 1 <= num_steps <= most:
+    if not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= most:
         raise UserError(f"num_steps {num_steps}: out of range; use 1 to {most}")
 
 
