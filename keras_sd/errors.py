@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 # Faults of the place written to, not of the program: told without a traceback.
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 
 
 def run_command(command, program):
@@ -64,6 +64,8 @@ def _mendable_fault(error):
     """The line for an exception that is no fault of the program, or None."""
     if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS:
         return f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename}: {error.strerror}; give a shorter name"
     if isinstance(error, OSError) and error.errno in _MENDABLE:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; free the space or choose another place"

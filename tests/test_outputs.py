@@ -1,9 +1,15 @@
 """What is there already stays, unless it is given up."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from keras_sd.errors import UserError
 from keras_sd.outputs import check_output, check_output_folder
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def beside(path):
@@ -57,3 +63,24 @@ def test_folders(tmp_path):
     assert chosen(tmp_path / "demo", overwrite=True).name == "demo"
     with pytest.raises(UserError, match="file: is a file"):
         chosen(tmp_path / "demo" / "file")
+
+
+def test_tools_keep_what_is_there_too(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 0.5}\n')
+
+    def plot(*options):
+        command = [sys.executable, ROOT / "tools" / "plot_run.py", tmp_path, tmp_path / "run.png", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stderr, (tmp_path / "run.png").read_bytes()
+
+    code, errors, plotted = plot()
+    assert (code, errors) == (0, "") and plotted.startswith(b"\x89PNG")
+    code, errors, kept = plot()
+    assert code == 2 and kept == plotted
+    assert errors == (
+        f"plot_run.py: error: {tmp_path / 'run.png'}: exists; "
+        "choose another name, or replace it with --overwrite\n"
+    )
+    assert plot("--overwrite")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "run.png"}

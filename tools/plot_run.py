@@ -46,7 +46,8 @@ def main(run_folder, output, overwrite):
     for name, (at, values) in sorted(curves.items()):
         right.plot(at, values, marker="o", markersize=3, label=name.replace("_", " "))
     right.set(title="Evaluations", xlabel="step", yscale="log")
-    right.legend(fontsize=7)
+    if curves:
+        right.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     with replaced(place.free()) as staging:
