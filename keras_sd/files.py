@@ -6,14 +6,19 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 from keras_sd.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ENDING = ".partial"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(_ENDING))
+_ABANDONED_SECONDS = 24 * 60 * 60
+_tidied = set()  # folders that this process has looked through
 
 
 @contextlib.contextmanager
@@ -128,4 +133,20 @@ def sync(path):
 
 def _temporary(folder):
     """A hidden name that no other process and no other thread takes, and that is short for any file."""
+    if folder not in _tidied:
+        _tidied.add(folder)
+        _remove_abandoned(folder)
     return folder / f".{secrets.token_hex(8)}{_ENDING}"
+
+
+def _remove_abandoned(folder):
+    """Removes what processes have left that were killed while they wrote: gigabytes, for a model."""
+    with contextlib.suppress(OSError):
+        for path in [Path(entry) for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]:
+            latest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
+            if time.time() - latest < _ABANDONED_SECONDS:
+                continue  # some other program may be at it
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,22 @@ def test_a_fault_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert not (tmp_path / "model").exists()
+
+
+def test_what_killed_processes_have_left_is_removed_after_a_day(tmp_path):
+    names = [f".{digit * 16}.partial" for digit in "0123"] + [".notes.partial"]
+    for name in (names[0], names[1], names[4]):
+        (tmp_path / name).write_text("half")
+    for name in (names[2], names[3]):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "model.safetensors").write_text("half")
+    old = time.time() - 2 * 24 * 60 * 60
+    for path in [path for path in tmp_path.rglob("*") if names[1] not in str(path)]:
+        os.utime(path, (old, old))
+    (tmp_path / names[3] / "unet" / "model.safetensors").write_text("still being written")
+    write_json(tmp_path / "file.json", {})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"file.json", names[1], names[3], names[4]}
 
 
 def test_links_and_permissions_stay(tmp_path):
