@@ -18,10 +18,9 @@ import functools
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from keras_sd.data.emoji import load_emoji
@@ -164,8 +163,10 @@ def batches(
     repeats: Sequence[int] | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.IterDataset:
+) -> Iterable[dict]:
     """Endless batches of `draw(example, generator)`, stacked to arrays (batch_size / process_count, ...).
+
+    They come as a Grain `IterDataset`.
 
     Position p of the stream, counted over all batches from the very first one, has an example and a generator
     (NumPy's Philox with a key made from `seed` and counter p) that depend on (seed, p) only. Thus batches do
@@ -186,6 +187,8 @@ def batches(
     Raises:
         UserError: an empty source, or a batch size or seed that cannot be.
     """
+    import grain  # here, as it imports JAX, which whoever only checks a folder would wait for
+
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch size {batch_size}: not a positive multiple of {process_count} processes; change it"

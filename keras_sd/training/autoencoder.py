@@ -1,19 +1,25 @@
 """Training of the KL autoencoder that turns pictures into latents."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.data.datasets import fingerprint_of
 from keras_sd.errors import UserError
 from keras_sd.images import pictures_from_unit
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.training.lora import freeze
 from keras_sd.training.losses import AutoencoderObjective, images_to_network
+from keras_sd.training.progress import Progress
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
+
+_SHOWN = 50  # training images that are measured where none are held out
+_PIXELS = 4 * 512**2  # of the images that go through the network at once, as its memory grows with them
 
 
 def latent_shape(config, image_size):
@@ -22,25 +28,39 @@ def latent_shape(config, image_size):
     return side, side, config.latent_channels
 
 
-def reconstruct(vae, images, batch_size=50):
-    """Encodes and decodes uint8 pictures `(n, h, w, 3)`; the result is uint8 too."""
-    outputs = [
-        ops.convert_to_numpy(vae(images_to_network(images[start : start + batch_size])))
-        for start in range(0, len(images), batch_size)
-    ]
-    return pictures_from_unit(np.concatenate(outputs))
+def measure_reconstruction(vae, examples):
+    """Mean peak signal-to-noise ratio (dB) of the images of examples, encoded and decoded."""
+    ratios, count = 0.0, 0
+    for images in _image_batches(vae, examples):
+        outputs = pictures_from_unit(ops.convert_to_numpy(vae(images_to_network(images))))
+        ratios += len(images) * peak_signal_to_noise_ratio(images, outputs)
+        count += len(images)
+    return ratios / count
 
 
-def measure_scale(vae, images, batch_size=50):
-    """The factor that gives the latents of these uint8 pictures unit variance.
+def measure_scale(vae, examples):
+    """The factor that gives the latents of the images of examples unit variance.
 
     Latents are centred over the data set first, as Rombach et al. (2022, appendix G) do.
     """
-    means = [
-        ops.convert_to_numpy(vae.encode(images_to_network(images[start : start + batch_size])).mode())
-        for start in range(0, len(images), batch_size)
-    ]
-    return float(1.0 / np.std(np.concatenate(means)))
+    count, total, squares = 0, 0.0, 0.0
+    quiet = backend.process_index() != 0
+    with Progress("measuring latents", len(examples), "images", delay=2.0, disable=quiet) as progress:
+        for images in _image_batches(vae, examples):
+            latents = ops.convert_to_numpy(vae.encode(images_to_network(images)).mode()).astype("float64")
+            count += latents.size
+            total += latents.sum()
+            squares += np.square(latents).sum()
+            progress.update(len(images))
+    return float(1.0 / np.sqrt(squares / count - (total / count) ** 2))
+
+
+def _image_batches(vae, examples):
+    """Yields the images of examples, uint8 `(n, h, w, 3)`, as many at once as there is memory for."""
+    size = min(50, max(1, _PIXELS // vae.config.sample_size**2))
+    for start in range(0, len(examples), size):
+        indices = range(start, min(start + size, len(examples)))
+        yield np.stack([examples[index]["image"] for index in indices])
 
 
 def train_autoencoder(
@@ -53,7 +73,7 @@ def train_autoencoder(
         vae: the autoencoder; the scaling factor of its latents is measured at the end, unless they stay as
             they are.
         source: examples with an `image` of `config.sample_size`.
-        held_out: examples on which the reconstruction is measured.
+        held_out: examples on which the reconstruction is measured; without any, some training examples.
         repeats: how often an epoch shows each example.
         kl_weight: weight of the divergence, per latent number.
         decoder_only: leaves the latents as they are and learns to decode their means more faithfully, as
@@ -101,19 +121,25 @@ def train_autoencoder(
         noise = generator.standard_normal(shape, dtype="float32")
         return {"images": image, "noise": np.zeros_like(noise) if decoder_only else noise}
 
-    held_out_images = np.stack([example["image"] for example in held_out])
+    measured, name = held_out, "reconstruction_psnr"
+    if not len(held_out):
+        indices = np.unique(np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(int))
+        measured, name = [source[index] for index in indices], "reconstruction_psnr_train"
+        warnings.warn(
+            f"no held-out images: the reconstruction is measured on {len(measured)} training images; put "
+            "others into a sub-folder `validation`",
+            stacklevel=2,
+        )
 
     def evaluate(step):
         with trainer.ema.applied():
-            psnr = peak_signal_to_noise_ratio(held_out_images, reconstruct(vae, held_out_images))
-        trainer.log.log_scalars(step, {"reconstruction_psnr": psnr})
+            trainer.log.log_scalars(step, {name: measure_reconstruction(vae, measured)})
 
     if not trainer.run(source, draw, repeats=repeats, evaluate=evaluate):
         return None
     with trainer.ema.applied():
         if not decoder_only:
-            images = np.stack([source[index]["image"] for index in range(len(source))])
-            config = dataclasses.replace(config, scaling_factor=measure_scale(vae, images))
+            config = dataclasses.replace(config, scaling_factor=measure_scale(vae, source))
         if trainer.is_writer:
             write_part(settings.output_dir / "model", "vae", config.to_dict(), torch_state(vae))
     return vae

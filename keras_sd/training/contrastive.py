@@ -1,5 +1,7 @@
 """Contrastive training of CLIP's text and image encoders (Radford et al., 2021)."""
 
+import warnings
+
 import numpy as np
 from keras import ops
 
@@ -11,13 +13,16 @@ from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
 
+_SEEN = 500  # training examples that are measured beside those held out
 
-def embed_images(image_encoder, images, batch_size=100):
-    """Unit vectors `(n, projection_dim)` of uint8 pictures."""
-    embeddings = [
-        ops.convert_to_numpy(image_encoder(images_to_network(images[start : start + batch_size])))
-        for start in range(0, len(images), batch_size)
-    ]
+
+def embed_images(image_encoder, examples, batch_size=100):
+    """Unit vectors `(n, projection_dim)` of the images of examples."""
+    embeddings = []
+    for start in range(0, len(examples), batch_size):
+        indices = range(start, min(start + batch_size, len(examples)))
+        images = np.stack([examples[index]["image"] for index in indices])
+        embeddings.append(ops.convert_to_numpy(image_encoder(images_to_network(images))))
     return _normalized(np.concatenate(embeddings))
 
 
@@ -59,7 +64,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         image_config: `ImageEncoderConfig` with the text encoder's `projection_dim`.
         tokenizer: `Tokenizer` of the text encoder's vocabulary.
         source: examples with an `image` of `image_config.image_size` and `captions`.
-        held_out: examples on which the right caption is looked for among all of theirs.
+        held_out: examples on which the right caption is looked for among all of theirs; may be empty.
         repeats: how often an epoch shows each example.
 
     Returns:
@@ -83,20 +88,28 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         caption = example["captions"][generator.integers(len(example["captions"]))]
         return {"images": shifted(example["image"], generator), "token_ids": tokenizer(caption)[0]}
 
-    def matching_rate(examples):
-        """Share of pictures whose own caption is the most similar one of all these examples'."""
-        pictures = embed_images(image_encoder, np.stack([example["image"] for example in examples]))
-        captions = embed_captions(objective, tokenizer([example["captions"][0] for example in examples]))
-        return float(np.mean(np.argmax(pictures @ captions.T, axis=1) == np.arange(len(examples))))
+    def matching_rate(examples, captions):
+        """Share of images whose own caption is the most similar one of all these examples'."""
+        images = embed_images(image_encoder, examples)
+        texts = embed_captions(objective, tokenizer(captions))
+        return float(np.mean(np.argmax(images @ texts.T, axis=1) == np.arange(len(captions))))
 
-    seen = [source[index] for index in np.linspace(0, len(source) - 1, 500).astype(int)]
+    indices = np.unique(np.linspace(0, len(source) - 1, min(_SEEN, len(source))).astype(int))
+    sets = {"matching_train": [source[index] for index in indices]}
+    if len(held_out):
+        sets["matching_held_out"] = held_out
+    else:
+        warnings.warn(
+            f"no held-out images: matching is measured on {len(indices)} training images; put others into a "
+            "sub-folder `validation`",
+            stacklevel=2,
+        )
+    # Held-out images are read again at each evaluation, their captions are kept.
+    captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
 
     def evaluate(step):
         with trainer.ema.applied():
-            rates = {
-                "matching_train": matching_rate(seen),
-                "matching_held_out": matching_rate(list(held_out)),
-            }
+            rates = {name: matching_rate(sets[name], captions[name]) for name in sets}
         trainer.log.log_scalars(step, rates)
 
     if not trainer.run(source, draw, repeats=repeats, evaluate=evaluate):
