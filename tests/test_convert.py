@@ -270,7 +270,7 @@ def test_what_was_made_up_does_not_verify(convert_command, vae_file, tmp_path):
         ("{vae} file/model", "file/model: cannot be written", "choose another place"),
         ("{vae} /proc/model", "/proc/model: cannot be written", "choose another place"),
         ("{vae} /proc/model.safetensors", "cannot be written", "choose another place"),
-        ("{vae} model --report report.txt", "report.txt: not a .json file", "report.json"),
+        ("{vae} model --report report.txt", "report.txt: not a .json or .md file", "report.json"),
         ("{vae} model --dtype int8", "'--dtype'", "float16"),
         ("file model", "file", "safetensors"),
         ("text.safetensors model", "text.safetensors", "fetch it again"),
