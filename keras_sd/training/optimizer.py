@@ -12,10 +12,13 @@ class AdamW(keras.optimizers.AdamW):
     young run closely and smooths an old one. Keras' own `use_ema` starts from zeros and has a fixed decay.
     The average moves with each update, not with each accumulated micro-batch. An `ema_decay` of None makes
     no average.
+
+    `epsilon` is added to the corrected root of the second moment, as torch and the paper's algorithm 1 do;
+    Keras adds it before the correction, where the same number weighs up to thirty times as much.
     """
 
-    def __init__(self, learning_rate, ema_decay=0.9999, name="adamw", **options):
-        super().__init__(learning_rate, name=name, **options)
+    def __init__(self, learning_rate, ema_decay=0.9999, epsilon=1e-8, name="adamw", **options):
+        super().__init__(learning_rate, epsilon=epsilon, name=name, **options)
         self.ema_decay = ema_decay
         self.ema_variables = []
 
@@ -35,14 +38,15 @@ class AdamW(keras.optimizers.AdamW):
         """Leaves the decay to the update: Keras traces the schedule anew for each variable here."""
 
     def _backend_update_step(self, gradients, variables, learning_rate):
-        """One update of all variables (Kingma and Ba, 2015, algorithm 1 in the order of its section 2).
+        """One update of all variables (Kingma and Ba, 2015, algorithm 1).
 
         What variables share is computed once, and vectors, of which a network has most, are updated as one:
         Keras traces an update for each variable, which takes most of the time to a small model's first step.
         """
         update = ops.cast(self.iterations + 1, "float32")
         rate = ops.cast(learning_rate, "float32")
-        step_size = rate * ops.sqrt(1.0 - self.beta_2**update) / (1.0 - self.beta_1**update)
+        step_size = rate / _bias_correction(self.beta_1, update)
+        root_correction = ops.sqrt(_bias_correction(self.beta_2, update))
         retained = 1.0 - rate * self.weight_decay
         first_share, second_share, epsilon = (
             ops.convert_to_tensor(number, "float32")
@@ -57,7 +61,9 @@ class AdamW(keras.optimizers.AdamW):
             momentum, velocity, weight, *average = map(_joined, states)
             momentum = momentum + (gradient - momentum) * first_share
             velocity = velocity + (ops.square(gradient) - velocity) * second_share
-            weight = weight * retained - momentum * step_size / (ops.sqrt(velocity) + epsilon)
+            weight = weight * retained - momentum * step_size / (
+                ops.sqrt(velocity) / root_correction + epsilon
+            )
             average = [values - (values - weight) * average_share for values in average]
             for state, values in zip(states, (momentum, velocity, weight, *average), strict=True):
                 _assign_parts(state, values)
@@ -67,6 +73,11 @@ class AdamW(keras.optimizers.AdamW):
         index = self._get_variable_index(variable)
         average = [] if self.ema_decay is None else [self.ema_variables[index]]
         return self._momentums[index], self._velocities[index], variable, *average
+
+
+def _bias_correction(beta, update):
+    """1 - beta ** update, without the rounding of a beta next to 1."""
+    return -ops.expm1(update * float(np.log(beta))) if beta else 1.0
 
 
 def _with_joined_vectors(variables):
