@@ -9,6 +9,7 @@ from keras_sd import __version__, presets
 from keras_sd.caption import caption
 from keras_sd.convert import convert
 from keras_sd.errors import run_command
+from keras_sd.export import export
 from keras_sd.files import write_json
 from keras_sd.generate import COMMANDS, check_steps, open_model, sampling_options
 from keras_sd.outputs import check_output, check_output_folder, output_option
@@ -21,7 +22,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, caption, train):
+for command in (*COMMANDS, convert, caption, train, export):
     cli.add_command(command)
 
 

@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+from keras_sd import interruption
+
 BACKENDS = ("tensorflow", "jax")
 
 
@@ -23,15 +25,30 @@ _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
 def run_command(command, program):
     """Runs a click command as a whole program, which this ends.
 
-    Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each),
-    130 interrupted by Ctrl-C. Memory that is not enough is bad input too. Any other exception is a fault of
-    the program and keeps its traceback.
-    A ``UserWarning`` is one line on stderr too.
+    Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each), 130 and 143
+    ended by Ctrl-C and by SIGTERM. Memory that is not enough is bad input too. Any other exception is a fault
+    of the program and keeps its traceback. A ``UserWarning`` is one line on stderr too.
 
     Args:
         command: the ``click.Command``.
         program: its name as typed, for the messages and the help.
     """
+    with interruption.watching(program):
+        try:
+            sys.exit(_run(command, program))
+        except BaseException as error:
+            # What was to end the program may come out of a library as anything.
+            bad_input = isinstance(error, SystemExit) and error.code == 2
+            if interruption.received() is None or bad_input:
+                raise
+            words = interruption.last_words()
+            if words is not None:
+                print(f"{program}: {words}", file=sys.stderr)
+            sys.exit(interruption.exit_code(interruption.received()))
+
+
+def _run(command, program):
+    """Runs the command and returns the exit code, or raises `SystemExit` or a fault of the program."""
     import click  # here, so that the library's exceptions need no command line
 
     warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
@@ -44,20 +61,20 @@ def run_command(command, program):
         code = command.main(prog_name=program, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(2)
+        return 2
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else program
         _leave(program, f"{error.format_message().rstrip('.')}; see {path} --help")
     except (UserError, click.ClickException) as error:
         _leave(program, str(error))
     except click.Abort:
-        sys.exit(130)
+        return 130
     except Exception as error:
         message = _mendable_fault(error)
         if message is None:
             raise
         _leave(program, message)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _mendable_fault(error):

@@ -130,7 +130,9 @@ def text_to_image(**options):
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
     run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
     pipeline = open_pipeline(run)
-    _train(run, pipeline, pipeline.text_encoder, export=pipeline.save)
+    whole = () if options["from_scratch"] else ("unet",)
+    identity = base_parts(pipeline, whole)
+    _train(run, pipeline, pipeline.text_encoder, identity=identity, export=pipeline.save)
 
 
 @click.command()
@@ -254,6 +256,13 @@ def frozen_parts(pipeline, frozen_text_encoder):
     if frozen_text_encoder:
         parts["text_encoder"] = frozen_text_encoder
     return {name: weights_fingerprint(part) for name, part in parts.items()}
+
+
+def base_parts(pipeline, names):
+    """Fingerprints of the parts that are trained whole, as they were before."""
+    from keras_sd.weights.rules import weights_fingerprint
+
+    return {name: weights_fingerprint(getattr(pipeline, name)) for name in names}
 
 
 def subject_evaluation(run, pipeline, prompt):

@@ -6,6 +6,7 @@ import click
 
 from keras_sd.errors import UserError
 from keras_sd.finetune import (
+    base_parts,
     frozen_parts,
     open_with_loras,
     pretrained_option,
@@ -82,7 +83,8 @@ def dreambooth(**options):
     if options["lora"]:
         pipeline, alpha, identity = open_with_loras(run, trained)
     else:
-        pipeline, identity = open_pipeline(run), {}
+        pipeline = open_pipeline(run)
+        identity = base_parts(pipeline, trained)
     pipeline.batch_size = options["sample_batch_size"]
     models = {name: getattr(pipeline, name) for name in trained}
     instances, class_images = _images(pipeline, options, class_folder)

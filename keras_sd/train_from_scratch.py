@@ -96,11 +96,11 @@ def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **opt
         tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
         text_encoder.trainable = False
     else:
-        tokenizer, text_encoder = _new_text_encoder(text_config, tokenizer_folder, source)
+        tokenizer, text_encoder = new_text_encoder(text_config, tokenizer_folder, source)
     train_contrastive(run.settings, text_encoder, image_config, tokenizer, source, held_out, repeats=repeats)
 
 
-def _new_text_encoder(config_path, tokenizer_folder, source):
+def new_text_encoder(config_path, tokenizer_folder, source):
     """A tokenizer, learned from the captions unless its folder is given, and a text encoder for it."""
     import dataclasses
 

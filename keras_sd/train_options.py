@@ -94,7 +94,9 @@ def run_options(method, *, without=(), **defaults):
         follows_model("adam_beta2"),
         option("--adam-epsilon", 1e-8, "Added to the root of the second moment.", type=POSITIVE),
         option("--adam-weight-decay", 0.01, "Decoupled weight decay.", type=NOT_NEGATIVE),
-        option("--max-grad-norm", 1.0, "Global norm at which gradients are clipped.", type=POSITIVE),
+        option(
+            "--max-grad-norm", 1.0, "Global norm at which gradients are clipped; 0: not.", type=NOT_NEGATIVE
+        ),
         follows_model("ema_decay"),
         option(
             "--mixed-precision",
@@ -236,7 +238,10 @@ def prepare(
     """
     from keras_sd.training.run_folder import claim_output_dir
 
-    claim_output_dir(options["output_dir"], options["resume_from_checkpoint"], lock=False)
+    # Of several processes the first one takes the folder, once they know which that is.
+    claim_output_dir(
+        options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
+    )
     source, held_out = _check_sources(options, need_captions)
     model = None
     if options.get("pretrained_model_name_or_path"):

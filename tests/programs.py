@@ -33,6 +33,14 @@ class Program:
     def is_running(self):
         return self._process.is_alive()
 
+    def send(self, number):
+        """Sends a signal."""
+        os.kill(self._process.pid, number)
+
+    def printed(self):
+        """What has come to standard error so far."""
+        return self._printed[1].read_text(encoding="utf-8") if self._printed[1].exists() else ""
+
     def kill(self):
         """Sends SIGKILL and waits for the end."""
         self._process.kill()

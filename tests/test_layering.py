@@ -15,7 +15,7 @@ PACKAGE = Path(keras_sd.__file__).parent
 
 # From the ground up; a module imports from its own row and the rows above it.
 LAYERS = (
-    {"errors", "files", "config", "defaults", "cache", "backend"},
+    {"errors", "files", "config", "defaults", "cache", "backend", "interruption"},
     {"models"},
     {"diffusion", "weights", "images", "prompts"},
     {
@@ -26,7 +26,7 @@ LAYERS = (
     {
         *("train", "train_options", "train_from_scratch"),
         *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
-        *("option_types", "outputs", "generate", "convert", "caption", "demo", "cli", "__main__"),
+        *("option_types", "outputs", "generate", "convert", "export", "caption", "demo", "cli", "__main__"),
     },
 )
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}

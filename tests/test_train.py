@@ -9,13 +9,16 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from keras_sd import config
-from keras_sd.errors import run_command
+from keras_sd.cli import cli
+from keras_sd.errors import UserError, run_command
 from keras_sd.loading import load_part
 from keras_sd.pipeline import StableDiffusion
 from keras_sd.train import train
 from tests.programs import run_python
+from tests.test_export import files_of
 
 COLOURS = {"red": (220, 30, 40), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 210, 30)}
 VAE = config.VAEConfig(
@@ -190,6 +193,19 @@ def test_loaded_model_is_fine_tuned_from_its_weights(folder, text_to_image):
     assert np.mean(figures["loss"]) < 0.9 * text_to_image["loss"][0]
 
 
+def test_another_base_model_is_refused_at_resume(folder, text_to_image):
+    """A full fine-tuning takes all its weights from the checkpoint, and yet it is not that of this model."""
+    other = shutil.copytree(folder / "t2i/model", folder / "other-base")
+    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * array for name, array in load_file(path).items()}, path, {"format": "pt"})
+    options = ("--kid-images", 0, "--snr-gamma", 5, "--num-inference-steps", 2, "--no-jit-compile")
+    options += ("--evaluation-steps", 0, "--pretrained-model-name-or-path")
+    run(folder, "text-to-image", "base", *options, folder / "t2i/model", steps=1)
+    with pytest.raises(UserError, match="made with other weights of the UNet .of another base model"):
+        resume = ("--resume-from-checkpoint", "latest")
+        run(folder, "text-to-image", "base", *options, other, *resume, steps=2)
+
+
 def ddim_options(folder):
     options = ("--unet-config", folder / "pixel.json", "--kid-images", 0, "--num-inference-steps", 2)
     return (*options, "--checkpointing-steps", 20, "--no-jit-compile")
@@ -228,7 +244,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):
         (["vae", "--mixed-precision", "fp8"], "fp8"),
         (["lcm", "--num-ddim-timesteps", "51"], "--num-ddim-timesteps"),
         (["ddim", "--kid-images", "3"], "--kid-images 3"),
-        (["text-to-image", "--pretrained-model-name-or-path", "unheard"], "unheard"),
+        (["lora", "--dataset-name", "emoji", "--pretrained-model-name-or-path", "unheard"], "unheard"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_program, arguments, told):
@@ -239,3 +255,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_program, arguments,
     lines = [line for line in errors.splitlines() if "error:" in line]
     assert len(lines) == 1 and told in lines[0], errors
     assert not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+def test_checkpoints_give_the_models_of_their_runs(folder, vae, clip, text_to_image, ddim):
+    for name, step in (("vae", 80), ("clip", 30), ("t2i", 60), ("ddim", 40)):
+        exported = folder / f"{name}-exported"
+        cli.main(["export", str(folder / name / f"checkpoint-{step}"), str(exported)], standalone_mode=False)
+        assert files_of(exported) == files_of(folder / name / "model"), name

@@ -85,7 +85,7 @@ def train_autoencoder(
         UserError: the squares are larger than the pictures, or no latents' size makes them.
 
     Returns:
-        The trained model with its EMA weights, or None when it was stopped before the end.
+        The trained model, or None when it was stopped before the end.
     """
     config = vae.config
     crop = random_crop or config.sample_size
@@ -135,11 +135,21 @@ def train_autoencoder(
         with trainer.ema.applied():
             trainer.log.log_scalars(step, {name: measure_reconstruction(vae, measured)})
 
-    if not trainer.run(source, draw, repeats=repeats, evaluate=evaluate):
-        return None
-    with trainer.ema.applied():
+    scale = {}
+
+    def prepare_export():
         if not decoder_only:
-            config = dataclasses.replace(config, scaling_factor=measure_scale(vae, source))
-        if trainer.is_writer:
-            write_part(settings.output_dir / "model", "vae", config.to_dict(), torch_state(vae))
-    return vae
+            scale["scaling_factor"] = measure_scale(vae, source)
+
+    def export(folder):
+        write_part(folder, "vae", dataclasses.replace(config, **scale).to_dict(), torch_state(vae))
+
+    finished = trainer.run(
+        source,
+        draw,
+        repeats=repeats,
+        make_evaluation=lambda trainer: evaluate,
+        prepare_export=prepare_export,
+        export=export,
+    )
+    return vae if finished else None

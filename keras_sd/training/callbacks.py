@@ -5,11 +5,10 @@ called once or several times in a run: steps are counted on from `initial_step`.
 device, so the callbacks keep the logs of several steps as they come and read them together;
 `StepCallbackList` sees to it that Keras does not read them before.
 
-Order in the list: `StopOnSignal`, `MetricsLog`, `StopOnNonFiniteLoss`, `CheckpointCallback`, then the rest.
+Order in the list: `StopOnSignal`, `logs.MetricsLog`, `StopOnNonFiniteLoss`, `CheckpointCallback`, the rest.
 """
 
-import io
-import json
+import contextlib
 import math
 import os
 import signal
@@ -18,19 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
-from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from keras_sd import backend
+from keras_sd import backend, interruption
 from keras_sd.errors import UserError
-from keras_sd.training.checkpoints import Checkpoints, disk_fault
+from keras_sd.training.checkpoints import Checkpoints
 
 
 def sync_state(model) -> None:
@@ -160,130 +155,6 @@ class ProgressCallback(StepCallback):
         return value if past is None else self.smoothing * past + (1 - self.smoothing) * value
 
 
-class MetricsLog(StepCallback):
-    """Numbers and pictures of a run: `logs/metrics.jsonl`, and TensorBoard events beside it.
-
-    As a callback it logs what every step returns. Let the model return figures of the step's own batch
-    (`compute_metrics`), not Keras' mean since the epoch began: then the file of a resumed run equals that of
-    an uninterrupted one apart from the times.
-
-    Args:
-        run_folder: of the run.
-        initial_step: the step resumed from; later lines, of a run killed since, are cut away. With 0 the file
-            starts anew.
-        every: steps that are read and written together.
-    """
-
-    def __init__(self, run_folder, initial_step: int = 0, every: int = 10):
-        super().__init__(initial_step)
-        self.every = every
-        self._pending = []
-        self._initial_step = initial_step
-        self._run_folder = Path(run_folder)
-        folder = self._run_folder / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
-        # Names that the resumed step has on record, for instance from the evaluation after its checkpoint.
-        # They are not written again.
-        self.resumed_names = self._cut(initial_step)
-        # At the second event TensorBoard drops what earlier files have from this step on.
-        now = time.time()
-        start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._write([], [Event(wall_time=now, file_version="brain.Event:2"), start])
-
-    def on_step(self, logs):
-        self._pending.append((self.step, logs))
-        if len(self._pending) >= self.every:
-            self.flush()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.flush()
-
-    def flush(self) -> None:
-        """Writes the steps still held back."""
-        pending, self._pending = self._pending, []
-        self._log(pending)
-
-    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs name → number (or scalar on the device) as one line."""
-        self.flush()
-        self._log([(step, values)])
-
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Keeps a uint8 (height, width, 3) image in TensorBoard and in the run folder: `name/step-N.png`."""
-        picture = io.BytesIO()
-        Image.fromarray(image).save(picture, "PNG")
-        folder = self._run_folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"step-{step:06}.png").write_bytes(picture.getvalue())
-        event = Event(step=step, wall_time=time.time())
-        value = event.summary.value.add(tag=name)
-        value.image.height, value.image.width, value.image.colorspace = image.shape
-        value.image.encoded_image_string = picture.getvalue()
-        self._write([], [event])
-
-    def _log(self, records: list) -> None:
-        lines, events = [], []
-        now = time.time()
-        for step, values in records:
-            known = self.resumed_names if step == self._initial_step else ()
-            scalars = {name: float(value) for name, value in values.items() if name not in known}
-            if not scalars:
-                continue
-            lines.append(json.dumps({"step": step, "time": round(now, 3), **scalars}) + "\n")
-            event = Event(step=step, wall_time=now)
-            for name, value in scalars.items():
-                event.summary.value.add(tag=name, simple_value=value)
-            events.append(event)
-        self._write(lines, events)
-
-    def _write(self, lines: list[str], events: list[Event]) -> None:
-        # The files are opened for each write, so that none is left open and nothing waits in a buffer.
-        try:
-            if lines:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
-            if events:
-                with self._events_path.open("ab") as file:
-                    writer = RecordWriter(file)
-                    for event in events:
-                        writer.write(event.SerializeToString())
-        except OSError as error:
-            raise UserError(disk_fault(self.path.parent, error)) from error
-
-    def _cut(self, initial_step: int) -> set[str]:
-        """Drops lines after the step, and a half-written one; returns the names on record for the step."""
-        lines, names = [], set()
-        if initial_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
-                if record["step"] <= initial_step and line.endswith("\n"):
-                    lines.append(line)
-                if record["step"] == initial_step:
-                    names |= record.keys() - {"step", "time"}
-        staging = self.path.with_suffix(".staging")
-        staging.write_text("".join(lines), encoding="utf-8")
-        staging.replace(self.path)
-        return names
-
-
-class SilentLog(StepCallback):
-    """A `MetricsLog` that keeps nothing, for the processes beside the one that writes the files."""
-
-    def flush(self) -> None:
-        """Does nothing."""
-
-    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Does nothing."""
-
-
 class CheckpointCallback(StepCallback):
     """Saves a checkpoint every `every` steps, when the training is stopped, and at its end.
 
@@ -295,6 +166,7 @@ class CheckpointCallback(StepCallback):
             present values.
         every: steps between two checkpoints.
         initial_step: steps done before.
+        total_steps: the step after which a checkpoint is due in any case.
         flush_before: callbacks that hold logs back, flushed before each save: then the log never lacks a step
             of a checkpoint, and no checkpoint follows a loss that was not finite.
 
@@ -309,17 +181,19 @@ class CheckpointCallback(StepCallback):
         every: int,
         initial_step: int = 0,
         flush_before: Sequence[StepCallback] = (),
+        total_steps: int | None = None,
     ):
         super().__init__(initial_step)
         self.checkpoints = checkpoints
         self.gather_state = gather_state
         self.every = every
+        self.total_steps = total_steps
         self.flush_before = flush_before
         self._saved_step = initial_step
 
     def on_step(self, logs):
         due = self.step // self.every > self._saved_step // self.every
-        if due or self.model.stop_training:
+        if due or self.model.stop_training or self.step == self.total_steps:
             self.save()
 
     def on_train_end(self, logs=None):
@@ -328,6 +202,10 @@ class CheckpointCallback(StepCallback):
 
     def save(self) -> None:
         """Saves the present state."""
+        with interruption.phase(f"saving checkpoint-{self.step}"):
+            self._save()
+
+    def _save(self) -> None:
         for callback in self.flush_before:
             callback.flush()
         sync_state(self.model)
@@ -377,7 +255,7 @@ def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
     """The error of a run whose numbers are no longer finite, in one line with the last good checkpoint."""
     last = checkpoints.latest()
     remedy = f"resume from the last good checkpoint, {last}," if last else "start anew (no checkpoint yet)"
-    return UserError(f"training: {fault}; {remedy} with a lower learning rate")
+    return UserError(f"training: {fault}; {remedy} with a lower --learning-rate or --max-grad-norm")
 
 
 class StopOnSignal(StepCallback):
@@ -387,6 +265,9 @@ class StopOnSignal(StepCallback):
     are back at its end, also after an exception. In other threads than the main one it does nothing, since
     Python hands signals to the main thread only. Of several processes one that is told to stop tells the
     others, and all stop after the same step, some steps later.
+
+    In a command, `interruption` ends the process if it does not come to that soon: while the first step is
+    compiled, but never within a step.
 
     Attributes:
         signal_received: the signal's number, or None.
@@ -400,6 +281,7 @@ class StopOnSignal(StepCallback):
         self._old_handlers = {}
         self._entered = False
         self._within_step = False
+        self._compiling = contextlib.ExitStack()
         self._has_peers = backend.process_count() > 1
 
     def __enter__(self):
@@ -413,47 +295,66 @@ class StopOnSignal(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._install()
+        self._compiling.enter_context(interruption.phase("compiling the training step"))
 
     def on_train_batch_begin(self, batch, logs=None):
         self._within_step = True
 
+    def on_train_batch_end(self, batch, logs=None):
+        self._compiling.close()
+        interruption.set_has_to_finish(True)
+        super().on_train_batch_end(batch, logs)
+
     def on_step(self, logs):
         self._within_step = False
         # Several processes must take the same number of steps, or they wait for each other for ever.
-        agreed = backend.processes_stop_at(self.step) if self._has_peers else self.signal_received is not None
-        if agreed:
+        if self._has_peers and backend.processes_stop_at(self.step):
+            self._note(self.signal_received or signal.SIGTERM)
+        elif self._has_peers:
+            return
+        if self.signal_received is not None:
             self.model.stop_training = True
 
     def on_train_end(self, logs=None):
+        # The last checkpoint is still to come: `__exit__` has the process interrupted again.
         if not self._entered:
             self._restore()
 
+    def _note(self, number) -> None:
+        self.signal_received = number
+        interruption.note(number)
+
     def _handle(self, number, frame) -> None:
         if self.signal_received is not None and number == signal.SIGINT:
+            self._note(number)
             self._restore()
             raise KeyboardInterrupt
-        self.signal_received = number
+        self._note(number)
         if self._has_peers:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the other processes
         # Keras stops after any batch. Within a step, whose other batches are to come, `on_step` tells it.
         elif self.model is not None and not self._within_step:
             self.model.stop_training = True
-        print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+        when = " after this step" if interruption.has_to_finish() else ""
+        print(f"{signal.Signals(number).name}: stopping{when}", file=sys.stderr, flush=True)
 
     def _install(self) -> None:
         if not self._old_handlers and threading.current_thread() is threading.main_thread():
             # Of several processes SIGTERM is JAX's.
             signals = self.signals[1:] if self._has_peers else self.signals
             self._old_handlers = {number: signal.signal(number, self._handle) for number in signals}
+            interruption.set_has_to_finish(self._has_peers)
 
     def _restore(self) -> None:
+        self._compiling.close()
+        interruption.set_has_to_finish(False)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers = {}
 
 
 class EMACallback(keras.callbacks.Callback):
-    """Lends the model its EMA weights: `with ema.applied(): ...` evaluates, samples or exports with them.
+    """Swaps in the EMA weights: `with ema.applied(): ...` evaluates, samples or exports with them.
 
     Both ways are exact copies, so the raw weights come back bit for bit. (Keras' `SwapEMAWeights` adds and
     subtracts on TensorFlow, which rounds.) Within the block the model must not be trained.
@@ -461,6 +362,9 @@ class EMACallback(keras.callbacks.Callback):
     Args:
         optimizer: has `ema_variables`, parallel to `trainable_variables`.
         trainable_variables: of the model.
+
+    Attributes:
+        swapped_in: whether the model has them now.
     """
 
     _copy = staticmethod(ops.copy)
@@ -469,6 +373,7 @@ class EMACallback(keras.callbacks.Callback):
         super().__init__()
         self._optimizer = optimizer
         self._variables = list(trainable_variables)
+        self.swapped_in = False
 
     @property
     def averages(self):
@@ -479,6 +384,7 @@ class EMACallback(keras.callbacks.Callback):
     def applied(self):
         sync_state(self.model)
         raw = [self._copy(variable) for variable in self._variables]
+        before, self.swapped_in = self.swapped_in, True
         try:
             for variable, average in zip(self._variables, self.averages, strict=True):
                 # A copy: `evaluate` on JAX donates the buffers of the model's variables, and assigning alone
@@ -489,3 +395,4 @@ class EMACallback(keras.callbacks.Callback):
             sync_state(self.model)
             for variable, value in zip(self._variables, raw, strict=True):
                 variable.assign(value)
+            self.swapped_in = before

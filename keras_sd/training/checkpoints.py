@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +33,12 @@ FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `Checkpoints.load` returns: the step, group → name → array, and the position in the data."""
+    """What `Checkpoints.load` returns: step, group → name → array, position in the data, config."""
 
     step: int
     groups: dict[str, dict[str, np.ndarray]]
     position: dict
+    config: dict
 
 
 class InvalidCheckpoint(Exception):
@@ -51,13 +52,17 @@ class Checkpoints:
         run_folder: holds the `checkpoint-N` folders; made at the first save.
         config: what the run is, as JSON values; a checkpoint of another config is refused by `resolve`.
         total_limit: how many checkpoints to keep, or None for all.
+        may_change: names in the config whose values may differ.
     """
 
-    def __init__(self, run_folder, config: dict, total_limit: int | None = None):
+    def __init__(
+        self, run_folder, config: dict, total_limit: int | None = None, may_change: Collection[str] = ()
+    ):
         if total_limit is not None and total_limit < 1:
             raise UserError(f"checkpoints total limit {total_limit}: fewer than one; give 1 or more")
         self.run_folder = Path(run_folder)
         self.total_limit = total_limit
+        self.may_change = may_change
         self._config_text = _json_text(config, sort_keys=True)
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, np.ndarray]], position: dict) -> Path:
@@ -119,7 +124,8 @@ class Checkpoints:
         for group, names in manifest["tensors"].items():
             tensors = load_file(_group_file(folder, group))
             groups[group] = {name: tensors[name] for name in names}
-        return Checkpoint(manifest["step"], groups, json.loads(_read_text(folder / POSITION)))
+        position, config = (json.loads(_read_text(folder / name)) for name in (POSITION, CONFIG))
+        return Checkpoint(manifest["step"], groups, position, config)
 
     def resolve(self, request: str) -> Path:
         """The folder meant by `--resume-from-checkpoint`, verified and of this run's config.
@@ -148,12 +154,18 @@ class Checkpoints:
         return folder
 
     def _check_config(self, folder: Path) -> None:
-        config = json.loads(_read_text(folder / CONFIG))
-        if config != json.loads(self._config_text):
-            key, there, here = _first_difference(config, json.loads(self._config_text))
+        there, here = json.loads(_read_text(folder / CONFIG)), json.loads(self._config_text)
+        for name in self.may_change:
+            there.pop(name, None), here.pop(name, None)
+        unknown = here.keys() - there.keys()
+        if unknown:  # what earlier versions did not keep
+            known = ", ".join(map(_words, sorted(unknown)))
+            warnings.warn(f"{folder}: cannot be compared with this run in: {known}", stacklevel=2)
+            here = {name: value for name, value in here.items() if name in there}
+        if there != here:
             raise UserError(
-                f"{folder}: made with another config ({key} is {there} there and {here} here); "
-                "resume with the same options or choose another output folder"
+                f"{folder}: {_difference(there, here)}; "
+                "resume with the same options or choose another --output-dir"
             )
 
     def _write(self, staging: Path, step: int, groups, position: dict) -> None:
@@ -301,6 +313,45 @@ def _is_valid(folder: Path) -> bool:
 
 def _same_checkpoint(staging: Path, target: Path) -> bool:
     return _is_valid(target) and _read_text(staging / MANIFEST) == _read_text(target / MANIFEST)
+
+
+# What a user knows that by which a run is told apart.
+_WORDS = {
+    "method": "training method",
+    "model": "config of the network",
+    "text_model": "config of the text encoder",
+    "image_model": "config of the image encoder",
+    "schedule": "noise schedule",
+    "low_res_schedule": "noise schedule of the small image",
+    "data": "images or captions",
+    "class_images": "number of images of the class",
+    "crop": "random_crop",
+    "flip": "random_flip",
+    "min_snr_gamma": "snr_gamma",
+    "caption_dropout": "proportion_empty_prompts",
+    "tokens": "placeholder_token and num_vectors",
+    "frozen": "frozen weights",
+    "unet": "weights of the UNet",
+    "vae": "weights of the VAE",
+    "text_encoder": "weights of the text encoder",
+}
+_HASHES = {"frozen", "unet", "vae", "text_encoder", "data"}
+
+
+def _words(key: str) -> str:
+    """What a user knows a key of the config as."""
+    name, _, rest = key.partition(".")
+    words = _WORDS.get(name, name)
+    return f"{words} ({rest})" if rest else words
+
+
+def _difference(there: dict, here: dict) -> str:
+    """What differs first between two configs, for people."""
+    key, *values = _first_difference(there, here)
+    if key.partition(".")[0] in _HASHES:
+        remedy = " (of another base model, VAE or text encoder?)" if "weights" in _words(key) else ""
+        return f"made with other {_words(key)}{remedy}"
+    return "made with another {} ({} there and {} here)".format(_words(key), *values)
 
 
 def _first_difference(there: dict, here: dict, prefix: str = "") -> tuple[str, str, str]:

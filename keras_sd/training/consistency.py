@@ -133,13 +133,10 @@ def train_consistency(
             **(identity or {}),
         },
     )
-    evaluate = make_evaluation(trainer) if make_evaluation else None
-    finished = trainer.run(
+    return trainer.run(
         source,
         lambda example, generator: consistency_example(example, generator, timesteps),
         repeats=repeats,
-        evaluate=evaluate,
+        make_evaluation=make_evaluation,
+        export=export,
     )
-    if finished and export:
-        trainer.export(export)
-    return finished

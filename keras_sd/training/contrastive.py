@@ -112,17 +112,23 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
             rates = {name: matching_rate(sets[name], captions[name]) for name in sets}
         trainer.log.log_scalars(step, rates)
 
-    if not trainer.run(source, draw, repeats=repeats, evaluate=evaluate):
-        return False
+    return trainer.run(
+        source,
+        draw,
+        repeats=repeats,
+        make_evaluation=lambda trainer: evaluate,
+        export=lambda folder: save_clip(folder, objective, tokenizer),
+    )
 
-    def export(folder):
-        write_part(folder, "text_encoder", text_config.to_dict(), torch_state(text_encoder))
-        beside = {
-            "text_projection.weight": backend.to_numpy(objective.text_projection.kernel).T,
-            "logit_scale": backend.to_numpy(objective.logit_scale),
-        }
-        write_part(folder, "image_encoder", image_config.to_dict(), {**torch_state(image_encoder), **beside})
-        tokenizer.save(folder / "tokenizer")
 
-    trainer.export(export)
-    return True
+def save_clip(folder, objective, tokenizer):
+    """Writes both encoders, what lies beside the image encoder's weights, and the tokenizer."""
+    text_encoder, image_encoder = objective.text_encoder, objective.image_encoder
+    write_part(folder, "text_encoder", text_encoder.config.to_dict(), torch_state(text_encoder))
+    beside = {
+        "text_projection.weight": backend.to_numpy(objective.text_projection.kernel).T,
+        "logit_scale": backend.to_numpy(objective.logit_scale),
+    }
+    weights = {**torch_state(image_encoder), **beside}
+    write_part(folder, "image_encoder", image_encoder.config.to_dict(), weights)
+    tokenizer.save(folder / "tokenizer")

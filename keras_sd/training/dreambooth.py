@@ -175,8 +175,4 @@ def train_dreambooth(
             condition=encoded.condition,
         )
 
-    evaluate = make_evaluation(trainer) if make_evaluation else None
-    finished = trainer.run(subject, draw, evaluate=evaluate)
-    if finished and export:
-        trainer.export(export)
-    return finished
+    return trainer.run(subject, draw, make_evaluation=make_evaluation, export=export)

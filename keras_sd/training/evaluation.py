@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 
+from keras_sd import interruption
 from keras_sd.metrics.features import extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 
@@ -38,12 +39,19 @@ class SampleEvaluation:
             applied = self.trainer.ema.applied() if weights == "ema" else contextlib.nullcontext()
             with applied:
                 if weights == "ema":
-                    self.trainer.log.log_image(step, "samples", self.grid())
+                    with interruption.phase("evaluating: samples"):
+                        self.trainer.log.log_image(step, "samples", self.grid())
                 for name, examples in self.sets.items():
-                    images = self.generate(examples)
-                    features = extract(self.extractor, images)
-                    kid = paired_kernel_inception_distance(self.real_features[name], features)
-                    figures[f"{self.extractor.name}_{name}_{weights}"] = kid.mean
-                    if self.score is not None:
-                        figures[f"clip_score_{name}_{weights}"] = self.score(name, images)
+                    with interruption.phase("evaluating: KID"):
+                        figures |= self._figures(name, examples, weights)
         self.trainer.log.log_scalars(step, figures)
+
+    def _figures(self, name, examples, weights):
+        """KID, and the CLIP score, of one set with the weights of the moment."""
+        images = self.generate(examples)
+        features = extract(self.extractor, images)
+        kid = paired_kernel_inception_distance(self.real_features[name], features)
+        figures = {f"{self.extractor.name}_{name}_{weights}": kid.mean}
+        if self.score is not None:
+            figures[f"clip_score_{name}_{weights}"] = self.score(name, images)
+        return figures

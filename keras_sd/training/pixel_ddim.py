@@ -71,13 +71,15 @@ def train_pixel_ddim(
         }
 
     denoiser = Denoiser(unet, schedule)
-    evaluate = make_evaluation(trainer, denoiser) if make_evaluation else None
-    finished = trainer.run(source, draw, evaluate=evaluate)
-    if finished:
-        trainer.export(lambda folder: _write_model(folder, unet, scheduler_config))
-    return finished
+    return trainer.run(
+        source,
+        draw,
+        make_evaluation=make_evaluation and (lambda trainer: make_evaluation(trainer, denoiser)),
+        export=lambda folder: save_model(folder, unet, scheduler_config),
+    )
 
 
-def _write_model(folder, unet, scheduler_config):
+def save_model(folder, unet, scheduler_config):
+    """Writes an unconditional model into a folder."""
     write_part(folder, "unet", unet.config.to_dict(), torch_state(unet))
     write_scheduler(folder / SCHEDULER, scheduler_config.to_dict())

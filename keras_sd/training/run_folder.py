@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 
 from keras_sd.errors import UserError
+from keras_sd.files import sync, write_json
 
 LOCK = ".lock"
 MODEL = "model"
+DESCRIPTION = "run.json"
 RECORD = Path("logs") / "record.json"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -31,7 +33,7 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
 
     Raises:
         UserError: another process uses the folder, it cannot be written to, it holds an earlier run that is
-            not resumed, or there is nothing to resume.
+            not to be resumed, or there is nothing to resume.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -82,10 +84,8 @@ def _check_new(folder):
 
 def _check_resumable(folder, request):
     if request == "latest":
-        if not any(
-            _CHECKPOINT.fullmatch(path.name.lstrip(".").removesuffix(".replaced"))
-            for path in _children(folder)
-        ):
+        names = (path.name.removeprefix(".").removesuffix(".replaced") for path in _children(folder))
+        if not any(map(_CHECKPOINT.fullmatch, names)):
             raise UserError(
                 f"{folder}: no valid checkpoint to resume from; "
                 "check --output-dir or start without --resume-from-checkpoint"
@@ -123,6 +123,31 @@ def _lock(folder):
     _locks[place] = descriptor
 
 
+_description = None  # of the run that the command of this process starts
+
+
+@contextlib.contextmanager
+def described(method, options):
+    """Within the block, a run that begins or goes on keeps how it was started, in `run.json`.
+
+    Args:
+        method: the training command's name.
+        options: of the command, as JSON values and tuples.
+    """
+    global _description
+    _description = {"version": 1, "method": method, "directory": os.getcwd(), "options": options}
+    try:
+        yield
+    finally:
+        _description = None
+
+
+def write_description(run_folder):
+    """Writes how the run was started, if a command has done so."""
+    if _description is not None:
+        write_json(Path(run_folder) / DESCRIPTION, _description)
+
+
 class RunRecord:
     """Which step of a run was last evaluated and exported, so that a run that was killed makes up for it.
 
@@ -146,23 +171,11 @@ class RunRecord:
     def write(self, name, step):
         """Remembers that something was done at a step."""
         self._steps[name] = step
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(self._steps).encode())
-
-
-def write_whole(path, content):
-    """Writes bytes as a file that is there as a whole or not at all."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staging.write_bytes(content)
-        staging.replace(path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+        write_json(self._path, self._steps)
 
 
 def write_whole_folder(target, write):
-    """Has `write(folder)` make a folder that is whole or absent; one of that name is replaced."""
+    """Has `write(folder)` make a folder that is there whole or not at all, in place of one of that name."""
     target = Path(target)
     restore_folder(target)
     staging = target.with_name(f".{target.name}.staging")
@@ -171,13 +184,13 @@ def write_whole_folder(target, write):
         staging.mkdir(parents=True)
         write(staging)
         for path in staging.rglob("*"):
-            _sync(path)
+            sync(path)
         replaced = _replaced(target)
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
             target.rename(replaced)
         staging.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -193,11 +206,3 @@ def restore_folder(target):
 
 def _replaced(target):
     return target.with_name(f".{target.name}.replaced")
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -148,8 +148,4 @@ def train_super_resolution(
             crop=crop,
         )
 
-    evaluate = make_evaluation(trainer) if make_evaluation else None
-    finished = trainer.run(source, draw, repeats=repeats, evaluate=evaluate)
-    if finished:
-        trainer.export(upscaler.save)
-    return finished
+    return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=upscaler.save)

@@ -107,8 +107,4 @@ def train_text_to_image(
             **drawing,
         )
 
-    evaluate = make_evaluation(trainer) if make_evaluation else None
-    finished = trainer.run(source, draw, repeats=repeats, evaluate=evaluate)
-    if finished and export:
-        trainer.export(export)
-    return finished
+    return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)

@@ -152,13 +152,10 @@ def train_textual_inversion(
             condition=encoded.condition,
         )
 
-    evaluate = make_evaluation(trainer) if make_evaluation else None
-    finished = trainer.run(encoded, draw, evaluate=evaluate)
-    if finished:
-        trainer.export(
-            lambda folder: save_embedding(folder, placeholder_token, ops.convert_to_numpy(learned))
-        )
-    return finished
+    def export(folder):
+        save_embedding(folder, placeholder_token, ops.convert_to_numpy(learned))
+
+    return trainer.run(encoded, draw, make_evaluation=make_evaluation, export=export)
 
 
 def encode_examples(settings, pipeline, source, token, learnable_property):

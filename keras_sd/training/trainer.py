@@ -1,24 +1,23 @@
 """The training loop: Keras' `fit()` on an objective, resumable to the bit, measured on the way."""
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
-from pathlib import Path
+import sys
+import warnings
 
 import keras
 import numpy as np
 
-from keras_sd import backend
+from keras_sd import backend, interruption
 from keras_sd.data.datasets import batches
 from keras_sd.errors import UserError
 from keras_sd.models.recomputation import enable_gradient_checkpointing, recomputing_layers
-from keras_sd.training import distribution
+from keras_sd.training import distribution, resuming
 from keras_sd.training.callbacks import (
     CheckpointCallback,
     EMACallback,
-    MetricsLog,
     ProgressCallback,
-    SilentLog,
     StepCallback,
     StepCallbackList,
     StopOnNonFiniteLoss,
@@ -26,82 +25,29 @@ from keras_sd.training.callbacks import (
     sync_state,
 )
 from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.offloaded_average import OffloadedEMACallback
 from keras_sd.training.optimizer import AdamW, PerUpdate
+from keras_sd.training.run_folder import (
+    MODEL,
+    RunRecord,
+    claim_output_dir,
+    release_output_dir,
+    restore_folder,
+    write_description,
+    write_whole_folder,
+)
+from keras_sd.training.settings import MAY_CHANGE, PRECISIONS, Settings
 from keras_sd.weights.rules import parameter_paths
 
-PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
-SCHEDULES = ("cosine", "constant")
-
-# Settings that may differ between a run and its resumption: they change no number in it but by rounding.
-_MAY_CHANGE = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "evaluation_steps",
-    "jit_compile",
-    "gradient_checkpointing",
-    "offload_ema",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to train, whatever is trained. Names are those of diffusers' training scripts.
-
-    A step is one update of the weights, made of `gradient_accumulation_steps` batches.
-    """
-
-    output_dir: Path
-    max_train_steps: int = 1000
-    train_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
-    lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 100
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.9999
-    mixed_precision: str = "no"
-    jit_compile: bool = True
-    gradient_checkpointing: bool = False
-    offload_ema: bool = False
-    seed: int = 0
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = None
-    evaluation_steps: int = 1000
-
-    def __post_init__(self):
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
-        for name in (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-            "evaluation_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: too small; give at least 1")
-        if self.mixed_precision not in PRECISIONS:
-            raise UserError(f"mixed_precision {self.mixed_precision!r}: unknown; use {', '.join(PRECISIONS)}")
-        if self.lr_scheduler not in SCHEDULES:
-            raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
-
-    def use_precision(self):
-        """Sets Keras' precision policy; call it before the models are made."""
-        keras.config.set_dtype_policy(PRECISIONS[self.mixed_precision])
-
-    def identity(self):
-        """What a checkpoint must share with the run that resumes it, as JSON values."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _MAY_CHANGE}
+__all__ = ["PRECISIONS", "Settings", "Trainer"]
 
 
 class EvaluationCallback(StepCallback):
-    """Calls `evaluate(step)` every `every` steps and after the last one, with all variables in place."""
+    """Calls `evaluate(step)` every `every` steps but the last, with all variables in place.
+
+    A training that is told to stop is not evaluated before it does: that comes when it is resumed.
+    """
 
     def __init__(self, evaluate, progress, *, every, initial_step, total_steps):
         super().__init__(initial_step)
@@ -111,10 +57,11 @@ class EvaluationCallback(StepCallback):
         self.total_steps = total_steps
 
     def on_step(self, logs):
-        if self.step % self.every == 0 or self.step == self.total_steps:
-            sync_state(self.model)
-            with self.progress.paused():
-                self.evaluate(self.step)
+        if self.step % self.every or self.step == self.total_steps or self.model.stop_training:
+            return
+        sync_state(self.model)
+        with self.progress.paused():
+            self.evaluate(self.step)
 
 
 def _fingerprint(objective):
@@ -140,9 +87,14 @@ class Trainer:
     def __init__(self, objective, settings, identity):
         self.objective = objective
         self.settings = settings
+        self.is_writer = backend.process_index() == 0
+        claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
+        interruption.set_run_folder(settings.output_dir)
         distribution.split_weights(objective)
         identity = {**identity, **settings.identity(), "frozen": _fingerprint(objective)}
-        self.checkpoints = Checkpoints(settings.output_dir, identity, settings.checkpoints_total_limit)
+        self.checkpoints = Checkpoints(
+            settings.output_dir, identity, settings.checkpoints_total_limit, may_change=MAY_CHANGE
+        )
         self.optimizer = self._make_optimizer()
         if settings.gradient_checkpointing:
             if not recomputing_layers(objective):
@@ -156,8 +108,14 @@ class Trainer:
             # Variables born inside the first traced step would make TensorFlow trace it twice.
             objective.optimizer.build(objective.trainable_variables)
             self.ema = self._make_average()
-        self.step = self._resume() if settings.resume_from_checkpoint else self._begin()
-        self.is_writer = backend.process_index() == 0
+        self.step = self._first_batch = 0
+        if settings.resume_from_checkpoint:
+            self._resume()
+        self._resumed_step = self.step
+        if self.is_writer:
+            write_description(settings.output_dir)
+        self._record = RunRecord(settings.output_dir, self.step)
+        self._evaluation = None
         self.log = MetricsLog(settings.output_dir, self.step) if self.is_writer else SilentLog(self.step)
 
     def _make_optimizer(self):
@@ -179,7 +137,8 @@ class Trainer:
             beta_1=settings.adam_beta1,
             beta_2=settings.adam_beta2,
             weight_decay=settings.adam_weight_decay,
-            global_clipnorm=settings.max_grad_norm,
+            epsilon=settings.adam_epsilon,
+            global_clipnorm=settings.max_grad_norm or None,
             gradient_accumulation_steps=accumulation if accumulation > 1 else None,
         )
 
@@ -209,69 +168,129 @@ class Trainer:
             group: {name: backend.to_numpy(variable) for name, variable in variables.items()}
             for group, variables in self._state().items()
         }
-        return groups, {"batch": self.log.step * self.settings.gradient_accumulation_steps}
-
-    def _begin(self):
-        if self.checkpoints.latest() is not None:
-            raise UserError(
-                f"{self.settings.output_dir}: holds checkpoints of an earlier run; "
-                "go on with --resume-from-checkpoint latest or choose another --output-dir"
-            )
-        return 0
+        settings = self.settings
+        done = self.log.step - self._resumed_step
+        batch = self._first_batch + done * settings.gradient_accumulation_steps
+        return groups, {"batch": batch, "examples": batch * settings.train_batch_size}
 
     def _resume(self):
+        """Takes over the state of a checkpoint, and tells which settings are others than its."""
         path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)
         checkpoint = self.checkpoints.load(path)
-        for group, variables in self._state().items():
+        state = self._state()
+        resuming.fit_state(path, checkpoint, state, self.objective.optimizer, self.optimizer, self.settings)
+        for group, variables in state.items():
             for name, variable in variables.items():
                 value = checkpoint.groups[group][name]
                 if isinstance(variable, np.ndarray):
                     variable[...] = value
                 else:
                     variable.assign(value)
-        return checkpoint.step
+        self.step = checkpoint.step
+        self._first_batch = resuming.first_batch(checkpoint, self.settings)
+        changes = resuming.describe_changes(checkpoint, self.settings)
+        if changes and self.is_writer:
+            print(changes, file=sys.stderr, flush=True)
 
-    def run(self, source, draw, *, repeats=None, evaluate=None):
+    def run(self, source, draw, *, repeats=None, make_evaluation=None, prepare_export=None, export=None):
         """Trains to `max_train_steps` and returns whether it got there.
+
+        The last step is followed by a checkpoint, the export and an evaluation, in this order, so that a
+        failure loses as little as possible. What an earlier process has not come to is made up for.
 
         Args:
             source, draw, repeats: examples and what is drawn for each, as `data.datasets.batches` takes them.
-            evaluate: `evaluate(step)`, called with the weights in place every `evaluation_steps`.
+            make_evaluation: `make_evaluation(trainer)` gives `evaluate(step)`, called with the weights in
+                place every `evaluation_steps` and at the end. It is made for the first evaluation; with
+                `evaluation_steps` 0 there is none. One that fails is a warning.
+            prepare_export: called in every process before the export, with the EMA weights swapped in.
+            export: `export(folder)` writes the model, with the EMA weights swapped in, in one process; the
+                folder becomes `output_dir/model` once it is complete.
 
         Raises:
             UserError: the loss is not finite, no checkpoint can be written, or memory is not enough.
         """
         settings = self.settings
-        remaining = settings.max_train_steps - self.step
-        if remaining <= 0:
-            return True
+        try:
+            with self._with_memory_advice(), StopOnSignal() as stop:
+                if self.step < settings.max_train_steps:
+                    if self._is_evaluated_at(self.step):
+                        self._evaluate(make_evaluation, self.step)
+                    if stop.signal_received is None:
+                        self._fit(source, draw, repeats, self._callbacks(stop, make_evaluation))
+                if self.step >= settings.max_train_steps and stop.signal_received is None:
+                    self._finish(make_evaluation, prepare_export, export)
+        finally:
+            release_output_dir(settings.output_dir)
+        return self.step >= settings.max_train_steps and stop.signal_received is None
+
+    def _fit(self, source, draw, repeats, callbacks):
+        settings = self.settings
+        accumulation = settings.gradient_accumulation_steps
         training_batches = batches(
             source,
             batch_size=settings.train_batch_size,
             seed=settings.seed,
             draw=draw,
-            start=self.step * settings.gradient_accumulation_steps,
+            start=self._first_batch,
             repeats=repeats,
             process_index=backend.process_index(),
             process_count=backend.process_count(),
         )
-        with self._with_memory_advice(), StopOnSignal() as stop:
-            callbacks = self._callbacks(stop, evaluate)
-            self.objective.fit(
-                training_batches,
-                steps_per_epoch=remaining * settings.gradient_accumulation_steps,
-                verbose=0,
-                shuffle=False,  # Grain has done it
-                callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
-            )
+        self.objective.fit(
+            training_batches,
+            steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,
+            verbose=0,
+            shuffle=False,  # Grain has done it
+            callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
+        )
         self.step = self.log.step
-        return self.step == settings.max_train_steps
 
-    def export(self, write):
-        """Calls `write(folder)` with the averaged weights in place, in the process that writes the files."""
-        with self.ema.applied():
+    def _finish(self, make_evaluation, prepare_export, export):
+        """What follows the last step and its checkpoint, as far as it has not been done."""
+        if export is not None and not self._is_exported():
+            with interruption.may_be_cut(), interruption.phase("exporting the model"), self.ema.applied():
+                if prepare_export is not None:
+                    prepare_export()
+                if self.is_writer:
+                    write_whole_folder(self.settings.output_dir / MODEL, export)
+                    self._record.write("exported", self.step)
+        if self._is_evaluated_at(self.step):
+            self._evaluate(make_evaluation, self.step)
+
+    def _is_exported(self):
+        model = self.settings.output_dir / MODEL
+        if self.is_writer:
+            restore_folder(model)
+        return self._record.last("exported") == self.step and model.is_dir()
+
+    def _is_evaluated_at(self, step):
+        """Whether an evaluation at this step, at which the run begins or ends, is still to be made."""
+        every, last = self.settings.evaluation_steps, self.settings.max_train_steps
+        due = every and step and (step % every == 0 or step >= last)
+        return bool(due) and self._record.last("evaluated") < step
+
+    def _evaluate(self, make_evaluation, step):
+        """Evaluates, if the method does; a failure is told, and the training goes on."""
+        if make_evaluation is None:
+            return
+        try:
+            with interruption.may_be_cut(), interruption.phase("evaluating"):
+                if self._evaluation is None:
+                    self._evaluation = make_evaluation(self)
+                self._evaluation(step)
+        except Exception as error:
+            if self.ema.swapped_in:  # the weights to go on with could not be brought back
+                raise
+            fault = "out of memory" if backend.is_out_of_memory(error) else _first_line(error)
+            warnings.warn(
+                f"evaluation at step {step}: failed ({fault}); the training goes on, --evaluation-steps 0 "
+                "leaves evaluations out",
+                stacklevel=2,
+            )
+        else:
             if self.is_writer:
-                write(self.settings.output_dir / "model")
+                self._record.write("evaluated", step)
 
     @contextlib.contextmanager
     def _with_memory_advice(self):
@@ -299,7 +318,7 @@ class Trainer:
         if not settings.offload_ema and backend.has_accelerator():
             yield "--offload-ema"
 
-    def _callbacks(self, stop, evaluate):
+    def _callbacks(self, stop, make_evaluation):
         """The callbacks in the order in which each step calls them."""
         settings = self.settings
         guard = StopOnNonFiniteLoss(self.checkpoints, self.step)
@@ -319,13 +338,14 @@ class Trainer:
                 settings.checkpointing_steps,
                 self.step,
                 flush_before=[self.log, guard],
+                total_steps=settings.max_train_steps,
             ),
             *([progress] if self.is_writer else []),
         ]
-        if evaluate is not None:
+        if make_evaluation is not None and settings.evaluation_steps:
             callbacks.append(
                 EvaluationCallback(
-                    evaluate,
+                    functools.partial(self._evaluate, make_evaluation),
                     progress,
                     every=settings.evaluation_steps,
                     initial_step=self.step,
@@ -335,3 +355,9 @@ class Trainer:
         for callback in callbacks:
             callback.batches_per_step = settings.gradient_accumulation_steps
         return callbacks
+
+
+def _first_line(error):
+    """What an exception says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

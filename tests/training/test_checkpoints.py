@@ -20,7 +20,7 @@ from keras_sd.errors import UserError
 from keras_sd.training import checkpoints as module
 from keras_sd.training.checkpoints import Checkpoints
 
-CONFIG = {"seed": 0, "unet": {"channels": [32, 64], "width": 32}}
+CONFIG = {"seed": 0, "network": {"channels": [32, 64], "width": 32}}
 
 
 def small_groups(step: int = 0) -> dict:
@@ -201,21 +201,41 @@ def test_resolve(tmp_path):
 @pytest.mark.parametrize(
     "config, told",
     [
-        ({"seed": 1, "unet": CONFIG["unet"]}, "seed is 0 there and 1 here"),
-        ({"seed": 0, "unet": {"channels": [32, 96], "width": 32}}, r"unet.channels is \[32, 64\] there"),
-        ({"seed": 0, "unet": {"channels": [32, 64]}}, "unet.width is 32 there and absent here"),
-        ({"seed": 0, "unet": None}, "unet is {.*} there and null here"),
-        ({"new": "x", **CONFIG}, 'new is absent there and "x" here'),
+        ({"seed": 1, "network": CONFIG["network"]}, r"another seed \(0 there and 1 here\)"),
+        (
+            {"seed": 0, "network": {"channels": [9], "width": 32}},
+            r"network \(channels\) \(\[32, 64\] there",
+        ),
+        ({"seed": 0, "network": {"channels": [32, 64]}}, r"network \(width\) \(32 there and absent here\)"),
+        ({"seed": 0, "network": None}, r"network \({.*} there and null here\)"),
+        ({"seed": 0}, r"another network \({.*} there and absent here\)"),
+        (
+            {"seed": 0, "network": CONFIG["network"], "vae": "12"},
+            r"other weights of the VAE \(of another",
+        ),
+        (
+            {"seed": 0, "network": CONFIG["network"], "data": "12"},
+            "other images or captions; resume",
+        ),
     ],
 )
 def test_checkpoint_of_another_config_is_refused(tmp_path, config, told):
-    folder = Checkpoints(tmp_path, CONFIG).save(5, small_groups(5), {})
+    hashes = {name: "34" for name in ("vae", "data") if name in config}
+    folder = Checkpoints(tmp_path, CONFIG | hashes).save(5, small_groups(5), {})
     for request in ("latest", str(folder)):
         with pytest.raises(UserError, match=told) as error:
             Checkpoints(tmp_path, config).resolve(request)
         assert "\n" not in str(error.value)
-    same = {"unet": {"width": 32, "channels": (32, 64)}, "seed": 0}  # order and tuples do not count
+    # Order and tuples do not count.
+    same = {"network": {"width": 32, "channels": (32, 64)}, "seed": 0, **hashes}
     assert Checkpoints(tmp_path, same).resolve("latest") == folder
+
+
+def test_config_may_change_in_what_is_allowed_and_grow(tmp_path):
+    folder = Checkpoints(tmp_path, CONFIG).save(5, small_groups(5), {})
+    assert Checkpoints(tmp_path, CONFIG | {"seed": 7}, may_change=["seed"]).resolve("latest") == folder
+    with pytest.warns(UserWarning, match="cannot be compared with this run in: adam_epsilon, noise schedule"):
+        Checkpoints(tmp_path, CONFIG | {"schedule": {}, "adam_epsilon": 1}).resolve("latest")
 
 
 LARGE = 200_000

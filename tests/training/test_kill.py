@@ -18,7 +18,8 @@ from tests.programs import Program
 from tests.training.test_trainer import UNET, assert_same_state, state
 
 KILLS = int(os.environ.get("KERAS_SD_KILLS", "1"))
-STEPS = 40 + 20 * KILLS
+STEPS = 60 + 20 * KILLS
+EVALUATION_STEPS = 20
 
 
 def start(folder, run, *more):
@@ -26,7 +27,8 @@ def start(folder, run, *more):
     arguments = ["-m", "keras_sd.train", "ddim", "--train-data-dir", folder / "pictures"]
     arguments += ["--unet-config", folder / "unet.json", "--output-dir", folder / run]
     arguments += ["--max-train-steps", STEPS, "--train-batch-size", 8, "--checkpointing-steps", 2]
-    arguments += ["--kid-images", 0, "--num-inference-steps", 1, *more]
+    arguments += ["--kid-images", 0, "--num-inference-steps", 3, "--evaluation-steps", EVALUATION_STEPS]
+    arguments += [*more]
     return Program(arguments)
 
 
@@ -49,6 +51,18 @@ def wait_for_progress(program, run):
         time.sleep(0.01)
 
 
+def kill_before_evaluation(program, run):
+    """Kills a run between a checkpoint and the evaluation at that step, or within the evaluation."""
+    begun, deadline = newest_step(run), time.monotonic() + 300
+    while True:
+        step = newest_step(run)
+        image = run / "samples" / f"step-{step:06}.png"
+        if step > begun and step % EVALUATION_STEPS == 0 and not image.exists():
+            program.kill()
+            return step, image.exists()
+        assert program.is_running() and time.monotonic() < deadline, program.printed()
+
+
 def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     generator = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
@@ -66,13 +80,27 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
         time.sleep(moments.uniform(0.0, 0.1))
         program.kill()
         assert program.finish().returncode == -signal.SIGKILL
+    for _ in range(2):
+        program = start(tmp_path, "killed", "--resume-from-checkpoint", "latest")
+        step, was_evaluated = kill_before_evaluation(program, tmp_path / "killed")
+        assert program.finish().returncode == -signal.SIGKILL
+        assert newest_step(tmp_path / "killed") == step and not was_evaluated
     finish(start(tmp_path, "killed", "--resume-from-checkpoint", "latest"))
 
     assert_same_state(state(tmp_path / "whole", STEPS), state(tmp_path / "killed", STEPS))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert records(tmp_path / "whole") == records(tmp_path / "killed")
+    whole, killed = (samples(tmp_path / run) for run in ("whole", "killed"))
+    assert len(whole) == STEPS // EVALUATION_STEPS
+    assert whole == killed
 
 
-def losses(run):
-    """Step and loss of every line, without the times."""
-    records = map(json.loads, (run / "logs" / "metrics.jsonl").read_text().splitlines())
-    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+def records(run):
+    """Every line of the log, without the times, and what the run has on record as done."""
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    without_times = [{name: value for name, value in line.items() if name != "time"} for line in lines]
+    return without_times, json.loads((run / "logs" / "record.json").read_text())
+
+
+def samples(run):
+    """Name -> content of every sample grid."""
+    return {path.name: path.read_bytes() for path in (run / "samples").iterdir()}

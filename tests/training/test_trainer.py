@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,8 +14,9 @@ from safetensors.numpy import load_file
 
 from keras_sd.config import SchedulerConfig, UNetConfig
 from keras_sd.errors import UserError
+from keras_sd.training.losses import Objective
 from keras_sd.training.pixel_ddim import train_pixel_ddim
-from keras_sd.training.trainer import Settings
+from keras_sd.training.trainer import Settings, Trainer
 
 # One level, as nearly all of the time of these tests is tracing and compiling the network.
 UNET = UNetConfig(
@@ -35,8 +37,10 @@ PICTURES = [
 STEPS = 6
 
 
-def train(folder, stop_at=None, pictures=PICTURES, evaluation_steps=3, jit_compile=False, **options):
-    """Runs a tiny DDIM training; a SIGTERM arrives after step `stop_at`."""
+def train(
+    folder, stop_at=None, pictures=PICTURES, evaluation_steps=3, jit_compile=False, evaluate=None, **options
+):
+    """Runs a tiny DDIM training; a SIGTERM arrives after step `stop_at`, or `evaluate(step)` evaluates."""
     settings = Settings(
         output_dir=folder,
         learning_rate=1e-2,
@@ -52,13 +56,15 @@ def train(folder, stop_at=None, pictures=PICTURES, evaluation_steps=3, jit_compi
     )
     keras.utils.set_random_seed(settings.seed)
 
-    def evaluate(step):
+    def stop(step):
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return train_pixel_ddim(
-        settings, UNET, SCHEDULER, pictures, make_evaluation=lambda trainer, denoiser: evaluate
-    )
+    def make_evaluation(trainer, denoiser):
+        assert evaluation_steps
+        return evaluate or stop
+
+    return train_pixel_ddim(settings, UNET, SCHEDULER, pictures, make_evaluation=make_evaluation)
 
 
 def state(folder, step=STEPS):
@@ -177,8 +183,52 @@ def test_exported_model_holds_the_average(whole_run):
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path, whole_run):
-    with pytest.raises(UserError, match="learning_rate|train_batch_size"):
-        train(copy(whole_run("traced"), tmp_path), train_batch_size=6, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"made with another seed \(0 there and 1 here\)"):
+        train(copy(whole_run("traced"), tmp_path), seed=1, resume_from_checkpoint="latest")
+
+
+def test_settings_that_may_change_are_told_and_honoured(tmp_path, whole_run, capsys):
+    run = tmp_path / "run"
+    copy_as_of_step(3, whole_run("traced"), run)
+    changes = {"max_train_steps": 5, "train_batch_size": 5, "gradient_accumulation_steps": 2}
+    assert train(run, resume_from_checkpoint="latest", **changes, **{"max_grad_norm": 0.0})
+    assert (
+        "resuming after step 3 with changes: max_grad_norm is 0.0, it was 1.0; "
+        "max_train_steps is 5, it was 6; train_batch_size is 5, it was 4; "
+        "gradient_accumulation_steps is 2, it was 1; "
+        "the cosine schedule of the learning rate ends at the new last step; "
+        "updates are now of 10 images, and their order goes on after the 12 seen\n"
+    ) in capsys.readouterr().err
+    # Twelve examples are two batches of five and a part of the third.
+    position = json.loads((run / "checkpoint-5" / "position.json").read_text())
+    assert position == {"batch": 3 + 2 * 2, "examples": 35}
+    assert state(run, 5)["optimizer"]["00000"] == 5 * 2  # Keras counts batches
+    # And back, from there.
+    more = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    assert train(run, **more)
+    assert json.loads((run / "checkpoint-6" / "position.json").read_text())["examples"] == 36 + 4
+
+
+class Narrow(Objective):
+    def __init__(self, width):
+        super().__init__()
+        self.dense = keras.layers.Dense(width)
+        self.dense.build((None, 4))
+        self.built = True
+
+
+def test_checkpoint_of_other_tensors_is_refused_in_one_line(tmp_path):
+    trainer = Trainer(Narrow(2), Settings(tmp_path), {})
+    trainer.checkpoints.save(1, *trainer.gather_state())
+    resumed = Settings(tmp_path, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=r"weights does not fit this run \(dense.* is \[4, 2\] there and"):
+        Trainer(Narrow(3), resumed, {})
+    frozen = Narrow(2)
+    frozen.dense.bias.trainable = False
+    with pytest.raises(UserError, match="made with other frozen weights .of another base model"):
+        Trainer(frozen, resumed, {})
+    with pytest.warns(UserWarning, match="cannot be compared with this run in: training method"):
+        Trainer(Narrow(2), resumed, {"method": "new"})
 
 
 def test_beginning_over_an_earlier_run_is_refused(tmp_path, whole_run):
@@ -203,7 +253,80 @@ def test_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path, whole_run):
     assert (run / "checkpoint-3").is_dir()
 
 
-@pytest.mark.parametrize("name", ["max_train_steps", "train_batch_size", "evaluation_steps"])
-def test_numbers_out_of_range_are_refused(tmp_path, name):
-    with pytest.raises(UserError, match=name):
-        Settings(output_dir=tmp_path, **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "max_train_steps": [0],
+        "train_batch_size": [0],
+        "gradient_accumulation_steps": [0],
+        "learning_rate": [-1.0, 0.0, math.nan, math.inf],
+        "lr_warmup_steps": [-5],
+        "adam_beta1": [1.0, -0.1],
+        "adam_beta2": [1.0, math.nan],
+        "adam_weight_decay": [-0.1],
+        "adam_epsilon": [0.0],
+        "max_grad_norm": [-1.0, math.nan],
+        "ema_decay": [1.0, -0.5],
+        "seed": [-1, 2**32],
+        "checkpointing_steps": [0],
+        "checkpoints_total_limit": [0],
+        "evaluation_steps": [-1],
+    }.items(),
+)
+def test_numbers_out_of_range_are_refused(tmp_path, name, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"{name} .*: out of range; give "):
+            Settings(output_dir=tmp_path, **{name: value})
+
+
+def test_failed_evaluation_loses_nothing(tmp_path, recwarn):
+    """The last one comes when checkpoint and model are there, also at a step that is no multiple."""
+    found = {}
+
+    def evaluate(step):
+        found[step] = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
+        raise RuntimeError("no samples\ntoday")
+
+    assert train(tmp_path, max_train_steps=3, evaluation_steps=2, checkpointing_steps=2, evaluate=evaluate)
+    assert found == {2: ["checkpoint-2", "logs"], 3: ["checkpoint-2", "checkpoint-3", "logs", "model"]}
+    told = [str(warning.message) for warning in recwarn if "evaluation at step" in str(warning.message)]
+    assert [line.split(";")[0] for line in told] == [
+        f"evaluation at step {step}: failed (RuntimeError: no samples today)" for step in (2, 3)
+    ]
+    # Resumed, it is tried once more, and nothing else is done.
+    again = []
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 3, "evaluation_steps": 2}
+    assert train(tmp_path, evaluate=again.append, **resumed)
+    assert train(tmp_path, evaluate=again.append, **resumed)
+    assert again == [3]
+
+
+def test_no_evaluation_is_made_where_none_is_wanted(tmp_path, whole_run):
+    run = tmp_path / "run"
+    copy_as_of_step(3, whole_run("traced"), run)
+    assert train(run, evaluation_steps=0, resume_from_checkpoint="latest")
+    assert_same_state(state(whole_run("traced")), state(run))
+    assert (run / "model" / "unet").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("step", "record", "made_up"),
+    [
+        (3, {}, [3, 6]),  # killed between checkpoint and evaluation, or within that
+        (3, {"evaluated": 3}, [6]),
+        (6, {"evaluated": 3}, [6]),  # ... between the last checkpoint and the export
+        (6, {"evaluated": 3, "exported": 6}, [6]),  # ... in the last evaluation
+    ],
+)
+def test_killed_run_makes_up_for_what_it_has_not_come_to(tmp_path, whole_run, step, record, made_up):
+    run, whole = tmp_path / "run", whole_run("traced")
+    unfinished = ("model",) if "exported" not in record else ()
+    later = [f"checkpoint-{number}" for number in range(step + 1, STEPS + 1)]
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns(*later, *unfinished))
+    (run / "logs" / "record.json").write_text(json.dumps(record))
+    steps = []
+    assert train(run, evaluate=steps.append, resume_from_checkpoint="latest")
+    assert steps == made_up
+    model = "model/unet/diffusion_pytorch_model.safetensors"
+    assert (run / model).read_bytes() == (whole / model).read_bytes()
+    assert (run / "logs" / "record.json").read_text() == (whole / "logs" / "record.json").read_text()

@@ -1,0 +1,243 @@
+"""Ctrl-C and SIGTERM: a program ends soon, without a traceback, and with exit code 130 or 143.
+
+Python calls a signal's handler between two of its own instructions, so not while XLA compiles, which may take
+minutes. A thread hears of signals as well (`signal.set_wakeup_fd`) and ends the process `GRACE` seconds
+later, unless it is about what has to be finished: a step of a training, or the saving of a checkpoint.
+"""
+
+import contextlib
+import os
+import select
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 5.0  # seconds in which the process may end by itself
+_SECOND_GRACE = 1.0  # ... after a second Ctrl-C
+_TELL_AFTER = 2.0  # seconds after which a phase is told
+_RESUME = "--resume-from-checkpoint"
+
+
+class _State:
+    """What the main thread does, as the watching thread sees it."""
+
+    def __init__(self):
+        self.program = None  # its name, while it is watched
+        self.received = None  # the last signal's number
+        self.is_lost = False  # whether a handler's exception came up where Python passes over it
+        self.has_to_finish = False
+        self.endable_since = time.monotonic()
+        self.phase = None
+        self.timer = None
+        self.run_folder = None
+
+
+_state = _State()
+
+
+def received():
+    """The number of the signal that the program was told to end by, or None."""
+    return _state.received
+
+
+def note(number):
+    """Remembers a signal, for a handler that lets the program go on for a while."""
+    _state.received = number
+
+
+def exit_code(number):
+    """The exit code of a program that a signal has ended, as shells have it."""
+    return 128 + number
+
+
+def has_to_finish():
+    """Whether the program is about something that a signal must not cut off."""
+    return _state.has_to_finish
+
+
+def set_has_to_finish(has_to_finish):
+    """Says whether the program is about something that a signal must not cut off."""
+    _state.has_to_finish, _state.endable_since = has_to_finish, time.monotonic()
+
+
+@contextlib.contextmanager
+def may_be_cut():
+    """Within the block a signal ends the process after a while, whatever it does."""
+    before = _state.has_to_finish
+    set_has_to_finish(False)
+    try:
+        yield
+    finally:
+        set_has_to_finish(before)
+
+
+def set_run_folder(folder):
+    """Names the run folder whose training can be resumed; None for no training."""
+    _state.run_folder = None if folder is None else Path(folder)
+
+
+@contextlib.contextmanager
+def phase(name):
+    """Tells on stderr what the program is about, if that takes more than two seconds."""
+    before = _state.phase
+    _start_phase(name)
+    try:
+        yield
+    finally:
+        _end_phase(before)
+
+
+def _start_phase(name):
+    if _state.timer is not None:
+        _state.timer.cancel()
+    _state.phase = name
+    _state.timer = threading.Timer(_TELL_AFTER, _tell, (name,))
+    _state.timer.daemon = True
+    _state.timer.start()
+
+
+def _tell(line):
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # above a bar, if there is one
+    sys.stderr.flush()
+
+
+def _end_phase(before):
+    if _state.timer is not None:
+        _state.timer.cancel()
+    _state.phase, _state.timer = before, None
+
+
+def last_words():
+    """One line on how a training that was told to end goes on, or None where there is none."""
+    if _state.run_folder is None:
+        return None
+    name = signal.Signals(_state.received).name
+    during = f" while {_state.phase}" if _state.phase else ""
+    if not any(_state.run_folder.glob("checkpoint-*")):
+        return f"{name}: ended{during}; there is no checkpoint yet, start again"
+    return f"{name}: ended{during}; resume with: {resume_command(_state.program, sys.argv[1:])}"
+
+
+def resume_command(program, arguments):
+    """The command that goes on with the run of this one, as a shell takes it."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != _RESUME and not argument.startswith(f"{_RESUME}="):
+            kept.append(argument)
+        skip = not skip and argument == _RESUME
+    return " ".join([program, shlex.join([*kept, _RESUME, "latest"])])
+
+
+@contextlib.contextmanager
+def watching(program):
+    """Within the block, Ctrl-C raises `KeyboardInterrupt` and SIGTERM `SystemExit`, as far as nothing else
+    handles them; where neither comes through, the thread ends the process. Only the main thread can do this.
+
+    Args:
+        program: its name as typed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _state.__init__()
+    _state.program = program
+    old_hook, sys.unraisablehook = sys.unraisablehook, _pass_over
+    handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
+    old_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old_descriptor)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = old_hook
+        _state.program = None
+        os.close(writer)  # which ends the thread
+        thread.join()
+
+
+def _raise(number, frame):
+    _state.received = number
+    if _is_importing(frame):
+        # Compiled modules abort the process at an exception from elsewhere, with a traceback.
+        _end_at_once(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(exit_code(number))
+
+
+def _is_importing(frame):
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _pass_over(unraisable, show=sys.unraisablehook):
+    """Has a handler's exception raised once more that came up in a callback of the garbage collector."""
+    if _state.received is not None and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+        _state.is_lost = True
+    else:
+        show(unraisable)
+
+
+def _watch(reader):
+    """What the thread does: waits for signals, and for the end that they ask for."""
+    first = second = None  # (number, time) of the first signal, and the time of a second Ctrl-C
+    repeated = 0  # signals that come from here
+    while True:
+        # A closed pipe is ready, too.
+        if select.select([reader], [], [], None if first is None else 0.1)[0]:
+            numbers = os.read(reader, 64)
+            if not numbers:
+                os.close(reader)
+                return
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                if repeated:
+                    repeated -= 1
+                    continue
+                if first is not None and number == signal.SIGINT:
+                    second = time.monotonic()
+                first = first or (number, time.monotonic())
+        if first is not None:
+            number, since = first
+            if _state.is_lost:
+                _state.is_lost, repeated = False, repeated + 1
+                os.kill(os.getpid(), number)
+            waited = 0 if _state.has_to_finish else time.monotonic() - max(since, _state.endable_since)
+            if waited > GRACE or (second is not None and time.monotonic() - second > _SECOND_GRACE):
+                _end_at_once(number)
+
+
+def _end_at_once(number):
+    _state.received = number
+    words = last_words()
+    if words is not None:
+        # Not through `sys.stderr`, which the main thread may be writing to.
+        os.write(2, f"\n{_state.program}: {words}\n".encode())
+    os._exit(exit_code(number))
+
+
+def _forget_in_child():
+    # A child has no such thread, and must not tell its signals to its parent's.
+    if _state.program is not None:
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+            for number, handler in zip(SIGNALS, (signal.default_int_handler, signal.SIG_DFL), strict=True):
+                signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,142 @@
+"""Numbers and images of a run: `logs/metrics.jsonl`, TensorBoard events beside it, and a folder of images."""
+
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from keras_sd.errors import UserError
+from keras_sd.files import replaced
+from keras_sd.training.callbacks import StepCallback
+from keras_sd.training.checkpoints import disk_fault
+
+
+class MetricsLog(StepCallback):
+    """Numbers and images of a run: `logs/metrics.jsonl`, and TensorBoard events beside it.
+
+    As a callback it logs what every step returns. Let the model return figures of the step's own batch
+    (`compute_metrics`), not Keras' mean since the epoch began: then the file of a resumed run equals that of
+    an uninterrupted one apart from the times.
+
+    Args:
+        run_folder: of the run.
+        initial_step: the step resumed from; later lines, of a run killed since, are cut away. With 0 the file
+            starts anew.
+        every: steps that are read and written together.
+    """
+
+    def __init__(self, run_folder, initial_step: int = 0, every: int = 10):
+        super().__init__(initial_step)
+        self.every = every
+        self._pending = []
+        self._initial_step = initial_step
+        self._run_folder = Path(run_folder)
+        folder = self._run_folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
+        # Names that the resumed step has on record, for instance from the evaluation after its checkpoint.
+        # They are not written again.
+        self.resumed_names = self._cut(initial_step)
+        # At the second event TensorBoard drops what earlier files have from this step on.
+        now = time.time()
+        start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write([], [Event(wall_time=now, file_version="brain.Event:2"), start])
+
+    def on_step(self, logs):
+        self._pending.append((self.step, logs))
+        if len(self._pending) >= self.every:
+            self.flush()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the steps still held back."""
+        pending, self._pending = self._pending, []
+        self._log(pending)
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs name → number (or scalar on the device) as one line."""
+        self.flush()
+        self._log([(step, values)])
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Keeps a uint8 (height, width, 3) image in TensorBoard and in the run folder: `name/step-N.png`."""
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, "PNG")
+        folder = self._run_folder / name
+        with replaced(folder / f"step-{step:06}.png") as staging:
+            staging.write_bytes(encoded.getvalue())
+        event = Event(step=step, wall_time=time.time())
+        value = event.summary.value.add(tag=name)
+        value.image.height, value.image.width, value.image.colorspace = image.shape
+        value.image.encoded_image_string = encoded.getvalue()
+        self._write([], [event])
+
+    def _log(self, records: list) -> None:
+        lines, events = [], []
+        now = time.time()
+        for step, values in records:
+            known = self.resumed_names if step == self._initial_step else ()
+            scalars = {name: float(value) for name, value in values.items() if name not in known}
+            if not scalars:
+                continue
+            lines.append(json.dumps({"step": step, "time": round(now, 3), **scalars}) + "\n")
+            event = Event(step=step, wall_time=now)
+            for name, value in scalars.items():
+                event.summary.value.add(tag=name, simple_value=value)
+            events.append(event)
+        self._write(lines, events)
+
+    def _write(self, lines: list[str], events: list[Event]) -> None:
+        # The files are opened for each write, so that none is left open and nothing waits in a buffer.
+        try:
+            if lines:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            if events:
+                with self._events_path.open("ab") as file:
+                    writer = RecordWriter(file)
+                    for event in events:
+                        writer.write(event.SerializeToString())
+        except OSError as error:
+            raise UserError(disk_fault(self.path.parent, error)) from error
+
+    def _cut(self, initial_step: int) -> set[str]:
+        """Drops lines after the step, and a half-written one; returns the names on record for the step."""
+        lines, names = [], set()
+        if initial_step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if record["step"] <= initial_step and line.endswith("\n"):
+                    lines.append(line)
+                if record["step"] == initial_step:
+                    names |= record.keys() - {"step", "time"}
+        staging = self.path.with_suffix(".staging")
+        staging.write_text("".join(lines), encoding="utf-8")
+        staging.replace(self.path)
+        return names
+
+
+class SilentLog(StepCallback):
+    """A `MetricsLog` that keeps nothing, for the processes beside the one that writes the files."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Does nothing."""

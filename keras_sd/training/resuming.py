@@ -1,0 +1,116 @@
+"""What a checkpoint is to the run that resumes it, which may have other settings."""
+
+from keras_sd.errors import UserError
+from keras_sd.training.settings import MAY_CHANGE
+
+_SUMS = "gradients/"  # those of the batches since the last update
+
+
+def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
+    """Brings the groups of a checkpoint and of a run's state to the same names, or refuses the checkpoint.
+
+    The optimizer's variables get names that do not depend on the accumulation. Sums of gradients from another
+    accumulation are left out: they are zero between two updates, but for those around float16 batches that
+    have overflowed.
+
+    Args:
+        path: of the checkpoint, for the errors.
+        checkpoint: `checkpoints.Checkpoint`, whose groups are changed.
+        state: group -> name -> variable, which is changed.
+        optimizer: the compiled one; in float16 one that scales the loss, around `inner_optimizer`.
+        settings: `Settings` of the run.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    saved = checkpoint.groups
+    for group in ("weights", "ema"):
+        _check_same(f"{path}: {group}", saved.get(group, {}), state[group])
+    before = _before(checkpoint, settings)["gradient_accumulation_steps"]
+    now = settings.gradient_accumulation_steps
+    scaling = len(optimizer.variables) - len(inner_optimizer.variables)
+    tensors = list(saved.get("optimizer", {}).values())
+    names = _optimizer_names(scaling, len(state["weights"]), before > 1)
+    if len(tensors) != len(names):
+        raise UserError(_misfit(f"{path}: optimizer", f"{len(tensors)} tensors and not {len(names)}"))
+    theirs = dict(zip(names, tensors, strict=True))
+    names = _optimizer_names(scaling, len(state["weights"]), now > 1)
+    own = dict(zip(names, state["optimizer"].values(), strict=True))
+    if before != now:
+        theirs, own = (
+            {name: value for name, value in group.items() if not name.startswith(_SUMS)}
+            for group in (theirs, own)
+        )
+        theirs["iterations"] = theirs["iterations"] // before * now  # Keras counts batches
+    _check_same(f"{path}: optimizer", theirs, own)
+    saved["optimizer"], state["optimizer"] = theirs, own
+
+
+def _optimizer_names(scaling, trained, accumulates):
+    """Names of an optimizer's variables in Keras' order.
+
+    Args:
+        scaling: how many variables scale the loss.
+        trained: how many variables are trained.
+        accumulates: whether gradients are summed over several batches.
+    """
+    return [
+        *(f"loss scale/{index}" for index in range(scaling)),
+        "iterations",
+        *(f"{_SUMS}{index}" for index in range(trained if accumulates else 0)),
+        *(f"{moment}/{index}" for index in range(trained) for moment in ("first moment", "second moment")),
+    ]
+
+
+def _check_same(place, saved, variables):
+    """Raises UserError unless both have the same names and shapes."""
+    lacking, surplus = variables.keys() - saved.keys(), saved.keys() - variables.keys()
+    if lacking or surplus:
+        fault = f"lacks {min(lacking)}" if lacking else f"has {min(surplus)}, which is not trained here"
+        raise UserError(_misfit(place, fault))
+    for name, variable in variables.items():
+        if tuple(saved[name].shape) != tuple(variable.shape):
+            there, here = (list(array.shape) for array in (saved[name], variable))
+            raise UserError(_misfit(place, f"{name} is {there} there and {here} here"))
+
+
+def _misfit(place, fault):
+    return (
+        f"{place} does not fit this run ({fault}); resume with the same model, LoRA layers and rank, or "
+        "choose another --output-dir"
+    )
+
+
+def _before(checkpoint, settings):
+    """The values that those settings had that may change."""
+    return {name: checkpoint.config.get(name, getattr(settings, name)) for name in MAY_CHANGE}
+
+
+def _examples(checkpoint, settings):
+    """How many examples the run has seen."""
+    position = checkpoint.position
+    if "examples" in position:
+        return position["examples"]
+    # Earlier versions kept the number of batches alone.
+    return position["batch"] * _before(checkpoint, settings)["train_batch_size"]
+
+
+def first_batch(checkpoint, settings):
+    """The number of the batch to go on with, in batches of the size of now."""
+    return -(-_examples(checkpoint, settings) // settings.train_batch_size)
+
+
+def describe_changes(checkpoint, settings):
+    """One line on the settings that are others than before, and what that means; None if there are none."""
+    before = _before(checkpoint, settings)
+    changed = {name: value for name, value in before.items() if value != getattr(settings, name)}
+    if not changed:
+        return None
+    parts = [f"{name} is {getattr(settings, name)}, it was {value}" for name, value in changed.items()]
+    if "max_train_steps" in changed and settings.lr_scheduler != "constant":
+        parts.append(f"the {settings.lr_scheduler} schedule of the learning rate ends at the new last step")
+    if changed.keys() & {"train_batch_size", "gradient_accumulation_steps"}:
+        size = settings.train_batch_size * settings.gradient_accumulation_steps
+        seen = _examples(checkpoint, settings)
+        parts.append(f"updates are now of {size} images, and their order goes on after the {seen} seen")
+    return f"resuming after step {checkpoint.step} with changes: {'; '.join(parts)}"

@@ -1,0 +1,106 @@
+"""How to train, whatever is trained, and which of it may change when a run is resumed."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import keras
+
+from keras_sd.errors import UserError
+
+PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
+SCHEDULES = ("cosine", "constant")
+
+# Settings that may differ between a run and its resumption, which goes on with the new ones and says so.
+MAY_CHANGE = (
+    "learning_rate",
+    "max_grad_norm",
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+)
+# Those that change no number in a run but by rounding.
+_CHANGES_NOTHING = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "evaluation_steps",
+    "jit_compile",
+    "gradient_checkpointing",
+    "offload_ema",
+}
+
+
+_COUNT = (lambda value: value >= 1), "1 or more"
+_SHARE = (lambda value: 0 <= value < 1), "a number from 0 to just below 1"
+_POSITIVE = (lambda value: value > 0), "a number above 0"
+_RANGES = {
+    "max_train_steps": _COUNT,
+    "train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "learning_rate": _POSITIVE,
+    "lr_warmup_steps": ((lambda value: value >= 0), "0 or more"),
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_weight_decay": ((lambda value: value >= 0), "0 or more"),
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": ((lambda value: value >= 0), "a number above 0, or 0 for no clipping"),
+    "ema_decay": _SHARE,
+    "seed": ((lambda value: 0 <= value < 2**32), f"one from 0 to {2**32 - 1}"),
+    "checkpointing_steps": _COUNT,
+    "checkpoints_total_limit": _COUNT,
+    "evaluation_steps": ((lambda value: value >= 0), "1 or more, or 0 for no evaluations"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train, whatever is trained. Names are those of diffusers' training scripts.
+
+    A step is one update of the weights, made of `gradient_accumulation_steps` batches.
+    """
+
+    output_dir: Path
+    max_train_steps: int = 1000
+    train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
+    ema_decay: float = 0.9999
+    mixed_precision: str = "no"
+    jit_compile: bool = True
+    gradient_checkpointing: bool = False
+    offload_ema: bool = False
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None
+    evaluation_steps: int = 1000  # 0: no evaluations
+
+    def __post_init__(self):
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
+        for name, (fits, range_) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise UserError(f"{name} {value}: out of range; give {range_}")
+        if self.mixed_precision not in PRECISIONS:
+            raise UserError(f"mixed_precision {self.mixed_precision!r}: unknown; use {', '.join(PRECISIONS)}")
+        if self.lr_scheduler not in SCHEDULES:
+            raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
+
+    def use_precision(self):
+        """Sets Keras' precision policy; call it before the models are made."""
+        keras.config.set_dtype_policy(PRECISIONS[self.mixed_precision])
+
+    def identity(self):
+        """What a checkpoint must share with the run that resumes it, as JSON values."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in _CHANGES_NOTHING
+        }
