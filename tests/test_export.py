@@ -1,0 +1,103 @@
+"""A model out of a checkpoint is the one that its run has exported, for every method of fine-tuning.
+
+The methods that train from the beginning are exported in `test_train`, which has their runs.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from keras_sd import config
+from keras_sd.cli import cli
+from keras_sd.errors import UserError
+from keras_sd.train import train
+from tests import tiny
+
+METHODS = {
+    "lora": ("--train-text-encoder", "--rank", 2),
+    "lcm": ("--rank", 2),
+    "dreambooth": ("--instance-prompt", "a sks heart", "--train-text-encoder"),
+    "textual-inversion": ("--placeholder-token", "<heart>", "--num-vectors", 2),
+    "super-resolution": ("--random-crop", 8),
+}
+
+
+def export(*arguments):
+    cli.main(["export", *map(str, arguments)], standalone_mode=False)
+
+
+def files_of(folder):
+    """Name -> content of what is in a folder, without the sign of an exported one."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "trained.json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    lines = []
+    for index in range(4):
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": tiny.TEXTS[index]}) + "\n")
+    (folder / "images" / "metadata.jsonl").write_text("".join(lines))
+    tiny.pipeline(unet=tiny.ONE_BLOCK_UNET).save(folder / "base")
+    upscaler = {**tiny.PIXEL_UNET.to_dict(), "in_channels": 6, "sample_size": 16, "num_class_embeds": 10}
+    config.UNetConfig.from_dict(upscaler).save(folder / "upscaler.json")
+    return folder
+
+
+def run(folder, method, output):
+    data = "--instance-data-dir" if method == "dreambooth" else "--train-data-dir"
+    model = ("--pretrained-model-name-or-path", folder / "base")
+    model = ("--unet-config", folder / "upscaler.json") if method == "super-resolution" else model
+    arguments = [method, data, folder / "images", *model, "--output-dir", output, *METHODS[method]]
+    arguments += ["--max-train-steps", 2, "--train-batch-size", 2, "--checkpointing-steps", 1]
+    arguments += ["--learning-rate", 0.01, "--lr-warmup-steps", 0, "--evaluation-steps", 0]
+    train.main([*map(str, arguments), "--no-jit-compile"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_last_checkpoint_gives_the_model_of_the_run(folder, method):
+    output = folder / method
+    run(folder, method, output)
+    export(output / "checkpoint-2", folder / f"{method}-2")
+    whole, exported = files_of(output / "model"), files_of(folder / f"{method}-2")
+    assert whole.keys() == exported.keys()
+    assert [name for name in whole if whole[name] != exported[name]] == []
+    export(output / "checkpoint-1", folder / f"{method}-1")
+    assert files_of(folder / f"{method}-1") != exported
+    export(output / "checkpoint-1", folder / f"{method}-1", "--weights", "raw", "--overwrite")
+    if method == "lora":
+        check_options_and_refusals(folder, output)
+
+
+def check_options_and_refusals(folder, output):
+    export(output / "checkpoint-2", folder / "half", "--dtype", "bfloat16")
+    tensors = load_file(folder / "half" / "pytorch_lora_weights.safetensors")
+    assert {str(array.dtype) for array in tensors.values()} == {"bfloat16"}
+    with pytest.raises(UserError, match="half: exists; choose another folder, or replace it with --over"):
+        export(output / "checkpoint-2", folder / "half")
+    with pytest.raises(UserError, match="holds something else"):
+        export(output / "checkpoint-2", folder / "images", "--overwrite")
+    with pytest.raises(UserError, match="checkpoint-9: no such checkpoint folder"):
+        export(output / "checkpoint-9", folder / "x")
+    shutil.copytree(output / "checkpoint-1", folder / "alone" / "checkpoint-1")
+    with pytest.raises(UserError, match="run.json: not found; give the checkpoint in the folder of a run"):
+        export(folder / "alone" / "checkpoint-1", folder / "x")
+    (output / "checkpoint-1" / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoint-1: not a valid checkpoint"):
+        export(output / "checkpoint-1", folder / "x")
+    # Another base model in the place of that of the run.
+    description = json.loads((output / "run.json").read_text())
+    description["options"]["pretrained_model_name_or_path"] = "emoji"
+    (output / "run.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="emoji: its vae is not the one that the run has begun with"):
+        export(output / "checkpoint-2", folder / "x")
+    assert not (folder / "x").exists()
