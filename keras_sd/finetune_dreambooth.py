@@ -114,15 +114,13 @@ def _class_folder(options):
 
 def _check_images(instance_folder, class_folder):
     """Refuses images that cannot be trained on, before any long work."""
-    from keras_sd.data.folders import FolderSource
+    from keras_sd.data.folders import FolderSource, count_images
     from keras_sd.data.images import MINIMUM_SIDE
 
     FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False)
     if class_folder is None:
         return
-    from keras_sd.training.dreambooth import count_pictures
-
-    count_pictures(class_folder)
+    count_images(class_folder)
     places = instance_folder.resolve(), class_folder.resolve()
     if any(place.is_relative_to(other) for place, other in (places, places[::-1])):
         raise UserError(

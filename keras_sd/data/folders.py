@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from keras_sd.data.images import FORMATS, SUFFIXES, check_image, format_of, read_image
+from keras_sd.data.images import FORMATS, MINIMUM_SIDE, SUFFIXES, check_image, format_of, read_image
 from keras_sd.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -237,12 +237,19 @@ def _holds_images(path: Path) -> bool:
     return any(file.suffix.lower() in SUFFIXES for file in ([path] if path.is_file() else path.rglob("*")))
 
 
-def has_images(folder: Path) -> bool:
-    """Whether `image_paths` would find an image below a folder."""
+def count_images(folder: Path) -> int:
+    """The number of images below a folder; none if there is no such folder.
+
+    Raises:
+        UserError: one of them cannot be trained on.
+    """
     try:
-        return bool(image_paths(folder, lambda path, error: None))
+        image_paths(folder, lambda path, error: None)
     except UserError:
-        return False
+        if not folder.exists() or folder.is_dir():
+            return 0
+        raise
+    return len(FolderSource(folder, MINIMUM_SIDE, need_captions=False))
 
 
 @functools.cache

@@ -5,25 +5,13 @@ from tqdm import tqdm
 
 from keras_sd import backend
 from keras_sd.data.datasets import fingerprint_of
-from keras_sd.data.folders import FolderSource, has_images
-from keras_sd.data.images import MINIMUM_SIDE
+from keras_sd.data.folders import FolderSource, count_images
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.images import save_png
 from keras_sd.training.encodings import EncodedSource, JoinedSource
 from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.text_to_image import diffusion_example
 from keras_sd.training.trainer import Trainer
-
-
-def count_pictures(folder):
-    """The number of pictures below a folder; none if there is no such folder.
-
-    Raises:
-        UserError: one of them cannot be trained on.
-    """
-    if not folder.exists() or (folder.is_dir() and not has_images(folder)):
-        return 0
-    return len(FolderSource(folder, MINIMUM_SIDE, need_captions=False))
 
 
 def read_pictures(folder, prompt, image_size):
@@ -56,7 +44,7 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_steps, guidanc
     def place(index):
         return folder / f"class-{index:05}.png"
 
-    missing = max(count - count_pictures(folder), 0)
+    missing = max(count - count_images(folder), 0)
     # There are fewer than `count` pictures, so that these are below it.
     free = [index for index in range(count) if not place(index).exists()][:missing]
     is_wanted = np.zeros(count, bool)
