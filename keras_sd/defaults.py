@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from keras_sd.errors import UserError
+from keras_sd.files import write_json
 
 FILE = "keras_sd.json"
 _LARGEST_FILE = 2**20  # bytes
@@ -108,8 +109,7 @@ class ModelDefaults:
     def save(self, folder):
         """Writes the file into a model's folder, if the model has values of its own."""
         if self.values:
-            path = Path(folder) / FILE
-            path.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+            write_json(Path(folder) / FILE, self.values)
 
     def _check_names(self, given, known):
         if not isinstance(given, dict):
