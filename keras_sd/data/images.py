@@ -232,11 +232,12 @@ def _has_end(path: Path, image: Image.Image) -> bool:
         head = file.read(8)
         if image.format == "WEBP":  # "RIFF", then the length of what follows
             return length >= int.from_bytes(head[4:8], "little") + 8
-        if image.format == "JPEG" and length > 65536:
+        if image.format == "JPEG":
             # Two bytes mark the end, before a few kilobytes that some cameras append.
-            # In a smaller file a thumbnail's end, near the start, could be taken for it.
-            file.seek(length - 65536)
-            return b"\xff\xd9" in file.read()
+            # In a smaller file a thumbnail's end could be taken for it, so it has to be last.
+            file.seek(max(length - 65536, 0))
+            tail = file.read()
+            return b"\xff\xd9" in tail if length > 65536 else tail.rstrip(b"\0").endswith(b"\xff\xd9")
     return False
 
 

@@ -81,12 +81,13 @@ class EncodedSource:
         posterior = backend.jit(
             lambda images: _scaled_moments(vae, images_to_network(images)), vae.variables, jit_compile
         )
-        captions = []
+        captions, names = [], []
         pixels = None if self._fingerprint else hashlib.sha256()
 
         def batches():
             for examples in _read_ahead(source, batch_size):
                 captions.extend(example.get("captions", ()) for example in examples)
+                names.extend(example.get("path") for example in examples)
                 images = np.stack([example["image"] for example in examples])
                 if pixels:
                     pixels.update(images.data)
@@ -96,8 +97,8 @@ class EncodedSource:
             for index, moments in enumerate(zip(means, deviations, strict=True), start):
                 if not all(np.isfinite(array).all() for array in moments):
                     raise UserError(
-                        f"image {index}: its latents are not finite numbers; take another precision (bf16 or "
-                        "none), or another VAE"
+                        f"{names[index] or f'image {index}'}: its latents are not finite numbers; take another "
+                        "precision (bf16 or none), or another VAE"
                     )
 
         means, deviations = _in_batches(posterior, batches(), batch_size, len(source), bar, check)
