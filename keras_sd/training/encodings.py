@@ -96,9 +96,10 @@ class EncodedSource:
         def check(start, means, deviations):
             for index, moments in enumerate(zip(means, deviations, strict=True), start):
                 if not all(np.isfinite(array).all() for array in moments):
+                    name = names[index] or f"image {index}"
                     raise UserError(
-                        f"{names[index] or f'image {index}'}: its latents are not finite numbers; take another "
-                        "precision (bf16 or none), or another VAE"
+                        f"{name}: its latents are not finite numbers; take another precision (bf16 or "
+                        "none), or another VAE"
                     )
 
         means, deviations = _in_batches(posterior, batches(), batch_size, len(source), bar, check)
