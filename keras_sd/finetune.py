@@ -202,6 +202,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
         from keras_sd.metrics.clip_score import ClipScore
         from keras_sd.metrics.features import ClipFeatures
         from keras_sd.training.evaluation import SampleEvaluation
+        from keras_sd.training.lora import without_updates
 
         is_small = image_size <= SMALL_IMAGE
         prompts = list(run.options["validation_prompts"]) or [
@@ -211,13 +212,16 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
         sets = example_sets(source, held_out, count) if pipeline.image_encoder else {}
         captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
         scored = sets and pipeline.clip_head is not None
+        # By the text encoder as it was, whenever in a run this is made.
+        with without_updates(pipeline.text_encoder):
+            score = ClipScore(pipeline, captions) if scored else None
         return SampleEvaluation(
             trainer,
             lambda: image_grid(sample(prompts), labels=prompts, scale=2 if is_small else 1),
             sets=sets,
             generate=lambda examples: sample([example["captions"][0] for example in examples]),
             extractor=ClipFeatures(pipeline.image_encoder) if sets else None,
-            score=ClipScore(pipeline, captions) if scored else None,
+            score=score,
         )
 
     return encoded, repeats, make_evaluation

@@ -53,14 +53,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, method, output):
+def run(folder, method, output, *options):
     data = "--instance-data-dir" if method == "dreambooth" else "--train-data-dir"
     model = ("--pretrained-model-name-or-path", folder / "base")
     model = ("--unet-config", folder / "upscaler.json") if method == "super-resolution" else model
     arguments = [method, data, folder / "images", *model, "--output-dir", output, *METHODS[method]]
     arguments += ["--max-train-steps", 2, "--train-batch-size", 2, "--checkpointing-steps", 1]
     arguments += ["--learning-rate", 0.01, "--lr-warmup-steps", 0, "--evaluation-steps", 0]
-    train.main([*map(str, arguments), "--no-jit-compile"], standalone_mode=False)
+    train.main([*map(str, (*arguments, *options)), "--no-jit-compile"], standalone_mode=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,3 +101,19 @@ def check_options_and_refusals(folder, output):
     with pytest.raises(UserError, match="emoji: its vae is not the one that the run has begun with"):
         export(output / "checkpoint-2", folder / "x")
     assert not (folder / "x").exists()
+
+
+def test_figures_of_a_trained_text_encoder_are_those_of_an_uninterrupted_run(folder):
+    """Captions are scored by the text encoder as it was, whenever the first evaluation comes."""
+    options = ("--evaluation-steps", 1, "--kid-images", 4, "--num-inference-steps", 1)
+    whole, killed = folder / "whole", folder / "killed"
+    run(folder, "lora", whole, *options)
+    shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("checkpoint-2", "model"))
+    run(folder, "lora", killed, *options, "--resume-from-checkpoint", "latest")
+    figures = [
+        [line.partition('"time"')[2].partition(",")[2] for line in path.read_text().splitlines()]
+        for path in (whole / "logs" / "metrics.jsonl", killed / "logs" / "metrics.jsonl")
+    ]
+    assert figures[0] == figures[1] and sum("clip_score_train_raw" in line for line in figures[0]) == 2
+    record = json.loads((killed / "logs" / "record.json").read_text())
+    assert record == {"evaluated": 2, "exported": 2}

@@ -142,6 +142,11 @@ def described(method, options):
         _description = None
 
 
+def is_described():
+    """Whether a training command of this process has said how its run is started."""
+    return _description is not None
+
+
 def write_description(run_folder):
     """Writes how the run was started, if a command has done so."""
     if _description is not None:

@@ -32,6 +32,7 @@ from keras_sd.training.run_folder import (
     MODEL,
     RunRecord,
     claim_output_dir,
+    is_described,
     release_output_dir,
     restore_folder,
     write_description,
@@ -89,7 +90,8 @@ class Trainer:
         self.settings = settings
         self.is_writer = backend.process_index() == 0
         claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
-        interruption.set_run_folder(settings.output_dir)
+        if is_described():  # a command that can be given again
+            interruption.set_run_folder(settings.output_dir)
         distribution.split_weights(objective)
         identity = {**identity, **settings.identity(), "frozen": _fingerprint(objective)}
         self.checkpoints = Checkpoints(
