@@ -1,7 +1,9 @@
 import functools
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +314,20 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_image(model, picture, tm
         )
     files = {path.name: path.read_text() for path in (tmp_path / "output").iterdir()}
     assert files == {"image.png": "earlier", "walk.gif": "earlier"}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_ends_a_command_leaves_the_earlier_image_and_nothing_else(model, tmp_path, number, code):
+    (tmp_path / "image.png").write_text("earlier")
+    options = ["--model", model, "--output", tmp_path / "image.png", "--overwrite", "--steps", 500]
+    program = Program(["-m", "keras_sd", "generate", "heart", *options, "--num-images", 999])
+    while program.is_running() and "step/s" not in program.printed():
+        time.sleep(0.05)
+    program.send(number)
+    done = program.finish()
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"image.png": "earlier"}
 
 
 @pytest.fixture
