@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import secrets
 from pathlib import Path
 
 import keras
@@ -75,6 +76,31 @@ def _keep_compiled_programs():
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Smaller programs compile as fast as they are read.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        _write_programs_whole()
+
+
+def _write_programs_whole():
+    """Has JAX write programs under a temporary name, and over damaged ones.
+
+    It writes them straight onto their names and leaves alone what is there: a program that was cut off by a
+    kill or a full disk would be a warning, and be compiled, at each start.
+    """
+    from jax._src import lru_cache
+
+    put = lru_cache.LRUCache.put
+
+    def put_whole(cache, key, value):
+        folder = Path(os.fspath(cache.path))
+        if cache.eviction_enabled or folder != cache_folder():  # someone else's
+            return put(cache, key, value)
+        staging = folder / f".{secrets.token_hex(8)}.partial"
+        try:
+            staging.write_bytes(value)
+            os.replace(staging, folder / f"{key}{lru_cache._CACHE_SUFFIX}")
+        finally:
+            staging.unlink(missing_ok=True)
+
+    lru_cache.LRUCache.put = put_whole
 
 
 def _forget_oldest(folder):

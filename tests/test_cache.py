@@ -56,6 +56,22 @@ def test_a_second_process_finds_the_program(name, layers, tmp_path):
     assert kept.items() <= programs(tmp_path).items()
 
 
+def test_a_program_that_was_cut_off_is_replaced(tmp_path):
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "KERAS_SD_CACHE": str(tmp_path)}
+    told = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "200"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        told.append("persistent compilation cache" in done.stderr)
+        if len(told) == 1:
+            for path in programs(tmp_path):
+                path.write_bytes(path.read_bytes()[:-20])
+    assert told == [False, True, False]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_nothing_is_kept_if_told_so_or_impossible(tmp_path):
     assert run("tensorflow", 1, KERAS_SD_CACHE="", XDG_CACHE_HOME=str(tmp_path))[1] == "None"
     (tmp_path / "file").touch()
