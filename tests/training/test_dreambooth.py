@@ -21,6 +21,7 @@ from keras_sd.training.dreambooth import (
 )
 from keras_sd.training.lora import add_lora
 from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.run_folder import release_output_dir
 from keras_sd.training.text_to_image import diffusion_example
 from keras_sd.training.trainer import Settings
 from keras_sd.weights.rules import torch_state
@@ -198,7 +199,7 @@ def test_low_rank_updates_resume_to_the_bit_and_leave_the_model_as_it_is(tmp_pat
             for name in ("whole", "parts")
         )
         assert_equal(whole, parts)
-    with pytest.raises(UserError, match="class_images"):
+    with pytest.raises(UserError, match="another number of images of the class"):
         train(tmp_path / "parts", subject, None, resume="latest")
 
     before, state = pipeline(), torch_state(sd.unet)
@@ -294,6 +295,7 @@ def test_options_that_cannot_be_are_refused(tmp_path, subject, monkeypatch, caps
     run = tmp_path / "run"
     common = ("--instance-data-dir", subject, "--instance-prompt", "a sks heart", "--output-dir", run)
     assert told in refused(monkeypatch, capsys, *common, *arguments)
+    release_output_dir(run)  # as at the end of the process
     assert not run.exists()
 
 
