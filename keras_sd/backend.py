@@ -1,5 +1,6 @@
 """All that depends on the Keras backend."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -169,10 +170,8 @@ def jit(function, variables=(), jit_compile=True):
 
 def _lies_otherwise(variable):
     """Whether programs of one NVIDIA GPU want this variable as `_outputs_first` lays it out."""
-    import jax
-
     is_kernel = len(variable.shape) == 4
-    return is_kernel and jax.default_backend() == "gpu" and keras.distribution.distribution() is None
+    return is_kernel and _jax_platform() == "gpu" and keras.distribution.distribution() is None
 
 
 def _outputs_first(variable):
@@ -377,6 +376,65 @@ def _value(variable):
     return variable._value if value is None else value
 
 
+def scan(step, carry, arrays):
+    """Calls `step(carry, [array[i] ...])` for each i of the arrays' first axis, in turns.
+
+    Args:
+        step: takes a tuple of tensors, the carry, and a list of tensors; returns a tuple like the carry and
+            a tuple of outputs.
+        carry: the tuple that the first step gets.
+        arrays: a list of tensors of equal and known length.
+
+    Returns:
+        The last carry, and the outputs of all steps stacked.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.lax.scan(step, carry, arrays)
+    import tensorflow as tf
+
+    count = arrays[0].shape[0]
+    shapes = tf.nest.map_structure(tf.TensorSpec.from_tensor, step(carry, [array[0] for array in arrays])[1])
+    outputs = tuple(tf.TensorArray(spec.dtype, count, element_shape=spec.shape) for spec in shapes)
+
+    def body(index, carry, outputs):
+        carry, found = step(carry, [array[index] for array in arrays])
+        return (
+            index + 1,
+            carry,
+            tuple(array.write(index, one) for array, one in zip(outputs, found, strict=True)),
+        )
+
+    _, carry, outputs = tf.while_loop(
+        lambda index, *_: index < count, body, (0, carry, outputs), parallel_iterations=1
+    )
+    return carry, tuple(array.stack() for array in outputs)
+
+
+_platform = None
+
+
+@contextlib.contextmanager
+def compiling_for(platform):
+    """Has JAX's programs that are traced inside made for a platform, "cpu", "gpu" or "tpu", maybe not here.
+
+    What is the faster way there is asked while a program is traced, when JAX does not know for which it is.
+    """
+    global _platform
+    before, _platform = _platform, platform
+    try:
+        yield
+    finally:
+        _platform = before
+
+
+def _jax_platform():
+    import jax
+
+    return _platform or jax.default_backend()
+
+
 def compiles_for_processor(tensor):
     """Whether `tensor` belongs to a program that XLA is about to compile for a CPU."""
     if keras.backend.backend() == "tensorflow":
@@ -390,7 +448,7 @@ def compiles_for_processor(tensor):
         )
     import jax
 
-    return isinstance(tensor, jax.core.Tracer) and jax.default_backend() == "cpu"
+    return isinstance(tensor, jax.core.Tracer) and _jax_platform() == "cpu"
 
 
 def multiplies_bfloat16():
@@ -417,12 +475,11 @@ def has_flash_attention(query):
     That is in half precision on NVIDIA's Ampere and later, which JAX gives to cuDNN.
     """
     half = keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
-    if keras.backend.backend() != "jax" or not half:
+    if keras.backend.backend() != "jax" or not half or _jax_platform() != "gpu":
         return False
     import jax
 
-    device = jax.local_devices()[0]
-    capability = float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0
+    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0))
     largest = _LARGEST_FLASH_HEAD_ON_HOPPER if capability >= 9 else _LARGEST_FLASH_HEAD
     return capability >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= largest
 

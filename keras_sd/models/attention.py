@@ -5,19 +5,15 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
+from keras_sd.kernels.attention import attention
 from keras_sd.models.layers import GroupNormalization, Layer, LayerNormalization, convolution, dense
-
-# Bytes of scores (float32) that one attention holds at a time; beyond them its queries go in turns. Two
-# pictures of 512 x 512 pixels in Stable Diffusion 1 just fit.
-LARGEST_SCORES = 2**30
 
 
 def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     """Attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
 
-    Where the scores would take more than `LARGEST_SCORES` bytes, slices of the queries are attended one
-    after the other, with the same result. A batch of unknown size counts as one example. A GPU whose
-    kernels never hold all scores is given everything at once.
+    Scores are never held all at once where there are many: a GPU has kernels for that, and elsewhere slices
+    of the queries go in turns (`kernels.attention`), with the same result.
 
     Args:
         mask: None, or a boolean that broadcasts to `(n, heads, queries, keys)`: which keys a query sees.
@@ -27,32 +23,25 @@ def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     Returns:
         `(n, queries, heads, head_size)`.
     """
-    if mask is None and backend.has_flash_attention(query):
+    if mask is not None:
+        return _masked(query, key, value, mask, upcast)
+    if backend.has_flash_attention(query):
         return backend.flash_attention(query, key, value)
+    heads = query.shape[2]
+    query, key, value = (
+        ops.reshape(array, (-1, array.shape[1], heads * array.shape[3])) for array in (query, key, value)
+    )
+    attended = attention(query, key, value, heads, upcast=upcast)
+    return ops.reshape(attended, (-1, query.shape[1], heads, value.shape[-1] // heads))
+
+
+def _masked(query, key, value, mask, upcast):
     if upcast:
         query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
-    batch, queries, heads, head_size = query.shape
-    score_bytes = 4 * (batch or 1) * heads * queries * key.shape[1]
-    if score_bytes <= LARGEST_SCORES or mask is not None:
-        return _attend(query, key, value, mask)
-    size = max(1, queries * LARGEST_SCORES // score_bytes)
-    slices = -(-queries // size)
-    query = ops.pad(query, ((0, 0), (0, slices * size - queries), (0, 0), (0, 0)))
-    query = ops.reshape(query, (-1, slices, size, heads, head_size))
-    attended = ops.map(lambda part: _attend(part, key, value), ops.transpose(query, (1, 0, 2, 3, 4)))
-    attended = ops.reshape(
-        ops.transpose(attended, (1, 0, 2, 3, 4)), (-1, slices * size, heads, value.shape[-1])
-    )
-    return attended[:, :queries]
-
-
-def _attend(query, key, value, mask=None):
     scale = query.shape[-1] ** -0.5
     scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
     # The softmax of many terms needs more digits than half precision has.
-    scores = ops.cast(scores, "float32")
-    if mask is not None:
-        scores = ops.where(mask, scores, -float("inf"))
+    scores = ops.where(mask, ops.cast(scores, "float32"), -float("inf"))
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     return ops.einsum("nhqk,nkhd->nqhd", weights, value)
 

@@ -1,4 +1,6 @@
-"""Attention: its slices, its masks and its numbers in half precision."""
+"""Attention: its slices, their gradients and memory, its masks and its numbers in half precision."""
+
+import json
 
 import numpy as np
 import pytest
@@ -7,15 +9,10 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.models import attention
+from keras_sd.kernels import attention as kernel
 from keras_sd.models.attention import Attention, scaled_dot_product
+from tests.models.plain_attention import plain_attention, tensors
 from tests.programs import run_python
-
-
-def tensors(queries=11, keys=7, scale=1.0):
-    generator = np.random.default_rng(0)
-    shapes = (2, queries, 3, 4), (2, keys, 3, 4), (2, keys, 3, 4)
-    return [(scale * generator.standard_normal(shape)).astype("float32") for shape in shapes]
 
 
 def expected_attention(query, key, value):
@@ -29,7 +26,12 @@ def expected_attention(query, key, value):
 @pytest.fixture
 def little_memory(monkeypatch):
     # 2 examples of 3 heads, 7 keys: 168 bytes to a query, so slices of 3 and, for one example, of 6.
-    monkeypatch.setattr(attention, "LARGEST_SCORES", 600)
+    allow(monkeypatch, 600)
+
+
+def allow(monkeypatch, limit):
+    monkeypatch.setattr(kernel, "LARGEST_SCORES", limit)
+    monkeypatch.setattr(kernel, "FEWEST_QUERIES", 1)
 
 
 def test_attention_is_its_definition():
@@ -43,7 +45,7 @@ def test_attention_is_its_definition():
 
 @pytest.mark.parametrize("limit", [1, 600, 1847])
 def test_slices_agree_with_the_whole(monkeypatch, limit):
-    monkeypatch.setattr(attention, "LARGEST_SCORES", limit)
+    allow(monkeypatch, limit)
     query, key, value = tensors()
     expected = expected_attention(query, key, value)
     eager = scaled_dot_product(*(ops.convert_to_tensor(values) for values in (query, key, value)))
@@ -54,51 +56,91 @@ def test_slices_agree_with_the_whole(monkeypatch, limit):
 
 
 def test_slices_are_no_larger_than_allowed(little_memory, monkeypatch):
-    sizes, attend = [], attention._attend
+    sizes, scores = [], kernel._scores
 
-    def watched(query, *rest):
-        sizes.append(4 * query.shape[0] * query.shape[1] * 3 * 7)
-        return attend(query, *rest)
+    def watched(query, key):
+        sizes.append(4 * query.shape[0] * query.shape[2] * 3 * 7)
+        return scores(query, key)
 
-    monkeypatch.setattr(attention, "_attend", watched)
+    monkeypatch.setattr(kernel, "_scores", watched)
     scaled_dot_product(*(ops.convert_to_tensor(values) for values in tensors()))
-    assert max(sizes) <= attention.LARGEST_SCORES
+    assert max(sizes) <= kernel.LARGEST_SCORES
+
+
+def gradients(attend, inputs):
+    """Of the sum of sines of what is attended to."""
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        loss = tf.reduce_sum(tf.sin(tf.cast(attend(*inputs), "float32")))
+    return tape.gradient(loss, inputs)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_gradients_of_slices_with_a_batch_of_unknown_size(little_memory, monkeypatch, jit_compile):
-    query, key, value = tensors()
-
-    def gradients(*inputs):
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            loss = tf.reduce_sum(tf.sin(scaled_dot_product(*inputs)))
-        return tape.gradient(loss, inputs)
-
-    signature = [tf.TensorSpec((None, *array.shape[1:])) for array in (query, key, value)]
-    sliced = tf.function(gradients, input_signature=signature, jit_compile=jit_compile)(query, key, value)
-    monkeypatch.setattr(attention, "LARGEST_SCORES", 2**30)
-    whole = gradients(*(tf.constant(array) for array in (query, key, value)))
-    for one, other in zip(sliced, whole, strict=True):
+def test_gradients_of_slices_with_a_batch_of_unknown_size(little_memory, jit_compile):
+    inputs = tuple(tf.constant(array) for array in tensors())
+    signature = [tuple(tf.TensorSpec((None, *array.shape[1:])) for array in inputs)]
+    program = tf.function(
+        lambda inputs: gradients(scaled_dot_product, inputs),
+        input_signature=signature,
+        jit_compile=jit_compile,
+        autograph=False,
+    )
+    for one, other in zip(program(inputs), gradients(plain_attention, inputs), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_slices_and_their_gradients_on_jax():
-    script = """if True:
-        import jax, numpy as np
-        from keras_sd.models import attention
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_gradients_in_half_precision(little_memory, dtype, upcast):
+    exact = tuple(tf.constant(array) for array in tensors())
+    rounded = tuple(tf.cast(array, dtype) for array in exact)
+    expected = gradients(plain_attention, exact)
+    found = gradients(lambda *inputs: scaled_dot_product(*inputs, upcast=upcast), rounded)
+    for one, other, array in zip(found, expected, rounded, strict=True):
+        assert one.dtype == array.dtype
+        largest = np.abs(other).max()
+        tolerance = {"float16": 0.005, "bfloat16": 0.04}[dtype] * largest
+        np.testing.assert_allclose(np.asarray(tf.cast(one, "float32")), other, atol=tolerance)
+
+
+ON_JAX = """if True:
+    import json
+    import jax, numpy as np
+    from keras_sd.kernels import attention as kernel
+    from keras_sd.models.attention import scaled_dot_product
+    from tests.models.plain_attention import plain_attention, tensors
+
+    def program(attend):
         def loss(*inputs):
-            return jax.numpy.sin(attention.scaled_dot_product(*inputs)).sum()
-        generator = np.random.default_rng(0)
-        inputs = [generator.standard_normal((2, 11, 3, 4)).astype("float32") for _ in range(3)]
-        both = []
-        for limit in (2**30, 600):
-            attention.LARGEST_SCORES = limit
-            both.append(jax.jit(jax.value_and_grad(lambda *a: loss(*a), (0, 1, 2)))(*inputs))
-        for one, other in zip(*map(jax.tree.leaves, both), strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-5)
-    """
-    run_python(["-c", script])
+            return jax.numpy.sin(attend(*inputs).astype("float32")).sum()
+        return jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs), (0, 1, 2)))
+
+    def temporaries(tokens, attend):
+        inputs = [jax.ShapeDtypeStruct((2, tokens, 2, 16), "bfloat16")] * 3
+        return program(attend).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    found = {"sliced": [temporaries(tokens, scaled_dot_product) for tokens in (4096, 16384)]}
+    found["plain"] = temporaries(4096, plain_attention)
+    kernel.FEWEST_QUERIES = 1
+    inputs = tensors()
+    expected = program(plain_attention)(*inputs)
+    for limit in (2**30, 600):
+        kernel.LARGEST_SCORES = limit
+        for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):
+            results = program(scaled_dot_product)(*(jax.numpy.asarray(array, dtype) for array in inputs))
+            for one, other in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+                error = np.abs(one.astype("float32") - other).max() / np.abs(other).max()
+                assert error < tolerance, (limit, dtype, error)
+    print(json.dumps(found))
+"""
+
+
+def test_memory_grows_with_the_tokens_on_jax_and_gradients_stay():
+    found = json.loads(run_python(["-c", ON_JAX]).splitlines()[-1])
+    fewer, more = found["sliced"]
+    # Whatever the tokens, slices of their scores take the same.
+    assert more < 4 * fewer
+    assert fewer < 0.5 * found["plain"]
 
 
 def test_masked_positions_are_not_seen(little_memory):

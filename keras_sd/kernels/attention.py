@@ -1,0 +1,140 @@
+"""Attention whose memory grows with the tokens and not with their square, in every backend.
+
+Slices of the queries are attended one after the other (Rabe and Staats, 2021). For the backward pass
+nothing is kept but the inputs, the outputs and one number for each query, from which each slice's weights are
+computed again (Dao et al., 2022).
+"""
+
+import functools
+
+from keras import ops
+
+from keras_sd import backend
+
+# Bytes of scores (float32) that are held at a time, and the fewest queries of a slice: those of a large batch
+# are spread over several devices.
+LARGEST_SCORES = 2**26
+FEWEST_QUERIES = 128
+
+
+def attention(query, key, value, heads, *, upcast=False):
+    """Attention of `(n, tokens, features)` tensors, the features of all heads side by side.
+
+    Args:
+        upcast: whether queries meet keys in float32.
+
+    Returns:
+        `(n, queries, features)` in the values' dtype.
+    """
+    split = functools.partial(_split, heads=heads)
+
+    def split_inputs(query, key, value):
+        query = query * ops.cast((query.shape[-1] // heads) ** -0.5, query.dtype)
+        if upcast:
+            query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+        return split(query), split(key), split(value)
+
+    @ops.custom_gradient
+    def attend(query, key, value):
+        tokens = query.shape[1]
+        queries, keys, values = split_inputs(query, key, value)
+        count = slices(queries, keys)
+        outputs, normalizers = _outputs(queries, keys, values, count)
+        outputs = _join(outputs)
+
+        def gradient(upstream):
+            queries, keys, values = split_inputs(query, key, value)
+            upstream = split(upstream)
+            # What all weights of a query lose together, as they add up to one.
+            shared = ops.sum(ops.cast(upstream, "float32") * ops.cast(split(outputs), "float32"), axis=-1)
+            slopes = _gradients(queries, keys, values, upstream, shared, normalizers, count)
+            slopes = [_join(slope) for slope in slopes]
+            slopes[0] = slopes[0][:, :tokens] * (query.shape[-1] // heads) ** -0.5
+            return tuple(
+                ops.cast(slope, array.dtype) for slope, array in zip(slopes, (query, key, value), strict=True)
+            )
+
+        return outputs, gradient
+
+    return attend(query, key, value)
+
+
+def slices(query, key):
+    """Into how many slices the queries `(n, heads, tokens, head_size)` go."""
+    batch, heads, queries, _ = query.shape
+    # A batch of unknown size counts as one example.
+    fitting = LARGEST_SCORES // (4 * (batch or 1) * heads * key.shape[2])
+    return -(-queries // max(fitting, FEWEST_QUERIES))
+
+
+def _split(array, heads):
+    """`(n, tokens, features)` to `(n, heads, tokens, head_size)`."""
+    _, tokens, features = array.shape
+    return ops.transpose(ops.reshape(array, (-1, tokens, heads, features // heads)), (0, 2, 1, 3))
+
+
+def _join(array):
+    _, heads, tokens, head_size = array.shape
+    return ops.reshape(ops.transpose(array, (0, 2, 1, 3)), (-1, tokens, heads * head_size))
+
+
+def _sliced(array, count):
+    """`(n, heads, tokens, ...)` to `(count, n, heads, tokens of a slice, ...)`, with zeros at the end."""
+    _, heads, tokens, *rest = array.shape
+    size = -(-tokens // count)
+    if size * count > tokens:
+        array = ops.pad(array, ((0, 0), (0, 0), (0, size * count - tokens), *[(0, 0)] * len(rest)))
+    array = ops.reshape(array, (-1, heads, count, size, *rest))
+    return ops.transpose(array, (2, 0, 1, *range(3, len(array.shape))))
+
+
+def _whole(array):
+    """What `_sliced` has taken apart."""
+    count, _, heads, size, *rest = array.shape
+    array = ops.transpose(array, (1, 2, 0, *range(3, len(array.shape))))
+    return ops.reshape(array, (-1, heads, count * size, *rest))
+
+
+def _scores(query, key):
+    # The softmax of many terms needs more digits than half precision has.
+    return ops.cast(ops.einsum("nhqd,nhkd->nhqk", query, key), "float32")
+
+
+def _outputs(query, key, value, count):
+    """What the queries get, and the logarithm of the sum of exponentials of each one's scores."""
+
+    def attend(query):
+        scores = _scores(query, key)
+        top = ops.max(scores, axis=-1, keepdims=True)
+        weights = ops.exp(scores - top)
+        total = ops.sum(weights, axis=-1, keepdims=True)
+        outputs = ops.einsum("nhqk,nhkd->nhqd", ops.cast(weights / total, value.dtype), value)
+        return outputs, (top + ops.log(total))[..., 0]
+
+    if count == 1:
+        return attend(query)
+    _, parts = backend.scan(lambda carry, parts: (carry, attend(*parts)), (), [_sliced(query, count)])
+    tokens = query.shape[2]
+    return [_whole(part)[:, :, :tokens] for part in parts]
+
+
+def _gradients(query, key, value, upstream, shared, normalizers, count):
+    def step(carry, parts):
+        query, upstream, shared, normalizers = parts
+        weights = ops.exp(_scores(query, key) - normalizers[..., None])
+        of_value = ops.einsum("nhqk,nhqd->nhkd", ops.cast(weights, value.dtype), upstream)
+        of_weights = ops.cast(ops.einsum("nhqd,nhkd->nhqk", upstream, value), "float32")
+        of_scores = ops.cast(weights * (of_weights - shared[..., None]), query.dtype)
+        of_query = ops.einsum("nhqk,nhkd->nhqd", of_scores, key)
+        of_key = ops.einsum("nhqk,nhqd->nhkd", of_scores, query)
+        found = [ops.cast(slope, "float32") for slope in (of_key, of_value)]
+        return tuple(sum_ + slope for sum_, slope in zip(carry, found, strict=True)), (of_query,)
+
+    arrays = [query, upstream, shared, normalizers]
+    zeros = tuple(ops.zeros_like(array, dtype="float32") for array in (key, value))
+    if count == 1:
+        sums, (of_query,) = step(zeros, arrays)
+    else:
+        sums, (of_query,) = backend.scan(step, zeros, [_sliced(array, count) for array in arrays])
+        of_query = _whole(of_query)
+    return of_query, *sums
