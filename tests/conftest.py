@@ -40,7 +40,16 @@ if CACHE:
     os.environ["KERAS_SD_CACHE"] = CACHE
 
 # Files that take longest go first, so that no process is left with one of them at the end.
-LONGEST = ("test_cli", "test_distribution", "test_documentation", "test_bench", "test_trainer", "test_train")
+LONGEST = (
+    "test_text_to_image",
+    "test_lora",
+    "test_cli",
+    "test_distribution",
+    "test_documentation",
+    "test_bench",
+    "test_trainer",
+    "test_train",
+)
 
 
 def pytest_collection_modifyitems(items):

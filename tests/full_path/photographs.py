@@ -8,19 +8,17 @@ _TURNED = 6  # EXIF's orientation of a camera held upright
 _ORIENTATION = 0x0112
 
 
-def make_photographs(folder, captioned=True):
-    """Writes them; returns file name -> caption.
+def make_photographs(folder, count=None):
+    """Writes them, or the first of them, each with its caption in a text file beside it.
 
     Args:
         folder: made.
-        captioned: whether each has its caption in a text file beside it.
+        count: how many; all by default.
     """
     folder.mkdir(parents=True)
-    captions = {name: write(folder / name) for name, write in _PHOTOGRAPHS.items()}
-    if captioned:
-        for name, caption in captions.items():
-            (folder / name).with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
-    return captions
+    for name, write in list(_PHOTOGRAPHS.items())[:count]:
+        caption = write(folder / name)
+        (folder / name).with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def _photograph(name):

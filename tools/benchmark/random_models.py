@@ -1,4 +1,4 @@
-"""Writes Stable Diffusion with random weights: `python -m benchmark.random_models sd15 FOLDER`."""
+"""Writes Stable Diffusion with random weights: `python -m benchmark.random_models sd15 FOLDER [float16]`."""
 
 import sys
 
@@ -43,7 +43,7 @@ def randomize(model):
     return model
 
 
-def main(name, folder):
+def main(name, folder, dtype=None):
     keras.utils.set_random_seed(0)
     text_encoder, unet = CONFIGS[name]
     StableDiffusion(
@@ -52,7 +52,7 @@ def main(name, folder):
         randomize(UNet(unet)),
         randomize(AutoencoderKL(VAEConfig())),
         SchedulerConfig(),
-    ).save(folder)
+    ).save(folder, dtype=dtype)
 
 
 if __name__ == "__main__":
