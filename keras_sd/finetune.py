@@ -206,7 +206,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
 
         is_small = image_size <= SMALL_IMAGE
         prompts = list(run.options["validation_prompts"]) or [
-            example["captions"][0] for example in evenly(held_out or source, 16 if is_small else 4)
+            captions[0] for captions in evenly((held_out or source).captions(), 16 if is_small else 4)
         ]
         count = run.options["kid_images"]
         sets = example_sets(source, held_out, count) if pipeline.image_encoder else {}

@@ -111,7 +111,7 @@ def new_text_encoder(config_path, tokenizer_folder, source):
     if tokenizer_folder:
         tokenizer = Tokenizer.load(tokenizer_folder)
     else:
-        captions = [caption for index in range(len(source)) for caption in source[index]["captions"]]
+        captions = [caption for of_image in source.captions() for caption in of_image]
         tokenizer = Tokenizer.train(captions, text_config.vocab_size, text_config.max_position_embeddings)
     # Few captions give fewer tokens than were asked for.
     text_config = dataclasses.replace(

@@ -257,6 +257,7 @@ class Trainer:
                 if self.is_writer:
                     write_whole_folder(self.settings.output_dir / MODEL, export)
                     self._record.write("exported", self.step)
+                    print(f"saved: {self.settings.output_dir / MODEL}", file=sys.stderr, flush=True)
         if self._is_evaluated_at(self.step):
             self._evaluate(make_evaluation, self.step)
 
