@@ -122,19 +122,24 @@ def _gradients(query, key, value, upstream, shared, normalizers, count):
     def step(carry, parts):
         query, upstream, shared, normalizers = parts
         weights = ops.exp(_scores(query, key) - normalizers[..., None])
-        of_value = ops.einsum("nhqk,nhqd->nhkd", ops.cast(weights, value.dtype), upstream)
+        of_value = ops.einsum("nhqd,nhqk->nhdk", upstream, ops.cast(weights, value.dtype))
         of_weights = ops.cast(ops.einsum("nhqd,nhkd->nhqk", upstream, value), "float32")
         of_scores = ops.cast(weights * (of_weights - shared[..., None]), query.dtype)
         of_query = ops.einsum("nhqk,nhkd->nhqd", of_scores, key)
-        of_key = ops.einsum("nhqk,nhqd->nhkd", of_scores, query)
+        of_key = ops.einsum("nhqd,nhqk->nhdk", query, of_scores)
         found = [ops.cast(slope, "float32") for slope in (of_key, of_value)]
         return tuple(sum_ + slope for sum_, slope in zip(carry, found, strict=True)), (of_query,)
 
     arrays = [query, upstream, shared, normalizers]
-    zeros = tuple(ops.zeros_like(array, dtype="float32") for array in (key, value))
+    # Turned, as a processor would turn the weights otherwise, which are many more.
+    zeros = tuple(ops.zeros_like(_turned(array), dtype="float32") for array in (key, value))
     if count == 1:
         sums, (of_query,) = step(zeros, arrays)
     else:
         sums, (of_query,) = backend.scan(step, zeros, [_sliced(array, count) for array in arrays])
         of_query = _whole(of_query)
-    return of_query, *sums
+    return of_query, *map(_turned, sums)
+
+
+def _turned(array):
+    return ops.transpose(array, (0, 1, 3, 2))
