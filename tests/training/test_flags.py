@@ -27,6 +27,11 @@ def group(arrays, name):
     }
 
 
+def has_no_gradient(name):
+    """A key's bias moves all scores of a query alike."""
+    return name.endswith("k_proj.bias")
+
+
 FLAGS = [name for name in flag_runs.RUNS if name not in ("full", "LoRA") and "bf16" not in name]
 
 
@@ -35,15 +40,17 @@ def test_flag_changes_no_weight_and_no_average(trained, name):
     plain, flagged = trained[name.split(",")[0]], trained[name]
     assert plain.keys() == flagged.keys()
     for key, array in plain.items():
-        # Every weight has moved by about 0.01 in each step.
-        np.testing.assert_allclose(flagged[key], array, atol=1e-4, err_msg=key)
+        # Every weight has moved by about 0.01 in each step. What has no gradient moves by a rounding error,
+        # which Adam divides by its own size.
+        tolerance = 3e-2 if has_no_gradient(key) else 1e-4
+        np.testing.assert_allclose(flagged[key], array, atol=tolerance, err_msg=key)
 
 
 @pytest.mark.parametrize("name", flag_runs.RUNS)
 def test_every_trained_weight_moves(trained, name):
     start, weights, averages = (group(trained[name], part) for part in ("start", "weights", "ema"))
     for key, array in start.items():
-        if key.endswith("k_proj.bias"):  # which moves all scores of a query alike
+        if has_no_gradient(key):
             continue
         assert np.abs(weights[key] - array).max() > 5e-3, key
         assert np.abs(averages[key] - array).max() > 1e-3, key
