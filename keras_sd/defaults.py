@@ -17,6 +17,7 @@ from keras_sd.files import write_json
 
 FILE = "keras_sd.json"
 _LARGEST_FILE = 2**20  # bytes
+_LARGEST_NUMBER = 2**31
 
 SAMPLING = {"guidance_scale": 7.5}
 """The usual values of sampling, as Stable Diffusion 1 and 2 were published with."""
@@ -81,7 +82,7 @@ class ModelDefaults:
             UserError: the file is damaged.
         """
         path = Path(source) / FILE
-        if not path.is_file():
+        if not path.exists():
             return cls()
         try:
             if path.stat().st_size > _LARGEST_FILE:
@@ -89,7 +90,7 @@ class ModelDefaults:
             values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not readable as JSON ({error}); mend or remove the file") from error
-        return cls(values, path)
+        return cls({"": None} if values is None else values, path)
 
     @property
     def sampling_values(self):
@@ -125,5 +126,8 @@ class ModelDefaults:
         for name, value in given.items():
             kind = type(known[name])
             accepted = (int, float) if kind is float else (kind,)
+            is_number = kind is not str
             if isinstance(value, bool) or not isinstance(value, accepted):
                 raise UserError(f"{self._source}: {name} {value!r} is no {kind.__name__}; mend the file")
+            if is_number and not 0 <= value < _LARGEST_NUMBER:
+                raise UserError(f"{self._source}: {name} is out of range; give 0 or more")

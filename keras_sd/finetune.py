@@ -4,7 +4,8 @@ import click
 
 from keras_sd.option_types import NOT_NEGATIVE, POSITIVE, SHARE
 from keras_sd.train_options import (
-    COUNT,
+    FILE,
+    FILE_OR_FOLDER,
     SMALL_IMAGE,
     decorated,
     evaluation_options,
@@ -19,6 +20,8 @@ from keras_sd.train_options import (
     run_options,
     snr_gamma_option,
 )
+
+RANK = click.IntRange(1, 16_384)
 
 pretrained_option = click.option(
     "--pretrained-model-name-or-path",
@@ -68,7 +71,7 @@ def captioned_options(method):
 def rank_options(rank):
     """Rank and alpha of low-rank updates, with this rank by default."""
     return decorated(
-        click.option("--rank", default=rank, show_default=True, type=COUNT, help="Rank of the updates."),
+        click.option("--rank", default=rank, show_default=True, type=RANK, help="Rank of the updates."),
         click.option(
             "--lora-alpha", type=POSITIVE, help="Updates are scaled by alpha / rank; the rank by default."
         ),
@@ -105,7 +108,7 @@ def subject_options(method, prompt):
             "--num-validation-images",
             default=4,
             show_default=True,
-            type=COUNT,
+            type=click.IntRange(1, 256),
             help="Samples for each of these prompts.",
         ),
         inference_steps_option(30),
@@ -117,9 +120,17 @@ def subject_options(method, prompt):
 @run_options("text-to-image", output_dir="runs/text-to-image")
 @captioned_options("text-to-image")
 @click.option("--from-scratch", is_flag=True, help="Begin with a new UNet instead of the pretrained one.")
-@click.option("--unet-config", help="config.json of the new UNet; the emoji model's by default.")
-@click.option("--pretrained-vae", help="Folder of a `vae` run's model, in place of the pretrained VAE.")
-@click.option("--pretrained-clip", help="Folder of a `clip` run's model, in place of the pretrained CLIP.")
+@click.option("--unet-config", type=FILE, help="config.json of the new UNet; the emoji model's by default.")
+@click.option(
+    "--pretrained-vae",
+    type=FILE_OR_FOLDER,
+    help="Folder of a `vae` run's model, in place of the pretrained VAE.",
+)
+@click.option(
+    "--pretrained-clip",
+    type=FILE_OR_FOLDER,
+    help="Folder of a `clip` run's model, in place of the pretrained CLIP.",
+)
 @click.option(
     "--prediction-type",
     type=click.Choice(["epsilon", "v_prediction", "sample"]),

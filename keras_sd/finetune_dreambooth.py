@@ -14,7 +14,7 @@ from keras_sd.finetune import (
     subject_evaluation,
     subject_options,
 )
-from keras_sd.option_types import NOT_NEGATIVE
+from keras_sd.option_types import POSITIVE
 from keras_sd.train_options import (
     COUNT,
     decorated,
@@ -46,7 +46,7 @@ class_options = decorated(
         "--prior-loss-weight",
         default=1.0,
         show_default=True,
-        type=NOT_NEGATIVE,
+        type=POSITIVE,
         help="Weight of the class in the loss.",
     ),
 )
@@ -75,7 +75,8 @@ def dreambooth(**options):
     refuse_unused(_CLASS_OPTIONS, options["with_prior_preservation"], "without --with-prior-preservation")
     class_folder = _class_folder(options)
     _check_images(Path(options["instance_data_dir"]), class_folder)
-    run = prepare("dreambooth", options, variant="lora" if options["lora"] else None)
+    of_class = ["num_inference_steps", "guidance_scale"] if class_folder else []
+    run = prepare("dreambooth", options, variant="lora" if options["lora"] else None, used=of_class)
     from keras_sd.training.dreambooth import train_dreambooth
     from keras_sd.training.lora import save_lora
 

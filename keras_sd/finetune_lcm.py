@@ -52,7 +52,7 @@ def lcm(**options):
     """Distil a model to a few steps of the sampler `lcm`, as a LoRA."""
     is_huber = options["loss_type"] == "huber"
     refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
-    run = prepare("lcm", options)
+    run = prepare("lcm", options, used=["guidance_scale"])
     from keras_sd.training.consistency import train_consistency
     from keras_sd.training.lora import save_lora
 

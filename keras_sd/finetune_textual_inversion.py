@@ -5,7 +5,6 @@ import click
 from keras_sd.errors import UserError
 from keras_sd.finetune import frozen_parts, pretrained_option, subject_evaluation, subject_options
 from keras_sd.train_options import (
-    COUNT,
     image_size_of,
     open_pipeline,
     prepare,
@@ -28,7 +27,7 @@ from keras_sd.train_options import (
     "--num-vectors",
     default=1,
     show_default=True,
-    type=COUNT,
+    type=click.IntRange(1, 75),  # the room in a prompt of CLIP's
     help="Vectors of the word, and tokens that it takes of a prompt.",
 )
 @click.option(

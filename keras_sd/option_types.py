@@ -4,6 +4,8 @@ import math
 
 import click
 
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32, in which models compute
+
 
 class Number(click.FloatRange):
     """A finite number in a range, which holds its ends unless `min_open` or `max_open`."""
@@ -14,9 +16,13 @@ class Number(click.FloatRange):
         number = super().convert(value, parameter, context)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", parameter, context)
+        if number and not _SMALLEST < abs(number) < _LARGEST:
+            self.fail(f"{value} is out of the range of float32.", parameter, context)
         return number
 
 
 POSITIVE = Number(min=0, min_open=True)
 NOT_NEGATIVE = Number(min=0)
 SHARE = Number(min=0, max=1)
+COUNT = click.IntRange(1, 2**31 - 1)
+FROM_ZERO = click.IntRange(0, 2**31 - 1)

@@ -73,6 +73,8 @@ def check_output(
     Raises:
         UserError: there is one, or it has another suffix, is a folder or cannot be written.
     """
+    if path is not None and not str(path).strip():
+        raise UserError("--output: empty; name a file, or leave it out")
     path = _numbered(Path(default), beside, overwrite) if path is None else _named(path, suffix)
     for place in (path, *beside(path)):
         if not overwrite and _is_taken(place):

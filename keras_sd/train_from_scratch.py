@@ -7,6 +7,8 @@ from keras_sd.errors import UserError
 from keras_sd.option_types import NOT_NEGATIVE
 from keras_sd.train_options import (
     COUNT,
+    FILE,
+    FILE_OR_FOLDER,
     evaluation_options,
     evenly,
     example_sets,
@@ -27,7 +29,7 @@ def _defaults_from(config_path):
 
 @click.command()
 @run_options("vae", output_dir="runs/vae")
-@click.option("--vae-config", help="config.json of the autoencoder; the emoji model's by default.")
+@click.option("--vae-config", type=FILE, help="config.json of the autoencoder; the emoji model's by default.")
 @click.option(
     "--kl-weight",
     default=3e-4,
@@ -36,7 +38,7 @@ def _defaults_from(config_path):
     help="Weight of the divergence per latent number.",
 )
 @click.option("--random-crop", type=COUNT, help="Side of the squares trained on; whole images by default.")
-@click.option("--pretrained-vae", help="Folder of an autoencoder to go on with.")
+@click.option("--pretrained-vae", type=FILE_OR_FOLDER, help="Folder of an autoencoder to go on with.")
 @click.option("--decoder-only", is_flag=True, help="Keep its latents as they are; only decode them better.")
 def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **options):
     """Train the autoencoder that encodes images to latents."""
@@ -75,12 +77,23 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
 
 @click.command()
 @run_options("clip", output_dir="runs/clip")
-@click.option("--text-config", help="config.json of the text encoder; the emoji model's by default.")
-@click.option("--image-config", help="config.json of the image encoder; the emoji model's by default.")
 @click.option(
-    "--tokenizer", "tokenizer_folder", help="Folder of a tokenizer; learned from the captions by default."
+    "--text-config", type=FILE, help="config.json of the text encoder; the emoji model's by default."
 )
-@click.option("--frozen-text-encoder", help="Folder of a model whose text encoder and tokenizer are kept.")
+@click.option(
+    "--image-config", type=FILE, help="config.json of the image encoder; the emoji model's by default."
+)
+@click.option(
+    "--tokenizer",
+    "tokenizer_folder",
+    type=FILE_OR_FOLDER,
+    help="Folder of a tokenizer; learned from the captions by default.",
+)
+@click.option(
+    "--frozen-text-encoder",
+    type=FILE_OR_FOLDER,
+    help="Folder of a model whose text encoder and tokenizer are kept.",
+)
 def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
     """Train CLIP's text and image encoders on captioned images."""
     refuse_unused(["text_config", "tokenizer_folder"], not frozen_text_encoder, "with --frozen-text-encoder")
@@ -127,7 +140,9 @@ def new_text_encoder(config_path, tokenizer_folder, source):
 @click.command()
 @run_options("ddim", output_dir="runs/ddim")
 @click.option(
-    "--unet-config", help="config.json of the UNet; a small one of attention-free blocks by default."
+    "--unet-config",
+    type=FILE,
+    help="config.json of the UNet; a small one of attention-free blocks by default.",
 )
 @click.option("--resolution", type=COUNT, help="Side of the images; the config's by default.")
 @snr_gamma_option
@@ -190,7 +205,7 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
 
 @click.command("super-resolution")
 @run_options("super-resolution", output_dir="runs/super-resolution")
-@click.option("--unet-config", help="config.json of the UNet; a small one by default.")
+@click.option("--unet-config", type=FILE, help="config.json of the UNet; a small one by default.")
 @click.option("--factor", default=2, show_default=True, type=click.IntRange(2), help="How much larger.")
 @click.option(
     "--random-crop", default=48, show_default=True, type=COUNT, help="Side of the squares trained on."

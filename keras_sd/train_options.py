@@ -16,15 +16,21 @@ from keras_sd import config, presets
 from keras_sd.defaults import ModelDefaults, usual
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
-from keras_sd.option_types import NOT_NEGATIVE, POSITIVE, Number
+from keras_sd.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
 
 FEWEST_FOR_KID = 4  # images in a set: two in each half
 SMALL_IMAGE = 128  # pixels; of images up to this size, evaluations draw more and show them enlarged
 
 
 DECAY = Number(min=0, max=1, max_open=True)
-COUNT = click.IntRange(1)
-FROM_ZERO = click.IntRange(0)
+FILE = click.Path(exists=True, dir_okay=False)
+FILE_OR_FOLDER = click.Path(exists=True)
+
+# What an evaluation alone uses.
+_OF_EVALUATIONS = (
+    *("validation_prompts", "num_validation_images", "validation_images", "num_inference_steps"),
+    *("kid", "kid_images", "guidance_scale"),
+)
 
 # Options whose values follow the model (`keras_sd.defaults`), with their types and help.
 _FOLLOWS_MODEL = {
@@ -117,9 +123,7 @@ def run_options(method, *, without=(), **defaults):
         option("--checkpointing-steps", 500, "Updates between two checkpoints.", type=COUNT),
         option("--checkpoints-total-limit", 2, "Checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "`latest` or a checkpoint folder."),
-        option(
-            "--evaluation-steps", 1000, "Updates between two evaluations; 0: none.", type=click.IntRange(0)
-        ),
+        option("--evaluation-steps", 1000, "Updates between two evaluations; 0: none.", type=FROM_ZERO),
         option(
             "--distribution",
             None,
@@ -132,7 +136,26 @@ def run_options(method, *, without=(), **defaults):
         option("--process-id", None, "Which of them this is, from 0.", type=int),
         option("--coordinator-timeout", 300, "Seconds to wait for the others.", type=COUNT),
     ]
-    return decorated(*(add for name, add in options if name not in without))
+    add_options = decorated(*(add for name, add in options if name not in without))
+
+    def decorate(command):
+        @functools.wraps(command)
+        def checked(**values):
+            _refuse_empty()
+            return command(**values)
+
+        return add_options(checked)
+
+    return decorate
+
+
+def _refuse_empty():
+    """Refuses text that is empty, as of a shell's variable that was never set: it names nothing."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{parameter.opts[0]}: empty; give a value, or leave it out")
 
 
 def _enough_for_kid(context, parameter, count):
@@ -185,7 +208,7 @@ def refuse_unused(names, has_effect, reason):
     """
     flags = {parameter.name: parameter.opts[0] for parameter in click.get_current_context().command.params}
     for name in names:
-        if not has_effect and is_given(name):
+        if not has_effect and name in flags and is_given(name):
             raise UserError(f"{flags[name]}: has no effect {reason}; leave it out")
 
 
@@ -222,6 +245,7 @@ def prepare(
     defaults_from=None,
     need_captions=True,
     scheduler_config=None,
+    used=(),
 ):
     """Checks a run and starts its backend; whatever a user can mend is told before long work.
 
@@ -232,12 +256,15 @@ def prepare(
             methods that open one, unless its UNet begins anew by another config.
         need_captions: whether images need captions.
         scheduler_config: of the noise schedule, where it is not the pretrained model's.
+        used: options of evaluations that the method also uses otherwise.
 
     Returns:
         `Run`.
     """
     from keras_sd.training.run_folder import claim_output_dir
 
+    idle = [name for name in _OF_EVALUATIONS if name not in used]
+    refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     # Of several processes the first one takes the folder, once they know which that is.
     claim_output_dir(
         options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None

@@ -75,6 +75,29 @@ BAD = [
     ),
     ("clip", ["--frozen-text-encoder", "model", "--tokenizer", "words"], "--tokenizer: has no effect"),
     ("ddim", ["--kid-images", "0", "--kid", "kid_inception"], "--kid: has no effect"),
+    ("lora", ["--evaluation-steps", "0", "--kid-images", "8"], "--kid-images: has no effect"),
+    ("lora", ["--evaluation-steps", "0", "--guidance-scale", "2"], "--guidance-scale: has no effect"),
+    ("lcm", ["--evaluation-steps", "0", "--validation-prompts", "a"], "--validation-prompts: has no"),
+    # A shell's variable that was never set.
+    ("lora", ["--train-data-dir", ""], "--train-data-dir: empty"),
+    ("lora", ["--output-dir", " "], "--output-dir: empty"),
+    ("lora", ["--resume-from-checkpoint", ""], "--resume-from-checkpoint: empty"),
+    ("lora", ["--pretrained-model-name-or-path", ""], "--pretrained-model-name-or-path: empty"),
+    ("dreambooth", ["--instance-data-dir", "", "--instance-prompt", "a toy"], "--instance-data-dir: empty"),
+    ("dreambooth", ["--instance-data-dir", "images", "--instance-prompt", ""], "--instance-prompt: empty"),
+    ("textual-inversion", ["--placeholder-token", "", "--train-data-dir", "images"], "empty"),
+    # Numbers that no run has, or that are infinite or zero in float32.
+    ("lora", ["--max-train-steps", "9" * 400], "--max-train-steps"),
+    ("lora", ["--rank", "100000000000"], "--rank"),
+    ("lora", ["--learning-rate", "1e308"], "float32"),
+    ("lora", ["--adam-epsilon", "1e-320"], "float32"),
+    ("lora", ["--noise-offset", "1e300"], "float32"),
+    ("textual-inversion", ["--placeholder-token", "<a>", "--num-vectors", "100000"], "--num-vectors"),
+    # Files that are not there.
+    ("text-to-image", ["--from-scratch", "--unet-config", "nope.json"], "nope.json"),
+    ("text-to-image", ["--pretrained-vae", "nope"], "nope"),
+    ("vae", ["--vae-config", "nope.json"], "nope.json"),
+    ("clip", ["--tokenizer", "nope"], "nope"),
 ]
 
 
@@ -91,7 +114,8 @@ def folder(tmp_path_factory):
         (folder / name / "scheduler").mkdir(parents=True)
     (folder / "zero-snr" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "used" / "checkpoint-5").mkdir(parents=True)
-    (folder / "file").write_text("")
+    for name in ("file", "unet.json", "vae.json", "words"):
+        (folder / name).write_text("")
     return folder
 
 
