@@ -42,6 +42,8 @@ _COMPANIONS = {
     ),
     *(".safetensors", ".py", ".lock"),
 }
+# What a training run writes into its folder before its first image; the second from Python too.
+_RUN_SIGNS = ("run.json", "logs/metrics.jsonl")
 _NAMED = 3  # left-out files that are named of each suffix, and suffixes
 
 
@@ -150,7 +152,8 @@ def digest(value) -> str:
 def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | None = None) -> list[Path]:
     """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
 
-    A file without a suffix, or with that of another format, is an image if its content is. Other files that
+    Those of training runs, whose folders may lie in this one, are left out with a warning. Sub-folders that
+    are links are not followed: they are refused, save those whose images are found where they lie. A file without a suffix, or with that of another format, is an image if its content is. Other files that
     may be images are left out, and a warning counts and names them.
 
     Args:
@@ -162,12 +165,14 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
     if not folder.is_dir():
         raise no_folder(folder)
     paths, left_out = [], collections.defaultdict(list)
-    for path in sorted(folder.rglob("*")):
+    for path in _without_runs(folder, sorted(folder.rglob("*"))):
         parts = path.relative_to(folder).parts
-        if parts[0] == "validation" or any(part.startswith((".", "@eaDir", "__MACOSX")) for part in parts):
+        if _is_passed_over(parts):
             continue
         try:
-            if _is_image(path):
+            if path.is_symlink() and path.is_dir():
+                _check_linked_folder(path, folder)
+            elif _is_image(path):
                 paths.append(_inside(path, folder, path.name))
             elif path.suffix and path.suffix.lower() not in _COMPANIONS and path.is_file():
                 left_out[path.suffix.lower()].append(parts)
@@ -183,6 +188,42 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
             f"{folder}: left out are {_listed(left_out)}; convert images among them to PNG, JPEG, WebP or BMP"
         )
     return paths
+
+
+def _is_passed_over(parts: tuple[str, ...]) -> bool:
+    """Whether a path within the folder is held out, hidden, or what other systems put beside images."""
+    return parts[:1] == ("validation",) or any(part.startswith((".", "@eaDir", "__MACOSX")) for part in parts)
+
+
+def _without_runs(folder: Path, paths: list[Path]) -> list[Path]:
+    """The paths that do not lie in the folder of a training run; a warning counts left-out images."""
+    runs = {parent for parent in {path.parent for path in paths} if _is_run(parent)}
+    if folder in runs:  # a run in the folder itself, whose other images are those to train on
+        runs = runs - {folder} | {folder / "samples", folder / "logs"}
+    if not runs:
+        return paths
+    kept = [path for path in paths if runs.isdisjoint(path.parents)]
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES and not runs.isdisjoint(path.parents)]
+    if images:
+        first = str(images[0].relative_to(folder))
+        _warn_once(f"{folder}: images that training runs wrote into it are left out, the first is {first!r}")
+    return kept
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / sign).is_file() for sign in _RUN_SIGNS)
+
+
+def _check_linked_folder(path: Path, folder: Path) -> None:
+    """Refuses a link to a folder with images that are not found elsewhere in `folder`."""
+    place, whole = path.resolve(), folder.resolve()
+    if place.is_relative_to(whole) and not _is_passed_over(place.relative_to(whole).parts):
+        return
+    if _holds_images(path):
+        name = str(path.relative_to(folder))
+        raise UserError(
+            f"{folder}: sub-folder {name!r} is a link, which is not followed; copy it into the folder"
+        )
 
 
 def _is_image(path: Path) -> bool:
@@ -231,10 +272,15 @@ def split_folder(folder: Path, split: str) -> Path:
 
 
 def _holds_images(path: Path) -> bool:
-    """Whether a file is, by its name, an image, or there is one below a folder."""
+    """Whether a file is, by its name, an image, or there is one below a folder that no training run wrote."""
     if path.name.startswith("."):
         return False
-    return any(file.suffix.lower() in SUFFIXES for file in ([path] if path.is_file() else path.rglob("*")))
+    if path.is_file():
+        return path.suffix.lower() in SUFFIXES
+    images = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return any(
+        not any(_is_run(path / parent) for parent in image.relative_to(path).parents) for image in images
+    )
 
 
 def count_images(folder: Path) -> int:

@@ -13,6 +13,7 @@ from keras_sd.data.datasets import available_splits, load_source
 from keras_sd.data.folders import FolderSource
 from keras_sd.data.images import read_image
 from keras_sd.errors import UserError
+from keras_sd.training.logs import MetricsLog
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -198,6 +199,38 @@ def test_link_out_of_the_folder(folder, tmp_path_factory):
     (folder / "a.png").unlink()
     (folder / "a.png").symlink_to("a.png")
     assert "a.png" in fault(folder)
+
+
+@pytest.mark.parametrize("run", ["runs/lora", "."])
+def test_run_folders_in_the_folder_are_left_out(folder, run):
+    before = load_source(str(folder), "train", 16, need_captions=False)
+    MetricsLog(folder / run).log_image(1, "samples", np.zeros((20, 20, 3), "uint8"))
+    with pytest.warns(UserWarning, match="images that training runs wrote into it are left out") as told:
+        after = load_source(str(folder), "train", 16, need_captions=False)
+    assert len(told) == 1 and "samples/step-000001.png" in str(told[0].message)
+    assert len(after) == 2 and after.fingerprint() == before.fingerprint()
+
+
+def test_run_folders_beside_a_training_split_are_not_told(folder):
+    save(folder / "train" / "c.png")
+    MetricsLog(folder / "runs" / "lora").log_image(1, "samples", np.zeros((20, 20, 3), "uint8"))
+    with pytest.warns(UserWarning, match="in 2 places, the first is 'a.png'"):
+        load_source(str(folder), "train", 16, need_captions=False)
+
+
+def test_linked_folders(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    (folder / "linked").symlink_to(outside)
+    (folder / "again").symlink_to("deep")
+    (folder / "loop").symlink_to(".")
+    (folder / "self").symlink_to("self")
+    assert len(load_source(str(folder), "train", 16, need_captions=False)) == 2
+    save(outside / "below" / "c.png")
+    assert "sub-folder 'linked' is a link, which is not followed" in fault(folder)
+    (folder / "linked").unlink()
+    save(folder / ".hidden" / "c.png")
+    (folder / "linked").symlink_to(".hidden")
+    assert "sub-folder 'linked' is a link, which is not followed" in fault(folder)
 
 
 def test_truncated_images(folder):
