@@ -7,11 +7,14 @@ read as it is, and one written here is read by those libraries.
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import ClassVar
 
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
+
+_LARGEST = sys.float_info.max
 
 
 class ConfigError(UserError):
@@ -40,13 +43,17 @@ class Config:
             value = getattr(self, field.name)
             accepted = int | float if field.type is float else field.type
             if not isinstance(value, accepted):
-                raise self._error(f"{field.name} {value!r} is no {getattr(accepted, '__name__', accepted)}")
+                kind = getattr(accepted, "__name__", accepted)
+                raise self._error(f"{field.name} {_shown(value)} is no {kind}")
+            # Integers that no float holds are refused with those that are no number.
+            if field.type is float and not abs(value) <= _LARGEST:
+                raise self._error(f"{field.name} {_shown(value)} is no finite number")
         for name in self.sizes:
             value = getattr(self, name)
             if any(
                 type(size) is not int or size < 1 for size in (value if isinstance(value, tuple) else [value])
             ):
-                raise self._error(f"{name} {value!r} is no size")
+                raise self._error(f"{name} {_shown(value)} is no size")
 
     @classmethod
     def from_dict(cls, values):
@@ -58,11 +65,15 @@ class Config:
         Raises:
             ConfigError: the file describes a model that is not computed here.
         """
+        cls._check_dictionary(values)
         for name, accepted in cls.computed.items():
             given = values.get(name, accepted[0])
-            if any(value not in accepted for value in (given if isinstance(given, list) else [given])):
+            is_per_level = isinstance(given, list) and name not in ("_class_name", "model_type")
+            if any(value not in accepted for value in (given if is_per_level else [given])):
                 known = " or ".join(repr(value) for value in accepted if value is not None)
-                raise cls._error(f"{name} {given!r} is not supported", f"use a model with {known or 'none'}")
+                raise cls._error(
+                    f"{name} {_shown(given)} is not supported", f"use a model with {known or 'none'}"
+                )
         if cls.json_header.keys() & values.keys():
             values = cls.public_defaults | values
         names = {field.name for field in dataclasses.fields(cls)}
@@ -70,6 +81,11 @@ class Config:
         return cls(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         )
+
+    @classmethod
+    def _check_dictionary(cls, values):
+        if not isinstance(values, dict):
+            raise cls._error(f"{_shown(values)} is no JSON dictionary")
 
     @classmethod
     def _error(cls, fault, remedy="use the config.json that belongs to the weights"):
@@ -84,24 +100,42 @@ class Config:
         """Reads the config from a JSON file."""
         path = Path(path)
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: not found; a diffusers folder has one per part") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: not a JSON file ({error})") from error
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
+            raise ConfigError(f"{path}: not a JSON file ({error}); fetch it again") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: no JSON dictionary; fetch it again")
+        return cls.from_dict(values)
 
     def save(self, path):
         """Writes the config as a JSON file."""
         write_json(path, self.to_dict())
 
 
+def _shown(value):
+    """A value of a file as a message shows it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python prints, lists in lists
+        return "(too long to show)"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _tower_values(values, tower):
     """The values of one tower ("text" or "vision") of a config that may be that of a whole CLIP."""
-    if f"{tower}_config" not in values:
+    if not isinstance(values, dict) or f"{tower}_config" not in values:
         return values
     shared = {name: values[name] for name in ("projection_dim",) if name in values}
     # Early releases wrote the values that count into a second dictionary.
-    nested = values[f"{tower}_config"] | (values.get(f"{tower}_config_dict") or {})
+    parts = [values[f"{tower}_config"], values.get(f"{tower}_config_dict") or {}]
+    for part in parts:
+        if not isinstance(part, dict):
+            raise ConfigError(f"{tower}_config {_shown(part)}: no JSON dictionary; fetch the file again")
+    nested = parts[0] | parts[1]
     return nested | shared | {"model_type": f"clip_{tower}_model"}
 
 
@@ -369,6 +403,9 @@ _SCHEDULER_DEFAULTS = {
 }
 
 
+_MOST_TIMESTEPS = 100_000
+
+
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig(Config):
     """The noise schedule (diffusers' ``scheduler_config.json``). Defaults: SD 1.x."""
@@ -399,10 +436,25 @@ class SchedulerConfig(Config):
     @classmethod
     def from_dict(cls, values):
         """As of every config: a missing key has the default of the diffusers class in `_class_name`."""
-        return super().from_dict(_SCHEDULER_DEFAULTS.get(values.get("_class_name"), {}) | values)
+        cls._check_dictionary(values)
+        for name in ("beta_start", "beta_end"):
+            if values.get(name, 0) is None:
+                raise cls._error(f"{name} None is no number")
+        name = values.get("_class_name")
+        return super().from_dict(
+            _SCHEDULER_DEFAULTS.get(name if isinstance(name, str) else None, {}) | values
+        )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_train_timesteps > _MOST_TIMESTEPS:
+            raise self._error(
+                f"num_train_timesteps {_shown(self.num_train_timesteps)} is more than {_MOST_TIMESTEPS}"
+            )
+        if not 0 <= self.beta_start <= self.beta_end <= 1 or not self.beta_end:
+            raise self._error(
+                f"beta_start {self.beta_start!r} and beta_end {self.beta_end!r} do not rise from 0 to 1"
+            )
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(
                 f"prediction_type {self.prediction_type!r}: unknown; use epsilon, v_prediction or sample"

@@ -311,11 +311,11 @@ def check_steps(model, steps):
     if Path(model).is_file():
         return  # tells it once it is open
     folder = Path(presets.find(model))
+    from keras_sd.config import SchedulerConfig
     from keras_sd.weights.diffusers_folder import SCHEDULER
-    from keras_sd.weights.formats import read_json
 
     if (folder / SCHEDULER).is_file():
-        most = read_json(folder / SCHEDULER).get("num_train_timesteps", steps)
+        most = SchedulerConfig.load(folder / SCHEDULER).num_train_timesteps
         if steps > most:
             raise UserError(f"--steps {steps}: out of range; use 1 to {most}")
 

@@ -171,6 +171,19 @@ def test_vae_factor_follows_from_its_levels():
         (SchedulerConfig, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         (SchedulerConfig, {"thresholding": True}, "thresholding True"),
         (SchedulerConfig, {"prediction_type": "flow"}, "prediction_type 'flow'"),
+        (SchedulerConfig, {"_class_name": ["DDIMScheduler"]}, "_class_name .* is not supported"),
+        (SchedulerConfig, {"_class_name": {}}, "_class_name {} is not supported"),
+        (SchedulerConfig, {"beta_start": float("nan")}, "beta_start nan is no finite number"),
+        (SchedulerConfig, {"beta_end": 10**4000}, "beta_end 1000+... is no finite number"),
+        (SchedulerConfig, {"beta_end": None}, "beta_end None is no number"),
+        (SchedulerConfig, {"beta_start": -0.1}, "beta_start -0.1 and beta_end 0.012 do not rise from 0 to 1"),
+        (SchedulerConfig, {"beta_start": 0.02}, "do not rise"),
+        (SchedulerConfig, {"beta_end": 1.5}, "do not rise"),
+        (SchedulerConfig, {"beta_start": 0, "beta_end": 0}, "do not rise"),
+        (SchedulerConfig, {"num_train_timesteps": 10**12}, "num_train_timesteps 1000000000000 is more than"),
+        (UNetConfig, {"norm_eps": float("inf")}, "norm_eps inf is no finite number"),
+        (UNetConfig, {"_class_name": ["UNet2DConditionModel"]}, "_class_name .* is not supported"),
+        (TextEncoderConfig, {"text_config": 3}, "text_config 3: no JSON dictionary"),
     ],
 )
 def test_what_is_not_computed_here_is_refused_in_one_line(config_class, changes, message):
@@ -179,13 +192,29 @@ def test_what_is_not_computed_here_is_refused_in_one_line(config_class, changes,
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
 def test_files_that_are_no_json_end_in_one_line(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="not a JSON file") as raised:
         TextEncoderConfig.load(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"'])
+@pytest.mark.parametrize("config_class", [TextEncoderConfig, UNetConfig, SchedulerConfig])
+def test_files_that_are_no_dictionary_end_in_one_line(tmp_path, config_class, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="no JSON dictionary"):
+        config_class.load(path)
+    with pytest.raises(ConfigError, match="no JSON dictionary"):
+        config_class.from_dict(json.loads(content))
+
+
+def test_folders_in_place_of_files_end_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        TextEncoderConfig.load(tmp_path)
 
 
 def test_missing_files_end_in_one_line(tmp_path):

@@ -153,7 +153,8 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
     """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
 
     Those of training runs, whose folders may lie in this one, are left out with a warning. Sub-folders that
-    are links are not followed: they are refused, save those whose images are found where they lie. A file without a suffix, or with that of another format, is an image if its content is. Other files that
+    are links are not followed: they are refused, save those whose images are found where they lie.
+    A file without a suffix, or with that of another format, is an image if its content is. Other files that
     may be images are left out, and a warning counts and names them.
 
     Args:

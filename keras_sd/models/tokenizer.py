@@ -338,7 +338,7 @@ def _read_json(path, default=None):
         return default
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep
         raise UserError(f"{path}: not a JSON file ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: no JSON dictionary; fetch it again")

@@ -130,7 +130,9 @@ def read_json(path):
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file; give a folder in diffusers' layout") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
         raise UserError(f"{path}: not a JSON file ({error}); fetch it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: no JSON dictionary; fetch it again")
