@@ -253,7 +253,7 @@ class StopOnNonFiniteLoss(StepCallback):
 
 def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
     """The error of a run whose numbers are no longer finite, in one line with the last good checkpoint."""
-    last = checkpoints.latest()
+    last = checkpoints.last_good()
     remedy = f"resume from the last good checkpoint, {last}," if last else "start anew (no checkpoint yet)"
     return UserError(f"training: {fault}; {remedy} with a lower --learning-rate or --max-grad-norm")
 

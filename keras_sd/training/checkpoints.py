@@ -8,6 +8,7 @@ tells: it holds the size and the SHA-256 of every file, and one of itself.
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -64,6 +65,7 @@ class Checkpoints:
         self.total_limit = total_limit
         self.may_change = may_change
         self._config_text = _json_text(config, sort_keys=True)
+        self._resumed = None  # (step, folder) of what this run goes on from, until it has saved
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, np.ndarray]], position: dict) -> Path:
         """Writes `checkpoint-{step}` whole or not at all, then removes the oldest beyond the limit.
@@ -79,6 +81,9 @@ class Checkpoints:
 
         Raises:
             UserError: no space left or the folder is not writable. Older checkpoints are untouched.
+
+        The first one after `resolve` sets checkpoints aside that are newer than what was resumed: `latest`
+        shall not lead to the branch that was given up. They are renamed, and stay.
         """
         target = self.run_folder / f"checkpoint-{step}"
         staging = self.run_folder / f".{target.name}.staging-{os.getpid()}"
@@ -88,17 +93,23 @@ class Checkpoints:
             self._remove_leftovers()
             try:
                 self._write(staging, step, groups, position)
+                self._set_aside(staging, target)
                 self._publish(staging, target)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 self._recover()
                 raise
         except OSError as error:
-            last = self.latest()
+            last = self.last_good()
             kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
             raise UserError(f"{disk_fault(target, error)}; {kept}") from error
+        self._resumed = None
         self._rotate(step)
         return target
+
+    def last_good(self) -> Path | None:
+        """The newest whole checkpoint of this run's own branch: before its first save, the resumed one."""
+        return self._resumed[1] if self._resumed else self.latest()
 
     def latest(self) -> Path | None:
         """The folder of the newest whole checkpoint. Damaged newer ones are each told in a warning."""
@@ -151,6 +162,7 @@ class Checkpoints:
                 raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
             _verify_for_user(folder)
         self._check_config(folder)
+        self._resumed = _read_manifest(folder)["step"], folder
         return folder
 
     def _check_config(self, folder: Path) -> None:
@@ -190,6 +202,24 @@ class Checkpoints:
         _sync(staging / MANIFEST)
         _sync(staging)
 
+    def _set_aside(self, staging: Path, target: Path) -> None:
+        """Renames what must not be taken for this run's, and must not be lost: newer checkpoints of another
+        branch, and a folder at the place of the new checkpoint that is none."""
+        for step, folder in self._folders():
+            if folder == target and not (folder / MANIFEST).is_file():
+                why = "is no checkpoint"
+            elif self._resumed is None or step <= self._resumed[0] or not _is_valid(folder):
+                continue  # damaged ones are skipped anyway, and replaced
+            elif folder == target and _same_checkpoint(staging, target):
+                continue
+            else:
+                why = f"is newer than what was resumed, {self._resumed[1].name}"
+            names = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))
+            places = (folder.with_name(f"abandoned-{folder.name}{ending}") for ending in names)
+            kept = next(place for place in places if not os.path.lexists(place))
+            folder.rename(kept)
+            warnings.warn(f"{folder}: {why}; set aside as {kept.name}", stacklevel=2)
+
     def _publish(self, staging: Path, target: Path) -> None:
         """Gives the complete folder its name. One of that name is replaced, or kept if it is the same."""
         replaced = None
@@ -207,7 +237,8 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)
 
     def _rotate(self, written: int) -> None:
-        folders = self._folders()
+        # A folder of that name without a manifest is somebody else's.
+        folders = [(step, folder) for step, folder in self._folders() if (folder / MANIFEST).is_file()]
         if self.total_limit is None or len(folders) <= self.total_limit:
             return
         keep = {written}
@@ -280,17 +311,18 @@ def _read_manifest(folder: Path) -> dict:
     try:
         text = _read_text(folder / MANIFEST)
         manifest = json.loads(text)
+        digest = manifest.pop("digest", None) if isinstance(manifest, dict) else None
+        is_whole = digest is not None and text == _manifest_text(manifest)
     except FileNotFoundError:
         raise InvalidCheckpoint(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise InvalidCheckpoint(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets in brackets in brackets
         raise InvalidCheckpoint(f"{MANIFEST} is damaged") from None
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise InvalidCheckpoint(f"format version {version} is not supported, only {FORMAT_VERSION}")
-    manifest.pop("digest", None)
-    if text != _manifest_text(manifest):
+    if not is_whole:
         raise InvalidCheckpoint(f"{MANIFEST} is damaged (its digest differs)")
     return manifest
 
@@ -298,6 +330,15 @@ def _read_manifest(folder: Path) -> dict:
 def _verify_for_user(folder: Path) -> dict:
     try:
         return _verify(folder)
+    except InvalidCheckpoint as fault:
+        line = f"{folder}: not a valid checkpoint: {fault}; give another folder or 'latest'"
+        raise UserError(line) from None
+
+
+def check_manifest(folder) -> None:
+    """Raises UserError if a folder is no checkpoint by its manifest; its other files are not looked at."""
+    try:
+        _read_manifest(Path(folder))
     except InvalidCheckpoint as fault:
         line = f"{folder}: not a valid checkpoint: {fault}; give another folder or 'latest'"
         raise UserError(line) from None

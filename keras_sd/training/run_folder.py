@@ -28,13 +28,18 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
 
     Args:
         output_dir: the run folder.
-        resume_from_checkpoint: None for a new run, "latest", or the path or name of a checkpoint.
+        resume_from_checkpoint: None for a new run, "latest", or the path or name of a checkpoint, of which
+            the manifest alone is read here.
         lock: False checks the folder only: of several processes the first one alone holds it.
 
     Raises:
         UserError: another process uses the folder, it cannot be written to, it holds an earlier run that is
             not to be resumed, or there is nothing to resume.
     """
+    if resume_from_checkpoint is not None and not str(resume_from_checkpoint).strip():
+        raise UserError(
+            "--resume-from-checkpoint: is empty; give 'latest' or a checkpoint's path, or leave it out"
+        )
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another --output-dir")
@@ -83,15 +88,25 @@ def _check_new(folder):
 
 
 def _check_resumable(folder, request):
+    from keras_sd.training.checkpoints import check_manifest
+
     if request == "latest":
-        names = (path.name.removeprefix(".").removesuffix(".replaced") for path in _children(folder))
-        if not any(map(_CHECKPOINT.fullmatch, names)):
+        for path in _children(folder):
+            if _CHECKPOINT.fullmatch(path.name.removeprefix(".").removesuffix(".replaced")):
+                with contextlib.suppress(UserError):
+                    check_manifest(path)
+                    break
+        else:
             raise UserError(
                 f"{folder}: no valid checkpoint to resume from; "
                 "check --output-dir or start without --resume-from-checkpoint"
             )
-    elif not Path(request).is_dir() and not (folder / request).is_dir():
-        raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
+        return
+    for place in (Path(request), folder / request):
+        if place.is_dir():
+            check_manifest(place)
+            return
+    raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
 
 
 def _children(folder):
@@ -164,7 +179,9 @@ class RunRecord:
     def __init__(self, run_folder, initial_step=0):
         self._path = Path(run_folder) / RECORD
         self._steps = {}
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError
+        ):
             if initial_step:
                 written = json.loads(self._path.read_text(encoding="utf-8"))
                 self._steps = {name: min(int(step), initial_step) for name, step in written.items()}

@@ -111,7 +111,7 @@ class Trainer:
             objective.optimizer.build(objective.trainable_variables)
             self.ema = self._make_average()
         self.step = self._first_batch = 0
-        if settings.resume_from_checkpoint:
+        if settings.resume_from_checkpoint is not None:
             self._resume()
         self._resumed_step = self.step
         if self.is_writer:

@@ -98,6 +98,7 @@ def test_every_damage_of_every_file_is_detected(tmp_path, file):
         "longer": content + b"\n",
         "empty": b"",
         "not UTF-8": b"\xff" + content[1:],
+        "brackets": b"[" * 200_000 + b"]" * 200_000,
     }
     for at in range(0, len(content), max(1, len(content) // 40)):
         damages[f"bit flipped at {at}"] = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
@@ -152,6 +153,45 @@ def test_rotation_never_removes_the_written_nor_the_newest_valid(tmp_path):
     checkpoints.save(15, small_groups(15), {})
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-15", "checkpoint-30"]
     assert checkpoints.latest().name == "checkpoint-30"
+
+
+def test_resuming_an_older_one_sets_the_newer_ones_aside_at_the_first_save(tmp_path):
+    everything = Checkpoints(tmp_path, CONFIG)
+    for step in (10, 20, 30, 40):
+        everything.save(step, small_groups(step), {})
+    (tmp_path / "checkpoint-40" / "weights.safetensors").unlink()
+    (tmp_path / "abandoned-checkpoint-30").mkdir()
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    folder = checkpoints.resolve("checkpoint-10")
+    assert checkpoints.last_good() == folder
+    with pytest.warns(UserWarning) as told:
+        checkpoints.save(20, small_groups(21), {})  # at the place of an abandoned one
+    assert [str(warning.message).split(": ", 1)[1] for warning in told] == [
+        "is newer than what was resumed, checkpoint-10; set aside as abandoned-checkpoint-20",
+        "is newer than what was resumed, checkpoint-10; set aside as abandoned-checkpoint-30-2",
+    ]
+    assert_same(checkpoints.load(tmp_path / "abandoned-checkpoint-20").groups, small_groups(20))
+    assert_same(checkpoints.load(tmp_path / "abandoned-checkpoint-30-2").groups, small_groups(30))
+    with pytest.warns(UserWarning, match="checkpoint-40: skipped"):
+        assert checkpoints.last_good().name == "checkpoint-20"
+    with warnings.catch_warnings(action="error"):
+        checkpoints.save(50, small_groups(50), {})  # the branch goes on
+        assert checkpoints.latest().name == "checkpoint-50"
+
+
+def test_folder_of_that_name_that_is_no_checkpoint_is_never_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CONFIG, total_limit=1)
+    for name in ("checkpoint-1", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    checkpoints.save(2, small_groups(2), {})
+    with pytest.warns(
+        UserWarning, match="checkpoint-3: is no checkpoint; set aside as abandoned-checkpoint-3"
+    ):
+        checkpoints.save(3, small_groups(3), {})
+    assert sorted(os.listdir(tmp_path)) == ["abandoned-checkpoint-3", "checkpoint-1", "checkpoint-3"]
+    for name in ("abandoned-checkpoint-3", "checkpoint-1"):
+        assert os.listdir(tmp_path / name) == ["model.safetensors"]
 
 
 def test_leftovers_of_a_killed_save_are_removed_and_strangers_are_not(tmp_path):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from keras_sd.errors import UserError
+from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.run_folder import (
     RunRecord,
     claim_output_dir,
@@ -62,13 +63,23 @@ def test_process_that_ends_leaves_no_empty_folder(tmp_path):
 
 def test_folder_that_cannot_be_used_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    Checkpoints(tmp_path / "run", {}).save(5, {}, {})
+    (tmp_path / "damaged" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "damaged" / "checkpoint-5" / "manifest.json").write_text("[" * 200_000)
     (tmp_path / "exported" / "model").mkdir(parents=True)
     cases = {
         ("file", None): "file: is a file; choose another --output-dir",
         ("file/below", None): "below: cannot be written to: Not a directory; choose another --output-dir",
         ("run", None): "run: holds checkpoints of an earlier run; go on with --resume-from-checkpoint latest",
         ("exported", None): "model: is the model of an earlier run; choose another --output-dir",
+        (
+            "run",
+            "",
+        ): "--resume-from-checkpoint: is empty; give 'latest' or a checkpoint's path, or leave it out",
+        ("none", " "): "--resume-from-checkpoint: is empty",
+        ("run", str(tmp_path)): "not a valid checkpoint: manifest.json is missing; give another folder or",
+        ("damaged", "latest"): "damaged: no valid checkpoint to resume from; check --output-dir",
+        ("damaged", "checkpoint-5"): "checkpoint-5: not a valid checkpoint: manifest.json is damaged",
         ("none", "latest"): "none: no valid checkpoint to resume from; check --output-dir or start without",
         ("run", "checkpoint-6"): "checkpoint-6: no such checkpoint folder; give its path or 'latest'",
     }
@@ -106,6 +117,9 @@ def test_record_forgets_what_came_after_the_resumed_step(tmp_path):
     assert RunRecord(tmp_path).last("evaluated") == -1
     (tmp_path / "logs" / "record.json").write_text("{damaged")
     assert RunRecord(tmp_path, 20).last("evaluated") == -1
+    for damage in ("[" * 200_000, '{"evaluated": []}', '{"evaluated": Infinity}'):
+        (tmp_path / "logs" / "record.json").write_text(damage)
+        assert RunRecord(tmp_path, 20).last("evaluated") == -1
 
 
 def test_folder_is_replaced_as_a_whole_or_stays(tmp_path):
