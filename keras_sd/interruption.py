@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ class _State:
         self.phase = None
         self.timer = None
         self.run_folder = None
+        self.checkpoints_before = None  # where an older checkpoint may be resumed
 
 
 _state = _State()
@@ -75,9 +77,30 @@ def may_be_cut():
         set_has_to_finish(before)
 
 
-def set_run_folder(folder):
-    """Names the run folder whose training can be resumed; None for no training."""
+def set_run_folder(folder, resumed=None):
+    """Names the run folder whose training can be resumed; None for no training.
+
+    Args:
+        resumed: the request that the training itself has been resumed by, if it was.
+    """
     _state.run_folder = None if folder is None else Path(folder)
+    _state.checkpoints_before = None if resumed in (None, "latest") else _checkpoints()
+
+
+def _checkpoints():
+    """(name, number on the disk) of each: one that was replaced is another."""
+    if not _state.run_folder.is_dir():
+        return set()
+    with os.scandir(_state.run_folder) as entries:
+        return {(entry.name, entry.inode()) for entry in entries if entry.name.startswith("checkpoint-")}
+
+
+def before_sudden_end(function):
+    """Has a function called where the process ends without Python's own clearing up."""
+    _before_sudden_end.append(function)
+
+
+_before_sudden_end = []
 
 
 @contextlib.contextmanager
@@ -119,9 +142,16 @@ def last_words():
         return None
     name = signal.Signals(_state.received).name
     during = f" while {_state.phase}" if _state.phase else ""
-    if not any(_state.run_folder.glob("checkpoint-*")):
+    checkpoints = _checkpoints()
+    if not checkpoints:
         return f"{name}: ended{during}; there is no checkpoint yet, start again"
-    return f"{name}: ended{during}; resume with: {resume_command(_state.program, sys.argv[1:])}"
+    if (
+        checkpoints == _state.checkpoints_before
+    ):  # the latest one may be of another branch than the resumed one
+        command = _typed(_state.program, sys.argv[1:])
+    else:
+        command = resume_command(_state.program, sys.argv[1:])
+    return f"{name}: ended{during}; resume with: {command}"
 
 
 def resume_command(program, arguments):
@@ -131,7 +161,25 @@ def resume_command(program, arguments):
         if not skip and argument != _RESUME and not argument.startswith(f"{_RESUME}="):
             kept.append(argument)
         skip = not skip and argument == _RESUME
-    return " ".join([program, shlex.join([*kept, _RESUME, "latest"])])
+    return _typed(program, [*kept, _RESUME, "latest"])
+
+
+def _typed(program, arguments):
+    """A command of this interpreter and this backend, as a shell takes it."""
+    backend = os.environ.get("KERAS_BACKEND")
+    words = [f"KERAS_BACKEND={shlex.quote(backend)}"] if backend else []
+    name, _, rest = program.partition(" ")
+    if not _is_of_this_environment(name):
+        rest = rest if name == "python" else "-m keras_sd"  # which is what the other program is
+        name = "python" if _is_of_this_environment("python") else shlex.quote(sys.executable)
+    return " ".join([*words, name, *([rest] if rest else []), shlex.join(arguments)])
+
+
+def _is_of_this_environment(program):
+    """Whether what a shell finds by that name lies beside this interpreter. What an environment's own is a
+    link to says nothing: all environments share that."""
+    found = shutil.which(program)
+    return found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable)
 
 
 @contextlib.contextmanager
@@ -228,6 +276,9 @@ def _end_at_once(number):
     if words is not None:
         # Not through `sys.stderr`, which the main thread may be writing to.
         os.write(2, f"\n{_state.program}: {words}\n".encode())
+    for function in _before_sudden_end:
+        with contextlib.suppress(Exception):
+            function()
     os._exit(exit_code(number))
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,8 +82,9 @@ def test_signal_in_a_step_saves_it_and_tells_how_to_go_on(folder, number):
     assert f'"step": {step},' in log.read_text().splitlines()[-1]
     # The line is a command that goes on; with fewer steps, there is nothing left but the model.
     words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "keras_sd.train"]
-    done = Program([*words[1:], "--max-train-steps", step]).finish()
+    assert words[0] == "KERAS_BACKEND=jax" and words[1] in ("python", sys.executable)
+    assert words[2:4] == ["-m", "keras_sd.train"]
+    done = Program([*words[2:], "--max-train-steps", step]).finish()
     assert done.returncode == 0, done.stderr
     assert (run / "model" / "unet" / "config.json").is_file()
 
@@ -93,7 +95,8 @@ def test_signal_in_an_evaluation_ends_it_and_the_last_checkpoint_is_kept(folder)
     program = start(folder, run.name, *options, "--num-inference-steps", 1000, "--no-jit-compile")
     wait_for(program, lambda: "evaluating: samples" in program.printed())
     line = ended_by(program, signal.SIGTERM)
-    assert "SIGTERM: ended while evaluating: samples; resume with: python -m keras_sd.train ddim" in line
+    assert "SIGTERM: ended while evaluating: samples; resume with: KERAS_BACKEND=jax " in line
+    assert " -m keras_sd.train ddim" in line
     assert newest(run) == 2 and not (run / "samples").exists()
 
 
@@ -144,13 +147,68 @@ def test_second_interrupt_aborts_at_once(folder):
     ended_by(program, signal.SIGINT)
 
 
-def test_resume_command_replaces_what_was_resumed_and_quotes():
+def test_resume_command_replaces_what_was_resumed_and_quotes(tmp_path, monkeypatch):
+    monkeypatch.delenv("KERAS_BACKEND")
+    bin_folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(bin_folder))
     command = interruption.resume_command(
         "keras-sd", ["train", "lora", "--resume-from-checkpoint", "checkpoint-5", "--output-dir", "a b"]
     )
     assert command == "keras-sd train lora --output-dir 'a b' --resume-from-checkpoint latest"
     command = interruption.resume_command("keras-sd", ["train", "lora", "--resume-from-checkpoint=x"])
     assert command == "keras-sd train lora --resume-from-checkpoint latest"
+    assert interruption.resume_command("python -m keras_sd.train", []).startswith(
+        "python -m keras_sd.train -"
+    )
+    # Another environment's programs are the first that a shell finds.
+    for program in ("python", "keras-sd"):
+        (tmp_path / program).write_text("#!/bin/sh")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{bin_folder}")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    end = "--resume-from-checkpoint latest"
+    for program, module in (("python -m keras_sd.train", "keras_sd.train"), ("keras-sd", "keras_sd")):
+        command = interruption.resume_command(program, [])
+        assert command == f"KERAS_BACKEND=jax {sys.executable} -m {module} {end}"
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_training_that_is_ended_at_once_frees_its_folder_and_keeps_its_branch(tmp_path, is_saved):
+    """Until it saves, a run that has resumed an older checkpoint goes on from that one."""
+    code = """if True:
+        import os, signal, sys, time
+        import click
+        from keras_sd import interruption
+        from keras_sd.errors import run_command
+        from keras_sd.training.checkpoints import Checkpoints
+        from keras_sd.training.run_folder import claim_output_dir
+
+        @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+        def main():
+            for step in (1, 2):
+                Checkpoints("run", {}).save(step, {}, {})
+            claim_output_dir("run", "checkpoint-1")
+            claim_output_dir("new/run")
+            interruption.set_run_folder("run", "checkpoint-1")
+            if sys.argv[-1] == "True":
+                checkpoints = Checkpoints("run", {})
+                checkpoints.resolve("checkpoint-1")
+                checkpoints.save(2, {}, {"of": "another branch"})
+            import signals_itself  # within an import, where the program ends at once
+
+        run_command(main, "keras-sd")
+    """
+    signals = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)"
+    (tmp_path / "signals_itself.py").write_text(signals)
+    arguments = ["--resume-from-checkpoint", "checkpoint-1", str(is_saved)]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    kept = f"{is_saved} --resume-from-checkpoint latest" if is_saved else " ".join(arguments)
+    assert line.startswith("keras-sd: SIGTERM: ended; resume with: ") and line.endswith(kept)
+    assert not (tmp_path / "new" / "run").exists()
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 def test_child_processes_keep_their_signals_to_themselves():

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+from keras_sd import interruption
 from keras_sd.errors import UserError
 from keras_sd.files import sync, write_json
 
@@ -73,6 +74,9 @@ def release_output_dir(output_dir):
 def _release_all():
     for folder in list(_locks):
         release_output_dir(folder)
+
+
+interruption.before_sudden_end(_release_all)
 
 
 def _check_new(folder):

@@ -91,7 +91,7 @@ class Trainer:
         self.is_writer = backend.process_index() == 0
         claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
         if is_described():  # a command that can be given again
-            interruption.set_run_folder(settings.output_dir)
+            interruption.set_run_folder(settings.output_dir, settings.resume_from_checkpoint)
         distribution.split_weights(objective)
         identity = {**identity, **settings.identity(), "frozen": _fingerprint(objective)}
         self.checkpoints = Checkpoints(
