@@ -1,10 +1,11 @@
 """How to train, whatever is trained, and which of it may change when a run is resumed."""
 
 import dataclasses
-import math
+import numbers
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_sd.errors import UserError
 
@@ -31,6 +32,8 @@ _CHANGES_NOTHING = {
     "offload_ema",
 }
 
+# The least and the greatest number of a float32 of full precision.
+_SMALLEST, _LARGEST = (float(getattr(np.finfo("float32"), name)) for name in ("tiny", "max"))
 
 _COUNT = (lambda value: value >= 1), "1 or more"
 _SHARE = (lambda value: 0 <= value < 1), "a number from 0 to just below 1"
@@ -88,8 +91,17 @@ class Settings:
         object.__setattr__(self, "output_dir", Path(self.output_dir))
         for name, (fits, range_) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and fits(value)):
-                raise UserError(f"{name} {value}: out of range; give {range_}")
+            if value is None:
+                continue
+            if not isinstance(value, numbers.Real):
+                raise UserError(f"{name} {value!r}: no number; give {range_}")
+            shown = value if abs(value) < 2**64 or isinstance(value, float) else "of so many digits"
+            if not _is_computed(value, _WHOLE[name]):
+                held = "of 64 bits" if _WHOLE[name] else "that float32 holds (0, or 1.2e-38 to 3.4e38)"
+                raise UserError(f"{name} {shown}: out of range; give {range_}, {held}")
+            # A share that is just below 1 may be 1 in float32.
+            if not fits(value if _WHOLE[name] else float(np.float32(value))):
+                raise UserError(f"{name} {shown}: out of range; give {range_}")
         if self.mixed_precision not in PRECISIONS:
             raise UserError(f"mixed_precision {self.mixed_precision!r}: unknown; use {', '.join(PRECISIONS)}")
         if self.lr_scheduler not in SCHEDULES:
@@ -104,3 +116,14 @@ class Settings:
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in _CHANGES_NOTHING
         }
+
+
+_WHOLE = {field.name: field.type in (int, int | None) for field in dataclasses.fields(Settings)}
+
+
+def _is_computed(value, is_whole):
+    """Whether a training step has a number for this: of 64 bits if it counts, else a float32 that is none of
+    the tiny ones that devices take for 0."""
+    if is_whole:
+        return -(2**63) <= value < 2**63
+    return value == 0 or _SMALLEST <= abs(value) <= _LARGEST

@@ -279,6 +279,27 @@ def test_numbers_out_of_range_are_refused(tmp_path, name, values):
             Settings(output_dir=tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", 1e308),
+        ("learning_rate", 1e-320),
+        pytest.param("learning_rate", 10**400, id="of 400 digits"),
+        ("adam_epsilon", 1e-320),
+        pytest.param("adam_epsilon", 10**5000, id="of 5000 digits"),
+        ("adam_beta2", 1 - 1e-12),  # 1 in float32
+        ("max_train_steps", 10**400),
+        ("max_train_steps", math.inf),
+        ("max_grad_norm", 1e39),
+    ],
+)
+def test_numbers_that_a_step_has_none_for_are_refused(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"^{name} .*: out of range; give .{{1,90}}$"):
+        Settings(output_dir=tmp_path, **{name: value})
+    with pytest.raises(UserError, match=f"{name} 'many': no number"):
+        Settings(output_dir=tmp_path, **{name: "many"})
+
+
 def test_failed_evaluation_loses_nothing(tmp_path, recwarn):
     """The last one comes when checkpoint and model are there, also at a step that is no multiple."""
     found = {}
