@@ -23,8 +23,8 @@ SMALL_IMAGE = 128  # pixels; of images up to this size, evaluations draw more an
 
 
 DECAY = Number(min=0, max=1, max_open=True)
-FILE = click.Path(exists=True, dir_okay=False)
-FILE_OR_FOLDER = click.Path(exists=True)
+# Looked for when the command runs, as its documentation may be read where they are not.
+FILE, FILE_OR_FOLDER = click.Path(dir_okay=False), click.Path()
 
 # What an evaluation alone uses.
 _OF_EVALUATIONS = (
@@ -141,7 +141,7 @@ def run_options(method, *, without=(), **defaults):
     def decorate(command):
         @functools.wraps(command)
         def checked(**values):
-            _refuse_empty()
+            _check_names()
             return command(**values)
 
         return add_options(checked)
@@ -149,13 +149,17 @@ def run_options(method, *, without=(), **defaults):
     return decorate
 
 
-def _refuse_empty():
-    """Refuses text that is empty, as of a shell's variable that was never set: it names nothing."""
+def _check_names():
+    """Refuses empty text, as of a shell's variable that was never set, and files that are not there."""
     context = click.get_current_context()
     for parameter in context.command.params:
-        value = context.params.get(parameter.name)
+        flag, value = parameter.opts[0], context.params.get(parameter.name)
         if isinstance(value, str) and not value.strip():
-            raise UserError(f"{parameter.opts[0]}: empty; give a value, or leave it out")
+            raise UserError(f"{flag}: empty; give a value, or leave it out")
+        if value is not None and parameter.type is FILE and not Path(value).is_file():
+            raise UserError(f"{flag} {value}: no such file; correct the path")
+        if value is not None and parameter.type is FILE_OR_FOLDER and not Path(value).exists():
+            raise UserError(f"{flag} {value}: no such file or folder; correct the path")
 
 
 def _enough_for_kid(context, parameter, count):
