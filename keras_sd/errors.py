@@ -52,6 +52,8 @@ def _run(command, program):
     import click  # here, so that the library's exceptions need no command line
 
     warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files that are no UTF-8 leave as the bytes they are
+        sys.stdout.reconfigure(errors="surrogateescape")
     # TensorFlow's notices would bury what the commands say.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")

@@ -91,7 +91,12 @@ def replaced_folder(path, last=None):
 def write_text(path, text):
     """Writes a text file in UTF-8, as `replaced` does."""
     with replaced(path) as staging:
-        staging.write_text(text, encoding="utf-8")
+        staging.write_bytes(utf8(text))
+
+
+def utf8(text):
+    """The bytes of a text. What is left of file names that are no UTF-8 is escaped, as in a JSON file."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path, values, indent=2):

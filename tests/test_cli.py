@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def test_presets_are_listed_with_licence_and_source():
 def test_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "keras_sd", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("keras-sd, version 0.1.0")
+
+
+def test_names_that_are_no_utf8_are_told_as_they_are():
+    script = """if True:
+        import click, os
+        from keras_sd.errors import run_command
+        run_command(click.Command("x", callback=lambda: click.echo(os.fsdecode(b"caf\\xe9"))), "x")
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9\n"), done.stderr
 
 
 LONG = "x" * 300

@@ -1,5 +1,6 @@
 """Files are there whole or not at all, whatever happens while they are written."""
 
+import json
 import os
 import stat
 import subprocess
@@ -97,6 +98,13 @@ def test_what_killed_processes_have_left_is_removed_after_a_day(tmp_path):
     write_json(tmp_path / "file.json", {})
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"file.json", names[1], names[3], names[4]}
+
+
+def test_paths_that_are_no_utf8_are_read_back(tmp_path):
+    values = {"a\\\udce9": os.fsdecode(b"caf\xe9"), "other": "café"}
+    write_json(tmp_path / "file.json", values)
+    text = (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert json.loads(text) == values and "café" in text
 
 
 def test_links_and_permissions_stay(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from keras_sd.data.folders import METADATA
 from keras_sd.errors import UserError
-from keras_sd.files import write_json
+from keras_sd.files import utf8, write_json
 
 _LINES, _TEXTS = "metadata", "txt"
 
@@ -165,4 +165,4 @@ def _digests(contents):
 
 
 def _digest(content):
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return hashlib.sha256(utf8(content)).hexdigest()[:16]

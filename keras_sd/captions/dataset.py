@@ -24,7 +24,7 @@ from keras_sd.captions.settings import CaptionSettings, CleaningSettings
 from keras_sd.data.folders import METADATA, image_paths
 from keras_sd.data.images import read_picture
 from keras_sd.errors import UserError
-from keras_sd.files import write_json, write_text
+from keras_sd.files import utf8, write_json, write_text
 
 JOURNALS = ".captions"
 _SETTINGS, _WRITTEN = "settings.json", "written.json"
@@ -221,7 +221,7 @@ class CaptionedFolder:
         places = {self.folder / METADATA: content}
         places |= {text_path(self.folder, name): text for name, text in texts.items()}
         for place, text in places.items():
-            if not place.exists() or place.read_bytes() != text.encode():
+            if not place.exists() or place.read_bytes() != utf8(text):
                 write_text(place, text)
         written.end()
 

@@ -7,6 +7,7 @@ import warnings
 import filelock
 
 from keras_sd.errors import UserError
+from keras_sd.files import utf8
 
 # What a run that was killed has left running notices it within a batch.
 _PATIENCE = 60
@@ -50,7 +51,7 @@ class Journal:
     def append(self, entries):
         """Adds dictionaries, and returns once they are on disk."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        self._file.write(lines.encode())
+        self._file.write(utf8(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
 

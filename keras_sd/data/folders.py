@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -357,12 +358,17 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
 def _metadata_entry(line: str, place: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep
         raise UserError(f"{place}: not valid JSON ({error}); write one object a line") from error
     for key in ("file_name", "text"):
         value = entry.get(key) if isinstance(entry, dict) else None
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise UserError(f'{place}: no "{key}"; write {{"file_name": "image.png", "text": "a caption"}}')
+    try:
+        os.fsencode(entry["file_name"])  # names that are no UTF-8 have escapes that stand for their bytes
+        entry["text"].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: not valid Unicode (a lone surrogate); write the line anew") from error
     return entry["file_name"], entry["text"].strip()
 
 

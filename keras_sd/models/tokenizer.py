@@ -336,8 +336,9 @@ def _read_json(path, default=None):
     """The dictionary in a JSON file; `default`, where one is given, if there is no file."""
     if default is not None and not path.exists():
         return default
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep
         raise UserError(f"{path}: not a JSON file ({error}); fetch it again") from error
     if not isinstance(value, dict):

@@ -218,6 +218,28 @@ def test_run_folders_beside_a_training_split_are_not_told(folder):
         load_source(str(folder), "train", 16, need_captions=False)
 
 
+def test_names_that_are_no_utf8(folder):
+    name = os.fsdecode(b"caf\xe9.png")
+    os.rename(folder / "a.png", folder / name)
+    metadata(folder, {"file_name": name, "text": "a"}, {"file_name": "deep/b.jpg", "text": "b"})
+    source = load_source(str(folder), "train", 16)
+    assert len(source) == 2 and source[1]["image"].any() and source.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "a.png", "text": "a", "size": ' + "9" * 5000 + "}",
+        '{"file_name": "a.png", "text": "a", "size": ' + "[" * 100_000 + "}",
+        r'{"file_name": "\ud800.png", "text": "a"}',
+        r'{"file_name": "a.png", "text": "a \udce9"}',
+    ],
+)
+def test_lines_of_metadata_that_python_cannot_hold(folder, line):
+    metadata(folder, {"file_name": "deep/b.jpg", "text": "b"}, line)
+    assert "metadata.jsonl, line 2: not valid" in fault(folder)
+
+
 def test_linked_folders(folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     (folder / "linked").symlink_to(outside)
