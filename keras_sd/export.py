@@ -30,10 +30,13 @@ def export(checkpoint, folder, dtype, weights, overwrite):
     checkpoint = Path(checkpoint).resolve()
     place = check_output_folder(folder, None, overwrite, is_own=_is_exported).resolve()
     run = read_run(checkpoint)
+    _check_is_apart(place, checkpoint.parent)
     from keras_sd.training.checkpoints import Checkpoints
     from keras_sd.training.run_folder import write_whole_folder
 
     loaded = Checkpoints(checkpoint.parent, {}).load(checkpoint)
+    if loaded.config.get("method", run["method"]) != run["method"]:
+        raise _misfit("method", loaded.config["method"], run["method"])
     with _in_folder(run["directory"]):
         objective, write = _REBUILD[run["method"]](run["options"], loaded.config)
     _assign(objective, loaded.groups["ema" if weights == "ema" else "weights"], checkpoint)
@@ -56,6 +59,52 @@ def _is_exported(folder):
     return (folder / _MARK).is_file()
 
 
+def _check_is_apart(place, run_folder):
+    """Raises UserError if a place is one of a run's checkpoints, or inside one."""
+    from keras_sd.training.checkpoints import MANIFEST, POSITION
+    from keras_sd.training.run_folder import DESCRIPTION, is_checkpoint_name
+
+    for each in (place, *place.parents):
+        is_there = (each / MANIFEST).is_file() and (each / POSITION).is_file()
+        in_run = each.parent == run_folder or (each.parent / DESCRIPTION).is_file()
+        if is_there or (in_run and is_checkpoint_name(each.name)):
+            raise UserError(f"{place}: is in the place of a checkpoint; choose a folder outside of the run")
+
+
+class _Options(dict):
+    """The options in a `run.json`; one that lacks and is needed is told."""
+
+    def __missing__(self, name):
+        raise _damaged(f"option {name} is missing")
+
+
+def _damaged(fault):
+    return UserError(f"run.json: is damaged ({fault}); resume the run, which writes it anew")
+
+
+def _misfit(name, there, here):
+    return UserError(
+        f"run.json: {name} is {json.dumps(here)}, but the checkpoint was trained with {json.dumps(there)}; "
+        "resume the run from it, which writes run.json anew"
+    )
+
+
+def _check_same(identity, values):
+    """Raises UserError if values of a run's options are others than those that a checkpoint keeps."""
+    for name, value in values.items():
+        if name in identity and identity[name] != value:
+            raise _misfit(name, identity[name], value)
+
+
+def _check_config(identity, name, rebuilt):
+    """The same for the config of a network or of a schedule."""
+    if name in identity and type(rebuilt).from_dict(identity[name]) != rebuilt:
+        raise UserError(
+            f"run.json: gives another {name} than the checkpoint was trained with; bring back the base model "
+            "and the options of the run"
+        )
+
+
 def read_run(checkpoint):
     """How the run of a checkpoint was started: its method, its options and the folder it was started in.
 
@@ -69,16 +118,60 @@ def read_run(checkpoint):
     path = checkpoint.parent / DESCRIPTION
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        method = run["method"]
     except FileNotFoundError:
         raise UserError(
             f"{path}: not found; give the checkpoint in the folder of a run that a training command has made"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); resume the run, which writes it anew") from None
-    if method not in _REBUILD:
-        raise UserError(f"{path}: method {method!r} cannot be exported; known are {', '.join(_REBUILD)}")
-    return run
+    except (OSError, ValueError, RecursionError) as error:
+        fault = "brackets in brackets" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: cannot be read ({fault}); resume the run, which writes it anew") from None
+    if not isinstance(run, dict):
+        raise _damaged("it holds no names")
+    version = run.get("version")
+    if type(version) is not int or version != 1:
+        raise UserError(f"{path}: version {version!r} is not supported, only 1; export with a newer keras_sd")
+    for name, kind in (("method", str), ("directory", str), ("options", dict)):
+        if not isinstance(run.get(name), kind):
+            raise _damaged(f"{name} is missing or no {'text' if kind is str else 'names with values'}")
+    if run["method"] not in _REBUILD:
+        raise UserError(
+            f"{path}: method {run['method']!r} cannot be exported; known are {', '.join(_REBUILD)}"
+        )
+    return {**run, "options": _checked_options(run["method"], run["options"])}
+
+
+def _checked_options(method, options):
+    from keras_sd.train import train
+
+    for parameter in train.commands[method].params:
+        if not _fits(parameter, options.get(parameter.name)):
+            raise _damaged(f"option {parameter.name} is {json.dumps(options[parameter.name])[:40]}")
+    return _Options(options)
+
+
+def _fits(parameter, value):
+    """Whether a JSON value is one that an option can have had."""
+    if value is None:
+        return True
+    if parameter.multiple:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if isinstance(parameter.type, click.types.BoolParamType):
+        return isinstance(value, bool)
+    if isinstance(parameter.type, click.types.IntParamType):
+        kinds = (int,)
+    elif isinstance(parameter.type, click.types.FloatParamType):
+        kinds = (int, float)
+    else:
+        kinds = (str,)
+    if type(value) not in kinds:
+        return False
+    if isinstance(parameter.type, click.Path):
+        return True  # which might be sought
+    try:
+        parameter.type.convert(value, parameter, None)
+    except (click.BadParameter, OverflowError):
+        return False
+    return True
 
 
 def _in_folder(place):
@@ -116,8 +209,10 @@ def _open(options, identity, trained=(), adapt=None):
     from keras_sd.training.settings import Settings
     from keras_sd.weights.rules import weights_fingerprint
 
-    name = options.get("pretrained_model_name_or_path")
-    options = {**options, "unet_config": None, "jit_compile": False}
+    name = options["pretrained_model_name_or_path"]
+    if name is None:
+        raise _damaged("option pretrained_model_name_or_path is null")
+    options = _Options({**options, "unet_config": None, "jit_compile": False})
     run = Run(Settings("unused", train_batch_size=1), None, None, find_model(name), options)
     if trained:
         from keras_sd.finetune import open_with_loras
@@ -130,6 +225,9 @@ def _open(options, identity, trained=(), adapt=None):
             raise UserError(
                 f"{name}: its {part} is not the one that the run has begun with; bring back the base model"
             )
+    _check_same(identity, {key: options[key] for key in ("seed", "train_text_encoder") if key in options})
+    _check_config(identity, "model", pipeline.unet.config)
+    _check_config(identity, "schedule", pipeline.scheduler_config)
     return pipeline, alpha
 
 
@@ -171,8 +269,12 @@ def _trained(options):
 
 
 def _low_rank(options, identity, trained):
+    from keras_sd.finetune import low_rank_identity
     from keras_sd.training.lora import save_lora
 
+    if "rank" not in identity:
+        raise _misfit("rank", None, options["rank"])
+    _check_same(identity, low_rank_identity(options, trained))
     pipeline, alpha = _open(options, identity, trained)
     models = {name: getattr(pipeline, name) for name in trained}
     return _diffusion_objective(pipeline), lambda folder: save_lora(folder, models, alpha)
@@ -181,10 +283,12 @@ def _low_rank(options, identity, trained):
 def _textual_inversion(options, identity):
     from keras import ops
 
+    from keras_sd.models.tokenizer import vector_names
     from keras_sd.training.textual_inversion import initial_vectors, save_embedding
 
-    pipeline, _ = _open(options, identity)
     token, count = options["placeholder_token"], options["num_vectors"]
+    _check_same(identity, {"tokens": vector_names(token, count)})
+    pipeline, _ = _open(options, identity)
     pipeline.add_tokens({token: initial_vectors(pipeline, count)})
     learned = pipeline.text_encoder.embeddings.learned_embedding.embeddings
     return (
@@ -203,6 +307,7 @@ def _vae(options, identity):
     from keras_sd.weights.diffusers_folder import write_part
     from keras_sd.weights.rules import torch_state
 
+    _check_same(identity, {"decoder_only": options["decoder_only"]})
     vae_config = config.VAEConfig.from_dict(identity["model"])
     if options["pretrained_vae"]:  # with --decoder-only a checkpoint holds a part of the weights
         vae = load_part(options["pretrained_vae"], "vae", "float32")
@@ -243,6 +348,7 @@ def _clip(options, identity):
         tokens = options["tokenizer_folder"]
         source = None if tokens else _source(options, image_config.image_size, need_captions=True)
         tokenizer, text_encoder = new_text_encoder(options["text_config"], tokens, source)
+    _check_config(identity, "text_model", text_encoder.config)
     objective = ContrastiveObjective(text_encoder, ImageEncoder(image_config))
     return objective, lambda folder: save_clip(folder, objective, tokenizer)
 

@@ -171,8 +171,8 @@ def lora(**options):
 def open_with_loras(run, names):
     """The pretrained model whose named parts have low-rank updates, their alpha, and what a checkpoint of
     them must share with a run: `(pipeline, alpha, identity)`."""
-    rank, alpha, layers = (run.options.get(name) for name in ("rank", "lora_alpha", "lora_layers"))
-    alpha = rank if alpha is None else alpha
+    identity = low_rank_identity(run.options, names)
+    rank, alpha, layers = (identity[name] for name in ("rank", "lora_alpha", "lora_layers"))
 
     def adapt(parts):
         from keras_sd.training.lora import add_lora
@@ -180,8 +180,14 @@ def open_with_loras(run, names):
         for name in names:
             add_lora(parts[name], rank, alpha, everywhere=layers == "all")
 
-    identity = {"rank": rank, "lora_alpha": alpha, "lora_layers": layers, "trained": list(names)}
     return open_pipeline(run, adapt), alpha, identity
+
+
+def low_rank_identity(options, names):
+    """What options say of the low-rank updates of the named parts, as a checkpoint of them keeps it."""
+    rank, alpha, layers = (options.get(name) for name in ("rank", "lora_alpha", "lora_layers"))
+    alpha = rank if alpha is None else alpha
+    return {"rank": rank, "lora_alpha": alpha, "lora_layers": layers, "trained": list(names)}
 
 
 def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):

@@ -95,6 +95,8 @@ def check_options_and_refusals(folder, output):
     shutil.copytree(output / "checkpoint-1", folder / "alone" / "checkpoint-1")
     with pytest.raises(UserError, match="run.json: not found; give the checkpoint in the folder of a run"):
         export(folder / "alone" / "checkpoint-1", folder / "x")
+    check_places(output)
+    check_descriptions(output)
     (output / "checkpoint-1" / "ema.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="checkpoint-1: not a valid checkpoint"):
         export(output / "checkpoint-1", folder / "x")
@@ -105,6 +107,56 @@ def check_options_and_refusals(folder, output):
     with pytest.raises(UserError, match="emoji: its vae is not the one that the run has begun with"):
         export(output / "checkpoint-2", folder / "x")
     assert not (folder / "x").exists()
+
+
+def check_places(output):
+    for place in ("checkpoint-9", "checkpoint-9/model", "checkpoint-1/model", "checkpoint-1/a/b"):
+        with pytest.raises(UserError, match="is in the place of a checkpoint; choose a folder outside"):
+            export(output / "checkpoint-2", output / place)
+        assert not (output / place).exists()
+
+
+def check_descriptions(output):
+    """What a damaged or another run's `run.json` would make of a checkpoint."""
+    path = output / "run.json"
+    text = path.read_text()
+    run = json.loads(text)
+
+    def lacking(name):
+        return {key: value for key, value in run["options"].items() if key != name}
+
+    cases = [
+        ("[" * 100_000, "run.json: cannot be read"),
+        ("[1]", "run.json: is damaged"),
+        *((json.dumps({**run, **change}), told) for change, told in (
+            ({"version": 2}, "run.json: version 2 is not supported"),
+            ({"version": None}, "run.json: version None is not supported"),
+            ({"method": ["lora"]}, "run.json: is damaged .method"),
+            ({"method": "paint"}, "method 'paint' cannot be exported"),
+            ({"method": "lcm"}, 'run.json: method is "lcm", but the checkpoint was trained with "lora"'),
+            ({"directory": 5}, "run.json: is damaged .directory"),
+            ({"options": []}, "run.json: is damaged .options"),
+            ({"options": {}}, "run.json: is damaged .option train_text_encoder is missing"),
+            ({"options": lacking("rank")}, "run.json: rank is null, but the checkpoint was trained with 2"),
+        )),
+        *((json.dumps({**run, "options": {**run["options"], name: value}}), told) for name, value, told in (
+            ("pretrained_model_name_or_path", 5, "damaged .option pretrained_model_name_or_path is 5"),
+            ("pretrained_model_name_or_path", None, "damaged .option pretrained_model_name_or_path"),
+            ("train_text_encoder", "yes", 'damaged .option train_text_encoder is "yes"'),
+            ("train_text_encoder", False, "run.json: trained is "),
+            ("rank", -1, "damaged .option rank is -1"),
+            ("rank", 4, "run.json: rank is 4, but the checkpoint was trained with 2; resume the run"),
+            ("lora_alpha", 16, "run.json: lora_alpha is 16, but the checkpoint was trained with 2"),
+            ("lora_layers", "all", 'run.json: lora_layers is "all", but the checkpoint was trained with'),
+            ("seed", 7, "run.json: seed is 7, but the checkpoint was trained with 0"),
+        )),
+    ]  # fmt: skip
+    for content, told in cases:
+        path.write_text(content)
+        with pytest.raises(UserError, match=told) as raised:
+            export(output / "checkpoint-2", output.parent / "x")
+        assert "\n" not in str(raised.value)
+    path.write_text(text)
 
 
 def test_figures_of_a_trained_text_encoder_are_those_of_an_uninterrupted_run(folder):

@@ -58,6 +58,11 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
             ) from error
 
 
+def is_checkpoint_name(name):
+    """Whether a folder of that name in a run folder is, or would be taken for, a checkpoint."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
 def release_output_dir(output_dir):
     """Gives a run folder free; a folder in which nothing was written goes."""
     folder = Path(output_dir).resolve()
