@@ -58,7 +58,8 @@ def find(name):
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return _from_hub(str(name))
     raise UserError(
-        f"preset {str(name)!r}: unknown; use one of {', '.join(PRESETS)}, a hub id (owner/model) or a folder"
+        f"{str(name)!r}: no such model; give a folder, a file, a hub id (owner/model) or a preset: "
+        f"{', '.join(PRESETS)}"
     )
 
 

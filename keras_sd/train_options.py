@@ -281,14 +281,14 @@ def prepare(
         if options.get("unet_config") is None:
             defaults_from = model
     defaults = ModelDefaults.load(defaults_from) if defaults_from else ModelDefaults()
-    if options["lr_warmup_steps"] is not None and options["max_train_steps"] is not None:
-        _check_warmup(options)
     for name, value in defaults.training(method, variant).items():
         if name in options and options[name] is None:
             options[name] = value
+    _check_warmup(options)
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
     settings = settings_of(options)
+    _tell(method, settings, source, options)
     return Run(settings, source, held_out, model, options)
 
 
@@ -314,9 +314,9 @@ def _check_schedule(scheduler_config, options):
 
 def _check_warmup(options):
     warmup, steps = options["lr_warmup_steps"], options["max_train_steps"]
-    if warmup > steps:
+    if warmup > steps / 2:
         warnings.warn(
-            f"--lr-warmup-steps {warmup}: longer than the run; the learning rate rises in all {steps} steps",
+            f"the learning rate rises over {warmup} of {steps} steps; give a shorter --lr-warmup-steps",
             stacklevel=3,
         )
 
@@ -372,21 +372,26 @@ def settings_of(options):
     # Keras' initialisers take their seeds from this generator. `keras.utils.set_random_seed` sets it too,
     # but imports TensorFlow, where it is installed, under every backend.
     random.seed(settings.seed)
-    if not backend.process_index():
-        print(_summary(settings), file=sys.stderr, flush=True)
     return settings
 
 
-def _summary(settings):
-    """The values that decide a run, whoever has chosen them, in one line."""
+def _tell(method, settings, source, options):
+    """Tells the values that decide a run, whoever has chosen them, in one line."""
+    from keras_sd import backend
+
+    if backend.process_index():
+        return
+    of_model = options.get("pretrained_model_name_or_path")
+    told = [method + (f" of {of_model}" if of_model else "")]
+    if source is not None:
+        told.append(f"{len(source)} images of {options['train_data_dir'] or options['dataset_name']}")
     batch = f"batch size {settings.train_batch_size}"
     if settings.gradient_accumulation_steps > 1:
         batch += f" x {settings.gradient_accumulation_steps}"
-    return (
-        f"training: {settings.max_train_steps} steps, {batch}, learning rate {settings.learning_rate:g} "
-        f"({settings.lr_scheduler}, warm-up {settings.lr_warmup_steps}), EMA {settings.ema_decay:g}, "
-        f"mixed precision {settings.mixed_precision}, {settings.output_dir}"
-    )
+    rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}"
+    told += [f"{settings.max_train_steps} steps", batch, f"{rate}, warm-up {settings.lr_warmup_steps})"]
+    told += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
+    print(f"training: {', '.join([*told, str(settings.output_dir)])}", file=sys.stderr, flush=True)
 
 
 def example_sets(source, held_out, count):

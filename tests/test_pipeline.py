@@ -282,7 +282,7 @@ def test_bad_settings_end_in_one_line(pipeline, change, line):
 
 
 def test_bad_folders_end_in_one_line(pipeline, folder, tmp_path):
-    for path, line in ((tmp_path, "no model_index.json there"), (tmp_path / "none", "unknown; use one of")):
+    for path, line in ((tmp_path, "no model_index.json there"), (tmp_path / "none", "no such model; give a")):
         with pytest.raises(UserError, match=line):
             StableDiffusion.load(path)
     with pytest.raises(UserError, match="dtype 'int4': unknown"):

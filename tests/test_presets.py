@@ -15,7 +15,7 @@ KNOWN = "emoji, emoji-upscaler, sd-1.5, sd-2.1, sd-2.1-base"
 
 def test_unknown_names_are_answered_with_the_known_ones():
     for name in ("emojy", "/no/such/folder", "./folder"):
-        with pytest.raises(UserError, match=f"unknown; use one of {KNOWN}, a hub id"):
+        with pytest.raises(UserError, match=f"no such model; give a folder, .* or a preset: {KNOWN}"):
             StableDiffusion.from_preset(name)
 
 
