@@ -145,12 +145,14 @@ def last_words():
     checkpoints = _checkpoints()
     if not checkpoints:
         return f"{name}: ended{during}; there is no checkpoint yet, start again"
-    if (
-        checkpoints == _state.checkpoints_before
-    ):  # the latest one may be of another branch than the resumed one
+    if checkpoints == _state.checkpoints_before:
+        # The latest one may be of another branch than the resumed one.
         command = _typed(_state.program, sys.argv[1:])
     else:
         command = resume_command(_state.program, sys.argv[1:])
+    model = _state.run_folder / "model"
+    if model.is_dir():
+        return f"{name}: ended{during}; the model is in {model}; what follows is made up for with: {command}"
     return f"{name}: ended{during}; resume with: {command}"
 
 
