@@ -272,6 +272,14 @@ def test_truncated_images(folder):
         path.write_bytes(whole)
 
 
+def test_pixels_that_cannot_be_decoded_are_told_by_name(folder):
+    whole = png(32, 32, b"\x09" + bytes(97) * 32)  # a filter that there is none of, under a right checksum
+    (folder / "a.png").write_bytes(whole)
+    source = load_source(str(folder), "train", 16)
+    with pytest.raises(UserError, match="a.png: truncated or damaged image; replace the file"):
+        source[0]
+
+
 def test_large_truncated_jpeg(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 500, 3), "uint8"))
     noise.save(tmp_path / "a.jpg", quality=95)
