@@ -36,7 +36,9 @@ def folder(tmp_path_factory):
 
 def arguments_of(folder, run, *more):
     arguments = ["ddim", "--train-data-dir", folder / "images", "--output-dir", folder / run]
-    arguments += ["--train-batch-size", 4, "--kid-images", 0, *more]
+    arguments += ["--train-batch-size", 4, *more]
+    if "--evaluation-steps" not in more or more[more.index("--evaluation-steps") + 1]:
+        arguments += ["--kid-images", 0]
     return ["-m", "keras_sd.train", *map(str, arguments)]
 
 
