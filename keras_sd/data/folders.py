@@ -392,6 +392,13 @@ def _text_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str, ..
         )
     used = {path.with_suffix(".txt") for path in images}
     orphans = {text for parent in {path.parent for path in images} for text in parent.glob("*.txt")} - used
+    orphans = [text for text in orphans if not _is_of_left_out(text)]
     if orphans:
         raise UserError(f"{min(orphans)}: a caption without an image; add the image or remove the file")
     return captions
+
+
+def _is_of_left_out(text: Path) -> bool:
+    """Whether a caption belongs to a file beside it that is left out, such as a HEIC image."""
+    beside = (path for path in text.parent.iterdir() if path.stem == text.stem)
+    return any(path.suffix.lower() not in _COMPANIONS for path in beside)

@@ -429,3 +429,12 @@ def test_damaged_exif_is_told_once_in_a_folder(tmp_path):
         load_source(tmp_path, "train", 16, need_captions=False)
     (warning,) = told
     assert "are taken as they are stored: 3, the first is '0.jpg'; turn those" in str(warning.message)
+
+
+def test_a_caption_of_a_file_that_is_left_out_is_left_out_with_it(tmp_path, recwarn):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a square")
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "b.txt").write_text("a phone's image")
+    assert len(FolderSource(tmp_path, 16)) == 1
+    assert "b.heic" in " ".join(str(warning.message) for warning in recwarn)
