@@ -162,10 +162,7 @@ SCRIPT = """
 
     weights = torch.nn.Parameter(inputs["adamw/weights"])
     optimizer = torch.optim.AdamW([weights], **settings["adamw"])
-    epsilon, beta2 = settings["adamw"]["eps"], settings["adamw"]["betas"][1]
     for step, gradient in enumerate(inputs["adamw/gradients"], start=1):
-        # Keras adds epsilon to the root of the second moment before its bias is corrected.
-        optimizer.param_groups[0]["eps"] = epsilon / (1 - beta2**step) ** 0.5
         weights.grad = gradient.clone()
         torch.nn.utils.clip_grad_norm_([weights], settings["max_grad_norm"])
         optimizer.step()
