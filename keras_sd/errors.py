@@ -68,14 +68,14 @@ def _run(command, program):
         path = error.ctx.command_path if error.ctx else program
         _leave(program, f"{error.format_message().rstrip('.')}; see {path} --help")
     except (UserError, click.ClickException) as error:
-        _leave(program, str(error))
+        _leave(program, str(error), at_once=error.__cause__ is not None and is_out_of_memory(error.__cause__))
     except click.Abort:
         return 130
     except Exception as error:
         message = _mendable_fault(error)
         if message is None:
             raise
-        _leave(program, message)
+        _leave(program, message, at_once=is_out_of_memory(error))
     return code if isinstance(code, int) else 0
 
 
@@ -113,6 +113,14 @@ def _warn(program, show, message, category, *place):
         show(message, category, *place)
 
 
-def _leave(program, message):
+def _leave(program, message, at_once=False):
+    """Tells the fault and ends the program; `at_once` frees nothing first.
+
+    After an allocation that failed TensorFlow frees some of its memory twice, which would abort the program.
+    """
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    if at_once and "tensorflow" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
