@@ -52,15 +52,8 @@ demo: $(VENV)/installed  ## Generate with the bundled model and fine-tune it (5 
 train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the options
 	$(BIN)/python -m keras_sd.train $(ARGS)
 
-# Each group has processes of its own: one keeps every program that it has compiled, each in hundreds of memory
-# maps, and a process may have 65,530 of them.
-PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-TEST_GROUPS = "tests/full_path tests/training" "tests/test_*.py" \
-	"tests/captions tests/data tests/diffusion tests/metrics tests/models tests/weights"
-RUN_GROUPS = for group in $(TEST_GROUPS); do $(PYTEST) $$group || exit 1; done
-
 test: $(VENV)/installed-test  ## Run the tests
-	$(if $(ARGS),$(PYTEST) $(ARGS),$(RUN_GROUPS))
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers, train all methods (two hours, 24 GiB)
 	$(BIN)/python -m pytest -q tests/full_size $(ARGS)

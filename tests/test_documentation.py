@@ -137,16 +137,6 @@ def test_notebooks_name_what_exists(notebook):
         assert (ROOT / path).is_file(), path
 
 
-def test_make_test_runs_every_folder_of_tests():
-    groups = re.search(
-        r"^TEST_GROUPS = (.*\n.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    folders = {path.parent.relative_to(ROOT).parts[1] for path in ROOT.glob("tests/*/**/test_*.py")}
-    # These have targets of their own.
-    assert set(re.findall(r"tests/(\w+)(?=[ \"])", groups[1])) == folders - {"full_size", "notebooks"}
-    assert '"tests/test_*.py"' in groups[1]
-
-
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """The current folder: files of all names that the README's commands are given."""
