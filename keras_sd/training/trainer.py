@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import sys
 import warnings
 
@@ -39,7 +38,7 @@ from keras_sd.training.run_folder import (
     write_whole_folder,
 )
 from keras_sd.training.settings import MAY_CHANGE, PRECISIONS, Settings
-from keras_sd.weights.rules import parameter_paths
+from keras_sd.weights.rules import parameter_paths, weights_fingerprint
 
 __all__ = ["PRECISIONS", "Settings", "Trainer"]
 
@@ -65,17 +64,6 @@ class EvaluationCallback(StepCallback):
             self.evaluate(self.step)
 
 
-def _fingerprint(objective):
-    """The SHA-256 of the weights that stay frozen, which a checkpoint does not hold; None without any."""
-    trained = {id(variable) for variable in objective.trainable_variables}
-    frozen = [parameter for parameter in parameter_paths(objective) if id(parameter.variable) not in trained]
-    digest = hashlib.sha256()
-    for parameter in frozen:
-        digest.update(parameter.name.encode())
-        digest.update(np.ascontiguousarray(backend.to_numpy(parameter.variable)).view(np.uint8))
-    return digest.hexdigest() if frozen else None
-
-
 class Trainer:
     """Trains one objective under one run folder.
 
@@ -93,7 +81,9 @@ class Trainer:
         if is_described():  # a command that can be given again
             interruption.set_run_folder(settings.output_dir, settings.resume_from_checkpoint)
         distribution.split_weights(objective)
-        identity = {**identity, **settings.identity(), "frozen": _fingerprint(objective)}
+        # The weights that stay frozen, which a checkpoint does not hold.
+        frozen = weights_fingerprint(objective, left_out=objective.trainable_variables)
+        identity = {**identity, **settings.identity(), "frozen": frozen}
         self.checkpoints = Checkpoints(
             settings.output_dir, identity, settings.checkpoints_total_limit, may_change=MAY_CHANGE
         )

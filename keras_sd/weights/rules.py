@@ -312,10 +312,16 @@ def _non_finite(names, source):
     )
 
 
-def weights_fingerprint(model):
-    """The SHA-256 of all weights of a model with their names, in hexadecimal."""
+def weights_fingerprint(model, left_out=()):
+    """The SHA-256 of a model's weights with their names, in hexadecimal; None if there are none.
+
+    Args:
+        left_out: variables that do not count.
+    """
+    ignored = {id(variable) for variable in left_out}
+    parameters = [parameter for parameter in parameter_paths(model) if id(parameter.variable) not in ignored]
     digest = hashlib.sha256()
-    for parameter in parameter_paths(model):
+    for parameter in parameters:
         digest.update(parameter.name.encode())
         digest.update(np.ascontiguousarray(backend.to_numpy(parameter.variable)).view(np.uint8))
-    return digest.hexdigest()
+    return digest.hexdigest() if parameters else None
