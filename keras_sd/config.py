@@ -6,15 +6,17 @@ read as it is, and one written here is read by those libraries.
 """
 
 import dataclasses
-import json
 import sys
-from pathlib import Path
 from typing import ClassVar
 
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
+from keras_sd.json_files import read_json, shown
 
 _LARGEST = sys.float_info.max
+# No dimension of a model comes near it: vocabularies have 50,000 tokens, images 10,000 pixels a side.
+_LARGEST_SIZE = 2**20
+_MOST_LEVELS = 16
 
 
 class ConfigError(UserError):
@@ -44,16 +46,19 @@ class Config:
             accepted = int | float if field.type is float else field.type
             if not isinstance(value, accepted):
                 kind = getattr(accepted, "__name__", accepted)
-                raise self._error(f"{field.name} {_shown(value)} is no {kind}")
+                raise self._error(f"{field.name} {shown(value)} is no {kind}")
             # Integers that no float holds are refused with those that are no number.
             if field.type is float and not abs(value) <= _LARGEST:
-                raise self._error(f"{field.name} {_shown(value)} is no finite number")
+                raise self._error(f"{field.name} {shown(value)} is no finite number")
+            if isinstance(value, tuple) and len(value) > _MOST_LEVELS:
+                raise self._error(f"{field.name} has {len(value)} values, more than {_MOST_LEVELS}")
         for name in self.sizes:
             value = getattr(self, name)
-            if any(
-                type(size) is not int or size < 1 for size in (value if isinstance(value, tuple) else [value])
-            ):
-                raise self._error(f"{name} {_shown(value)} is no size")
+            for size in value if isinstance(value, tuple) else [value]:
+                if type(size) is not int or size < 1:
+                    raise self._error(f"{name} {shown(value)} is no size")
+                if size > _LARGEST_SIZE:
+                    raise self._error(f"{name} {shown(value)} is more than {_LARGEST_SIZE}")
 
     @classmethod
     def from_dict(cls, values):
@@ -72,7 +77,7 @@ class Config:
             if any(value not in accepted for value in (given if is_per_level else [given])):
                 known = " or ".join(repr(value) for value in accepted if value is not None)
                 raise cls._error(
-                    f"{name} {_shown(given)} is not supported", f"use a model with {known or 'none'}"
+                    f"{name} {shown(given)} is not supported", f"use a model with {known or 'none'}"
                 )
         if cls.json_header.keys() & values.keys():
             values = cls.public_defaults | values
@@ -85,7 +90,7 @@ class Config:
     @classmethod
     def _check_dictionary(cls, values):
         if not isinstance(values, dict):
-            raise cls._error(f"{_shown(values)} is no JSON dictionary")
+            raise cls._error(f"{shown(values)} is no JSON dictionary")
 
     @classmethod
     def _error(cls, fault, remedy="use the config.json that belongs to the weights"):
@@ -98,31 +103,12 @@ class Config:
     @classmethod
     def load(cls, path):
         """Reads the config from a JSON file."""
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path}: not found; a diffusers folder has one per part") from error
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-        except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
-            raise ConfigError(f"{path}: not a JSON file ({error}); fetch it again") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: no JSON dictionary; fetch it again")
-        return cls.from_dict(values)
+        absent = "a diffusers folder has one per part"
+        return cls.from_dict(read_json(path, absent=absent, error=ConfigError))
 
     def save(self, path):
         """Writes the config as a JSON file."""
         write_json(path, self.to_dict())
-
-
-def _shown(value):
-    """A value of a file as a message shows it: short, whatever it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python prints, lists in lists
-        return "(too long to show)"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _tower_values(values, tower):
@@ -134,7 +120,7 @@ def _tower_values(values, tower):
     parts = [values[f"{tower}_config"], values.get(f"{tower}_config_dict") or {}]
     for part in parts:
         if not isinstance(part, dict):
-            raise ConfigError(f"{tower}_config {_shown(part)}: no JSON dictionary; fetch the file again")
+            raise ConfigError(f"{tower}_config {shown(part)}: no JSON dictionary; fetch the file again")
     nested = parts[0] | parts[1]
     return nested | shared | {"model_type": f"clip_{tower}_model"}
 
@@ -449,7 +435,7 @@ class SchedulerConfig(Config):
         super().__post_init__()
         if self.num_train_timesteps > _MOST_TIMESTEPS:
             raise self._error(
-                f"num_train_timesteps {_shown(self.num_train_timesteps)} is more than {_MOST_TIMESTEPS}"
+                f"num_train_timesteps {shown(self.num_train_timesteps)} is more than {_MOST_TIMESTEPS}"
             )
         if not 0 <= self.beta_start <= self.beta_end <= 1 or not self.beta_end:
             raise self._error(

@@ -19,6 +19,7 @@ from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from keras_sd import reference_outputs
+from keras_sd.json_files import read_json
 from keras_sd.loading import CLIP_HEAD, open_parts
 from keras_sd.models.image_encoder import normalize_pixels
 from keras_sd.parity_report import (
@@ -39,7 +40,6 @@ from keras_sd.parity_report import (
 )
 from keras_sd.weights import readers
 from keras_sd.weights.checkpoint import Checkpoint
-from keras_sd.weights.formats import read_json
 from keras_sd.weights.rules import canonical_name
 
 _OUTPUTS = {

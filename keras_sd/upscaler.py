@@ -11,10 +11,10 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.files import replaced_folder
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit, resized
+from keras_sd.json_files import read_json
 from keras_sd.loading import load_part
 from keras_sd.tasks import equal_batches
 from keras_sd.weights.diffusers_folder import LOW_RES_SCHEDULER, SCHEDULER, write_part, write_scheduler
-from keras_sd.weights.formats import read_json
 from keras_sd.weights.rules import torch_state
 
 

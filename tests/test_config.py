@@ -156,6 +156,13 @@ def test_vae_factor_follows_from_its_levels():
             r"attention_head_dim \(5, 0, 10, 10\) is no size",
         ),
         (UNetConfig, {"block_out_channels": ["8", 8, 8, 8]}, "block_out_channels .* is no size"),
+        (UNetConfig, {"in_channels": 10**12}, "in_channels 1000000000000 is more than 1048576"),
+        (UNetConfig, {"block_out_channels": [8] * 100}, "block_out_channels has 100 values, more than 16"),
+        (
+            TextEncoderConfig,
+            {"vocab_size": 10**100},
+            "vocab_size 1000+... is more than|vocab_size 1000+ is more",
+        ),
         (UNetConfig, {"attention_head_dim": [5, 10]}, "4 block_out_channels, 2 attention_head_dim"),
         (UNetConfig, {"up_block_types": ["SimpleCrossAttnUpBlock2D"] * 4}, "use UpBlock2D or Cross"),
         (UNetConfig, {"block_out_channels": [8, 16]}, "2 block_out_channels, 4 down_block_types"),

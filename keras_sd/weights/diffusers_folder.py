@@ -7,11 +7,13 @@ own. Written in one form: one safetensors file for each part.
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
 from keras_sd.files import replaced_folder, write_json
+from keras_sd.json_files import MIB, read_json
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_json, read_safetensors, write_safetensors
+from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 INDEX = "model_index.json"
@@ -27,6 +29,7 @@ _STEMS = {
     "image_encoder": ("model", "pytorch_model"),
 }
 _SUFFIXES = (".safetensors", ".bin")
+_LARGEST_INDEX = 16 * MIB
 
 _LIBRARIES = {
     "scheduler": ["diffusers", "DDIMScheduler"],
@@ -37,6 +40,12 @@ _LIBRARIES = {
 }
 # Parts that a pipeline of diffusers may have, and that we have none of, or that it leaves alone.
 _ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
+
+
+class ShardIndex(TypedDict):
+    """The shape of `*.index.json`: the file that each tensor is in."""
+
+    weight_map: dict[str, str]
 
 
 def weights_path(folder, part, variant=None):
@@ -100,9 +109,7 @@ def read_weights(path):
         return read_safetensors(path)
     if path.suffix == ".bin":
         return {name: value for name, value in read_torch(path).items() if isinstance(value, np.ndarray)}
-    shard_of = read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
-        raise UserError(f"{path}: names no files for its tensors; fetch it again")
+    shard_of = read_json(path, ShardIndex, largest=_LARGEST_INDEX)["weight_map"]
     shards = {}
     for name in sorted(set(shard_of.values())):
         if Path(name).name != name or not name.endswith(_SUFFIXES):

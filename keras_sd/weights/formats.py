@@ -117,23 +117,3 @@ def _convert(name, array, dtype):
     if not np.isfinite(converted).all():
         raise UserError(f"{name}: holds values that are no finite {converted.dtype}; save as float32")
     return converted
-
-
-def read_json(path):
-    """Reads a JSON dictionary.
-
-    Raises:
-        UserError: the file is missing or holds no JSON dictionary.
-    """
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: no such file; give a folder in diffusers' layout") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, too deep
-        raise UserError(f"{path}: not a JSON file ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: no JSON dictionary; fetch it again")
-    return values

@@ -10,15 +10,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
+from keras_sd.json_files import read_json
 from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
 from keras_sd.models.text_encoder import LEGACY_END_TOKEN_ID
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_json, read_safetensors, write_safetensors
+from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.ldm_names import index_count
 from keras_sd.weights.rules import canonical_name
 from keras_sd.weights.torch_pickle import read_torch
@@ -216,14 +218,23 @@ def _flattened(values, path=""):
             yield f"{path}{name}", value
 
 
+class _Towers(TypedDict):
+    text_cfg: dict
+    vision_cfg: dict
+
+
+class OpenClipConfig(TypedDict):
+    """The shape of `open_clip_config.json`."""
+
+    model_cfg: _Towers
+
+
 def _config_beside(path):
     """The `model_cfg` of the config beside the weights, or None."""
     path = path.with_name(CONFIG_NAME)
     if not path.is_file():
         return None
-    config = read_json(path).get("model_cfg")
-    if not isinstance(config, dict) or not all(isinstance(config.get(tower), dict) for tower in _COMPUTED):
-        raise UserError(f"{path}: has no model_cfg with text_cfg and vision_cfg; use OpenCLIP's own file")
+    config = read_json(path, OpenClipConfig, remedy="use OpenCLIP's own file")["model_cfg"]
     for tower, name in (("text_cfg", "heads"), ("vision_cfg", "head_width")):
         value = config[tower].get(name, 1)
         if not isinstance(value, int) or value < 1:

@@ -121,10 +121,5 @@ def test_bad_files_end_in_one_line(tmp_path, fault):
 
 
 def test_missing_files_end_in_one_line(tmp_path):
-    for read in (formats.read_safetensors, formats.read_json):
-        with pytest.raises(UserError, match="no such file"):
-            read(tmp_path / "none")
-    for content in ("{", "[1]"):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match="no JSON dictionary|not a JSON file"):
-            formats.read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match="no such file"):
+        formats.read_safetensors(tmp_path / "none")

@@ -11,11 +11,12 @@ import pytest
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
+from keras_sd.json_files import read_json
 from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN, ImageEncoder
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights import rules
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_json, read_safetensors, write_safetensors
+from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.open_clip import open_clip_config, read_open_clip, write_open_clip
 from tests import tiny
 from tests.reference import run_reference

@@ -176,7 +176,10 @@ def misname(weight_map):
         (escape, "names the file '../../secret.safetensors', which is not beside it"),
         (lose, "1 tensors are not in the files it names, the first is conv_lost.weight"),
         (misname, "00009-of-00009.safetensors: no such file"),
-        (lambda weight_map: weight_map.update({"conv_in.weight": 3}), "names no files for its tensors"),
+        (
+            lambda weight_map: weight_map.update({"conv_in.weight": 3}),
+            "weight 3: input should be a valid string",
+        ),
         (lambda weight_map: weight_map.pop("conv_in.weight"), "1 tensors missing.*conv_in.weight is missing"),
     ],
 )

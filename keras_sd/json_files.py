@@ -1,0 +1,253 @@
+"""JSON that comes from outside: read by one function, within limits, and checked against a declared shape.
+
+A shape is a type as `pydantic` reads it: `dict`, `dict[str, str]`, or a `TypedDict` with the keys that are
+used; other keys may be there. Checks are strict: no text stands for a number. pydantic is imported when the
+first file is read, as the package has to start fast.
+"""
+
+import functools
+import json
+import re
+import stat
+from pathlib import Path
+
+from keras_sd.errors import UserError
+
+MIB = 2**20
+LARGEST_FILE = 4 * MIB
+"""Bytes of a file; configs take a few thousand. One byte of JSON takes up to 30 in memory."""
+
+LARGEST_LINE = MIB
+"""Bytes of a line in a file of JSON lines."""
+
+LONGEST_NUMBER = 100
+"""Characters of a number. Tokenizers' files have one of 31 digits."""
+
+DEEPEST = 32
+"""Lists and dictionaries in each other; configs have 4."""
+
+_LONGEST_SHOWN = 200
+_NO_DICTIONARY = "no JSON dictionary"
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+# Python keeps the bytes of file names that are no UTF-8 as these halves of pairs (`surrogateescape`).
+_NO_TEXT_BUT_NAMES = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
+
+_REQUIRED = object()
+
+
+def read_json(
+    path,
+    shape=dict,
+    *,
+    default=_REQUIRED,
+    absent="check its name",
+    remedy="fetch it again",
+    largest=LARGEST_FILE,
+    error=UserError,
+):
+    """Reads a JSON file that may be anyone's.
+
+    Args:
+        path: the file.
+        shape: the type of its content, which is returned as it stands in the file.
+        default: what is returned where there is no such file; without it, that is an error.
+        absent: the remedy where there is no such file.
+        remedy: what to do about a damaged one.
+        largest: most bytes of the file.
+        error: the class of what is raised, a `UserError`.
+
+    Raises:
+        UserError: the file is missing, cannot be read, is larger than `largest`, is no JSON in UTF-8, goes
+            beyond a limit of this module, or has another shape.
+    """
+    path = Path(path)
+    try:
+        content = read_bytes(path, largest, remedy)
+    except FileNotFoundError as missing:
+        if default is not _REQUIRED:
+            return default
+        raise error(f"{path}: not found; {absent}") from missing
+    except UserError as fault:
+        raise error(str(fault)) from fault
+    return parse_json(content, path, shape, remedy=remedy, error=error)
+
+
+def parse_json(content, place, shape=dict, *, remedy="fetch it again", file_names=False, error=UserError):
+    """The value of a JSON text, within the limits of this module and of the given shape.
+
+    Args:
+        content: the text, as bytes in UTF-8 or as a string.
+        place: what an error calls it: the file, or the file and the line.
+        shape, remedy, error: as `read_json` takes them.
+        file_names: strings may hold file names that are no UTF-8, as Python has them.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    try:
+        if isinstance(content, bytes):
+            content = content.decode("utf-8-sig")
+        value = json.loads(content, parse_int=_integer, parse_float=_float)
+        _check_limits(value, _NO_TEXT_BUT_NAMES if file_names else _NO_TEXT)
+    except RecursionError as fault:
+        raise error(f"{place}: not a JSON file (lists in lists in lists); {remedy}") from fault
+    except ValueError as fault:  # no UTF-8, no JSON, beyond a limit
+        raise error(f"{place}: not a JSON file ({fault}); {remedy}") from fault
+    fault = shape_fault(value, shape)
+    if fault:
+        raise error(f"{place}: {fault}; {remedy}")
+    return value
+
+
+def read_json_lines(path, shape=dict, *, remedy="correct it", file_names=False):
+    """Yields `(line, value)` for each line of a file of JSON lines; empty ones are passed over.
+
+    The file is read line by line, so it may have any size.
+
+    Args:
+        path, shape, remedy, file_names: as `parse_json` takes them.
+
+    Yields:
+        The text of the line without its end, and its value.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: as `parse_json`; the error tells the line's number.
+    """
+    for number, line in enumerate(read_lines(path, remedy), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield line, parse_json(line, place, shape, remedy=remedy, file_names=file_names)
+
+
+def read_lines(path, remedy="correct it"):
+    """Yields the lines of a text file in UTF-8 one by one, without their ends.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or a line is no UTF-8 or longer than `LARGEST_LINE`.
+    """
+    with _opened(path, remedy) as file:
+        number = 0
+        while line := file.readline(LARGEST_LINE + 1):
+            number += 1
+            if len(line) > LARGEST_LINE:
+                raise UserError(f"{path}, line {number}: longer than {LARGEST_LINE // MIB} MiB; {remedy}")
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); {remedy}") from error
+
+
+def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
+    """The content of a file that is no larger than it may be.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, is no plain file, or is larger.
+    """
+    with _opened(path, remedy) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise UserError(f"{path}: larger than {largest // MIB} MiB; {remedy}")
+    return content
+
+
+def read_text(path, largest=LARGEST_FILE, remedy="save it as UTF-8"):
+    """The text of a file in UTF-8 that is no larger than it may be.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: as `read_bytes`, or it is no UTF-8.
+    """
+    content = read_bytes(path, largest, remedy)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); {remedy}") from error
+
+
+def _opened(path, remedy):
+    try:
+        # What is no plain file may never end, or wait for ever: a pipe, a device.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            kind = "a folder" if Path(path).is_dir() else "no plain file"
+            raise UserError(f"{path}: cannot be read ({kind}, not a file); {remedy}")
+        return open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    except (OSError, ValueError) as error:  # the latter of a name with a NUL
+        fault = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({fault}); {remedy}") from error
+
+
+def shape_fault(value, shape):
+    """What differs first between a JSON value and a shape, in a few words; None where nothing does."""
+    if shape is dict:
+        return None if isinstance(value, dict) else _NO_DICTIONARY
+    from pydantic import ValidationError
+
+    try:
+        _adapter(shape).validate_python(value, strict=True)
+        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = shown(".".join(map(str, first["loc"])))[1:-1]
+        if first["type"] == "missing":
+            return f"has no {where}"
+        if first["type"] == "dict_type":
+            return f"{where}: {_NO_DICTIONARY}" if where else _NO_DICTIONARY
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        return f"{f'{where} ' if where else ''}{shown(first['input'])}: {message}"
+
+
+@functools.cache
+def _adapter(shape):
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
+
+
+def shown(value):
+    """A value of a file as a message shows it: short, whatever it is."""
+    try:
+        text = repr(value[: 2 * _LONGEST_SHOWN] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # more digits than Python prints, lists in lists
+        return "(too long to show)"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _integer(text):
+    _check_length(text)
+    return int(text)
+
+
+def _float(text):
+    _check_length(text)
+    return float(text)
+
+
+def _check_length(text):
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} characters")
+
+
+def _check_limits(value, no_text):
+    """Raises a ValueError for what is too deep, and for strings that are no text."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = []
+        for one in level:
+            if isinstance(one, dict):
+                inner.extend(one)
+                inner.extend(one.values())
+            elif isinstance(one, list):
+                inner.extend(one)
+            elif isinstance(one, str) and not one.isascii() and no_text.search(one):
+                raise ValueError("half of a surrogate pair in a text")
+            elif isinstance(one, str) and "\0" in one:
+                raise ValueError("a NUL in a text")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"more than {DEEPEST} lists or dictionaries in each other")
