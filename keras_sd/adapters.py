@@ -1,6 +1,10 @@
 """Low-rank updates (LoRA) at work: added to the kernels of a model, several at once, and taken off again."""
 
 import contextlib
+import itertools
+import os
+import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -30,10 +34,39 @@ class Adapters:
         """The names of what is loaded."""
         return tuple(self._loaded)
 
-    def load(self, path, name, weight):
-        """Loads a LoRA and adds it, times `weight`, to the model."""
-        self._loaded[name] = read_lora(path, self._models)
+    def load(self, path, name=None, weight=1.0):
+        """Loads a LoRA and adds it, times `weight`, to the model.
+
+        Args:
+            path: as `read_lora` takes it.
+            name: what it is called; by default as its file or its folder, and with a number behind it, which
+                a warning tells, where another one is called so.
+
+        Returns:
+            The name.
+
+        Raises:
+            UserError: another one has the name that is given; or as `read_lora` and `set`.
+        """
+        if name in self._loaded:
+            raise UserError(f"LoRA {name!r}: loaded already; give another name, or unload it first")
+        weight = _checked_weight(name or path, weight)
+        lora = read_lora(path, self._models)
+        name = name or self._free_name(path)
+        self._loaded[name] = lora
         self.set(self.weights | {name: weight})
+        return name
+
+    def _free_name(self, path):
+        path = Path(os.path.abspath(path))  # ".", and no links: the names in a cache are hashes
+        usual = path.name if path.is_dir() else path.stem
+        numbered = (f"{usual}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([usual], numbered) if name not in self._loaded)
+        if name != usual:
+            warnings.warn(
+                f"{path}: another LoRA is called {usual!r}, so prompts call this one {name!r}", stacklevel=4
+            )
+        return name
 
     def unload(self, name=None):
         """Takes a LoRA off the model and forgets it; all of them without a name."""
@@ -50,9 +83,7 @@ class Adapters:
         """
         for name in weights:
             self._known(name)
-            if not np.isfinite(weights[name]):
-                raise UserError(f"LoRA {name!r}: its weight {weights[name]} is no finite number; use another")
-        weights = {name: float(weight) for name, weight in weights.items() if weight}
+        weights = {name: _checked_weight(name, weight) for name, weight in weights.items() if weight}
         self._apply(weights)
         self.weights = weights
 
@@ -93,3 +124,9 @@ class Adapters:
         else:
             parameter.variable.assign(base)
             del self._bases[key]
+
+
+def _checked_weight(name, weight):
+    if isinstance(weight, bool) or not isinstance(weight, int | float | np.number) or not np.isfinite(weight):
+        raise UserError(f"LoRA {str(name)!r}: its weight {weight!r} is no finite number; use another")
+    return float(weight)

@@ -181,15 +181,23 @@ class StableDiffusion(Tasks):
         Updates go into the kernels, so that sampling costs no more; `save` writes the sum. Prompts may ask
         for more of one, or less, by `<lora:name:0.8>`, which then holds for that call.
 
+        How strong an update is, its file says: by alpha, by the `adapter_config.json` beside PEFT's
+        `adapter_model`, or by what diffusers writes into the header.
+
         Args:
-            path: a file, or a folder with `pytorch_lora_weights.safetensors`.
-            name: what it is called from now on; the file's stem, or the folder's name.
+            path: a file, or a folder with `pytorch_lora_weights.safetensors` or PEFT's `adapter_model`.
+            name: what it is called from now on; by default as the file or the folder, and with a number
+                behind it, which a warning tells, where another one is called so.
             weight: how much of it; 0 only makes it known to prompts.
 
+        Returns:
+            The name.
+
         Raises:
-            UserError: the file is damaged, or was made for another kind of model.
+            UserError: the file is damaged, or was made for another kind of model; its config asks for what
+                is not supported (DoRA, ...); or another LoRA has the name that is given.
         """
-        self.adapters.load(path, name or Path(path).stem, weight)
+        return self.adapters.load(path, name, weight)
 
     def set_lora_weights(self, weights):
         """Sets how much of each loaded LoRA, name -> weight, is in the model; those not named go out."""
@@ -204,7 +212,7 @@ class StableDiffusion(Tasks):
         if name not in self.adapters.names and self.lora_folder is not None:
             path = Path(self.lora_folder) / f"{name}.safetensors"
             if path.is_file() and path.parent == Path(self.lora_folder):
-                self.load_lora(path, weight=0.0)
+                self.load_lora(path, name, weight=0.0)
         return name in self.adapters.names
 
     # Learned words

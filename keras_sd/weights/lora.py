@@ -5,8 +5,8 @@ names by underscores (`lora_unet_…_to_q.lora_down.weight`) and has latent-diff
 joined name cannot be taken apart, the names of the model are joined and compared.
 """
 
-import json
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +14,18 @@ import numpy as np
 
 from keras_sd.errors import UserError
 from keras_sd.weights import ldm_names
-from keras_sd.weights.formats import read_metadata, read_safetensors, write_safetensors
+from keras_sd.weights.formats import DTYPES, read_safetensors, write_safetensors
+from keras_sd.weights.lora_strength import ADAPTER_CONFIG, read_strengths
 from keras_sd.weights.rules import parameter_paths
 from keras_sd.weights.torch_pickle import read_torch
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 PARTS = ("unet", "text_encoder")
+
+# What a folder may hold, in the order in which it is looked for: diffusers' names, and PEFT's own.
+_FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+_DORA = ("dora_scale", "magnitude_vector")
+_PEFT_PREFIX = "base_model.model."
 
 _KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
@@ -48,8 +54,20 @@ class LowRank(NamedTuple):
         return np.float32(self.alpha / rank) * product.reshape(-1, *self.down.shape[1:])
 
 
+def lora_file(path):
+    """The file that holds the LoRA of a path: itself, or one in the folder that it names."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / PEFT_FILE)
+
+
 def read_lora(path, models):
-    """Reads a file, or a folder with `pytorch_lora_weights.safetensors` in it.
+    """Reads a file, or a folder with `pytorch_lora_weights` or `adapter_model` in it.
+
+    Strength is taken from the tensors named alpha, else from the `adapter_config.json` beside an
+    `adapter_model`, else from the file's header; without any of them an update counts once, as alpha is the
+    rank then.
 
     Args:
         path: a safetensors file, or torch's own.
@@ -59,17 +77,20 @@ def read_lora(path, models):
         A dictionary: part -> layer -> `LowRank`.
 
     Raises:
-        UserError: the file is damaged or no LoRA, or the LoRA of another model; the line says what differs.
+        UserError: the file is damaged or no LoRA, or the LoRA of another model, or its config asks for what
+            is not supported; the line says what differs.
     """
-    path = Path(path)
-    path = path / PEFT_FILE if path.is_dir() else path
-    safe = path.suffix == ".safetensors"
-    tensors = read_safetensors(path) if safe else read_torch(path)
+    path = lora_file(path)
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: holds no tensors by name; give a LoRA")
     shapes = {part: _layer_shapes(model) for part, model in models.items()}
     names = {part: _spellings(part, shapes[part], model.config.to_dict()) for part, model in models.items()}
     found = {}
     for key, array in tensors.items():
-        match = _TENSOR_PATTERN.fullmatch(key)
+        match = _TENSOR_PATTERN.fullmatch(key) if isinstance(key, str) else None
+        if match is None and str(key).endswith(_DORA):
+            raise UserError(f"{path}: {key} is of DoRA, which is not supported; use a plain LoRA")
         if match is None or not isinstance(array, np.ndarray):
             raise UserError(
                 f"{path}: {key} is no tensor of a LoRA; give one in diffusers', PEFT's or kohya's way"
@@ -79,10 +100,16 @@ def read_lora(path, models):
         found.setdefault(part, {}).setdefault(layer, {})[half] = array
     if not found:
         raise UserError(f"{path}: holds no tensors; give a LoRA")
-    alphas = _written_alphas(path) if safe else {}
+    strengths = read_strengths(path, PARTS)
+    if not strengths and any(key.startswith(_PEFT_PREFIX) for key in tensors):
+        warnings.warn(
+            f"{path}: PEFT's weights without {ADAPTER_CONFIG}, so each update counts once; put that file "
+            "beside adapter_model.safetensors, or set the weight",
+            stacklevel=4,
+        )
     return {
         part: {
-            layer: _checked(f"{part}.{layer}", halves, alphas.get(part), shapes[part][layer], path)
+            layer: _checked(part, layer, halves, strengths.get(part), shapes[part][layer], path)
             for layer, halves in layers.items()
         }
         for part, layers in found.items()
@@ -128,17 +155,8 @@ def _resolve(name, names, path):
     raise UserError(f"{path}: the model has no layer {name}; use a LoRA that was made for this kind of model")
 
 
-def _written_alphas(path):
-    """Part -> alpha, of files that say it in their header as diffusers writes it."""
-    try:
-        written = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    alphas = {part: written.get(f"{part}.lora_alpha") for part in PARTS}
-    return {part: alpha for part, alpha in alphas.items() if alpha is not None}
-
-
-def _checked(name, halves, written_alpha, shape, path):
+def _checked(part, layer, halves, strength, shape, path):
+    name = f"{part}.{layer}"
     missing = {"down", "up"} - halves.keys()
     if missing:
         raise UserError(f"{path}: {name} lacks its {missing.pop()} half; fetch the file again")
@@ -154,8 +172,16 @@ def _checked(name, halves, written_alpha, shape, path):
     for array in (down, up):
         if not np.isfinite(np.asarray(array, "float32")).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; use an undamaged file")
-    alpha = halves.get("alpha", written_alpha)
-    return LowRank(down, up, len(down) if alpha is None else float(np.asarray(alpha, "float32").item()))
+    if "alpha" in halves:
+        return LowRank(down, up, _single_alpha(name, halves["alpha"], path))
+    return LowRank(down, up, strength.alpha(layer, len(down)) if strength else float(len(down)))
+
+
+def _single_alpha(name, array, path):
+    alpha = np.asarray(array, "float32")
+    if alpha.size != 1 or not np.isfinite(alpha).all():
+        raise UserError(f"{path}: {name} has an alpha that is no finite number; use an undamaged file")
+    return float(alpha.item())
 
 
 def write_lora(path, lora, dialect="peft", dtype=None):
@@ -177,12 +203,25 @@ def write_lora(path, lora, dialect="peft", dtype=None):
     for part, layers in lora.items():
         for layer, (down, up, alpha) in layers.items():
             if dialect == "peft":
-                scale = np.asarray(alpha / len(down), up.dtype)
+                down, up = _with_scale(down, up, alpha / len(down), dtype)
                 tensors[f"{part}.{layer}.lora_A.weight"] = down
-                tensors[f"{part}.{layer}.lora_B.weight"] = up * scale
+                tensors[f"{part}.{layer}.lora_B.weight"] = up
             else:
                 name = _KOHYA_PREFIXES[part] + layer.replace(".", "_")
                 tensors[f"{name}.lora_down.weight"] = down
                 tensors[f"{name}.lora_up.weight"] = up
-                tensors[f"{name}.alpha"] = np.asarray(alpha, down.dtype)
+                tensors[f"{name}.alpha"] = np.asarray(alpha, "float32")
     write_safetensors(path, tensors, dtype)
+
+
+def _with_scale(down, up, scale, dtype):
+    """The halves of an update whose product holds `scale`, in the type that they are written in."""
+    kind = np.dtype(DTYPES[dtype] if dtype else up.dtype)
+    scaled = np.asarray(up, "float32") * np.float32(scale)
+    if kind != np.float16:
+        return down, scaled.astype(kind)
+    # float16 loses its digits below 6e-5: a power of two, which is exact, makes both halves of one size.
+    down = np.asarray(down, "float32")
+    largest, own = np.abs(scaled).max(initial=0), np.abs(down).max(initial=0)
+    share = np.float32(2.0 ** np.round(np.log2(largest / own) / 2)) if largest and own else np.float32(1)
+    return (down * share).astype(kind), (scaled / share).astype(kind)

@@ -1,11 +1,17 @@
 """LoRA files against diffusers' and PEFT's own, in every dialect; and LoRAs at work in a pipeline."""
 
+import json
+import shutil
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
-from keras_sd.weights.lora import LowRank, read_lora, write_lora
+from keras_sd.files import write_json
+from keras_sd.weights.lora import PEFT_FILE, LowRank, read_lora, write_lora
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference
@@ -16,7 +22,7 @@ SCRIPT = """
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -52,6 +58,34 @@ for index, (name, rank, alpha, targets) in enumerate((
         unet_lora_adapter_metadata={"r": rank, "lora_alpha": alpha, "target_modules": targets},
         text_encoder_lora_adapter_metadata={"r": rank, "lora_alpha": alpha, "target_modules": TEXT},
     )
+# PEFT's own folder, and diffusers' file with all of PEFT's config in its header.
+for name, options in (
+    ("plain", dict(r=4, lora_alpha=16)),
+    ("rank_stabilized", dict(r=4, lora_alpha=6, use_rslora=True)),
+    ("patterns", dict(
+        r=4, lora_alpha=8, rank_pattern={"to_k": 2, "attn2.to_v": 3},
+        alpha_pattern={"attn1.to_q": 20, r"down_blocks\\.0\\..*to_k": 5, "^mid_block.*proj_in": 1},
+    )),
+):
+    pipe = pipeline()
+    torch.manual_seed(7)
+    targets = ["to_q", "to_k", "to_v", "proj_in"]
+    model = get_peft_model(pipe.unet, LoraConfig(target_modules=targets, init_lora_weights=False, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    outputs[f"{name}_folder"] = latents(pipe)
+    model.save_pretrained(folder / f"{name}_folder")
+    config = {key: list(value) if isinstance(value, set) else value
+              for key, value in model.peft_config["default"].to_dict().items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder / f"{name}_file", unet_lora_adapter_metadata=config,
+        unet_lora_layers={key.removeprefix("base_model.model."): value
+                          for key, value in get_peft_model_state_dict(model).items()},
+    )
+    pipe = pipeline()
+    pipe.load_lora_weights(folder / f"{name}_file")
+    outputs[f"{name}_file"] = latents(pipe)
 pipe = pipeline()
 # Added up by hand: a second adapter makes transformers 5.23 draw those of its text encoder's first one anew.
 for name, weight in (("first", 2 * 0.7), ("second", -0.5)):
@@ -132,6 +166,109 @@ def test_latents_with_a_lora_of_diffusers(pipeline, folder, reference, noise, na
     assert close(latents(pipeline, noise), reference[name])
     assert not close(reference["base"], reference[name])
     pipeline.unload_lora()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("name", ["plain", "rank_stabilized", "patterns"])
+def test_strength_is_what_pefts_config_says(pipeline, folder, reference, noise, name, kind):
+    pipeline.load_lora(folder / f"{name}_{kind}")
+    assert close(latents(pipeline, noise), reference[f"{name}_{kind}"])
+    pipeline.unload_lora()
+
+
+def peft_folder(folder, tmp_path, **changes):
+    """A copy of a folder that PEFT wrote, its config changed."""
+    config = json.loads((folder / "plain_folder" / "adapter_config.json").read_text())
+    write_json(tmp_path / "adapter_config.json", config | changes)
+    shutil.copy(folder / "plain_folder" / "adapter_model.safetensors", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"r": 8}, "says rank 8 for .* whose update has 4"),
+        ({"r": "4"}, "r '4': input should be a valid integer"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan is no number of use"),
+        ({"lora_alpha": 10**90}, "lora_alpha 1000.* is no number of use"),
+        ({"alpha_pattern": {"to_q": 1.5, "to_k": "x"}}, "alpha_pattern.to_k 'x'"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: no JSON dictionary"),
+        ({"alpha_pattern": {"(a+)+": 1}}, "too involved a pattern"),
+        ({"rank_pattern": {"(": 4}}, "too involved a pattern"),
+        ({"use_rslora": "yes"}, "use_rslora 'yes'"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused_by_name(
+    pipeline, folder, reference, tmp_path, changes, line
+):
+    with pytest.raises(UserError, match=line) as caught:
+        pipeline.load_lora(peft_folder(folder, tmp_path, **changes))
+    assert "\n" not in str(caught.value) and not pipeline.adapters.names
+
+
+def test_weights_of_peft_without_their_config_are_told_of(pipeline, folder, reference, tmp_path):
+    shutil.copy(folder / "plain_folder" / "adapter_model.safetensors", tmp_path / "ink.safetensors")
+    with pytest.warns(UserWarning, match="adapter_config.json"):
+        pipeline.load_lora(tmp_path / "ink.safetensors")
+    pipeline.unload_lora()
+
+
+@pytest.mark.parametrize(
+    "names", [("a/model.safetensors", "b/model.safetensors"), ("ink-v1.5", "ink-v1"), ("c.safetensors",) * 2]
+)
+def test_loras_of_one_stem_all_act(pipeline, folder, noise, tmp_path, names):
+    lora = random_lora(pipeline)
+    for name in names:
+        path = tmp_path / name
+        write_lora(path if path.suffix == ".safetensors" else path / PEFT_FILE, lora)
+    pipeline.load_lora(tmp_path / names[0], weight=0.75)
+    wanted = latents(pipeline, noise)
+    pipeline.unload_lora()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        called = [pipeline.load_lora(tmp_path / name, weight=0.375) for name in names]
+    assert called == list(pipeline.adapters.names) and len(set(called)) == 2
+    usual = [Path(name).name.removesuffix(".safetensors") for name in names]
+    assert called[0] == usual[0] and (called[1] == usual[1]) == (usual[0] != usual[1])
+    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(told) == (usual[0] == usual[1])
+    assert all(f"prompts call this one {called[1]!r}" in line for line in told)
+    np.testing.assert_allclose(latents(pipeline, noise), wanted, atol=1e-5)
+    with pytest.raises(UserError, match="loaded already; give another name"):
+        pipeline.load_lora(tmp_path / names[0], called[1])
+    pipeline.unload_lora()
+
+
+def test_a_scale_is_multiplied_in_float32(pipeline, tmp_path):
+    generator = np.random.default_rng(0)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = generator.standard_normal((128, 8)), 1e-4 * generator.standard_normal((8, 128))
+    half = LowRank(down.astype("float16"), up.astype("float16"), 0.25)
+    for dialect in ("peft", "kohya"):
+        path = tmp_path / f"{dialect}.safetensors"
+        write_lora(path, {"unet": {layer: half}}, dialect)
+        assert load_file(path).popitem()[1].dtype == np.float16 or dialect == "kohya"
+        product = read_lora(path, models(pipeline))["unet"][layer].scaled_product
+        assert np.abs(product - half.scaled_product).max() < 2e-3 * half.scaled_product.std()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, True])
+def test_weights_and_alphas_that_are_no_numbers_are_refused(pipeline, folder, tmp_path, weight):
+    with pytest.raises(UserError, match="is no finite number"):
+        pipeline.load_lora(folder / "ours_kohya.safetensors", weight=weight)
+    assert not pipeline.adapters.names
+    if isinstance(weight, float):
+        tensors = load_file(folder / "ours_kohya.safetensors")
+        name = next(name for name in tensors if name.endswith("alpha"))
+        save_file(tensors | {name: np.float32(weight)[None]}, tmp_path / "bad.safetensors")
+        with pytest.raises(UserError, match="alpha that is no finite number"):
+            pipeline.load_lora(tmp_path / "bad.safetensors")
 
 
 def test_several_with_weights_add_up(pipeline, folder, reference, noise):

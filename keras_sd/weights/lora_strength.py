@@ -1,0 +1,156 @@
+"""How strong a LoRA's updates are, as PEFT's config says: `adapter_config.json` beside the weights, or what
+diffusers writes into a safetensors header (`lora_adapter_metadata`).
+
+PEFT multiplies an update of rank r by alpha / r, and with rsLoRA (Kalajdzievski, 2023) by alpha / sqrt(r);
+`rank_pattern` and `alpha_pattern` give single layers others. What else a config may ask for changes the
+numbers in ways that are not done here, so it is refused by its name.
+"""
+
+import math
+import re
+
+from typing_extensions import TypedDict
+
+from keras_sd.errors import UserError
+from keras_sd.json_files import parse_json, read_json, shape_fault, shown
+from keras_sd.weights.formats import read_metadata
+
+ADAPTER_CONFIG = "adapter_config.json"
+_METADATA = "lora_adapter_metadata"
+
+# Names of PEFT's LoraConfig whose other values change what is computed -> those that do not.
+_NEUTRAL = {
+    "peft_type": ("LORA", None),
+    "bias": ("none", None),
+    # The others are ways to begin; these move a part of the model's own weights into the update.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    **dict.fromkeys(
+        [
+            *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
+            *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "target_parameters"),
+            *("monteclora_config", "kasa_config", "velora_config"),
+        ],
+        (False, None, [], {}),
+    ),
+}
+
+
+class _Shape(TypedDict, total=False):
+    """The fields that say how strong updates are."""
+
+    r: int | None
+    lora_alpha: float | None
+    use_rslora: bool | None
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+
+
+_LARGEST_ALPHA = 1e30
+_LONGEST_PATTERN = 300
+_QUANTIFIERS = re.compile(r"(?<!\\)[*+{]")
+_QUANTIFIED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+_MOST_QUANTIFIERS = 2
+
+
+class LoraStrength:
+    """The strengths of a LoRA's updates.
+
+    Args:
+        config: the fields of PEFT's `LoraConfig`, as a dictionary.
+        source: where they come from, for messages.
+
+    Raises:
+        UserError: a field that cannot be honoured, or one of another type.
+    """
+
+    def __init__(self, config, source):
+        self._source = source
+        fault = shape_fault(config, _Shape)
+        if fault:
+            raise UserError(f"{source}: {fault}; fetch it again")
+        for name, neutral in _NEUTRAL.items():
+            if config.get(name) not in neutral:
+                raise UserError(f"{source}: {name} {shown(config[name])} is not supported; use a plain LoRA")
+        self._ranks = self._patterns("rank_pattern", config)
+        self._alphas = self._patterns("alpha_pattern", config)
+        self._rank, self._alpha = config.get("r"), self._checked("lora_alpha", config.get("lora_alpha"))
+        self._rank_stabilized = bool(config.get("use_rslora"))
+
+    def alpha(self, layer, rank):
+        """The alpha of a layer's update of this rank, so that alpha / rank is its strength.
+
+        Raises:
+            UserError: the rank is not what the config says.
+        """
+        said = _of_layer(self._ranks, layer, self._rank)
+        if said is not None and said != rank:
+            raise UserError(
+                f"{self._source}: says rank {said} for {layer}, whose update has {rank}; "
+                "use the config that was written with the weights"
+            )
+        alpha = _of_layer(self._alphas, layer, self._alpha)
+        if alpha is None:
+            return float(rank)
+        return alpha * math.sqrt(rank) if self._rank_stabilized else float(alpha)
+
+    def _checked(self, name, value):
+        if value is not None and not abs(value) < _LARGEST_ALPHA:  # so put, it is true of NaN
+            raise UserError(f"{self._source}: {name} {shown(value)} is no number of use; fetch it again")
+        return value
+
+    def _patterns(self, name, config):
+        """Compiled patterns of layers' names and their values, in their order."""
+        patterns = config.get(name) or {}
+        return [
+            (self._compiled(name, pattern), self._checked(name, value)) for pattern, value in patterns.items()
+        ]
+
+    def _compiled(self, name, pattern):
+        """PEFT takes the patterns for regular expressions of how a name ends; a few could search for ever."""
+        hangs = _QUANTIFIED_GROUP.search(pattern) or len(_QUANTIFIERS.findall(pattern)) > _MOST_QUANTIFIERS
+        try:
+            if hangs or len(pattern) > _LONGEST_PATTERN:
+                raise ValueError
+            return re.compile(rf"(.*\.)?({pattern})$")
+        except (ValueError, re.error, RecursionError, OverflowError) as error:
+            raise UserError(
+                f"{self._source}: {name} has {shown(pattern)}, too involved a pattern; write layers' names"
+            ) from error
+
+
+def _of_layer(patterns, layer, usual):
+    return next((value for pattern, value in patterns if pattern.match(layer)), usual)
+
+
+def read_strengths(path, parts):
+    """What the files say about a LoRA's strength.
+
+    Args:
+        path: the file of the weights.
+        parts: the parts that updates may be for ("unet", "text_encoder").
+
+    Returns:
+        Part -> its `LoraStrength`, of those of which something is said.
+
+    Raises:
+        UserError: the config is damaged, or asks for what cannot be honoured.
+    """
+    beside = path.with_name(ADAPTER_CONFIG)
+    if path.stem == "adapter_model" and beside.is_file():
+        return dict.fromkeys(parts, LoraStrength(read_json(beside), beside))
+    written = read_metadata(path).get(_METADATA) if path.suffix == ".safetensors" else None
+    if written is None:
+        return {}
+    source = f"{path}: {_METADATA}"
+    config = parse_json(written, source)
+    if any(name in config for name in ("r", "lora_alpha")):  # as one model by itself writes it
+        return dict.fromkeys(parts, LoraStrength(config, source))
+    configs = {
+        part: {
+            name.removeprefix(f"{part}."): value
+            for name, value in config.items()
+            if name.startswith(f"{part}.")
+        }
+        for part in parts
+    }
+    return {part: LoraStrength(own, source) for part, own in configs.items() if own}
