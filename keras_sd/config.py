@@ -18,6 +18,10 @@ _LARGEST = sys.float_info.max
 _LARGEST_SIZE = 2**20
 _MOST_LEVELS = 16
 
+# Early public configs of CLIP say that the end token is 2, which it is not in CLIP's vocabulary. They are
+# read as their models were trained: the end token is the largest id.
+LEGACY_END_TOKEN_ID = 2
+
 
 class ConfigError(UserError):
     """A config file or value that cannot describe a model."""

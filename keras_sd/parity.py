@@ -40,7 +40,7 @@ from keras_sd.parity_report import (
 )
 from keras_sd.weights import readers
 from keras_sd.weights.checkpoint import Checkpoint
-from keras_sd.weights.rules import canonical_name
+from keras_sd.weights.names import canonical_name
 
 _OUTPUTS = {
     "text_encoder": ("text encoder",),

@@ -1,6 +1,7 @@
 """Conversion between formats, and the report that compares the result with its source."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -102,6 +103,17 @@ def verdicts(source, written):
     return {entry.verdict for entry in entries}, {entry.dtype for entry in entries}
 
 
+def plant_code(folder):
+    """Has the configs of a folder ask for a module beside them, which leaves the file that is returned."""
+    marker = folder / "marker"
+    for config in folder.glob("*/*config.json"):
+        (config.parent / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()")
+        names = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil")
+        values = json.loads(config.read_text()) | {"auto_map": names, "trust_remote_code": True}
+        config.write_text(json.dumps(values))
+    return marker
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_there_and_back_is_bit_for_bit(convert_command, folder_of, tmp_path, dtype):
     source, single, back = folder_of(dtype), tmp_path / "model.safetensors", tmp_path / "back"
@@ -150,8 +162,11 @@ def test_overwriting_is_asked_for(convert_command, vae_file, tmp_path):
 
 
 def test_a_good_conversion_verifies(convert_command, folder_of, tmp_path):
-    source, output, report = folder_of("float32"), tmp_path / "m.safetensors", tmp_path / "report.json"
+    source, output, report = tmp_path / "source", tmp_path / "m.safetensors", tmp_path / "report.json"
+    shutil.copytree(folder_of("float32"), source)
+    marker = plant_code(source)
     code, printed, _ = convert_command(source, output, "--dtype", "bfloat16", "--report", report)
+    assert not marker.exists()
     values = json.loads(report.read_text())
     assert code == 0 and values["passes"] and values["largest_allowed_ratio"] == 1e-4
     assert printed.splitlines()[-1] == (

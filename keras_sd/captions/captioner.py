@@ -1,5 +1,7 @@
 """A sentence for a picture, by BLIP (Li et al., 2022, arXiv:2201.12086) as transformers has it."""
 
+from pathlib import Path
+
 from keras_sd.errors import UserError
 
 _NEW_TOKENS = 32
@@ -25,9 +27,13 @@ class Captioner:
                 f"{error.name} is not installed; pip install 'keras_sd[caption]', or use --captioner none"
             ) from error
         self.dtype = torch.float32 if str(device) == "cpu" else torch.float16
+        # Code beside the weights is neither run nor asked about, and a folder fetches nothing.
+        options = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
         try:
-            self._processor = BlipProcessor.from_pretrained(name)
-            model = BlipForConditionalGeneration.from_pretrained(name, dtype=self.dtype)
+            self._processor = BlipProcessor.from_pretrained(name, **options)
+            model = BlipForConditionalGeneration.from_pretrained(
+                name, dtype=self.dtype, attn_implementation="eager", weights_only=True, **options
+            )
         except (OSError, ValueError) as error:
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(

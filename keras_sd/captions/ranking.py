@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from keras_sd.captions.clip_folder import open_folder
 from keras_sd.errors import UserError
 from keras_sd.weights.formats import write_safetensors
 
@@ -109,30 +110,32 @@ def _open(name, device):
             f"{error.name} is not installed; pip install 'keras_sd[caption]', or use --mode caption"
         ) from error
     if Path(name).is_dir():
-        folder = Path(name).resolve()
-        if not (folder / "open_clip_config.json").is_file():
-            raise UserError(
-                f"{name}: no open_clip_config.json; write such a folder with keras-sd convert --open-clip"
-            )
-        identifier, pretrained = f"local-dir:{folder}", None
-    else:
-        identifier, _, pretrained = name.partition("/")
-        _check_name(open_clip, identifier, pretrained)
+        try:
+            return open_folder(Path(name), device)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _cannot_be_opened(name, error) from error
+    identifier, _, pretrained = name.partition("/")
+    options = _check_name(open_clip, identifier, pretrained)
     try:
         with _quiet():
             model, preprocess = open_clip.create_model_from_pretrained(
                 identifier, pretrained=pretrained, device=device
             )
-            tokenize = open_clip.get_tokenizer(identifier)
+            tokenize = open_clip.get_tokenizer(identifier, **options)
     except Exception as error:  # from files, the hub or torch, each with exceptions of its own
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"CLIP {name}: cannot be opened ({line}); check the name, the connection and the files"
-        ) from error
+        raise _cannot_be_opened(name, error) from error
     return model.eval(), preprocess, tokenize
 
 
+def _cannot_be_opened(name, error):
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(f"CLIP {name}: cannot be opened ({line}); check the name, the connection and the files")
+
+
 def _check_name(open_clip, identifier, pretrained):
+    """Raises a UserError for a name that open_clip does not know; returns its tokenizer's options."""
     models = open_clip.list_models()
     if identifier not in models:
         near = difflib.get_close_matches(identifier, models, n=3, cutoff=0.3)
@@ -145,6 +148,15 @@ def _check_name(open_clip, identifier, pretrained):
             f"CLIP {identifier}: no weights {pretrained!r}; write {identifier}/ and then "
             f"{', '.join(known[:4]) or 'a file'}"
         )
+    text = open_clip.get_model_config(identifier)["text_cfg"]
+    for hub_name in (text.get("hf_model_name"), text.get("hf_tokenizer_name")):
+        if hub_name and Path(hub_name).exists():
+            raise UserError(
+                f"CLIP {identifier}: the folder {hub_name} here would be taken for what it needs from the "
+                "hub; rename it, or start from another place"
+            )
+    # transformers asks on the terminal whether to run what a repository brings, unless it is told not to.
+    return {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
 
 
 @contextlib.contextmanager

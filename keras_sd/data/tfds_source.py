@@ -3,6 +3,8 @@
 import copy
 import importlib
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -10,7 +12,11 @@ from PIL import Image
 from keras_sd.data.folders import digest
 from keras_sd.data.images import square
 from keras_sd.errors import UserError
+from keras_sd.json_files import read_json
 
+_OWN = "tensorflow_datasets."
+# Where a `features.json` names a class: that of today, as JSON and as protocol buffers spell it, and of old.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _CAPTION_FEATURES = ("captions", "caption", "text")
 
 
@@ -91,6 +97,7 @@ def prepared_builder(name: str):
         raise _package_missing(name, error, "tensorflow-datasets") from error
     if name.partition("/")[0].partition(":")[0] == "emoji_captions":
         importlib.import_module("keras_sd.data.emoji_captions")  # registers the builder
+    _refuse_foreign_features(name)
     try:
         builder = datasets.builder(name, file_format="array_record")
     except Exception as error:
@@ -108,6 +115,36 @@ def prepared_builder(name: str):
             "or set TFDS_DATA_DIR to where it lies prepared"
         ) from error
     return builder
+
+
+def _refuse_foreign_features(name: str) -> None:
+    """Raises a UserError where a prepared data set's files name features that are not TFDS' own.
+
+    TFDS would import the modules of these, which may lie in the folder that the program is started from.
+    """
+    word = name.partition("/")[0].partition(":")[0]
+    files = importlib.import_module("tensorflow_datasets.core.utils.file_utils")
+    for place in files.list_data_dirs():
+        for path in sorted((Path(place) / word).glob("**/features.json")) if word else ():
+            names = _class_names(read_json(path))
+            foreign = [one for one in names if "." in one and not one.startswith(_OWN)]
+            if foreign:
+                raise UserError(
+                    f"data set {name}: {path} names the feature {foreign[0][:80]!r}, which is not TFDS' own; "
+                    "do not use it"
+                )
+
+
+def _class_names(values) -> Iterator[str]:
+    """The names of Python classes at any depth of a `features.json`."""
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from (value[key] for key in _CLASS_KEYS if isinstance(value.get(key), str))
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
 
 
 def _package_missing(name: str, error: ImportError, package: str) -> UserError:

@@ -11,15 +11,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sd.config import LEGACY_END_TOKEN_ID
 from keras_sd.errors import UserError
 from keras_sd.models.initial_values import normal
 from keras_sd.models.layers import Layer, LayerNormalization, embedding
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.transformer import Transformer
-
-# Early public configs say that the end token is 2, which it is not in CLIP's vocabulary. They are read
-# as their models were trained: the end token is the largest id.
-LEGACY_END_TOKEN_ID = 2
 
 
 class TextEmbeddings(Layer):

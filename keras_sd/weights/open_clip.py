@@ -12,17 +12,15 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import TypedDict
 
-from keras_sd.config import ImageEncoderConfig, TextEncoderConfig
+from keras_sd.config import LEGACY_END_TOKEN_ID, ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
 from keras_sd.json_files import read_json
-from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
-from keras_sd.models.text_encoder import LEGACY_END_TOKEN_ID
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.ldm_names import index_count
-from keras_sd.weights.rules import canonical_name
+from keras_sd.weights.names import canonical_name
 from keras_sd.weights.torch_pickle import read_torch
 
 CONFIG_NAME = "open_clip_config.json"
@@ -327,6 +325,9 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
     Raises:
         UserError: something of a CLIP is missing, or the file cannot be written.
     """
+    # It loads a backend, which readers do without.
+    from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
+
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a CLIP is written as safetensors; let the name end in .safetensors")
@@ -343,13 +344,21 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
         save_tokenizer(path.parent)
         # OpenCLIP takes any name for a sign to look for the tokenizer beside the config.
         config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
+    write_safetensors(path, open_clip_tensors(text, image), dtype)
+    pixels = {"mean": PIXEL_MEAN.tolist(), "std": PIXEL_DEVIATION.tolist()}
+    write_json(path.with_name(CONFIG_NAME), {"model_cfg": config, "preprocess_cfg": pixels})
+
+
+def open_clip_tensors(text, image):
+    """The tensors of both towers of a CLIP by OpenCLIP's names.
+
+    Args:
+        text, image: the `Part` of each, the latter with `text_projection.weight` and `logit_scale`.
+    """
     head = {name: image.tensors[name] for name in _TEXT_HEAD.values()}
     vision = {name: array for name, array in image.tensors.items() if name not in head}
     tensors = text_to_open_clip({**text.tensors, **head})
-    tensors |= {f"visual.{name}": array for name, array in vision_to_open_clip(vision).items()}
-    write_safetensors(path, tensors, dtype)
-    pixels = {"mean": PIXEL_MEAN.tolist(), "std": PIXEL_DEVIATION.tolist()}
-    write_json(path.with_name(CONFIG_NAME), {"model_cfg": config, "preprocess_cfg": pixels})
+    return tensors | {f"visual.{name}": array for name, array in vision_to_open_clip(vision).items()}
 
 
 def open_clip_config(text_config, image_config):

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-import re
 import warnings
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights.formats import release
+from keras_sd.weights.names import canonical_name
 
 _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
 
@@ -30,17 +30,10 @@ _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": 
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _TO_KERAS = {2: (1, 0), 4: (2, 3, 1, 0)}
 
-# What transformers puts before the names of CLIP's towers. Releases differ (5.x drops it from the
-# text tower), so names are compared without it; each release reads files that have it.
+# What transformers puts before the names of CLIP's towers.
 _TOWERS = {TextEncoder: "text_model.", ImageEncoder: "vision_model."}
-_TOWER_PATTERN = re.compile(r"^(text_model|vision_model)\.")
 _BESIDE_TOWER = "visual_projection."
 
-# The VAE's attention in files written by diffusers before 0.18.
-_OLD_ATTENTION_PATTERN = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.)")
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-_IGNORED_PATTERN = re.compile(r"(^|\.)position_ids$")
 _NAMED_AT_MOST = 5
 
 
@@ -120,14 +113,6 @@ def torch_state(model):
         parameter.name: np.asarray(parameter.variable).transpose(_torch_axes(parameter))
         for parameter in parameter_paths(model)
     }
-
-
-def canonical_name(name):
-    """The one spelling under which the names of all releases meet; None for what is no weight."""
-    if _IGNORED_PATTERN.search(name):
-        return None
-    name = _TOWER_PATTERN.sub("", name)
-    return _OLD_ATTENTION_PATTERN.sub(lambda match: match[1] + _OLD_ATTENTION[match[2]], name)
 
 
 class _Born:

@@ -22,8 +22,8 @@ from keras_sd.weights.ldm_names import (
     vae_to_diffusers,
     vae_to_ldm,
 )
+from keras_sd.weights.names import canonical_name
 from keras_sd.weights.open_clip import text_to_open_clip, text_to_transformers
-from keras_sd.weights.rules import canonical_name
 from keras_sd.weights.stored_zip import ZIP_MAGIC
 from keras_sd.weights.torch_pickle import LEGACY_MAGIC, read_torch
 

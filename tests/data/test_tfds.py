@@ -1,5 +1,6 @@
 """TFDS keeps its folder's place from import on, so each check runs in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -97,3 +98,21 @@ load_source("oxford_flowers102", "train", 16)
     last = result.stderr.strip().splitlines()[-1]
     assert "UserError: data set oxford_flowers102: a Python package is missing" in last
     assert "install tensorflow-datasets" in last
+
+
+def test_a_feature_of_another_module_is_refused_and_not_imported(tmp_path):
+    """TFDS imports the module of a feature, which may lie in the folder that the program is started from."""
+    folder = tmp_path / "prepared" / "planted" / "1.0.0"
+    folder.mkdir(parents=True)
+    (tmp_path / "evil.py").write_text("open('marker', 'w').close()")
+    own = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    features = {"image": {"pythonClassName": "evil.Feature"}}
+    content = {"pythonClassName": own, "featuresDict": {"features": features}}
+    (folder / "features.json").write_text(json.dumps(content))
+    splits = [{"name": "train", "shardLengths": ["1"], "numBytes": "1"}]
+    info = {"name": "planted", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    code = "from keras_sd.data.datasets import load_source; load_source('planted', 'train', 16)"
+    result = run(code, tmp_path)
+    assert "names the feature 'evil.Feature', which is not TFDS' own" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "marker").exists()

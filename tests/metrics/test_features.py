@@ -11,6 +11,7 @@ from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract, resize, to_unit_range
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.weights.readers import read_checkpoint
 
 TINY = ImageEncoderConfig(
     image_size=32,
@@ -113,3 +114,26 @@ def test_imagenet_weights_out_of_reach_are_told_in_one_line(tmp_path):
     assert len(told) == 1
     assert "neither cached nor downloadable" in told[0]
     assert "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5" in told[0]
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+def test_a_file_of_weights_runs_no_code(tmp_path):
+    """A Lambda layer is a program in a file of a whole model; of such files only weights are read."""
+    marker = tmp_path / "marker"
+
+    def leave(x, path=str(marker)):
+        open(path, "w").close()
+        return x
+
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Lambda(leave), keras.layers.Dense(2)])
+    for name in ("model.h5", "model.keras"):
+        model.save(tmp_path / name)
+    model.save_weights(tmp_path / "model.weights.h5")
+    marker.unlink()  # building the model ran it
+    for name in ("model.h5", "model.keras", "model.weights.h5"):
+        with pytest.raises(UserError, match="not InceptionV3 weights"):
+            InceptionFeatures(75, tmp_path / name)
+        if name.endswith(".h5"):
+            with pytest.raises(UserError):
+                read_checkpoint(tmp_path / name)
+    assert not marker.exists()

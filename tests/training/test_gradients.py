@@ -23,7 +23,8 @@ from keras_sd.training.consistency import ConsistencyObjective
 from keras_sd.training.losses import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.optimizer import AdamW
 from keras_sd.weights.diffusers_folder import write_part
-from keras_sd.weights.rules import canonical_name, load_weights, parameter_paths, torch_state
+from keras_sd.weights.names import canonical_name
+from keras_sd.weights.rules import load_weights, parameter_paths, torch_state
 from tests import tiny
 from tests.reference import group_of, run_reference
 from tests.training.reference_steps import SCRIPT

@@ -12,8 +12,8 @@ from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
+from keras_sd.weights.names import canonical_name
 from keras_sd.weights.rules import (
-    canonical_name,
     load_weights,
     open_model,
     parameter_paths,
