@@ -14,8 +14,9 @@ from keras_sd.files import write_json
 from keras_sd.json_files import read_json, shown
 
 _LARGEST = sys.float_info.max
-# No dimension of a model comes near it: vocabularies have 50,000 tokens, images 10,000 pixels a side.
+# No dimension of a model comes near these: vocabularies have 50,000 tokens, sides 1,024 pixels.
 _LARGEST_SIZE = 2**20
+_LARGEST_SIDE = 4096
 _MOST_LEVELS = 16
 
 # Early public configs of CLIP say that the end token is 2, which it is not in CLIP's vocabulary. They are
@@ -56,13 +57,19 @@ class Config:
                 raise self._error(f"{field.name} {shown(value)} is no finite number")
             if isinstance(value, tuple) and len(value) > _MOST_LEVELS:
                 raise self._error(f"{field.name} has {len(value)} values, more than {_MOST_LEVELS}")
+            if isinstance(value, int) and field.type is not float and value > self._largest(field.name):
+                raise self._error(f"{field.name} {shown(value)} is more than {self._largest(field.name)}")
         for name in self.sizes:
             value = getattr(self, name)
             for size in value if isinstance(value, tuple) else [value]:
                 if type(size) is not int or size < 1:
                     raise self._error(f"{name} {shown(value)} is no size")
-                if size > _LARGEST_SIZE:
-                    raise self._error(f"{name} {shown(value)} is more than {_LARGEST_SIZE}")
+                if size > self._largest(name):
+                    raise self._error(f"{name} {shown(value)} is more than {self._largest(name)}")
+
+    @staticmethod
+    def _largest(name):
+        return _LARGEST_SIDE if name in ("sample_size", "image_size") else _LARGEST_SIZE
 
     @classmethod
     def from_dict(cls, values):

@@ -51,6 +51,9 @@ def open_parts(checkpoint, dtype="float32", partial=False):
     Raises:
         UserError: the weights are not those of the config.
     """
+    for name, part in checkpoint.parts.items() if not partial else ():
+        # All of them before the first one is built.
+        rules.check_tensors(*_contents(name, part), part.source)
     parts = {name: _open_model(name, part, dtype, partial) for name, part in checkpoint.parts.items()}
     if "image_encoder" in parts:
         tensors = checkpoint.parts["image_encoder"].tensors
@@ -68,10 +71,16 @@ def open_parts(checkpoint, dtype="float32", partial=False):
 
 
 def _open_model(name, part, dtype="float32", partial=False):
-    model_class, config_class = _MODELS[name]
-    tensors = {key: tensor for key, tensor in part.tensors.items() if key not in CLIP_HEAD}
-    config = config_class.from_dict(part.config)
+    config, tensors = _contents(name, part)
+    model_class, _ = _MODELS[name]
     return rules.open_model(model_class, config, tensors, source=part.source, dtype=dtype, partial=partial)
+
+
+def _contents(name, part):
+    """The config of a `Part`, and those of its tensors that are a model's own."""
+    _, config_class = _MODELS[name]
+    tensors = {key: tensor for key, tensor in part.tensors.items() if key not in CLIP_HEAD}
+    return config_class.from_dict(part.config), tensors
 
 
 def _clip_tokenizer(config):

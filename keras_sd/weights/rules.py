@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-import warnings
 from typing import NamedTuple
 
 import keras
@@ -21,6 +20,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.weights.expected_shapes import account, check_config, same_shape
 from keras_sd.weights.formats import release
 from keras_sd.weights.names import canonical_name
 
@@ -33,8 +33,6 @@ _TO_KERAS = {2: (1, 0), 4: (2, 3, 1, 0)}
 # What transformers puts before the names of CLIP's towers.
 _TOWERS = {TextEncoder: "text_model.", ImageEncoder: "vision_model."}
 _BESIDE_TOWER = "visual_projection."
-
-_NAMED_AT_MOST = 5
 
 
 class Parameter(NamedTuple):
@@ -144,11 +142,12 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
     Raises:
         UserError: as `load_weights`.
     """
+    check_tensors(config, tensors, source, partial)
     born = []
     with dtype_policy(dtype), keras.StatelessScope(), _collecting(born):
         # The scope puts off the variables' values to its end.
-        model = model_class(config)
         try:
+            model = model_class(config)
             found = _matched(model, tensors, source, partial)
         except UserError:
             for _, initializer in born:
@@ -159,6 +158,15 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
     if bad:
         raise _non_finite(bad, source)
     return model
+
+
+def check_tensors(config, tensors, source="weights", partial=False):
+    """Raises a UserError unless a config describes these tensors; `open_model` asks this before it builds.
+
+    Args:
+        config, tensors, source, partial: as in `open_model`.
+    """
+    check_config(config, _given(tensors)[1], source, partial)
 
 
 def _hand_out(found, tensors, initializers):
@@ -248,47 +256,25 @@ def load_weights(model, tensors, *, prefix="", source="weights"):
         )
 
 
-def _matched(model, tensors, source, partial=False):
-    """Pairs of each `Parameter` and the name of its tensor, every one of both accounted for."""
+def _given(tensors):
+    """The names and the shapes of tensors, each by canonical name."""
     given = {canonical_name(name): name for name in tensors}
     given.pop(None, None)
+    return given, {name: tuple(tensors[key].shape) for name, key in given.items()}
+
+
+def _matched(model, tensors, source, partial=False):
+    """Pairs of each `Parameter` and the name of its tensor, all accounted for unless `partial`."""
+    given, shapes = _given(tensors)
     wanted = {canonical_name(parameter.name): parameter for parameter in parameter_paths(model)}
-    shapes = {name: tuple(tensors[key].shape) for name, key in given.items()}
-    _account(type(model).__name__, wanted, shapes, source, partial)
+    if not partial:
+        expected = {name: _torch_shape(parameter) for name, parameter in wanted.items()}
+        account(type(model).__name__, expected, shapes, source)
     return [
         (parameter, given[name])
         for name, parameter in wanted.items()
-        if name in given and _same_shape(shapes[name], _torch_shape(parameter))
+        if name in given and same_shape(shapes[name], _torch_shape(parameter))
     ]
-
-
-def _account(model_name, wanted, shapes, source, partial):
-    """Raises a UserError, or warns, with all faults of a set of tensors counted and the first ones named."""
-    missing = [
-        f"{name} is missing, the model has {_torch_shape(parameter)}"
-        for name, parameter in wanted.items()
-        if name not in shapes
-    ]
-    misshapen = [
-        f"{name} is {shapes[name]}, the model has {_torch_shape(parameter)}"
-        for name, parameter in wanted.items()
-        if name in shapes and not _same_shape(shapes[name], _torch_shape(parameter))
-    ]
-    extra = [f"{name} {shape} has no place" for name, shape in shapes.items() if name not in wanted]
-    faults = missing + misshapen + extra
-    if faults:
-        named = "; ".join(faults[:_NAMED_AT_MOST]) + ("; ..." if len(faults) > _NAMED_AT_MOST else "")
-        line = (
-            f"{source}: {len(missing)} tensors missing, {len(misshapen)} misshapen, {len(extra)} left over "
-            f"for {model_name}: {named}"
-        )
-        if not partial:
-            raise UserError(f"{line}. Use the config.json that belongs to these weights")
-        warnings.warn(f"{line}. The rest is loaded", stacklevel=4)
-
-
-def _same_shape(given, wanted):
-    return given == wanted or given == wanted + (1, 1) or given + (1, 1) == wanted
 
 
 def _non_finite(names, source):
