@@ -401,11 +401,16 @@ _SCHEDULER_DEFAULTS = {
 
 
 _MOST_TIMESTEPS = 100_000
+_KEPT = ("published", "repairs")  # fields of `SchedulerConfig` that are no keys of a file
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig(Config):
-    """The noise schedule (diffusers' ``scheduler_config.json``). Defaults: SD 1.x."""
+    """The noise schedule (diffusers' ``scheduler_config.json``). Defaults: SD 1.x.
+
+    ``published`` is the file's dictionary as it was read, which is written again; None for a config that was
+    made here. ``repairs`` are values that hold in place of the file's (`weights.old_models`).
+    """
 
     json_header: ClassVar[dict] = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.35.0"}
     computed: ClassVar[dict] = {
@@ -429,18 +434,51 @@ class SchedulerConfig(Config):
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     clip_sample: bool = False
+    published: dict | None = dataclasses.field(default=None, compare=False, repr=False)
+    repairs: dict | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def from_dict(cls, values):
-        """As of every config: a missing key has the default of the diffusers class in `_class_name`."""
+    def from_dict(cls, values, repairs=None):
+        """As of every config: a missing key has the default of the diffusers class in `_class_name`.
+
+        Args:
+            values: the dictionary of a `scheduler_config.json`.
+            repairs: values that hold in place of those.
+        """
         cls._check_dictionary(values)
         for name in ("beta_start", "beta_end"):
             if values.get(name, 0) is None:
                 raise cls._error(f"{name} None is no number")
         name = values.get("_class_name")
-        return super().from_dict(
-            _SCHEDULER_DEFAULTS.get(name if isinstance(name, str) else None, {}) | values
-        )
+        filled = _SCHEDULER_DEFAULTS.get(name if isinstance(name, str) else None, {}) | values
+        filled = {key: value for key, value in (filled | (repairs or {})).items() if key not in _KEPT}
+        config = super().from_dict(filled)
+        if name is None:  # no file of diffusers, which would take other values for what it leaves out
+            return config
+        return dataclasses.replace(config, published=dict(values), repairs=repairs)
+
+    def to_dict(self, class_name="DDIMScheduler"):
+        """The dictionary of a file: the one that was read, with what has been changed since.
+
+        Args:
+            class_name: of a schedule that no file describes.
+        """
+        if self.published is None:
+            return self.noise_schedule() | {"_class_name": class_name}
+        read = self.from_dict(self.published, self.repairs)
+        changed = {name: value for name, value in self._values().items() if value != getattr(read, name)}
+        return self.published | changed
+
+    def noise_schedule(self):
+        """A dictionary of all values, whatever file they came from: what a checkpoint keeps."""
+        return self.json_header | self._values()
+
+    def _values(self):
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _KEPT
+        }
 
     def __post_init__(self):
         super().__post_init__()

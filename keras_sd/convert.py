@@ -132,8 +132,8 @@ def _checkpoint_of(opened, source, dtype):
         parts[name] = model_part(name, opened[name], opened.get("clip_head"))
         if dtype is None:
             parts[name] = parts[name]._replace(tensors=_in_types_of(read.tensors, parts[name].tensors))
-    schedulers = (opened.get(name) for name in ("scheduler_config", "low_res_scheduler_config"))
-    return Checkpoint(parts, *(config and config.to_dict() for config in schedulers))
+    scheduler, low_res = (opened.get(name) for name in ("scheduler_config", "low_res_scheduler_config"))
+    return Checkpoint(parts, scheduler and scheduler.to_dict(), low_res and low_res.to_dict("DDPMScheduler"))
 
 
 def _in_types_of(source, tensors):

@@ -1,6 +1,7 @@
 """The command that makes a model out of a checkpoint of a training run."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -298,8 +299,6 @@ def _textual_inversion(options, identity):
 
 
 def _vae(options, identity):
-    import dataclasses
-
     from keras_sd.loading import load_part
     from keras_sd.models.vae import AutoencoderKL
     from keras_sd.training.autoencoder import measure_scale
@@ -360,7 +359,7 @@ def _ddim(options, identity):
     from keras_sd.training.pixel_ddim import save_model
 
     unet = UNet(config.UNetConfig.from_dict(identity["model"]))
-    scheduler = config.SchedulerConfig.from_dict(identity["schedule"])
+    scheduler = _schedule(identity, "schedule")
     return (
         DiffusionObjective(unet, NoiseSchedule(scheduler)),
         lambda folder: save_model(folder, unet, scheduler),
@@ -374,10 +373,13 @@ def _super_resolution(options, identity):
     from keras_sd.upscaler import Upscaler
 
     unet = UNet(config.UNetConfig.from_dict(identity["model"]))
-    schedules = [
-        config.SchedulerConfig.from_dict(identity[name]) for name in ("schedule", "low_res_schedule")
-    ]
+    schedules = [_schedule(identity, name) for name in ("schedule", "low_res_schedule")]
     return DiffusionObjective(unet, NoiseSchedule(schedules[0])), Upscaler(unet, *schedules).save
+
+
+def _schedule(identity, name):
+    """The schedule of a run, which no file describes."""
+    return dataclasses.replace(config.SchedulerConfig.from_dict(identity[name]), published=None)
 
 
 # Method -> what opens its model again: (options, identity) -> (objective, `write(folder)`).

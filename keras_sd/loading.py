@@ -64,7 +64,9 @@ def open_parts(checkpoint, dtype="float32", partial=False):
     elif "text_encoder" in parts:
         parts["tokenizer"] = _clip_tokenizer(parts["text_encoder"].config)
     if checkpoint.scheduler is not None:
-        parts["scheduler_config"] = SchedulerConfig.from_dict(checkpoint.scheduler)
+        parts["scheduler_config"] = SchedulerConfig.from_dict(
+            checkpoint.scheduler, checkpoint.scheduler_repairs
+        )
     if checkpoint.low_res_scheduler is not None:
         parts["low_res_scheduler_config"] = SchedulerConfig.from_dict(checkpoint.low_res_scheduler)
     return parts

@@ -19,6 +19,7 @@ from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from keras_sd import reference_outputs
+from keras_sd.config import SchedulerConfig
 from keras_sd.json_files import read_json
 from keras_sd.loading import CLIP_HEAD, open_parts
 from keras_sd.models.image_encoder import normalize_pixels
@@ -191,11 +192,39 @@ def compare(path, source, source_outputs, output, configs=None, notes=()):
         else:
             outputs += _not_compared(part, "source", "not computed: not the same tensors")
         tensors += own
+    if not configs:
+        outputs += compare_schedulers(source, written)
     versions = {name: _version(name) for name in ("keras_sd", "keras", keras.backend.backend())}
     versions |= {name: _version(name) for name in _REFERENCE_LIBRARIES}
     outputs += compare_with_libraries(output, configs, inputs, written_outputs, versions)
     today = datetime.date.today().isoformat()
     return Report(str(path), str(output), tensors, outputs, list(notes), today, versions)
+
+
+def compare_schedulers(source, written):
+    """Compares the files of two checkpoints that say how a model is sampled.
+
+    Returns:
+        A list of `OutputParity`; nothing is computed.
+    """
+    entries = []
+    for title in ("scheduler", "low_res_scheduler"):
+        before, after = (_scheduler_of(checkpoint, title) for checkpoint in (source, written))
+        if before is None and after is None:
+            continue
+        before, after = before or {}, after or {}
+        other = [name for name in before | after if before.get(name) != after.get(name)]
+        verdict = f"differs in {', '.join(other)}" if other else GOOD
+        entries.append(OutputParity(title.replace("low_res_", "low-res "), "source", *(None,) * 3, verdict))
+    return entries
+
+
+def _scheduler_of(checkpoint, title):
+    values = getattr(checkpoint, title)
+    # A file without a class is written with the one that it was taken for.
+    if values is None or values.get("_class_name") is not None:
+        return values
+    return SchedulerConfig.from_dict(values).to_dict()
 
 
 def _open(part, found, folder):

@@ -46,7 +46,8 @@ class OutputParity(NamedTuple):
     """What the written part computes, against the same of another.
 
     Attributes:
-        output: "text encoder", "image encoder", "UNet", "VAE encode" or "VAE decode".
+        output: "text encoder", "image encoder", "UNet", "VAE encode" or "VAE decode"; or "scheduler" or
+            "low-res scheduler", whose files are compared.
         against: "source" (the source's part, opened here) or the library that opened what was written.
         difference: the largest absolute difference.
         deviation: the standard deviation of the expected output.

@@ -157,7 +157,7 @@ class StableDiffusion(Tasks):
                 if model is not None
             },
             self.scheduler_config.to_dict(),
-            self.low_res_scheduler_config and self.low_res_scheduler_config.to_dict(),
+            self.low_res_scheduler_config and self.low_res_scheduler_config.to_dict("DDPMScheduler"),
         )
         if Path(path).suffix == ".safetensors":
             if self.tokenizer.added_tokens:

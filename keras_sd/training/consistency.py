@@ -127,7 +127,7 @@ def train_consistency(
         {
             "method": "lcm",
             "model": unet.config.to_dict(),
-            "schedule": scheduler_config.to_dict(),
+            "schedule": scheduler_config.noise_schedule(),
             "data": fingerprint_of(source),
             **distillation,
             **(identity or {}),

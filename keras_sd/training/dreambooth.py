@@ -143,7 +143,7 @@ def train_dreambooth(
         {
             "method": "dreambooth",
             "model": pipeline.unet.config.to_dict(),
-            "schedule": pipeline.scheduler_config.to_dict(),
+            "schedule": pipeline.scheduler_config.noise_schedule(),
             "data": fingerprint_of(encoded),
             "class_images": len(others),
             "prompts": [images[0]["captions"] for images in (instances, class_pictures) if len(images)],

@@ -53,7 +53,7 @@ def train_pixel_ddim(
         {
             "method": "ddim",
             "model": config.to_dict(),
-            "schedule": scheduler_config.to_dict(),
+            "schedule": scheduler_config.noise_schedule(),
             "data": fingerprint_of(source),
             "min_snr_gamma": min_snr_gamma,
             "flip": flip,

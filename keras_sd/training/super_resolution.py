@@ -128,8 +128,8 @@ def train_super_resolution(
         {
             "method": "super-resolution",
             "model": unet.config.to_dict(),
-            "schedule": upscaler.scheduler_config.to_dict(),
-            "low_res_schedule": upscaler.low_res_scheduler_config.to_dict(),
+            "schedule": upscaler.scheduler_config.noise_schedule(),
+            "low_res_schedule": upscaler.low_res_scheduler_config.noise_schedule(),
             "data": fingerprint_of(source),
             "factor": factor,
             "crop": crop,

@@ -90,7 +90,7 @@ def train_text_to_image(
         {
             "method": "text-to-image",
             "model": unet.config.to_dict(),
-            "schedule": scheduler_config.to_dict(),
+            "schedule": scheduler_config.noise_schedule(),
             "data": fingerprint_of(source),
             "min_snr_gamma": min_snr_gamma,
             **drawing,

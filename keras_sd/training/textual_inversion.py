@@ -133,7 +133,7 @@ def train_textual_inversion(
         {
             "method": "textual-inversion",
             "model": pipeline.unet.config.to_dict(),
-            "schedule": pipeline.scheduler_config.to_dict(),
+            "schedule": pipeline.scheduler_config.noise_schedule(),
             "data": fingerprint_of(encoded),
             "tokens": vector_names(placeholder_token, num_vectors),
             "initializer_token": initializer_token,

@@ -33,9 +33,11 @@ class Checkpoint(NamedTuple):
         scheduler: dictionary of `scheduler_config.json`, or None.
         low_res_scheduler: the same for the noise on an upscaler's low-resolution picture, or None.
         tokenizer: folder of the tokenizer's files, or None where there are none beside the weights.
+        scheduler_repairs: values that hold in place of those in `scheduler`, or None.
     """
 
     parts: dict[str, Part]
     scheduler: dict | None = None
     low_res_scheduler: dict | None = None
     tokenizer: Path | None = None
+    scheduler_repairs: dict | None = None

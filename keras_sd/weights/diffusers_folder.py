@@ -14,6 +14,7 @@ from keras_sd.files import replaced_folder, write_json
 from keras_sd.json_files import MIB, read_json
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.formats import read_safetensors, write_safetensors
+from keras_sd.weights.old_models import INPAINT, UPSCALE, repaired
 from keras_sd.weights.torch_pickle import read_torch
 
 INDEX = "model_index.json"
@@ -32,7 +33,6 @@ _SUFFIXES = (".safetensors", ".bin")
 _LARGEST_INDEX = 16 * MIB
 
 _LIBRARIES = {
-    "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -136,7 +136,7 @@ def read_part(folder, part, variant=None):
 
 
 def read_folder(folder, variant=None):
-    """Reads a folder as a `Checkpoint`.
+    """Reads a folder as a `Checkpoint`, with configs of early releases set right (`old_models`).
 
     Args:
         variant: as in `weights_path`; parts without that variant give their plain weights, as long as one
@@ -146,7 +146,7 @@ def read_folder(folder, variant=None):
         UserError: a file is missing or damaged.
     """
     folder = Path(folder)
-    read_json(folder / INDEX)
+    pipeline = read_json(folder / INDEX).get("_class_name")
     present = [part for part in PARTS if (folder / part / "config.json").is_file()]
     with_variant = [part for part in present if variant in _weights_by_variant(folder / part, part)]
     if variant is not None and present and not with_variant:
@@ -154,9 +154,10 @@ def read_folder(folder, variant=None):
     parts = {part: read_part(folder, part, variant if part in with_variant else None) for part in present}
     low_res = read_json(folder / LOW_RES_SCHEDULER) if (folder / LOW_RES_SCHEDULER).is_file() else None
     tokenizer = folder / "tokenizer"
-    return Checkpoint(
+    checkpoint = Checkpoint(
         parts, read_json(folder / SCHEDULER), low_res, tokenizer if tokenizer.is_dir() else None
     )
+    return repaired(checkpoint, pipeline if isinstance(pipeline, str) else None)
 
 
 def write_part(folder, part, config, tensors, dtype=None):
@@ -192,7 +193,8 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=N
             write_part(staging, part, config, tensors, dtype)
         if save_tokenizer is not None:
             save_tokenizer(staging / "tokenizer")
-        for place, config in ((SCHEDULER, checkpoint.scheduler), (LOW_RES_SCHEDULER, _low_res(checkpoint))):
+        schedulers = (checkpoint.scheduler, checkpoint.low_res_scheduler)
+        for place, config in zip((SCHEDULER, LOW_RES_SCHEDULER), schedulers, strict=True):
             if config is not None:
                 write_scheduler(staging / place, config)
         if write_more is not None:
@@ -207,21 +209,22 @@ def write_scheduler(path, config):
     write_json(path, config)
 
 
-def _low_res(checkpoint):
-    config = checkpoint.low_res_scheduler
-    return config and config | {"_class_name": "DDPMScheduler"}
-
-
 def _model_index(checkpoint):
     """The table of contents by which diffusers' pipelines open a folder."""
     latents = checkpoint.parts["unet"].config.get("out_channels", 4)
     index = {"_diffusers_version": "0.35.0"}
     if checkpoint.low_res_scheduler is not None:
-        index |= {"_class_name": "StableDiffusionUpscalePipeline", "max_noise_level": 350}
-        index |= {"low_res_scheduler": ["diffusers", "DDPMScheduler"]} | _ABSENT
+        index |= {"_class_name": UPSCALE, "max_noise_level": 350}
+        index |= {"low_res_scheduler": _library(checkpoint.low_res_scheduler)} | _ABSENT
         del index["image_encoder"]
     else:
         inpaints = checkpoint.parts["unet"].config.get("in_channels", latents) > latents
-        kind = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+        kind = INPAINT if inpaints else "StableDiffusionPipeline"
         index |= {"_class_name": kind, "requires_safety_checker": False} | _ABSENT
+    if checkpoint.scheduler is not None:
+        index["scheduler"] = _library(checkpoint.scheduler)
     return dict(sorted((index | _LIBRARIES).items()))
+
+
+def _library(scheduler):
+    return ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]

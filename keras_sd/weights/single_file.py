@@ -85,7 +85,7 @@ _UPSCALER_BETAS = {"beta_start": 0.0001, "beta_end": 0.02}
 # The noise on its low-resolution picture.
 _UPSCALER_NOISE = SchedulerConfig(
     **_UPSCALER_BETAS, clip_sample=True, steps_offset=0, set_alpha_to_one=True
-).to_dict() | {"_class_name": "DDPMScheduler"}
+).to_dict("DDPMScheduler")
 
 # SD 2.x takes what the last but one of OpenCLIP-H's 24 blocks gives, so the last one is never run.
 _OPEN_CLIP_BLOCKS = 23
@@ -333,7 +333,8 @@ def _not_told(checkpoint, derived):
         if name in derived.parts
     ]
     if checkpoint.scheduler and derived.scheduler:
-        pairs.append(("scheduler", checkpoint.scheduler, derived.scheduler))
+        kept = SchedulerConfig.from_dict(checkpoint.scheduler).noise_schedule()
+        pairs.append(("scheduler", kept | checkpoint.scheduler, derived.scheduler))
     return [
         f"{name} {key} {given[key]} (read as {value})"
         for name, given, read in pairs

@@ -110,7 +110,7 @@ def checkpoint(kind, dtype=np.float32):
         name: Part(config.to_dict(), random_tensors(model, config, seed, dtype), name)
         for seed, (name, (model, config)) in enumerate(models.items())
     }
-    return Checkpoint(parts, scheduler.to_dict())
+    return Checkpoint(parts, scheduler.noise_schedule())
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_what_a_file_cannot_tell_is_named(checkpoints, tmp_path):
     unet = model.parts["unet"]
     changed = {**unet.config, "attention_head_dim": 4, "norm_num_groups": 16}
     model = model._replace(
-        parts={**model.parts, "unet": unet._replace(config=changed)}, scheduler=V.to_dict()
+        parts={**model.parts, "unet": unet._replace(config=changed)}, scheduler=V.noise_schedule()
     )
     with pytest.warns(UserWarning) as told:
         write_single_file(tmp_path / "model.safetensors", model)
