@@ -52,6 +52,9 @@ def test_sides_are_compared_and_one_that_fails_is_named(tmp_path):
     assert "seconds" not in keras_cv and "KerasCV has no network" in keras_cv["failed"]
     table = output.with_suffix(".md").read_text()
     assert f"failed: {keras_cv['failed']}" in table and "compiling pays" in table
+    # A ratio stands beside the two medians that it divides, and the first side has none.
+    pair = f"| {off['seconds']:.3f} | {off['reference_seconds']:.3f} | {off['ratio']:.2f} |"
+    assert pair in table and f"XLA on | {on['seconds']:.3f} |  |  |" in table
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 

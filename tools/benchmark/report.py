@@ -4,7 +4,8 @@ from benchmark.worker import SAMPLING_CASES
 from keras_sd.files import replaced, write_json, write_text
 
 HEAD = (
-    "case                   side                       seconds  ratio  first call cold, warm   memory  GEMM"
+    "case                   side                       seconds  first in turns  ratio  "
+    "first call cold, warm   memory  GEMM"
 )
 
 
@@ -61,14 +62,15 @@ def _cells(result, figures):
     if result["precision"] != "float32":
         case += f" {result['precision']}"
     if "failed" in figures:
-        return [case, name_of(figures), f"failed: {figures['failed']}", "", "", "", ""]
+        return [case, name_of(figures), f"failed: {figures['failed']}", "", "", "", "", ""]
     starts = _of_starts(figures, "first_call_seconds")
     memory = f"{figures['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in figures else ""
     return [
         case,
         name_of(figures),
         f"{figures['seconds']:.3f}",
-        f"{figures.get('ratio', 1.0):.2f}",
+        f"{figures['reference_seconds']:.3f}" if "ratio" in figures else "",
+        f"{figures['ratio']:.2f}" if "ratio" in figures else "",
         starts,
         memory,
         f"{figures['share_of_gemm']:.0%}" if "share_of_gemm" in figures else "",
@@ -83,26 +85,29 @@ def _of_starts(figures, name):
 
 def line(result, figures):
     """One side as a line for the terminal."""
-    case, side, seconds, ratio, starts, memory, share = _cells(result, figures)
-    return f"{case:22} {side:26} {seconds:>7} {ratio:>6}  {starts:>22} {memory:>8} {share:>5}".rstrip()
+    case, side, seconds, reference, ratio, starts, memory, share = _cells(result, figures)
+    line = f"{case:22} {side:26} {seconds:>7} {reference:>15} {ratio:>6}  {starts:>22} {memory:>8} {share:>5}"
+    return line.rstrip()
 
 
 def table(results):
     """All sides as a Markdown table, with what it was measured on.
 
+    A ratio is to the first side's seconds in the same turns, which stand beside it: the machine may have been
+    slower or faster then than when the first side was measured alone.
     Of a case whose figures were derived anew from the measured times, `correction` says what was wrong.
     """
     lines = [
-        "| case | side | seconds | × the first | 1st call: cold, warm | start: cold, warm "
-        "| memory | GEMM | peak |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | side | seconds | the first, in turns | × the first | 1st call: cold, warm "
+        "| start: cold, warm | memory | GEMM | peak |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results["results"]:
         for figures in result["sides"]:
             cells = _cells(result, figures)
             starts = _of_starts(figures, "start_seconds")
             peak = f"{figures['share_of_peak']:.0%}" if "share_of_peak" in figures else ""
-            lines.append(f"| {' | '.join([*cells[:5], starts, *cells[5:], peak])} |")
+            lines.append(f"| {' | '.join([*cells[:6], starts, *cells[6:], peak])} |")
     lines += ["", *_pay_offs(results), ""]
     corrections = dict.fromkeys(each["correction"] for each in results["results"] if "correction" in each)
     lines += [line for text in corrections for line in (f"\\* {text}", "")]
@@ -137,47 +142,77 @@ def write(output, results):
 
 
 def plot(path, results):
-    """Draws the time of each side as a multiple of the first one's in the same turns, a panel for a case."""
+    """Draws the time of each side as a multiple of the first one's in the same turns, a panel for a case.
+
+    Cases of one side have nothing to be compared with in turns; they share a panel of seconds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = [result for result in results["results"] if any("seconds" in side for side in result["sides"])]
-    heights = [sum("seconds" in side for side in result["sides"]) for result in cases]
-    if not cases:
+    measured = [
+        (result, [side for side in result["sides"] if "seconds" in side]) for result in results["results"]
+    ]
+    compared = [(result, sides) for result, sides in measured if len(sides) > 1]
+    alone = [(result, sides[0]) for result, sides in measured if len(sides) == 1]
+    heights = [len(sides) for _, sides in compared] + ([len(alone)] if alone else [])
+    if not heights:
         return
     figure, panels = plt.subplots(
-        len(cases),
-        figsize=(8, 0.9 * len(cases) + 0.32 * sum(heights)),
+        len(heights),
+        figsize=(8, 0.9 * len(heights) + 0.32 * sum(heights)),
         height_ratios=heights,
         squeeze=False,
         constrained_layout=True,
     )
-    for panel, result in zip(panels[:, 0], cases, strict=True):
-        _draw_case(panel, result)
-    panels[-1, 0].set_xlabel("time of a call as a multiple of the first side's: median, fastest to slowest")
+    for panel, (result, sides) in zip(panels[:, 0], compared, strict=False):
+        _draw_case(panel, result, sides)
+    if compared:
+        label = "time of a call as a multiple of the first side's in the same turns: median, fastest to slowest"
+        panels[len(compared) - 1, 0].set_xlabel(label, fontsize=9)
+    if alone:
+        _draw_alone(panels[-1, 0], alone)
     with replaced(path) as staging:
         figure.savefig(staging, dpi=110, format="png")
     plt.close(figure)
 
 
-def _draw_case(panel, result):
-    measured = [side for side in result["sides"] if "seconds" in side]
-    ratios = [side.get("ratio", 1.0) for side in measured]
-    units = [side.get("reference_seconds", side["seconds"]) for side in measured]
+def _draw_case(panel, result, sides):
+    ratios = [side.get("ratio", 1.0) for side in sides]
+    units = [side.get("reference_seconds", side["seconds"]) for side in sides]
+    labels = [f" {sides[0]['seconds']:.3g} s"]
+    labels += [
+        f" {ratio:.2f} × ({side['seconds']:.3g} s, the first {unit:.3g} s)"
+        for ratio, side, unit in zip(ratios[1:], sides[1:], units[1:], strict=True)
+    ]
+    _draw_bars(panel, sides, [name_of(side) for side in sides], units, labels)
+    panel.margins(x=0.65)  # room for the labels
+    panel.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
+    panel.set_title(f"{result['model']}, {result['case']}: {_size_of(result)}", fontsize=10, loc="left")
+
+
+def _draw_alone(panel, cases):
+    sides = [side for _, side in cases]
+    names = [f"{result['model']}, {result['case']}: {_size_of(result)}" for result, _ in cases]
+    _draw_bars(panel, sides, names, [1.0] * len(sides), [f" {side['seconds']:.3g} s" for side in sides])
+    panel.margins(x=0.2)
+    panel.set_title(", ".join(dict.fromkeys(map(name_of, sides))), fontsize=10, loc="left")
+    panel.set_xlabel("seconds of a call, each case measured apart: median, fastest to slowest", fontsize=9)
+
+
+def _draw_bars(panel, sides, names, units, labels):
+    """Bars of seconds in `units`, with a line from the fastest to the slowest call."""
+    lengths = [side["seconds"] / unit for side, unit in zip(sides, units, strict=True)]
     spread = [
-        [(side["seconds"] - side["fastest"]) / unit for side, unit in zip(measured, units, strict=True)],
-        [(side["slowest"] - side["seconds"]) / unit for side, unit in zip(measured, units, strict=True)],
+        [(side["seconds"] - side["fastest"]) / unit for side, unit in zip(sides, units, strict=True)],
+        [(side["slowest"] - side["seconds"]) / unit for side, unit in zip(sides, units, strict=True)],
     ]
-    colours = ["0.65" if side["xla"] is None else "tab:blue" for side in measured]
-    bars = panel.barh([name_of(side) for side in measured], ratios, xerr=spread, color=colours, ecolor="0.3")
-    labels = [
-        f" {ratio:.2f} × ({side['seconds']:.3g} s)" for ratio, side in zip(ratios, measured, strict=True)
-    ]
+    colours = ["0.65" if side["xla"] is None else "tab:blue" for side in sides]
+    bars = panel.barh(names, lengths, xerr=spread, color=colours, ecolor="0.3")
     panel.bar_label(bars, labels, fontsize=8, label_type="edge")
     panel.invert_yaxis()
-    panel.margins(x=0.25)  # room for the labels
-    panel.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
-    size = f"{result['size']} px, batch of {result['batch']}, {result['precision']}"
-    panel.set_title(f"{result['model']}, {result['case']}: {size}", fontsize=10, loc="left")
+
+
+def _size_of(result):
+    return f"{result['size']} px, batch of {result['batch']}, {result['precision']}"
