@@ -217,8 +217,8 @@ for title, jit_compile in (("off", False), ("on", True)):
 #
 # The optimizer is AdamW (Loshchilov and Hutter, 2019). Beside the weights it keeps an *exponential moving
 # average* (EMA) of them. The last weights of a run are a little off in a direction that the last few
-# batches chose; the average has that noise smoothed away, and samples drawn with it are usually better.
-# `EMACallback` lends the average to the network for the time of a `with` block.
+# batches chose; the average has that noise smoothed away, and after a long run samples drawn with it are
+# usually better. `EMACallback` swaps in the average for the time of a `with` block.
 
 # %%
 steps_per_evaluation = max(1, TRAINING_STEPS // EVALUATIONS)
@@ -335,10 +335,10 @@ for axis in (left, right):
 plt.show()
 
 # %% [markdown]
-# In so short a run the average has not much to give, and is behind at first: it still remembers the
-# beginning, when the weights were worse. It gains once the weights move more slowly than they scatter. That
-# is why its decay starts small and grows (`AdamW` here uses min(decay, (1 + n) / (10 + n)) at update n), and
-# why long runs take a decay closer to one.
+# In a run as short as this one the average is behind to the end: it remembers earlier weights, which were
+# worse, and the learning rate, which falls to zero, leaves it little noise to smooth away. It gains in long
+# runs, once the weights move more slowly than they scatter. That is why its decay starts small and grows
+# (`AdamW` here uses min(decay, (1 + n) / (10 + n)) at update n), and why long runs take one closer to 1.
 #
 # ## More steps when sampling
 #

@@ -113,9 +113,9 @@ show(warm, f"{NUM_IMAGES} pictures, {NUM_STEPS} steps")
 
 # %% [markdown]
 # Without XLA, TensorFlow on an x86 processor gives convolutions and matrix products to oneDNN, which is
-# hand-tuned for it, so the difference on a CPU can be small. On a GPU and above all on a TPU it is large;
-# a TPU runs nothing that XLA has not compiled. Keras' own default (`jit_compile="auto"`) knows that: on
-# TensorFlow it compiles with an accelerator and does not without one.
+# hand-tuned for it. XLA gains by fusing what lies between them. A TPU runs nothing that XLA has not compiled.
+# Keras' own default (`jit_compile="auto"`) compiles with an accelerator and does not without one, so on this
+# processor it would take the slower side.
 #
 # ## Cold and warm starts
 #
@@ -324,8 +324,10 @@ for name, (peak, bandwidth) in devices.items():
 #
 # ## Conclusion
 #
-# - The first call pays for tracing and compiling; a second process only for tracing.
+# - The first call pays for tracing and compiling; a second process only for tracing. The first training step
+#   is long without XLA as well, since TensorFlow traces it either way.
 # - Keep shapes the same, and nothing compiles again.
-# - On a CPU XLA wins a little over oneDNN, which takes many calls to pay for compiling.
+# - On this CPU XLA takes about a quarter off a call that oneDNN makes alone. Some twenty calls pay for
+#   compiling, and five where an earlier process has left its programs.
 # - Half precision is for hardware that has it.
 # - Under JAX one flag takes training to several devices, with the same losses.

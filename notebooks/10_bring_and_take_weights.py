@@ -360,7 +360,8 @@ print("unloaded is as it was:", np.array_equal(rows["unloaded"], rows["without"]
 #
 # ## Publish
 #
-# A folder is ready to be published when it says what it is. Three things go beside the weights: a model
+# A folder is ready to be published when it says what it is. Save one for the purpose, with one set of weights
+# in the precision that people download. Three things go beside the weights: a model
 # card (`README.md` with a header that hubs read), the licence, and checksums. The licence follows from the
 # base model and from the pictures: Stable Diffusion's OpenRAIL licences ask to pass on their limits of use,
 # CC-BY and CC-BY-SA ask to name the authors.
@@ -383,7 +384,8 @@ What it draws, for whom it is, and for what it should not be used.
 - **How:** command, steps, learning rate, and the measured figures
 - **Known faults:** details are soft; hands, letters and counts are wrong at times
 """
-folder = Path("float32")
+folder = Path("published")
+sd.save(folder, dtype="float16")
 (folder / "README.md").write_text(card, encoding="utf-8")
 sums = {
     path.relative_to(folder).as_posix(): presets.file_hash(path)
@@ -392,14 +394,14 @@ sums = {
 (folder / "sha256.json").write_text(json.dumps(sums, indent=2), encoding="utf-8")
 for name, digest in sums.items():
     print(f"{digest[:16]}…  {name}")
-print("SHA-256 of the UNet as pictures name it:", StableDiffusion.load("float32").model_hash)
+print("SHA-256 of the UNet as pictures name it:", StableDiffusion.load(folder).model_hash)
 
 # %% [markdown]
 # The last line is what the PNGs of this package say about their origin (`Model hash`), so a picture can be
 # traced to the file that made it. Then:
 #
 # ```bash
-# hf upload my-name/my-model my-model     # of huggingface_hub
+# hf upload my-name/my-model published     # of huggingface_hub
 # ```
 #
 # and everybody opens it by `StableDiffusion.from_preset("my-name/my-model")`, or by diffusers'

@@ -169,7 +169,7 @@ def plot(path, results):
     for panel, (result, sides) in zip(panels[:, 0], compared, strict=False):
         _draw_case(panel, result, sides)
     if compared:
-        label = "time of a call as a multiple of the first side's in the same turns: median, fastest to slowest"
+        label = "time of a call as a multiple of the first side's in the same turns; line: fastest to slowest"
         panels[len(compared) - 1, 0].set_xlabel(label, fontsize=9)
     if alone:
         _draw_alone(panels[-1, 0], alone)
