@@ -153,10 +153,10 @@ def text_to_image(**options):
 @click.option("--train-text-encoder", is_flag=True, help="Low-rank updates for the text encoder too.")
 def lora(**options):
     """Teach a model by low-rank updates (LoRA), kept in a small file beside it."""
-    run = prepare("lora", options)
+    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
+    run = prepare("lora", options, identity=low_rank_identity(options, trained))
     from keras_sd.training.lora import save_lora
 
-    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
     pipeline, alpha, identity = open_with_loras(run, trained)
     models = {name: getattr(pipeline, name) for name in trained}
     _train(

@@ -8,6 +8,7 @@ from keras_sd.errors import UserError
 from keras_sd.finetune import (
     base_parts,
     frozen_parts,
+    low_rank_identity,
     open_with_loras,
     pretrained_option,
     rank_options,
@@ -76,11 +77,17 @@ def dreambooth(**options):
     class_folder = _class_folder(options)
     _check_images(Path(options["instance_data_dir"]), class_folder)
     of_class = ["num_inference_steps", "guidance_scale"] if class_folder else []
-    run = prepare("dreambooth", options, variant="lora" if options["lora"] else None, used=of_class)
+    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
+    run = prepare(
+        "dreambooth",
+        options,
+        variant="lora" if options["lora"] else None,
+        used=of_class,
+        identity=low_rank_identity(options, trained) if options["lora"] else None,
+    )
     from keras_sd.training.dreambooth import train_dreambooth
     from keras_sd.training.lora import save_lora
 
-    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
     if options["lora"]:
         pipeline, alpha, identity = open_with_loras(run, trained)
     else:

@@ -6,6 +6,7 @@ from keras_sd.finetune import (
     encoded_examples,
     frozen_parts,
     low_rank_options,
+    low_rank_identity,
     open_with_loras,
     pretrained_option,
     validation_option,
@@ -52,7 +53,8 @@ def lcm(**options):
     """Distil a model to a few steps of the sampler `lcm`, as a LoRA."""
     is_huber = options["loss_type"] == "huber"
     refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
-    run = prepare("lcm", options, used=["guidance_scale"])
+    identity = low_rank_identity(options, ["unet"])
+    run = prepare("lcm", options, used=["guidance_scale"], identity=identity)
     from keras_sd.training.consistency import train_consistency
     from keras_sd.training.lora import save_lora
 

@@ -250,6 +250,7 @@ def prepare(
     need_captions=True,
     scheduler_config=None,
     used=(),
+    identity=None,
 ):
     """Checks a run and starts its backend; whatever a user can mend is told before long work.
 
@@ -261,6 +262,7 @@ def prepare(
         need_captions: whether images need captions.
         scheduler_config: of the noise schedule, where it is not the pretrained model's.
         used: options of evaluations that the method also uses otherwise.
+        identity: JSON values that follow from the options and that a checkpoint to resume must share.
 
     Returns:
         `Run`.
@@ -288,8 +290,21 @@ def prepare(
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
     settings = settings_of(options)
+    _check_resumed(settings, identity or {})
     _tell(method, settings, source, options)
     return Run(settings, source, held_out, model, options)
+
+
+def _check_resumed(settings, identity):
+    """Refuses a checkpoint of other options before images are encoded; the run itself compares all."""
+    from keras_sd.training.checkpoints import check_same_run
+    from keras_sd.training.run_folder import find_checkpoint
+    from keras_sd.training.settings import MAY_CHANGE
+
+    if settings.resume_from_checkpoint is not None:
+        folder = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
+        known = {name: value for name, value in settings.identity().items() if name not in MAY_CHANGE}
+        check_same_run(folder, known | identity)
 
 
 def find_model(name):

@@ -85,7 +85,7 @@ class StepCallback(keras.callbacks.Callback):
 class ProgressCallback(StepCallback):
     """A bar on the terminal with images per second, smoothed loss and time left.
 
-    Where standard error is no terminal, the same as a line every `line_seconds`. Compiling does not count in
+    Where standard error is no terminal, the same as a line every `line_seconds`, and one of the first step. Compiling does not count in
     the rate, nor does what is done within `paused()`.
 
     Args:
@@ -126,6 +126,9 @@ class ProgressCallback(StepCallback):
     def on_step(self, logs):
         self._logs = logs
         if self._since is None:  # the first step, which compiles
+            if not self._bar:
+                loss = float(logs.get("loss", math.nan))
+                print(f"step {self.step}/{self.total_steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
             self._since = time.monotonic(), self.step
         elif time.monotonic() - self._since[0] >= (self.bar_seconds if self._bar else self.line_seconds):
             self._tell()
@@ -295,7 +298,10 @@ class StopOnSignal(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._install()
-        self._compiling.enter_context(interruption.phase("compiling the training step"))
+        # Without XLA TensorFlow still traces it. JAX compiles always.
+        is_compiled = self.model.jit_compile or keras.backend.backend() == "jax"
+        work = "compiling" if is_compiled else "tracing"
+        self._compiling.enter_context(interruption.phase(f"{work} the training step"))
 
     def on_train_batch_begin(self, batch, logs=None):
         self._within_step = True

@@ -175,10 +175,7 @@ class Checkpoints:
             warnings.warn(f"{folder}: cannot be compared with this run in: {known}", stacklevel=2)
             here = {name: value for name, value in here.items() if name in there}
         if there != here:
-            raise UserError(
-                f"{folder}: {_difference(there, here)}; "
-                "resume with the same options or choose another --output-dir"
-            )
+            raise UserError(_another_run(folder, there, here))
 
     def _write(self, staging: Path, step: int, groups, position: dict) -> None:
         staging.mkdir()
@@ -342,6 +339,25 @@ def check_manifest(folder) -> None:
     except InvalidCheckpoint as fault:
         line = f"{folder}: not a valid checkpoint: {fault}; give another folder or 'latest'"
         raise UserError(line) from None
+
+
+def check_same_run(folder, values: Mapping) -> None:
+    """Raises UserError if a checkpoint was made with other values in its config than these; names that are
+    not in both are left to `Checkpoints.resolve`, which compares all."""
+    folder = Path(folder)
+    try:
+        config = json.loads(_read_text(folder / CONFIG))
+    except (OSError, ValueError, RecursionError):
+        return  # damaged, which `Checkpoints` tells
+    here = {name: value for name, value in json.loads(_json_text(values)).items() if name in config}
+    there = {name: config[name] for name in here}
+    if there != here:
+        raise UserError(_another_run(folder, there, here))
+
+
+def _another_run(folder: Path, there: dict, here: dict) -> str:
+    remedy = "resume with the same options or choose another --output-dir"
+    return f"{folder}: {_difference(there, here)}; {remedy}"
 
 
 def _is_valid(folder: Path) -> bool:

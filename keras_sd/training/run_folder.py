@@ -47,7 +47,7 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
     if resume_from_checkpoint is None:
         _check_new(folder)
     else:
-        _check_resumable(folder, resume_from_checkpoint)
+        find_checkpoint(folder, resume_from_checkpoint)
     if lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,25 +96,33 @@ def _check_new(folder):
         )
 
 
-def _check_resumable(folder, request):
+def find_checkpoint(output_dir, request):
+    """The checkpoint's folder that `--resume-from-checkpoint` means, by the manifests alone.
+
+    Raises:
+        UserError: there is none.
+    """
     from keras_sd.training.checkpoints import check_manifest
 
+    folder = Path(output_dir)
     if request == "latest":
+        found = []
         for path in _children(folder):
-            if _CHECKPOINT.fullmatch(path.name.removeprefix(".").removesuffix(".replaced")):
+            name = path.name.removeprefix(".").removesuffix(".replaced")
+            if _CHECKPOINT.fullmatch(name):
                 with contextlib.suppress(UserError):
                     check_manifest(path)
-                    break
-        else:
-            raise UserError(
-                f"{folder}: no valid checkpoint to resume from; "
-                "check --output-dir or start without --resume-from-checkpoint"
-            )
-        return
+                    found.append((int(name.rpartition("-")[2]), path))
+        if found:
+            return max(found)[1]
+        raise UserError(
+            f"{folder}: no valid checkpoint to resume from; "
+            "check --output-dir or start without --resume-from-checkpoint"
+        )
     for place in (Path(request), folder / request):
         if place.is_dir():
             check_manifest(place)
-            return
+            return place
     raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
 
 

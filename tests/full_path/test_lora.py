@@ -11,6 +11,7 @@ from tests.full_path.commands import (
     assert_same_run,
     checkpoint,
 )
+from tests.programs import Program
 from tests.reference import run_reference
 
 
@@ -43,6 +44,23 @@ def test_every_update_is_trained_and_the_same_on_both_backends(runs, on_jax, sta
 
 def test_killed_run_ends_as_the_unbroken_one(runs, on_jax):
     assert_same_run(on_jax, runs.train_killed("killed", "jax"))
+
+
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        (("--rank", 4), "made with another rank (8 there and 4 here)"),
+        (("--lora-layers", "all"), 'made with another lora_layers ("attention" there and "all" here)'),
+        (("--train-text-encoder",), "made with another trained"),
+        (("--adam-beta1", 0.8), "made with another adam_beta1 (0.9 there and 0.8 here)"),
+    ],
+)
+def test_other_options_are_refused_before_the_model_is_opened(option, fault, runs, on_jax):
+    command = runs.arguments("jax", "--resume-from-checkpoint", "latest", *option)
+    done = Program(command).finish()
+    assert done.returncode == 2
+    assert fault in done.stderr and "resume with the same options" in done.stderr
+    assert "training: lora" not in done.stderr  # the line before anything is opened
 
 
 GENERATE = """
