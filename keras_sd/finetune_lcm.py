@@ -5,8 +5,8 @@ import click
 from keras_sd.finetune import (
     encoded_examples,
     frozen_parts,
-    low_rank_options,
     low_rank_identity,
+    low_rank_options,
     open_with_loras,
     pretrained_option,
     validation_option,

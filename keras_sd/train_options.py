@@ -304,7 +304,7 @@ def _check_resumed(settings, identity):
     if settings.resume_from_checkpoint is not None:
         folder = find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
         known = {name: value for name, value in settings.identity().items() if name not in MAY_CHANGE}
-        check_same_run(folder, known | identity)
+        check_same_run(folder, identity | known)
 
 
 def find_model(name):

@@ -85,8 +85,8 @@ class StepCallback(keras.callbacks.Callback):
 class ProgressCallback(StepCallback):
     """A bar on the terminal with images per second, smoothed loss and time left.
 
-    Where standard error is no terminal, the same as a line every `line_seconds`, and one of the first step. Compiling does not count in
-    the rate, nor does what is done within `paused()`.
+    Where standard error is no terminal, the same as a line every `line_seconds`, and one of the first step.
+    Compiling does not count in the rate, nor does what is done within `paused()`.
 
     Args:
         total_steps: steps of the whole run.

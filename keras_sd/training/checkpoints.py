@@ -342,17 +342,18 @@ def check_manifest(folder) -> None:
 
 
 def check_same_run(folder, values: Mapping) -> None:
-    """Raises UserError if a checkpoint was made with other values in its config than these; names that are
-    not in both are left to `Checkpoints.resolve`, which compares all."""
+    """Raises UserError for the first of these values that is another one in a checkpoint's config.
+
+    Names that the config lacks are left to `Checkpoints.resolve`, which compares all.
+    """
     folder = Path(folder)
     try:
         config = json.loads(_read_text(folder / CONFIG))
     except (OSError, ValueError, RecursionError):
         return  # damaged, which `Checkpoints` tells
-    here = {name: value for name, value in json.loads(_json_text(values)).items() if name in config}
-    there = {name: config[name] for name in here}
-    if there != here:
-        raise UserError(_another_run(folder, there, here))
+    for name, value in json.loads(_json_text(values)).items():
+        if config.get(name, value) != value:
+            raise UserError(_another_run(folder, {name: config[name]}, {name: value}))
 
 
 def _another_run(folder: Path, there: dict, here: dict) -> str:
