@@ -394,6 +394,7 @@ def test_progress_counts_the_rate_without_pauses(capsys):
         progress.on_train_batch_end(batch, {"loss": 1.0})
 
     step(0, 0.5)  # compiles
+    assert capsys.readouterr().err == "step 1/100, loss 1.0000\n"
     step(1, 0.1)
     with progress.paused():
         threading.Event().wait(1.0)
