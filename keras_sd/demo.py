@@ -83,7 +83,7 @@ def run_demo(
         pipeline.tokenizer,
         jit_compile=jit_compile,
     ).split(len(held_out))
-    measure = Measurement(pipeline, held_out, encoded_held_out)
+    measure = Measurement(pipeline, held_out, encoded_held_out, jit_compile)
     figures = {"before": measure(num_steps)}
 
     def make_evaluation(trainer):
@@ -145,12 +145,13 @@ class Measurement:
         pipeline: a `StableDiffusion`.
         examples: the pictures with their captions.
         encoded: the same ones as an `EncodedSource`.
+        jit_compile: whether XLA compiles on TensorFlow.
     """
 
-    def __init__(self, pipeline, examples, encoded):
+    def __init__(self, pipeline, examples, encoded, jit_compile=True):
         self.pipeline = pipeline
         self.prompts = [example["captions"][0] for example in examples]
-        self.extractor = ClipFeatures(pipeline.image_encoder)
+        self.extractor = ClipFeatures(pipeline.image_encoder, jit_compile=jit_compile)
         self.real = extract(self.extractor, np.stack([example["image"] for example in examples]))
         self.schedule = NoiseSchedule(pipeline.scheduler_config)
         self.objective = DiffusionObjective(pipeline.unet, self.schedule)

@@ -229,15 +229,16 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
         sets = example_sets(source, held_out, count) if pipeline.image_encoder else {}
         captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
         scored = sets and pipeline.clip_head is not None
+        compiled = run.settings.jit_compile
         # By the text encoder as it was, whenever in a run this is made.
         with without_updates(pipeline.text_encoder):
-            score = ClipScore(pipeline, captions) if scored else None
+            score = ClipScore(pipeline, captions, compiled) if scored else None
         return SampleEvaluation(
             trainer,
             lambda: image_grid(sample(prompts), labels=prompts, scale=2 if is_small else 1),
             sets=sets,
             generate=lambda examples: sample([example["captions"][0] for example in examples]),
-            extractor=ClipFeatures(pipeline.image_encoder) if sets else None,
+            extractor=ClipFeatures(pipeline.image_encoder, jit_compile=compiled) if sets else None,
             score=score,
         )
 

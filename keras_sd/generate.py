@@ -7,12 +7,12 @@ import click
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd import presets
+from keras_sd.arguments import LARGEST_SEED
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import UserError
 from keras_sd.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.outputs import check_output, output_option
 
-LARGEST_SEED = 2**62
 DTYPES = ("float32", "float16", "bfloat16")
 
 

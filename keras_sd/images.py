@@ -11,6 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 from keras_sd.errors import UserError
 from keras_sd.files import replaced
 
+WHITE = 128
+"""The least value of a mask that counts as white."""
+
 _CHUNK = "parameters"
 _NEGATIVE = "Negative prompt: "
 # A setting's value is quoted, as JSON quotes, where a comma or a colon would end it early.
@@ -55,6 +58,41 @@ def pictures_from_unit(images):
             "images: the model computed numbers that are not finite; take float32, or less guidance"
         )
     return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
+
+
+def as_masks(mask):
+    """A mask, `(height, width)`, or several, as bool `(n, height, width, 1)`: white, from 128, is True.
+
+    Raises:
+        UserError: it is of another type or shape, or has no white.
+    """
+    mask = np.asarray(mask)
+    if mask.dtype not in (np.uint8, np.bool_) or mask.ndim not in (2, 3) or not mask.size:
+        raise UserError(
+            f"mask of type {mask.dtype} and shape {mask.shape}: give uint8 or bool of shape (height, width)"
+        )
+    masks = mask if mask.dtype == np.bool_ else mask >= WHITE
+    masks = masks.reshape(-1, *mask.shape[-2:], 1)
+    empty = np.flatnonzero(~masks.any(axis=(1, 2, 3)))
+    if len(empty):
+        which = "mask" if len(masks) == 1 else f"mask {empty[0]}"
+        brightest = mask.reshape(len(masks), -1).max(axis=1)[empty[0]]
+        raise UserError(
+            f"{which}: has no white, so nothing would be made anew; white is from {WHITE}, and its brightest "
+            f"value is {int(brightest)}"
+        )
+    return masks
+
+
+def any_white(masks, factor):
+    """Masks made `factor` times smaller: what is white anywhere in a cell is white, so that no line is lost.
+
+    Args:
+        masks: bool `(n, height, width, 1)`; the sides are multiples of `factor`.
+    """
+    count, height, width, _ = masks.shape
+    cells = masks.reshape(count, height // factor, factor, width // factor, factor, 1)
+    return cells.any(axis=(2, 4))
 
 
 def resized(image, size, method=Image.Resampling.BICUBIC):

@@ -8,9 +8,9 @@ import secrets
 from types import SimpleNamespace
 
 import keras
-import numpy as np
 
 from keras_sd import pipeline
+from keras_sd.arguments import image_seeds
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
 
@@ -118,11 +118,10 @@ class StableDiffusion:
         if diffusion_noise is not None and seed is not None:
             raise UserError("diffusion_noise and seed: both given; give one of them")
         context = _batch("encoded_text", encoded_text, batch_size, rank=3)
-        chunks = context.shape[1] // self.tokenizer.max_length
-        negative = self.model.encode_text([negative_prompt or ""], chunks).repeat(batch_size, axis=0)
+        negative = self.model.encode_text([negative_prompt or ""]).repeat(batch_size, axis=0)
         if diffusion_noise is None:
             seed = secrets.randbits(32) if seed is None else seed
-            diffusion_noise = NoiseStreams(seed + np.arange(batch_size)).draw(self._latent_shape)
+            diffusion_noise = NoiseStreams(image_seeds(seed, batch_size)).draw(self._latent_shape)
         latents = self.model.denoise(
             _batch("diffusion_noise", diffusion_noise, batch_size, rank=4),
             context,

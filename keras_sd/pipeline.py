@@ -8,8 +8,10 @@ from keras import ops
 
 from keras_sd import backend, presets
 from keras_sd.adapters import Adapters
+from keras_sd.arguments import whole_number
 from keras_sd.defaults import ModelDefaults
 from keras_sd.diffusion.denoiser import Denoiser
+from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.samplers import find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
@@ -17,7 +19,7 @@ from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
 from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
 from keras_sd.models.tokenizer import vector_names
-from keras_sd.prompts import chunk_prompts, weighted_encoding
+from keras_sd.prompts import chunk_prompts, equally_long, weighted_encoding
 from keras_sd.tasks import Tasks, equal_batches
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
@@ -70,7 +72,7 @@ class StableDiffusion(Tasks):
         self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
         self.image_encoder, self.clip_head = image_encoder, clip_head
         self.defaults = defaults or ModelDefaults()
-        self.name, self.batch_size = name, batch_size
+        self.name, self.batch_size = name, whole_number("batch_size", batch_size, 1)
         self._weights_file = None
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
@@ -268,12 +270,15 @@ class StableDiffusion(Tasks):
         Prompts are in the language of `keras_sd.prompts`: weights, BREAK, any length.
 
         Args:
-            chunks: how many chunks of tokens each gets; by default as many as the longest one needs.
+            chunks: how many chunks of tokens each gets, a multiple of what each needs; by default the least
+                common one. A shorter prompt's chunks are repeated, of which attention takes no notice.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids, weights = chunk_prompts(self.tokenizer, prompts, chunks)
         count, chunks, tokens = ids.shape
-        encodings = self._in_batches(self._encode_text, ids.reshape(-1, tokens))
+        # Each chunk once, as those of short prompts and those that prompts share are repeated.
+        unique, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
+        encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
         return weighted_encoding(encodings.reshape(count, chunks, tokens, -1), weights)
 
     def encode_image(self, images):
@@ -285,23 +290,31 @@ class StableDiffusion(Tasks):
 
         Args:
             latents: standard-normal noise, float32 `(n, h, w, c)`.
-            context, negative: text encodings `(n, tokens, width)` of the prompts and negative prompts.
+            context, negative: text encodings `(n, tokens, width)` of the prompts and negative prompts; of two
+                lengths, both are repeated to the least common multiple.
             on_step: called after each step with a `Denoised(step, latents)`.
             options: as `Denoiser.steps` takes them: guidance_scale, sampler, num_steps, eta, streams, ...
 
         Returns:
             Latents, float32 `(n, h, w, c)`.
         """
+        context, negative = equally_long(context, negative)
         for denoised in self._denoiser.steps(latents, context, negative, **options):
             if on_step is not None:
                 on_step(denoised)
         return ops.convert_to_numpy(denoised.latents)
 
     def decode(self, latents):
-        """Decodes latents as the UNet gives them to pictures."""
-        return pictures_from_unit(
-            self._tiled(self._decode, np.asarray(latents), self.vae.config.downsampling)
-        )
+        """Decodes latents as the UNet gives them to pictures.
+
+        Raises:
+            UserError: the latents, or what the VAE makes of them, are not finite.
+        """
+        latents = np.asarray(latents)
+        check_inputs({"latents": latents})
+        images = self._tiled(self._decode, latents, self.vae.config.downsampling)
+        check_result(images, self.vae, "VAE")
+        return pictures_from_unit(images)
 
     # Help for the above
 
@@ -309,13 +322,13 @@ class StableDiffusion(Tasks):
         """The shape `(h, w, c)` of the latents of pictures `height` by `width` pixels.
 
         Raises:
-            UserError: a side is no multiple of the VAE's factor.
+            UserError: a side is no whole number, or no multiple of the VAE's factor.
         """
         factor = self.vae.config.downsampling
         sides = []
         for title, side in (("height", height), ("width", width)):
-            side = self.unet.config.sample_size * factor if side is None else side
-            if side < factor or side % factor:
+            side = self.unet.config.sample_size * factor if side is None else whole_number(title, side, 1)
+            if side % factor:
                 raise UserError(f"{title} {side}: does not fit the model; use a multiple of {factor}")
             sides.append(side // factor)
         return (*sides, self.vae.config.latent_channels)

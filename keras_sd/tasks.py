@@ -6,20 +6,20 @@ Each task is a few lines on the primitives of `keras_sd.pipeline.StableDiffusion
 import contextlib
 import functools
 import inspect
+import numbers
+from collections.abc import Iterable
 
 import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from keras_sd.arguments import checked_seed, image_seeds, whole_number
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
-from keras_sd.images import as_pictures, pictures_to_unit
+from keras_sd.images import any_white, as_masks, as_pictures, pictures_to_unit
 from keras_sd.prompts import take_loras
-
-# Image i has the seed plus i, in 63 bits.
-LARGEST_SEED = 2**62
 
 
 def _with_loras(task):
@@ -149,22 +149,24 @@ class Tasks:
         Args:
             image: one picture for all, `(height, width, 3)`, or one for each that is made.
             mask: `(height, width)`, uint8 or bool, or one for each picture: white (from 128) is made anew.
+                Where there is white within a latent position (8 x 8 pixels), all of the position is made
+                anew, and what the mask leaves of it is put back at the end.
             strength: as in `image_to_image`; 1 begins from noise alone.
             prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
 
         Raises:
-            UserError: as `image_to_image`; or the mask has another size than the picture.
+            UserError: as `image_to_image`; or the mask has another size than the picture, or no white.
         """
-        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
-        images, mask = self._checked(image), _checked_mask(mask)
+        images, mask = self._checked(image), as_masks(mask)
         if mask.shape[1:3] != images.shape[1:3]:
             raise UserError(
                 f"mask: is {mask.shape[2]}x{mask.shape[1]}, the picture {images.shape[2]}x{images.shape[1]}; "
                 "scale it to the picture's size"
             )
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
         count, factor = len(seeds), self.vae.config.downsampling
         latents = _one_for_each(self.encode_image(images), count, "pictures")
-        small_mask = _one_for_each(mask[:, ::factor, ::factor].astype("float32"), count, "masks")
+        small_mask = _one_for_each(any_white(mask, factor).astype("float32"), count, "masks")
         channels = None
         if self._extra_channels == self.vae.config.latent_channels + 1:
             hidden = self._encode_unit(pictures_to_unit(images) * ~mask)
@@ -202,8 +204,7 @@ class Tasks:
         levels, schedule_config = self.unet.config.num_class_embeds, self.low_res_scheduler_config
         if not levels or schedule_config is None or self._extra_channels != self.vae.config.in_channels:
             raise UserError(f"upscale: {self.name} is no upscaler; load one such as the SD x4 upscaler")
-        if _at_least("noise_level", noise_level, 0) >= levels:
-            raise UserError(f"noise_level {noise_level}: out of range; use 0 to {levels - 1}")
+        whole_number("noise_level", noise_level, 0, levels - 1)
         context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
         images = _one_for_each(pictures_to_unit(as_pictures(image)), len(seeds), "pictures")
         schedule = NoiseSchedule(schedule_config)
@@ -228,7 +229,8 @@ class Tasks:
         Args:
             prompts: a text, or a list of texts.
             num_frames: frames of the whole walk, at least one for each prompt.
-            negative_prompt: a text for all frames.
+            negative_prompt: a text for all frames, or a list with one for each prompt, between which the walk
+                goes too.
             seed: of the noise; a circle uses `seed` and `seed` + 1.
             height, width, options: as in `text_to_image`.
 
@@ -236,28 +238,26 @@ class Tasks:
             uint8 `(num_frames, height, width, 3)`.
         """
         self._refuse_more_channels("random_walk")
-        prompts, negatives = _prompts(prompts, negative_prompt or "")
-        if _at_least("num_frames", num_frames, 1) < len(prompts):
+        prompts, negatives = _prompts(prompts, negative_prompt)
+        if whole_number("num_frames", num_frames, 1) < len(prompts):
             raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
-        encodings = self.encode_text([*prompts, negatives[0]])
+        contexts, negatives = np.split(self.encode_text(prompts + negatives), 2)
         shape = self.latent_shape(height, width)
-        seed = _checked_seed(seed)
-        noises = NoiseStreams([seed, seed + 1]).draw(shape)
+        noises = NoiseStreams(image_seeds(seed, 2)).draw(shape)
         if len(prompts) == 1:
             angles = 2 * np.pi * np.arange(num_frames) / num_frames
             weights = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
             noise = np.tensordot(weights, noises, axes=1)
-            context = np.repeat(encodings[:1], num_frames, axis=0)
+            context, negative = (np.repeat(each, num_frames, axis=0) for each in (contexts, negatives))
         else:
             noise = np.repeat(noises[:1], num_frames, axis=0)
-            context = _interpolate(encodings[:-1], num_frames)
-        negative = np.repeat(encodings[-1:], num_frames, axis=0)
+            context, negative = (_interpolate(each, num_frames) for each in (contexts, negatives))
 
         def begin(_, batch, streams):
             return {"noise": noise[batch]}
 
         # Samplers that add noise add the same to every frame.
-        seeds = np.full(num_frames, seed)
+        seeds = np.full(num_frames, seed, "uint64")
         return self._sample(context, negative, seeds, shape, begin=begin, **options)
 
     def reconstruct(self, images):
@@ -277,11 +277,11 @@ class Tasks:
     def _conditions(self, prompt, negative_prompt, num_images, seed):
         """Encodings of both prompts `(n, tokens, width)` and the seed `(n,)` of each picture."""
         prompts, negatives = _prompts(prompt, negative_prompt)
-        num_images, seed = _at_least("num_images", num_images, 1), _checked_seed(seed)
+        num_images, seed = whole_number("num_images", num_images, 1), checked_seed(seed)
         # Together, as the longest text says how many chunks of tokens all get.
         encodings = self.encode_text(prompts + negatives).repeat(num_images, axis=0)
         context, negative = np.split(encodings, 2)
-        return context, negative, seed + np.arange(len(context))
+        return context, negative, image_seeds(seed, len(context))
 
     def _sample(
         self,
@@ -334,53 +334,38 @@ class Tasks:
         return np.concatenate(images)[: len(seeds)]
 
 
-def _at_least(name, value, least):
-    if not isinstance(value, int | np.integer) or value < least:
-        raise UserError(f"{name} {value!r}: out of range; use a whole number from {least}")
-    return int(value)
-
-
-def _checked_seed(seed):
-    if _at_least("seed", seed, 0) > LARGEST_SEED:
-        raise UserError(f"seed {seed}: out of range; use a whole number from 0 to {LARGEST_SEED}")
-    return int(seed)
-
-
 def _prompts(prompt, negative_prompt):
     """Prompts and negative prompts as two lists of one length."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = _texts("prompt", prompt)
     if not prompts:
         raise UserError("prompt: the list is empty; give at least one text")
     if negative_prompt is None or isinstance(negative_prompt, str):
         return prompts, [negative_prompt or ""] * len(prompts)
-    if len(negative_prompt) != len(prompts):
-        raise UserError(
-            f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts; give one for each"
-        )
-    return prompts, list(negative_prompt)
+    negatives = _texts("negative_prompt", negative_prompt)
+    if len(negatives) != len(prompts):
+        raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for each")
+    return prompts, negatives
+
+
+def _texts(name, texts):
+    given = [texts] if isinstance(texts, str) else texts
+    given = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(text, str) for text in given):
+        raise UserError(f"{name} {texts!r}: no text; give a text, or a list of texts")
+    return given
 
 
 def _first_step(strength, num_steps):
     """How many of the steps a strength leaves out."""
-    if not 0 < strength <= 1:
-        raise UserError(f"strength {strength}: out of range; use more than 0, up to 1")
+    whole_number("num_steps", num_steps, 1)
+    if not isinstance(strength, numbers.Real) or isinstance(strength, bool) or not 0 < strength <= 1:
+        raise UserError(f"strength {strength!r}: out of range; use more than 0, up to 1")
     made = int(num_steps * strength)
-    if num_steps >= 1 and made < 1:
+    if made < 1:
         raise UserError(
             f"strength {strength}: makes none of {num_steps} steps; use {1 / num_steps:.2g} or more"
         )
     return num_steps - made
-
-
-def _checked_mask(mask):
-    """A mask, or several, as bool `(n, height, width, 1)`."""
-    mask = np.asarray(mask)
-    if mask.dtype not in (np.uint8, np.bool_) or mask.ndim not in (2, 3) or not mask.size:
-        raise UserError(
-            f"mask of type {mask.dtype} and shape {mask.shape}: give uint8 or bool of shape (height, width)"
-        )
-    mask = mask if mask.dtype == np.bool_ else mask >= 128
-    return mask.reshape(-1, *mask.shape[-2:], 1)
 
 
 def _one_for_each(values, count, title):

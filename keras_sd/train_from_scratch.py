@@ -189,7 +189,7 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
             lambda: image_grid(sample(16), scale=2),
             sets=sets,
             generate=lambda examples: sample(len(examples)),
-            extractor=extractor_of(kid) if sets else None,
+            extractor=extractor_of(kid, run.settings.jit_compile) if sets else None,
         )
 
     train_pixel_ddim(

@@ -423,14 +423,14 @@ def evenly(sequence, count):
     return [sequence[index * len(sequence) // count] for index in range(count)]
 
 
-def extractor_of(name):
+def extractor_of(name, jit_compile):
     """The feature extractor of that KID; the choice offers no other names."""
     from keras_sd.loading import load_part
     from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
 
     if name == "kid_inception":
-        return InceptionFeatures(75)
-    return ClipFeatures(load_part(presets.find("emoji"), "image_encoder"))
+        return InceptionFeatures(75, jit_compile=jit_compile)
+    return ClipFeatures(load_part(presets.find("emoji"), "image_encoder"), jit_compile=jit_compile)
 
 
 PARTS = ("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae", "scheduler_config")

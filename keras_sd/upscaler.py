@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_sd.arguments import image_seeds, whole_number
 from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
@@ -41,7 +42,7 @@ class Upscaler:
             raise UserError("upscaler: the UNet has not 6 channels in, 3 out and noise levels; use another")
         self.unet = unet
         self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
-        self.batch_size = batch_size
+        self.batch_size = whole_number("batch_size", batch_size, 1)
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
 
     @classmethod
@@ -101,18 +102,17 @@ class Upscaler:
         Raises:
             UserError: the noise level or the size is out of range.
         """
-        if not 0 <= noise_level < self.unet.config.num_class_embeds:
-            raise UserError(
-                f"noise_level {noise_level}: out of range; use 0 to {self.unet.config.num_class_embeds - 1}"
-            )
+        whole_number("noise_level", noise_level, 0, self.unet.config.num_class_embeds - 1)
+        whole_number("factor", factor, 1)
         images = as_pictures(images)
+        seeds = image_seeds(seed, len(images))
         height, width = (side * factor for side in images.shape[1:3])
         enlarged = np.stack([resized(image, (height, width)) for image in images])
         schedule = NoiseSchedule(self.low_res_scheduler_config)
         rates = schedule.signal_rates[noise_level], schedule.noise_rates[noise_level]
         pictures = []
         for batch in equal_batches(len(images), self.batch_size):
-            streams = NoiseStreams(seed + batch)
+            streams = NoiseStreams(seeds[batch])
             noise = streams.draw((height, width, 3))
             seen = pictures_to_unit(enlarged[batch])
             for denoised in self._denoiser.steps(

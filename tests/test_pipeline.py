@@ -270,7 +270,7 @@ def test_pictures_say_how_they_were_made(folder, pipeline, tmp_path):
         ({"num_steps": 0}, "num_steps 0: out of range"),
         ({"eta": 2}, "eta 2: out of range"),
         ({"height": 22}, "height 22: does not fit the model; use a multiple of 4"),
-        ({"width": 0}, "width 0: does not fit the model"),
+        ({"width": 0}, "width 0: out of range; use a whole number from 1"),
         ({"prompt": []}, "prompt: the list is empty"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
     ],

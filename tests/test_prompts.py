@@ -7,7 +7,7 @@ import pytest
 
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import Tokenizer
-from keras_sd.prompts import chunk_prompts, parse_prompt, weighted_encoding
+from keras_sd.prompts import chunk_prompts, equally_long, parse_prompt, weighted_encoding
 from tests import tiny
 
 BREAK = (None, 1.0)
@@ -156,8 +156,7 @@ def test_long_prompts_go_on_in_further_chunks(clip):
     ids, weights = chunk_prompts(clip, [" ".join(numbers), "red"])
     assert ids.shape == weights.shape == (2, 3, 77)
     assert words(ids[0], clip) == [" ".join(numbers[start : start + 75]) for start in (0, 75, 150)]
-    assert words(ids[1], clip) == ["red", "", ""]
-    np.testing.assert_array_equal(ids[1, 1:], np.repeat(clip([""]), 2, axis=0))
+    assert words(ids[1], clip) == ["red"] * 3
 
 
 @pytest.mark.parametrize("after_comma, carried", [(0, True), (1, True), (19, True), (20, False), (60, False)])
@@ -234,9 +233,9 @@ def test_digits_without_end_are_letters(clip):
 
 def test_a_number_of_chunks_can_be_asked_for(clip):
     ids, _ = chunk_prompts(clip, ["red"], chunks=3)
-    assert words(ids[0], clip) == ["red", "", ""]
-    with pytest.raises(UserError, match="prompt: needs 2 chunks of tokens where 1 are given; shorten it"):
-        chunk_prompts(clip, ["a BREAK b"], chunks=1)
+    assert words(ids[0], clip) == ["red"] * 3
+    with pytest.raises(UserError, match="needs 2 chunks of tokens where 3 are given; give a multiple"):
+        chunk_prompts(clip, ["a BREAK b"], chunks=3)
 
 
 def test_no_prompts(clip):
@@ -268,6 +267,38 @@ def test_weighing_restores_the_mean_of_each_chunk():
     np.testing.assert_allclose(ratio[3] / ratio[0], 1.5, rtol=1e-5)
     silent = weighted_encoding(encodings, np.zeros_like(weights))
     assert (silent == 0).all()  # no mean to restore
+
+
+def test_where_there_is_no_mean_the_norm_is_restored():
+    generator = np.random.default_rng(0)
+    encodings = generator.standard_normal((1, 1, 5, 400)).astype("float32")
+    weights = np.ones((1, 1, 5), "float32")
+    weights[..., 2] = 1.5
+    encodings -= (
+        encodings * weights[..., None]
+    ).mean() / weights.mean() + 1e-4  # nothing is left of the mean
+    weighted = weighted_encoding(encodings, weights)[0]
+    np.testing.assert_allclose(np.linalg.norm(weighted), np.linalg.norm(encodings), rtol=1e-5)
+    np.testing.assert_allclose(
+        weighted[2] / weighted[0], 1.5 * encodings[0, 0, 2] / encodings[0, 0, 0], rtol=1e-4
+    )
+    # Nor may the mean of what has been weighed be divided by where it vanishes.
+    shifted = encodings + 0.5
+    weights[..., 2] = 1 - 5 * shifted.mean() / shifted[0, 0, 2].mean()
+    assert abs((shifted * weights[..., None]).mean()) < 1e-5
+    weighted = weighted_encoding(shifted, weights)
+    np.testing.assert_allclose(np.linalg.norm(weighted), np.linalg.norm(shifted), rtol=1e-5)
+
+
+def test_chunks_are_repeated_to_the_least_common_multiple(clip):
+    ids, weights = chunk_prompts(clip, ["a BREAK (b:1.5)", "a BREAK b BREAK c", "d"])
+    assert [words(row, clip) for row in ids] == [["a", "b"] * 3, ["a", "b", "c"] * 2, ["d"] * 6]
+    assert weights[0, :, 1].tolist() == [1, 1.5] * 3
+    short, long = np.arange(8.0).reshape(1, 4, 2), np.arange(12.0).reshape(1, 6, 2)
+    first, second, none = equally_long(short, long, None)
+    np.testing.assert_array_equal(first, np.concatenate([short] * 3, axis=1))
+    np.testing.assert_array_equal(second, np.concatenate([long] * 2, axis=1))
+    assert none is None
 
 
 @pytest.mark.parametrize(

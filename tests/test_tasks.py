@@ -1,6 +1,7 @@
 """The tasks against diffusers' pipelines, on the same small models and the same noise."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
+from keras_sd.pipeline import StableDiffusion
 from tests import tiny
 from tests.reference import run_reference
 
@@ -215,6 +217,107 @@ def test_long_and_weighted_prompts_reach_the_model(plain):
     np.testing.assert_allclose(plain.encode_text(["red"]), context[1:, :12], atol=1e-5)
 
 
+ONE, TWO, THREE = "red heart", "red heart BREAK woman running", "flag BREAK (of:1.3) BREAK Japan"
+
+
+def apart(images, others):
+    return np.abs(images.astype(int) - others.astype(int)).max()
+
+
+def test_an_image_does_not_depend_on_the_other_prompts_of_its_batch(plain, inpainting, pictures, mask):
+    prompts, negatives = [ONE, TWO, THREE, ONE], ["", THREE, TWO, TWO]
+    options = OPTIONS | {"num_steps": 10, "seed": 5}
+    for images, alone in (
+        (plain.text_to_image(prompts, negatives, **options), plain.text_to_image),
+        (
+            plain.image_to_image(pictures[1], prompts, negatives, **options),
+            functools.partial(plain.image_to_image, pictures[1]),
+        ),
+        (
+            inpainting.inpaint(pictures[1], mask, prompts, negatives, **options),
+            functools.partial(inpainting.inpaint, pictures[1], mask),
+        ),
+    ):
+        for index, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+            single = alone(prompt, negative, **options | {"seed": 5 + index})
+            assert apart(single, images[index : index + 1]) <= 1
+        assert apart(images[0], images[3]) > 10
+    walk = plain.random_walk([ONE, THREE], 2, TWO, **options)
+    for prompt, frame in zip([ONE, THREE], walk, strict=True):
+        assert apart(plain.text_to_image(prompt, TWO, **options)[0], frame) <= 1
+
+
+def test_a_walk_goes_from_one_negative_prompt_to_the_next(plain):
+    options = OPTIONS | {"num_steps": 10, "seed": 5}
+    walk = plain.random_walk([ONE, TWO], 3, ["dark", "flag"], **options)
+    for prompt, negative, frame in ((ONE, "dark", walk[0]), (TWO, "flag", walk[2])):
+        assert apart(plain.text_to_image(prompt, negative, **options)[0], frame) <= 1
+    assert apart(plain.random_walk([ONE, TWO], 3, "dark", **options)[2], walk[2]) > 5
+
+
+def test_guidance_up_to_one_is_none(plain):
+    def draw(scale, negative="flag"):
+        options = OPTIONS | {"num_steps": 5, "guidance_scale": scale}
+        return plain.text_to_image("red heart", negative, **options)
+
+    images = draw(1)
+    for scale in (0, 0.5, np.float32(1)):
+        np.testing.assert_array_equal(draw(scale), images)
+    np.testing.assert_array_equal(draw(0, "dark"), images)
+    assert apart(draw(1.5), images) > 1
+    walk = [plain.random_walk("red heart", 1, **OPTIONS | {"guidance_scale": scale}) for scale in (0, 1)]
+    np.testing.assert_array_equal(*walk)
+
+
+def test_seeds_go_to_64_bits(plain):
+    options = OPTIONS | {"num_steps": 2}
+    images = plain.text_to_image("red heart", num_images=2, seed=2**64 - 1, **options)
+    assert apart(images[1:], plain.text_to_image("red heart", seed=0, **options)) <= 1
+    beyond = plain.text_to_image("red heart", seed=2**63 + 1, **options)
+    assert apart(beyond, plain.text_to_image("red heart", seed=1, **options)) > 10
+
+
+@pytest.mark.parametrize("stroke", [(slice(9, 11), slice(3, 21)), (slice(3, 21), slice(7, 8)), (15, 15)])
+def test_thin_strokes_of_a_mask_make_something_new(plain, inpainting, pictures, stroke):
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[stroke] = True
+    for model in (plain, inpainting):
+        options = OPTIONS | {"num_steps": 5}
+        drawn = [model.inpaint(pictures[0], mask, "red heart", seed=seed, **options)[0] for seed in (0, 1)]
+        changed = (drawn[0] != drawn[1]).any(axis=-1)
+        assert changed[mask].all() and not changed[~mask].any()
+        np.testing.assert_array_equal(drawn[0][~mask], pictures[0][~mask])
+
+
+@pytest.mark.parametrize("fault", ["context", "weights", "noise", "float16", "vae"])
+def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
+    model = tiny.pipeline(SchedulerConfig(), jit_compile=False)
+    context = model.encode_text(["red heart", ""])[:, None]
+    noise = NoiseStreams([0]).draw(model.latent_shape())
+    options = {"num_steps": 2, "guidance_scale": 2.0}
+    if fault == "context":
+        context[0, 0, 1, 2], line = np.nan, "text encoding: NaN or infinity in it"
+    if fault == "noise":
+        noise[0, 0, 0, 0], line = np.inf, "latents to begin with: NaN or infinity in it"
+    if fault == "weights":
+        bias = model.unet.conv_out.bias
+        bias.assign(np.full(bias.shape, np.nan))
+        line = "UNet: .* its weight .*conv_out.bias is not finite"
+    if fault == "float16":
+        kernel = model.unet.conv_in.kernel
+        kernel.assign(np.full(kernel.shape, 60_000))
+        model.save(tmp_path / "model")
+        model = StableDiffusion.load(tmp_path / "model", dtype="float16", jit_compile=False)
+        line = "UNet: .* float16 overflows: take bfloat16 or float32"
+    if fault == "vae":
+        kernel = model.vae.decoder.conv_out.kernel
+        kernel.assign(np.full(kernel.shape, np.inf))
+        line = "VAE: .* its weight .*conv_out.weight is not finite"
+    with pytest.raises(UserError, match=line) as caught:
+        model.decode(model.denoise(noise, *context, **options))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "task, change, line",
     [
@@ -223,9 +326,22 @@ def test_long_and_weighted_prompts_reach_the_model(plain):
         ("image_to_image", {"strength": float("inf")}, "strength inf: out of range"),
         ("image_to_image", {"guidance_scale": float("nan")}, "guidance_scale nan: out of range"),
         ("image_to_image", {"guidance_scale": float("inf")}, "guidance_scale inf: out of range"),
-        ("image_to_image", {"num_steps": 2.5}, "num_steps 2.5: out of range"),
-        ("image_to_image", {"seed": 2**63}, "seed 9223372036854775808: out of range"),
-        ("random_walk", {"seed": 2**63, "prompts": "a"}, "seed 9223372036854775808: out of range"),
+        ("image_to_image", {"num_steps": 3.0}, "num_steps 3.0: out of range"),
+        ("image_to_image", {"guidance_scale": -0.5}, "guidance_scale -0.5: out of range"),
+        ("image_to_image", {"guidance_scale": "7"}, "guidance_scale '7': out of range"),
+        ("image_to_image", {"guidance_rescale": float("nan")}, "guidance_rescale nan: out of range"),
+        ("image_to_image", {"guidance_interval": 0.5}, "guidance_interval 0.5: no part of the steps"),
+        ("image_to_image", {"seed": 2**64}, "seed 18446744073709551616: out of range"),
+        ("random_walk", {"seed": 2**64, "prompts": "a"}, "seed 18446744073709551616: out of range"),
+        ("random_walk", {"seed": 1.0, "prompts": "a"}, "seed 1.0: out of range"),
+        ("random_walk", {"prompts": "a", "negative_prompt": ["b", "c"]}, "2 negative prompts for 1 prompts"),
+        ("random_walk", {"prompts": "a", "height": 64.0}, "height 64.0: out of range"),
+        ("random_walk", {"prompts": None}, "prompt None: no text"),
+        ("image_to_image", {"prompt": None}, "prompt None: no text"),
+        ("image_to_image", {"prompt": ["a", 3]}, r"prompt \['a', 3\]: no text"),
+        ("image_to_image", {"negative_prompt": 3}, "negative_prompt 3: no text"),
+        ("image_to_image", {"num_images": True}, "num_images True: out of range"),
+        ("image_to_image", {"strength": "0.5"}, "strength '0.5': out of range"),
         ("image_to_image", {"strength": 1.1}, "strength 1.1: out of range"),
         ("image_to_image", {"strength": 0.01}, "strength 0.01: makes none of 20 steps; use 0.05 or more"),
         (
@@ -235,8 +351,15 @@ def test_long_and_weighted_prompts_reach_the_model(plain):
         ),
         ("image_to_image", {"image": np.zeros((24, 24, 3))}, "pictures of type float64 and shape"),
         ("image_to_image", {"image": np.zeros((3, 24, 24, 3), "uint8")}, "3 pictures for 1 results"),
-        ("inpaint", {"mask": np.zeros((16, 24), "uint8")}, "mask: is 24x16, the picture 24x24"),
+        ("inpaint", {"mask": np.ones((16, 24), "bool")}, "mask: is 24x16, the picture 24x24"),
         ("inpaint", {"mask": np.zeros((24, 24))}, "mask of type float64"),
+        ("inpaint", {"mask": np.ones((24, 24), "uint8")}, "mask: has no white, .* brightest value is 1"),
+        ("inpaint", {"mask": np.zeros((24, 24), "bool")}, "mask: has no white"),
+        (
+            "inpaint",
+            {"mask": np.arange(2).repeat(576).reshape(2, 24, 24) == 0},
+            "mask 1: has",
+        ),
         ("upscale", {}, "is no upscaler; load one"),
         ("random_walk", {"num_frames": 1, "prompts": ["a", "b"]}, "num_frames 1: fewer than the 2 prompts"),
     ],
@@ -244,7 +367,7 @@ def test_long_and_weighted_prompts_reach_the_model(plain):
 def test_bad_input_is_one_line(plain, task, change, line):
     given = {"prompt": "red heart", "image": np.zeros((24, 24, 3), "uint8")}
     if task == "inpaint":
-        given["mask"] = np.zeros((24, 24), "uint8")
+        given["mask"] = np.full((24, 24), 255, "uint8")
     if task == "random_walk":
         given = {}
     with pytest.raises(UserError, match=line) as caught:
@@ -257,5 +380,5 @@ def test_models_of_another_task_say_so(inpainting, upscaler, pictures):
         inpainting.text_to_image("red heart", **OPTIONS)
     with pytest.raises(UserError, match="image_to_image: keras_sd was trained for another task; use upscale"):
         upscaler.image_to_image(pictures, "red heart", **OPTIONS)
-    with pytest.raises(UserError, match="noise_level 1000: out of range; use 0 to 999"):
+    with pytest.raises(UserError, match="noise_level 1000: out of range; use a whole number from 0 to 999"):
         upscaler.upscale(pictures, noise_level=1000, **OPTIONS)

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -220,6 +223,21 @@ def test_pixel_ddim_learns_and_writes_its_unet(folder, ddim):
     assert fell(ddim["loss"], 0.8)
     assert load_part(folder / "ddim" / "model", "unet").config == PIXEL_UNET
     assert (folder / "ddim" / "samples" / "step-000040.png").is_file()
+
+
+def test_without_jit_compilation_xla_compiles_nothing(folder, tmp_path, text_to_image):
+    """TensorFlow tells of the first program that XLA compiles; samples and features are programs too."""
+    pixel = ("--unet-config", folder / "pixel.json", "--num-inference-steps", 2, "--kid-images", 6)
+    latent = ("--pretrained-model-name-or-path", folder / "t2i" / "model", "--num-inference-steps", 2)
+    for method, options in (("ddim", pixel), ("lora", (*latent, "--kid-images", 6))):
+        options = (*options, "--no-jit-compile", "--mixed-precision", "no")
+        arguments = map(str, method_arguments(folder, method, tmp_path / method, *options, steps=1))
+        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "0"}
+        command = [sys.executable, "-m", "keras_sd.train", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert any("kid" in name for name in curves_of(tmp_path / method))
+        assert "using XLA" not in done.stderr
 
 
 def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):

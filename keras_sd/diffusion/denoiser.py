@@ -7,7 +7,9 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.diffusion.guidance import guided_prediction
+from keras_sd.arguments import share, whole_number
+from keras_sd.diffusion.finite import check_inputs, check_result
+from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
 from keras_sd.diffusion.samplers import MEMORY_SIZE, find_sampler
 from keras_sd.errors import UserError
@@ -92,7 +94,8 @@ class Denoiser:
         Args:
             latents: what to begin with, float32 `(n, h, w, c)`: standard-normal noise, or what `noisy` gives.
             context, negative: text encodings `(n, tokens, width)`; the negative ones are used, and half
-                of the work is theirs, if `guidance_scale` is not 1.
+                of the work is theirs, if `guidance_scale` is above 1.
+            guidance_scale: how much the context is to be followed; up to 1 there is no guidance.
             guidance_rescale: 0 to 1, against the overexposure of strong guidance.
             guidance_interval: from which share of the steps to which there is guidance (Kynkäänniemi et al.,
                 2024); a step outside asks the network for `context` alone, in half the time.
@@ -110,25 +113,21 @@ class Denoiser:
             known: `Known` content that is put back after each evaluation, or None.
 
         Raises:
-            UserError: an unknown sampler or a number out of range; on the call, before the first step.
+            UserError: an unknown sampler, a number out of range, or inputs that are not finite; on the call,
+                before the first step. Or the result is not finite, which the last step tells.
             ValueError: the sampler draws noise, and there are no streams.
         """
-        if not 0 <= guidance_scale < float("inf"):
-            raise UserError(f"guidance_scale {guidance_scale}: out of range; use a number from 0; 1 is none")
-        if not 0 <= guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale {guidance_rescale}: out of range; use 0 (none) to 1")
-        start, end = guidance_interval
-        if not 0 <= start < end <= 1:
-            raise UserError(f"guidance_interval {start} {end}: no part of the steps; use 0 1 for all of them")
-        if not isinstance(reuse_interval, int | np.integer) or reuse_interval < 1:
-            raise UserError(
-                f"reuse_interval {reuse_interval!r}: out of range; use a whole number from 1 (no reuse)"
-            )
+        guidance_scale = checked_guidance_scale(guidance_scale)
+        guidance_rescale = share("guidance_rescale", guidance_rescale, "0 (none) to 1")
+        start, end = _checked_interval(guidance_interval)
+        whole_number("reuse_interval", reuse_interval, 1)
+        whole_number("num_steps", num_steps, 1, self.schedule.num_train_timesteps)
+        eta = share("eta", eta, "0 (deterministic) to 1")
         tables = find_sampler(sampler).tables(self.schedule, num_steps, eta, first_step)
         self._check_predictable(tables.rows)
         if streams is None and any(row.draws for row in tables.rows):
             raise ValueError(f"sampler {sampler!r} draws noise; give streams")
-        if guidance_scale == 1:
+        if not gives_guidance(guidance_scale):
             negative = None
         guidance = {
             "context": context,
@@ -137,6 +136,10 @@ class Denoiser:
             "rescale": np.asarray(guidance_rescale, "float32"),
             "class_labels": class_labels,
         }
+        check_inputs(
+            {"latents to begin with": latents, "text encoding": context, "negative text encoding": negative}
+            | {"channels": channels, "sample to keep": known and known.sample}
+        )
         # A step is guided if its beginning lies inside.
         guided = [start <= (first_step + step) / num_steps < end for step in range(num_steps - first_step)]
         kinds = _kinds(guided, reuse_interval)
@@ -187,6 +190,8 @@ class Denoiser:
                 latents, memory, deep = self._giving_program(*inputs)
             else:
                 latents, memory = self._reusing_program(deep, *inputs)
+            if is_last:
+                check_result(latents, self.unet, "UNet", guidance_scale=float(guidance["scale"]))
             if row.ends_step:
                 step += 1
                 yield Denoised(step, latents)
@@ -226,6 +231,18 @@ class Denoiser:
             kept = add_noise(known.sample, known.noise, numbers["end"][0], numbers["end"][1])
             latents = kept + known.mask * (latents - kept)
         return latents, memory
+
+
+def _checked_interval(interval):
+    try:
+        start, end = (share("guidance_interval", each) for each in interval)
+    except (TypeError, ValueError):  # no pair, or none of shares
+        start = end = 0
+    if not start < end:
+        raise UserError(
+            f"guidance_interval {interval!r}: no part of the steps; use two shares such as (0, 0.75)"
+        )
+    return start, end
 
 
 def _kinds(guided, reuse_interval):

@@ -1,6 +1,30 @@
 """Classifier-free guidance (Ho and Salimans, 2022): a wrapper of the denoiser."""
 
+import math
+import numbers
+
 from keras import ops
+
+from keras_sd.errors import UserError
+
+LARGEST_SCALE = 1e30  # of which float32 holds a few products
+
+
+def checked_guidance_scale(scale):
+    """The guidance scale as a float.
+
+    Raises:
+        UserError: it is no number (None, NaN), negative, or larger than single precision holds.
+    """
+    is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    if not is_number or not math.isfinite(scale) or not 0 <= scale < LARGEST_SCALE:
+        raise UserError(f"guidance_scale {scale!r}: out of range; use a number from 0; up to 1 is none")
+    return float(scale)
+
+
+def gives_guidance(scale):
+    """Whether a scale asks for guidance; up to 1 means none, as in diffusers and on models' cards."""
+    return scale > 1
 
 
 def guided_prediction(
@@ -16,7 +40,7 @@ def guided_prediction(
         timesteps: `(n,)`.
         context: text encodings `(n, tokens, width)`; None for an unconditional UNet.
         negative: encodings of the negative prompts, of the same shape, or None.
-        scale: guidance scale, a scalar; 1 gives the prediction for `context` alone.
+        scale: guidance scale, a scalar above 1 (`gives_guidance`).
         rescale: 0 to 1, how far each guided prediction gets back the deviation of the one for `context`
             alone, which strong guidance enlarges (Lin et al., 2023, equations 15 and 16).
         class_labels: `(n,)` for a UNet that takes them, or None.

@@ -19,8 +19,8 @@ def clip_score(image_embeddings, text_embeddings):
 class ClipImageEmbeddings(FeatureExtractor):
     """Pictures in the space that CLIP's towers share."""
 
-    def __init__(self, image_encoder):
-        super().__init__(image_encoder, image_encoder.config.image_size, "clip_score")
+    def __init__(self, image_encoder, jit_compile=True):
+        super().__init__(image_encoder, image_encoder.config.image_size, "clip_score", jit_compile)
 
     def features(self, images):
         return self.network(images)
@@ -49,10 +49,11 @@ class ClipScore:
         pipeline: with an image encoder and the head that belongs to it.
         captions: name of a set -> its captions. They are embedded now, so that a text encoder that is trained
             does not change the yardstick.
+        jit_compile: whether XLA compiles on TensorFlow.
     """
 
-    def __init__(self, pipeline, captions):
-        self._images = ClipImageEmbeddings(pipeline.image_encoder)
+    def __init__(self, pipeline, captions, jit_compile=True):
+        self._images = ClipImageEmbeddings(pipeline.image_encoder, jit_compile)
         projection = pipeline.clip_head["text_projection.weight"]
         self._texts = {
             name: embed_captions(pipeline.text_encoder, pipeline.tokenizer, projection, texts)

@@ -23,10 +23,12 @@ class FeatureExtractor:
         network: the Keras model that it looks through, built.
         image_size: side of the square images that the network takes.
         name: what a KID over its features is called.
+        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
     """
 
-    def __init__(self, network, image_size, name):
+    def __init__(self, network, image_size, name, jit_compile=True):
         self.network, self.image_size, self.name = network, image_size, name
+        self._jit_compile = jit_compile
 
     def __call__(self, images):
         return ops.cast(self.features(to_unit_range(images, self.image_size)), "float32")
@@ -37,8 +39,8 @@ class FeatureExtractor:
 
     @functools.cached_property
     def compiled(self):
-        """The extractor as an XLA program, for use outside of a compiled step."""
-        return backend.jit(self.__call__, self.network.variables)
+        """The extractor as a program, for use outside of a compiled step."""
+        return backend.jit(self.__call__, self.network.variables, self._jit_compile)
 
 
 class ClipFeatures(FeatureExtractor):
@@ -47,10 +49,11 @@ class ClipFeatures(FeatureExtractor):
     Args:
         image_encoder: `keras_sd.models.image_encoder.ImageEncoder`.
         name: "kid_emoji" for the bundled encoder.
+        jit_compile: as `FeatureExtractor` takes it.
     """
 
-    def __init__(self, image_encoder, name="kid_emoji"):
-        super().__init__(image_encoder, image_encoder.config.image_size, name)
+    def __init__(self, image_encoder, name="kid_emoji", jit_compile=True):
+        super().__init__(image_encoder, image_encoder.config.image_size, name, jit_compile)
 
     def features(self, images):
         return self.network.features(images)
@@ -63,22 +66,23 @@ class InceptionFeatures(FeatureExtractor):
         image_size: side to which images are resized: 299 is the network's own, 75 (its smallest) is quick.
         weights: "imagenet" (from the Keras cache, downloaded when missing), the path of a weights file
             without the classifier, or None for random weights.
+        jit_compile: as `FeatureExtractor` takes it.
 
     Raises:
         UserError: the weights are out of reach or not InceptionV3's, or the images are too small for it.
     """
 
-    def __init__(self, image_size=299, weights="imagenet", name="kid_inception"):
+    def __init__(self, image_size=299, weights="imagenet", name="kid_inception", jit_compile=True):
         if image_size < 75:
             raise UserError(f"InceptionV3 at {image_size} pixels: too small; use 75 or more (299 is its own)")
-        super().__init__(_inception(image_size, weights), image_size, name)
+        super().__init__(_inception(image_size, weights), image_size, name, jit_compile)
 
     def features(self, images):
         return self.network(images, training=False)
 
 
 def extract(extractor, images, batch_size=64):
-    """Returns the features of all images by XLA, numpy float32 (n, d), `batch_size` images at a time.
+    """Returns the features of all images, numpy float32 (n, d), `batch_size` images at a time.
 
     The last batch is filled up, so that every call has one shape and is compiled once.
     """

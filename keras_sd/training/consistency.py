@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_sd.data.datasets import fingerprint_of
 from keras_sd.diffusion import spacing
-from keras_sd.diffusion.guidance import guided_prediction
+from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.training.lora import without_updates
@@ -28,14 +28,14 @@ class ConsistencyObjective(DiffusionObjective):
         schedule: `NoiseSchedule`.
         num_ddim_timesteps: how many such steps lead from noise to a sample. With fewer, what is learned of
             little noise gets to pure noise sooner.
-        guidance_scale: of the teacher.
+        guidance_scale: of the teacher; up to 1 it is not guided.
         huber_c: where the pseudo-Huber loss (Song and Dhariwal, 2024, section 3.3) turns from squared to
             absolute error; None for squared error.
     """
 
     def __init__(self, unet, schedule, *, num_ddim_timesteps, guidance_scale, huber_c=None, **kwargs):
         super().__init__(unet, schedule, **kwargs)
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = checked_guidance_scale(guidance_scale)
         self.huber_c = huber_c
         self.stride = schedule.num_train_timesteps // num_ddim_timesteps
         shares = consistency_shares(np.arange(schedule.num_train_timesteps))
@@ -48,9 +48,8 @@ class ConsistencyObjective(DiffusionObjective):
         rates = self._rates(starts)
         noisy = add_noise(batch["samples"], batch["noise"], *rates)
         with without_updates(self.unet):
-            guided = guided_prediction(
-                self.unet, noisy, starts, context, batch["negative"], self.guidance_scale
-            )
+            negative = batch["negative"] if gives_guidance(self.guidance_scale) else None
+            guided = guided_prediction(self.unet, noisy, starts, context, negative, self.guidance_scale)
         sample, noise = to_sample_and_noise(self.prediction_type, guided, noisy, *rates)
         less_noisy = add_noise(sample, noise, *self._rates(ends))
         target = ops.stop_gradient(self._consistent_sample(less_noisy, ends, context))

@@ -70,7 +70,7 @@ def train_pixel_ddim(
             "timesteps": np.int32(generator.integers(schedule.num_train_timesteps)),
         }
 
-    denoiser = Denoiser(unet, schedule)
+    denoiser = Denoiser(unet, schedule, settings.jit_compile)
     return trainer.run(
         source,
         draw,

@@ -207,12 +207,12 @@ def test_bad_settings_end_in_one_line_before_the_first_step(denoiser):
     noise = np.zeros((1, *SHAPE), "float32")
     for options, line in [
         ({"sampler": "euler_z"}, "sampler 'euler_z': unknown; use one of ddim"),
-        ({"num_steps": 0}, "num_steps 0: out of range; use 1 to 1000"),
+        ({"num_steps": 0}, "num_steps 0: out of range; use a whole number from 1 to 1000"),
         ({"num_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
         ({"eta": 1.5}, "eta 1.5: out of range"),
         ({"sampler": "heun", "eta": 0.5}, "eta 0.5: Heun takes none"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: out of range; use 0 .none. to 1"),
-        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval 0.5 0.5: no part of the steps"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval .0.5, 0.5.: no part of the steps"),
     ]:
         with pytest.raises(UserError, match=line):
             denoiser.steps(noise, **options)

@@ -266,7 +266,7 @@ def test_weights_and_alphas_that_are_no_numbers_are_refused(pipeline, folder, tm
     if isinstance(weight, float):
         tensors = load_file(folder / "ours_kohya.safetensors")
         name = next(name for name in tensors if name.endswith("alpha"))
-        save_file(tensors | {name: np.float32(weight)[None]}, tmp_path / "bad.safetensors")
+        save_file(tensors | {name: np.float32([weight])}, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match="alpha that is no finite number"):
             pipeline.load_lora(tmp_path / "bad.safetensors")
 
