@@ -42,6 +42,8 @@ class Config:
     public_defaults: ClassVar[dict] = {}
     # Keys of public files that change the computation without being a field, with the values computed here.
     computed: ClassVar[dict] = {}
+    # Fields for which null means something of its own, and not the default.
+    nullable: ClassVar[tuple] = ()
     # Fields that hold a whole number of at least 1, or a tuple of them.
     sizes: ClassVar[tuple] = ()
 
@@ -93,7 +95,11 @@ class Config:
         if cls.json_header.keys() & values.keys():
             values = cls.public_defaults | values
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in values.items() if name in names and value is not None}
+        known = {
+            name: value
+            for name, value in values.items()
+            if name in names and (value is not None or name in cls.nullable)
+        }
         return cls(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         )
@@ -232,6 +238,7 @@ class UNetConfig(Config):
     ``attention_head_dim`` carries diffusers' historical meaning: the *number* of heads of each
     level for the cross-attention blocks, as in every published SD config.
     ``cross_attention_dim`` of 0 makes an unconditional UNet out of attention-free blocks.
+    ``mid_block_type`` of None leaves out the block in the middle, as the distilled BK-SDM does.
     ``upcast_attention`` compares queries and keys in float32, where half precision would overflow.
     """
 
@@ -239,7 +246,7 @@ class UNetConfig(Config):
     public_defaults: ClassVar[dict] = {"cross_attention_dim": 1280}
     computed: ClassVar[dict] = {
         "_class_name": ("UNet2DConditionModel",),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
         "act_fn": ("silu", "swish"),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1,),
@@ -266,6 +273,7 @@ class UNetConfig(Config):
         "attention_type": ("default",),
         "cross_attention_norm": (None,),
     }
+    nullable: ClassVar[tuple] = ("mid_block_type",)
     sizes: ClassVar[tuple] = (
         *("sample_size", "in_channels", "out_channels", "block_out_channels"),
         *("layers_per_block", "attention_head_dim", "norm_num_groups"),
@@ -277,7 +285,7 @@ class UNetConfig(Config):
     block_out_channels: tuple = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     cross_attention_dim: int = 768
     attention_head_dim: int | tuple = 8

@@ -1,5 +1,6 @@
 """Opens the parts of a model, whatever format they come in, and checks that they fit."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.weights import readers, rules
 from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.expected_shapes import is_decoder_alone
 
 # Stored with the image tower, since the text tower's own file has no place for them in diffusers:
 # what makes the two towers a CLIP.
@@ -75,6 +77,8 @@ def open_parts(checkpoint, dtype="float32", partial=False):
 def _open_model(name, part, dtype="float32", partial=False):
     config, tensors = _contents(name, part)
     model_class, _ = _MODELS[name]
+    if name == "vae" and is_decoder_alone(tensors):
+        model_class = functools.partial(model_class, has_encoder=False)
     return rules.open_model(model_class, config, tensors, source=part.source, dtype=dtype, partial=partial)
 
 

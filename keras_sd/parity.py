@@ -153,7 +153,9 @@ def part_outputs(part, model):
     elif part == "image_encoder":
         outputs = [model(inputs["images"])]
     elif part == "vae":
-        outputs = [model.encode(inputs["images"]).mode(), model.decode(inputs["latents"])]
+        decoded = {"VAE decode": model.decode(inputs["latents"])}
+        encoded = {"VAE encode": model.encode(inputs["images"]).mode()} if model.encoder else {}
+        return {title: ops.convert_to_numpy(output) for title, output in (encoded | decoded).items()}
     else:
         arrays = [inputs[name] for name in ("latents", "timesteps", "context") if name in inputs]
         outputs = [model(arrays, class_labels=inputs.get("class_labels"))]

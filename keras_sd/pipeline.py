@@ -137,6 +137,10 @@ class StableDiffusion(Tasks):
             raise UserError(
                 f"{path}: has no {' and no '.join(missing)}; give a whole model, and single parts beside it"
             )
+        if checkpoint.scheduler is None:
+            raise UserError(
+                f"{path}: has no noise schedule; put the model's own {diffusers_folder.SCHEDULER} there"
+            )
         options |= {"defaults": ModelDefaults.load(source), "name": source.resolve().name}
         model = cls(**open_parts(checkpoint, dtype, partial), **options)
         model._weights_file = checkpoint.parts["unet"].source

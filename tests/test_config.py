@@ -146,7 +146,7 @@ def test_vae_factor_follows_from_its_levels():
         (UNetConfig, {"addition_embed_type": "text_time"}, "addition_embed_type 'text_time'"),
         (UNetConfig, {"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
         (UNetConfig, {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256"),
-        (UNetConfig, {"mid_block_type": None}, "mid_block_type None"),
+        (UNetConfig, {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type .*Simple"),
         (UNetConfig, {"act_fn": "gelu"}, "use a model with 'silu' or 'swish'"),
         (UNetConfig, {"layers_per_block": [2, 2, 1, 1]}, r"layers_per_block \(2, 2, 1, 1\) is no int"),
         (UNetConfig, {"cross_attention_dim": "768"}, "cross_attention_dim '768' is no int"),

@@ -163,7 +163,7 @@ class UNet(keras.Model):
         if config.num_class_embeds:
             self.class_embedding = embedding(config.num_class_embeds, time_features, normal(0.02))
         self.down_blocks = [DownBlock(config, level) for level in levels]
-        self.mid_block = MidBlock(config)
+        self.mid_block = MidBlock(config) if config.mid_block_type else None
         self.up_blocks = [UpBlock(config, index) for index in levels]
         self.conv_norm_out = GroupNormalization(
             channels[0], config.norm_num_groups, config.norm_eps, silu=True
@@ -195,7 +195,7 @@ class UNet(keras.Model):
             skips.extend(block_skips)
         *inner_blocks, outermost = self.up_blocks
         if deep is None:
-            deep = self.mid_block(hidden, time_embedding, context)
+            deep = self.mid_block(hidden, time_embedding, context) if self.mid_block else hidden
             for block in inner_blocks:
                 count = len(block.resnets)
                 skips, block_skips = skips[:-count], skips[-count:]

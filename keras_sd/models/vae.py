@@ -6,6 +6,7 @@ The attribute tree is that of diffusers' ``AutoencoderKL``.
 import keras
 from keras import ops
 
+from keras_sd.errors import UserError
 from keras_sd.models.attention import AttentionBlock
 from keras_sd.models.layers import Downsample, GroupNormalization, Layer, ResnetBlock, Upsample, convolution
 from keras_sd.models.precision import dtype_policy, in_float32
@@ -143,9 +144,13 @@ class AutoencoderKL(keras.Model):
 
     Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`. Where
     `config.force_upcast` stands, float16 weights are computed with in float32.
+
+    Args:
+        config: a `VAEConfig`.
+        has_encoder: False for published files that hold the decoder alone, which make images of latents.
     """
 
-    def __init__(self, config, **kwargs):
+    def __init__(self, config, has_encoder=True, **kwargs):
         policy = keras.config.dtype_policy()
         if config.force_upcast and policy.compute_dtype == "float16":
             policy = in_float32(policy)
@@ -153,18 +158,31 @@ class AutoencoderKL(keras.Model):
         self.config = config
         latents = config.latent_channels
         with dtype_policy(policy):
-            self.encoder = Encoder(config)
+            self.encoder = Encoder(config) if has_encoder else None
             self.decoder = Decoder(config)
-            self.quant_conv = convolution(2 * latents, 2 * latents, 1) if config.use_quant_conv else None
+            has_quant_conv = has_encoder and config.use_quant_conv
+            self.quant_conv = convolution(2 * latents, 2 * latents, 1) if has_quant_conv else None
             self.post_quant_conv = convolution(latents, latents, 1) if config.use_post_quant_conv else None
         self.built = True
 
     def encode(self, images):
-        """Encodes `(n, h, w, 3)` pictures in [-1, 1] to a `DiagonalGaussian` over latents."""
+        """Encodes `(n, h, w, 3)` pictures in [-1, 1] to a `DiagonalGaussian` over latents.
+
+        Raises:
+            UserError: as `check_encoder`.
+        """
+        self.check_encoder()
         moments = self.encoder(ops.cast(images, self.compute_dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         return DiagonalGaussian(ops.cast(moments, "float32"))
+
+    def check_encoder(self):
+        """Raises a UserError where there is a decoder alone."""
+        if self.encoder is None:
+            raise UserError(
+                "the VAE has a decoder only, which takes no images in; use a model or a VAE with an encoder"
+            )
 
     def decode(self, latents):
         """Decodes unscaled latents `(n, h, w, c)` to pictures, float32, about [-1, 1]."""

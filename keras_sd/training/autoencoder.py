@@ -87,6 +87,7 @@ def train_autoencoder(
     Returns:
         The trained model, or None when it was stopped before the end.
     """
+    vae.check_encoder()
     config = vae.config
     crop = random_crop or config.sample_size
     if not 0 < crop <= config.sample_size or crop % config.downsampling:

@@ -15,6 +15,9 @@ _SD1_HEADS = 8
 _MOST_GROUPS = 32
 _OPEN_CLIP_H_WIDTH = 1024
 
+# Widths of the text encodings that the UNets of SD 1.x and 2.x take.
+_SD1_TEXT_WIDTH, _SD2_TEXT_WIDTH = 768, 1024
+
 _PROJECTION = "attentions.0.proj_in.weight"
 _SELF_KEY = "attentions.0.transformer_blocks.0.attn1.to_k.weight"
 _TEXT_KEY = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -23,9 +26,9 @@ _TEXT_KEY = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
 def unet_config(tensors, sample_size):
     """The `config.json` of a UNet.
 
-    Linear layers around the attention and no class labels make an SD 2.x, with heads of width 64 and scores
-    in float32; others (SD 1.x, the x4 upscaler) have 8 heads. Normalisation has 32 groups, or as many as
-    divide all widths.
+    An SD 2.x (`is_sd2`) has heads of width 64 and scores in float32; others (SD 1.x, the x4 upscaler) have
+    8 heads. Without a block in the middle it is a distilled one (BK-SDM).
+    Normalisation has 32 groups, or as many as divide all widths.
 
     Args:
         tensors: dictionary of arrays by diffusers' names.
@@ -39,10 +42,17 @@ def unet_config(tensors, sample_size):
     channels = tuple(size(f"down_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)
     attends = [f"down_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
     attends_on_way_up = [f"up_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
+    has_middle = any(name.startswith("mid_block.") for name in tensors)
     attends_in_middle = f"mid_block.{_TEXT_KEY}" in tensors
-    is_linear = attends_in_middle and tensors[f"mid_block.{_PROJECTION}"].ndim == 2
+    blocks = ["mid_block", *(f"down_blocks.{level}" for level in levels)]
+    attending = next((block for block in blocks if f"{block}.{_TEXT_KEY}" in tensors), None)
+    text_width = size(f"{attending}.{_TEXT_KEY}", 1) if attending else 0
+    is_linear = attending is not None and tensors[f"{attending}.{_PROJECTION}"].ndim == 2
     classes = size("class_embedding.weight", 0) if "class_embedding.weight" in tensors else None
-    is_sd2 = is_linear and classes is None
+    sd2 = is_sd2(
+        {"cross_attention_dim": text_width, "use_linear_projection": is_linear, "num_class_embeds": classes}
+    )
+    middle = "UNetMidBlock2DCrossAttn" if attends_in_middle else "UNetMidBlock2D"
     return UNetConfig(
         sample_size=sample_size,
         in_channels=size("conv_in.weight", 1),
@@ -50,16 +60,29 @@ def unet_config(tensors, sample_size):
         block_out_channels=channels,
         layers_per_block=index_count(tensors, "down_blocks.0.resnets."),
         down_block_types=_chosen(attends, "CrossAttnDownBlock2D", "DownBlock2D"),
-        mid_block_type="UNetMidBlock2DCrossAttn" if attends_in_middle else "UNetMidBlock2D",
+        mid_block_type=middle if has_middle else None,
         up_block_types=_chosen(attends_on_way_up, "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=size(f"mid_block.{_TEXT_KEY}", 1) if attends_in_middle else 0,
-        attention_head_dim=tuple(map(_heads, channels)) if is_sd2 else _SD1_HEADS,
-        upcast_attention=is_sd2,
+        cross_attention_dim=text_width,
+        attention_head_dim=tuple(map(_heads, channels)) if sd2 else _SD1_HEADS,
+        upcast_attention=sd2,
         use_linear_projection=is_linear,
         only_cross_attention=_only_cross_attention(tensors, channels, attends),
         num_class_embeds=classes,
         norm_num_groups=math.gcd(_MOST_GROUPS, *channels),
     ).to_dict()
+
+
+def is_sd2(config):
+    """Whether a UNet is of Stable Diffusion 2.x, by the width of the text encodings that it takes.
+
+    Both families come with linear layers and with 1 x 1 convolutions around the attention, which compute the
+    same. Only where the width is of neither, linear layers make an SD 2.x. The upscaler, which has class
+    labels, is none.
+    """
+    if config["num_class_embeds"]:
+        return False
+    known = {_SD1_TEXT_WIDTH: False, _SD2_TEXT_WIDTH: True}
+    return known.get(config["cross_attention_dim"], config["use_linear_projection"])
 
 
 def _only_cross_attention(tensors, channels, attends):
@@ -86,21 +109,23 @@ def vae_config(tensors, sample_size, scaling_factor):
         KeyError: a tensor that tells the shape is missing, or has too few axes.
     """
     size = functools.partial(_size, tensors)
-    levels = range(max(1, index_count(tensors, "encoder.down_blocks.")))
-    channels = tuple(size(f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)
+    # The decoder is there always, and counts from the coarsest level.
+    levels = range(max(1, index_count(tensors, "decoder.up_blocks.")))
+    channels = tuple(size(f"decoder.up_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)[::-1]
+    has_encoder = any(name.startswith("encoder.") for name in tensors)
     return VAEConfig(
         sample_size=sample_size,
-        in_channels=size("encoder.conv_in.weight", 1),
+        in_channels=size("encoder.conv_in.weight", 1) if has_encoder else size("decoder.conv_out.weight", 0),
         out_channels=size("decoder.conv_out.weight", 0),
         latent_channels=size("decoder.conv_in.weight", 1),
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(levels),
         up_block_types=("UpDecoderBlock2D",) * len(levels),
-        layers_per_block=index_count(tensors, "encoder.down_blocks.0.resnets."),
+        layers_per_block=index_count(tensors, "decoder.up_blocks.0.resnets.") - 1,
         norm_num_groups=math.gcd(_MOST_GROUPS, *channels),
         scaling_factor=scaling_factor,
         force_upcast=True,  # as the published configs, which leave it out
-        mid_block_add_attention=index_count(tensors, "encoder.mid_block.attentions.") > 0,
+        mid_block_add_attention=index_count(tensors, "decoder.mid_block.attentions.") > 0,
     ).to_dict()
 
 

@@ -58,7 +58,10 @@ def weights_path(folder, part, variant=None):
     Raises:
         UserError: there is no such file; the line names the variants that there are.
     """
-    directory = Path(folder) / part
+    return _weights_in(Path(folder) / part, part, variant)
+
+
+def _weights_in(directory, part, variant):
     found = _weights_by_variant(directory, part)
     if variant is None and found:
         return found.get(None) or found.get("fp16") or found[min(found)]
@@ -106,9 +109,12 @@ def read_weights(path):
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return read_safetensors(path, any_type=True)
     if path.suffix == ".bin":
-        return {name: value for name, value in read_torch(path).items() if isinstance(value, np.ndarray)}
+        saved = read_torch(path, any_type=True)
+        if not isinstance(saved, dict):
+            raise UserError(f"{path}: holds no dictionary of weights; fetch it again")
+        return {name: value for name, value in saved.items() if isinstance(value, np.ndarray)}
     shard_of = read_json(path, ShardIndex, largest=_LARGEST_INDEX)["weight_map"]
     shards = {}
     for name in sorted(set(shard_of.values())):
@@ -130,8 +136,14 @@ def read_part(folder, part, variant=None):
     Raises:
         UserError: a file is missing or damaged.
     """
-    config = read_json(Path(folder) / part / "config.json")
-    source = weights_path(folder, part, variant)
+    return read_part_folder(Path(folder) / part, part, variant)
+
+
+def read_part_folder(directory, part, variant=None):
+    """As `read_part`, of the part's own folder, by whatever name."""
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    source = _weights_in(directory, part, variant)
     return Part(config, read_weights(source), source)
 
 
@@ -152,12 +164,22 @@ def read_folder(folder, variant=None):
     if variant is not None and present and not with_variant:
         weights_path(folder, present[0], variant)  # raises, and names the variants
     parts = {part: read_part(folder, part, variant if part in with_variant else None) for part in present}
-    low_res = read_json(folder / LOW_RES_SCHEDULER) if (folder / LOW_RES_SCHEDULER).is_file() else None
-    tokenizer = folder / "tokenizer"
-    checkpoint = Checkpoint(
-        parts, read_json(folder / SCHEDULER), low_res, tokenizer if tokenizer.is_dir() else None
-    )
+    read_json(folder / SCHEDULER)  # a whole model has one
+    checkpoint = Checkpoint(parts, *read_companions(folder))
     return repaired(checkpoint, pipeline if isinstance(pipeline, str) else None)
+
+
+def read_companions(folder):
+    """What belongs to the parts of a folder, as `Checkpoint` has it; None for what is not there.
+
+    Returns:
+        The dictionaries of the schedule and of the one for the noise on low-resolution images, and the
+        tokenizer's folder.
+    """
+    paths = (folder / SCHEDULER, folder / LOW_RES_SCHEDULER)
+    schedulers = (read_json(path) if path.is_file() else None for path in paths)
+    tokenizer = folder / "tokenizer"
+    return *schedulers, tokenizer if tokenizer.is_dir() else None
 
 
 def write_part(folder, part, config, tensors, dtype=None):

@@ -13,6 +13,7 @@ from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, V
 from keras_sd.errors import UserError
 
 _NAMED_AT_MOST = 5
+_VAE_ENCODER = ("encoder.", "quant_conv.")
 _REMEDY = "use the config.json that belongs to these weights"
 # A file with less than a tenth of a model's numbers is rather another model's, unless both are small.
 _MOST_MISSING = 10
@@ -31,6 +32,8 @@ def check_config(config, shapes, source, partial=False):
     """
     most = 2 * len(shapes) + 1000
     walk = expected_shapes(config)
+    if isinstance(config, VAEConfig) and is_decoder_alone(shapes):
+        walk = (entry for entry in walk if not entry[0].startswith(_VAE_ENCODER))
     wanted = dict(itertools.islice(walk, most))
     kind = type(config).__name__.removesuffix("Config")
     if next(walk, None) is not None:
@@ -44,6 +47,13 @@ def check_config(config, shapes, source, partial=False):
             f"{source}: holds {held} numbers, its config describes a {kind} of {described}; {_REMEDY}"
         )
     account(kind, wanted, shapes, source, partial)
+
+
+def is_decoder_alone(names):
+    """Whether the names of a VAE's tensors are those of a decoder without an encoder."""
+    return any(name.startswith("decoder.") for name in names) and not any(
+        name.startswith(_VAE_ENCODER) for name in names
+    )
 
 
 def account(model_name, wanted, shapes, source, partial=False):
@@ -178,7 +188,8 @@ def _unet(config):
                 yield from _transformer(config, f"{name}.attentions.{index}", level)
         if level != last:
             yield from _convolution(f"down_blocks.{level}.downsamplers.0.conv", outputs, outputs)
-    yield from _unet_middle(config, time_features)
+    if config.mid_block_type:
+        yield from _unet_middle(config, time_features)
     for index in range(len(channels)):
         yield from _unet_up_block(config, index, time_features)
     yield from _layer("conv_norm_out", channels[0])

@@ -16,7 +16,7 @@ from keras_sd.files import replaced
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
-_NUMPY_DTYPES = {
+_NUMPY_DTYPES = {  # by safetensors' names
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -28,14 +28,19 @@ _NUMPY_DTYPES = {
 }
 
 
-def read_safetensors(path):
+def read_safetensors(path, any_type=False):
     """Reads a safetensors file by mapping it into memory.
+
+    Args:
+        any_type: gives tensors of types that no weights have, such as fp8, as `unreadable` arrays. They may
+            be there for another program; a model that needs one refuses it by name.
 
     Returns:
         A dictionary of read-only NumPy arrays; their bytes stay on disk until they are used.
 
     Raises:
-        UserError: the file is missing, truncated or no safetensors file.
+        UserError: the file is missing, truncated, no safetensors file or, without `any_type`, holds a type
+            that no weights have.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,7 +54,30 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
-    return {name: _view(data[start:], name, entry, path) for name, entry in header.items()}
+    return {name: _view(data[start:], name, entry, path, any_type) for name, entry in header.items()}
+
+
+def unreadable(dtype, shape):
+    """What stands for a tensor of a type that NumPy lacks or no weights have: its shape, and no values.
+
+    Args:
+        dtype: the name of the type.
+        shape: the tensor's.
+
+    Returns:
+        An array that takes no memory, whose values cannot be used and whose type `type_name` tells.
+    """
+    return np.broadcast_to(np.zeros((), np.dtype([(dtype, "V1")])), shape)
+
+
+def type_name(array):
+    """The name of an array's type, of `unreadable` ones too."""
+    return array.dtype.names[0] if array.dtype.names else array.dtype.name
+
+
+def is_weight(array):
+    """Whether an array is of a type that weights are kept in: a float of 16 bits or more."""
+    return array.dtype in (np.float64, *DTYPES.values())
 
 
 def read_metadata(path):
@@ -58,7 +86,9 @@ def read_metadata(path):
         return file.metadata() or {}
 
 
-def _view(data, name, entry, path):
+def _view(data, name, entry, path, any_type):
+    if entry["dtype"] not in _NUMPY_DTYPES and any_type:
+        return unreadable(entry["dtype"], entry["shape"])
     if entry["dtype"] not in _NUMPY_DTYPES:
         raise UserError(f"{path}: {name} is of type {entry['dtype']}; convert the file to F32, F16 or BF16")
     begin, end = entry["data_offsets"]

@@ -137,14 +137,14 @@ def read_keras_cv(paths):
 
     Args:
         paths: a file, a list of files, or a folder whose `.h5` files are taken. There may be a text encoder,
-            a diffusion model, and a decoder together with a VAE encoder.
+            a diffusion model, a decoder, and a VAE encoder together with the decoder.
 
     Returns:
         A `Checkpoint` with the parts among text_encoder, unet and vae that are there.
 
     Raises:
-        UserError: a file is missing, damaged, not as KerasCV has it, or it refers to other files; or one half
-            of the VAE is there without the other.
+        UserError: a file is missing, damaged, not as KerasCV has it, or it refers to other files; or the
+            VAE's encoder is there without the decoder.
     """
     tensors, files = {}, {}
     for path in _listed(paths):
@@ -154,9 +154,8 @@ def read_keras_cv(paths):
             raise UserError(f"{path}: a {kind}, as is {files[kind]}; give one of each")
         files[kind], tensors[kind] = path, _named(kind, layers, path)
     halves = [kind for kind in ("decoder", "VAE encoder") if kind in files]
-    if len(halves) == 1:
-        other = "vae_encoder.h5" if halves == ["decoder"] else "kcv_decoder.h5"
-        raise UserError(f"{files[halves[0]]}: only one half of the VAE; give its other half, {other}, too")
+    if halves == ["VAE encoder"]:
+        raise UserError(f"{files[halves[0]]}: half of the VAE; give its decoder, kcv_decoder.h5, too")
     parts = {}
     for part, kinds in (("text_encoder", ["text encoder"]), ("unet", ["diffusion model"]), ("vae", halves)):
         found = {name: array for kind in kinds for name, array in tensors.get(kind, {}).items()}

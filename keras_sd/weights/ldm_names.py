@@ -70,7 +70,7 @@ def unet_to_ldm(tensors, config):
 
 def vae_to_diffusers(tensors):
     """As `unet_to_diffusers`, for a VAE without `first_stage_model.`; its attention becomes linear layers."""
-    levels, layers = index_count(tensors, "encoder.down."), index_count(tensors, "encoder.down.0.block.")
+    levels, layers = index_count(tensors, "decoder.up."), index_count(tensors, "decoder.up.0.block.") - 1
     renamed = _rename(tensors, _turned(_vae_modules(levels, layers)))
     return {
         name: array[..., 0, 0]

@@ -199,7 +199,7 @@ def read_open_clip(path, activation=None):
 
 
 def _read_tensors(path):
-    saved = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    saved = read_safetensors(path, True) if path.suffix == ".safetensors" else read_torch(path, True)
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no dictionary of weights; give a checkpoint of OpenCLIP")

@@ -3,13 +3,20 @@
 from pathlib import Path
 
 from keras_sd.errors import UserError
+from keras_sd.json_files import read_json
 from keras_sd.weights import diffusers_folder
 from keras_sd.weights.checkpoint import Checkpoint
 from keras_sd.weights.keras_cv import read_keras_cv
+from keras_sd.weights.old_models import UPSCALE, repaired
 from keras_sd.weights.open_clip import is_open_clip, read_open_clip
 from keras_sd.weights.single_file import read_single_file
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+# What a `config.json` calls itself.
+_PART_NAMES = {
+    "_class_name": {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"},
+    "model_type": {"clip_text_model": "text_encoder", "clip_vision_model": "image_encoder"},
+}
 _KERAS_CV_SUFFIXES = (".h5", ".hdf5")
 
 
@@ -55,17 +62,33 @@ def _read_directory(folder, variant):
         for part in diffusers_folder.PARTS
         if (folder / part / "config.json").is_file()
     }
+    if not parts and (folder / "config.json").is_file():
+        part = _part_of(folder / "config.json")
+        parts[part] = diffusers_folder.read_part_folder(folder, part, variant)
     if not parts:
         raise UserError(f"{folder}: no {diffusers_folder.INDEX} there; give a folder in diffusers' layout")
-    tokenizer = folder / "tokenizer"
-    return Checkpoint(parts, tokenizer=tokenizer if tokenizer.is_dir() else None)
+    checkpoint = Checkpoint(parts, *diffusers_folder.read_companions(folder))
+    if "unet" not in parts:
+        return checkpoint
+    return repaired(checkpoint, UPSCALE if checkpoint.low_res_scheduler else None)
+
+
+def _part_of(path):
+    """Which part a `config.json` describes."""
+    config = read_json(path)
+    for key, names in _PART_NAMES.items():
+        part = names.get(config.get(key)) if isinstance(config.get(key), str) else None
+        if part is not None:
+            return part
+    raise UserError(f"{path}: describes no part of Stable Diffusion; give a folder in diffusers' layout")
 
 
 def read_part(path, part, variant=None):
     """Reads one part of a model.
 
     Args:
-        path: a folder in diffusers' layout, the part's own folder in one, or a file that holds the part.
+        path: a folder in diffusers' layout, a folder of the part alone by any name (its `config.json` and its
+            weights), or a file that holds the part.
         part: "text_encoder", "image_encoder", "unet" or "vae".
         variant: as in `read_checkpoint`.
 
@@ -76,10 +99,10 @@ def read_part(path, part, variant=None):
         UserError: it is not there, or as `read_checkpoint`.
     """
     path = Path(path)
-    if path.name == part and (path / "config.json").is_file():
-        return diffusers_folder.read_part(path.parent, part, variant)
     if (path / part).is_dir():
         return diffusers_folder.read_part(path, part, variant)
+    if (path / "config.json").is_file() and not (path / diffusers_folder.INDEX).is_file():
+        return diffusers_folder.read_part_folder(path, part, variant)
     checkpoint = read_checkpoint(path, variant=variant)
     if part not in checkpoint.parts:
         there = ", ".join(checkpoint.parts)

@@ -21,7 +21,7 @@ from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights.expected_shapes import account, check_config, same_shape
-from keras_sd.weights.formats import release
+from keras_sd.weights.formats import is_weight, release, type_name
 from keras_sd.weights.names import canonical_name
 
 _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
@@ -270,6 +270,12 @@ def _matched(model, tensors, source, partial=False):
     if not partial:
         expected = {name: _torch_shape(parameter) for name, parameter in wanted.items()}
         account(type(model).__name__, expected, shapes, source)
+    odd = [given[name] for name in wanted if name in given and not is_weight(tensors[given[name]])]
+    if odd:
+        raise UserError(
+            f"{source}: {odd[0]} is of type {type_name(tensors[odd[0]])}, the first of {len(odd)} that no "
+            "weights have; convert the file to F32, F16 or BF16"
+        )
     return [
         (parameter, given[name])
         for name, parameter in wanted.items()

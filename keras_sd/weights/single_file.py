@@ -27,10 +27,21 @@ from keras_sd.weights.open_clip import text_to_open_clip, text_to_transformers
 from keras_sd.weights.stored_zip import ZIP_MAGIC
 from keras_sd.weights.torch_pickle import LEGACY_MAGIC, read_torch
 
+# What a model's names begin with where a program has put it into a module of its own.
+_WRAPPERS = ("", "module.", "model.", "state_dict.")
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+
+# Each part's prefixes, those of whole files first; and a tensor of it by which a file without one is known.
+_UNET_PREFIXES = (UNET_PREFIX, "diffusion_model.", "unet.", "")
+_VAE_PREFIXES = (VAE_PREFIX, "vae.", "")
+_CLIP_PREFIXES = (CLIP_PREFIX, "text_encoder.", "")
+_UNET_SIGNS = ("input_blocks.0.0.weight", "time_embedding.linear_1.weight")
+_VAE_SIGNS = ("decoder.conv_in.weight",)
+_CLIP_SIGNS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
+_OPEN_CLIP_SIGNS = ("token_embedding.weight",)
 
 _SAFETENSORS, _TORCH = "a safetensors file", "a torch file"
 _SUFFIXES = {".safetensors": _SAFETENSORS} | dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), _TORCH)
@@ -141,14 +152,14 @@ def _read_tensors(path):
         raise UserError(f"{path}: not {expected}, as its suffix says, but {found}; {remedy}")
     kind = found or expected
     if kind == _SAFETENSORS:
-        return read_safetensors(path), None
+        return read_safetensors(path, any_type=True), None
     if kind == _TORCH:
         return _torch_tensors(path)
     raise UserError(f"{path}: {kind or 'of no known kind'}; give a safetensors or a torch file")
 
 
 def _torch_tensors(path):
-    saved = read_torch(path)
+    saved = read_torch(path, any_type=True)
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no dictionary of weights; give a checkpoint of torch.save")
@@ -214,48 +225,66 @@ def _checkpoint(path, tensors, step, weights, prediction_type):
     return Checkpoint(parts, scheduler, _UPSCALER_NOISE if unet and is_upscaler else None)
 
 
-def _below(tensors, prefix, marker):
-    """The tensors under a prefix, without it; a file of one part has none, and a tensor called `marker`."""
-    if any(name.startswith(prefix) for name in tensors):
-        return {name.removeprefix(prefix): a for name, a in tensors.items() if name.startswith(prefix)}
-    return dict(tensors) if marker in tensors else {}
+def _prefix(tensors, prefixes, signs):
+    """What the names of a part begin with, or None where the file does not hold the part.
+
+    The prefix of whole files is enough by itself, so that a damaged one is told as what it is.
+    """
+    if any(name.startswith(prefixes[0]) for name in tensors):
+        return prefixes[0]
+    found = (f"{wrapper}{prefix}" for prefix in prefixes for wrapper in _WRAPPERS)
+    return next((prefix for prefix in found if any(prefix + sign in tensors for sign in signs)), None)
+
+
+def _below(tensors, prefix):
+    """The tensors under a prefix, without it."""
+    if prefix is None:
+        return {}
+    return {name.removeprefix(prefix): a for name, a in tensors.items() if name.startswith(prefix)}
 
 
 def _unet_tensors(tensors, weights):
-    if "time_embedding.linear_1.weight" in tensors:
-        return dict(tensors)
-    unet = _below(tensors, UNET_PREFIX, "input_blocks.0.0.weight")
-    if weights == "ema":
+    prefix = _prefix(tensors, _UNET_PREFIXES, _UNET_SIGNS)
+    unet = _below(tensors, prefix)
+    if "time_embedding.linear_1.weight" in unet:
+        return unet
+    if weights == "ema" and prefix is not None:
         # The averages are buffers, and a buffer's name has no dots.
-        averages = {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in unet}
+        outer = f"{prefix.removesuffix(UNET_PREFIX)}model_ema.diffusion_model"
+        averages = {name: f"{outer}{name.replace('.', '')}" for name in unet}
         unet = {name: tensors.get(averages[name], array) for name, array in unet.items()}
     return unet_to_diffusers(unet)
 
 
 def _vae_tensors(tensors):
-    below = _below(tensors, VAE_PREFIX, "decoder.conv_in.weight")
+    below = _below(tensors, _prefix(tensors, _VAE_PREFIXES, _VAE_SIGNS))
     vae = {name: array for name, array in below.items() if _VAE_PATTERN.match(name)}
-    if any(name.startswith("encoder.down_blocks.") for name in vae):
+    if any(name.startswith("decoder.up_blocks.") for name in vae):
         return {canonical_name(name): array for name, array in vae.items()}
     return vae_to_diffusers(vae)
 
 
 def _is_upscaler_vae(vae):
     """Whether it has three levels, four pixels to a latent, as that of the x4 upscaler."""
-    return index_count(vae, "encoder.down_blocks.") == 3
+    return index_count(vae, "decoder.up_blocks.") == 3
 
 
 def _text_tensors(tensors):
     """The text encoder's tensors in transformers' names, and whether it is OpenCLIP's."""
     if any(re.match(_IMAGE_TOWER, name) for name in tensors):
         return {}, False  # not a part of Stable Diffusion
-    open_clip = _below(tensors, OPEN_CLIP_PREFIX, "token_embedding.weight")
+    open_clip = _below(tensors, _prefix(tensors, (OPEN_CLIP_PREFIX, ""), _OPEN_CLIP_SIGNS))
     if open_clip:
         return text_to_transformers({n: a for n, a in open_clip.items() if not _is_unused(n)}), True
-    prefix = "text_model." if "text_model.embeddings.token_embedding.weight" in tensors else CLIP_PREFIX
-    clip = _below(tensors, prefix, "embeddings.token_embedding.weight")
+    clip = _below(tensors, _prefix(tensors, _CLIP_PREFIXES, _CLIP_SIGNS))
+    if any(name.startswith("text_model.") for name in clip):  # others belong to no text encoder
+        clip = {name: array for name, array in clip.items() if name.startswith("text_model.")}
     names = {name: canonical_name(name) for name in clip}
-    return {f"text_model.{names[name]}": array for name, array in clip.items() if names[name]}, False
+    return {
+        f"text_model.{names[name]}": array
+        for name, array in clip.items()
+        if names[name] and not names[name].startswith(_CLIP_HEAD)
+    }, False
 
 
 def _is_unused(name):
@@ -265,7 +294,7 @@ def _is_unused(name):
 
 
 def _is_sd2_text_to_image(unet_config):
-    is_sd2 = unet_config["use_linear_projection"] and not unet_config["num_class_embeds"]
+    is_sd2 = derived_config.is_sd2(unet_config)
     return is_sd2 and unet_config["in_channels"] == unet_config["out_channels"]
 
 

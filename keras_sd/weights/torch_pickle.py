@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_sd.errors import UserError
+from keras_sd.weights.formats import unreadable
 from keras_sd.weights.stored_zip import ZIP_MAGIC, DamagedFile, StoredZip
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch before 1.6
@@ -69,11 +70,15 @@ _COUNT_END = 2**62
 _MOST_AXES = 32
 
 
-def read_torch(path):
+def read_torch(path, any_type=False):
     """Reads a file of `torch.save`, of today's zip format or the one before torch 1.6.
 
     Nothing in the file is executed. Objects of classes that are no tensors or containers are given as
     dictionaries of the attributes and items that the file sets on them.
+
+    Args:
+        path: the file.
+        any_type: as in `formats.read_safetensors`; only today's format can hold such types.
 
     Returns:
         What was saved, usually a dictionary: tensors as read-only NumPy arrays whose bytes stay on disk until
@@ -92,7 +97,7 @@ def read_torch(path):
     magic = data[: len(LEGACY_MAGIC)].tobytes()
     try:
         if magic.startswith(ZIP_MAGIC):
-            return _read_zip(data)
+            return _read_zip(data, any_type)
         if magic == LEGACY_MAGIC:
             return _read_legacy(data)
     except DamagedFile as error:
@@ -103,7 +108,7 @@ def read_torch(path):
     raise UserError(f"{path}: neither a zip nor a pickle of torch.save; fetch it again")
 
 
-def _read_zip(data):
+def _read_zip(data, any_type):
     archive = StoredZip(data)
     pickles = [name for name in archive.names if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -122,7 +127,7 @@ def _read_zip(data):
     program = archive.content(pickles[0])
     if len(program) > _largest_pickle(data):
         raise DamagedFile(f"its pickle of {len(program)} bytes is too large for what it describes")
-    return _Machine(open_storage, len(data)).run(io.BytesIO(program.tobytes()))
+    return _Machine(open_storage, len(data), any_type).run(io.BytesIO(program.tobytes()))
 
 
 def _read_legacy(data):
@@ -184,10 +189,12 @@ class _Machine:
     Args:
         open_storage: gives the `_Storage` for (key, dtype, number of elements); None makes its tensors None.
         file_size: bytes of the whole file, which bound the work and what the tensors may claim.
+        any_type: as in `read_torch`.
     """
 
-    def __init__(self, open_storage, file_size):
+    def __init__(self, open_storage, file_size, any_type=False):
         self._open_storage = open_storage
+        self._any_type = any_type
         self._operations_left = _OPERATIONS + file_size // _OPERATION_SHARE
         self._bytes_left = 2 * file_size
         self._stack, self._marks, self._memo = [], [], {}
@@ -320,6 +327,8 @@ class _Machine:
         if kind != "storage" or not isinstance(storage_type, _Global) or not isinstance(key, str) or view:
             raise DamagedFile("it refers to something that is no storage")
         dtype = _STORAGE_DTYPES.get(storage_type.name.rpartition(".")[2])
+        if dtype is None and self._any_type:
+            return storage_type
         if dtype is None:
             raise DamagedFile(f"its {storage_type.name[:60]!r} is of a type that no weights have")
         return self._open_storage(key, np.dtype(_DTYPES[dtype]), _count(count))
@@ -330,6 +339,8 @@ class _Machine:
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             return self._tensor(*arguments[:4])
         if name == "torch._utils._rebuild_tensor_v3":  # for types that have no storage of their own
+            if self._any_type:
+                return _unreadable(arguments[6], arguments[2])
             raise DamagedFile(f"a tensor of {arguments[6].name[:60]!r}, a type that no weights have")
         if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
             return arguments[0]
@@ -341,6 +352,8 @@ class _Machine:
     def _tensor(self, storage, offset, shape, strides):
         if storage is None:
             return None
+        if isinstance(storage, _Global):
+            return _unreadable(storage, shape)
         if not isinstance(storage, _Storage) or not len(shape) == len(strides) <= _MOST_AXES:
             raise DamagedFile("a tensor without a storage or a shape")
         dtype = storage.dtype
@@ -362,6 +375,14 @@ def _global(module, name):
     if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _LONGEST_NAME:
         raise DamagedFile("its pickle names no class")
     return _Global(f"{module}.{name}")
+
+
+def _unreadable(kind, shape):
+    """A tensor of a type that no weights have, named by a class of torch's."""
+    shape = tuple(map(_count, shape))
+    if len(shape) > _MOST_AXES or math.prod(shape) >= _COUNT_END:
+        raise DamagedFile("a tensor whose shape is no shape")
+    return unreadable(kind.name.rpartition(".")[2][:60], shape)
 
 
 def _count(value):

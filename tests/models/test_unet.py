@@ -24,6 +24,12 @@ CONFIGS = {
     "SD 1": {**published.SD1_UNET, **SMALL, "attention_head_dim": 4},
     "SD 1 inpainting": {**published.SD1_INPAINTING_UNET, **SMALL, "attention_head_dim": 4},
     "SD 2": {**published.SD2_UNET, **SMALL, "attention_head_dim": [1, 2, 4, 4]},
+    "SD 1 without middle": {
+        **published.SD1_UNET,
+        **SMALL,
+        "attention_head_dim": 4,
+        "mid_block_type": None,
+    },
     "upscaler": {**published.UPSCALER_UNET, **SMALL, "attention_head_dim": 4},
     "pixels": {
         **published.SD1_UNET,

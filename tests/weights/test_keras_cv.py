@@ -10,6 +10,7 @@ import pytest
 from keras.src.legacy.saving import legacy_h5_format
 from keras_cv.src.models.stable_diffusion import decoder, diffusion_model, image_encoder, text_encoder
 
+from keras_sd import loading
 from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.errors import UserError
 from keras_sd.models.text_encoder import TextEncoder
@@ -161,6 +162,8 @@ def test_vae(files, halves):
     latents, pictures = normal(2, SIDE // 8, SIDE // 8, 4), normal(2, SIDE, SIDE, 3)
     assert difference(ours.decode(latents / scale), decode(latents)) <= TOLERANCE
     assert difference(ours.encode(pictures).mode() * scale, encode(pictures)) <= TOLERANCE
+    alone = loading.open_parts(read_keras_cv(files[0]))["vae"]
+    assert difference(alone.decode(latents / scale), decode(latents)) <= TOLERANCE
 
 
 def test_tensors_are_mapped_and_not_read(files):
@@ -310,8 +313,8 @@ def test_files_that_are_no_h5_are_refused(files, tmp_path):
 
 
 def test_sets_of_files_that_make_no_model_are_refused(files, tmp_path):
-    with pytest.raises(UserError, match="kcv_decoder.h5: only one half of the VAE"):
-        read_keras_cv(files[0])
+    with pytest.raises(UserError, match="encoder.h5: half of the VAE; give its decoder"):
+        read_keras_cv(files[1])
     with pytest.raises(UserError, match="a VAE encoder, as is"):
         read_keras_cv([files[1], files[1]])
     with pytest.raises(UserError, match="missing.h5: no such file"):
