@@ -3,14 +3,18 @@
 import contextlib
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 
 from keras_sd.errors import UserError
-from keras_sd.weights.lora import read_lora
+from keras_sd.weights.lora import lora_file, read_lora
 from keras_sd.weights.rules import from_torch, parameter_paths
+
+# What ends a name in a prompt's tag, <lora:name:0.8>.
+_NO_NAME = re.compile(r"[<>:]")
 
 
 class Adapters:
@@ -21,11 +25,16 @@ class Adapters:
 
     Args:
         models: part ("unet", "text_encoder") -> the model.
+
+    Attributes:
+        weights: name -> how much of it is in the model, of those that are.
+        files: name -> the file that it came from.
     """
 
     def __init__(self, models):
         self._models = models
         self._loaded = {}
+        self.files = {}
         self._bases = {}
         self.weights = {}
 
@@ -50,16 +59,18 @@ class Adapters:
         """
         if name in self._loaded:
             raise UserError(f"LoRA {name!r}: loaded already; give another name, or unload it first")
+        if name is not None and _NO_NAME.search(name):
+            raise UserError(f"LoRA {name!r}: prompts cannot call it so; leave out <, > and :")
         weight = _checked_weight(name or path, weight)
         lora = read_lora(path, self._models)
         name = name or self._free_name(path)
-        self._loaded[name] = lora
+        self._loaded[name], self.files[name] = lora, lora_file(path)
         self.set(self.weights | {name: weight})
         return name
 
     def _free_name(self, path):
         path = Path(os.path.abspath(path))  # ".", and no links: the names in a cache are hashes
-        usual = path.name if path.is_dir() else path.stem
+        usual = _NO_NAME.sub("_", path.name if path.is_dir() else path.stem)
         numbered = (f"{usual}-{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain([usual], numbered) if name not in self._loaded)
         if name != usual:
@@ -72,7 +83,7 @@ class Adapters:
         """Takes a LoRA off the model and forgets it; all of them without a name."""
         for gone in [name] if name else self.names:
             self._known(gone)
-            del self._loaded[gone]
+            del self._loaded[gone], self.files[gone]
         self.set({name: weight for name, weight in self.weights.items() if name in self._loaded})
 
     def set(self, weights):

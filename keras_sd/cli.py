@@ -11,7 +11,8 @@ from keras_sd.convert import convert
 from keras_sd.errors import run_command
 from keras_sd.export import export
 from keras_sd.files import write_json
-from keras_sd.generate import COMMANDS, check_steps, open_model, sampling_options
+from keras_sd.generate import COMMANDS, sampling_options
+from keras_sd.model_options import check_steps, open_model
 from keras_sd.outputs import check_output, check_output_folder, output_option
 from keras_sd.train import train
 

@@ -12,7 +12,7 @@ import click
 from keras_sd import presets
 from keras_sd.errors import UserError
 from keras_sd.files import replaced_folder, write_json, write_text
-from keras_sd.generate import DTYPES
+from keras_sd.model_options import DTYPES
 from keras_sd.outputs import check_output, check_writable
 
 _SINGLE_FILE = ".safetensors"

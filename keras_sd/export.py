@@ -11,7 +11,7 @@ import click
 # Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd import config
 from keras_sd.errors import UserError
-from keras_sd.generate import DTYPES
+from keras_sd.model_options import DTYPES
 from keras_sd.outputs import check_output_folder, overwrite_option
 
 

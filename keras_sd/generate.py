@@ -1,6 +1,5 @@
 """The commands that make pictures: one for each task of `StableDiffusion`."""
 
-import math
 from pathlib import Path
 
 import click
@@ -10,30 +9,18 @@ from keras_sd import presets
 from keras_sd.arguments import LARGEST_SEED
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import UserError
+from keras_sd.model_options import check_size, check_steps, decorated, model_options, open_model
 from keras_sd.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.outputs import check_output, output_option
+from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-def _decorated(*options):
-    """One decorator that adds all of these options, in this order."""
-
-    def decorate(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-sampling_options = _decorated(
+sampling_options = decorated(
     click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
     click.option(
         "--guidance-scale",
         type=NOT_NEGATIVE,
         show_default="the model's own; usually 7.5",
-        help="How much the prompt is followed; 1 switches guidance off.",
+        help="How much the prompt is followed; up to 1 there is no guidance.",
     ),
     click.option(
         "--guidance-interval",
@@ -51,7 +38,7 @@ sampling_options = _decorated(
     click.option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help="Image i uses seed + i."),
 )
 
-prompt_options = _decorated(
+prompt_options = decorated(
     click.option("--negative-prompt", help="What to stay away from."),
     sampling_options,
     click.option("--sampler", default="ddim", type=click.Choice(tuple(SAMPLERS)), help="Way of denoising."),
@@ -65,32 +52,18 @@ prompt_options = _decorated(
 )
 
 
-def model_options(default="emoji"):
-    """The options that say which model, and what is added to it."""
-    return _decorated(
-        click.option(
-            "--model", default=default, help="Preset, hub id, diffusers folder, .safetensors or .ckpt."
-        ),
-        click.option("--vae", help="Folder or file of another autoencoder."),
-        click.option(
-            "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="LoRA to add; may be repeated."
-        ),
-        click.option("--lora-folder", help="Where prompts find LoRAs: <lora:name:0.8>."),
-        click.option(
-            "--embedding",
-            "embeddings",
-            multiple=True,
-            metavar="PATH[:TOKEN]",
-            help="Textual inversion to add; may be repeated.",
-        ),
-        click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
-        click.option("--batch-size", default=8, type=click.IntRange(1), help="Pictures made at a time."),
-    )
-
-
-size_options = _decorated(
+size_options = decorated(
     click.option("--height", type=click.IntRange(8), help="Pixels; the model's own by default."),
     click.option("--width", type=click.IntRange(8), help="Pixels; the model's own by default."),
+)
+
+image_size_options = decorated(
+    click.option(
+        "--height", type=click.IntRange(8), help="Pixels that IMAGE is scaled to; its own by default."
+    ),
+    click.option(
+        "--width", type=click.IntRange(8), help="Pixels that IMAGE is scaled to; its own by default."
+    ),
 )
 
 num_images_option = click.option("--num-images", default=1, type=click.IntRange(1), help="Pictures to make.")
@@ -111,6 +84,7 @@ def generate(prompt, num_images, height, width, **options):
     Without --output, files that are there already stay: image.png, image-1.png, ...
     """
     output = _check_pictures(options, num_images)
+    check_size(options, height, width)
     pipeline, sampling = _open(options)
     images = pipeline.text_to_image(prompt, num_images=num_images, height=height, width=width, **sampling)
     _save(pipeline, images, output, prompt, sampling)
@@ -122,12 +96,12 @@ def generate(prompt, num_images, height, width, **options):
 @output_option("image.png")
 @num_images_option
 @click.option("--strength", default=0.8, type=SHARE, help="How much is made new.")
-@size_options
+@image_size_options
 @prompt_options
 @model_options()
 def image_to_image(image, prompt, num_images, strength, height, width, **options):
     """Make pictures of PROMPT that begin from the picture IMAGE."""
-    pixels = _read_picture(image, height, width)
+    pixels = _read_picture(image, options, height, width)
     output = _check_pictures(options, num_images)
     pipeline, sampling = _open(options)
     images = pipeline.image_to_image(pixels, prompt, num_images=num_images, strength=strength, **sampling)
@@ -141,13 +115,17 @@ def image_to_image(image, prompt, num_images, strength, height, width, **options
 @output_option("image.png")
 @num_images_option
 @click.option("--strength", default=1.0, type=SHARE, help="How much is made new.")
-@size_options
+@image_size_options
 @prompt_options
 @model_options()
 def inpaint(image, mask, prompt, num_images, strength, height, width, **options):
-    """Make anew what is white in MASK, a picture of IMAGE's size, as PROMPT says."""
-    pixels = _read_picture(image, height, width)
-    mask = _read_picture(mask, height, width, mode="L")
+    """Make anew what is white in MASK, a picture of IMAGE's size, as PROMPT says.
+
+    What is transparent in MASK is kept. Where no opaque part of it is white, as in a layer that was painted
+    on in another colour, all that is opaque is made anew.
+    """
+    pixels = _read_picture(image, options, height, width)
+    mask = _read_mask(mask, pixels.shape[:2], is_scaled=height is not None)
     output = _check_pictures(options, num_images)
     pipeline, sampling = _open(options)
     images = pipeline.inpaint(pixels, mask, prompt, num_images=num_images, strength=strength, **sampling)
@@ -172,11 +150,10 @@ def upscale(image, prompt, num_images, noise_level, **options):
     folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
     more = {} if noise_level is None else {"noise_level": noise_level}
     check_steps(folder, options["steps"])
-    from keras_sd.upscaler import Upscaler
-
-    if Upscaler.is_in(folder):
+    if holds_pixel_upscaler(folder):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
+        _refuse_text_options(options)
         _upscale_pixels(folder, pixels, output, num_images, more, options)
         return
     pipeline, sampling = _open(options)
@@ -200,12 +177,30 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
             sampler=options["sampler"],
             eta=options["eta"],
             seed=seed,
+            reuse_interval=options["reuse_interval"],
             on_step=lambda denoised: bar.update(),
             **noise_level,
         )
-    height, width = images.shape[1:3]
-    said = {"prompt": "", "Steps": steps, "Sampler": options["sampler"], "Size": f"{width}x{height}"}
-    _write(images, output, lambda index: said | {"Seed": seed + index, "Model": options["model"]})
+    from keras_sd.image_parameters import sampling_parameters
+
+    settings = {name: options[name] for name in ("sampler", "eta", "reuse_interval")}
+    settings |= {"num_steps": steps, "guidance_scale": 1.0, "size": images.shape[1:3]}
+    more = {"Noise level": noise_level.get("noise_level", 0), "Model": options["model"]}
+    if options["dtype"] != "float32":
+        more["Precision"] = options["dtype"]
+    _write(images, output, lambda index: sampling_parameters("", seed=_seed(seed, index), **settings) | more)
+
+
+def _refuse_text_options(options):
+    """Refuses what has no effect on an upscaler without text, by its name."""
+    usual = {"guidance_scale": None, "guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
+    usual |= {"negative_prompt": None, "vae": None, "loras": (), "lora_folder": None, "embeddings": ()}
+    for name, value in usual.items():
+        if options[name] != value:
+            flag = {"loras": "lora", "embeddings": "embedding"}.get(name, name).replace("_", "-")
+            raise UserError(
+                f"--{flag}: has no effect on {options['model']}, which takes no text; leave it out"
+            )
 
 
 @click.command()
@@ -219,26 +214,30 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
 def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
     """Walk from prompt to prompt; with one PROMPTS, round a circle of noises."""
     output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
+    check_size(options, height, width)
     pipeline, sampling = _open(options)
     frames = pipeline.random_walk(list(prompts), num_frames, height=height, width=width, **sampling)
+    from keras_sd.image_parameters import number
     from keras_sd.images import image_grid, save_gif, save_png
 
     path = output.free()
-    if path.suffix.lower() == ".gif":
-        save_gif(frames, path, frame_rate)
+    is_gif = path.suffix.lower() == ".gif"
+    said = _parameters(pipeline, prompts, sampling, frames.shape[1:3]) | {"Frames": num_frames}
+    if is_gif:
+        save_gif(frames, path, frame_rate, said | {"Frame rate": number(frame_rate)})
     else:
-        save_png(image_grid(frames), path)
+        save_png(image_grid(frames), path, said)
     click.echo(path)
 
 
 @click.command()
 @click.argument("image")
 @output_option("image.png")
-@size_options
+@image_size_options
 @model_options()
 def reconstruct(image, height, width, **options):
     """Show what the autoencoder keeps of IMAGE."""
-    pixels = _read_picture(image, height, width)
+    pixels = _read_picture(image, options, height, width)
     output = _check_pictures(options)
     pipeline = open_model(**options)
     from keras_sd.images import save_png
@@ -274,23 +273,52 @@ def _open(options):
     return pipeline, {"num_steps": options.pop("steps"), **options}
 
 
-def _read_picture(path, height=None, width=None, mode="RGB"):
+def _read_picture(path, options=None, height=None, width=None):
+    """The pixels of an image; with the model's options, checked to be of a size that it can take."""
     from keras_sd.data.images import read_picture
 
     if (height is None) != (width is None):
         raise UserError("--height and --width: only one is given; give both, or none to keep the picture's")
-    return read_picture(Path(path), (height, width) if height else None, mode)
+    if height is not None:
+        check_size(options, height, width)
+    pixels = read_picture(Path(path), (height, width) if height else None)
+    if options is not None and height is None:
+        check_size(options, *pixels.shape[:2], f"{path}: ", "; give --height and --width, or scale it")
+    return pixels
+
+
+def _read_mask(path, size, is_scaled):
+    """The mask of an image of this size; where the image was scaled, it is too."""
+    from keras_sd.data.images import read_mask
+
+    mask = read_mask(Path(path), size if is_scaled else None)
+    if mask.shape != size:
+        raise UserError(
+            f"{path}: is {mask.shape[1]}x{mask.shape[0]}, the image {size[1]}x{size[0]}; scale it to the "
+            "image's size, or both with --height and --width"
+        )
+    return mask
+
+
+def _parameters(pipeline, prompt, sampling, size, index=0):
+    names = ("negative_prompt", "num_steps", "guidance_scale", "guidance_interval", "guidance_rescale")
+    names += ("reuse_interval", "sampler", "eta")
+    settings = {name: sampling[name] for name in names}
+    return pipeline.parameters(prompt, seed=_seed(sampling["seed"], index), size=size, **settings)
+
+
+def _seed(seed, index):
+    """The seed of an image, as `arguments.image_seeds` counts."""
+    return (seed + index) % (LARGEST_SEED + 1)
 
 
 def _save(pipeline, images, output, prompt, sampling, more=None):
     """Writes pictures of a pipeline; each says how it was made."""
-    names = ("num_steps", "guidance_scale", "guidance_interval", "reuse_interval", "sampler", "eta")
-    settings = {name: sampling[name] for name in ("negative_prompt", *names)}
-    seed, size = sampling["seed"], images.shape[1:3]
+    size = images.shape[1:3]
     _write(
         images,
         output,
-        lambda index: pipeline.parameters(prompt, seed=seed + index, size=size, **settings) | (more or {}),
+        lambda index: _parameters(pipeline, prompt, sampling, size, index) | (more or {}),
     )
 
 
@@ -299,67 +327,13 @@ def _write(images, output, parameters):
     from keras_sd.images import image_grid, save_png
 
     path = output.free()
-    files = [(path, images[0] if len(images) == 1 else image_grid(images), 0)]
-    files += [(single, images[index], index) for index, single in enumerate(output.beside(path))]
-    for path, image, index in files:
-        save_png(image, path, parameters(index))
+    if len(images) == 1:
+        files = [(path, images[0], parameters(0))]
+    else:
+        files = [(path, image_grid(images), parameters(0) | {"Batch size": len(images)})]
+        for index, single in enumerate(output.beside(path)):
+            place = {"Batch size": len(images), "Batch pos": index}
+            files.append((single, images[index], parameters(index) | place))
+    for path, image, said in files:
+        save_png(image, path, said)
         click.echo(path)
-
-
-def check_steps(model, steps):
-    """Refuses more steps than a model's schedule has, where that can be read before a backend is loaded."""
-    if Path(model).is_file():
-        return  # tells it once it is open
-    folder = Path(presets.find(model))
-    from keras_sd.config import SchedulerConfig
-    from keras_sd.weights.diffusers_folder import SCHEDULER
-
-    if (folder / SCHEDULER).is_file():
-        most = SchedulerConfig.load(folder / SCHEDULER).num_train_timesteps
-        if steps > most:
-            raise UserError(f"--steps {steps}: out of range; use 1 to {most}")
-
-
-def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
-    """Opens a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded.
-
-    Args:
-        loras: paths of LoRAs, each with ":weight" behind it if it is not 1.
-        lora_folder: where prompts find LoRAs by their names.
-        embeddings: paths of textual inversions, each with ":token" behind it to call its word otherwise.
-    """
-    source = model if Path(model).is_file() else presets.find(model)
-    updates = [_path_and_weight(text) for text in loras]
-    for path in [path for path, _ in updates] + ([lora_folder] if lora_folder else []):
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such LoRA; give a file, or a folder that holds one")
-    words = [_path_and_token(text) for text in embeddings]
-    from keras_sd.pipeline import StableDiffusion
-
-    pipeline = StableDiffusion.load(source, **options)
-    pipeline.name, pipeline.lora_folder = model, lora_folder
-    for path, weight in updates:
-        pipeline.load_lora(path, weight=weight)
-    for path, token in words:
-        pipeline.load_textual_inversion(path, token)
-    return pipeline
-
-
-def _path_and_weight(text):
-    path, _, weight = text.rpartition(":")
-    try:
-        weight = float(weight)
-    except ValueError:
-        return text, 1.0  # a colon of the path
-    if path and not math.isfinite(weight):
-        raise UserError(f"--lora {text}: {weight} is not a finite number; give another weight")
-    return (path, weight) if path else (text, 1.0)
-
-
-def _path_and_token(text):
-    if Path(text).exists():
-        return text, None
-    path, _, token = text.rpartition(":")
-    if not path or not Path(path).exists():
-        raise UserError(f"{path or text}: no such embedding; give a file, or a folder that holds one")
-    return path, token

@@ -156,29 +156,33 @@ def save_png(image, path, parameters=None):
         Image.fromarray(np.asarray(image)).save(staging, format="PNG", pnginfo=information)
 
 
-def save_gif(frames, path, frame_rate=10.0):
-    """Writes pictures as an endless GIF.
+def save_gif(frames, path, frame_rate=10.0, parameters=None):
+    """Writes pictures as an endless GIF; how they were made stands in its comment, as in the web interface.
 
     Args:
         frames: uint8 `(n, h, w, 3)`.
         path: the file; its folder is made if there is none.
         frame_rate: pictures a second; a GIF counts in hundredths of a second.
+        parameters: how they were made, as `format_parameters` takes it.
     """
     first, *others = (Image.fromarray(frame) for frame in frames)
     options = {"append_images": others, "duration": round(1000 / frame_rate), "loop": 0}
+    if parameters is not None:
+        options["comment"] = format_parameters(parameters).encode()
     with replaced(path) as staging:
         first.save(staging, format="GIF", save_all=True, **options)
 
 
 def read_parameters(path):
-    """How the picture in a PNG file was made; an empty dictionary if the file does not say.
+    """How the picture in a PNG file, or a GIF, was made; an empty dictionary if the file does not say.
 
     Raises:
         UserError: there is no such picture.
     """
     try:
         with Image.open(path) as image:
-            text = image.info.get(_CHUNK)
+            text = image.info.get(_CHUNK) or image.info.get("comment") or ""
+            text = text.decode(errors="replace") if isinstance(text, bytes) else text
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"{path}: not a picture that can be read; give a PNG file") from error
     return parse_parameters(text) if text else {}

@@ -12,9 +12,9 @@ from keras_sd.arguments import whole_number
 from keras_sd.defaults import ModelDefaults
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.finite import check_inputs, check_result
-from keras_sd.diffusion.samplers import find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
+from keras_sd.image_parameters import image_parameters, model_hash
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
 from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
@@ -23,7 +23,7 @@ from keras_sd.prompts import chunk_prompts, equally_long, weighted_encoding
 from keras_sd.tasks import Tasks, equal_batches
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
-from keras_sd.weights.embedding_files import read_embeddings
+from keras_sd.weights.embedding_files import embedding_file, read_embeddings
 
 _SAVED_PARTS = ("text_encoder", "unet", "vae", "image_encoder")
 
@@ -48,8 +48,10 @@ class StableDiffusion(Tasks):
         batch_size: the most pictures made at a time; more are made in turns of equal size.
         jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
 
-    Attributes are those arguments, and `lora_folder`, where prompts find LoRAs by name. Pictures are uint8
-    `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's, channels-last.
+    Attributes are those arguments; `lora_folder`, where prompts find LoRAs by name; and for what images say
+    of their making `vae_source`, the name and the file of another autoencoder, and `embedding_files`, token
+    -> file. Pictures are uint8 `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's,
+    channels-last.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class StableDiffusion(Tasks):
         self.image_encoder, self.clip_head = image_encoder, clip_head
         self.defaults = defaults or ModelDefaults()
         self.name, self.batch_size = name, whole_number("batch_size", batch_size, 1)
-        self._weights_file = None
+        self._weights_file, self.vae_source, self.embedding_files = None, (None, None), {}
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
         self._jit_compile = jit_compile
@@ -144,6 +146,8 @@ class StableDiffusion(Tasks):
         options |= {"defaults": ModelDefaults.load(source), "name": source.resolve().name}
         model = cls(**open_parts(checkpoint, dtype, partial), **options)
         model._weights_file = checkpoint.parts["unet"].source
+        if vae is not None:
+            model.vae_source = Path(vae).name, checkpoint.parts["vae"].source
         return model
 
     def save(self, path, dtype=None):
@@ -177,7 +181,7 @@ class StableDiffusion(Tasks):
     @functools.cached_property
     def model_hash(self):
         """The first ten digits of the SHA-256 of the UNet's file; None if the model came from none."""
-        return self._weights_file and presets.file_hash(self._weights_file)[:10]
+        return self._weights_file and model_hash(self._weights_file)
 
     # Low-rank updates
 
@@ -243,6 +247,7 @@ class StableDiffusion(Tasks):
         if None in embeddings:
             raise UserError(f"{path}: has no name for its word; give a token, like <my-cat>")
         self.add_tokens(embeddings)
+        self.embedding_files |= dict.fromkeys(embeddings, embedding_file(path))
 
     def add_tokens(self, embeddings):
         """Adds words to the vocabulary, each of one or several vectors.
@@ -337,35 +342,16 @@ class StableDiffusion(Tasks):
             sides.append(side // factor)
         return (*sides, self.vae.config.latent_channels)
 
-    def parameters(
-        self,
-        prompt,
-        negative_prompt=None,
-        *,
-        num_steps,
-        guidance_scale,
-        seed,
-        size,
-        guidance_interval=(0.0, 1.0),
-        reuse_interval=1,
-        sampler="ddim",
-        eta=0.0,
-    ):
-        """What a picture's file says about how it was made, for `keras_sd.images.save_png`.
+    def parameters(self, prompt, negative_prompt=None, **settings):
+        """What an image's file says about how it was made, for `keras_sd.images.save_png`.
 
         Args:
-            seed: the picture's own, that of the call plus its index.
-            size: `(height, width)`.
+            prompt, negative_prompt: texts; of a walk, a list of prompts. LoRAs that are in the model are put
+                behind each prompt as tags.
+            settings: num_steps, guidance_scale, seed (the image's own, that of the call plus its index), size
+                `(height, width)`, and others of the task, as `image_parameters` takes them.
         """
-        height, width = size
-        start, end = guidance_interval
-        parameters = {"prompt": prompt, "negative_prompt": negative_prompt, "Steps": num_steps}
-        parameters |= {"Sampler": find_sampler(sampler).name, "CFG scale": f"{guidance_scale:g}"}
-        parameters |= {"Seed": seed, "Size": f"{width}x{height}", "Eta": f"{eta:g}" if eta else None}
-        parameters |= {"Guidance interval": f"{start:g} to {end:g}" if (start, end) != (0, 1) else None}
-        parameters |= {"Reuse interval": reuse_interval if reuse_interval > 1 else None}
-        parameters |= {"Model hash": self.model_hash, "Model": self.name}
-        return {name: value for name, value in parameters.items() if value is not None}
+        return image_parameters(self, prompt, negative_prompt, **settings)
 
     def _compile_text_encoding(self):
         encoder = self.text_encoder

@@ -18,6 +18,9 @@ _HUB_FILES = [
 _HUB_LEFT_OUT = ["*.msgpack", "*.onnx*", "*non_ema*"]
 _HUB_TRIES = [["*.bin", "*fp16*"], ["*.bin"], []]
 
+# A name that ends so means a file, which no hub has for a model's name.
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5")
+
 
 class Preset(NamedTuple):
     """A model's source, a folder or a hub id, its licence and the SHA-256 of its UNet's file, if pinned."""
@@ -55,6 +58,11 @@ def find(name):
         return folder
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).suffix.lower() in _FILE_SUFFIXES:
+        raise UserError(
+            f"{str(name)!r}: no such file; check its path, or give a hub id (owner/model) or a preset: "
+            f"{', '.join(PRESETS)}"
+        )
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return _from_hub(str(name))
     raise UserError(

@@ -15,7 +15,13 @@ from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit, r
 from keras_sd.json_files import read_json
 from keras_sd.loading import load_part
 from keras_sd.tasks import equal_batches
-from keras_sd.weights.diffusers_folder import LOW_RES_SCHEDULER, SCHEDULER, write_part, write_scheduler
+from keras_sd.weights.diffusers_folder import (
+    LOW_RES_SCHEDULER,
+    SCHEDULER,
+    holds_pixel_upscaler,
+    write_part,
+    write_scheduler,
+)
 from keras_sd.weights.rules import torch_state
 
 
@@ -63,8 +69,7 @@ class Upscaler:
     @staticmethod
     def is_in(path):
         """Whether a folder holds an upscaler of this kind, and not a whole Stable Diffusion."""
-        folder = Path(path)
-        return (folder / LOW_RES_SCHEDULER).is_file() and not (folder / "vae").is_dir()
+        return holds_pixel_upscaler(path)
 
     def save(self, path, dtype=None):
         """Writes a folder with `unet/`, `scheduler/` and `low_res_scheduler/` in diffusers' layout."""

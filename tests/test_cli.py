@@ -92,7 +92,7 @@ BAD_INPUT = [
     ("generate heart --eta nan", "'--eta'", "finite number"),
     ("image-to-image taken.png heart --strength nan", "'--strength'", "finite number"),
     ("walk a --frame-rate nan", "'--frame-rate'", "finite number"),
-    ("generate heart --seed 9223372036854775808", "'--seed'", "0<=x<=4611686018427387904"),
+    ("generate heart --seed 18446744073709551616", "'--seed'", "0<=x<=18446744073709551615"),
     ("generate heart --lora taken.safetensors:nan", "--lora taken.safetensors:nan", "another weight"),
     ("generate heart --sampler magic", "'magic'", "ddim"),
     ("generate heart --model emojis", "'emojis'", "emoji"),
@@ -108,7 +108,7 @@ BAD_INPUT = [
     ("generate heart --output taken.png", "taken.png: exists", "--overwrite"),
     ("generate heart --output more.png --num-images 2", "more-1.png: exists", "--overwrite"),
     ("image-to-image taken.png heart --output taken.png", "taken.png: exists", "--overwrite"),
-    ("inpaint taken.png taken.png heart --output taken.png", "taken.png: exists", "--overwrite"),
+    ("inpaint taken.png white.png heart --output taken.png", "taken.png: exists", "--overwrite"),
     ("upscale taken.png --output taken.png", "taken.png: exists", "--overwrite"),
     ("walk a b --output taken.gif", "taken.gif: exists", "--overwrite"),
     ("reconstruct taken.png --output taken.png", "taken.png: exists", "--overwrite"),
@@ -134,6 +134,21 @@ BAD_INPUT = [
     ("image-to-image file heart --height 64", "only one is given", "give both"),
     ("inpaint file file heart --strength 2", "'--strength'", "0<=x<=1"),
     ("upscale none.png", "none.png", "add it"),
+    ("generate heart --height 100 --width 70", "height 100: does not fit the model", "multiple of 8"),
+    ("walk heart --height 64 --width 70", "width 70: does not fit the model", "multiple of 8"),
+    ("image-to-image odd.png heart", "odd.png: height 70: does not fit", "give --height and --width"),
+    ("image-to-image odd.png heart --height 64 --width 65", "width 65: does not fit", "multiple of 8"),
+    ("inpaint odd.png taken.png heart --height 70 --width 64", "height 70: does not fit", "multiple of 8"),
+    ("inpaint taken.png taken.png heart", "taken.png: has no white", "paint white"),
+    ("inpaint taken.png mask.png heart", "mask.png: is 20x20, the image 16x16", "scale it"),
+    ("reconstruct odd.png", "odd.png: height 70: does not fit", "give --height and --width"),
+    ("upscale taken.png --negative-prompt a", "--negative-prompt: has no effect", "leave it out"),
+    ("upscale taken.png --guidance-scale 2", "--guidance-scale: has no effect", "leave it out"),
+    ("upscale taken.png --lora a.safetensors", "--lora: has no effect", "leave it out"),
+    ("generate heart --model models/x.safetensors", "'models/x.safetensors': no such file", "check its path"),
+    ("generate heart --guidance-scale -1", "'--guidance-scale'", "x>=0"),
+    ("generate heart --guidance-scale inf", "'--guidance-scale'", "finite number"),
+    ("generate heart --batch-size 0", "'--batch-size'", "x>=1"),
     ("generate heart --lora none.safetensors", "none.safetensors", "give a file"),
     ("generate heart --lora-folder nowhere", "nowhere", "give a file"),
     ("reconstruct none.png", "none.png", "add it"),
@@ -169,6 +184,9 @@ def answers_to_bad_input(tmp_path_factory):
     (folder / "folder" / "kept.txt").write_text("kept")
     for name in ("taken.png", "taken.gif", "taken.json", "taken.safetensors", "more-1.png"):
         Image.new("RGB", (16, 16)).save(folder / name, "PNG")
+    Image.new("RGB", (100, 70)).save(folder / "odd.png")
+    Image.new("L", (20, 20), 255).save(folder / "mask.png")
+    Image.new("L", (16, 16), 255).save(folder / "white.png")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     lines = json.dumps([row[0] for row in BAD_INPUT])
     code, output, errors = run_python(WITHOUT_BACKEND + ALL_BAD_INPUT, lines, cwd=folder)
@@ -381,7 +399,8 @@ def test_a_picture_that_does_not_fit_is_one_line(keras_sd_command, model, tmp_pa
     code, _, errors = keras_sd_command("reconstruct", tmp_path / "odd.png", "--model", model)
     assert code == 2
     assert errors.strip().split("\n")[-1] == (
-        "keras-sd: error: width 18: does not fit the model; use a multiple of 4"
+        f"keras-sd: error: {tmp_path / 'odd.png'}: width 18: does not fit the model; use a multiple of 4; "
+        "give --height and --width, or scale it"
     )
     Image.new("RGB", (16, 24)).save(tmp_path / "even.png")
     code, _, errors = keras_sd_command("upscale", tmp_path / "even.png", "heart", "--model", model)

@@ -20,14 +20,25 @@ LAYERS = (
     {"models"},
     {"diffusion", "weights", "images", "prompts"},
     {
-        *("presets", "loading", "adapters", "tasks", "pipeline", "upscaler", "keras_cv"),
+        *("presets", "image_parameters", "loading", "adapters", "tasks", "pipeline", "upscaler", "keras_cv"),
         *("parity", "parity_report", "reference_outputs"),
         *("training", "metrics", "data", "captions"),
     },
     {
         *("train", "train_options", "train_from_scratch"),
         *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
-        *("option_types", "outputs", "generate", "convert", "export", "caption", "demo", "cli", "__main__"),
+        *(
+            "option_types",
+            "outputs",
+            "model_options",
+            "generate",
+            "convert",
+            "export",
+            "caption",
+            "demo",
+            "cli",
+            "__main__",
+        ),
     },
 )
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from keras_sd.errors import UserError
+from keras_sd.images import WHITE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats that are read; a file's format is told by its content, not by its name."""
@@ -74,26 +75,59 @@ def read_image(path: Path, size: int, tell: Callable[[Path], None] | None = None
 
 
 def read_picture(
-    path: Path,
-    size: tuple[int, int] | None = None,
-    mode: str = "RGB",
-    tell: Callable[[Path], None] | None = None,
+    path: Path, size: tuple[int, int] | None = None, tell: Callable[[Path], None] | None = None
 ) -> np.ndarray:
     """The whole image as uint8 (height, width, 3), upright, transparency on white.
 
     Args:
         size: (height, width) to scale it to with Lanczos, where it is another.
-        mode: "RGB", or "L" for a mask, which is returned as (height, width).
         tell: as `read_image` takes it.
 
     Raises:
         UserError: as `check_image`.
     """
     with _open(path) as image, _damage_told(path):
-        image = _on_white(_upright(image, path, tell)).convert(mode)
+        image = _on_white(_upright(image, path, tell))
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
     return np.asarray(image)
+
+
+def read_mask(
+    path: Path, size: tuple[int, int] | None = None, tell: Callable[[Path], None] | None = None
+) -> np.ndarray:
+    """An image as a mask, bool (height, width): True where it is white, from 128 of 255.
+
+    What is transparent is False. People also paint in any colour on a transparent layer: where no opaque part
+    is white, all that is opaque is True, as in AUTOMATIC1111's web interface.
+
+    Args:
+        size: (height, width) to scale it to; a pixel is True if anything in it is white, so that no line is
+            lost.
+        tell: as `read_image` takes it.
+
+    Raises:
+        UserError: as `check_image`, or nothing is white.
+    """
+    with _open(path) as image, _damage_told(path):
+        image = _in_eight_bits(_upright(image, path, tell))
+        opaque = np.ones(image.size[::-1], bool)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            opaque = np.asarray(image.getchannel("A")) >= WHITE
+        values = np.asarray(image.convert("RGB").convert("L"))
+    mask = opaque & (values >= WHITE)
+    if not mask.any() and not opaque.all():
+        mask = opaque
+    if not mask.any():
+        raise UserError(
+            f"{path}: has no white, so nothing would be made anew (white is from {WHITE}, and its brightest "
+            f"value is {values[opaque].max(initial=0)}); paint white what is to change"
+        )
+    if size is not None and mask.shape != size:
+        shares = Image.fromarray(mask.astype("float32")).resize(size[::-1], Image.Resampling.BOX)
+        mask = np.asarray(shares) > 0
+    return mask
 
 
 def format_of(path: Path) -> str | None:
@@ -133,10 +167,15 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
 
 
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype("uint8"))
+    return image
+
+
 def _on_white(image: Image.Image) -> Image.Image:
     """The image in 8 bits of RGB, transparency on white."""
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype("uint8"))
+    image = _in_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -48,6 +48,11 @@ class ShardIndex(TypedDict):
     weight_map: dict[str, str]
 
 
+def holds_pixel_upscaler(folder):
+    """Whether a folder holds an upscaler that works on pixels, and not a whole Stable Diffusion."""
+    return (Path(folder) / LOW_RES_SCHEDULER).is_file() and not (Path(folder) / "vae").is_dir()
+
+
 def weights_path(folder, part, variant=None):
     """The file with the weights of a part, or the index of the files, of a folder in diffusers' layout.
 

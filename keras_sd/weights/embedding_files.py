@@ -20,6 +20,14 @@ _KOHYA_KEY = "emb_params"
 _SDXL_KEYS = {"clip_g", "clip_l"}
 
 
+def embedding_file(path):
+    """The file that holds the embeddings of a path: itself, or one in the folder that it names."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / DIFFUSERS_FILE)
+
+
 def read_embeddings(path, width):
     """Reads a file, or a folder with diffusers' `learned_embeds.safetensors` or `.bin` in it.
 
@@ -34,9 +42,7 @@ def read_embeddings(path, width):
     Raises:
         UserError: the file is damaged or holds no embeddings, those of another kind of model, or NaN.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / DIFFUSERS_FILE)
+    path = embedding_file(path)
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     return {token: _checked(array, width, path) for token, array in _arrays(content, path).items()}
 

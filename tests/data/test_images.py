@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from keras_sd.data.images import check_image, format_of, read_image, read_picture
+from keras_sd.data.images import check_image, format_of, read_image, read_mask, read_picture
 from keras_sd.errors import UserError
 
 EXIF = b"Exif\0\0"
@@ -169,7 +169,6 @@ def test_modes(tmp_path, recwarn):
         difference = np.abs(whole.astype(float) - np.broadcast_to(expected, whole.shape)).mean()
         assert difference < 4, (name, difference)
         np.testing.assert_array_equal(square, whole[:, 5:35], err_msg=name)
-        assert read_picture(path, mode="L").shape == (30, 40)
     assert not recwarn.list
 
 
@@ -230,3 +229,57 @@ def test_damage_anywhere_is_one_line_or_an_image(tmp_path, suffix):
                 except UserError as error:
                     assert "\n" not in str(error)
     assert read > 20
+
+
+def test_what_of_a_mask_is_made_anew(tmp_path):
+    """White is; with transparency, white that is opaque, or all that is opaque where none of it is white."""
+    stroke = np.zeros((30, 40), bool)
+    stroke[4:9, 5:30] = True
+    elsewhere = np.zeros((30, 40), bool)
+    elsewhere[20:25, 5:30] = True
+
+    def layer(colour, opaque, background=(255, 255, 255)):
+        pixels = np.full((30, 40, 4), (*background, 0), "uint8")
+        pixels[opaque] = (*colour, 255)
+        return pixels
+
+    whole = np.full((30, 40), 255, "uint8")
+    white, black, red = (255, 255, 255), (0, 0, 0), (250, 20, 20)
+    both = np.where(elsewhere[..., None], layer(black, elsewhere), layer(white, stroke))
+    cases = {
+        "white on black": (stroke * np.uint8(255), stroke),
+        "grey": (stroke * np.uint8(128), stroke),
+        "white on nothing": (layer(white, stroke), stroke),
+        "black on nothing": (layer(black, stroke), stroke),
+        "red on nothing": (layer(red, stroke, black), stroke),
+        "white and black on nothing": (both, stroke),
+        "no transparency": (np.dstack([layer(white, stroke, black)[..., :3], whole]), stroke),
+        "an erased part": (layer(black, ~stroke), ~stroke),
+        "16 bits": ((stroke * 65535).astype("uint16"), stroke),
+    }
+    for name, (pixels, expected) in cases.items():
+        Image.fromarray(pixels).save(tmp_path / "mask.png")
+        mask = read_mask(tmp_path / "mask.png")
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, expected, err_msg=name)
+    for pixels, brightest in (
+        (np.full((30, 40), 127, "uint8"), 127),
+        (layer(white, stroke & elsewhere), 0),
+        (np.dstack([np.zeros((30, 40, 3), "uint8"), whole]), 0),
+    ):
+        Image.fromarray(pixels).save(tmp_path / "mask.png")
+        with pytest.raises(UserError, match=f"has no white, .* value is {brightest}.; paint white"):
+            read_mask(tmp_path / "mask.png")
+
+
+def test_a_mask_keeps_its_thinnest_lines_when_it_is_scaled(tmp_path):
+    pixels = np.zeros((640, 960), "uint8")
+    pixels[333], pixels[5, 7] = 255, 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    expected = np.zeros((16, 24), bool)
+    expected[333 * 16 // 640], expected[0, 0] = True, True
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (16, 24)), expected)
+    Image.fromarray(expected).save(tmp_path / "small.png")
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "small.png", (32, 48)), expected.repeat(2, axis=0).repeat(2, axis=1)
+    )

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
-from keras_sd.generate import open_model
+from keras_sd.model_options import open_model
 from keras_sd.pipeline import StableDiffusion
 from keras_sd.prompts import chunk_prompts
 from keras_sd.weights.embedding_files import read_embeddings, write_embeddings
@@ -172,7 +172,7 @@ def test_words_under_jax_and_in_the_command(pipeline, folder):
     program = """if True:
         import sys
         import numpy as np
-        from keras_sd.generate import open_model
+        from keras_sd.model_options import open_model
         pipeline = open_model(sys.argv[1] + "/model")
         pipeline.encode_text("red")
         pipeline.load_textual_inversion(sys.argv[1] + "/ours.safetensors")
