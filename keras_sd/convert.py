@@ -14,11 +14,9 @@ from keras_sd.errors import UserError
 from keras_sd.files import replaced_folder, write_json, write_text
 from keras_sd.model_options import DTYPES
 from keras_sd.outputs import check_output, check_writable
+from keras_sd.weights.diffusers_folder import check_folder_name
 
 _SINGLE_FILE = ".safetensors"
-
-# Files of weights that are read and not written; a folder's name may well have dots in it.
-_OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5", ".keras", ".onnx", ".gguf", ".zip")
 
 
 @click.command(context_settings={"show_default": True})
@@ -92,11 +90,9 @@ def _is_single_file(output):
 def _check_place(output, source, overwrite):
     """Makes sure, before any long work, that the output can be written, and over nothing that is needed."""
     path = Path(output)
-    if path.suffix.lower() in _OTHER_FILES:
-        raise UserError(
-            f"{path}: {path.suffix} files are read, not written; name a folder or a {_SINGLE_FILE} file"
-        )
     check_writable(path)
+    if not path.is_dir():
+        check_folder_name(path)
     here, origin = path.resolve(), Path(source).resolve()
     if here == origin or here in origin.parents or (path.exists() and origin in here.parents):
         raise UserError(f"{path}: belongs to the source; choose another place")

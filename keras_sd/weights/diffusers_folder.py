@@ -4,6 +4,7 @@ Read in every form in the wild: one file or shards, plain or of a variant ("fp16
 own. Written in one form: one safetensors file for each part.
 """
 
+import difflib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 LOW_RES_SCHEDULER = Path("low_res_scheduler") / "scheduler_config.json"
 PARTS = ("text_encoder", "unet", "vae", "image_encoder")
+
+_SINGLE_FILE = ".safetensors"
+# Files of weights that are read and not written, and `.sft`, another short name of safetensors.
+_FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5", ".keras", ".onnx", ".gguf", ".zip", ".sft")
+_ALIKE = 0.75  # `.safetensor`, `.safetesnors`
 
 # The libraries that read a folder look for each part's weights under the names they would give it.
 _STEMS = {
@@ -187,6 +193,20 @@ def read_companions(folder):
     return *schedulers, tokenizer if tokenizer.is_dir() else None
 
 
+def check_folder_name(path):
+    """Raises a UserError for a folder whose name ends as a file's; other dots may well be in it."""
+    suffix = Path(path).suffix.lower()
+    if suffix in _FILE_SUFFIXES:
+        raise UserError(
+            f"{path}: {suffix} files are read, not written; name a folder or a {_SINGLE_FILE} file"
+        )
+    if suffix != _SINGLE_FILE and difflib.get_close_matches(suffix, [_SINGLE_FILE], cutoff=_ALIKE):
+        raise UserError(
+            f"{path}: {suffix} is like {_SINGLE_FILE}, for a single file, but is not; correct it, or give "
+            "the folder another name"
+        )
+
+
 def write_part(folder, part, config, tensors, dtype=None):
     """Writes one part of a folder: its `config.json` and its weights.
 
@@ -215,6 +235,8 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=N
         dtype: as in `write_safetensors`.
         write_more: called with the folder to write further files at its top, or None.
     """
+    if not Path(path).is_dir():
+        check_folder_name(path)
     with replaced_folder(path, last=INDEX) as staging:
         for part, (config, tensors, _) in checkpoint.parts.items():
             write_part(staging, part, config, tensors, dtype)

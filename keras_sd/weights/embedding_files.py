@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
@@ -42,8 +42,9 @@ def read_embeddings(path, width):
     Raises:
         UserError: the file is damaged or holds no embeddings, those of another kind of model, or NaN.
     """
-    path = embedding_file(path)
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    with os_errors_in_one_line(path):
+        path = embedding_file(path)
+        content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     return {token: _checked(array, width, path) for token, array in _arrays(content, path).items()}
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.json_files import read_json
 from keras_sd.weights import diffusers_folder
 from keras_sd.weights.checkpoint import Checkpoint
@@ -36,7 +36,11 @@ def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
     Raises:
         UserError: it is missing, damaged, not what its suffix says, or nothing of Stable Diffusion.
     """
-    path = Path(path)
+    with os_errors_in_one_line(path):
+        return _read_checkpoint(Path(path), weights, variant, prediction_type)
+
+
+def _read_checkpoint(path, weights, variant, prediction_type):
     if path.is_dir():
         return _read_directory(path, variant)
     if not path.is_file():
@@ -98,12 +102,16 @@ def read_part(path, part, variant=None):
     Raises:
         UserError: it is not there, or as `read_checkpoint`.
     """
-    path = Path(path)
+    with os_errors_in_one_line(path):
+        return _read_part(Path(path), part, variant)
+
+
+def _read_part(path, part, variant):
     if (path / part).is_dir():
         return diffusers_folder.read_part(path, part, variant)
     if (path / "config.json").is_file() and not (path / diffusers_folder.INDEX).is_file():
         return diffusers_folder.read_part_folder(path, part, variant)
-    checkpoint = read_checkpoint(path, variant=variant)
+    checkpoint = _read_checkpoint(path, "ema", variant, None)
     if part not in checkpoint.parts:
         there = ", ".join(checkpoint.parts)
         raise UserError(f"{path}: holds no {part} but {there}; give one that does")

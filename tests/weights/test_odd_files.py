@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import os
 import struct
+import warnings
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from keras_sd import loading
+from keras_sd import loading, presets
 from keras_sd.config import UNetConfig
 from keras_sd.errors import UserError
 from keras_sd.models.unet import UNet
@@ -16,7 +18,8 @@ from keras_sd.models.vae import AutoencoderKL
 from keras_sd.pipeline import StableDiffusion
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.diffusers_folder import write_part
-from keras_sd.weights.readers import read_checkpoint
+from keras_sd.weights.embedding_files import read_embeddings
+from keras_sd.weights.readers import read_checkpoint, read_part
 from keras_sd.weights.rules import torch_state
 from keras_sd.weights.single_file import read_single_file, write_single_file
 from tests import tiny
@@ -220,3 +223,29 @@ def test_a_folder_without_its_table_of_contents(tmp_path):
     (tmp_path / "model" / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(UserError, match="no noise schedule; put the model's own scheduler/scheduler_config"):
         StableDiffusion.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + ".safetensors", "./" + "a" * 300])
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_checkpoint,
+        lambda path: read_part(path, "vae"),
+        lambda path: read_embeddings(path, 16),
+        StableDiffusion.load,
+        presets.find,
+    ],
+)
+def test_a_name_that_is_too_long_is_one_line_in_python_too(read, name):
+    with pytest.raises(UserError, match="File name too long; give a shorter name"):
+        read(name)
+
+
+def test_a_name_that_is_no_utf8(tmp_path):
+    model = tiny.pipeline()
+    for name in (b"model\xff", b"model\xff.safetensors"):
+        path = tmp_path / os.fsdecode(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a single file cannot tell
+            model.save(path)
+        assert read_checkpoint(path).parts["unet"].tensors
