@@ -9,6 +9,7 @@ from keras import ops
 from keras_sd import backend, presets
 from keras_sd.adapters import Adapters
 from keras_sd.arguments import whole_number
+from keras_sd.batches import equal_batches
 from keras_sd.defaults import ModelDefaults
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.finite import check_inputs, check_result
@@ -20,7 +21,7 @@ from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
 from keras_sd.models.tokenizer import vector_names
 from keras_sd.prompts import chunk_prompts, equally_long, weighted_encoding
-from keras_sd.tasks import Tasks, equal_batches
+from keras_sd.tasks import Tasks
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
 from keras_sd.weights.embedding_files import embedding_file, read_embeddings
@@ -284,7 +285,18 @@ class StableDiffusion(Tasks):
                 common one. A shorter prompt's chunks are repeated, of which attention takes no notice.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        ids, weights = chunk_prompts(self.tokenizer, prompts, chunks)
+        return self._encode_chunks(*chunk_prompts(self.tokenizer, prompts, chunks))
+
+    def encode_each(self, prompts):
+        """Encodes a list of prompts as `encode_text`, each of its own length: a list of `(tokens, width)`."""
+        chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in prompts]
+        ids, weights = (np.concatenate(parts, axis=1) for parts in zip(*chunked, strict=True))
+        encoding = self._encode_chunks(ids, weights)[0]
+        ends = np.cumsum([each.ids[0].size for each in chunked])
+        return np.split(encoding, ends[:-1])
+
+    def _encode_chunks(self, ids, weights):
+        """Encodings `(n, chunks * tokens, width)` of ids and weights, both `(n, chunks, tokens)`."""
         count, chunks, tokens = ids.shape
         # Each chunk once, as those of short prompts and those that prompts share are repeated.
         unique, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)

@@ -35,6 +35,9 @@ LARGEST_WEIGHT = 1000.0
 # Stable Diffusion's text encoders is about a tenth, of `emoji`'s at most 0.005.
 SMALLEST_MEAN = 0.02
 
+# What prompts of several lengths are repeated to, at most.
+MOST_CHUNKS = 240
+
 # A phrase is not cut if the comma before it is among so many last tokens of a full chunk.
 COMMA_REACH = 20
 
@@ -153,12 +156,19 @@ def chunk_prompts(tokenizer, prompts, chunks=None):
         `Chunks`.
 
     Raises:
-        UserError: a prompt is no text, or `chunks` is no multiple of what it needs.
+        UserError: a prompt is no text, `chunks` is no multiple of what it needs, or the least common one is
+            larger than `MOST_CHUNKS` and than what any of them needs.
     """
     rows = []
     for prompt in prompts:  # no comprehension: before Python 3.12 it is a frame that warnings count
         rows.append(_token_chunks(tokenizer, prompt))
-    chunks = math.lcm(*map(len, rows)) if chunks is None else chunks
+    if chunks is None:
+        chunks = math.lcm(*map(len, rows))
+        if chunks > max([MOST_CHUNKS, *map(len, rows)]):
+            raise UserError(
+                f"prompts: of lengths whose least common multiple is {chunks} chunks of tokens; encode those "
+                "of each length in a call of its own"
+            )
     for row in rows:
         if chunks % len(row) or chunks < 1:
             raise UserError(
@@ -177,18 +187,19 @@ def chunk_prompts(tokenizer, prompts, chunks=None):
     return Chunks(ids, weights)
 
 
+def repeated(encoding, tokens):
+    """A text encoding `(..., tokens, width)` repeated to a multiple of its tokens."""
+    times = tokens // encoding.shape[-2]
+    return encoding if times == 1 else np.concatenate([encoding] * times, axis=-2)
+
+
 def equally_long(*encodings):
     """Text encodings `(n, tokens, width)` of several lengths, each repeated to their least common multiple.
 
     None, which stands for no encoding, stays.
     """
     tokens = math.lcm(*(encoding.shape[1] for encoding in encodings if encoding is not None))
-    return tuple(
-        encoding
-        if encoding is None or encoding.shape[1] == tokens
-        else np.tile(encoding, (1, tokens // encoding.shape[1], 1))
-        for encoding in encodings
-    )
+    return tuple(encoding if encoding is None else repeated(encoding, tokens) for encoding in encodings)
 
 
 def _token_chunks(tokenizer, prompt):

@@ -6,6 +6,7 @@ Each task is a few lines on the primitives of `keras_sd.pipeline.StableDiffusion
 import contextlib
 import functools
 import inspect
+import math
 import numbers
 from collections.abc import Iterable
 
@@ -14,12 +15,13 @@ from keras import ops
 from tqdm import tqdm
 
 from keras_sd.arguments import checked_seed, image_seeds, whole_number
+from keras_sd.batches import batches_of_lengths
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.images import any_white, as_masks, as_pictures, pictures_to_unit
-from keras_sd.prompts import take_loras
+from keras_sd.prompts import repeated, take_loras
 
 
 def _with_loras(task):
@@ -275,12 +277,14 @@ class Tasks:
             raise UserError(f"{task}: {self.name} was trained for another task; use {use}")
 
     def _conditions(self, prompt, negative_prompt, num_images, seed):
-        """Encodings of both prompts `(n, tokens, width)` and the seed `(n,)` of each picture."""
+        """For each picture the encodings of both prompts `(tokens, width)`, and its seed."""
         prompts, negatives = _prompts(prompt, negative_prompt)
         num_images, seed = whole_number("num_images", num_images, 1), checked_seed(seed)
-        # Together, as the longest text says how many chunks of tokens all get.
-        encodings = self.encode_text(prompts + negatives).repeat(num_images, axis=0)
-        context, negative = np.split(encodings, 2)
+        encodings = self.encode_each(prompts + negatives)
+        context, negative = (
+            [encoding for encoding in kind for _ in range(num_images)]
+            for kind in (encodings[: len(prompts)], encodings[len(prompts) :])
+        )
         return context, negative, image_seeds(seed, len(context))
 
     def _sample(
@@ -301,6 +305,7 @@ class Tasks:
         """Makes one picture for each text encoding and seed, in turns.
 
         Args:
+            context, negative: for each picture `(tokens, width)`.
             shape: of one picture's latents.
             begin: called with `(noise, batch, streams)` of a turn, its noise, its pictures' indices and their
                 streams; returns what else `denoise` is to be given, "noise" to begin with in place of the
@@ -309,10 +314,11 @@ class Tasks:
         if guidance_scale is None:
             guidance_scale = self.defaults.guidance_scale
         grid = {"sampler": sampler, "num_steps": num_steps, "first_step": _first_step(strength, num_steps)}
-        batches = equal_batches(len(seeds), self.batch_size)
-        images = []
+        lengths = [math.lcm(len(each), len(other)) for each, other in zip(context, negative, strict=True)]
+        batches = batches_of_lengths(lengths, self.batch_size, self.tokenizer.max_length)
+        images = [None] * len(seeds)
         with _reporter(progress, len(batches) * (num_steps - grid["first_step"])) as on_step:
-            for batch in batches:
+            for batch, tokens in batches:
                 streams = NoiseStreams(seeds[batch])
                 noise = streams.draw(shape)
                 given = begin(noise, batch, streams) if begin else {}
@@ -321,8 +327,7 @@ class Tasks:
                     latents = self._denoiser.noisy(sample, latents, **grid)
                 latents = self.denoise(
                     latents,
-                    context[batch],
-                    negative[batch],
+                    *(np.stack([repeated(kind[i], tokens) for i in batch]) for kind in (context, negative)),
                     streams=streams,
                     on_step=on_step,
                     guidance_scale=guidance_scale,
@@ -330,8 +335,9 @@ class Tasks:
                     **given,
                     **options,
                 )
-                images.append(self.decode(latents))
-        return np.concatenate(images)[: len(seeds)]
+                for index, image in zip(batch, self.decode(latents), strict=True):
+                    images[index] = image
+        return np.stack(images)
 
 
 def _prompts(prompt, negative_prompt):
@@ -381,15 +387,6 @@ def _interpolate(points, count):
     start = np.minimum(places.astype(int), len(points) - 2)
     share = (places - start).astype("float32").reshape(-1, *[1] * (points.ndim - 1))
     return points[start] * (1 - share) + points[start + 1] * share
-
-
-def equal_batches(count, limit):
-    """Indices 0 to count - 1 in equal batches of at most `limit`; the last index fills up the last batch.
-
-    Equal, as each size of a batch is compiled for itself.
-    """
-    size = -(-count // -(-count // limit))
-    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
 
 
 @contextlib.contextmanager

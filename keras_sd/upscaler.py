@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_sd.arguments import image_seeds, whole_number
+from keras_sd.batches import equal_batches
 from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
@@ -14,7 +15,6 @@ from keras_sd.files import replaced_folder
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit, resized
 from keras_sd.json_files import read_json
 from keras_sd.loading import load_part
-from keras_sd.tasks import equal_batches
 from keras_sd.weights.diffusers_folder import (
     LOW_RES_SCHEDULER,
     SCHEDULER,

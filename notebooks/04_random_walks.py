@@ -47,9 +47,9 @@ import numpy as np
 from IPython.display import Image, display
 
 from keras_sd import StableDiffusion
+from keras_sd.batches import equal_batches
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.images import image_grid, resized, save_gif
-from keras_sd.tasks import equal_batches
 
 plt.rcParams.update(
     {

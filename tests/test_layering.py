@@ -15,7 +15,18 @@ PACKAGE = Path(keras_sd.__file__).parent
 
 # From the ground up; a module imports from its own row and the rows above it.
 LAYERS = (
-    {"errors", "arguments", "files", "json_files", "config", "defaults", "cache", "backend", "interruption"},
+    {
+        "errors",
+        "arguments",
+        "batches",
+        "files",
+        "json_files",
+        "config",
+        "defaults",
+        "cache",
+        "backend",
+        "interruption",
+    },
     {"kernels"},
     {"models"},
     {"diffusion", "weights", "images", "prompts"},

@@ -6,13 +6,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from keras_sd import StableDiffusion, presets
+from keras_sd.batches import batches_of_lengths, equal_batches
 from keras_sd.config import SchedulerConfig, TextEncoderConfig, UNetConfig
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
 from keras_sd.images import parse_parameters, read_parameters, save_png
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
-from keras_sd.tasks import equal_batches
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.programs import run_python
@@ -127,6 +127,32 @@ def test_batches_are_equal_and_complete():
             assert len(batches) == -(-count // limit)
             assert np.concatenate(batches)[:count].tolist() == list(range(count))
             assert max(batches[-1]) == count - 1
+
+
+def test_lengths_share_a_program_where_they_are_few():
+    assert [tokens for _, tokens in batches_of_lengths([77, 154, 231], 2, 77)] == [462, 462]
+    lengths = [77 * chunks for chunks in (5, 7, 5, 5, 9)]
+    batches = batches_of_lengths(lengths, 2, 77)
+    assert [(batch.tolist(), tokens // 77) for batch, tokens in batches] == [
+        ([0, 2], 5),
+        ([3, 3], 5),
+        ([1], 7),
+        ([4], 9),
+    ]
+
+
+def test_many_lengths_are_drawn_in_batches_of_their_own(pipeline):
+    prompts = [" BREAK ".join(["red heart", "flag", "dark"] * count) for count in (1, 2, 3)] + [
+        "a BREAK b " * 4
+    ]
+    options = {**OPTIONS, "num_steps": 5}
+    images = pipeline.text_to_image(prompts, num_images=2, seed=1, **options)
+    for index, prompt in enumerate(prompts):
+        alone = pipeline.text_to_image(prompt, num_images=2, seed=1 + 2 * index, **options)
+        assert levels_apart(alone, images[2 * index : 2 * index + 2]) <= 1
+    assert [len(each) // 12 for each in pipeline.encode_each(prompts)] == [3, 6, 9, 5]
+    with pytest.raises(UserError, match="least common multiple is 1716 chunks"):
+        pipeline.encode_text([" BREAK ".join("a" * count) for count in (11, 12, 13)])
 
 
 def test_fresh_noise_follows_the_seed_too(pipeline, images):
