@@ -9,14 +9,13 @@ folder, a file that diffusers passes over and that `save` carries on:
 This module imports no backend, so that commands can ask it before they load one.
 """
 
-import json
 from pathlib import Path
 
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
+from keras_sd.json_files import read_json, shown
 
 FILE = "keras_sd.json"
-_LARGEST_FILE = 2**20  # bytes
 _LARGEST_NUMBER = 2**31
 
 SAMPLING = {"guidance_scale": 7.5}
@@ -49,10 +48,6 @@ def usual(method, variant=None):
     return dict(zip(_COLUMNS.split(), row, strict=True)) | _FALLBACK
 
 
-def _refuse_constant(name):
-    raise ValueError(f"{name} is no number of JSON")
-
-
 class ModelDefaults:
     """The values of one model.
 
@@ -82,15 +77,8 @@ class ModelDefaults:
             UserError: the file is damaged.
         """
         path = Path(source) / FILE
-        if not path.exists():
-            return cls()
-        try:
-            if path.stat().st_size > _LARGEST_FILE:
-                raise ValueError("too large")
-            values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON ({error}); mend or remove the file") from error
-        return cls({"": None} if values is None else values, path)
+        values = read_json(path, default=None, remedy="mend or remove the file")
+        return cls() if values is None else cls(values, path)
 
     @property
     def sampling_values(self):
@@ -114,11 +102,11 @@ class ModelDefaults:
 
     def _check_names(self, given, known):
         if not isinstance(given, dict):
-            raise UserError(f"{self._source}: {given!r} is no object; mend or remove the file")
+            raise UserError(f"{self._source}: {shown(given)} is no object; mend or remove the file")
         unknown = sorted(given.keys() - set(known))
         if unknown:
             raise UserError(
-                f"{self._source}: {unknown[0]!r} is unknown; use {', '.join(known)}, or remove it"
+                f"{self._source}: {shown(unknown[0])} is unknown; use {', '.join(known)}, or remove it"
             )
 
     def _check(self, given, known):
@@ -128,6 +116,6 @@ class ModelDefaults:
             accepted = (int, float) if kind is float else (kind,)
             is_number = kind is not str
             if isinstance(value, bool) or not isinstance(value, accepted):
-                raise UserError(f"{self._source}: {name} {value!r} is no {kind.__name__}; mend the file")
+                raise UserError(f"{self._source}: {name} {shown(value)} is no {kind.__name__}; mend the file")
             if is_number and not 0 <= value < _LARGEST_NUMBER:
                 raise UserError(f"{self._source}: {name} is out of range; give 0 or more")

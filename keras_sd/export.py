@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import click
+from typing_extensions import TypedDict
 
 # Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd import config
 from keras_sd.errors import UserError
+from keras_sd.json_files import read_json, shape_fault
 from keras_sd.model_options import DTYPES
 from keras_sd.outputs import check_output_folder, overwrite_option
 
@@ -106,6 +108,14 @@ def _check_config(identity, name, rebuilt):
         )
 
 
+class RunDescription(TypedDict):
+    """The shape of `run.json`."""
+
+    method: str
+    directory: str
+    options: dict
+
+
 def read_run(checkpoint):
     """How the run of a checkpoint was started: its method, its options and the folder it was started in.
 
@@ -117,23 +127,14 @@ def read_run(checkpoint):
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint folder; give RUN/checkpoint-N")
     path = checkpoint.parent / DESCRIPTION
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: not found; give the checkpoint in the folder of a run that a training command has made"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        fault = "brackets in brackets" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path}: cannot be read ({fault}); resume the run, which writes it anew") from None
-    if not isinstance(run, dict):
-        raise _damaged("it holds no names")
+    absent = "give the checkpoint in the folder of a run that a training command has made"
+    run = read_json(path, absent=absent, remedy="resume the run, which writes it anew")
     version = run.get("version")
     if type(version) is not int or version != 1:
         raise UserError(f"{path}: version {version!r} is not supported, only 1; export with a newer keras_sd")
-    for name, kind in (("method", str), ("directory", str), ("options", dict)):
-        if not isinstance(run.get(name), kind):
-            raise _damaged(f"{name} is missing or no {'text' if kind is str else 'names with values'}")
+    fault = shape_fault(run, RunDescription)
+    if fault:
+        raise _damaged(fault)
     if run["method"] not in _REBUILD:
         raise UserError(
             f"{path}: method {run['method']!r} cannot be exported; known are {', '.join(_REBUILD)}"

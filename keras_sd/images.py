@@ -5,8 +5,8 @@ import re
 import textwrap
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from keras_sd.errors import UserError
 from keras_sd.files import replaced
@@ -15,6 +15,7 @@ WHITE = 128
 """The least value of a mask that counts as white."""
 
 _CHUNK = "parameters"
+_OTHER_FORMATS = ("JPEG", "WEBP", "BMP", "GIF")
 _NEGATIVE = "Negative prompt: "
 # A setting's value is quoted, as JSON quotes, where a comma or a colon would end it early.
 _SETTING = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -180,10 +181,15 @@ def read_parameters(path):
         UserError: there is no such picture.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file:
+            is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
+        # This reads what stands before the pixels, and none of those. Pillow limits texts that are packed.
+        with PngImageFile(path) if is_png else Image.open(path, formats=_OTHER_FORMATS) as image:
             text = image.info.get(_CHUNK) or image.info.get("comment") or ""
             text = text.decode(errors="replace") if isinstance(text, bytes) else text
-    except (OSError, UnidentifiedImageError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damage has many types: SyntaxError, struct.error, ValueError, ...
         raise UserError(f"{path}: not a picture that can be read; give a PNG file") from error
     return parse_parameters(text) if text else {}
 

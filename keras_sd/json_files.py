@@ -69,10 +69,19 @@ def read_json(
         raise error(f"{path}: not found; {absent}") from missing
     except UserError as fault:
         raise error(str(fault)) from fault
-    return parse_json(content, path, shape, remedy=remedy, error=error)
+    return parse_json(content, path, shape, remedy=remedy, error=error, damaged="not a JSON file")
 
 
-def parse_json(content, place, shape=dict, *, remedy="fetch it again", file_names=False, error=UserError):
+def parse_json(
+    content,
+    place,
+    shape=dict,
+    *,
+    remedy="fetch it again",
+    file_names=False,
+    error=UserError,
+    damaged="not valid JSON",
+):
     """The value of a JSON text, within the limits of this module and of the given shape.
 
     Args:
@@ -80,6 +89,7 @@ def parse_json(content, place, shape=dict, *, remedy="fetch it again", file_name
         place: what an error calls it: the file, or the file and the line.
         shape, remedy, error: as `read_json` takes them.
         file_names: strings may hold file names that are no UTF-8, as Python has them.
+        damaged: what an error says of a text that is none.
 
     Raises:
         UserError: as `read_json`.
@@ -90,9 +100,9 @@ def parse_json(content, place, shape=dict, *, remedy="fetch it again", file_name
         value = json.loads(content, parse_int=_integer, parse_float=_float)
         _check_limits(value, _NO_TEXT_BUT_NAMES if file_names else _NO_TEXT)
     except RecursionError as fault:
-        raise error(f"{place}: not a JSON file (lists in lists in lists); {remedy}") from fault
+        raise error(f"{place}: {damaged} (lists in lists in lists); {remedy}") from fault
     except ValueError as fault:  # no UTF-8, no JSON, beyond a limit
-        raise error(f"{place}: not a JSON file ({fault}); {remedy}") from fault
+        raise error(f"{place}: {damaged} ({fault}); {remedy}") from fault
     fault = shape_fault(value, shape)
     if fault:
         raise error(f"{place}: {fault}; {remedy}")

@@ -126,8 +126,8 @@ def check_descriptions(output):
         return {key: value for key, value in run["options"].items() if key != name}
 
     cases = [
-        ("[" * 100_000, "run.json: cannot be read"),
-        ("[1]", "run.json: is damaged"),
+        ("[" * 100_000, "run.json: not a JSON file"),
+        ("[1]", "run.json: no JSON dictionary"),
         *((json.dumps({**run, **change}), told) for change, told in (
             ({"version": 2}, "run.json: version 2 is not supported"),
             ({"version": None}, "run.json: version None is not supported"),

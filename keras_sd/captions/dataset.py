@@ -11,8 +11,10 @@ import gc
 import json
 import os
 from pathlib import Path
+from typing import NotRequired
 
 from PIL import Image
+from typing_extensions import TypedDict
 
 from keras_sd.cache import cache_root
 from keras_sd.captions.by_hand import ByHand, Written, read_lines, text_path, with_caption
@@ -25,9 +27,19 @@ from keras_sd.data.folders import METADATA, image_paths
 from keras_sd.data.images import read_picture
 from keras_sd.errors import UserError
 from keras_sd.files import utf8, write_json, write_text
+from keras_sd.json_files import read_json
 
 JOURNALS = ".captions"
 _SETTINGS, _WRITTEN = "settings.json", "written.json"
+_SMALLEST_SIDE = 1024  # of images that are shown to models, which take 224 to 384 pixels
+
+
+class Entry(TypedDict):
+    """The shape of a line in a journal of captions: what was said of an image, or why nothing was."""
+
+    file_name: str
+    text: NotRequired[str]
+    fault: NotRequired[str]
 
 
 @dataclasses.dataclass
@@ -88,8 +100,8 @@ class CaptionedFolder:
         identity, path = self.settings.identity(), self.journals / _SETTINGS
         if path.is_file():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+                found = read_json(path)
+            except UserError:
                 found = {}
             differing = [name for name in identity | found if identity.get(name) != found.get(name)]
             if not differing:
@@ -105,7 +117,9 @@ class CaptionedFolder:
 
     def _has_texts(self):
         """Whether anything has been said of any picture; nothing is lost otherwise."""
-        return any("text" in entry for path in self.journals.glob("*.jsonl") for entry in read_journal(path))
+        return any(
+            "text" in entry for path in self.journals.glob("*.jsonl") for entry in read_journal(path, Entry)
+        )
 
     def _find_by_hand(self):
         if self.overwrite:
@@ -129,9 +143,11 @@ class CaptionedFolder:
         texts, faults = {}, {}
         if not self._stale:
             for path in sorted(self.journals.glob(f"{kind}-*.jsonl")):
-                for entry in read_journal(path):
+                for entry in read_journal(path, Entry):
                     name = entry["file_name"]
-                    (texts if "text" in entry else faults)[name] = entry.get("text", entry.get("fault"))
+                    (texts if "text" in entry else faults)[name] = entry.get(
+                        "text", entry.get("fault", "damaged")
+                    )
         return texts, {name: fault for name, fault in faults.items() if name not in texts}
 
     def lines(self):
@@ -340,7 +356,7 @@ def _read_batch(folder, names):
     images, faults = {}, {}
     for name in names:
         try:
-            images[name] = Image.fromarray(read_picture(folder / name))
+            images[name] = Image.fromarray(read_picture(folder / name, smallest_side=_SMALLEST_SIDE))
         except UserError as error:
             faults[name] = str(error)
     return images, faults

@@ -8,9 +8,11 @@ import filelock
 
 from keras_sd.errors import UserError
 from keras_sd.files import utf8
+from keras_sd.json_files import MIB, parse_json, read_bytes
 
 # What a run that was killed has left running notices it within a batch.
 _PATIENCE = 60
+_LARGEST_FILE = 512 * MIB  # captions of some millions of images
 
 
 class Journal:
@@ -56,16 +58,32 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def read_journal(path):
-    """The entries, in order; nothing if there is no such file. The last line may be just being written."""
-    return [json.loads(line) for line in _whole_lines(path).splitlines()]
+def read_journal(path, shape=dict):
+    """The entries, in order; nothing if there is no such file. The last line may be just being written.
+
+    Lines that are no entries of the shape are left out with a warning: what they said is said again.
+    """
+    entries, faults = [], []
+    for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], start=1):
+        try:
+            entries.append(parse_json(line, f"line {number}", shape, remedy="", file_names=True))
+        except UserError as error:
+            faults.append(str(error).removesuffix("; "))
+    if faults:
+        warnings.warn(
+            f"{path}: {len(faults)} damaged lines are left out, the first is {faults[0]}", stacklevel=2
+        )
+    return entries
 
 
 def count_lines(folder):
     """How many lines the journals of captions in a folder have, which costs less than reading them."""
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("captions-*.jsonl"))
+    return sum(_whole_lines(path).count(b"\n") for path in folder.glob("captions-*.jsonl"))
 
 
 def _whole_lines(path):
-    text = path.read_bytes() if path.exists() else b""
+    try:
+        text = read_bytes(path, _LARGEST_FILE, "move it away; what it says is said again")
+    except FileNotFoundError:
+        text = b""
     return text[: text.rfind(b"\n") + 1]

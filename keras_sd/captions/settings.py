@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
+
+from typing_extensions import TypedDict
 
 from keras_sd.captions.cleaning import Cleaner
 from keras_sd.captions.interrogator import MODES, check_vocabulary
 from keras_sd.captions.keywords import keywords
 from keras_sd.captions.vocabulary import Vocabulary, read_phrases
 from keras_sd.errors import UserError
+from keras_sd.json_files import read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +107,17 @@ def _token_count():
     return lambda text: len(tokenizer.encode([text])[0])
 
 
+class Introduction(TypedDict):
+    """The shape of a line of introductions."""
+
+    file_name: str
+    text: str
+
+
 def _read_introductions(path):
+    remedy = 'write lines such as {"file_name": "image.png", "text": "..."}, in UTF-8'
     try:
-        lines = [
-            json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-        return {line["file_name"]: str(line["text"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); "
-            'write lines such as {"file_name": "image.png", "text": "..."}, in UTF-8'
-        ) from error
+        lines = [entry for _, entry in read_json_lines(path, Introduction, remedy=remedy, file_names=True)]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; {remedy}") from error
+    return {line["file_name"]: line["text"] for line in lines}

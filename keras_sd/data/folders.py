@@ -5,11 +5,13 @@ import copy
 import functools
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
+from keras_sd import json_files
 from keras_sd.data.images import FORMATS, MINIMUM_SIDE, SUFFIXES, check_image, format_of, read_image
 from keras_sd.errors import UserError
 
@@ -319,11 +321,9 @@ def _inside(path: Path, folder: Path, name: str) -> Path:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        text = json_files.read_text(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; put it back") from error
     if not text.strip():
         raise UserError(f"{path}: empty; write a caption into it")
     return text
@@ -333,7 +333,7 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
     metadata = folder / METADATA
     by_place = {path.resolve(): path for path in images}
     captions = {}
-    for number, line in enumerate(_read_text(metadata).split("\n"), start=1):
+    for number, line in enumerate(json_files.read_lines(metadata), start=1):
         if not line.strip():
             continue
         place = f"{metadata}, line {number}"
@@ -345,6 +345,8 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
         if image in captions:
             raise UserError(f"{place}: second caption for {name!r}; keep one line for each image")
         captions[image] = (text,)
+    if not captions:
+        raise UserError(f"{metadata}: empty; write a caption into it")
     missing = [path for path in images if path not in captions]
     if missing:
         # The captioner passes over what it cannot read, and such a folder is a data set all the same.
@@ -355,17 +357,20 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
     return captions
 
 
+class MetadataLine(TypedDict):
+    """The shape of a line of `metadata.jsonl`."""
+
+    file_name: str
+    text: str
+
+
 def _metadata_entry(line: str, place: str) -> tuple[str, str]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep
-        raise UserError(f"{place}: not valid JSON ({error}); write one object a line") from error
+    remedy = 'write {"file_name": "image.png", "text": "a caption"}'
+    entry = json_files.parse_json(line, place, MetadataLine, remedy=remedy, file_names=True)
     for key in ("file_name", "text"):
-        value = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(value, str) or not value.strip() or "\0" in value:
-            raise UserError(f'{place}: no "{key}"; write {{"file_name": "image.png", "text": "a caption"}}')
+        if not entry[key].strip():
+            raise UserError(f'{place}: no "{key}"; {remedy}')
     try:
-        os.fsencode(entry["file_name"])  # names that are no UTF-8 have escapes that stand for their bytes
         entry["text"].encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: not valid Unicode (a lone surrogate); write the line anew") from error

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from keras_sd.errors import UserError
 from keras_sd.images import WHITE
@@ -22,8 +25,21 @@ SUFFIXES = {
 }
 """Names that are taken for images; those of other formats than `FORMATS` are refused, not passed over."""
 
-MAXIMUM_PIXELS = 64_000_000
 MINIMUM_SIDE = 16
+
+# The first bytes of a file may promise any number of pixels: as many are read as this memory holds. A pixel
+# takes so many bytes at the worst moment, as measured: decoded in Pillow's layout, joined with white, and for
+# WebP in its library's canvases.
+_MEMORY = 500_000_000
+_BYTES_OF_JPEG = 2  # which is made smaller while it is decoded
+_BYTES_OF_PROGRESSIVE = 8  # JPEGs that are held as coefficients until their last byte
+_BYTES_OF_WEBP = {"RGB": 20, "RGBA": 22}
+_BYTES_OF_MODE = {"1": 4, "L": 4, "RGB": 4, "CMYK": 4, "RGBA": 8, "P": 12, "PA": 12, "LA": 12}
+_BYTES_OF_OTHER = 16
+_BYTES_WHOLE = 5  # more, where an image is wanted as large as it is
+# Images with more are made smaller as they are decoded, where a smaller one is wanted in the end.
+_MANY_PIXELS = 30_000_000
+_REDUCIBLE = ("L", "RGB", "RGBA", "CMYK", "YCbCr")
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +51,8 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, for each orientation of EXIF."""
+
+_READERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "BMP": BmpImageFile, "WEBP": WebPImageFile}
 
 _ORIENTATION = 0x0112
 
@@ -71,23 +89,30 @@ def read_image(path: Path, size: int, tell: Callable[[Path], None] | None = None
         UserError: as `check_image`.
     """
     with _open(path) as image, _damage_told(path):
-        return square(_upright(image, path, tell), size)
+        return square(_upright(image, path, tell, (size, size)), size)
 
 
 def read_picture(
-    path: Path, size: tuple[int, int] | None = None, tell: Callable[[Path], None] | None = None
+    path: Path,
+    size: tuple[int, int] | None = None,
+    tell: Callable[[Path], None] | None = None,
+    smallest_side: int | None = None,
 ) -> np.ndarray:
     """The whole image as uint8 (height, width, 3), upright, transparency on white.
 
     Args:
         size: (height, width) to scale it to with Lanczos, where it is another.
         tell: as `read_image` takes it.
+        smallest_side: an image of very many pixels may be made smaller, its sides no shorter than this.
 
     Raises:
-        UserError: as `check_image`.
+        UserError: as `check_image`; an image of very many pixels is wanted as it is.
     """
+    wanted = size or (smallest_side and (smallest_side, smallest_side))
     with _open(path) as image, _damage_told(path):
-        image = _on_white(_upright(image, path, tell))
+        if wanted is None:
+            _check_pixels(image, path, _BYTES_WHOLE)
+        image = _on_white(_upright(image, path, tell, wanted))
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
     return np.asarray(image)
@@ -110,6 +135,7 @@ def read_mask(
         UserError: as `check_image`, or nothing is white.
     """
     with _open(path) as image, _damage_told(path):
+        _check_pixels(image, path, _BYTES_WHOLE)
         image = _in_eight_bits(_upright(image, path, tell))
         opaque = np.ones(image.size[::-1], bool)
         if image.has_transparency_data:
@@ -178,8 +204,19 @@ def _on_white(image: Image.Image) -> Image.Image:
     image = _in_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return _composed(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _composed(image: Image.Image) -> Image.Image:
+    """An image with transparency on white, strip by strip: all at once would take three times its memory."""
+    result = Image.new("RGB", image.size)
+    rows = max(1, _MANY_PIXELS // 8 // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
 
 
 @contextlib.contextmanager
@@ -189,8 +226,6 @@ def _damage_told(path: Path) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(path) from error
     except Exception as error:
         if getattr(error, "errno", None):
             raise _unreadable(path, error) from error
@@ -205,13 +240,31 @@ def _pillow_silent() -> Iterator[None]:
         yield
 
 
-def _upright(image: Image.Image, path: Path, tell: Callable[[Path], None] | None) -> Image.Image:
+def _upright(
+    image: Image.Image,
+    path: Path,
+    tell: Callable[[Path], None] | None,
+    wanted: tuple[int, int] | None = None,
+) -> Image.Image:
     """The image turned as its camera says; as it is stored where that cannot be read, which is told."""
+    factor = _reduction(image, wanted)
+    if factor > 1:
+        image.draft(None, (image.width // factor, image.height // factor))  # which JPEGs know how to do
+        factor = _reduction(image, wanted)
     image.load()
     orientation = _orientation(image)
     if orientation is None:
         (tell or _warn_of_exif)(path)
+    if factor > 1:
+        image = (image if image.mode in _REDUCIBLE else image.convert("RGBA")).reduce(factor)
     return image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+
+
+def _reduction(image: Image.Image, wanted: tuple[int, int] | None) -> int:
+    """How many times smaller an image of very many pixels can be made, with twice the sides wanted."""
+    if wanted is None or image.width * image.height <= _MANY_PIXELS:
+        return 1
+    return max(1, min(image.size) // (2 * max(wanted)))
 
 
 def _warn_of_exif(path: Path) -> None:
@@ -248,20 +301,35 @@ def _open(path: Path) -> Image.Image:
     if found not in FORMATS:
         raise UserError(f"{path}: holds {found}, which is not read; convert it to {wanted}")
     with _damage_told(path), _pillow_silent():
-        # Phones put further images behind the first (MPO). This class reads the first and asks for no more.
-        image = JpegImageFile(path) if found == "JPEG" else Image.open(path, formats=[found])
-    width, height = image.size
-    fault = None
-    if width * height > MAXIMUM_PIXELS:
-        fault = _too_large(path, f" ({width} x {height})")
-    elif min(width, height) < MINIMUM_SIDE:
-        fault = UserError(
-            f"{path}: {width} x {height} pixels, but {MINIMUM_SIDE} a side are needed; remove or replace it"
-        )
-    if fault:
+        # Each reads the header only. Pillow's own way in has another limit of pixels, and takes what phones
+        # put behind the first image (MPO) for more to read.
+        image = _READERS[found](path)
+    try:
+        _check_pixels(image, path)
+        if min(image.size) < MINIMUM_SIDE:
+            raise UserError(
+                f"{path}: {image.width} x {image.height} pixels, but {MINIMUM_SIDE} a side are needed; "
+                "remove or replace it"
+            )
+    except UserError:
         image.close()
-        raise fault
+        raise
     return image
+
+
+def _check_pixels(image: Image.Image, path: Path, more_bytes: int = 0) -> None:
+    """Refuses an image that would take too much memory, with so many bytes more for each pixel."""
+    if image.format == "JPEG":
+        size = _BYTES_OF_PROGRESSIVE if image.info.get("progressive") else _BYTES_OF_JPEG
+    else:
+        by_mode = _BYTES_OF_WEBP if image.format == "WEBP" else _BYTES_OF_MODE
+        size = by_mode.get(image.mode, _BYTES_OF_OTHER)
+    most = _MEMORY // (size + more_bytes)
+    if image.width * image.height > most:
+        sides = f"{image.width} x {image.height}"
+        raise UserError(
+            f"{path}: more than {most // 1_000_000} million pixels ({sides}); scale it down or remove it"
+        )
 
 
 def _has_end(path: Path, image: Image.Image) -> bool:
@@ -286,8 +354,3 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 def _truncated(path: Path) -> UserError:
     return UserError(f"{path}: truncated or damaged image; replace the file")
-
-
-def _too_large(path: Path, size: str = "") -> UserError:
-    limit = MAXIMUM_PIXELS // 1_000_000
-    return UserError(f"{path}: more than {limit} million pixels{size}; scale it down or remove it")

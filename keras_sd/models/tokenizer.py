@@ -12,14 +12,18 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import numpy as np
 import tokenizers
+from annotated_types import Interval, Len
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
 from keras_sd.files import write_json, write_text
+from keras_sd.json_files import MIB, read_json, read_text, shape_fault, shown
 
 BEGIN_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -37,6 +41,48 @@ LARGEST_MAX_LENGTH = 2**20
 
 # Prompts read these as syntax (`keras_sd.prompts`), so a token with one in it would never be found whole.
 _SYNTAX_PATTERN = re.compile(r"[\s()\[\]\\:]")
+
+_LARGEST_FILE = 16 * MIB
+_LARGEST_ID = 2**20
+_ABSENT = "a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
+
+# The shapes of a tokenizer's files. Longer tokens than these are no words.
+TokenText = Annotated[str, Len(1, 256)]
+TokenId = Annotated[int, Interval(ge=0, le=_LARGEST_ID)]
+Vocabulary = dict[TokenText, TokenId]
+
+
+class _Token(TypedDict):
+    content: TokenText
+
+
+class _AddedToken(_Token):
+    id: TokenId
+
+
+class SpecialTokens(TypedDict):
+    """The shape of `special_tokens_map.json`."""
+
+    pad_token: NotRequired[TokenText | _Token | None]
+
+
+class TokenizerConfig(SpecialTokens):
+    """The shape of `tokenizer_config.json`. Keys of the dictionary are ids, written as texts."""
+
+    model_max_length: NotRequired[Annotated[float, Interval(ge=0, le=1e100)]]
+    added_tokens_decoder: NotRequired[dict[str, TokenText | _Token]]
+
+
+class _Model(TypedDict):
+    vocab: Vocabulary
+    merges: list[str | list[str]]
+
+
+class TokenizerFile(TypedDict):
+    """The shape of `tokenizer.json`."""
+
+    model: _Model
+    added_tokens: NotRequired[list[_AddedToken]]
 
 
 def vector_names(token, count):
@@ -82,7 +128,8 @@ class Tokenizer:
         try:
             model = BPE(self.vocabulary, self.merges, end_of_word_suffix=WORD_END, unk_token=END_TOKEN)
         except Exception as error:  # the library raises the base class
-            raise UserError(f"tokenizer: vocabulary and merges do not fit together ({error})") from error
+            fault = shown(str(error))
+            raise UserError(f"tokenizer: vocabulary and merges do not fit together ({fault})") from error
         encoder = tokenizers.Tokenizer(model)
         encoder.normalizer, encoder.pre_tokenizer = _normalizer(), _pre_tokenizer()
         # The pad token is found in a text before words are, so with 2.x's files "!" is never a word.
@@ -175,20 +222,21 @@ class Tokenizer:
             UserError: a file is missing or damaged, or it is not CLIP's kind of tokenizer.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json", default={})
+        config = _read_json(folder / "tokenizer_config.json", TokenizerConfig, default={})
         if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
-            vocabulary = _read_json(folder / "vocab.json")
+            vocabulary = _read_json(folder / "vocab.json", Vocabulary)
             merges = _read_merges(folder / "merges.txt")
-            added_tokens = _read_json(folder / "added_tokens.json", default={})
+            added_tokens = _read_json(folder / "added_tokens.json", Vocabulary, default={})
         else:
             vocabulary, merges, added_tokens = _read_tokenizer_json(folder / "tokenizer.json")
         for token_id, token in config.get("added_tokens_decoder", {}).items():
-            added_tokens[_content(token)] = int(token_id)
+            added_tokens[_content(token)] = _checked_id(token_id, folder / "tokenizer_config.json")
         pad_token = config.get("pad_token")
         if "added_tokens_decoder" not in config:
             # The older of the two files leads: 2.x has the end token in one and "!" in the other.
-            pad_token = _read_json(folder / "special_tokens_map.json", default={}).get("pad_token", pad_token)
-        max_length = config.get("model_max_length", DEFAULT_MAX_LENGTH)
+            special_tokens = _read_json(folder / "special_tokens_map.json", SpecialTokens, default={})
+            pad_token = special_tokens.get("pad_token", pad_token)
+        max_length = int(config.get("model_max_length", DEFAULT_MAX_LENGTH))
         return cls(
             vocabulary,
             merges,
@@ -321,51 +369,48 @@ def _content(token):
     return token["content"] if isinstance(token, dict) else token
 
 
-def _read_text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: not found; a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); fetch it again") from error
+def _checked_id(text, path):
+    """A token's id, which a file gives as the key of a dictionary."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_LARGEST_ID))):
+        raise UserError(f"{path}: added_tokens_decoder has {shown(text)}, which is no id; fetch it again")
+    return int(text)
 
 
-def _read_json(path, default=None):
-    """The dictionary in a JSON file; `default`, where one is given, if there is no file."""
-    if default is not None and not path.exists():
-        return default
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep
-        raise UserError(f"{path}: not a JSON file ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: no JSON dictionary; fetch it again")
-    return value
+def _read_json(path, shape, **options):
+    return read_json(path, shape, absent=_ABSENT, largest=_LARGEST_FILE, **options)
 
 
 def _read_merges(path):
-    return _parse_merges(_read_text(path), path)
+    try:
+        return _parse_merges(read_text(path, _LARGEST_FILE, "fetch it again"), path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; {_ABSENT}") from error
 
 
 def _parse_merges(text, path):
-    lines = text.split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    lines = (line.rstrip("\r") for line in text.split("\n"))
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return _checked_merges(pairs, path)
+
+
+def _checked_merges(pairs, path):
+    """Pairs of tokens as tuples; a UserError for what is none."""
     for pair in pairs:
-        if len(pair) != 2:
-            raise UserError(f"{path}: {' '.join(pair)!r} is no pair of tokens; fetch it again")
-    return pairs
+        if len(pair) != 2 or not all(pair):
+            raise UserError(f"{path}: {shown(' '.join(pair))} is no pair of tokens; fetch it again")
+    return [tuple(pair) for pair in pairs]
 
 
 def _read_tokenizer_json(path):
     """Vocabulary, merges and added tokens of the one file that newer releases write."""
-    content = _read_json(path)
-    model = content.get("model", {})
-    if not {"vocab", "merges"} <= model.keys() or model.get("end_of_word_suffix") != WORD_END:
+    content = _read_json(path, dict)
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("end_of_word_suffix") != WORD_END:
         raise UserError(f"{path}: not CLIP's byte-pair encoding; give a Stable Diffusion model's tokenizer")
+    fault = shape_fault(content, TokenizerFile)
+    if fault:
+        raise UserError(f"{path}: {fault}; fetch it again")
     # Merges are lists of two in newer files and strings in older ones.
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     added_tokens = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return model["vocab"], merges, added_tokens
+    return model["vocab"], _checked_merges(pairs, path), added_tokens

@@ -20,16 +20,34 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors then reads)
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
+from keras_sd.json_files import MIB, parse_json, read_bytes, read_json, shape_fault, shown
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 POSITION = "position.json"
+_LARGEST_FILE = 64 * MIB
+_ANOTHER = "give another folder or 'latest'"
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class _File(TypedDict):
+    size: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The shape of `manifest.json`: its files, and the tensors of each group in their order."""
+
+    version: int
+    step: int
+    files: dict[str, _File]
+    tensors: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -133,9 +151,9 @@ class Checkpoints:
         manifest = _verify_for_user(folder)
         groups = {}
         for group, names in manifest["tensors"].items():
-            tensors = load_file(_group_file(folder, group))
+            tensors = _load_group(folder, group)
             groups[group] = {name: tensors[name] for name in names}
-        position, config = (json.loads(_read_text(folder / name)) for name in (POSITION, CONFIG))
+        position, config = (read_json(folder / name, largest=_LARGEST_FILE) for name in (POSITION, CONFIG))
         return Checkpoint(manifest["step"], groups, position, config)
 
     def resolve(self, request: str) -> Path:
@@ -166,7 +184,7 @@ class Checkpoints:
         return folder
 
     def _check_config(self, folder: Path) -> None:
-        there, here = json.loads(_read_text(folder / CONFIG)), json.loads(self._config_text)
+        there, here = read_json(folder / CONFIG, largest=_LARGEST_FILE), json.loads(self._config_text)
         for name in self.may_change:
             there.pop(name, None), here.pop(name, None)
         unknown = here.keys() - there.keys()
@@ -292,6 +310,8 @@ def _verify(folder: Path) -> dict:
     for name, expected in manifest["files"].items():
         file = folder / name
         try:
+            if not file.is_file():
+                raise InvalidCheckpoint(f"{name} is missing")
             size = file.stat().st_size
             if size != expected["size"]:
                 raise InvalidCheckpoint(f"{name} has {size} bytes instead of {expected['size']}")
@@ -299,36 +319,60 @@ def _verify(folder: Path) -> dict:
                 raise InvalidCheckpoint(f"{name} is damaged (its SHA-256 differs)")
         except FileNotFoundError:
             raise InvalidCheckpoint(f"{name} is missing") from None
-        except OSError as error:
-            raise InvalidCheckpoint(f"{name} cannot be read ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # the latter of a name with a NUL
+            fault = getattr(error, "strerror", None) or error
+            raise InvalidCheckpoint(f"{name} cannot be read ({fault})") from None
+    try:
+        for name in (POSITION, CONFIG):
+            read_json(folder / name, largest=_LARGEST_FILE)
+        for group, names in manifest["tensors"].items():
+            with safe_open(_group_file(folder, group), framework="np") as file:
+                there = set(file.keys())
+            if there != set(names):
+                raise InvalidCheckpoint(f"{group} holds other tensors than {MANIFEST} says")
+    except (UserError, SafetensorError, OSError) as error:  # as if it had been written so
+        raise InvalidCheckpoint(str(error)) from None
     return manifest
 
 
 def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
     try:
-        text = _read_text(folder / MANIFEST)
-        manifest = json.loads(text)
-        digest = manifest.pop("digest", None) if isinstance(manifest, dict) else None
-        is_whole = digest is not None and text == _manifest_text(manifest)
+        text = read_bytes(path, _LARGEST_FILE)
+        manifest = parse_json(text, MANIFEST)
     except FileNotFoundError:
         raise InvalidCheckpoint(f"{MANIFEST} is missing") from None
-    except OSError as error:
-        raise InvalidCheckpoint(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):  # the latter of brackets in brackets in brackets
-        raise InvalidCheckpoint(f"{MANIFEST} is damaged") from None
-    version = manifest.get("version") if isinstance(manifest, dict) else None
+    except UserError as error:
+        raise InvalidCheckpoint(f"{MANIFEST} is damaged ({error})") from None
+    version = manifest.get("version")
     if version != FORMAT_VERSION:
-        raise InvalidCheckpoint(f"format version {version} is not supported, only {FORMAT_VERSION}")
-    if not is_whole:
+        raise InvalidCheckpoint(f"format version {shown(version)} is not supported, only {FORMAT_VERSION}")
+    digest = manifest.pop("digest", None)
+    # Compared as text, in which no damage hides.
+    if digest is None or text != _manifest_text(manifest).encode():
         raise InvalidCheckpoint(f"{MANIFEST} is damaged (its digest differs)")
+    fault = shape_fault(manifest, Manifest)
+    if fault:
+        raise InvalidCheckpoint(f"{MANIFEST} is damaged ({fault})")
+    outside = [name for name in (*manifest["files"], *manifest["tensors"]) if Path(name).name != name]
+    if outside:
+        raise InvalidCheckpoint(f"{MANIFEST} names {shown(outside[0])}, which is not in its folder")
     return manifest
+
+
+def _load_group(folder: Path, group: str) -> dict[str, np.ndarray]:
+    try:
+        return load_file(_group_file(folder, group))
+    except (SafetensorError, OSError, KeyError, TypeError) as error:  # the latter of types NumPy has not
+        fault = shown(str(error))
+        raise UserError(f"{_group_file(folder, group)}: cannot be read ({fault}); {_ANOTHER}") from error
 
 
 def _verify_for_user(folder: Path) -> dict:
     try:
         return _verify(folder)
     except InvalidCheckpoint as fault:
-        line = f"{folder}: not a valid checkpoint: {fault}; give another folder or 'latest'"
+        line = f"{folder}: not a valid checkpoint: {fault}; {_ANOTHER}"
         raise UserError(line) from None
 
 
@@ -337,7 +381,7 @@ def check_manifest(folder) -> None:
     try:
         _read_manifest(Path(folder))
     except InvalidCheckpoint as fault:
-        line = f"{folder}: not a valid checkpoint: {fault}; give another folder or 'latest'"
+        line = f"{folder}: not a valid checkpoint: {fault}; {_ANOTHER}"
         raise UserError(line) from None
 
 

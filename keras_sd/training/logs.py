@@ -11,11 +11,19 @@ import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
+from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
 from keras_sd.files import replaced
+from keras_sd.json_files import parse_json
 from keras_sd.training.callbacks import StepCallback
 from keras_sd.training.checkpoints import disk_fault
+
+
+class LogRecord(TypedDict):
+    """The shape of a line of `logs/metrics.jsonl`."""
+
+    step: int
 
 
 class MetricsLog(StepCallback):
@@ -44,7 +52,10 @@ class MetricsLog(StepCallback):
         self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
         # Names that the resumed step has on record, for instance from the evaluation after its checkpoint.
         # They are not written again.
-        self.resumed_names = self._cut(initial_step)
+        try:
+            self.resumed_names = self._cut(initial_step)
+        except OSError as error:
+            raise UserError(disk_fault(self.path, error)) from error
         # At the second event TensorBoard drops what earlier files have from this step on.
         now = time.time()
         start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -116,9 +127,9 @@ class MetricsLog(StepCallback):
         if initial_step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
                 try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
+                    record = parse_json(line, self.path, LogRecord)
+                except UserError:
+                    break  # written in part as the run was killed; what follows is written again
                 if record["step"] <= initial_step and line.endswith("\n"):
                     lines.append(line)
                 if record["step"] == initial_step:

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from keras_sd import interruption
 from keras_sd.errors import UserError
 from keras_sd.files import sync, write_json
+from keras_sd.json_files import read_json
 
 LOCK = ".lock"
 MODEL = "model"
@@ -196,12 +196,10 @@ class RunRecord:
     def __init__(self, run_folder, initial_step=0):
         self._path = Path(run_folder) / RECORD
         self._steps = {}
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError
-        ):
+        with contextlib.suppress(UserError):  # then all of it is done again
             if initial_step:
-                written = json.loads(self._path.read_text(encoding="utf-8"))
-                self._steps = {name: min(int(step), initial_step) for name, step in written.items()}
+                written = read_json(self._path, dict[str, int])
+                self._steps = {name: min(step, initial_step) for name, step in written.items()}
 
     def last(self, name):
         """The last step at which that was done, -1 for none."""

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from keras_sd.errors import UserError
 from keras_sd.files import replaced
+from keras_sd.json_files import shown
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -49,7 +50,8 @@ def read_safetensors(path, any_type=False):
         with safe_open(path, framework="np"):
             pass  # opening checks the header: its size, and that the offsets fill the file exactly
     except SafetensorError as error:
-        raise UserError(f"{path}: truncated or no safetensors file ({error}); fetch it again") from error
+        fault = shown(str(error))  # which quotes the file, at any length
+        raise UserError(f"{path}: truncated or no safetensors file ({fault}); fetch it again") from error
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
@@ -82,8 +84,12 @@ def is_weight(array):
 
 def read_metadata(path):
     """The texts that a safetensors file has in its header, as a dictionary."""
-    with safe_open(path, framework="np") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        fault = shown(str(error))
+        raise UserError(f"{path}: truncated or no safetensors file ({fault}); fetch it again") from error
 
 
 def _view(data, name, entry, path, any_type):

@@ -54,7 +54,7 @@ def test_bad_pictures_are_passed_over_and_the_rest_trains(place, reference, tmp_
     whole = (folder / max(reference)).read_bytes()
     (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.zeros((64, 64), "uint8")).save(folder / "animated.gif", save_all=True)
-    Image.new("1", (8001, 8001)).save(folder / "huge.png")
+    Image.new("1", (11_500, 11_500)).save(folder / "huge.png")
     Image.open(folder / max(reference)).convert("P").save(folder / "palette.png")
     (folder / "elsewhere.png").symlink_to(place / "pictures" / first)
     code, output, errors = caption(
@@ -199,7 +199,7 @@ def test_dry_run_writes_nothing(place, tmp_path):
         (("--mode", "fast", "--flavors", "missing.txt"), "missing.txt: cannot be read"),
         (("--mode", "fast"), "another mode"),
         (("--remove", "("), "no regular expression"),
-        (("--introductions", "missing.jsonl"), "missing.jsonl: cannot be read"),
+        (("--introductions", "missing.jsonl"), "missing.jsonl: not found"),
         (("--captioner", "other"), "holds captions of another captioner"),
         (("--captioner", "none"), "name a captioner"),
         (("--contact-sheet", "sheet.jpg"), ".png"),

@@ -142,10 +142,10 @@ def test_empty_folder(tmp_path):
     [
         (["{"], "line 1: not valid JSON"),
         ([{"file_name": "a.png", "text": "x"}, "[" * 100_000], "line 2: not valid JSON"),
-        ([{"file_name": "a.png"}], 'line 1: no "text"'),
+        ([{"file_name": "a.png"}], "line 1: has no text"),
         ([{"file_name": "a.png", "text": " "}], 'line 1: no "text"'),
-        ([{"text": "x"}], 'line 1: no "file_name"'),
-        (["3"], 'line 1: no "file_name"'),
+        ([{"text": "x"}], "line 1: has no file_name"),
+        (["3"], "line 1: no JSON dictionary"),
         ([{"file_name": "a.png", "text": "x"}] * 2, "line 2: second caption for 'a.png'"),
         ([{"file_name": "c.png", "text": "x"}], "line 1: no image 'c.png'"),
         ([{"file_name": "../a.png", "text": "x"}], "file '../a.png' lies outside the folder"),
@@ -173,7 +173,7 @@ def test_separator_inside_a_caption_is_not_a_line_end(folder):
 
 def test_not_utf8(folder):
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "caf\xe9"}')
-    assert "metadata.jsonl: not UTF-8 (byte 35)" in fault(folder)
+    assert "metadata.jsonl, line 1: not UTF-8" in fault(folder)
     (folder / "metadata.jsonl").unlink()
     (folder / "a.txt").write_bytes(b"caf\xe9")
     assert "a.txt: not UTF-8" in fault(folder)
@@ -307,10 +307,10 @@ def test_refused_images(folder):
     assert "a.png: no such image file" in fault(folder)
 
 
-@pytest.mark.parametrize("side", [8100, 10_000, 60_000])
+@pytest.mark.parametrize("side", [11_200, 60_000])
 def test_decompression_bomb(folder, side, recwarn):
     (folder / "a.png").write_bytes(png(side, side, bytes(1000)))
-    assert "a.png: more than 64 million pixels" in fault(folder)
+    assert "a.png: more than 125 million pixels" in fault(folder)
     assert not recwarn.list
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from keras_sd.data import images
 from keras_sd.data.images import check_image, format_of, read_image, read_mask, read_picture
 from keras_sd.errors import UserError
 
@@ -283,3 +284,23 @@ def test_a_mask_keeps_its_thinnest_lines_when_it_is_scaled(tmp_path):
     np.testing.assert_array_equal(
         read_mask(tmp_path / "small.png", (32, 48)), expected.repeat(2, axis=0).repeat(2, axis=1)
     )
+
+
+def test_large_photos_are_read_smaller_and_within_memory(tmp_path):
+    """A hundred megapixels, as phones take them, and the same as a whole, which nobody asks for."""
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (12_000, 9_000), (10, 200, 30)).save(path, quality=30)
+    assert check_image(path)
+    assert np.abs(read_image(path, 32).astype(int) - (10, 200, 30)).max() <= 3
+    height, width, _ = read_picture(path, smallest_side=1024).shape
+    assert height >= 2048 and abs(width / height - 12 / 9) < 0.01
+    with pytest.raises(UserError, match=r"more than 71 million pixels \(12000 x 9000\)"):
+        read_picture(path)
+
+
+def test_transparency_is_laid_on_white_strip_by_strip(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 20, 4), "uint8")
+    image = Image.fromarray(pixels)
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    monkeypatch.setattr(images, "_MANY_PIXELS", 8 * 20 * 5)
+    np.testing.assert_array_equal(images._on_white(image), expected)
