@@ -15,6 +15,7 @@ WHITE = 128
 """The least value of a mask that counts as white."""
 
 _CHUNK = "parameters"
+_LONGEST_TEXT = 2**20
 _OTHER_FORMATS = ("JPEG", "WEBP", "BMP", "GIF")
 _NEGATIVE = "Negative prompt: "
 # A setting's value is quoted, as JSON quotes, where a comma or a colon would end it early.
@@ -187,6 +188,8 @@ def read_parameters(path):
         with PngImageFile(path) if is_png else Image.open(path, formats=_OTHER_FORMATS) as image:
             text = image.info.get(_CHUNK) or image.info.get("comment") or ""
             text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        if len(text) > _LONGEST_TEXT:
+            raise ValueError("no parameters are as long")
     except MemoryError:
         raise
     except Exception as error:  # damage has many types: SyntaxError, struct.error, ValueError, ...

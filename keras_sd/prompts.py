@@ -83,27 +83,41 @@ def parse_prompt(text):
     Brackets that are never closed weigh all that follows, ones that were never opened are letters.
     Round and square brackets are matched each on their own, so they may overlap.
     """
-    texts, weights, opened = [], [], {"(": [], "[": []}
-
-    def multiply(start, factor):
-        weights[start:] = [weight * factor for weight in weights[start:]]
+    texts, opened, closed = [], {"(": [], "[": []}, {"(": [], "[": []}
 
     for match in _SYNTAX.finditer(text):
         kind = match.lastgroup
         if kind == "open":
             opened[match["open"]].append(len(texts))
         elif kind == "weight" and opened["("]:
-            multiply(opened["("].pop(), float(match["weight"]))
+            closed["("].append((opened["("].pop(), len(texts), float(match["weight"])))
         elif kind == "close" and opened[_OPENING[match["close"]]]:
             bracket = _OPENING[match["close"]]
-            multiply(opened[bracket].pop(), _FACTORS[bracket])
+            closed[bracket].append((opened[bracket].pop(), len(texts), _FACTORS[bracket]))
         else:
             texts.append(None if kind == "chunk" else match["escaped"] or match[0])
-            weights.append(1.0)
+    weights = [1.0] * len(texts)
     for bracket, starts in opened.items():
-        for start in starts:
-            multiply(start, _FACTORS[bracket])
+        never_closed = [(start, len(texts), _FACTORS[bracket]) for start in starts]
+        _multiply(weights, closed[bracket] + never_closed)
     return _merged(map(Fragment, texts, weights))
+
+
+def _multiply(weights, spans):
+    """Multiplies weights by the factor of each span `(start, end, factor)`, of which none overlap in part.
+
+    In one pass, as a prompt may be nothing but brackets in each other.
+    """
+    spans = sorted(spans, key=lambda span: (-span[0], span[1]))  # the next one is the last
+    around = [(len(weights), 1.0)]  # the ends of the spans at a place, and the product of their factors
+    for index in range(len(weights)):
+        while around[-1][0] <= index:
+            around.pop()
+        while spans and spans[-1][0] == index:
+            _, end, factor = spans.pop()
+            if end > index:
+                around.append((end, around[-1][1] * factor))
+        weights[index] *= around[-1][1]
 
 
 def _merged(fragments):

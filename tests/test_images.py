@@ -102,3 +102,11 @@ def test_numbers_that_are_not_finite_become_no_image(number):
     numbers[0, 1, 2, 0] = number
     with pytest.raises(UserError, match="not finite"):
         pictures_from_unit(numbers)
+
+
+def test_texts_that_are_no_parameters_are_refused(tmp_path):
+    path = tmp_path / "a.png"
+    for text in ("a: b, " * 2**20, "x" * (2**20 + 1)):
+        save_png(np.zeros((8, 8, 3), "uint8"), path, {"prompt": text})
+        with pytest.raises(UserError, match="a.png: not a picture that can be read"):
+            read_parameters(path)

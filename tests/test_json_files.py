@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typing_extensions import TypedDict
 
+import keras_sd
 from keras_sd import json_files
 from keras_sd.errors import UserError
 from keras_sd.json_files import read_json, read_json_lines, shape_fault
@@ -140,3 +143,20 @@ def test_pydantic_is_imported_when_a_file_is_read_only(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# What the package has written itself in the same process or its own files, or has checked before.
+OWN_JSON = {
+    *("json_files.py", "reference_outputs.py", "captions/workers.py", "captions/by_hand.py"),
+    *("data/emoji.py", "models/tokenizer.py", "training/checkpoints.py", "weights/formats.py"),
+}
+
+
+def test_no_other_module_reads_json():
+    package = Path(keras_sd.__file__).parent
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"\bjson\.loads?\(", path.read_text(encoding="utf-8"))
+    }
+    assert found <= OWN_JSON, "read it by keras_sd.json_files"

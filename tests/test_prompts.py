@@ -1,5 +1,6 @@
 """The prompt language against what AUTOMATIC1111's interface makes of the same texts."""
 
+import time
 import warnings
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import Tokenizer
-from keras_sd.prompts import chunk_prompts, equally_long, parse_prompt, weighted_encoding
+from keras_sd.prompts import _multiply, chunk_prompts, equally_long, parse_prompt, weighted_encoding
 from tests import tiny
 
 BREAK = (None, 1.0)
@@ -347,3 +348,16 @@ def test_ordinary_prompts_warn_of_nothing(clip):
 def test_what_is_no_prompt_is_one_line(clip, prompt, line):
     with pytest.raises(UserError, match=line):
         chunk_prompts(clip, [prompt])
+
+
+@pytest.mark.parametrize("end", ["", ":1)" * 50_000, ")" * 50_000])
+def test_brackets_in_each_other_take_no_time(end):
+    began = time.process_time()
+    assert parse_prompt("(a" * 50_000 + end)[0].weight == (1 if ":" in end else 1.1)
+    assert time.process_time() - began < 5
+
+
+def test_spans_in_each_other_multiply():
+    weights = [1.0] * 6
+    _multiply(weights, [(1, 4, 2.0), (0, 4, 3.0), (2, 2, 100.0), (1, 2, 5.0), (5, 6, 7.0)])
+    assert weights == [3, 30, 6, 6, 1, 7]

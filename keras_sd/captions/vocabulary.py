@@ -9,10 +9,12 @@ import warnings
 from pathlib import Path
 
 from keras_sd.errors import UserError
+from keras_sd.json_files import MIB, read_text
 
 KINDS = ("artists", "mediums", "movements", "flavors", "negative")
 """The lists, by the names of their files in `clip-interrogator`, an optional package that has them all."""
 
+_LARGEST_FILE = 64 * MIB
 _SITES = ("Artstation", "behance", "cg society", "deviantart", "dribbble", "flickr", "instagram", "pexels")
 _SITES += ("pinterest", "pixabay", "pixiv", "polycount", "reddit", "shutterstock", "tumblr", "unsplash")
 _SITES_PHRASES = tuple(
@@ -78,15 +80,10 @@ def read_phrases(path):
     """
     path = Path(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 (byte {error.start}); save the vocabulary as UTF-8 text"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give a text file, a phrase a line"
-        ) from error
+        text = read_text(path, _LARGEST_FILE, "give a text file in UTF-8, a phrase a line")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; give a text file, a phrase a line") from error
+    lines = [line.strip() for line in text.splitlines()]
     phrases = [line for line in lines if line]
     if not phrases:
         raise UserError(f"{path}: empty vocabulary; write one phrase a line into it")

@@ -392,8 +392,8 @@ def check_same_run(folder, values: Mapping) -> None:
     """
     folder = Path(folder)
     try:
-        config = json.loads(_read_text(folder / CONFIG))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / CONFIG, largest=_LARGEST_FILE)
+    except UserError:
         return  # damaged, which `Checkpoints` tells
     for name, value in json.loads(_json_text(values)).items():
         if config.get(name, value) != value:

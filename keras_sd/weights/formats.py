@@ -17,6 +17,8 @@ from keras_sd.json_files import shown
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
+_LARGEST_HEADER = 32 * 2**20  # that of a whole Stable Diffusion has 0.2 MiB
+
 _NUMPY_DTYPES = {  # by safetensors' names
     "F64": np.float64,
     "F32": np.float32,
@@ -54,6 +56,8 @@ def read_safetensors(path, any_type=False):
         raise UserError(f"{path}: truncated or no safetensors file ({fault}); fetch it again") from error
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if start > _LARGEST_HEADER:
+        raise UserError(f"{path}: a header of {start} bytes, more than {_LARGEST_HEADER}; fetch it again")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
     return {name: _view(data[start:], name, entry, path, any_type) for name, entry in header.items()}

@@ -58,3 +58,11 @@ def test_one_writer_at_a_time(tmp_path, monkeypatch):
                 pass
     with Journal(tmp_path / "journal.jsonl"):
         pass
+
+
+def test_damaged_lines_are_left_out_and_told(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    lines = [b'{"number": 1}', b"[1]", b'{"number": ' + b"9" * 5000 + b"}", b"\xff", b'{"number": "2"}']
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.warns(UserWarning, match="4 damaged lines are left out, the first is line 2: "):
+        assert read_journal(path, dict[str, int]) == [{"number": 1}]

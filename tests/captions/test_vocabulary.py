@@ -27,7 +27,7 @@ def test_bad_files(tmp_path, content, fault):
     (tmp_path / "flavors.txt").write_bytes(content)
     with pytest.raises(UserError, match=fault):
         read_phrases(tmp_path / "flavors.txt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not found"):
         read_phrases(tmp_path / "none.txt")
 
 

@@ -190,6 +190,8 @@ def texts(draw, content):
         b"a ",
         "é è".encode(),
         b"x" * 100_000,
+        b"(a:" * 30_000,
+        b"[" * 90_000,
         b"9" * 4301,
     )
     kind = draw(st.integers(0, 3))
@@ -247,6 +249,7 @@ def _bomb(mib):
 
 _ODD_CHUNKS = {
     "text": b"tEXtparameters\0" + b"a: b, " * 10_000,
+    "long text": b"tEXtparameters\0" + b"a: b, " * 2**20,
     "no keyword": b"tEXt" + b"x" * 200,
     "latin": b"tEXtparameters\0\xff\xfe\x00",
     "compressed": b"zTXtparameters\0\0" + zlib.compress(b"x" * 100),

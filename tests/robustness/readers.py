@@ -109,12 +109,11 @@ def configs(folder, file):
     from keras_sd import config
 
     classes = (config.UNetConfig, config.VAEConfig, config.TextEncoderConfig, config.ImageEncoderConfig)
-    for part, config_class in zip(_PARTS, classes, strict=True):
-        config_class.load(folder / part / "config.json")
-    for path in sorted((folder / "scheduler").glob("*.json")):
-        config.SchedulerConfig.load(path)
-    config.TextEncoderConfig.load(folder / "clip.json")
-    config.ImageEncoderConfig.load(folder / "clip.json")
+    by_part = dict(zip(_PARTS, ([config_class] for config_class in classes), strict=True))
+    by_part |= {"scheduler": [config.SchedulerConfig], "clip.json": classes[2:]}
+    for name in [file] if file else _config_files():
+        for config_class in by_part[name.partition("/")[0]]:
+            config_class.load(folder / name)
 
 
 def _tokenizer_files():
@@ -153,7 +152,7 @@ def _tokenizer_files():
 def tokenizers(folder, file):
     from keras_sd.models.tokenizer import Tokenizer
 
-    for name in ("older", "newer"):
+    for name in [file.partition("/")[0]] if file else ("older", "newer"):
         tokenizer = Tokenizer.load(folder / name)
         tokenizer(["a red heart", "<cat> of Japan" * 9])
         tokenizer.decode(tokenizer.encode("red <cat>")[0])
@@ -317,7 +316,7 @@ def _metadata_files():
 def data_folders(folder, file):
     from keras_sd.data.folders import FolderSource
 
-    for name in ("jsonl", "text"):
+    for name in [file.partition("/")[0]] if file else ("jsonl", "text"):
         source = FolderSource(folder / name, 16)
         source.fingerprint()
         source[0]

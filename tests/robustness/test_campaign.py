@@ -28,6 +28,8 @@ def test_damaged_files_end_in_one_line(name, workers, tmp_path):
     counts = run(name, workers[READERS[name].loads_keras], tmp_path, COUNT)
     failures = counts.pop("failures")
     print(name, counts, len(failures))
-    shown = "\n\n".join(f"{file}: {content[:300]!r}\n{fault}" for file, content, fault in failures[:_SHOWN])
-    assert not failures, f"{name}: {len(failures)} of {counts['inputs']} inputs failed\n{shown}"
+    shown = "\n\n".join(
+        f"{file}: {repr(content)[:300]}\n{fault}" for file, content, fault in failures[:_SHOWN]
+    )
+    assert not failures, f"{name}: {len(failures)} of {counts['inputs']} inputs failed\n" + "\n\n".join(shown)
     assert counts["inputs"] >= 0.9 * COUNT * READERS[name].share  # there may be fewer that differ

@@ -26,7 +26,6 @@ def main():
     limited = False
     for line in sys.stdin:
         name, folder, file, warm = json.loads(line)
-        gc.collect()
         if not warm and not limited:
             size = _status("VmSize") * 1024
             resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, resource.RLIM_INFINITY))

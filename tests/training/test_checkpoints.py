@@ -1,5 +1,6 @@
 """Checkpoints: exact round trip, damage is found, faults are told, and no kill breaks the newest one."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -132,6 +133,55 @@ def test_other_version_and_renamed_folder_are_skipped(tmp_path):
     (manifest.parent / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="another step|manifest.json is missing"):
         assert checkpoints.latest() is None
+
+
+def resealed(folder, change):
+    """Changes the manifest of a checkpoint, and makes it whole again, as a writer at fault would."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    change(manifest)
+    path.write_text(module._manifest_text(manifest))
+
+
+def rewritten(name, content):
+    def change(folder):
+        (folder / name).write_bytes(content)
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        resealed(folder, lambda manifest: manifest["files"].update({name: entry}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda folder: resealed(folder, lambda manifest: manifest.update(step="2")), "step '2'"),
+        (lambda folder: resealed(folder, lambda manifest: manifest.pop("files")), "has no files"),
+        (lambda folder: resealed(folder, lambda manifest: manifest.update(files=[])), "no JSON dictionary"),
+        (lambda folder: resealed(folder, lambda manifest: manifest["tensors"].update(ema=["a"])), "ema"),
+        (
+            lambda folder: resealed(folder, lambda manifest: manifest["tensors"]["weights"].pop()),
+            "holds other",
+        ),
+        (
+            lambda folder: resealed(
+                folder, lambda manifest: manifest["files"].update({"../x": {"size": 1, "sha256": ""}})
+            ),
+            "not in its folder",
+        ),
+        (rewritten("position.json", b"[" * 100_000), "position.json: not a JSON file"),
+        (rewritten("config.json", b"[]"), "config.json: no JSON dictionary"),
+        (rewritten("weights.safetensors", b"no tensors"), "header"),
+    ],
+)
+def test_a_newest_one_that_cannot_be_read_is_skipped_with_a_line(tmp_path, damage, fault):
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    for step in (1, 2):
+        checkpoints.save(step, small_groups(step), {"epoch": step})
+    damage(tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match=f"checkpoint-2: skipped, not a valid checkpoint: .*{fault}"):
+        assert Checkpoints(tmp_path, CONFIG).latest() == tmp_path / "checkpoint-1"
 
 
 def test_rotation_keeps_the_newest(tmp_path):
