@@ -275,7 +275,7 @@ def test_what_was_made_up_does_not_verify(convert_command, vae_file, tmp_path):
 @pytest.mark.parametrize(
     "arguments, thing, remedy",
     [
-        ("none.ckpt model", "'none.ckpt'", "a folder"),
+        ("none.ckpt model", "'none.ckpt'", "check its path"),
         ("{vae} {vae}", "vae.safetensors: belongs to the source", "choose another place"),
         ("{vae} {vae}/.. --overwrite", "belongs to the source", "choose another place"),
         ("{folder} {folder}/unet --overwrite", "unet: belongs to the source", "choose another place"),
