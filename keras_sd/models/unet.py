@@ -143,8 +143,9 @@ class UNet(keras.Model):
     """Predicts the noise, velocity or picture in noisy latents.
 
     Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
-    first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. A model with
-    `num_class_embeds` takes `class_labels (n,)` as well (the noise level, in the x4 upscaler).
+    first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. In the place of the
+    timesteps may be their sinusoidal features `(n, k)`. A model with `num_class_embeds` takes
+    `class_labels (n,)` as well (the noise level, in the x4 upscaler).
 
     What the levels below the outermost one find changes little from one step of sampling to the next
     (DeepCache, Ma et al., 2024). With `returns_deep` the call returns them beside the prediction, the feature
@@ -172,12 +173,14 @@ class UNet(keras.Model):
         self.built = True
 
     def _embed_time(self, timesteps, class_labels):
-        features = sinusoidal_features(
-            timesteps,
-            self.config.block_out_channels[0],
-            flip_sin_to_cos=self.config.flip_sin_to_cos,
-            frequency_shift=self.config.freq_shift,
-        )
+        features = timesteps
+        if len(timesteps.shape) == 1:
+            features = sinusoidal_features(
+                timesteps,
+                self.config.block_out_channels[0],
+                flip_sin_to_cos=self.config.flip_sin_to_cos,
+                frequency_shift=self.config.freq_shift,
+            )
         embedded = self.time_embedding(ops.cast(features, self.compute_dtype))
         if self.config.num_class_embeds:
             embedded = embedded + self.class_embedding(class_labels)
