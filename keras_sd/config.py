@@ -12,6 +12,7 @@ from typing import ClassVar
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
 from keras_sd.json_files import read_json, shown
+from keras_sd.scheduler_options import OPTIONS
 
 _LARGEST = sys.float_info.max
 # No dimension of a model comes near these: vocabularies have 50,000 tokens, sides 1,024 pixels.
@@ -374,40 +375,13 @@ class VAEConfig(Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-# What diffusers' schedulers mean by a missing key. The class in a file says no more than how its author
-# sampled, but it also says which of these hold.
-_DISCRETE = {
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
+# What holds for schedulers of diffusers that do not have the option.
+_WITHOUT_OPTION = {
     "steps_offset": 0,
-    "timestep_spacing": "leading",
+    "timestep_spacing": "linspace",
     "set_alpha_to_one": True,
     "clip_sample": False,
 }
-_SIGMAS = _DISCRETE | {"timestep_spacing": "linspace"}
-_SIGMAS_OF_SD = _SIGMAS | {"beta_start": 0.00085, "beta_end": 0.012}
-_LATENT_CONSISTENCY = _DISCRETE | {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_SCHEDULER_DEFAULTS = {
-    "DDIMScheduler": _DISCRETE | {"clip_sample": True},
-    "DDPMScheduler": _DISCRETE | {"clip_sample": True},
-    "PNDMScheduler": _DISCRETE | {"set_alpha_to_one": False},
-    "LCMScheduler": _LATENT_CONSISTENCY,
-    "TCDScheduler": _LATENT_CONSISTENCY,
-    "LMSDiscreteScheduler": _SIGMAS,
-    "EulerDiscreteScheduler": _SIGMAS,
-    "EulerAncestralDiscreteScheduler": _SIGMAS,
-    "DPMSolverMultistepScheduler": _SIGMAS,
-    "DPMSolverSinglestepScheduler": _SIGMAS,
-    "DEISMultistepScheduler": _SIGMAS,
-    "UniPCMultistepScheduler": _SIGMAS,
-    "HeunDiscreteScheduler": _SIGMAS_OF_SD,
-    "KDPM2DiscreteScheduler": _SIGMAS_OF_SD,
-    "KDPM2AncestralDiscreteScheduler": _SIGMAS_OF_SD,
-    "DPMSolverSDEScheduler": _SIGMAS_OF_SD,
-}
-
-
 _MOST_TIMESTEPS = 100_000
 _KEPT = ("published", "repairs")  # fields of `SchedulerConfig` that are no keys of a file
 
@@ -422,12 +396,7 @@ class SchedulerConfig(Config):
 
     json_header: ClassVar[dict] = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.35.0"}
     computed: ClassVar[dict] = {
-        "_class_name": tuple(_SCHEDULER_DEFAULTS),
-        "trained_betas": (None,),
-        "thresholding": (False, None),
-        "clip_sample_range": (1,),
-        "variance_type": ("fixed_small", "fixed_small_log", None),
-        "interpolation_type": ("linear",),
+        "_class_name": tuple(OPTIONS),
         "use_flow_sigmas": (False, None),
     }
     sizes: ClassVar[tuple] = ("num_train_timesteps",)
@@ -458,11 +427,16 @@ class SchedulerConfig(Config):
             if values.get(name, 0) is None:
                 raise cls._error(f"{name} None is no number")
         name = values.get("_class_name")
-        filled = _SCHEDULER_DEFAULTS.get(name if isinstance(name, str) else None, {}) | values
+        defaults = OPTIONS.get(name if isinstance(name, str) else None)
+        filled = values if defaults is None else _WITHOUT_OPTION | defaults | values
         filled = {key: value for key, value in (filled | (repairs or {})).items() if key not in _KEPT}
         config = super().from_dict(filled)
+        betas = values.get("trained_betas")
+        if betas is not None and not _are_betas(betas, config.num_train_timesteps):
+            raise cls._error(f"trained_betas are no {config.num_train_timesteps} numbers from 0 to 1")
         if name is None:  # no file of diffusers, which would take other values for what it leaves out
-            return config
+            published = None if betas is None else config.noise_schedule() | {"trained_betas": betas}
+            return dataclasses.replace(config, published=published)
         return dataclasses.replace(config, published=dict(values), repairs=repairs)
 
     def to_dict(self, class_name="DDIMScheduler"):
@@ -479,7 +453,22 @@ class SchedulerConfig(Config):
 
     def noise_schedule(self):
         """A dictionary of all values, whatever file they came from: what a checkpoint keeps."""
-        return self.json_header | self._values()
+        betas = {} if self.trained_betas is None else {"trained_betas": self.trained_betas}
+        return self.json_header | self._values() | betas
+
+    @property
+    def trained_betas(self):
+        """The noise that each timestep adds, where no rule gives it: a list of numbers, or None."""
+        return (self.published or {}).get("trained_betas")
+
+    @property
+    def class_name(self):
+        """The class of diffusers that the file is for."""
+        return (self.published or {}).get("_class_name") or self.json_header["_class_name"]
+
+    def options(self):
+        """What a scheduler of diffusers is made of: the file's dictionary, set right."""
+        return self.to_dict() | (self.repairs or {})
 
     def _values(self):
         return {
@@ -502,6 +491,12 @@ class SchedulerConfig(Config):
             raise ConfigError(
                 f"prediction_type {self.prediction_type!r}: unknown; use epsilon, v_prediction or sample"
             )
+
+
+def _are_betas(values, count):
+    """Whether they are the noise of that many timesteps."""
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    return is_list and all(type(value) in (int, float) and 0 <= value < 1 for value in values)
 
 
 # The bundled `emoji` model: Stable Diffusion's recipe at 64 x 64 pixels and 8 x 8 x 16 latents.

@@ -41,7 +41,11 @@ sampling_options = decorated(
 prompt_options = decorated(
     click.option("--negative-prompt", help="What to stay away from."),
     sampling_options,
-    click.option("--sampler", default="ddim", type=click.Choice(tuple(SAMPLERS)), help="Way of denoising."),
+    click.option(
+        "--sampler",
+        type=click.Choice(tuple(SAMPLERS)),
+        help="Way of denoising; by default the one that the model's own files describe.",
+    ),
     click.option("--eta", default=0.0, type=SHARE, help="Fresh noise of DDIM, 0 to 1."),
     click.option(
         "--guidance-rescale",
@@ -184,6 +188,7 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
     from keras_sd.image_parameters import sampling_parameters
 
     settings = {name: options[name] for name in ("sampler", "eta", "reuse_interval")}
+    settings["scheduler_config"] = upscaler.scheduler_config
     settings |= {"num_steps": steps, "guidance_scale": 1.0, "size": images.shape[1:3]}
     more = {"Noise level": noise_level.get("noise_level", 0), "Model": options["model"]}
     if options["dtype"] != "float32":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_sd.diffusion.samplers import SAMPLERS, find_sampler
+from keras_sd.diffusion.samplers import OF_THE_MODEL, SAMPLERS, find_sampler
 from keras_sd.errors import UserError
 from keras_sd.json_files import parse_json
 from keras_sd.presets import file_hash
@@ -60,8 +60,9 @@ def sampling_parameters(
     guidance_interval=(0.0, 1.0),
     guidance_rescale=0.0,
     reuse_interval=1,
-    sampler="ddim",
+    sampler=None,
     eta=0.0,
+    scheduler_config=None,
 ):
     """The settings of a task, under the names that files have them by.
 
@@ -70,6 +71,7 @@ def sampling_parameters(
         seed: the image's own, that of the call plus its index.
         size: `(height, width)`.
         num_steps, ...: as the tasks take them.
+        scheduler_config: the model's, which describes its own sampler where `sampler` is None.
 
     Returns:
         A dictionary; what has its usual value is left out.
@@ -81,7 +83,7 @@ def sampling_parameters(
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "Steps": num_steps,
-            "Sampler": find_sampler(sampler).name,
+            "Sampler": find_sampler(sampler, scheduler_config).name,
             "CFG scale": number(guidance_scale),
             "Seed": int(seed),
             "Size": f"{width}x{height}",
@@ -111,6 +113,7 @@ def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
     precision = pipeline.unet.compute_dtype
     prompts = [with_lora_tags(text, inside) for text in prompts]
     walk = None if isinstance(prompt, str) else json.dumps(prompts, ensure_ascii=False)
+    settings["scheduler_config"] = pipeline.scheduler_config
     return sampling_parameters(prompts[0], negative_prompt, **settings) | without_none(
         {
             "Walk": walk,
@@ -193,6 +196,9 @@ def options_of(parameters, folder=None):
 
 
 def _sampler(title):
+    """The name of a sampler; None for the one that the model's own file describes."""
+    if title.endswith(OF_THE_MODEL):
+        return None
     return next(name for name, sampler in SAMPLERS.items() if sampler.name == title)
 
 

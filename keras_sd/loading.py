@@ -1,6 +1,7 @@
 """Opens the parts of a model, whatever format they come in, and checks that they fit."""
 
 import functools
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from keras_sd.config import (
     VAEConfig,
 )
 from keras_sd.errors import UserError
+from keras_sd.json_files import shown
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import END_TOKEN, Tokenizer
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
+from keras_sd.scheduler_options import unknown_keys
 from keras_sd.weights import readers, rules
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.expected_shapes import is_decoder_alone
@@ -66,12 +69,22 @@ def open_parts(checkpoint, dtype="float32", partial=False):
     elif "text_encoder" in parts:
         parts["tokenizer"] = _clip_tokenizer(parts["text_encoder"].config)
     if checkpoint.scheduler is not None:
+        _warn_of_unknown_options(checkpoint.scheduler)
         parts["scheduler_config"] = SchedulerConfig.from_dict(
             checkpoint.scheduler, checkpoint.scheduler_repairs
         )
     if checkpoint.low_res_scheduler is not None:
         parts["low_res_scheduler_config"] = SchedulerConfig.from_dict(checkpoint.low_res_scheduler)
     return parts
+
+
+def _warn_of_unknown_options(scheduler):
+    names = unknown_keys(scheduler)
+    if names:
+        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        warnings.warn(
+            f"scheduler_config.json: {shown(names[0])} is unknown here and has no effect{more}", stacklevel=3
+        )
 
 
 def _open_model(name, part, dtype="float32", partial=False):

@@ -58,7 +58,7 @@ class Tasks:
         num_images=1,
         num_steps=30,
         guidance_scale=None,
-        sampler="ddim",
+        sampler=None,
         seed=0,
         height=None,
         width=None,
@@ -78,10 +78,11 @@ class Tasks:
             num_steps: steps for a picture, 1 to the schedule's number of timesteps.
             guidance_scale: how much the prompt is to be followed; 1 leaves guidance out, in half the time. By
                 default the model's own (`keras_sd.defaults`), usually 7.5.
-            sampler: a name in `keras_sd.diffusion.samplers.SAMPLERS`.
+            sampler: a name in `keras_sd.diffusion.samplers.SAMPLERS`; by default the one that the model's
+                own `scheduler_config.json` describes.
             height, width: in pixels, multiples of the VAE's factor (8); by default what the model was
                 trained on.
-            eta: the share of fresh noise in each step of DDIM, 0 (none) to 1.
+            eta: the share of fresh noise in each step of DDIM and TCD, 0 (none) to 1.
             guidance_rescale: 0 to 1, against the overexposure of strong guidance (Lin et al., 2023).
             guidance_interval: from which share of the steps to which there is guidance; the others take half
                 the time (Kynkäänniemi et al., 2024).
@@ -298,7 +299,7 @@ class Tasks:
         strength=1.0,
         num_steps=30,
         guidance_scale=None,
-        sampler="ddim",
+        sampler=None,
         progress=True,
         **options,
     ):

@@ -85,7 +85,7 @@ class Upscaler:
         *,
         noise_level=0,
         num_steps=10,
-        sampler="ddim",
+        sampler=None,
         seed=0,
         on_step=None,
         **options,

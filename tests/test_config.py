@@ -177,7 +177,7 @@ def test_vae_factor_follows_from_its_levels():
         (ImageEncoderConfig, {"image_size": [224, 224]}, "image_size"),
         (SchedulerConfig, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "use a model with 'DDIM"),
         (SchedulerConfig, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        (SchedulerConfig, {"thresholding": True}, "thresholding True"),
+        (SchedulerConfig, {"trained_betas": [2.0] * 1000}, "no 1000 numbers from 0 to 1"),
         (SchedulerConfig, {"prediction_type": "flow"}, "prediction_type 'flow'"),
         (SchedulerConfig, {"_class_name": ["DDIMScheduler"]}, "_class_name .* is not supported"),
         (SchedulerConfig, {"_class_name": {}}, "_class_name {} is not supported"),

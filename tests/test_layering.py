@@ -16,16 +16,8 @@ PACKAGE = Path(keras_sd.__file__).parent
 # From the ground up; a module imports from its own row and the rows above it.
 LAYERS = (
     {
-        "errors",
-        "arguments",
-        "batches",
-        "files",
-        "json_files",
-        "config",
-        "defaults",
-        "cache",
-        "backend",
-        "interruption",
+        *("errors", "arguments", "batches", "files", "json_files", "scheduler_options", "config", "defaults"),
+        *("cache", "backend", "interruption"),
     },
     {"kernels"},
     {"models"},

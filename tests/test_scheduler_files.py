@@ -76,7 +76,12 @@ def folders(tmp_path_factory):
         (source / "model_index.json").write_text(json.dumps(index))
         done = CliRunner().invoke(convert, [str(source), str(folder / name / "converted")])
         assert done.exit_code == 0, done.output
-        StableDiffusion.load(source, jit_compile=False).save(folder / name / "saved")
+        model = StableDiffusion.load(source, jit_compile=False)
+        model.save(folder / name / "saved")
+        context, negative = np.split(model.encode_text(["red heart"] * 2 + [""] * 2), 2)
+        noise = NoiseStreams([0, 1]).draw((4, 4, 4))
+        latents = model.denoise(noise, context, negative, num_steps=10, guidance_scale=3.0)
+        np.save(folder / name / "own.npy", model.decode(latents))
     shutil.rmtree(folder / "plain")
     return folder
 
@@ -92,6 +97,12 @@ def test_the_file_is_carried_through(name, folders, drawn):
         assert scheduler_of(folders / name / written) == FILES[name]
         before, after = (np.round(drawn[f"{name}/{kind}"] * 255) for kind in ("source", written))
         assert np.abs(before - after).max() <= 1 and before.std() > 10
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_model_is_drawn_by_its_own_sampler(name, folders, drawn):
+    expected = np.round(drawn[f"{name}/source"] * 255)
+    assert np.abs(np.load(folders / name / "own.npy") - expected).max() <= 1
 
 
 def test_schedulers_draw_different_images(drawn):

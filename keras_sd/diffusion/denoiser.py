@@ -10,8 +10,10 @@ from keras_sd import backend
 from keras_sd.arguments import share, whole_number
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
+from keras_sd.diffusion.limits import limited
 from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
-from keras_sd.diffusion.samplers import MEMORY_SIZE, find_sampler
+from keras_sd.diffusion.rows import MEMORY_SIZE
+from keras_sd.diffusion.samplers import find_sampler
 from keras_sd.errors import UserError
 
 
@@ -80,7 +82,7 @@ class Denoiser:
         guidance_rescale=0.0,
         guidance_interval=(0.0, 1.0),
         reuse_interval=1,
-        sampler="ddim",
+        sampler=None,
         num_steps=30,
         eta=0.0,
         streams=None,
@@ -103,8 +105,8 @@ class Denoiser:
                 run its outermost level on the deep features of the last whole evaluation. Steps are counted
                 from the first that is made; one that asks twice does so in one way. Where guidance begins or
                 ends, a step is whole, and the count starts anew.
-            sampler: a name in `samplers.SAMPLERS`.
-            eta: from 0 to 1, the share of fresh noise at each step of DDIM.
+            sampler: a name in `samplers.SAMPLERS`; None takes the one of the model's own file.
+            eta: from 0 to 1, the share of fresh noise at each step of DDIM and TCD.
             streams: `NoiseStreams` to draw fresh noise from, once for each row of the sampler's tables that
                 uses it.
             first_step: how many of `num_steps` steps are left out at the beginning.
@@ -123,10 +125,10 @@ class Denoiser:
         whole_number("reuse_interval", reuse_interval, 1)
         whole_number("num_steps", num_steps, 1, self.schedule.num_train_timesteps)
         eta = share("eta", eta, "0 (deterministic) to 1")
-        tables = find_sampler(sampler).tables(self.schedule, num_steps, eta, first_step)
+        tables = find_sampler(sampler, self.schedule.config).tables(self.schedule, num_steps, eta, first_step)
         self._check_predictable(tables.rows)
         if streams is None and any(row.draws for row in tables.rows):
-            raise ValueError(f"sampler {sampler!r} draws noise; give streams")
+            raise ValueError(f"sampler {sampler or 'of the model'!r} draws noise; give streams")
         if not gives_guidance(guidance_scale):
             negative = None
         guidance = {
@@ -145,14 +147,15 @@ class Denoiser:
         kinds = _kinds(guided, reuse_interval)
         return self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
 
-    def noisy(self, sample, noise, *, sampler="ddim", num_steps=30, first_step=0):
+    def noisy(self, sample, noise, *, sampler=None, num_steps=30, first_step=0):
         """The latents to give to `steps` so that the first step begins from a noisy `sample`.
 
         Args:
             sample, noise: float32 `(n, h, w, c)`.
             sampler, num_steps, first_step: as `steps` will be given.
         """
-        start, rows = find_sampler(sampler).tables(self.schedule, num_steps, first_step=first_step)
+        chosen = find_sampler(sampler, self.schedule.config)
+        start, rows, _ = chosen.tables(self.schedule, num_steps, first_step=first_step)
         # `steps` multiplies by the start.
         signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
         return add_noise(sample, noise, signal_rate, noise_rate)
@@ -180,6 +183,7 @@ class Denoiser:
                 "end": np.array([1.0, 0.0] if is_last else row.end),
                 "weights": row.weights,
             }
+            numbers |= tables.limits
             numbers = {name: np.asarray(value, "float32") for name, value in numbers.items()}
             random = streams.draw(latents.shape[1:]) if row.draws else still
             asked = guidance if guided[step] else unguided
@@ -220,8 +224,8 @@ class Denoiser:
         sample, noise = to_sample_and_noise(
             self.schedule.prediction_type, prediction, latents, signal_rate, noise_rate
         )
-        if self.schedule.config.clip_sample:
-            sample = ops.clip(sample, -1.0, 1.0)
+        bounds = {name: numbers[name] for name in ("clip_range", "ratio", "largest") if name in numbers}
+        sample = limited(sample, **bounds)
         # Products and a sum, as matrix products may be computed in lower precision.
         terms = ops.concatenate([latents[None], memory, ops.stack([sample, noise, random])])
         weights = ops.reshape(numbers["weights"], (*numbers["weights"].shape, 1, 1, 1, 1))

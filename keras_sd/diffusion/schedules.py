@@ -8,6 +8,8 @@ from keras_sd.errors import UserError
 def _betas(config):
     """Noise added by each step of the forward process, `(T,)` float64."""
     steps = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return np.array(config.trained_betas, "float64")
     if config.beta_schedule == "linear":  # Ho et al., 2020
         return np.linspace(config.beta_start, config.beta_end, steps)
     if config.beta_schedule == "scaled_linear":  # Rombach et al., 2022: linear in the square root

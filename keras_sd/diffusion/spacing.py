@@ -1,7 +1,8 @@
 """Where samplers ask the network: timesteps, and the noise levels between which their steps go.
 
 `sigma` is the ratio of noise to signal, the clock of Karras et al. (2022) and of k-diffusion's samplers;
-everything is computed in float64.
+everything is computed in float64. `options` are those of the sampler's class in diffusers
+(`keras_sd.scheduler_options`).
 """
 
 from typing import NamedTuple
@@ -49,50 +50,57 @@ class Step(NamedTuple):
 # Timesteps
 
 
-def spaced_timesteps(config, num_steps, spacing=None):
+def spaced_timesteps(options, num_steps):
     """The timesteps at which the network is asked, falling, int64 `(num_steps,)`.
 
     Table 2 of Lin et al. (2023); `steps_offset` belongs to the leading spacing alone.
 
     Args:
-        config: `SchedulerConfig`.
+        options: dictionary with num_train_timesteps, timestep_spacing ("leading", "trailing" or "linspace")
+            and steps_offset.
         num_steps: from 1 to the number of training timesteps.
-        spacing: "leading", "trailing" or "linspace"; by default the config's.
 
     Raises:
         UserError: `num_steps` is out of range, the first timestep is, or the spacing is unknown.
     """
-    total, spacing = config.num_train_timesteps, spacing or config.timestep_spacing
+    total = options["num_train_timesteps"]
     _check_range(num_steps, total)
-    if spacing == "leading":
-        timesteps = np.arange(num_steps)[::-1] * (total // num_steps) + config.steps_offset
-        if timesteps[0] >= total:
-            raise UserError(
-                f"num_steps {num_steps}: with steps_offset {config.steps_offset} it starts beyond "
-                f"timestep {total - 1}; use fewer steps"
-            )
-        return timesteps
-    if spacing == "trailing":
-        # A range by a fractional step may come out one too long; halves are rounded as in diffusers.
-        return np.round(np.arange(total, 0, -total / num_steps)[:num_steps]).astype("int64") - 1
-    if spacing == "linspace":
-        # A single step, too, has to begin from noise.
-        rising = np.linspace(0, total - 1, num_steps) if num_steps > 1 else [total - 1]
-        return np.round(rising)[::-1].astype("int64")
-    raise UserError(f"timestep_spacing {spacing!r}: unknown; use leading, trailing or linspace")
+    if _spacing_of(options) == "leading":
+        return _leading(num_steps, total // num_steps, options["steps_offset"], total)
+    if _spacing_of(options) == "trailing":
+        return _trailing(num_steps, total)
+    # A single step, too, has to begin from noise.
+    rising = np.linspace(0, total - 1, num_steps) if num_steps > 1 else [total - 1]
+    return np.round(rising)[::-1].astype("int64")
+
+
+def _spacing_of(options):
+    spacing = options.get("timestep_spacing", "linspace")
+    if spacing not in ("leading", "trailing", "linspace"):
+        raise UserError(f"timestep_spacing {spacing!r}: unknown; use leading, trailing or linspace")
+    return spacing
+
+
+def _leading(num_steps, stride, offset, total, first=0):
+    timesteps = np.arange(first, first + num_steps)[::-1] * stride + offset
+    if offset < 0:
+        raise UserError(f"steps_offset {offset}: below 0; use a scheduler_config.json with 0 or 1")
+    if timesteps[0] >= total:
+        raise UserError(
+            f"num_steps {num_steps}: with steps_offset {offset} it starts beyond timestep {total - 1}; "
+            "use fewer steps"
+        )
+    return timesteps
+
+
+def _trailing(num_steps, total):
+    # A range by a fractional step may come out one too long; halves are rounded as in diffusers.
+    return np.round(np.arange(total, 0, -total / num_steps)[:num_steps]).astype("int64") - 1
 
 
 def _check_range(num_steps, most):
     if not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= most:
         raise UserError(f"num_steps {num_steps}: out of range; use 1 to {most}")
-
-
-def _is_trailing(config):
-    """Whether samplers whose usual spacing is linspace keep to the trailing one.
-
-    A model that was trained to begin from noise alone has to be asked there.
-    """
-    return config.timestep_spacing == "trailing" or config.rescale_betas_zero_snr
 
 
 # Sigmas
@@ -109,6 +117,37 @@ def karras_sigmas(largest, smallest, count, rho=7):
     return np.linspace(largest ** (1 / rho), smallest ** (1 / rho), count) ** rho
 
 
+def exponential_sigmas(largest, smallest, count):
+    """Sigmas that fall evenly in their logarithm."""
+    return np.exp(np.linspace(np.log(largest), np.log(smallest), count))
+
+
+def beta_sigmas(largest, smallest, count):
+    """Sigmas at the quantiles of a beta distribution, dense at both ends (Lee et al., 2024)."""
+    from scipy.stats import beta
+
+    return smallest + beta.ppf(1 - np.linspace(0, 1, count), 0.6, 0.6) * (largest - smallest)
+
+
+_SIGMAS = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_lu_lambdas": exponential_sigmas,  # evenly in log-SNR (Lu et al., 2022), which is the same
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
+}
+
+
+def _sigma_option(options):
+    """Which option gives the sigmas, or None: those of the timesteps."""
+    return next((name for name in _SIGMAS if options.get(name)), None)
+
+
+def _sigmas_between(options, largest, smallest, count):
+    largest = options.get("sigma_max") or largest
+    smallest = options.get("sigma_min") or smallest
+    return _SIGMAS[_sigma_option(options)](largest, smallest, count)
+
+
 def sigma_to_timestep(schedule, sigmas):
     """The timesteps, between whole ones too, that have these sigmas; interpolated in log sigma."""
     training = np.log(training_sigmas(schedule))
@@ -118,91 +157,126 @@ def sigma_to_timestep(schedule, sigmas):
 # Steps
 
 
-def _chain(timesteps, levels):
-    """Steps from each level to the next, and from the last one to no noise at all."""
-    ends = [*levels[1:], CLEAN]
+def _chain(timesteps, levels, last=CLEAN):
+    """Steps from each level to the next, and from the last one to `last`."""
+    ends = [*levels[1:], last]
     return [Step(*values) for values in zip(timesteps, levels, ends, strict=True)]
 
 
-def ddim_steps(schedule, num_steps):
-    """DDIM's and PLMS's: the config's spacing.
+def ddim_steps(schedule, num_steps, options=None):
+    """DDIM's and PLMS's.
 
     A step ends at `T // num_steps` timesteps below its own, also where the next step begins elsewhere
-    because `num_steps` does not divide `T`: what diffusers does, whose pictures these are to be.
+    because `num_steps` does not divide `T`: what diffusers does, whose images these are to be.
+
+    Args:
+        options: by default those of the schedule's config.
     """
-    timesteps = spaced_timesteps(schedule.config, num_steps)
-    alphas, stride = schedule.alphas_cumprod, schedule.num_train_timesteps // num_steps
-    final = 1.0 if schedule.config.set_alpha_to_one else alphas[0]
-    ends = [alphas[timestep - stride] if timestep >= stride else final for timestep in timesteps]
+    options = options or vars(schedule.config)
+    timesteps = spaced_timesteps(options, num_steps)
+    stride = schedule.num_train_timesteps // num_steps
     return [
-        Step(timestep, Level.of_alpha(alphas[timestep]), Level.of_alpha(end))
-        for timestep, end in zip(timesteps, ends, strict=True)
+        Step(timestep, level_at(schedule, timestep, options), level_at(schedule, timestep - stride, options))
+        for timestep in timesteps
     ]
 
 
-def ddpm_steps(schedule, num_steps):
-    """DDPM's: the config's spacing; each step ends where the next one begins."""
-    timesteps = spaced_timesteps(schedule.config, num_steps)
+def level_at(schedule, timestep, options):
+    """The level of a timestep; below the first one it is that of `set_alpha_to_one`."""
+    if timestep < 0:
+        return CLEAN if options["set_alpha_to_one"] else Level.of_alpha(schedule.alphas_cumprod[0])
+    return Level.of_alpha(schedule.alphas_cumprod[int(timestep)])
+
+
+def ddpm_steps(schedule, num_steps, options):
+    """DDPM's: each step ends where the next one begins."""
+    timesteps = spaced_timesteps(options, num_steps)
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
-def distilled_timesteps(schedule):
-    """The 50 that latent consistency models are distilled at (Luo et al., 2023), falling, int64."""
+def distilled_timesteps(schedule, count=50):
+    """Those that latent consistency models are distilled at (Luo et al., 2023), falling, int64."""
     total = schedule.num_train_timesteps
-    count = min(50, total)
+    count = min(count, total)
     return np.arange(count, 0, -1) * (total // count) - 1
 
 
-def lcm_steps(schedule, num_steps):
+def lcm_steps(schedule, num_steps, options):
     """A latent consistency model's: some of the timesteps that it was distilled at."""
-    distilled = distilled_timesteps(schedule)
+    distilled = distilled_timesteps(schedule, options["original_inference_steps"])
     _check_range(num_steps, len(distilled))
-    timesteps = distilled[np.arange(num_steps) * len(distilled) // num_steps]
+    # Rounded down from fractions, as in diffusers.
+    chosen = np.floor(np.linspace(0, len(distilled), num_steps, endpoint=False)).astype("int64")
+    timesteps = distilled[chosen]
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
-def k_diffusion_steps(schedule, num_steps, karras=False, whole_timesteps=False):
-    """Those of k-diffusion's samplers: linspace, between whole timesteps too.
-
-    A config with the trailing spacing or a zero terminal SNR gets the trailing spacing.
-
-    Args:
-        karras: spaces the sigmas between the first and the last as Karras et al. did.
-        whole_timesteps: rounds the timesteps of Karras's sigmas.
-    """
-    if _is_trailing(schedule.config):
-        timesteps = spaced_timesteps(schedule.config, num_steps, "trailing")
+def k_diffusion_steps(schedule, num_steps, options):
+    """Those of k-diffusion's samplers: also between whole timesteps."""
+    spacing, total = _spacing_of(options), schedule.num_train_timesteps
+    if spacing == "linspace":
+        _check_range(num_steps, total)
+        timesteps = np.linspace(total - 1, 0, num_steps)
     else:
-        _check_range(num_steps, schedule.num_train_timesteps)
-        timesteps = np.linspace(schedule.num_train_timesteps - 1, 0, num_steps)
+        timesteps = spaced_timesteps(options, num_steps)
     training = training_sigmas(schedule)
-    sigmas = np.interp(timesteps, np.arange(len(training)), training)
-    if karras:
-        sigmas = karras_sigmas(sigmas[0], sigmas[-1], num_steps)
-        timesteps = sigma_to_timestep(schedule, sigmas)
-        timesteps = np.round(timesteps) if whole_timesteps else timesteps
-    return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas])
-
-
-def solver_steps(schedule, num_steps, karras=False):
-    """DPM-Solver's and UniPC's: linspace over whole timesteps, of which the last one is not asked at.
-
-    A config with the trailing spacing or a zero terminal SNR gets the trailing spacing.
-
-    Args:
-        karras: spaces the sigmas between the schedule's extremes as Karras et al. did.
-    """
-    if _is_trailing(schedule.config):
-        timesteps = spaced_timesteps(schedule.config, num_steps, "trailing")
+    last = CLEAN
+    if options.get("interpolation_type") == "log_linear":
+        # One more than there are timesteps, between the schedule's extremes and not where the timesteps are.
+        sigmas = exponential_sigmas(training[-1], training[0], num_steps + 1)
+        last = Level.of_sigma(sigmas[-1])
     else:
-        _check_range(num_steps, schedule.num_train_timesteps - 1)
-        timesteps = spaced_timesteps(schedule.config, num_steps + 1, "linspace")[:-1]
-    training = training_sigmas(schedule)
-    sigmas = training[timesteps]
-    if karras:
-        sigmas = karras_sigmas(training[-1], training[0], num_steps)
+        sigmas = np.interp(timesteps, np.arange(len(training)), training)
+    name = _sigma_option(options)
+    if name:
+        sigmas, last = _sigmas_between(options, sigmas[0], sigmas[-1], num_steps), CLEAN
         timesteps = sigma_to_timestep(schedule, sigmas)
+        is_rounded = name == "use_karras_sigmas" and options["rounds_karras_timesteps"]
+        timesteps = np.round(timesteps) if is_rounded else timesteps
+    if options.get("final_sigmas_type") == "sigma_min" and last == CLEAN:
+        last = Level.of_sigma(training[0])
+    return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas[:num_steps]], last)
+
+
+def solver_steps(schedule, num_steps, options):
+    """Those of the solvers in log-SNR: whole timesteps, of which the last one is not asked at.
+
+    Sigmas by another rule lie between the schedule's extremes, whatever the timesteps' spacing.
+    """
+    training, total = training_sigmas(schedule), schedule.num_train_timesteps
+    timesteps = _solver_timesteps(schedule, num_steps, options)
+    sigmas, name = training[timesteps], _sigma_option(options)
+    ends_clean = options["final_sigmas_type"] == "zero"
+    last = CLEAN if ends_clean else Level.of_sigma(training[0])
+    if name:
+        sigmas = _sigmas_between(options, training[-1], training[0], num_steps)
+        timesteps = np.clip(sigma_to_timestep(schedule, sigmas), 0, total - 1)
         # The cosine schedule's last timesteps have sigmas far apart.
-        cosine = schedule.config.beta_schedule == "squaredcos_cap_v2"
-        timesteps = timesteps if cosine else np.round(timesteps)
-    return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas])
+        is_cosine = schedule.config.beta_schedule == "squaredcos_cap_v2" and options["keeps_cosine_timesteps"]
+        is_rounded = name in ("use_karras_sigmas", "use_lu_lambdas") and not is_cosine
+        # What is left is cut to whole timesteps. Rounding errors are not to cut one more off.
+        timesteps = np.round(timesteps) if is_rounded else np.floor(timesteps + 1e-4)
+        if not ends_clean and options["ends_at_last_sigma"]:
+            last = Level.of_sigma(sigmas[-1])
+    return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas], last)
+
+
+def _solver_timesteps(schedule, num_steps, options):
+    spacing, total = _spacing_of(options), schedule.num_train_timesteps
+    # Above this one there is less signal than `lambda_min_clipped` allows, in half the log-SNR.
+    least = options.get("lambda_min_clipped", -np.inf)
+    total -= int(np.searchsorted(-np.log(training_sigmas(schedule))[::-1], least))
+    if spacing == "trailing":
+        _check_range(num_steps, schedule.num_train_timesteps)
+        timesteps = np.arange(total, 0, -schedule.num_train_timesteps / num_steps)[:num_steps]
+        if len(timesteps) < num_steps:
+            raise UserError(
+                f"num_steps {num_steps}: lambda_min_clipped leaves {len(timesteps)} trailing timesteps; "
+                "use timestep_spacing linspace"
+            )
+        return np.round(timesteps).astype("int64") - 1
+    _check_range(num_steps, total - 1)
+    if spacing == "leading":
+        stride = total // (num_steps + 1)
+        return _leading(num_steps, stride, options["steps_offset"], schedule.num_train_timesteps, first=1)
+    return np.round(np.linspace(0, total - 1, num_steps + 1))[::-1][:-1].astype("int64")

@@ -100,7 +100,7 @@ def test_noisy_latents_begin_where_the_step_does(sampler, denoiser):
     sample, noise = NoiseStreams([1]).draw(SHAPE), NoiseStreams([2]).draw(SHAPE)
     for first_step in (0, 3):
         grid = {"sampler": sampler, "num_steps": 10, "first_step": first_step}
-        start, rows = SAMPLERS[sampler].tables(denoiser.schedule, 10, first_step=first_step)
+        start, rows, _ = SAMPLERS[sampler].tables(denoiser.schedule, 10, first_step=first_step)
         latents = denoiser.noisy(sample, noise, **grid)
         assert latents.dtype == np.float32
         expected = rows[0].level.signal_rate * sample + rows[0].level.noise_rate * noise

@@ -49,7 +49,6 @@ DIFFUSERS = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
-OF_THE_CONFIG = {"ddim", "ddpm", "pndm"}  # their spacing is the config's
 NO_ZERO_SNR = {"pndm", "lms", "lms_karras", "heun", "heun_karras", "dpm2", "dpm2_karras"}  # in diffusers
 NO_SAMPLE_PREDICTION = {"pndm", "euler_a", "dpm2", "dpm2_karras"}
 # Of diffusers' others none clips; on the cosine schedule Heun's first step is of first order here alone.
@@ -92,14 +91,13 @@ def cases(config_name):
     names = set(SAMPLERS)
     names -= NO_ZERO_SNR if config.rescale_betas_zero_snr else set()
     names -= NO_SAMPLE_PREDICTION if config.prediction_type == "sample" else set()
-    # Most have it under any config but a trailing one; PLMS makes its second prediction elsewhere there.
-    names &= {"ddim", "ddpm"} if config.timestep_spacing == "linspace" else names
     found = [(name, 20, 0, 0.0) for name in SAMPLERS if name in names]
     found += [("ddim", 20, 0, 0.5)]
     # In diffusers, rounding leaves the root of a negative number at zero terminal SNR.
     found += [] if config.rescale_betas_zero_snr else [("ddim", 30, 0, 1.0)]
     if config_name == "v leading":
         found += [(name, 20, 7, 0.0) for name in SAMPLERS]
+    if config_name == "v linspace":
         found += [("euler", 999, 0, 0.0), ("dpmpp_2m", 999, 0, 0.0)]
     if config_name == "v trailing":
         found += [(name, num_steps, 0, 0.0) for name in SAMPLERS for num_steps in FEW_STEPS]
@@ -110,10 +108,7 @@ def reference_cases():
     for config_name, config in CONFIGS.items():
         for sampler, *numbers in cases(config_name):
             class_name, options = DIFFUSERS[sampler]
-            values = config.to_dict() | options
-            if sampler not in OF_THE_CONFIG and config.timestep_spacing != "trailing":
-                values["timestep_spacing"] = "linspace"
-            yield f"{config_name}/{sampler}/{numbers}", class_name, values, *numbers
+            yield f"{config_name}/{sampler}/{numbers}", class_name, config.to_dict() | options, *numbers
 
 
 SCRIPT = """
@@ -209,9 +204,9 @@ def test_samplers_end_where_those_of_diffusers_end(config_name, reference, array
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_timesteps_are_those_of_diffusers(spacing, reference):
-    config = SchedulerConfig(timestep_spacing=spacing)
+    options = vars(SchedulerConfig(timestep_spacing=spacing))
     for num_steps in range(1, 1000):
-        ours, theirs = spaced_timesteps(config, num_steps), reference[f"timesteps/{spacing}/{num_steps}"]
+        ours, theirs = spaced_timesteps(options, num_steps), reference[f"timesteps/{spacing}/{num_steps}"]
         assert len(ours) == num_steps
         if spacing == "linspace" and num_steps == 1:
             assert ours == [999]  # there it is 0, where noise is taken for a picture
@@ -241,18 +236,27 @@ DRAWING = [name for name in SAMPLERS if name in ("ddpm", "euler_a") or "sde" in 
 SOLVING = [name for name in SAMPLERS if name not in (*DRAWING, "lcm")]
 
 
+def gaussian_config(name):
+    """The usual spacing of a sampler."""
+    spacing = "leading" if name in ("ddim", "ddpm", "pndm") else "linspace"
+    return SchedulerConfig(prediction_type="sample", set_alpha_to_one=True, timestep_spacing=spacing)
+
+
 @pytest.fixture(scope="module")
-def gaussian():
-    schedule = NoiseSchedule(SchedulerConfig(prediction_type="sample", set_alpha_to_one=True))
-    return Denoiser(GaussianUNet(schedule, MEAN, DEVIATION), schedule)
+def gaussians():
+    """By the spacing, which the compiled step does not know."""
+    schedules = [NoiseSchedule(gaussian_config(name)) for name in ("ddim", "euler")]
+    unet = GaussianUNet(schedules[0], MEAN, DEVIATION)
+    return {schedule.config.timestep_spacing: Denoiser(unet, schedule) for schedule in schedules}
 
 
 @pytest.mark.parametrize("name", SOLVING)
-def test_deterministic_samplers_solve_the_ode(name, gaussian):
+def test_deterministic_samplers_solve_the_ode(name, gaussians):
+    gaussian = gaussians[gaussian_config(name).timestep_spacing]
     noise = NoiseStreams([3]).draw((8, 8, 4))
     errors = []
     for num_steps in NUMBERS_OF_STEPS:
-        start, rows = SAMPLERS[name].tables(gaussian.schedule, num_steps)
+        start, rows, _ = SAMPLERS[name].tables(gaussian.schedule, num_steps)
         exact = ode_end(noise * start, rows[0].level.sigma, MEAN, DEVIATION)
         found = last(gaussian.steps(noise, sampler=name, num_steps=num_steps))
         errors.append(np.abs(found - exact).max())
@@ -261,7 +265,8 @@ def test_deterministic_samplers_solve_the_ode(name, gaussian):
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_samplers_that_draw_noise_draw_from_the_gaussian(name, gaussian):
+def test_samplers_that_draw_noise_draw_from_the_gaussian(name, gaussians):
+    gaussian = gaussians[gaussian_config(name).timestep_spacing]
     errors = []
     for num_steps in NUMBERS_OF_STEPS:
         streams = NoiseStreams([3])
@@ -272,10 +277,9 @@ def test_samplers_that_draw_noise_draw_from_the_gaussian(name, gaussian):
     assert errors[2] < 0.1 and errors[2] < max(errors[0] / 4, 0.02)
 
 
-def test_lcm_draws_from_the_gaussian_by_its_consistency_function(gaussian):
-    denoiser = Denoiser(
-        GaussianUNet(gaussian.schedule, MEAN, DEVIATION, is_consistency=True), gaussian.schedule
-    )
+def test_lcm_draws_from_the_gaussian_by_its_consistency_function():
+    schedule = NoiseSchedule(gaussian_config("lcm"))
+    denoiser = Denoiser(GaussianUNet(schedule, MEAN, DEVIATION, is_consistency=True), schedule)
     for num_steps in (1, 4, 50):
         streams = NoiseStreams([3])
         noise = streams.draw((64, 64, 4))
@@ -292,13 +296,14 @@ def test_backends_agree(tmp_path):
         assert np.abs(ours - theirs[name]).max() / ours.std() < 1e-5, name
 
 
-@pytest.mark.parametrize("config_name", ["epsilon leading", "v zero terminal snr", "clipped cosine"])
+@pytest.mark.parametrize("config_name", ["v linspace", "v zero terminal snr", "clipped cosine"])
 def test_any_number_of_steps_makes_sound_tables(config_name):
     schedule = NoiseSchedule(CONFIGS[config_name])
+    is_leading = schedule.config.timestep_spacing == "leading"  # by which few samplers have 999
     for name, sampler in SAMPLERS.items():
-        for num_steps in (*FEW_STEPS, 14, 50, *([] if name == "lcm" else [999])):
+        for num_steps in (*FEW_STEPS, 14, 50, *([] if name == "lcm" or is_leading else [999])):
             for first_step in {0, num_steps // 2, num_steps - 1}:
-                start, rows = sampler.tables(schedule, num_steps, first_step=first_step)
+                start, rows, _ = sampler.tables(schedule, num_steps, first_step=first_step)
                 assert 0 < start <= 1
                 assert sum(row.ends_step for row in rows) == num_steps - first_step and rows[-1].ends_step
                 assert all(np.isfinite(row.weights).all() for row in rows)
@@ -313,6 +318,45 @@ def test_zero_terminal_snr_is_met_where_nothing_but_noise_is_left():
     for sampler in SAMPLERS.values():
         first = sampler.tables(schedule, 10).rows[0]
         assert first.timestep == 999 and first.level.signal_rate < 3e-4
+
+
+def test_only_some_samplers_clip():
+    """As in diffusers, where Euler, LMS, DPM++ and UniPC never do."""
+    schedule = NoiseSchedule(CONFIGS["clipped"])
+    limits = {name: sampler.tables(schedule, 5).limits for name, sampler in SAMPLERS.items()}
+    clipping = {name for name, values in limits.items() if values == {"clip_range": 1.0}}
+    assert clipping == {"ddim", "ddpm", "heun", "heun_karras", "lcm"}
+    assert all(values == {} for name, values in limits.items() if name not in clipping)
+
+
+def test_a_model_has_a_sampler_of_its_own():
+    def own(class_name, **values):
+        config = SchedulerConfig.from_dict({"_class_name": class_name} | values)
+        return find_sampler(None, config)
+
+    assert find_sampler(None, SchedulerConfig()) is SAMPLERS["ddim"]
+    assert own("PNDMScheduler", skip_prk_steps=True) is SAMPLERS["pndm"]
+    assert own("DPMSolverMultistepScheduler", use_karras_sigmas=True) is SAMPLERS["dpmpp_2m_karras"]
+    assert own("EulerDiscreteScheduler", timestep_spacing="trailing") is SAMPLERS["euler"]
+    assert own("PNDMScheduler").name == "PNDMScheduler of the model"
+    assert own("DEISMultistepScheduler").name == "DEISMultistepScheduler of the model"
+    with pytest.raises(UserError, match="solver_order 4 of UniPCMultistepScheduler is not supported"):
+        own("UniPCMultistepScheduler", solver_order=4)
+
+
+def test_a_named_sampler_takes_the_options_of_the_file():
+    """But for what its name says."""
+    values = {"use_karras_sigmas": True, "solver_order": 3, "timestep_spacing": "leading", "steps_offset": 3}
+    config = SchedulerConfig.from_dict({"_class_name": "UniPCMultistepScheduler"} | values)
+    schedule = NoiseSchedule(config)
+    assert SAMPLERS["euler"].tables(schedule, 10).rows[-1].end.sigma == 0
+    assert SAMPLERS["euler"].options(config)["use_karras_sigmas"]
+    assert SAMPLERS["dpmpp_2m"].options(config)["solver_order"] == 2
+    assert not SAMPLERS["dpmpp_2m"].options(config)["use_karras_sigmas"]
+    assert [row.timestep for row in SAMPLERS["ddim"].tables(schedule, 2).rows] == [503, 3]
+    config = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", "steps_offset": -1})
+    with pytest.raises(UserError, match="steps_offset -1: below 0"):
+        SAMPLERS["ddim"].tables(NoiseSchedule(config), 2)
 
 
 def test_karras_sigmas_are_those_of_the_paper():
@@ -361,6 +405,6 @@ def test_bad_numbers_end_in_one_line():
         with pytest.raises(UserError, match=line):
             SAMPLERS[name].tables(schedule, **arguments)
     with pytest.raises(UserError, match="timestep_spacing 'even': unknown; use leading"):
-        spaced_timesteps(SchedulerConfig(timestep_spacing="even"), 10)
+        spaced_timesteps(vars(SchedulerConfig(timestep_spacing="even")), 10)
     with pytest.raises(UserError, match="sampler 'euler_z': unknown; use one of ddim, ddpm, "):
         find_sampler("euler_z")

@@ -173,6 +173,7 @@ class StableDiffusion:
             negative,
             num_steps=num_steps,
             guidance_scale=unconditional_guidance_scale,
+            sampler="ddim",
         )
         if self._decoder is self._own["decoder"]:
             return self.model.decode(latents)
