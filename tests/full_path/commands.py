@@ -18,6 +18,9 @@ KILLED_AFTER = 2
 # a weight whose gradient is next to nothing may take another step: most tensors are within 5e-5, the worst
 # that was seen 8e-4.
 LARGEST_DIFFERENCE = 1e-2
+# The bias of keys adds one number to all scores of a query, which softmax takes out again: the exact gradient is
+# zero. What a backend has is rounding, of which Adam makes whole steps.
+WITHOUT_GRADIENT = ("to_k.bias", "k_proj.bias")
 
 
 class Runs:
@@ -87,6 +90,8 @@ def assert_backends_agree(left, right, start):
     left, right = checkpoint(left), checkpoint(right)
     assert left.keys() == right.keys()
     for name, array in left.items():
+        if name.endswith(WITHOUT_GRADIENT):
+            continue
         update = np.linalg.norm(array - start[name])
         assert np.linalg.norm(array - right[name]) <= LARGEST_DIFFERENCE * update, name
 
