@@ -62,6 +62,27 @@ def configs(folder, file):
             config_class.load(folder / name)
 
 
+def _scheduler_files():
+    from keras_sd.diffusion.samplers import METHODS
+    from keras_sd.scheduler_options import complete
+
+    return {f"{name}.json": json_bytes({"_class_name": name, **complete(name, {})}) for name in METHODS}
+
+
+@reader(_scheduler_files)
+def samplers(folder, file):
+    """What a scheduler's file makes of sampling, as far as it goes without a network."""
+    from keras_sd.config import SchedulerConfig
+    from keras_sd.diffusion.samplers import find_sampler
+    from keras_sd.diffusion.schedules import NoiseSchedule
+
+    for name in [file] if file else _scheduler_files():
+        config = SchedulerConfig.load(folder / name)
+        tables = find_sampler(None, config).tables(NoiseSchedule(config), 7)
+        find_sampler("ddim").tables(NoiseSchedule(config), 3)
+        assert len(tables.rows) >= 7
+
+
 def _tokenizer_files():
     from keras_sd.models.tokenizer import Tokenizer
 
@@ -245,7 +266,8 @@ def checkpoints(folder, file):
             fault = error
         else:
             fault = None
-    run().save(3, {"weights": {"a": np.zeros(1)}}, {})
+    if file is None or file.endswith("manifest.json"):
+        run().save(3, {"weights": {"a": np.zeros(1)}}, {})
     if fault:
         raise fault
 
