@@ -19,8 +19,8 @@ KILLED_AFTER = 2
 # that was seen 8e-4, and in distillation 1.9e-2, for updates that had hardly begun.
 LARGEST_DIFFERENCE = 5e-2
 LARGEST_DIFFERENCE_OVER_ALL = 1e-2
-# The bias of keys adds one number to all scores of a query, which softmax takes out again: the exact gradient is
-# zero. What a backend has is rounding, of which Adam makes whole steps.
+# The bias of keys adds one number to all scores of a query, which softmax takes out again: the exact gradient
+# is zero. What a backend has is rounding, of which Adam makes whole steps.
 WITHOUT_GRADIENT = ("to_k.bias", "k_proj.bias")
 
 
