@@ -192,7 +192,7 @@ def compare(path, source, source_outputs, output, configs=None, notes=()):
             is_rounded = any(t.verdict == ROUNDED for t in own) and all(t.passes for t in own)
             outputs += compare_outputs("source", expected, written_outputs[part], is_rounded)
         else:
-            outputs += _not_compared(part, "source", "not computed: not the same tensors")
+            outputs += _not_compared(expected, "source", "not computed: not the same tensors")
         tensors += own
     if not configs:
         outputs += compare_schedulers(source, written)
@@ -256,8 +256,8 @@ def compare_outputs(against, expected, computed, is_rounded=False):
     return entries
 
 
-def _not_compared(part, against, verdict):
-    return [OutputParity(title, against, None, None, None, verdict) for title in _OUTPUTS[part]]
+def _not_compared(titles, against, verdict):
+    return [OutputParity(title, against, None, None, None, verdict) for title in titles]
 
 
 def compare_with_libraries(output, configs, inputs, written_outputs, versions):
@@ -279,9 +279,15 @@ def compare_with_libraries(output, configs, inputs, written_outputs, versions):
     for part, computed in written_outputs.items():
         library = _REFERENCES[part]
         if missing:
-            entries += _not_compared(part, library, f"{NOT_COMPARED}: {' and '.join(missing)} not installed")
+            entries += _not_compared(
+                computed, library, f"{NOT_COMPARED}: {' and '.join(missing)} not installed"
+            )
+        elif part == "vae" and len(computed) < len(_OUTPUTS["vae"]):
+            entries += _not_compared(
+                computed, library, f"{NOT_COMPARED}: {library} opens no VAE without an encoder"
+            )
         elif part in failures:
-            entries += _not_compared(part, library, failures[part])
+            entries += _not_compared(computed, library, failures[part])
         else:
             own = {title: expected[title] for title in computed}
             entries += compare_outputs(f"{library} {versions[library]}", own, computed)

@@ -253,6 +253,23 @@ def test_every_way_of_differing_has_its_name():
     assert entry.verdict == "equal"
 
 
+def test_a_vae_without_encoder_verifies(convert_command, vae_file, tmp_path):
+    """diffusers opens none, which is told and is no fault of the conversion."""
+    decoder = {
+        name: array
+        for name, array in load_file(vae_file).items()
+        if not name.startswith(("first_stage_model.encoder.", "first_stage_model.quant_conv."))
+    }
+    save_file(decoder, tmp_path / "decoder.safetensors")
+    code, printed, _ = convert_command(tmp_path / "decoder.safetensors", tmp_path / "folder", "--verify")
+    assert code == 0 and "| VAE decode | source | 0 |" in printed
+    assert "| VAE decode | diffusers |  |  |  | not compared: diffusers opens no VAE without" in printed
+    assert "VAE encode" not in printed
+    assert read_checkpoint(tmp_path / "folder").parts["vae"].tensors.keys() == {
+        name for name in read_checkpoint(tmp_path / "decoder.safetensors").parts["vae"].tensors
+    }
+
+
 def test_what_was_made_up_does_not_verify(convert_command, vae_file, tmp_path):
     tensors = load_file(vae_file)
     del tensors["first_stage_model.quant_conv.bias"]
