@@ -97,12 +97,15 @@ def read_metadata(path):
 
 
 def _view(data, name, entry, path, any_type):
-    if entry["dtype"] not in _NUMPY_DTYPES and any_type:
-        return unreadable(entry["dtype"], entry["shape"])
-    if entry["dtype"] not in _NUMPY_DTYPES:
+    if entry["dtype"] not in _NUMPY_DTYPES and not any_type:
         raise UserError(f"{path}: {name} is of type {entry['dtype']}; convert the file to F32, F16 or BF16")
     begin, end = entry["data_offsets"]
-    return data[begin:end].view(_NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    try:
+        if entry["dtype"] not in _NUMPY_DTYPES:
+            return unreadable(entry["dtype"], entry["shape"])
+        return data[begin:end].view(_NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except ValueError as error:  # more axes, or a larger one beside an empty one, than arrays have
+        raise UserError(f"{path}: {name[:200]} has no shape of an array; fetch it again") from error
 
 
 def release(array):

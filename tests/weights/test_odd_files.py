@@ -249,3 +249,11 @@ def test_a_name_that_is_no_utf8(tmp_path):
             warnings.simplefilter("ignore")  # what a single file cannot tell
             model.save(path)
         assert read_checkpoint(path).parts["unet"].tensors
+
+
+@pytest.mark.parametrize("kind", ["F32", "F8_E4M3"])
+@pytest.mark.parametrize("shape", [[0, 2**63], [0] + [2**62] * 3, [0] * 70])
+def test_a_shape_that_no_array_has_is_one_line(tmp_path, kind, shape):
+    write_with_types(tmp_path / "odd.safetensors", {}, {"decoder.conv_in.weight": (kind, shape, b"")})
+    with pytest.raises(UserError, match="decoder.conv_in.weight has no shape of an array; fetch it again"):
+        read_single_file(tmp_path / "odd.safetensors")
