@@ -1,5 +1,6 @@
 """Checks of arguments that people give: whole numbers, shares and seeds, told by their names."""
 
+import math
 import numbers
 
 import numpy as np
@@ -54,3 +55,36 @@ def image_seeds(seed, count):
         UserError: as `checked_seed`.
     """
     return np.uint64(checked_seed(seed)) + np.arange(count, dtype="uint64")
+
+
+def checked_interval(interval):
+    """The two shares of the steps between which there is guidance.
+
+    Raises:
+        UserError: they are no two shares, or no step lies between them.
+    """
+    try:
+        start, end = (share("guidance_interval", each) for each in interval)
+    except (TypeError, ValueError):  # no pair, or none of shares
+        start = end = 0
+    if not start < end:
+        raise UserError(
+            f"guidance_interval {interval!r}: no part of the steps; use two shares such as (0, 0.75)"
+        )
+    return start, end
+
+
+def first_step(strength, num_steps):
+    """How many of the steps a strength leaves out.
+
+    Raises:
+        UserError: the strength is no number above 0 up to 1, or makes no step.
+    """
+    whole_number("num_steps", num_steps, 1)
+    if not isinstance(strength, numbers.Real) or isinstance(strength, bool) or not 0 < strength <= 1:
+        raise UserError(f"strength {strength!r}: out of range; use more than 0, up to 1")
+    made = int(num_steps * strength)
+    if made < 1:
+        least = math.ceil(1000 / num_steps) / 1000
+        raise UserError(f"strength {strength}: makes none of {num_steps} steps; use {least:g} or more")
+    return num_steps - made

@@ -6,7 +6,7 @@ import click
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd import presets
-from keras_sd.arguments import LARGEST_SEED
+from keras_sd.arguments import LARGEST_SEED, checked_interval, first_step
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import UserError
 from keras_sd.model_options import check_size, check_steps, decorated, model_options, open_model
@@ -56,6 +56,8 @@ prompt_options = decorated(
 )
 
 
+STRENGTH = Number(0, 1, min_open=True)
+
 size_options = decorated(
     click.option("--height", type=click.IntRange(8), help="Pixels; the model's own by default."),
     click.option("--width", type=click.IntRange(8), help="Pixels; the model's own by default."),
@@ -99,12 +101,13 @@ def generate(prompt, num_images, height, width, **options):
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option("--strength", default=0.8, type=SHARE, help="How much is made new.")
+@click.option("--strength", default=0.8, type=STRENGTH, help="How much is made new.")
 @image_size_options
 @prompt_options
 @model_options()
 def image_to_image(image, prompt, num_images, strength, height, width, **options):
     """Make pictures of PROMPT that begin from the picture IMAGE."""
+    first_step(strength, options["steps"])
     pixels = _read_picture(image, options, height, width)
     output = _check_pictures(options, num_images)
     pipeline, sampling = _open(options)
@@ -118,7 +121,7 @@ def image_to_image(image, prompt, num_images, strength, height, width, **options
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option("--strength", default=1.0, type=SHARE, help="How much is made new.")
+@click.option("--strength", default=1.0, type=STRENGTH, help="How much is made new.")
 @image_size_options
 @prompt_options
 @model_options()
@@ -128,6 +131,7 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
     What is transparent in MASK is kept. Where no opaque part of it is white, as in a layer that was painted
     on in another colour, all that is opaque is made anew.
     """
+    first_step(strength, options["steps"])
     pixels = _read_picture(image, options, height, width)
     mask = _read_mask(mask, pixels.shape[:2], is_scaled=height is not None)
     output = _check_pictures(options, num_images)
@@ -272,6 +276,7 @@ def _open(options):
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
     model = {name: options.pop(name) for name in names}
     check_steps(model["model"], options["steps"])
+    checked_interval(options["guidance_interval"])
     pipeline = open_model(**model)
     if options["guidance_scale"] is None:
         options["guidance_scale"] = pipeline.defaults.guidance_scale

@@ -7,14 +7,13 @@ import contextlib
 import functools
 import inspect
 import math
-import numbers
 from collections.abc import Iterable
 
 import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from keras_sd.arguments import checked_seed, image_seeds, whole_number
+from keras_sd.arguments import checked_seed, first_step, image_seeds, whole_number
 from keras_sd.batches import batches_of_lengths
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
@@ -314,7 +313,7 @@ class Tasks:
         """
         if guidance_scale is None:
             guidance_scale = self.defaults.guidance_scale
-        grid = {"sampler": sampler, "num_steps": num_steps, "first_step": _first_step(strength, num_steps)}
+        grid = {"sampler": sampler, "num_steps": num_steps, "first_step": first_step(strength, num_steps)}
         lengths = [math.lcm(len(each), len(other)) for each, other in zip(context, negative, strict=True)]
         batches = batches_of_lengths(lengths, self.batch_size, self.tokenizer.max_length)
         images = [None] * len(seeds)
@@ -360,19 +359,6 @@ def _texts(name, texts):
     if not all(isinstance(text, str) for text in given):
         raise UserError(f"{name} {texts!r}: no text; give a text, or a list of texts")
     return given
-
-
-def _first_step(strength, num_steps):
-    """How many of the steps a strength leaves out."""
-    whole_number("num_steps", num_steps, 1)
-    if not isinstance(strength, numbers.Real) or isinstance(strength, bool) or not 0 < strength <= 1:
-        raise UserError(f"strength {strength!r}: out of range; use more than 0, up to 1")
-    made = int(num_steps * strength)
-    if made < 1:
-        raise UserError(
-            f"strength {strength}: makes none of {num_steps} steps; use {1 / num_steps:.2g} or more"
-        )
-    return num_steps - made
 
 
 def _one_for_each(values, count, title):

@@ -311,6 +311,11 @@ def test_the_names_do_what_ours_do(compatible):
     encoded = keras.ops.convert_to_numpy(compatible.image_encoder(images.astype("float32") / 127.5 - 1))
     np.testing.assert_allclose(encoded, ours.encode_image(images), atol=1e-4)
     assert compatible.tokenizer.inner is ours.tokenizer and compatible.diffusion_model.unet is ours.unet
+    unguided = [
+        compatible.text_to_image("red heart", num_steps=2, unconditional_guidance_scale=scale, seed=1)
+        for scale in (0, 1)
+    ]
+    np.testing.assert_array_equal(*unguided)
     first, second = (compatible.text_to_image("red heart", num_steps=1) for _ in range(2))
     assert (first != second).any()  # without a seed each call draws anew
 
@@ -318,6 +323,10 @@ def test_the_names_do_what_ours_do(compatible):
 def test_arrays_that_do_not_fit_end_in_one_line(compatible):
     context = compatible.encode_text("red heart")
     noise = np.zeros((4, 4, 4))
+    with pytest.raises(UserError, match="batch_size 0: out of range"):
+        compatible.text_to_image("red heart", batch_size=0)
+    with pytest.raises(UserError, match="guidance_scale nan: out of range"):
+        compatible.text_to_image("red heart", unconditional_guidance_scale=float("nan"))
     with pytest.raises(UserError, match="diffusion_noise and seed: both given"):
         compatible.generate_image(context, diffusion_noise=noise, seed=1)
     with pytest.raises(UserError, match=r"diffusion_noise: of shape \(3, 4, 4, 4\) for batch_size 2"):

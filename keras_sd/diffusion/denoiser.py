@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.arguments import share, whole_number
+from keras_sd.arguments import checked_interval, share, whole_number
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.limits import limited
@@ -117,11 +117,12 @@ class Denoiser:
         Raises:
             UserError: an unknown sampler, a number out of range, or inputs that are not finite; on the call,
                 before the first step. Or the result is not finite, which the last step tells.
-            ValueError: the sampler draws noise, and there are no streams.
+            ValueError: the sampler draws noise, and there are no streams; or there is guidance, and nothing
+                negative.
         """
         guidance_scale = checked_guidance_scale(guidance_scale)
         guidance_rescale = share("guidance_rescale", guidance_rescale, "0 (none) to 1")
-        start, end = _checked_interval(guidance_interval)
+        start, end = checked_interval(guidance_interval)
         whole_number("reuse_interval", reuse_interval, 1)
         whole_number("num_steps", num_steps, 1, self.schedule.num_train_timesteps)
         eta = share("eta", eta, "0 (deterministic) to 1")
@@ -131,6 +132,10 @@ class Denoiser:
             raise ValueError(f"sampler {sampler or 'of the model'!r} draws noise; give streams")
         if not gives_guidance(guidance_scale):
             negative = None
+        elif negative is None:
+            raise ValueError(
+                f"guidance_scale {guidance_scale:g}: needs a negative text encoding; give one, or scale 1"
+            )
         guidance = {
             "context": context,
             "negative": negative,
@@ -235,18 +240,6 @@ class Denoiser:
             kept = add_noise(known.sample, known.noise, numbers["end"][0], numbers["end"][1])
             latents = kept + known.mask * (latents - kept)
         return latents, memory
-
-
-def _checked_interval(interval):
-    try:
-        start, end = (share("guidance_interval", each) for each in interval)
-    except (TypeError, ValueError):  # no pair, or none of shares
-        start = end = 0
-    if not start < end:
-        raise UserError(
-            f"guidance_interval {interval!r}: no part of the steps; use two shares such as (0, 0.75)"
-        )
-    return start, end
 
 
 def _kinds(guided, reuse_interval):

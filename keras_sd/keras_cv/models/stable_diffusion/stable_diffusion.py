@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_sd import pipeline
-from keras_sd.arguments import image_seeds
+from keras_sd.arguments import image_seeds, whole_number
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
 from keras_sd.images import pictures_from_unit
@@ -162,6 +162,7 @@ class StableDiffusion:
         """
         if diffusion_noise is not None and seed is not None:
             raise UserError("diffusion_noise and seed: both given; give one of them")
+        batch_size = whole_number("batch_size", batch_size, 1)
         context = _batch("encoded_text", encoded_text, batch_size, rank=3)
         negative = _batch("negative_prompt", self.encode_text(negative_prompt or ""), batch_size, rank=3)
         if diffusion_noise is None:
