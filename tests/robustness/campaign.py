@@ -25,11 +25,22 @@ ROOT = Path(__file__).parents[2]
 
 
 class Worker:
-    """A process that reads with the readers, started when needed and again after it was killed."""
+    """A process that reads with the readers, started when needed and again after it was killed.
 
-    def __init__(self, folder):
+    Args:
+        folder: for what the process prints.
+        longest: seconds that an input may take.
+    """
+
+    def __init__(self, folder, longest=LONGEST):
+        self.longest = longest
         self._errors = Path(folder) / "errors.txt"
         self._process = None
+
+    @property
+    def is_alive(self):
+        """Whether there is a process; none before the first reading, and after one that ended it."""
+        return self._process is not None
 
     def read(self, name, folder, file=None):
         """What came of a reader: a dictionary of fault (None or text), message, seconds, growth in MiB."""
@@ -37,7 +48,7 @@ class Worker:
             self._start()
         self._process.stdin.write(json.dumps([name, str(folder), file, file is None]) + "\n")
         self._process.stdin.flush()
-        began, limit = time.monotonic(), _START if file is None else LONGEST
+        began, limit = time.monotonic(), _START if file is None else self.longest
         ready, _, _ = select.select([self._process.stdout], [], [], limit)
         line = self._process.stdout.readline() if ready else ""
         if line:
@@ -94,6 +105,16 @@ def run(name, worker, folder, count):
     _restore(folder, files)
     counts = {"inputs": 0, "taken": 0, "refused": 0, "failures": [], "seconds": 0.0, "growth": 0.0}
 
+    def read_damaged(file, content, seals):
+        _put(folder / file, content)
+        if seals and reader.seal is not None:
+            reader.seal(folder, file)
+        answer = worker.read(name, folder, file)
+        _restore(folder, files)
+        if not worker.is_alive:
+            worker.read(name, folder)  # which loads the reader's libraries again
+        return answer
+
     @settings(
         max_examples=max(1, int(count * reader.share)),
         database=None,
@@ -105,15 +126,10 @@ def run(name, worker, folder, count):
     @given(damaged(files, reader.others()), booleans())
     def read_one(case, seals):
         file, content = case
-        _put(folder / file, content)
-        if seals and reader.seal is not None:
-            reader.seal(folder, file)
-        answer = worker.read(name, folder, file)
-        fault = answer["fault"]
-        if fault is None and answer["seconds"] > LONGEST:
-            fault = f"took {answer['seconds']:.1f} s"
-        if fault is None and answer["growth"] > MOST_MEMORY:
-            fault = f"took {answer['growth']:.0f} MiB"
+        answer = read_damaged(file, content, seals)
+        if answer["seconds"] >= LONGEST:  # the machine may have been busy with other things
+            answer = read_damaged(file, content, seals)
+        fault = fault_of(answer)
         counts["inputs"] += 1
         counts["seconds"] = max(counts["seconds"], answer["seconds"])
         counts["growth"] = max(counts["growth"], answer["growth"])
@@ -121,10 +137,18 @@ def run(name, worker, folder, count):
             counts["failures"].append((file, content, fault))
         else:
             counts["refused" if answer["message"] else "taken"] += 1
-        _restore(folder, files)
 
     read_one()
     return counts
+
+
+def fault_of(answer):
+    """What is wrong with an answer of `Worker.read`, or None."""
+    if answer["fault"] is None and answer["seconds"] > LONGEST:
+        return f"took {answer['seconds']:.1f} s"
+    if answer["fault"] is None and answer["growth"] > MOST_MEMORY:
+        return f"took {answer['growth']:.0f} MiB"
+    return answer["fault"]
 
 
 def _put(path, content):

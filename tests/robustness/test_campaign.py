@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from tests.robustness.campaign import Worker, run
+from tests.robustness.campaign import Worker, fault_of, run
+from tests.robustness.faulty_readers import FAULTY
 from tests.robustness.readers import READERS
 
 COUNT = int(os.environ.get("ROBUSTNESS_INPUTS", 300))
@@ -33,3 +34,19 @@ def test_damaged_files_end_in_one_line(name, workers, tmp_path):
     )
     assert not failures, f"{name}: {len(failures)} of {counts['inputs']} inputs failed\n" + "\n\n".join(shown)
     assert counts["inputs"] >= 0.9 * COUNT * READERS[name].share  # there may be fewer that differ
+
+
+def test_every_kind_of_fault_is_found(tmp_path):
+    worker, faults = Worker(tmp_path), {}
+    try:
+        for name in FAULTY:
+            if not worker.is_alive:
+                worker.read("configs", tmp_path)  # there are none, which loads what readers need
+            worker.longest = 2.0 if name == "hang" else 60.0
+            faults[name] = fault_of(worker.read(name, tmp_path, "a.txt"))
+    finally:
+        worker.close()
+    assert "KeyError" in faults["raise"] and "RecursionError" in faults["recurse"]
+    assert "took more than 2 s" in faults["hang"] and "ended the process (7)" in faults["end"]
+    assert "MiB" in faults["take_memory"] and "MemoryError" in faults["take_all_memory"]
+    assert "no line" in faults["answer_at_length"]

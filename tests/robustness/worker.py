@@ -21,6 +21,7 @@ def main():
     os.dup2(2, 1)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.simplefilter("ignore")
+    from tests.robustness.faulty_readers import FAULTY
     from tests.robustness.readers import READERS
 
     limited = False
@@ -30,7 +31,7 @@ def main():
             size = _status("VmSize") * 1024
             resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, resource.RLIM_INFINITY))
             limited = True
-        answer = _read(READERS[name].read, Path(folder), file)
+        answer = _read((READERS | FAULTY)[name].read, Path(folder), file)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
         if warm:
