@@ -229,7 +229,7 @@ def _check_levels(config, names, allowed):
             )
         unknown = [block for block in blocks if block not in types]
         if unknown:
-            raise config._error(f"{name} {unknown[0]!r} is not supported", f"use {' or '.join(types)}")
+            raise config._error(f"{name} {shown(unknown[0])} is not supported", f"use {' or '.join(types)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,7 +489,7 @@ class SchedulerConfig(Config):
             )
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ConfigError(
-                f"prediction_type {self.prediction_type!r}: unknown; use epsilon, v_prediction or sample"
+                f"prediction_type {shown(self.prediction_type)}: unknown; use epsilon, v_prediction or sample"
             )
 
 

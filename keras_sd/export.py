@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 # Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd import config
 from keras_sd.errors import UserError
-from keras_sd.json_files import read_json, shape_fault
+from keras_sd.json_files import read_json, shape_fault, shown
 from keras_sd.model_options import DTYPES
 from keras_sd.outputs import check_output_folder, overwrite_option
 
@@ -131,13 +131,15 @@ def read_run(checkpoint):
     run = read_json(path, absent=absent, remedy="resume the run, which writes it anew")
     version = run.get("version")
     if type(version) is not int or version != 1:
-        raise UserError(f"{path}: version {version!r} is not supported, only 1; export with a newer keras_sd")
+        raise UserError(
+            f"{path}: version {shown(version)} is not supported, only 1; export with a newer keras_sd"
+        )
     fault = shape_fault(run, RunDescription)
     if fault:
         raise _damaged(fault)
     if run["method"] not in _REBUILD:
         raise UserError(
-            f"{path}: method {run['method']!r} cannot be exported; known are {', '.join(_REBUILD)}"
+            f"{path}: method {shown(run['method'])} cannot be exported; known are {', '.join(_REBUILD)}"
         )
     return {**run, "options": _checked_options(run["method"], run["options"])}
 

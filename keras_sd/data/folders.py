@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from keras_sd import json_files
 from keras_sd.data.images import FORMATS, MINIMUM_SIDE, SUFFIXES, check_image, format_of, read_image
 from keras_sd.errors import UserError
+from keras_sd.json_files import shown
 
 METADATA = "metadata.jsonl"
 
@@ -313,9 +314,11 @@ def _inside(path: Path, folder: Path, name: str) -> Path:
     try:
         place = path.resolve()
     except (OSError, RuntimeError) as error:  # too long a name, a loop of links
-        raise UserError(f"{folder}: file {name!r} cannot be found ({error}); correct its name") from error
+        raise UserError(
+            f"{folder}: file {shown(name)} cannot be found ({shown(str(error))}); correct its name"
+        ) from error
     if not place.is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: file {name!r} lies outside the folder; copy it into the folder")
+        raise UserError(f"{folder}: file {shown(name)} lies outside the folder; copy it into the folder")
     return path
 
 
@@ -341,9 +344,11 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
         path = _inside(folder / name, folder, name)
         image = by_place.get(path.resolve())
         if image is None:
-            raise UserError(f"{place}: no image {name!r} in the folder; add the image or remove the line")
+            raise UserError(
+                f"{place}: no image {shown(name)} in the folder; add the image or remove the line"
+            )
         if image in captions:
-            raise UserError(f"{place}: second caption for {name!r}; keep one line for each image")
+            raise UserError(f"{place}: second caption for {shown(name)}; keep one line for each image")
         captions[image] = (text,)
     if not captions:
         raise UserError(f"{metadata}: empty; write a caption into it")

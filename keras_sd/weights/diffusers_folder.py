@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
 from keras_sd.files import replaced_folder, write_json
-from keras_sd.json_files import MIB, read_json
+from keras_sd.json_files import MIB, read_json, shown
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.old_models import INPAINT, UPSCALE, repaired
@@ -130,7 +130,7 @@ def read_weights(path):
     shards = {}
     for name in sorted(set(shard_of.values())):
         if Path(name).name != name or not name.endswith(_SUFFIXES):
-            raise UserError(f"{path}: names the file {name!r}, which is not beside it; do not use it")
+            raise UserError(f"{path}: names the file {shown(name)}, which is not beside it; do not use it")
         shards[name] = read_weights(path.with_name(name))
     lost = [tensor for tensor, shard in shard_of.items() if tensor not in shards[shard]]
     if lost:

@@ -8,14 +8,16 @@ import functools
 import math
 import re
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import numpy as np
+from annotated_types import Interval
 from typing_extensions import TypedDict
 
 from keras_sd.config import LEGACY_END_TOKEN_ID, ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.files import write_json
-from keras_sd.json_files import read_json
+from keras_sd.json_files import read_json, shown
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.formats import read_safetensors, write_safetensors
@@ -216,9 +218,25 @@ def _flattened(values, path=""):
             yield f"{path}{name}", value
 
 
+Count = Annotated[int, Interval(ge=1, le=2**20)]
+
+
+class _Tower(TypedDict):
+    norm_kwargs: NotRequired[dict | None]
+
+
+class _TextTower(_Tower):
+    heads: NotRequired[Count]
+    eos_id: NotRequired[int]
+
+
+class _VisionTower(_Tower):
+    head_width: NotRequired[Count]
+
+
 class _Towers(TypedDict):
-    text_cfg: dict
-    vision_cfg: dict
+    text_cfg: _TextTower
+    vision_cfg: _VisionTower
 
 
 class OpenClipConfig(TypedDict):
@@ -233,15 +251,12 @@ def _config_beside(path):
     if not path.is_file():
         return None
     config = read_json(path, OpenClipConfig, remedy="use OpenCLIP's own file")["model_cfg"]
-    for tower, name in (("text_cfg", "heads"), ("vision_cfg", "head_width")):
-        value = config[tower].get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {tower} {name} {value!r} is no count; use OpenCLIP's own file")
     for tower, computed in _COMPUTED.items():
         for name, accepted in computed.items():
             value = config[tower].get(name, accepted[0])
             if value not in accepted:
-                raise UserError(f"{path}: {tower} {name} {value!r} is not supported; use a model without it")
+                fault = f"{tower} {name} {shown(value)} is not supported"
+                raise UserError(f"{path}: {fault}; use a model without it")
     return config
 
 

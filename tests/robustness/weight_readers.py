@@ -244,8 +244,12 @@ def _open_clip():
     text, image = parts["text_encoder"], parts["image_encoder"]
     image.tensors["text_projection.weight"] = np.ones((2, 2), "float16")
     image.tensors["logit_scale"] = np.array(2.5, "float16")
+    config = open_clip_config(text.config, image.config)
+    for tower in ("text_cfg", "vision_cfg"):
+        config[tower]["norm_kwargs"] = {"eps": 1e-5}
+    config["text_cfg"] |= {"pool_type": "eos", "eos_id": 2}
     return {
-        "open_clip_config.json": json_bytes({"model_cfg": open_clip_config(text.config, image.config)}),
+        "open_clip_config.json": json_bytes({"model_cfg": config}),
         "open_clip_model.safetensors": safetensors_bytes(open_clip_tensors(text, image)),
     }
 
