@@ -364,12 +364,16 @@ def _not_told(checkpoint, derived):
     if checkpoint.scheduler and derived.scheduler:
         kept = SchedulerConfig.from_dict(checkpoint.scheduler).noise_schedule()
         pairs.append(("scheduler", kept | checkpoint.scheduler, derived.scheduler))
-    return [
+    lost = [
         f"{name} {key} {given[key]} (read as {value})"
         for name, given, read in pairs
         for key, value in read.items()
         if key in _TOLD and key in given and not _same(given[key], value)
     ]
+    sampler = (checkpoint.scheduler or {}).get("_class_name", "DDIMScheduler")
+    if sampler != "DDIMScheduler":
+        lost.append(f"the sampler {sampler} and its options (read as DDIM)")
+    return lost
 
 
 def _same(value, other):

@@ -196,7 +196,7 @@ def test_dry_run_writes_nothing(place, tmp_path):
     ("more", "fault"),
     [
         (("--num-shards", "2", "--shard-index", "2"), "shard 2 of 2: out of range"),
-        (("--mode", "fast", "--flavors", "missing.txt"), "missing.txt: cannot be read"),
+        (("--mode", "fast", "--flavors", "missing.txt"), "missing.txt: not found; give a text file"),
         (("--mode", "fast"), "another mode"),
         (("--remove", "("), "no regular expression"),
         (("--introductions", "missing.jsonl"), "missing.jsonl: not found"),
