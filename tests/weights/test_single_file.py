@@ -188,6 +188,13 @@ def test_what_a_file_cannot_tell_is_named(checkpoints, tmp_path):
         assert words in line
 
 
+def test_the_sampler_that_a_file_cannot_hold_is_named(checkpoints, tmp_path):
+    euler = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}
+    model = checkpoints["sd1"]._replace(scheduler=SchedulerConfig().to_dict() | euler)
+    with pytest.warns(UserWarning, match="the sampler EulerDiscreteScheduler and its options .read as DDIM."):
+        write_single_file(tmp_path / "model.safetensors", model)
+
+
 # --- what diffusers reads ----------------------------------------------------------------------------------
 
 MODEL_INDEX = {
