@@ -2,7 +2,9 @@
 
 import math
 import re
+import stat
 import textwrap
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,8 +20,10 @@ _CHUNK = "parameters"
 _LONGEST_TEXT = 2**20
 _OTHER_FORMATS = ("JPEG", "WEBP", "BMP", "GIF")
 _NEGATIVE = "Negative prompt: "
-# A setting's value is quoted, as JSON quotes, where a comma or a colon would end it early.
-_SETTING = re.compile(r'\s*([\w][\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+# What stands between commas: a name and a value, which is quoted, as JSON quotes, where it holds a comma or a
+# colon. It matches at every place where it is tried, so that the time is as the length of the text.
+_PIECE = re.compile(r'([^,:]*)(?::\s*("(?:\\.|[^\\"])*"(?=,|$)|[^,]*))?(?:,|$)')
+_NAME = re.compile(r"\w[\w \-/]*")
 
 _CAPTION_SIZE = 11
 _CAPTION_LINES = 3
@@ -133,14 +137,16 @@ def _unquoted(value):
 
 def parse_parameters(text):
     """The dictionary that `format_parameters` wrote as this text, its settings as strings."""
-    *lines, settings = text.split("\n")
-    if not _SETTING.match(settings):  # a prompt without settings
-        lines, settings = [*lines, settings], ""
+    *lines, last = text.split("\n")
+    pieces = [(match[1].strip(), match[2]) for match in _PIECE.finditer(last)]
+    settings = [(name, value) for name, value in pieces if value is not None and _NAME.fullmatch(name)]
+    if pieces[0] not in settings:  # a prompt without settings
+        lines, settings = [*lines, last], []
     negative = next((index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     parameters = {"prompt": "\n".join(lines[:negative])}
     if negative < len(lines):
         parameters["negative_prompt"] = "\n".join(lines[negative:]).removeprefix(_NEGATIVE)
-    return parameters | {name: _unquoted(value.strip()) for name, value in _SETTING.findall(settings)}
+    return parameters | {name: _unquoted(value.strip()) for name, value in settings}
 
 
 def save_png(image, path, parameters=None):
@@ -175,13 +181,30 @@ def save_gif(frames, path, frame_rate=10.0, parameters=None):
         first.save(staging, format="GIF", save_all=True, **options)
 
 
+def check_plain(path, title):
+    """Refuses what is there and no plain file, such as a pipe or a device: reading it may never end.
+
+    Args:
+        title: what it should be.
+
+    Raises:
+        UserError: it is none.
+        FileNotFoundError: nothing is there.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
+        raise UserError(f"{path}: is {kind}; name the {title}'s own file")
+
+
 def read_parameters(path):
     """How the picture in a PNG file, or a GIF, was made; an empty dictionary if the file does not say.
 
     Raises:
-        UserError: there is no such picture.
+        UserError: there is no such picture, or it is no plain file.
     """
     try:
+        check_plain(path, "picture")
         with open(path, "rb") as file:
             is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
         # This reads what stands before the pixels, and none of those. Pillow limits texts that are packed.
@@ -190,7 +213,7 @@ def read_parameters(path):
             text = text.decode(errors="replace") if isinstance(text, bytes) else text
         if len(text) > _LONGEST_TEXT:
             raise ValueError("no parameters are as long")
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # damage has many types: SyntaxError, struct.error, ValueError, ...
         raise UserError(f"{path}: not a picture that can be read; give a PNG file") from error

@@ -1,5 +1,8 @@
 """PNG parameters and contact sheets."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,3 +113,25 @@ def test_texts_that_are_no_parameters_are_refused(tmp_path):
         save_png(np.zeros((8, 8, 3), "uint8"), path, {"prompt": text})
         with pytest.raises(UserError, match="a.png: not a picture that can be read"):
             read_parameters(path)
+
+
+@pytest.mark.parametrize("piece", ["A", " ", ":", 'a:"', 'a: "x" b', ",", "a:", '\\"', "a "])
+def test_settings_take_no_time(piece):
+    begin = time.monotonic()
+    text = "p\nSteps: 1, " + piece * (2**20 // len(piece))
+    assert parse_parameters(text)["Steps"] == "1"
+    assert time.monotonic() - begin < 5
+
+
+def test_what_is_no_setting_is_passed_over():
+    text = "p\nSteps: 1, nothing, (x): 2, Model: a \"b\", c : \"d, \\\"e: f\", Size: 8x8, "
+    expected = {"prompt": "p", "Steps": "1", "Model": 'a "b"', "Size": "8x8"}
+    assert parse_parameters(text) == expected | {"c": 'd, "e: f'}
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="pipe.png: is no plain file; name the picture's own file"):
+        read_parameters(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="a folder; name the picture's own file"):
+        read_parameters(tmp_path)

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from keras_sd.errors import UserError
-from keras_sd.images import WHITE
+from keras_sd.images import WHITE, check_plain
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats that are read; a file's format is told by its content, not by its name."""
@@ -293,8 +293,12 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _open(path: Path) -> Image.Image:
     """Read the header only, and refuse by it."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such image file; add it, or remove what names it")
+    try:
+        check_plain(path, "image")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such image file; add it, or remove what names it") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
     found, wanted = format_of(path), " or ".join(FORMATS)
     if found is None:
         raise UserError(f"{path}: not an image; replace it by {wanted}")

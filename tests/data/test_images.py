@@ -1,6 +1,7 @@
 """Images as cameras, phones and programs write them, whole and damaged."""
 
 import io
+import os
 import struct
 import warnings
 
@@ -304,3 +305,11 @@ def test_transparency_is_laid_on_white_strip_by_strip(monkeypatch):
     expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     monkeypatch.setattr(images, "_MANY_PIXELS", 8 * 20 * 5)
     np.testing.assert_array_equal(images._on_white(image), expected)
+
+
+def test_what_is_no_plain_file_is_told_from_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, line in (("pipe.png", "is no plain file"), ("loop.png", "cannot be read"), ("x", "no such image")):
+        with pytest.raises(UserError, match=f"{name}: {line}"):
+            read_picture(tmp_path / name)
