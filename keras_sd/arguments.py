@@ -10,6 +10,14 @@ from keras_sd.errors import UserError
 LARGEST_SEED = 2**64 - 1
 """As others have it; image i has the seed plus i, and 0 follows the largest one."""
 
+MOST_IMAGES = 10**5
+"""More of one call are a slip: a list of as many names would fill the memory before anything is made."""
+
+LONGEST_SIDE = 16384
+"""Pixels of a side; more are a slip, and would fill the memory."""
+
+_LONGEST_SHOWN = 100
+
 
 def whole_number(name, value, least, most=None):
     """The value as an int.
@@ -20,8 +28,17 @@ def whole_number(name, value, least, most=None):
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
     if not is_whole or value < least or (most is not None and value > most):
         upwards = f"from {least}" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name} {value!r}: out of range; use a whole number {upwards}")
+        raise UserError(f"{name} {shown(value)}: out of range; use a whole number {upwards}")
     return int(value)
+
+
+def shown(value):
+    """A value on one line, its end left out where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes out no number of thousands of digits
+        text = "of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
 
 
 def share(name, value, meaning="0 to 1"):

@@ -10,16 +10,27 @@ This module imports no backend.
 
 import hashlib
 import json
+import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 
+from keras_sd.arguments import (
+    LARGEST_SEED,
+    LONGEST_SIDE,
+    MOST_IMAGES,
+    checked_interval,
+    share,
+    shown,
+    whole_number,
+)
 from keras_sd.diffusion.samplers import OF_THE_MODEL, SAMPLERS, find_sampler
 from keras_sd.errors import UserError
 from keras_sd.json_files import parse_json
 from keras_sd.presets import file_hash
 from keras_sd.prompts import take_loras
-from keras_sd.weights.formats import read_metadata
+from keras_sd.weights.formats import check_dtype, read_metadata
 
 # Digits of hashes, as in the web interface.
 _MODEL_DIGITS, _NETWORK_DIGITS = 10, 12
@@ -159,40 +170,77 @@ def options_of(parameters, folder=None):
 
     Returns:
         A dictionary by the names of the command's parameters: prompt (of a walk: prompts), steps, sampler,
-        seed, model, loras, ... What the file does not say, because it was as usual, is left out.
+        seed, model, loras, ... What the file does not say, because it was as usual, is left out. A warning
+        names settings that are none of this package.
 
     Raises:
-        UserError: a file is not in the folder, or a setting is none of this package.
+        UserError: a file is not in the folder, a setting has a value that this package does not write, or
+            the image does not say how it was made.
     """
     taken = dict(parameters)
+    for title, value in taken.items():
+        if not isinstance(value, str):
+            raise UserError(f"{title} {shown(value)}: no text; give what read_parameters finds")
+    if "prompt" not in taken:
+        raise UserError("parameters: no prompt, so they do not say how an image was made; use another image")
     options = {"prompt": taken.pop("prompt"), "negative_prompt": taken.pop("negative_prompt", None)}
-    readers = {
-        "Steps": ("steps", int),
-        "Sampler": ("sampler", _sampler),
-        "CFG scale": ("guidance_scale", float),
-        "Seed": ("seed", int),
-        "Eta": ("eta", float),
-        "Guidance interval": ("guidance_interval", lambda text: tuple(map(float, text.split(" to ")))),
-        "Guidance rescale": ("guidance_rescale", float),
-        "Reuse interval": ("reuse_interval", int),
-        "Denoising strength": ("strength", float),
-        "Noise level": ("noise_level", int),
-        "Model": ("model", str),
-        "Precision": ("dtype", str),
-        "Walk": ("prompts", lambda text: tuple(parse_json(text, "Walk", list[str]))),
-        "Frames": ("num_frames", int),
-        "Frame rate": ("frame_rate", float),
-    }
-    for title, (name, read) in readers.items():
+    for title, (name, read) in _READERS.items():
         if title in taken:
             options[name] = _read(title, taken.pop(title), read)
     if "Size" in taken:
-        options["width"], options["height"] = _read(
-            "Size", taken.pop("Size"), lambda text: tuple(map(int, text.split("x")))
-        )
+        options["width"], options["height"] = _read("Size", taken.pop("Size"), _size)
     if "Batch size" in taken and "Batch pos" not in taken:  # a contact sheet
-        options["num_images"] = _read("Batch size", taken["Batch size"], int)
-    return without_none(options | _files(options, taken, folder))
+        options["num_images"] = _read("Batch size", taken["Batch size"], _whole(1, MOST_IMAGES))
+    options |= _files(options, taken, folder)
+    unknown = [f"{title}: {shown(value)}" for title, value in taken.items() if title not in _NO_OPTIONS]
+    if unknown:
+        warnings.warn(f"{', '.join(unknown)}: not known here, and left out", stacklevel=2)
+    return without_none(options)
+
+
+def _whole(least, most=None):
+    """A reader of whole numbers."""
+    return lambda text: whole_number("number", int(text), least, most)
+
+
+def _number(least, most=math.inf):
+    """A reader of finite numbers."""
+
+    def read(text):
+        value = float(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            raise ValueError(f"out of range: {value}")
+        return value
+
+    return read
+
+
+def _strength(text):
+    value = share("strength", float(text))
+    if not value:
+        raise ValueError("makes no step")
+    return value
+
+
+def _size(text):
+    width, height = text.split("x")
+    return tuple(whole_number("side", int(side), 1, LONGEST_SIDE) for side in (width, height))
+
+
+def _interval(text):
+    return checked_interval(tuple(map(float, text.split(" to "))))
+
+
+def _precision(text):
+    check_dtype(text)
+    return text
+
+
+def _walk(text):
+    prompts = parse_json(text, "Walk", list[str])
+    if not prompts:
+        raise ValueError("no prompts")
+    return tuple(prompts)
 
 
 def _sampler(title):
@@ -202,22 +250,51 @@ def _sampler(title):
     return next(name for name, sampler in SAMPLERS.items() if sampler.name == title)
 
 
+_READERS = {
+    "Steps": ("steps", _whole(1)),
+    "Sampler": ("sampler", _sampler),
+    "CFG scale": ("guidance_scale", _number(0)),
+    "Seed": ("seed", _whole(0, LARGEST_SEED)),
+    "Eta": ("eta", _number(0, 1)),
+    "Guidance interval": ("guidance_interval", _interval),
+    "Guidance rescale": ("guidance_rescale", _number(0, 1)),
+    "Reuse interval": ("reuse_interval", _whole(1)),
+    "Denoising strength": ("strength", _strength),
+    "Noise level": ("noise_level", _whole(0)),
+    "Model": ("model", str),
+    "Precision": ("dtype", _precision),
+    "Walk": ("prompts", _walk),
+    "Frames": ("num_frames", _whole(1, MOST_IMAGES)),
+    "Frame rate": ("frame_rate", _number(1, 50)),
+}
+"""The settings: the parameter's name, and what reads it or raises a `ValueError`."""
+
+# What says something else than how to make an image, or is read with another setting.
+_NO_OPTIONS = {"Model hash", "Batch size", "Batch pos", "Version"}
+
+
 def _read(title, text, read):
     try:
         return read(text)
     except (ValueError, StopIteration) as error:
-        raise UserError(f"{title} {text!r}: not as keras_sd writes it; use an image of its own") from error
+        raise _not_ours(title, text) from error
+
+
+def _not_ours(title, text):
+    return UserError(f"{title} {shown(text)}: not as keras_sd writes it; use an image of its own")
 
 
 def _files(options, taken, folder):
     """The options that name files, and the prompts without the tags of LoRAs."""
     found = {}
-    loras = _hashes(taken.get("Lora hashes"))
+    loras = _hashes("Lora hashes", taken.pop("Lora hashes", ""))
     texts = list(options.get("prompts", [options["prompt"]]))
     asked = [take_loras(text, loras.__contains__) for text in texts]
     if loras:
         texts, weights = [text.rstrip() for text, _ in asked], asked[0][1]
         found["negative_prompt"], negative = take_loras(options["negative_prompt"] or "", loras.__contains__)
+        if loras.keys() - weights.keys() - negative.keys() or any(each != weights for _, each in asked):
+            raise UserError("Lora hashes: not those of the prompt's tags; use an image as keras_sd wrote it")
         paths = {name: _find(folder, f"LoRA {name}", digits, lora_hash) for name, digits in loras.items()}
         found["loras"] = tuple(
             f"{paths[name]}:{number(weight)}" for name, weight in (weights | negative).items()
@@ -226,26 +303,28 @@ def _files(options, taken, folder):
         found["prompts"], found["prompt"] = tuple(texts), None
     else:
         found["prompt"] = texts[0]
-    words = _hashes(taken.get("TI hashes"))
+    words = _hashes("TI hashes", taken.pop("TI hashes", ""))
     if words:
         found["embeddings"] = tuple(
             f"{_find(folder, f'embedding {token}', digits, embedding_hash)}:{token}"
             for token, digits in words.items()
         )
     if "VAE hash" in taken:
-        path = _find(folder, f"VAE {taken.get('VAE')}", taken["VAE hash"], model_hash)
+        path = _find(folder, f"VAE {taken.pop('VAE', '')}", taken.pop("VAE hash"), model_hash)
         found["vae"] = str(path.parent if (path.parent / "config.json").is_file() else path)
     return found
 
 
-def _hashes(text):
+def _hashes(title, text):
     """The names and hashes that `_listed` joined; a name may have a colon or a comma of its own."""
     hashes, name = {}, ""
     for piece in text.split(", ") if text else ():
         name = f"{name}, {piece}" if name else piece
-        title, found, digits = name.rpartition(": ")
+        word, found, digits = name.rpartition(": ")
         if found and len(digits) == _NETWORK_DIGITS:
-            hashes[title], name = digits, ""
+            hashes[word], name = digits, ""
+    if name:
+        raise _not_ours(title, text)
     return hashes
 
 

@@ -187,3 +187,46 @@ def test_tasks_with_images_say_their_own_settings(keras_sd_command, files, tmp_p
         assert code == 0, errors
         found = options_of(read_parameters(output))
         assert (found["strength"], found["guidance_rescale"]) == (0.5, 0.5)
+
+
+GOOD = {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    "title, value",
+    [
+        *(("Size", value) for value in ("5", "1x2x3", "-1x-5", "99999x8", "axb")),
+        *(("Steps", value) for value in ("-3", "0", "1.5", "", "9" * 9999)),
+        *(("CFG scale", value) for value in ("nan", "-1", "inf")),
+        *(("Seed", value) for value in ("-1", str(2**64))),
+        *(("Guidance interval", value) for value in ("0.1", "0.5 to 0.5", "nan to 1", "0 to 0.5 to 1")),
+        *(("Walk", value) for value in ("[]", "[3]", "x")),
+        *(("Lora hashes", value) for value in ("x", "x: 12", "x: 123456789012", "x: 123456789012, y")),
+        *(("Denoising strength", value) for value in ("0", "2", "nan")),
+        ("Precision", "float8"),
+        ("TI hashes", "y"),
+        ("Eta", "2"),
+        ("Frame rate", "0"),
+        ("Frames", "0"),
+        ("Batch size", "0"),
+    ],
+)
+def test_settings_that_are_not_ours_are_refused_by_name(title, value):
+    with pytest.raises(UserError, match=f"{title}.*: not ") as caught:
+        options_of(GOOD | {title: value})
+    assert len(str(caught.value)) < 300
+
+
+def test_what_does_not_say_how_an_image_was_made():
+    assert options_of(GOOD) == GOOD
+    with pytest.raises(UserError, match="no prompt"):
+        options_of({})
+    for title in ("prompt", "Steps", "Lora hashes", "VAE hash"):
+        with pytest.raises(UserError, match=f"{title} None: no text"):
+            options_of(GOOD | {title: None})
+
+
+def test_settings_that_are_not_known_are_named():
+    settings = {"Clip skip": "2", "VAE": "foo", "Model hash": "12", "Version": "v1"}
+    with pytest.warns(UserWarning, match="^Clip skip: '2', VAE: 'foo': not known here, and left out"):
+        assert options_of(GOOD | settings) == GOOD
