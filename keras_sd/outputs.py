@@ -130,11 +130,14 @@ def _named(path, suffix):
     suffixes = (suffix,) if isinstance(suffix, str) else suffix
     kinds = " or ".join(suffixes)
     with _told(path):
-        if Path(path).is_dir() or str(path).endswith(os.sep):
+        # The last names a folder too, which `Path` would leave out.
+        if Path(path).is_dir() or os.path.basename(path) in ("", ".", ".."):
             raise UserError(f"{path}: is a folder; name a {kinds} file in it")
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise UserError(f"{path}: not a {kinds} file; name it {path.with_suffix(suffixes[0])}")
+        bare = path.name.lower() in suffixes  # a name that is all suffix
+        named = path.with_stem("image") if bare else path
+        raise UserError(f"{path}: not a {kinds} file; name it {named.with_suffix(suffixes[0])}")
     return path
 
 

@@ -36,6 +36,19 @@ def test_named_ones_are_refused(tmp_path):
     assert check_output(tmp_path / "taken.json", ".json", beside=beside, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("x.png/.", "x.png/.: is a folder"),
+        ("x.png/", "is a folder"),
+        ("a/.png", "not a .png file; name it .*a/image.png"),
+    ],
+)
+def test_names_that_are_none_of_a_file(tmp_path, name, line):
+    with pytest.raises(UserError, match=line):
+        check_output(f"{tmp_path}/{name}", ".png")
+
+
 def test_what_has_appeared_meanwhile_stays(tmp_path):
     output = check_output(tmp_path / "image.png", ".png")
     overwriting = check_output(tmp_path / "image.png", ".png", overwrite=True)
