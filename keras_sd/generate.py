@@ -6,7 +6,7 @@ import click
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd import presets
-from keras_sd.arguments import LARGEST_SEED, checked_interval, first_step
+from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.errors import UserError
 from keras_sd.model_options import check_size, check_steps, decorated, model_options, open_model
@@ -57,22 +57,21 @@ prompt_options = decorated(
 
 
 STRENGTH = Number(0, 1, min_open=True)
+SIDE = click.IntRange(8, LONGEST_SIDE)
 
 size_options = decorated(
-    click.option("--height", type=click.IntRange(8), help="Pixels; the model's own by default."),
-    click.option("--width", type=click.IntRange(8), help="Pixels; the model's own by default."),
+    click.option("--height", type=SIDE, help="Pixels; the model's own by default."),
+    click.option("--width", type=SIDE, help="Pixels; the model's own by default."),
 )
 
 image_size_options = decorated(
-    click.option(
-        "--height", type=click.IntRange(8), help="Pixels that IMAGE is scaled to; its own by default."
-    ),
-    click.option(
-        "--width", type=click.IntRange(8), help="Pixels that IMAGE is scaled to; its own by default."
-    ),
+    click.option("--height", type=SIDE, help="Pixels that IMAGE is scaled to; its own by default."),
+    click.option("--width", type=SIDE, help="Pixels that IMAGE is scaled to; its own by default."),
 )
 
-num_images_option = click.option("--num-images", default=1, type=click.IntRange(1), help="Pictures to make.")
+num_images_option = click.option(
+    "--num-images", default=1, type=click.IntRange(1, MOST_IMAGES), help="Pictures to make."
+)
 
 
 @click.command()
@@ -215,7 +214,9 @@ def _refuse_text_options(options):
 @click.command()
 @click.argument("prompts", nargs=-1, required=True)
 @output_option("walk.gif", "GIF, or PNG for a contact sheet.")
-@click.option("--num-frames", default=24, type=click.IntRange(1), help="Frames of the whole walk.")
+@click.option(
+    "--num-frames", default=24, type=click.IntRange(1, MOST_IMAGES), help="Frames of the whole walk."
+)
 @click.option("--frame-rate", default=10.0, type=Number(1, 50), help="Frames a second of a GIF.")
 @size_options
 @prompt_options

@@ -1,6 +1,7 @@
 """Stable Diffusion as one object: its parts, the primitives on them, and the tasks."""
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from keras import ops
 
 from keras_sd import backend, presets
 from keras_sd.adapters import Adapters
-from keras_sd.arguments import whole_number
+from keras_sd.arguments import LONGEST_SIDE, shown, whole_number
 from keras_sd.batches import equal_batches
 from keras_sd.defaults import ModelDefaults
 from keras_sd.diffusion.denoiser import Denoiser
@@ -20,7 +21,7 @@ from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
 from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
 from keras_sd.models.tokenizer import vector_names
-from keras_sd.prompts import chunk_prompts, equally_long, weighted_encoding
+from keras_sd.prompts import as_texts, chunk_prompts, equally_long, weighted_encoding
 from keras_sd.tasks import Tasks
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
@@ -159,8 +160,14 @@ class StableDiffusion(Tasks):
             path: a folder, made if there is none, or a file that ends in `.safetensors`. What is there
                 under that name is replaced once the new one is on disk.
             dtype: "float32", "float16" or "bfloat16"; by default as the weights are in memory.
+
+        Raises:
+            UserError: `path` is no name, or cannot be written; or as the writers of both formats.
         """
         formats.check_dtype(dtype)
+        is_name = isinstance(path, str | os.PathLike) and str(path).strip() and "\0" not in str(path)
+        if not is_name:  # an empty one would be the folder where the program runs
+            raise UserError(f"path {shown(path)}: no name; name a folder, or a .safetensors file")
         models = {name: getattr(self, name) for name in _SAVED_PARTS}
         checkpoint = Checkpoint(
             {
@@ -174,11 +181,13 @@ class StableDiffusion(Tasks):
         if Path(path).suffix == ".safetensors":
             if self.tokenizer.added_tokens:
                 raise UserError(f"{path}: a single file has no place for learned words; name a folder")
-            single_file.write_single_file(path, checkpoint, dtype)
+            with os_errors_in_one_line(path):
+                single_file.write_single_file(path, checkpoint, dtype)
         else:
-            diffusers_folder.write_folder(
-                path, checkpoint, self.tokenizer.save, dtype, write_more=self.defaults.save
-            )
+            with os_errors_in_one_line(path):
+                diffusers_folder.write_folder(
+                    path, checkpoint, self.tokenizer.save, dtype, write_more=self.defaults.save
+                )
 
     @functools.cached_property
     def model_hash(self):
@@ -284,8 +293,7 @@ class StableDiffusion(Tasks):
             chunks: how many chunks of tokens each gets, a multiple of what each needs; by default the least
                 common one. A shorter prompt's chunks are repeated, of which attention takes no notice.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self._encode_chunks(*chunk_prompts(self.tokenizer, prompts, chunks))
+        return self._encode_chunks(*chunk_prompts(self.tokenizer, as_texts("prompts", prompts), chunks))
 
     def encode_each(self, prompts):
         """Encodes a list of prompts as `encode_text`, each of its own length: a list of `(tokens, width)`."""
@@ -330,9 +338,11 @@ class StableDiffusion(Tasks):
         """Decodes latents as the UNet gives them to pictures.
 
         Raises:
-            UserError: the latents, or what the VAE makes of them, are not finite.
+            UserError: the latents are of another shape, or not finite, as what the VAE makes of them.
         """
-        latents = np.asarray(latents)
+        latents, channels = np.asarray(latents), self.vae.config.latent_channels
+        if latents.ndim != 4 or latents.shape[-1] != channels or not latents.size:
+            raise UserError(f"latents of shape {latents.shape}: give (n, h, w, {channels})")
         check_inputs({"latents": latents})
         images = self._tiled(self._decode, latents, self.vae.config.downsampling)
         check_result(images, self.vae, "VAE")
@@ -344,12 +354,13 @@ class StableDiffusion(Tasks):
         """The shape `(h, w, c)` of the latents of pictures `height` by `width` pixels.
 
         Raises:
-            UserError: a side is no whole number, or no multiple of the VAE's factor.
+            UserError: a side is no whole number up to `LONGEST_SIDE`, or no multiple of the VAE's factor.
         """
         factor = self.vae.config.downsampling
         sides = []
         for title, side in (("height", height), ("width", width)):
-            side = self.unet.config.sample_size * factor if side is None else whole_number(title, side, 1)
+            usual = self.unet.config.sample_size * factor
+            side = usual if side is None else whole_number(title, side, 1, LONGEST_SIDE)
             if side % factor:
                 raise UserError(f"{title} {side}: does not fit the model; use a multiple of {factor}")
             sides.append(side // factor)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_sd.arguments import shown, whole_number
 from keras_sd.errors import UserError
 
 BRACKET_WEIGHT = 1.1
@@ -183,8 +184,10 @@ def chunk_prompts(tokenizer, prompts, chunks=None):
                 f"prompts: of lengths whose least common multiple is {chunks} chunks of tokens; encode those "
                 "of each length in a call of its own"
             )
+    most = max([MOST_CHUNKS, *map(len, rows)])
+    chunks = whole_number("chunks", chunks, 1, most)
     for row in rows:
-        if chunks % len(row) or chunks < 1:
+        if chunks % len(row):
             raise UserError(
                 f"prompt: needs {len(row)} chunks of tokens where {chunks} are given; give a multiple, or "
                 "shorten it"
@@ -199,6 +202,22 @@ def chunk_prompts(tokenizer, prompts, chunks=None):
                 ids[row, index, place], weights[row, index, place] = token, weight
             ids[row, index, len(tokens) + 1] = tokenizer.end_token_id
     return Chunks(ids, weights)
+
+
+def as_texts(name, texts):
+    """A text, or several, as a list.
+
+    Raises:
+        UserError: it is none, or one of them is none.
+    """
+    given = [texts] if isinstance(texts, str) else texts
+    try:
+        given = list(given)
+    except TypeError:  # not to be gone through, as an array without dimensions, though it has __iter__
+        given = [given]
+    if not all(isinstance(text, str) for text in given):
+        raise UserError(f"{name} {shown(texts)}: no text; give a text, or a list of texts")
+    return given
 
 
 def repeated(encoding, tokens):

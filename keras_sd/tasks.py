@@ -7,20 +7,19 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Iterable
 
 import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from keras_sd.arguments import checked_seed, first_step, image_seeds, whole_number
+from keras_sd.arguments import MOST_IMAGES, checked_seed, first_step, image_seeds, whole_number
 from keras_sd.batches import batches_of_lengths
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.images import any_white, as_masks, as_pictures, pictures_to_unit
-from keras_sd.prompts import repeated, take_loras
+from keras_sd.prompts import as_texts, repeated, take_loras
 
 
 def _with_loras(task):
@@ -241,7 +240,7 @@ class Tasks:
         """
         self._refuse_more_channels("random_walk")
         prompts, negatives = _prompts(prompts, negative_prompt)
-        if whole_number("num_frames", num_frames, 1) < len(prompts):
+        if whole_number("num_frames", num_frames, 1, MOST_IMAGES) < len(prompts):
             raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
         contexts, negatives = np.split(self.encode_text(prompts + negatives), 2)
         shape = self.latent_shape(height, width)
@@ -279,7 +278,7 @@ class Tasks:
     def _conditions(self, prompt, negative_prompt, num_images, seed):
         """For each picture the encodings of both prompts `(tokens, width)`, and its seed."""
         prompts, negatives = _prompts(prompt, negative_prompt)
-        num_images, seed = whole_number("num_images", num_images, 1), checked_seed(seed)
+        num_images, seed = whole_number("num_images", num_images, 1, MOST_IMAGES), checked_seed(seed)
         encodings = self.encode_each(prompts + negatives)
         context, negative = (
             [encoding for encoding in kind for _ in range(num_images)]
@@ -342,23 +341,15 @@ class Tasks:
 
 def _prompts(prompt, negative_prompt):
     """Prompts and negative prompts as two lists of one length."""
-    prompts = _texts("prompt", prompt)
+    prompts = as_texts("prompt", prompt)
     if not prompts:
         raise UserError("prompt: the list is empty; give at least one text")
     if negative_prompt is None or isinstance(negative_prompt, str):
         return prompts, [negative_prompt or ""] * len(prompts)
-    negatives = _texts("negative_prompt", negative_prompt)
+    negatives = as_texts("negative_prompt", negative_prompt)
     if len(negatives) != len(prompts):
         raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for each")
     return prompts, negatives
-
-
-def _texts(name, texts):
-    given = [texts] if isinstance(texts, str) else texts
-    given = list(given) if isinstance(given, Iterable) else [given]
-    if not all(isinstance(text, str) for text in given):
-        raise UserError(f"{name} {texts!r}: no text; give a text, or a list of texts")
-    return given
 
 
 def _one_for_each(values, count, title):

@@ -124,7 +124,7 @@ def test_settings_take_no_time(piece):
 
 
 def test_what_is_no_setting_is_passed_over():
-    text = "p\nSteps: 1, nothing, (x): 2, Model: a \"b\", c : \"d, \\\"e: f\", Size: 8x8, "
+    text = 'p\nSteps: 1, nothing, (x): 2, Model: a "b", c : "d, \\"e: f", Size: 8x8, '
     expected = {"prompt": "p", "Steps": "1", "Model": 'a "b"', "Size": "8x8"}
     assert parse_parameters(text) == expected | {"c": 'd, "e: f'}
 

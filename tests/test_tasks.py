@@ -361,6 +361,16 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
             "mask 1: has",
         ),
         ("upscale", {}, "is no upscaler; load one"),
+        ("image_to_image", {"sampler": [1]}, r"sampler \[1\]: unknown"),
+        ("image_to_image", {"sampler": {}}, "sampler {}: unknown"),
+        ("image_to_image", {"sampler": np.zeros(300)}, "sampler array.*: unknown"),
+        ("image_to_image", {"prompt": np.array(0.5)}, r"prompt array\(0.5\): no text"),
+        ("image_to_image", {"negative_prompt": np.array(0.5)}, r"negative_prompt array\(0.5\): no text"),
+        ("image_to_image", {"num_images": 10**30}, "num_images 10{30}: out of range"),
+        ("image_to_image", {"num_images": 10**5000}, "num_images of thousands of digits: out of range"),
+        ("random_walk", {"prompts": "a", "height": 10**30}, "height 10{30}: out of range"),
+        ("random_walk", {"prompts": "a", "width": 2**24}, "width 16777216: out of range"),
+        ("random_walk", {"prompts": "a", "num_frames": 10**30}, "num_frames 10{30}: out of range"),
         ("random_walk", {"num_frames": 1, "prompts": ["a", "b"]}, "num_frames 1: fewer than the 2 prompts"),
     ],
 )
@@ -373,6 +383,25 @@ def test_bad_input_is_one_line(plain, task, change, line):
     with pytest.raises(UserError, match=line) as caught:
         getattr(plain, task)(**(OPTIONS | given | change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot tell")
+def test_bad_input_of_primitives_is_one_line(plain, tmp_path):
+    for shape in ((4, 4), (1, 8, 8, 3), (0, 8, 8, 4)):
+        with pytest.raises(UserError, match="latents of shape .*: give"):
+            plain.decode(np.zeros(shape, "float32"))
+    for prompts in (np.array(0.5), 5):
+        with pytest.raises(UserError, match="prompts .*: no text"):
+            plain.encode_text(prompts)
+    for chunks in (10**9, "x", True, 0):
+        with pytest.raises(UserError, match="chunks .*: out of range"):
+            plain.encode_text("a", chunks=chunks)
+    for path in ("", " ", "x\0", None, 5):
+        with pytest.raises(UserError, match="path .*: no name"):
+            plain.save(path)
+    for name in ("a" * 300, "a" * 300 + ".safetensors"):
+        with pytest.raises(UserError, match="a: .*[Nn]ame too long|a.safetensors: .*[Nn]ame too long"):
+            plain.save(tmp_path / name)
 
 
 def test_models_of_another_task_say_so(inpainting, upscaler, pictures):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from keras_sd.arguments import shown
 from keras_sd.diffusion import discrete, k_diffusion, solvers, spacing
 from keras_sd.diffusion.rows import Run
 from keras_sd.errors import UserError
@@ -226,8 +227,8 @@ def find_sampler(name, config=None):
     """
     if name is None:
         return _own_sampler(config)
-    if name not in SAMPLERS:
-        raise UserError(f"sampler {name!r}: unknown; use one of {', '.join(SAMPLERS)}")
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise UserError(f"sampler {shown(name)}: unknown; use one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
