@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import warnings
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.json_files import shown
 from keras_sd.weights.lora import lora_file, read_lora
 from keras_sd.weights.rules import from_torch, parameter_paths
 
@@ -55,17 +57,25 @@ class Adapters:
             The name.
 
         Raises:
-            UserError: another one has the name that is given; or as `read_lora` and `set`.
+            UserError: another one has the name that is given; or as `read_lora` and `set`. Nothing has
+                changed then.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"LoRA {path!r}: no path; give that of a file or a folder")
+        if name is not None and (not isinstance(name, str) or not name or _NO_NAME.search(name)):
+            raise UserError(f"LoRA {name!r}: prompts cannot call it so; use a text without <, > and :")
         if name in self._loaded:
             raise UserError(f"LoRA {name!r}: loaded already; give another name, or unload it first")
-        if name is not None and _NO_NAME.search(name):
-            raise UserError(f"LoRA {name!r}: prompts cannot call it so; leave out <, > and :")
         weight = _checked_weight(name or path, weight)
-        lora = read_lora(path, self._models)
-        name = name or self._free_name(path)
-        self._loaded[name], self.files[name] = lora, lora_file(path)
-        self.set(self.weights | {name: weight})
+        with os_errors_in_one_line(path):
+            lora = read_lora(path, self._models)
+            name = name or self._free_name(path)
+            self._loaded[name], self.files[name] = lora, lora_file(path)
+        try:
+            self.set(self.weights | {name: weight})
+        except BaseException:
+            del self._loaded[name], self.files[name]
+            raise
         return name
 
     def _free_name(self, path):
@@ -81,21 +91,31 @@ class Adapters:
 
     def unload(self, name=None):
         """Takes a LoRA off the model and forgets it; all of them without a name."""
-        for gone in [name] if name else self.names:
-            self._known(gone)
-            del self._loaded[gone], self.files[gone]
-        self.set({name: weight for name, weight in self.weights.items() if name in self._loaded})
+        gone = self.names if name is None else (name,)
+        for one in gone:
+            self._known(one)
+        self.set({one: weight for one, weight in self.weights.items() if one not in gone})
+        for one in gone:
+            del self._loaded[one], self.files[one]
 
     def set(self, weights):
         """Sets the weight of each LoRA by its name; those not named are taken off.
 
         Raises:
-            UserError: a name is unknown; the line lists those known.
+            UserError: a name is unknown, the line lists those known; or a weight is no finite number, or
+                makes the model's so. Nothing has changed then.
         """
+        if not isinstance(weights, dict):
+            raise UserError(f"LoRA weights {weights!r}: no dictionary; give one from names to numbers")
         for name in weights:
             self._known(name)
-        weights = {name: _checked_weight(name, weight) for name, weight in weights.items() if weight}
-        self._apply(weights)
+        checked = {name: _checked_weight(name, weight) for name, weight in weights.items()}
+        weights = {name: weight for name, weight in checked.items() if weight}
+        try:
+            self._apply(weights)
+        except BaseException:
+            self._apply(self.weights)
+            raise
         self.weights = weights
 
     @contextlib.contextmanager
@@ -109,7 +129,7 @@ class Adapters:
             self.set(before)
 
     def _known(self, name):
-        if name not in self._loaded:
+        if not isinstance(name, str) or name not in self._loaded:
             known = f"use {', '.join(self._loaded)}" if self._loaded else "load it first"
             raise UserError(f"LoRA {name!r}: not loaded; {known}")
 
@@ -119,25 +139,36 @@ class Adapters:
         for name, weight in weights.items():
             for part, layers in self._loaded[name].items():
                 for layer, update in layers.items():
-                    updates.setdefault((part, layer), []).append((weight, update))
+                    updates.setdefault((part, layer), {})[name] = weight, update
         for part, model in self._models.items():
             for parameter in parameter_paths(model):
                 key = part, parameter.name.removesuffix(".weight")
                 if parameter.variable.name == "kernel" and (key in updates or key in self._bases):
-                    self._assign(parameter, key, updates.get(key, ()))
+                    self._assign(parameter, key, updates.get(key, {}))
 
     def _assign(self, parameter, key, updates):
         base = self._bases.setdefault(key, np.array(parameter.variable))
-        total = sum(np.float32(weight) * update.scaled_product for weight, update in updates)
         if updates:
-            kernel = np.asarray(base, "float32") + from_torch(parameter, total)
-            parameter.variable.assign(kernel.astype(base.dtype))
+            with np.errstate(over="ignore", invalid="ignore"):  # told below
+                total = sum(np.float32(weight) * update.scaled_product for weight, update in updates.values())
+                kernel = (np.asarray(base, "float32") + from_torch(parameter, total)).astype(base.dtype)
+            if not np.isfinite(kernel).all():
+                raise UserError(
+                    f"LoRA {', '.join(map(repr, updates))}: makes {'.'.join(key)} infinite in {base.dtype}; "
+                    "use a smaller weight, or an undamaged file"
+                )
+            parameter.variable.assign(kernel)
         else:
             parameter.variable.assign(base)
             del self._bases[key]
 
 
 def _checked_weight(name, weight):
-    if isinstance(weight, bool) or not isinstance(weight, int | float | np.number) or not np.isfinite(weight):
-        raise UserError(f"LoRA {str(name)!r}: its weight {weight!r} is no finite number; use another")
-    return float(weight)
+    is_number = isinstance(weight, int | float | np.integer | np.floating) and not isinstance(weight, bool)
+    try:
+        number = float(weight) if is_number else math.nan
+    except OverflowError:  # an integer of too many digits
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"LoRA {str(name)!r}: its weight {shown(weight)} is no finite number; use another")
+    return number

@@ -232,7 +232,7 @@ class StableDiffusion(Tasks):
         """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded."""
         if name not in self.adapters.names and self.lora_folder is not None:
             path = Path(self.lora_folder) / f"{name}.safetensors"
-            if path.is_file() and path.parent == Path(self.lora_folder):
+            if os.path.isfile(path) and path.parent == Path(self.lora_folder):  # a name may be too long
                 self.load_lora(path, name, weight=0.0)
         return name in self.adapters.names
 

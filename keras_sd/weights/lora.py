@@ -97,7 +97,12 @@ def read_lora(path, models):
             )
         part, layer = _resolve(match["layer"], names, path)
         half = _HALVES.get(match["peft"] or match["half"], "alpha")
-        found.setdefault(part, {}).setdefault(layer, {})[half] = array
+        halves = found.setdefault(part, {}).setdefault(layer, {})
+        if half in halves:
+            raise UserError(
+                f"{path}: {key} is a second {half} for {part}.{layer}; give each update in a file of its own"
+            )
+        halves[half] = array
     if not found:
         raise UserError(f"{path}: holds no tensors; give a LoRA")
     strengths = read_strengths(path, PARTS)
@@ -161,6 +166,8 @@ def _checked(part, layer, halves, strength, shape, path):
     if missing:
         raise UserError(f"{path}: {name} lacks its {missing.pop()} half; fetch the file again")
     down, up = halves["down"], halves["up"]
+    if not down.size or not up.size:
+        raise UserError(f"{path}: {name} has a half that is empty; fetch the file again")
     if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1]:
         raise UserError(f"{path}: {name} has halves {down.shape} and {up.shape} that do not fit together")
     # A 1x1 convolution and a linear layer hold the same numbers; files have either.

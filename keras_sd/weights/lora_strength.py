@@ -7,6 +7,7 @@ numbers in ways that are not done here, so it is refused by its name.
 """
 
 import math
+import os
 import re
 
 from typing_extensions import TypedDict
@@ -45,11 +46,16 @@ class _Shape(TypedDict, total=False):
     alpha_pattern: dict[str, float] | None
 
 
+_USUAL_RANK = _USUAL_ALPHA = 8  # PEFT's own, where a config says none
 _LARGEST_ALPHA = 1e30
 _LONGEST_PATTERN = 300
-_QUANTIFIERS = re.compile(r"(?<!\\)[*+{]")
-_QUANTIFIED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
-_MOST_QUANTIFIERS = 2
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_CLASS = re.compile(r"\[\^?\]?[^\]]*\]")
+_QUANTIFIERS = re.compile(r"[*+?{]\??")
+_QUANTIFIED_GROUP = re.compile(r"\)[*+{]")
+# What a search may cost, as a power of two: a quantifier tries each place of a name, some 2^6 of them.
+_QUANTIFIER_COST = 6
+_LARGEST_COST = 16
 
 
 class LoraStrength:
@@ -73,7 +79,9 @@ class LoraStrength:
                 raise UserError(f"{source}: {name} {shown(config[name])} is not supported; use a plain LoRA")
         self._ranks = self._patterns("rank_pattern", config)
         self._alphas = self._patterns("alpha_pattern", config)
-        self._rank, self._alpha = config.get("r"), self._checked("lora_alpha", config.get("lora_alpha"))
+        rank, alpha = config.get("r"), self._checked("lora_alpha", config.get("lora_alpha"))
+        self._rank = _USUAL_RANK if rank is None else rank
+        self._alpha = _USUAL_ALPHA if alpha is None else alpha
         self._rank_stabilized = bool(config.get("use_rslora"))
 
     def alpha(self, layer, rank):
@@ -83,14 +91,12 @@ class LoraStrength:
             UserError: the rank is not what the config says.
         """
         said = _of_layer(self._ranks, layer, self._rank)
-        if said is not None and said != rank:
+        if said != rank:
             raise UserError(
                 f"{self._source}: says rank {said} for {layer}, whose update has {rank}; "
                 "use the config that was written with the weights"
             )
         alpha = _of_layer(self._alphas, layer, self._alpha)
-        if alpha is None:
-            return float(rank)
         return alpha * math.sqrt(rank) if self._rank_stabilized else float(alpha)
 
     def _checked(self, name, value):
@@ -107,15 +113,22 @@ class LoraStrength:
 
     def _compiled(self, name, pattern):
         """PEFT takes the patterns for regular expressions of how a name ends; a few could search for ever."""
-        hangs = _QUANTIFIED_GROUP.search(pattern) or len(_QUANTIFIERS.findall(pattern)) > _MOST_QUANTIFIERS
         try:
-            if hangs or len(pattern) > _LONGEST_PATTERN:
+            if len(pattern) > _LONGEST_PATTERN or _could_hang(pattern):
                 raise ValueError
             return re.compile(rf"(.*\.)?({pattern})$")
         except (ValueError, re.error, RecursionError, OverflowError) as error:
             raise UserError(
                 f"{self._source}: {name} has {shown(pattern)}, too involved a pattern; write layers' names"
             ) from error
+
+
+def _could_hang(pattern):
+    """Whether a search for a regular expression may try too many ways."""
+    plain = _CLASS.sub("_", _ESCAPED.sub("_", pattern)).replace("(?", "(")
+    choices = plain.count("|") if "(" in plain else 0  # without groups, one is tried after the other
+    cost = choices + _QUANTIFIER_COST * len(_QUANTIFIERS.findall(plain))
+    return cost > _LARGEST_COST or _QUANTIFIED_GROUP.search(plain) is not None
 
 
 def _of_layer(patterns, layer, usual):
@@ -136,21 +149,23 @@ def read_strengths(path, parts):
         UserError: the config is damaged, or asks for what cannot be honoured.
     """
     beside = path.with_name(ADAPTER_CONFIG)
-    if path.stem == "adapter_model" and beside.is_file():
+    if path.stem == "adapter_model" and os.path.lexists(beside):
         return dict.fromkeys(parts, LoraStrength(read_json(beside), beside))
     written = read_metadata(path).get(_METADATA) if path.suffix == ".safetensors" else None
     if written is None:
         return {}
     source = f"{path}: {_METADATA}"
     config = parse_json(written, source)
-    if any(name in config for name in ("r", "lora_alpha")):  # as one model by itself writes it
+    if config.keys() & {*_Shape.__annotations__, *_NEUTRAL}:  # as one model by itself writes it
         return dict.fromkeys(parts, LoraStrength(config, source))
-    configs = {
-        part: {
-            name.removeprefix(f"{part}."): value
-            for name, value in config.items()
-            if name.startswith(f"{part}.")
-        }
-        for part in parts
-    }
+    configs = {part: {} for part in parts}
+    for name, value in config.items():
+        part, _, field = name.partition(".")
+        own = {field: value} if field else value  # by dotted names, or one dictionary in another
+        if part not in configs or not isinstance(own, dict):
+            raise UserError(
+                f"{source}: {shown(name)} tells nothing of {' or '.join(parts)}; "
+                "use a LoRA that was made for this kind of model"
+            )
+        configs[part] |= own
     return {part: LoraStrength(own, source) for part, own in configs.items() if own}

@@ -1,6 +1,7 @@
 """LoRA files against diffusers' and PEFT's own, in every dialect; and LoRAs at work in a pipeline."""
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -202,6 +203,9 @@ def peft_folder(folder, tmp_path, **changes):
         ({"alpha_pattern": {"(a+)+": 1}}, "too involved a pattern"),
         ({"rank_pattern": {"(": 4}}, "too involved a pattern"),
         ({"use_rslora": "yes"}, "use_rslora 'yes'"),
+        ({"alpha_pattern": {".?" * 60 + "!": 3}}, "too involved a pattern"),
+        ({"alpha_pattern": {r"\(?" * 60 + "!": 3}}, "too involved a pattern"),
+        ({"rank_pattern": {"(.|.)" * 50 + "!": 3}}, "too involved a pattern"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(
@@ -370,3 +374,123 @@ def test_bad_files_are_told_in_one_line(pipeline, folder, tmp_path):
         write_lora(tmp_path / "x.safetensors", {}, "loha")
     with pytest.raises(UserError, match="not loaded"):
         pipeline.set_lora_weights({"nothing": 1.0})
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def halves(form, rank=2, value=1.0):
+    """The tensors of an update of `LAYER`; `form` has {} where A or B stands."""
+    down, up = np.full((rank, 8), value, "float32"), np.full((8, rank), value, "float32")
+    return {form.format("A"): down, form.format("B"): up}
+
+
+def updated(pipeline):
+    return torch_state(pipeline.unet)[f"{LAYER}.weight"]
+
+
+@pytest.mark.parametrize(
+    "other", ["unet.{}.lora_{{}}.second.weight", "base_model.model.{}.lora_{{}}.weight", "kohya"]
+)
+def test_a_second_update_of_a_layer_is_refused(pipeline, tmp_path, other):
+    first = halves(f"unet.{LAYER}.lora_{{}}.weight")
+    if other == "kohya":
+        kohya = f"lora_unet_{LAYER.replace('.', '_')}.lora_"
+        second = dict(zip((f"{kohya}down.weight", f"{kohya}up.weight"), first.values(), strict=True))
+    else:
+        second = halves(other.format(LAYER))
+    save_file(first | second, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is a second (down|up) for unet.down_blocks"):
+        pipeline.load_lora(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("rank", "config", "strength"),
+    [(2, {"r": 2}, 4), (8, {}, 1), (8, {"lora_alpha": 16}, 2), (2, {"r": 2, "lora_alpha": None}, 4)],
+)
+def test_what_a_config_leaves_out_is_as_in_peft(pipeline, tmp_path, rank, config, strength):
+    before = updated(pipeline)
+    save_file(
+        halves(f"base_model.model.{LAYER}.lora_{{}}.weight", rank), tmp_path / "adapter_model.safetensors"
+    )
+    write_json(tmp_path / "adapter_config.json", config)
+    pipeline.load_lora(tmp_path)
+    np.testing.assert_allclose(updated(pipeline) - before, strength * rank, rtol=1e-5)
+    pipeline.unload_lora()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "nowhere"])
+def test_a_config_that_is_no_file_is_refused(pipeline, tmp_path, kind):
+    save_file(halves(f"base_model.model.{LAYER}.lora_{{}}.weight"), tmp_path / "adapter_model.safetensors")
+    config = tmp_path / "adapter_config.json"
+    make = {"folder": config.mkdir, "pipe": lambda: os.mkfifo(config)}
+    make.get(kind, lambda: config.symlink_to(config if kind == "loop" else tmp_path / "none"))()
+    with pytest.raises(UserError, match="adapter_config.json: (cannot be read|not found)"):
+        pipeline.load_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "strength"),
+    [
+        ({"unet": {"r": 2, "lora_alpha": 8}}, 4),
+        ({"unet.r": 2, "unet.lora_alpha": 8}, 4),
+        ({"alpha_pattern": {"to_q": 6}, "rank_pattern": {"to_q": 2}}, 3),
+        ({"transformer.r": 2, "transformer.lora_alpha": 8}, "'transformer.r' tells nothing of unet"),
+        ({"unet": 5}, "'unet' tells nothing of unet"),
+    ],
+)
+def test_a_headers_config_is_honoured_or_refused_by_name(pipeline, tmp_path, config, strength):
+    path, before = tmp_path / "a.safetensors", updated(pipeline)
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    save_file(halves(f"unet.{LAYER}.lora_{{}}.weight"), path, metadata)
+    if isinstance(strength, str):
+        with pytest.raises(UserError, match=strength):
+            pipeline.load_lora(path)
+        return
+    pipeline.load_lora(path)
+    np.testing.assert_allclose(updated(pipeline) - before, strength * 2, rtol=1e-5)
+    pipeline.unload_lora()
+
+
+def test_an_empty_or_an_overflowing_update_changes_nothing(pipeline, tmp_path):
+    before, form, path = updated(pipeline), f"unet.{LAYER}.lora_{{}}.weight", tmp_path / "a.safetensors"
+    save_file(halves(form, 0), path)
+    with pytest.raises(UserError, match="a half that is empty"):
+        pipeline.load_lora(path)
+    save_file(halves(form, value=1e30), path)
+    with pytest.raises(UserError, match="LoRA 'a': makes unet.down_blocks.* infinite in float32"):
+        pipeline.load_lora(path)
+    save_file(halves(form), path)
+    for weight in (1e39, 1e308):
+        with pytest.raises(UserError, match="infinite in float32; use a smaller weight"):
+            pipeline.load_lora(path, weight=weight)
+    assert not pipeline.adapters.names and not pipeline.adapters.files
+    np.testing.assert_array_equal(updated(pipeline), before)
+    pipeline.load_lora(path)
+    with_it = updated(pipeline)
+    with pytest.raises(UserError, match="infinite in float32"):
+        pipeline.set_lora_weights({"a": 1e39})
+    assert pipeline.adapters.weights == {"a": 1.0}
+    np.testing.assert_array_equal(updated(pipeline), with_it)
+    pipeline.unload_lora()
+    np.testing.assert_array_equal(updated(pipeline), before)
+
+
+def test_arguments_of_another_type_or_length_are_told_in_one_line(pipeline, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(halves(f"unet.{LAYER}.lora_{{}}.weight"), path)
+    for options in (
+        *({"path": value} for value in ("a" * 300, "x\0", None, 5, [])),
+        *({"name": value} for value in (5, "", [], "a:b")),
+        *({"weight": value} for value in (10**400, 10**9000, np.array([0, 1]), 1j)),
+    ):
+        with pytest.raises(UserError) as caught:
+            pipeline.load_lora(**{"path": path} | options)
+        assert "\n" not in str(caught.value)
+    for call in (pipeline.set_lora_weights, pipeline.unload_lora):
+        with pytest.raises(UserError):
+            call([5])
+    pipeline.lora_folder = tmp_path
+    assert not pipeline.find_lora("A" * 300) and not pipeline.find_lora("x\0") and pipeline.find_lora("a")
+    pipeline.lora_folder = None
+    pipeline.unload_lora()
