@@ -19,6 +19,7 @@ _LARGEST = sys.float_info.max
 _LARGEST_SIZE = 2**20
 _LARGEST_SIDE = 4096
 _MOST_LEVELS = 16
+_LARGEST_SCALING = 1000  # published autoencoders have 0.08 to 1.5
 
 # Early public configs of CLIP say that the end token is 2, which it is not in CLIP's vocabulary. They are
 # read as their models were trained: the end token is the largest id.
@@ -52,12 +53,14 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             accepted = int | float if field.type is float else field.type
-            if not isinstance(value, accepted):
+            if not isinstance(value, accepted) or (type(value) is bool and field.type in (int, float)):
                 kind = getattr(accepted, "__name__", accepted)
                 raise self._error(f"{field.name} {shown(value)} is no {kind}")
             # Integers that no float holds are refused with those that are no number.
             if field.type is float and not abs(value) <= _LARGEST:
                 raise self._error(f"{field.name} {shown(value)} is no finite number")
+            if field.name.endswith("_eps") and not 0 < value < 1:
+                raise self._error(f"{field.name} {shown(value)} is not between 0 and 1")
             if isinstance(value, tuple) and len(value) > _MOST_LEVELS:
                 raise self._error(f"{field.name} has {len(value)} values, more than {_MOST_LEVELS}")
             if isinstance(value, int) and field.type is not float and value > self._largest(field.name):
@@ -366,6 +369,10 @@ class VAEConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 < self.scaling_factor <= _LARGEST_SCALING:
+            raise self._error(
+                f"scaling_factor {shown(self.scaling_factor)} is not above 0 and up to {_LARGEST_SCALING}"
+            )
         types = (("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
         _check_levels(self, ("down_block_types", "up_block_types"), types)
 

@@ -20,7 +20,7 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import END_TOKEN, Tokenizer
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.scheduler_options import unknown_keys
+from keras_sd.scheduler_options import OPTIONS, complete, unknown_keys
 from keras_sd.weights import readers, rules
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.expected_shapes import is_decoder_alone
@@ -80,6 +80,10 @@ def open_parts(checkpoint, dtype="float32", partial=False):
 
 def _warn_of_unknown_options(scheduler):
     names = unknown_keys(scheduler)
+    if scheduler.get("_class_name") is None:  # read as of the usual class, which has not all options
+        usual = SchedulerConfig.json_header["_class_name"]
+        complete(usual, scheduler)
+        names += [key for key in scheduler if key[:1] != "_" and key not in {*OPTIONS[usual], *names}]
     if names:
         more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
         warnings.warn(

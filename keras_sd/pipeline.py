@@ -18,6 +18,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.image_parameters import image_parameters, model_hash
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
+from keras_sd.json_files import shown
 from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
 from keras_sd.models.tokenizer import vector_names
@@ -122,7 +123,7 @@ class StableDiffusion(Tasks):
             weights: "ema", or "raw" for those that training goes on from, where a file holds both.
             variant: which of a folder's sets of files, such as "fp16"; by default the plain ones.
             dtype: "float32", "float16" or "bfloat16", of the weights in memory and of the computation.
-            prediction_type: "epsilon" or "v_prediction", which a single file does not say.
+            prediction_type: "epsilon" or "v_prediction", in place of what the files say or do not say.
             partial: also takes weights of which some are missing or left over, with a warning.
             vae: path of a folder or a file with another autoencoder to use.
             options: batch_size and jit_compile, as in the constructor.
@@ -130,6 +131,11 @@ class StableDiffusion(Tasks):
         Raises:
             UserError: a file is missing or damaged, or the weights are not those of a Stable Diffusion.
         """
+        for name, given in (("path", path), ("vae", vae)):
+            if not isinstance(given, str | Path) and not (name == "vae" and given is None):
+                raise UserError(f"{name} {shown(given)}: no path; give a file or a folder")
+        if not isinstance(partial, bool):
+            raise UserError(f"partial {shown(partial)}: give True or False")
         with os_errors_in_one_line(path):
             source = Path(path) if Path(path).exists() else presets.find(str(path))
         checkpoint = readers.read_checkpoint(

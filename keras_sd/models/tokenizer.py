@@ -42,6 +42,8 @@ LARGEST_MAX_LENGTH = 2**20
 # Prompts read these as syntax (`keras_sd.prompts`), so a token with one in it would never be found whole.
 _SYNTAX_PATTERN = re.compile(r"[\s()\[\]\\:]")
 
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 _LARGEST_FILE = 16 * MIB
 _LARGEST_ID = 2**20
 _ABSENT = "a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
@@ -63,6 +65,9 @@ class _AddedToken(_Token):
 class SpecialTokens(TypedDict):
     """The shape of `special_tokens_map.json`."""
 
+    bos_token: NotRequired[TokenText | _Token | None]
+    eos_token: NotRequired[TokenText | _Token | None]
+    unk_token: NotRequired[TokenText | _Token | None]
     pad_token: NotRequired[TokenText | _Token | None]
 
 
@@ -164,6 +169,8 @@ class Tokenizer:
                     f"token {name!r}: empty, or with a space, bracket, colon or backslash, which mean "
                     "something in prompts; name it like <my-cat>"
                 )
+            if name == "BREAK":
+                raise UserError("token 'BREAK': begins a new chunk in prompts; name it like <my-cat>")
             if word in taken or word in self.vocabulary or word + WORD_END in self.vocabulary:
                 raise UserError(
                     f"token {name!r}: is in the vocabulary already; choose a name that is none, like <my-cat>"
@@ -236,14 +243,17 @@ class Tokenizer:
             # The older of the two files leads: 2.x has the end token in one and "!" in the other.
             special_tokens = _read_json(folder / "special_tokens_map.json", SpecialTokens, default={})
             pad_token = special_tokens.get("pad_token", pad_token)
+        special = {_content(config[key]) for key in _SPECIAL_TOKENS if config.get(key) is not None}
         max_length = int(config.get("model_max_length", DEFAULT_MAX_LENGTH))
-        return cls(
+        tokenizer = cls(
             vocabulary,
             merges,
             max_length if max_length <= LARGEST_MAX_LENGTH else DEFAULT_MAX_LENGTH,
             END_TOKEN if pad_token is None else _content(pad_token),
             {token: token_id for token, token_id in added_tokens.items() if token not in vocabulary},
         )
+        _check_merges_make(vocabulary, merges, special | {tokenizer.pad_token} | added_tokens.keys(), folder)
+        return tokenizer
 
     def save(self, folder):
         """Writes the ``tokenizer`` folder of a pipeline."""
@@ -399,6 +409,17 @@ def _checked_merges(pairs, path):
         if len(pair) != 2 or not all(pair):
             raise UserError(f"{path}: {shown(' '.join(pair))} is no pair of tokens; fetch it again")
     return [tuple(pair) for pair in pairs]
+
+
+def _check_merges_make(vocabulary, merges, special, folder):
+    """Raises a UserError for a token that is never found in a text, as the merge that makes it is lost."""
+    made = {"".join(pair) for pair in merges} | special | {BEGIN_TOKEN, END_TOKEN}
+    lost = [token for token in vocabulary if token not in made and len(token.removesuffix(WORD_END)) > 1]
+    if lost:
+        raise UserError(
+            f"{folder}: no merge makes {len(lost)} of the vocabulary's tokens, the first is "
+            f"{shown(lost[0])}; fetch the tokenizer's files again"
+        )
 
 
 def _read_tokenizer_json(path):

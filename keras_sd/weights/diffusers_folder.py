@@ -5,6 +5,7 @@ own. Written in one form: one safetensors file for each part.
 """
 
 import difflib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def read_folder(folder, variant=None):
     """
     folder = Path(folder)
     pipeline = read_json(folder / INDEX).get("_class_name")
-    present = [part for part in PARTS if (folder / part / "config.json").is_file()]
+    present = [part for part in PARTS if os.path.lexists(folder / part / "config.json")]
     with_variant = [part for part in present if variant in _weights_by_variant(folder / part, part)]
     if variant is not None and present and not with_variant:
         weights_path(folder, present[0], variant)  # raises, and names the variants
@@ -188,7 +189,7 @@ def read_companions(folder):
         tokenizer's folder.
     """
     paths = (folder / SCHEDULER, folder / LOW_RES_SCHEDULER)
-    schedulers = (read_json(path) if path.is_file() else None for path in paths)
+    schedulers = (read_json(path) if os.path.lexists(path) else None for path in paths)
     tokenizer = folder / "tokenizer"
     return *schedulers, tokenizer if tokenizer.is_dir() else None
 

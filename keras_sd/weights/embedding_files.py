@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.json_files import shown
 from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
@@ -17,6 +18,7 @@ DIALECTS = ("diffusers", "kohya")
 
 _FOLDER_FILES = (DIFFUSERS_FILE, "learned_embeds.bin")
 _KOHYA_KEY = "emb_params"
+MOST_VECTORS = 75  # tokens of a prompt
 _SDXL_KEYS = {"clip_g", "clip_l"}
 
 
@@ -63,6 +65,9 @@ def _arrays(content, path):
         found = [array for array in parameters.values() if isinstance(array, np.ndarray)]
         arrays = {name if isinstance(name, str) and name else None: array for array in found[:1]}
     elif _KOHYA_KEY in content:
+        further = [name for name in content if name != _KOHYA_KEY]
+        if further:
+            raise UserError(f"{path}: {shown(further[0])} beside {_KOHYA_KEY}; give a file of one word")
         arrays = {None: content[_KOHYA_KEY]}
     else:
         arrays = content
@@ -79,6 +84,11 @@ def _is_embedding(array):
 
 def _checked(array, width, path):
     vectors = np.atleast_2d(np.asarray(array, "float32"))
+    if len(vectors) > MOST_VECTORS:
+        raise UserError(
+            f"{path}: {len(vectors)} vectors for one word, where a prompt has room for {MOST_VECTORS}; "
+            "use a textual inversion of fewer"
+        )
     if vectors.shape[1] != width:
         raise UserError(
             f"{path}: embeddings are {vectors.shape[1]} wide, the text encoder's {width}; "

@@ -1,9 +1,10 @@
 """One way in for all formats: what a file or a folder is, is found from itself."""
 
+import os
 from pathlib import Path
 
 from keras_sd.errors import UserError, os_errors_in_one_line
-from keras_sd.json_files import read_json
+from keras_sd.json_files import read_json, shown
 from keras_sd.weights import diffusers_folder
 from keras_sd.weights.checkpoint import Checkpoint
 from keras_sd.weights.keras_cv import read_keras_cv
@@ -17,6 +18,7 @@ _PART_NAMES = {
     "_class_name": {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"},
     "model_type": {"clip_text_model": "text_encoder", "clip_vision_model": "image_encoder"},
 }
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _KERAS_CV_SUFFIXES = (".h5", ".hdf5")
 
 
@@ -28,7 +30,7 @@ def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
             latent-diffusion, of one part, of a CLIP of OpenCLIP's, or of KerasCV.
         weights: "ema" or "raw", where a single file holds both.
         variant: which of a folder's sets of files, such as "fp16".
-        prediction_type: "epsilon" or "v_prediction", where a single file does not tell.
+        prediction_type: "epsilon", "v_prediction" or "sample", in place of what the model's schedule says.
 
     Returns:
         A `Checkpoint`.
@@ -36,14 +38,27 @@ def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
     Raises:
         UserError: it is missing, damaged, not what its suffix says, or nothing of Stable Diffusion.
     """
+    if weights not in ("ema", "raw"):
+        raise UserError(f"weights {shown(weights)}: unknown; use ema or raw")
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise UserError(
+            f"prediction_type {shown(prediction_type)}: unknown; use {' or '.join(PREDICTION_TYPES)}"
+        )
     with os_errors_in_one_line(path):
-        return _read_checkpoint(Path(path), weights, variant, prediction_type)
+        checkpoint = _read_checkpoint(Path(path), weights, variant, prediction_type)
+    if prediction_type is not None and checkpoint.scheduler is not None:
+        chosen = {"prediction_type": prediction_type}
+        repairs = checkpoint.scheduler_repairs and checkpoint.scheduler_repairs | chosen
+        checkpoint = checkpoint._replace(scheduler=checkpoint.scheduler | chosen, scheduler_repairs=repairs)
+    return checkpoint
 
 
 def _read_checkpoint(path, weights, variant, prediction_type):
     if path.is_dir():
         return _read_directory(path, variant)
     if not path.is_file():
+        if os.path.lexists(path):
+            raise UserError(f"{path}: no plain file (a pipe, a device or a broken link); give a model")
         raise UserError(f"{path}: no such file or folder; give a model")
     with path.open("rb") as file:
         is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
@@ -57,14 +72,14 @@ def _read_checkpoint(path, weights, variant, prediction_type):
 
 
 def _read_directory(folder, variant):
-    if (folder / diffusers_folder.INDEX).is_file():
+    if os.path.lexists(folder / diffusers_folder.INDEX):
         return diffusers_folder.read_folder(folder, variant)
     if any(folder.glob("*.h5")):
         return read_keras_cv(folder)
     parts = {
         part: diffusers_folder.read_part(folder, part, variant)
         for part in diffusers_folder.PARTS
-        if (folder / part / "config.json").is_file()
+        if os.path.lexists(folder / part / "config.json")
     }
     if not parts and (folder / "config.json").is_file():
         part = _part_of(folder / "config.json")

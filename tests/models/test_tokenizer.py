@@ -302,7 +302,10 @@ def test_older_file_leads_on_padding(tmp_path, tokenizers):
         ("merges.txt", b"\xff\xfe", "merges.txt: not UTF-8"),
         ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt: 'a b c' is no pair"),
         ("merges.txt", b"#version: 0.2\nqx zj\n", "do not fit together"),
+        ("merges.txt", b"", "no merge makes"),
+        ("merges.txt", b"#version: 0.2\n", "fetch the tokenizer's files again"),
         ("merges.txt", None, "merges.txt: not found"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "bos_token"),
         ("added_tokens.json", b'{"<new>": 9999}', "'<new>' has id 9999 where 657 is next"),
     ],
 )
