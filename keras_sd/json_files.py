@@ -184,6 +184,8 @@ def _opened(path, remedy):
             kind = "a folder" if Path(path).is_dir() else "no plain file"
             raise UserError(f"{path}: cannot be read ({kind}, not a file); {remedy}")
         return open(path, "rb")
+    except UserError:  # which is a ValueError
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
     except (OSError, ValueError) as error:  # the latter of a name with a NUL

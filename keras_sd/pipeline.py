@@ -18,7 +18,6 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.image_parameters import image_parameters, model_hash
 from keras_sd.images import as_pictures, pictures_from_unit, pictures_to_unit
-from keras_sd.json_files import shown
 from keras_sd.loading import check_fit, model_part, open_parts
 from keras_sd.models.tiles import in_tiles
 from keras_sd.models.tokenizer import vector_names

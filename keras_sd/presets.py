@@ -69,6 +69,8 @@ def _find(name):
         return folder
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).exists() and not Path(name).is_file():
+        raise UserError(f"{str(name)!r}: no plain file; give a folder, a file, or a preset")
     if Path(name).suffix.lower() in _FILE_SUFFIXES:
         raise UserError(
             f"{str(name)!r}: no such file; check its path, or give a hub id (owner/model) or a preset: "

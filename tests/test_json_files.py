@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 import keras_sd
 from keras_sd import json_files
 from keras_sd.errors import UserError
-from keras_sd.json_files import read_json, read_json_lines, shape_fault
+from keras_sd.json_files import read_json, read_json_lines, read_lines, shape_fault
 
 
 class Person(TypedDict):
@@ -102,6 +102,10 @@ def test_what_is_no_file_ends_in_one_line(tmp_path):
     assert "not found" in fault_of(read_json, write(tmp_path / "a", "") / "b")
     assert "cannot be read" in fault_of(read_json, tmp_path / ("x" * 300))
     assert "cannot be read" in fault_of(read_json, "a\0b")
+
+
+def test_a_folder_in_place_of_lines_is_told_once(tmp_path):
+    assert fault_of(lambda: list(read_lines(tmp_path))).count("cannot be read") == 1
 
 
 def test_lines_are_read_one_by_one(tmp_path):
