@@ -332,7 +332,15 @@ class StableDiffusion(Tasks):
 
         Returns:
             Latents, float32 `(n, h, w, c)`.
+
+        Raises:
+            UserError: an array is of another shape; or as `Denoiser.steps`.
         """
+        channels, width = self.vae.config.latent_channels, self.unet.config.cross_attention_dim
+        _check_shape("latents", latents, (None, None, None, channels))
+        for title, encoding in (("text encoding", context), ("negative text encoding", negative)):
+            if encoding is not None:
+                _check_shape(title, encoding, (len(latents), None, width))
         context, negative = equally_long(context, negative)
         for denoised in self._denoiser.steps(latents, context, negative, **options):
             if on_step is not None:
@@ -345,9 +353,8 @@ class StableDiffusion(Tasks):
         Raises:
             UserError: the latents are of another shape, or not finite, as what the VAE makes of them.
         """
-        latents, channels = np.asarray(latents), self.vae.config.latent_channels
-        if latents.ndim != 4 or latents.shape[-1] != channels or not latents.size:
-            raise UserError(f"latents of shape {latents.shape}: give (n, h, w, {channels})")
+        latents = np.asarray(latents)
+        _check_shape("latents", latents, (None, None, None, self.vae.config.latent_channels))
         check_inputs({"latents": latents})
         images = self._tiled(self._decode, latents, self.vae.config.downsampling)
         check_result(images, self.vae, "VAE")
@@ -418,3 +425,14 @@ class StableDiffusion(Tasks):
         batches = equal_batches(len(inputs), limit or self.batch_size)
         outputs = [ops.convert_to_numpy(function(inputs[batch])) for batch in batches]
         return np.concatenate(outputs)[: len(inputs)]
+
+
+def _check_shape(title, array, expected):
+    """Raises a UserError unless an array has this shape, of which None is any number from 1."""
+    shape = tuple(np.shape(array))
+    fits = len(shape) == len(expected) and all(
+        size and want in (None, size) for size, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise UserError(f"{title} of shape {shape}: does not fit the model; give ({wanted})")

@@ -387,9 +387,13 @@ def test_bad_input_is_one_line(plain, task, change, line):
 
 @pytest.mark.filterwarnings("ignore:.*cannot tell")
 def test_bad_input_of_primitives_is_one_line(plain, tmp_path):
+    context = plain.encode_text("a cat")
+    with pytest.raises(UserError, match=r"text encoding of shape \(1, 2\): does not fit the model; give"):
+        plain.denoise(np.zeros((1, 8, 8, 4), "float32"), np.zeros((1, 2), "float32"), guidance_scale=1)
     for shape in ((4, 4), (1, 8, 8, 3), (0, 8, 8, 4)):
-        with pytest.raises(UserError, match="latents of shape .*: give"):
-            plain.decode(np.zeros(shape, "float32"))
+        for draw in (plain.decode, functools.partial(plain.denoise, context=context, guidance_scale=1)):
+            with pytest.raises(UserError, match="latents of shape .*: does not fit the model; give"):
+                draw(np.zeros(shape, "float32"))
     for prompts in (np.array(0.5), 5):
         with pytest.raises(UserError, match="prompts .*: no text"):
             plain.encode_text(prompts)
