@@ -26,6 +26,7 @@ from keras_sd.tasks import Tasks
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
 from keras_sd.weights.embedding_files import embedding_file, read_embeddings
+from keras_sd.weights.lora import holds_lora
 
 _SAVED_PARTS = ("text_encoder", "unet", "vae", "image_encoder")
 
@@ -234,11 +235,18 @@ class StableDiffusion(Tasks):
         self.adapters.unload(name)
 
     def find_lora(self, name):
-        """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded."""
+        """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded.
+
+        There it is the file `NAME.safetensors`, or the folder `NAME` as PEFT and diffusers write one.
+        """
         if name not in self.adapters.names and self.lora_folder is not None:
-            path = Path(self.lora_folder) / f"{name}.safetensors"
-            if os.path.isfile(path) and path.parent == Path(self.lora_folder):  # a name may be too long
-                self.load_lora(path, name, weight=0.0)
+            file, folder = Path(self.lora_folder) / f"{name}.safetensors", Path(self.lora_folder) / name
+            # A name may be too long, have slashes, or be that of another folder.
+            if file.parent == folder.parent == Path(self.lora_folder) and folder.name not in ("", ".", ".."):
+                if os.path.isfile(file):
+                    self.load_lora(file, name, weight=0.0)
+                elif holds_lora(folder):
+                    self.load_lora(folder, name, weight=0.0)
         return name in self.adapters.names
 
     # Learned words

@@ -5,6 +5,7 @@ names by underscores (`lora_unet_…_to_q.lora_down.weight`) and has latent-diff
 joined name cannot be taken apart, the names of the model are joined and compared.
 """
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -52,6 +53,11 @@ class LowRank(NamedTuple):
         down = np.asarray(self.down, "float32").reshape(rank, -1)
         product = np.asarray(self.up, "float32").reshape(-1, rank) @ down
         return np.float32(self.alpha / rank) * product.reshape(-1, *self.down.shape[1:])
+
+
+def holds_lora(folder):
+    """Whether there is a folder of that path with the LoRA of diffusers or PEFT in it."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in _FOLDER_FILES)
 
 
 def lora_file(path):

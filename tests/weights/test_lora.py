@@ -492,5 +492,12 @@ def test_arguments_of_another_type_or_length_are_told_in_one_line(pipeline, tmp_
             call([5])
     pipeline.lora_folder = tmp_path
     assert not pipeline.find_lora("A" * 300) and not pipeline.find_lora("x\0") and pipeline.find_lora("a")
+    (tmp_path / "peft").mkdir()
+    save_file(
+        halves(f"unet.{LAYER}.lora_{{}}.weight"), tmp_path / "peft" / "pytorch_lora_weights.safetensors"
+    )
+    assert pipeline.find_lora("peft") and not pipeline.find_lora(".")
+    pipeline.lora_folder = tmp_path / "peft" / "inner"
+    assert not pipeline.find_lora("..")
     pipeline.lora_folder = None
     pipeline.unload_lora()
