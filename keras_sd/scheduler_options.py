@@ -145,8 +145,8 @@ def _is_whole(value, least=0):
 
 _ANY = Rule(lambda value: True, "any value")
 _SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
-_POSITIVE = Rule(lambda value: _is_number(value) and 0 < value < float("inf"), "a number above 0")
-_SIGMA = Rule(lambda value: value is None or _POSITIVE.accepts(value), "a number above 0, or null")
+_POSITIVE = Rule(lambda value: _is_number(value) and 0 < value < 1e9, "above 0, below 10^9")
+_SIGMA = Rule(lambda value: value is None or _POSITIVE.accepts(value), "above 0, below 10^9, or null")
 _ORDER = _one_of(1, 2, 3, reason="no higher order is stable here")
 _NO_FLOW = "flow matching is not computed here"
 _TAKEN_FOR_IT = "there is no other; those of other classes are taken for it, as in diffusers"

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_sd.errors import UserError
+from keras_sd.json_files import shown
 
 
 def _betas(config):
@@ -21,9 +22,8 @@ def _betas(config):
 
         times = np.arange(steps + 1) / steps
         return np.minimum(1 - remaining(times[1:]) / remaining(times[:-1]), 0.999)
-    raise UserError(
-        f"beta_schedule {config.beta_schedule!r}: unknown; use linear, scaled_linear or squaredcos_cap_v2"
-    )
+    known = "linear, scaled_linear or squaredcos_cap_v2"
+    raise UserError(f"beta_schedule {shown(config.beta_schedule)}: unknown; use {known}")
 
 
 def _with_zero_terminal_snr(signal_rates):

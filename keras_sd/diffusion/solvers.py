@@ -22,6 +22,7 @@ from keras_sd.diffusion.rows import (
     noise_at,
 )
 from keras_sd.diffusion.spacing import CLEAN
+from keras_sd.errors import UserError
 
 # Few steps are the shakier the higher their order is at the end.
 _FEW_STEPS = 15
@@ -191,6 +192,11 @@ def _quadrature():
 
 def _deis_shares(sigmas, end):
     """The integrals over sigma, from the first of `sigmas` to `end`, of Lagrange polynomials in log sigma."""
+    if not end > 0:
+        raise UserError(
+            "scheduler_config.json: the first timestep has no noise (beta_start), where DEIS has no limit; "
+            "use another sampler"
+        )
     nodes, weights = _quadrature()
     places, start, end = np.log(sigmas), math.log(sigmas[0]), math.log(end)
     times = start + (end - start) * (nodes + 1) / 2

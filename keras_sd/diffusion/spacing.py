@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_sd.errors import UserError
+from keras_sd.json_files import shown
 
 # The sigma that stands for a timestep of noise alone, whose own is infinite: half precision's smallest number
 # as squared signal rate, as in diffusers.
@@ -77,7 +78,7 @@ def spaced_timesteps(options, num_steps):
 def _spacing_of(options):
     spacing = options.get("timestep_spacing", "linspace")
     if spacing not in ("leading", "trailing", "linspace"):
-        raise UserError(f"timestep_spacing {spacing!r}: unknown; use leading, trailing or linspace")
+        raise UserError(f"timestep_spacing {shown(spacing)}: unknown; use leading, trailing or linspace")
     return spacing
 
 

@@ -408,3 +408,19 @@ def test_bad_numbers_end_in_one_line():
         spaced_timesteps(vars(SchedulerConfig(timestep_spacing="even")), 10)
     with pytest.raises(UserError, match="sampler 'euler_z': unknown; use one of ddim, ddpm, "):
         find_sampler("euler_z")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "changes", "line"),
+    [
+        ("DEISMultistepScheduler", {"beta_start": 0}, "no noise .beta_start., where DEIS has no limit"),
+        ("LCMScheduler", {"timestep_scaling": 2**64}, "timestep_scaling 18446744073709551616 of LCM"),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "x" * 70_000}, "timestep_spacing 'xxx"),
+        ("DDIMScheduler", {"beta_schedule": "x" * 70_000}, "beta_schedule 'xxx"),
+    ],
+)
+def test_absurd_options_of_a_file_are_one_short_line(class_name, changes, line):
+    with pytest.raises(UserError, match=line) as raised, np.errstate(divide="ignore"):
+        config = SchedulerConfig.from_dict({"_class_name": class_name} | changes)
+        find_sampler(None, config).tables(NoiseSchedule(config), 7)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 700
