@@ -304,7 +304,7 @@ def test_refused_images(folder):
     assert "a.png: not an image" in fault(folder)
     path.unlink()
     path.mkdir()
-    assert "a.png: no such image file" in fault(folder)
+    assert "a.png: is a folder" in fault(folder)
 
 
 @pytest.mark.parametrize("side", [11_200, 60_000])
