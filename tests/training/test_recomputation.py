@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -220,7 +221,8 @@ def test_flags_that_are_on_already_are_not_named(objective, tmp_path):
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_command_without_enough_memory_ends_in_one_line(tmp_path, backend):
-    size = ("--height", 2**24, "--width", 2**24)
+    """The largest image that may be asked for, with 16 GiB of addresses, which its features exceed."""
+    size = ("--height", 2**14, "--width", 2**14)
     arguments = ["-m", "keras_sd", "generate", "red heart", *size, "--output", tmp_path / "image.png"]
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -228,6 +230,7 @@ def test_command_without_enough_memory_ends_in_one_line(tmp_path, backend):
         capture_output=True,
         text=True,
         timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)),
     )
     assert done.returncode == 2, done.stderr[-3000:]
     told = "keras-sd: error: out of memory; take half precision (--dtype bfloat16, in training --mixed-"
