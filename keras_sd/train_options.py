@@ -423,7 +423,7 @@ def evenly(sequence, count):
     return [sequence[index * len(sequence) // count] for index in range(count)]
 
 
-def extractor_of(name, jit_compile):
+def extractor_of(name, jit_compile=True):
     """The feature extractor of that KID; the choice offers no other names."""
     from keras_sd.loading import load_part
     from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
