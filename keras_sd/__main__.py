@@ -4,7 +4,7 @@
 def main():
     """Runs the command line as a program: exit code 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
-        from keras_sd.cli import main as run
+        from keras_sd.cli.main import main as run
 
         run()
     except KeyboardInterrupt:  # before `run_command` deals with it

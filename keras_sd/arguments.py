@@ -91,17 +91,19 @@ def checked_interval(interval):
     return start, end
 
 
-def first_step(strength, num_steps):
+def first_step(strength, num_inference_steps):
     """How many of the steps a strength leaves out.
 
     Raises:
         UserError: the strength is no number above 0 up to 1, or makes no step.
     """
-    whole_number("num_steps", num_steps, 1)
+    whole_number("num_inference_steps", num_inference_steps, 1)
     if not isinstance(strength, numbers.Real) or isinstance(strength, bool) or not 0 < strength <= 1:
         raise UserError(f"strength {strength!r}: out of range; use more than 0, up to 1")
-    made = int(num_steps * strength)
+    made = int(num_inference_steps * strength)
     if made < 1:
-        least = math.ceil(1000 / num_steps) / 1000
-        raise UserError(f"strength {strength}: makes none of {num_steps} steps; use {least:g} or more")
-    return num_steps - made
+        least = math.ceil(1000 / num_inference_steps) / 1000
+        raise UserError(
+            f"strength {strength}: makes none of {num_inference_steps} steps; use {least:g} or more"
+        )
+    return num_inference_steps - made

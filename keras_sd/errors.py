@@ -2,12 +2,7 @@
 
 import contextlib
 import errno
-import functools
 import os
-import sys
-import warnings
-
-from keras_sd import interruption
 
 BACKENDS = ("tensorflow", "jax")
 
@@ -54,104 +49,3 @@ def os_errors_in_one_line(path):
         yield
     except OSError as error:
         raise UserError(os_fault(error, path)) from error
-
-
-def run_command(command, program):
-    """Runs a click command as a whole program, which this ends.
-
-    Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each), 130 and 143
-    ended by Ctrl-C and by SIGTERM. Memory that is not enough is bad input too. Any other exception is a fault
-    of the program and keeps its traceback. A ``UserWarning`` is one line on stderr too.
-
-    Args:
-        command: the ``click.Command``.
-        program: its name as typed, for the messages and the help.
-    """
-    with interruption.watching(program):
-        try:
-            sys.exit(_run(command, program))
-        except BaseException as error:
-            # What was to end the program may come out of a library as anything.
-            bad_input = isinstance(error, SystemExit) and error.code == 2
-            if interruption.received() is None or bad_input:
-                raise
-            words = interruption.last_words()
-            if words is not None:
-                print(f"{program}: {words}", file=sys.stderr)
-            sys.exit(interruption.exit_code(interruption.received()))
-
-
-def _run(command, program):
-    """Runs the command and returns the exit code, or raises `SystemExit` or a fault of the program."""
-    import click  # here, so that the library's exceptions need no command line
-
-    warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
-    if hasattr(sys.stdout, "reconfigure"):  # names of files that are no UTF-8 leave as the bytes they are
-        sys.stdout.reconfigure(errors="surrogateescape")
-    # TensorFlow's notices would bury what the commands say.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend not in BACKENDS:
-        _leave(program, f"KERAS_BACKEND {backend!r}: unknown; use {' or '.join(BACKENDS)}")
-    try:
-        code = command.main(prog_name=program, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else program
-        _leave(program, f"{error.format_message().rstrip('.')}; see {path} --help")
-    except (UserError, click.ClickException) as error:
-        _leave(program, str(error), at_once=error.__cause__ is not None and is_out_of_memory(error.__cause__))
-    except click.Abort:
-        return 130
-    except Exception as error:
-        message = _mendable_fault(error)
-        if message is None:
-            raise
-        _leave(program, message, at_once=is_out_of_memory(error))
-    return code if isinstance(code, int) else 0
-
-
-def _mendable_fault(error):
-    """The line for an exception that is no fault of the program, or None."""
-    if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS:
-        return f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend"
-    if isinstance(error, OSError) and error.errno is not None:
-        return os_fault(error)
-    if is_out_of_memory(error):
-        return (
-            "out of memory; take half precision (--dtype bfloat16, in training --mixed-precision bf16), a "
-            "smaller batch size or smaller images"
-        )
-    return None
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that an allocation failed; loads no backend that is not there already."""
-    if "keras_sd.backend" in sys.modules:
-        from keras_sd import backend
-
-        return backend.is_out_of_memory(error)
-    return isinstance(error, MemoryError)
-
-
-def _warn(program, show, message, category, *place):
-    """Tells a warning for people in one line; those for programmers as ever."""
-    if issubclass(category, UserWarning):
-        print(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
-    else:
-        show(message, category, *place)
-
-
-def _leave(program, message, at_once=False):
-    """Tells the fault and ends the program; `at_once` frees nothing first.
-
-    After an allocation that failed TensorFlow frees some of its memory twice, which would abort the program.
-    """
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    if at_once and "tensorflow" in sys.modules:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
-    sys.exit(2)

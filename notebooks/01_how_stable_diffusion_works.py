@@ -43,15 +43,15 @@ import numpy as np
 from keras import ops
 
 from keras_sd import StableDiffusion
-from keras_sd.data.emoji import load_emoji
+from keras_sd.data.emoji.source import load_emoji
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.diffusion.guidance import guided_prediction
 from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import ddim_steps
-from keras_sd.images import pictures_to_unit
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models import attention
+from keras_sd.models.pixels import images_to_unit
 
 plt.rcParams.update(
     {
@@ -92,7 +92,12 @@ for name, part in parts.items():
 print(f"pictures of {size} x {size} x 3, latents of {' x '.join(map(str, latent_shape))}")
 
 pictures = sd.text_to_image(
-    PROMPT, num_images=4, num_steps=NUM_STEPS, guidance_scale=GUIDANCE_SCALE, seed=SEED, progress=False
+    PROMPT,
+    num_images=4,
+    num_inference_steps=NUM_STEPS,
+    guidance_scale=GUIDANCE_SCALE,
+    seed=SEED,
+    progress=False,
 )
 show([pictures], [f"seed {SEED + index}" for index in range(4)])
 
@@ -211,7 +216,7 @@ show([moved], ["as encoded", *[f"+ {amount:g} noise" for amount in amounts[1:]]]
 # the latents say exactly which picture it was, and the decoder is a good one.
 
 # %%
-posterior = sd.vae.encode(pictures_to_unit(picture[None]))
+posterior = sd.vae.encode(images_to_unit(picture[None]))
 mean = ops.convert_to_numpy(posterior.mean)
 deviation = np.exp(0.5 * ops.convert_to_numpy(posterior.log_variance))
 print(f"means spread by {mean.std():.3f}, the median deviation around them is {np.median(deviation):.4f}")
@@ -283,7 +288,9 @@ show(
 # `sd.denoise` does the same with a step that was compiled once:
 
 # %%
-compiled = sd.denoise(states[0], context, negative, guidance_scale=GUIDANCE_SCALE, num_steps=NUM_STEPS)
+compiled = sd.denoise(
+    states[0], context, negative, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_STEPS
+)
 print(f"largest difference between both results: {np.abs(compiled - state).max():.0e}")
 
 # %% [markdown]
@@ -396,7 +403,7 @@ show(rows, [f"step {index + 1}" for index in shown], ["without the text", "with 
 scales = [1, 2, 5, 10]
 rows = []
 for seed in (SEED, SEED + 1):
-    options = {"num_steps": NUM_STEPS, "seed": seed, "progress": False}
+    options = {"num_inference_steps": NUM_STEPS, "seed": seed, "progress": False}
     rows.append([sd.text_to_image(PROMPT, guidance_scale=scale, **options)[0] for scale in scales])
 show(rows, [f"scale {scale}" for scale in scales], [f"seed {SEED}", f"seed {SEED + 1}"])
 

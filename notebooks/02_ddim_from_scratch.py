@@ -49,20 +49,21 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
-from keras_sd import config
-from keras_sd.data.datasets import batches, load_source
+from keras_sd.cli.train.options import extractor_of
+from keras_sd.data.sources import batches, load_source
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.images import image_grid, pictures_from_unit, pictures_to_unit
+from keras_sd.files.image_files import image_grid
 from keras_sd.metrics.features import extract
 from keras_sd.metrics.kid import kernel_inception_distance
+from keras_sd.models.pixels import images_from_unit, images_to_unit
 from keras_sd.models.unet import UNet
-from keras_sd.train_options import extractor_of
+from keras_sd.training import architectures
 from keras_sd.training.callbacks import EMACallback
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.optimizer import AdamW
-from keras_sd.training.pixel_ddim import sample_pictures
+from keras_sd.training.pixel_ddim import sample_images
 
 plt.rcParams.update(
     {
@@ -113,7 +114,7 @@ show([image_grid(pictures, columns=12, scale=2)], ["training pictures"], width=8
 # timesteps.
 
 # %%
-schedule = NoiseSchedule(config.PIXEL_SCHEDULER)
+schedule = NoiseSchedule(architectures.PIXEL_SCHEDULER)
 
 figure, axis = plt.subplots(figsize=(7, 3))
 axis.plot(schedule.signal_rates, label="signal rate")
@@ -123,11 +124,11 @@ axis.grid(alpha=0.3)
 axis.legend()
 plt.show()
 
-picture = pictures_to_unit(pictures[24])
+picture = images_to_unit(pictures[24])
 noise = np.random.default_rng(0).standard_normal(picture.shape, dtype="float32")
 timesteps = [0, 200, 400, 600, 800, 999]
 noisy = [add_noise(picture, noise, schedule.signal_rates[t], schedule.noise_rates[t]) for t in timesteps]
-show([pictures_from_unit(each) for each in noisy], [f"timestep {t}" for t in timesteps], width=1.6)
+show([images_from_unit(each) for each in noisy], [f"timestep {t}" for t in timesteps], width=1.6)
 
 # %% [markdown]
 # ## The network and its loss
@@ -147,7 +148,7 @@ show([pictures_from_unit(each) for each in noisy], [f"timestep {t}" for t in tim
 # %%
 levels = len(CHANNELS)
 unet_config = dataclasses.replace(
-    config.PIXEL_UNET,
+    architectures.PIXEL_UNET,
     sample_size=IMAGE_SIZE,
     block_out_channels=CHANNELS,
     down_block_types=("DownBlock2D",) * levels,
@@ -254,7 +255,7 @@ samples, distances, measured_steps = {"raw": [], "average": []}, {"raw": [], "av
 
 def measure(weights):
     """Draws samples with the weights of the moment, from the same noise each time."""
-    drawn = sample_pictures(denoiser, SAMPLES, num_steps=SAMPLING_STEPS, batch_size=SAMPLES)
+    drawn = sample_images(denoiser, SAMPLES, num_inference_steps=SAMPLING_STEPS, batch_size=SAMPLES)
     distance = kernel_inception_distance(
         real_features, extract(extractor, drawn), num_subsets=50, subset_size=SAMPLES
     )
@@ -346,9 +347,13 @@ plt.show()
 
 # %%
 with average.applied():
-    for num_steps in (1, 2, 5, 20):
-        drawn = sample_pictures(denoiser, 10, num_steps=num_steps, batch_size=10)
-        show([image_grid(drawn, columns=10)], [f"{num_steps} steps" if num_steps > 1 else "1 step"], width=8)
+    for num_inference_steps in (1, 2, 5, 20):
+        drawn = sample_images(denoiser, 10, num_inference_steps=num_inference_steps, batch_size=10)
+        show(
+            [image_grid(drawn, columns=10)],
+            [f"{num_inference_steps} steps" if num_inference_steps > 1 else "1 step"],
+            width=8,
+        )
 
 # %% [markdown]
 # One step gives the mean of what there might be, which is a blur. `03_sampling_methods` has more of this.

@@ -60,10 +60,12 @@ sd = StableDiffusion.from_preset(PRESET)
 schedule = NoiseSchedule(sd.scheduler_config)
 
 
-def draw(sampler, num_steps, **options):
+def draw(sampler, num_inference_steps, **options):
     """`NUM_SEEDS` pictures of the prompt."""
     options = {"num_images": NUM_SEEDS, "seed": SEED, "guidance_scale": GUIDANCE_SCALE, **options}
-    return sd.text_to_image(PROMPT, sampler=sampler, num_steps=num_steps, progress=False, **options)
+    return sd.text_to_image(
+        PROMPT, sampler=sampler, num_inference_steps=num_inference_steps, progress=False, **options
+    )
 
 
 def show(rows, titles, labels, side=1.2):
@@ -93,9 +95,9 @@ def show(rows, titles, labels, side=1.2):
 
 
 # %%
-def evaluations(sampler, num_steps):
+def evaluations(sampler, num_inference_steps):
     """How often the network is asked (twice as much work each time with guidance)."""
-    return len(SAMPLERS[sampler].tables(schedule, num_steps).rows)
+    return len(SAMPLERS[sampler].tables(schedule, num_inference_steps).rows)
 
 
 def draws_noise(sampler):

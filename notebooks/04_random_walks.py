@@ -47,9 +47,10 @@ import numpy as np
 from IPython.display import Image, display
 
 from keras_sd import StableDiffusion
-from keras_sd.batches import equal_batches
 from keras_sd.diffusion.denoiser import NoiseStreams
-from keras_sd.images import image_grid, resized, save_gif
+from keras_sd.files.image_files import image_grid, save_gif
+from keras_sd.models.pixels import resized
+from keras_sd.pipeline.batches import equal_batches
 
 plt.rcParams.update(
     {
@@ -62,13 +63,13 @@ plt.rcParams.update(
 
 sd = StableDiffusion.from_preset(PRESET)
 latent_shape = sd.latent_shape()
-sampling = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
+sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
 
 
 def draw(noise, context):
     """Pictures of noises `(n, h, w, c)` and text encodings `(n, tokens, width)`, a batch at a time."""
     negative = sd.encode_text([""]).repeat(len(noise), axis=0)
-    options = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    options = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
     pictures = []
     for batch in equal_batches(len(noise), sd.batch_size):
         pictures.append(sd.decode(sd.denoise(noise[batch], context[batch], negative[batch], **options)))

@@ -47,9 +47,9 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from keras_sd.captions import CaptionSettings, CleaningSettings, caption_folder
-from keras_sd.data.datasets import load_source
-from keras_sd.data.emoji import load_emoji
-from keras_sd.train_options import evenly
+from keras_sd.cli.train.options import evenly
+from keras_sd.data.emoji.source import load_emoji
+from keras_sd.data.sources import load_source
 
 plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 10})
 

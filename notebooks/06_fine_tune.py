@@ -57,12 +57,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from keras_sd import StableDiffusion, presets
-from keras_sd.data.datasets import load_source
+from keras_sd.cli.train.options import evenly
+from keras_sd.data.sources import load_source
 from keras_sd.diffusion.denoiser import NoiseStreams
-from keras_sd.loading import load_part
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
-from keras_sd.train_options import evenly
+from keras_sd.pipeline.loading import load_part
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import add_lora, save_lora
 from keras_sd.training.text_to_image import train_text_to_image
@@ -139,7 +139,7 @@ show(
 # but it scatters about zero.
 
 # %%
-sampling = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
+sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
 extractor = ClipFeatures(load_part(presets.find("emoji"), "image_encoder"))
 real_features = extract(extractor, np.stack([example["image"] for example in held_out]))
 

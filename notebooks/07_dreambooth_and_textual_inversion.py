@@ -57,11 +57,11 @@ import numpy as np
 from PIL import Image
 
 from keras_sd import StableDiffusion, presets
-from keras_sd.data.datasets import load_source
-from keras_sd.data.emoji import draw_openmoji
-from keras_sd.loading import load_part
+from keras_sd.data.emoji.source import draw_openmoji
+from keras_sd.data.sources import load_source
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
+from keras_sd.pipeline.loading import load_part
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 plt.rcParams.update(
@@ -128,7 +128,7 @@ source = load_source(INSTANCE_DATA_DIR, "train", image_size, need_captions=False
 subject = np.stack([source[index]["image"] for index in range(len(source))])
 
 instance_prompt = f"{RARE_WORD} {SUBJECT_CLASS}"
-sampling = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
+sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
 
 
 def draw(model, prompt, count=SAMPLES, seed=0):

@@ -48,14 +48,14 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from keras_sd import StableDiffusion, presets
-from keras_sd.data.datasets import load_source
+from keras_sd.cli.train.options import evenly
+from keras_sd.data.sources import load_source
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.images import pictures_from_unit, pictures_to_unit, resized
 from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
-from keras_sd.train_options import evenly
+from keras_sd.models.pixels import images_from_unit, images_to_unit, resized
+from keras_sd.pipeline.upscaler import Upscaler
 from keras_sd.training.super_resolution import measure_upscaling, upscaling_example
-from keras_sd.upscaler import Upscaler
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 plt.rcParams.update(
@@ -105,9 +105,11 @@ small = np.stack([resized(picture, (64, 64)) for picture in truth])
 enlarged = np.stack([resized(picture, (128, 128)) for picture in small])
 
 states = []
-upscaler.upscale(small[:1], num_steps=NUM_STEPS, on_step=lambda denoised: states.append(denoised.latents))
+upscaler.upscale(
+    small[:1], num_inference_steps=NUM_STEPS, on_step=lambda denoised: states.append(denoised.latents)
+)
 places = np.unique(np.linspace(0, len(states) - 1, 4).astype(int))
-seen = [small[0], enlarged[0], *(pictures_from_unit(states[place])[0] for place in places)]
+seen = [small[0], enlarged[0], *(images_from_unit(states[place])[0] for place in places)]
 titles = ["64 pixels", "enlarged", *(f"after {place + 1} of {len(states)}" for place in places)]
 show({"": seen}, titles)
 
@@ -137,7 +139,7 @@ def compare(picture, methods, corner, side=40):
     plt.show()
 
 
-made, figures = measure_upscaling(upscaler, truth, num_steps=NUM_STEPS)
+made, figures = measure_upscaling(upscaler, truth, num_inference_steps=NUM_STEPS)
 lanczos = np.stack([resized(picture, (128, 128), Image.Resampling.LANCZOS) for picture in small])
 nearest = small.repeat(2, axis=1).repeat(2, axis=2)
 for index, corner in ((0, (44, 20)), (len(truth) // 2, (44, 58))):
@@ -180,11 +182,11 @@ print(f"edges against bicubic: {gain:+.0%}")
 few = slice(0, 15)
 psnrs, edges = [], []
 by_steps = {}
-for num_steps in STEP_COUNTS:
-    pictures = upscaler.upscale(small[few], num_steps=num_steps)
+for num_inference_steps in STEP_COUNTS:
+    pictures = upscaler.upscale(small[few], num_inference_steps=num_inference_steps)
     psnrs.append(peak_signal_to_noise_ratio(truth[few], pictures))
     edges.append(edge_error(truth[few], pictures))
-    by_steps[num_steps] = pictures[0]
+    by_steps[num_inference_steps] = pictures[0]
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
 for axis, values, title in ((axes[0], psnrs, "PSNR (dB)"), (axes[1], edges, "edge error (levels)")):
@@ -209,7 +211,7 @@ show({"": by_steps.values()}, [f"{count} steps" for count in by_steps], size=1.5
 
 # %%
 repeated = np.repeat(small[:1], NUM_SEEDS, axis=0)
-draws = upscaler.upscale(repeated, num_steps=NUM_STEPS)  # picture i is drawn from seed + i
+draws = upscaler.upscale(repeated, num_inference_steps=NUM_STEPS)  # picture i is drawn from seed + i
 spread = draws.astype("float32").std(axis=0).mean(axis=-1)
 
 figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.6))
@@ -254,16 +256,18 @@ def grainy(pictures):
 
 low_res = NoiseSchedule(upscaler.low_res_scheduler_config)
 noise = np.random.default_rng(0).standard_normal(enlarged[0].shape, dtype="float32")
-clean = pictures_to_unit(enlarged[0])
+clean = images_to_unit(enlarged[0])
 rows = {
     "it sees": [
-        pictures_from_unit(add_noise(clean, noise, low_res.signal_rates[level], low_res.noise_rates[level]))
+        images_from_unit(add_noise(clean, noise, low_res.signal_rates[level], low_res.noise_rates[level]))
         for level in NOISE_LEVELS
     ]
 }
 results = {}
 for title, pictures in (("clean", small[few]), ("grainy", grainy(small[few]))):
-    at_levels = [upscaler.upscale(pictures, noise_level=level, num_steps=NUM_STEPS) for level in NOISE_LEVELS]
+    at_levels = [
+        upscaler.upscale(pictures, noise_level=level, num_inference_steps=NUM_STEPS) for level in NOISE_LEVELS
+    ]
     rows[f"of {title}"] = [made[0] for made in at_levels]
     results[title] = [peak_signal_to_noise_ratio(truth[few], made) for made in at_levels]
 show(rows, [f"level {level}" for level in NOISE_LEVELS])
@@ -309,7 +313,7 @@ drawn = [
 ]
 noisy = [
     add_noise(
-        pictures_to_unit(example["samples"]),
+        images_to_unit(example["samples"]),
         example["noise"],
         schedule.signal_rates[example["timesteps"]],
         schedule.noise_rates[example["timesteps"]],
@@ -319,8 +323,8 @@ noisy = [
 show(
     {
         "wanted": [example["samples"] for example in drawn],
-        "seen": [pictures_from_unit(example["channels"]) for example in drawn],
-        "noisy": [pictures_from_unit(picture) for picture in noisy],
+        "seen": [images_from_unit(example["channels"]) for example in drawn],
+        "noisy": [images_from_unit(picture) for picture in noisy],
     },
     [f"level {e['class_labels']}, t {e['timesteps']}" for e in drawn],
     size=1.55,
@@ -345,13 +349,13 @@ show(
 
 # %%
 sd = StableDiffusion.from_preset(PRESET)
-drawn = sd.text_to_image(list(PROMPTS), num_steps=30, guidance_scale=5.0, seed=0, progress=False)
+drawn = sd.text_to_image(list(PROMPTS), num_inference_steps=30, guidance_scale=5.0, seed=0, progress=False)
 size = [2 * side for side in drawn.shape[1:3]]
 show(
     {
         "bicubic": [resized(picture, size) for picture in drawn],
-        "level 0": upscaler.upscale(drawn, num_steps=NUM_STEPS),
-        "level 40": upscaler.upscale(drawn, noise_level=40, num_steps=NUM_STEPS),
+        "level 0": upscaler.upscale(drawn, num_inference_steps=NUM_STEPS),
+        "level 40": upscaler.upscale(drawn, noise_level=40, num_inference_steps=NUM_STEPS),
     },
     PROMPTS,
 )
@@ -370,7 +374,7 @@ show(
 #
 # ```python
 # x4 = StableDiffusion.from_preset("stabilityai/stable-diffusion-x4-upscaler", dtype="float16")
-# large = x4.upscale(small, "a photo of a cat", noise_level=20, num_steps=50)  # four times the sides
+# large = x4.upscale(small, "a photo of a cat", noise_level=20, num_inference_steps=50)  # 4x the sides
 # ```
 #
 # For pictures as small as emoji, latents are the wrong place: a small autoencoder errs more at edges than

@@ -53,8 +53,9 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
-from keras_sd import StableDiffusion, config
+from keras_sd import StableDiffusion
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.training import architectures
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.optimizer import AdamW
 
@@ -99,7 +100,12 @@ print(f"Keras {keras.__version__} on {keras.backend.backend()}, {os.cpu_count()}
 # `jit_compile` is an argument of `StableDiffusion`, as in Keras. Both sides make the same pictures.
 
 # %%
-sampling = {"num_images": NUM_IMAGES, "num_steps": NUM_STEPS, "guidance_scale": 5.0, "progress": False}
+sampling = {
+    "num_images": NUM_IMAGES,
+    "num_inference_steps": NUM_STEPS,
+    "guidance_scale": 5.0,
+    "progress": False,
+}
 models = {
     "XLA on": StableDiffusion.from_preset(PRESET),
     "XLA off": StableDiffusion.from_preset(PRESET, jit_compile=False),
@@ -132,7 +138,7 @@ preset, prompt, images, steps, xla = sys.argv[1:]
 sd = StableDiffusion.from_preset(preset, jit_compile=xla == "on")
 for _ in range(2):
     start = time.perf_counter()
-    sd.text_to_image(prompt, num_images=int(images), num_steps=int(steps), progress=False)
+    sd.text_to_image(prompt, num_images=int(images), num_inference_steps=int(steps), progress=False)
     print(time.perf_counter() - start)
 """
 
@@ -255,7 +261,7 @@ show(take_turns(sides), f"training step, batch of {TRAINING_BATCH}")
 
 # %%
 levels = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-small = dataclasses.replace(config.PIXEL_UNET, sample_size=32, block_out_channels=(16, 32), **levels)
+small = dataclasses.replace(architectures.PIXEL_UNET, sample_size=32, block_out_channels=(16, 32), **levels)
 Path("unet.json").write_text(json.dumps(small.to_dict()), encoding="utf-8")
 
 

@@ -50,13 +50,14 @@ from keras import ops
 
 import keras_sd.keras_cv as keras_cv
 from keras_sd import StableDiffusion, presets
-from keras_sd.config import SchedulerConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
-from keras_sd.loading import load_part
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
+from keras_sd.pipeline.loading import load_part
 from keras_sd.training.lora import add_lora, save_lora
 from keras_sd.weights.formats import read_safetensors
 from keras_sd.weights.readers import read_checkpoint
@@ -116,7 +117,7 @@ def same_weights(one, other):
 
 # %%
 sd = StableDiffusion.from_preset(PRESET)
-sampling = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
+sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
 pictures = {"the preset": sd.text_to_image(list(PROMPTS), **sampling)}
 
 sd.save("my-model")
@@ -288,7 +289,7 @@ print("average over raw:", ratio.min(), "to", ratio.max())
 model = keras_cv.models.StableDiffusion(
     img_height=sd.latent_shape()[0] * 8, img_width=sd.latent_shape()[1] * 8, model=sd
 )
-drawn = model.text_to_image(PROMPTS[0], batch_size=len(PROMPTS), num_steps=NUM_STEPS, seed=0)
+drawn = model.text_to_image(PROMPTS[0], batch_size=len(PROMPTS), num_inference_steps=NUM_STEPS, seed=0)
 print(drawn.shape, drawn.dtype)
 
 # %% [markdown]

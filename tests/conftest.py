@@ -67,7 +67,8 @@ def without_xla(monkeypatch):
 
     Compiling or tracing each anew would take most of the time.
     """
-    from keras_sd import cli, generate
+    from keras_sd.cli import generate
+    from keras_sd.cli import main as cli
 
     open_once = functools.cache(functools.partial(generate.open_model, jit_compile=False))
     for module in (cli, generate):

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402, F401  # with all that it is made of
 from transformers import CLIPVisionModelWithProjection  # noqa: E402, F401
 
-from keras_sd import pipeline  # noqa: E402, F401
+from keras_sd.pipeline import stable_diffusion  # noqa: E402, F401
 from keras_sd.training import text_to_image  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -5,10 +5,10 @@ import pytest
 from safetensors import safe_open
 
 from keras_sd import StableDiffusion
-from keras_sd.data.datasets import load_source
+from keras_sd.data.sources import load_source
+from keras_sd.pipeline.upscaler import Upscaler
 from keras_sd.presets import find
 from keras_sd.training.super_resolution import measure_upscaling
-from keras_sd.upscaler import Upscaler
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def test_folder_is_small_and_in_half_precision():
 
 
 def test_a_red_heart_is_red_on_white(emoji):
-    image = emoji.text_to_image("red heart", num_steps=20, guidance_scale=5, progress=False)[0].astype(int)
+    image = emoji.text_to_image("red heart", num_inference_steps=20, guidance_scale=5, progress=False)[
+        0
+    ].astype(int)
     red, green, blue = image[24:40, 24:40].mean(axis=(0, 1))
     assert red > green + 80 and red > blue + 80
     corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
@@ -39,6 +41,6 @@ def test_upscaler_is_sharper_than_interpolation():
     source = load_source("emoji", "validation", 128)
     images = np.stack([source[index]["image"] for index in range(0, 200, 50)])
     upscaler = Upscaler.load(find("emoji-upscaler"), jit_compile=False)
-    _, figures = measure_upscaling(upscaler, images, num_steps=4)
+    _, figures = measure_upscaling(upscaler, images, num_inference_steps=4)
     assert figures["psnr"] > max(figures["bicubic_psnr"], figures["lanczos_psnr"])
     assert figures["edge_error"] < 0.7 * min(figures["bicubic_edge_error"], figures["lanczos_edge_error"])

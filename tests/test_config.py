@@ -5,14 +5,9 @@ import json
 import pytest
 
 from keras_sd import config
-from keras_sd.config import (
-    ConfigError,
-    ImageEncoderConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from keras_sd.config import ConfigError, ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.data.emoji import architecture
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from tests.models import published
 from tests.reference import run_reference
 
@@ -132,7 +127,7 @@ def test_written_unet_config_is_headed_by_its_class(tmp_path):
 
 def test_vae_factor_follows_from_its_levels():
     assert VAEConfig().downsampling == 8
-    assert config.EMOJI_VAE.downsampling == 8
+    assert architecture.EMOJI_VAE.downsampling == 8
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd import config, interruption
+from keras_sd import interruption
+from keras_sd.training import architectures
 from tests.programs import Program
 from tests.training.test_trainer import UNET
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
         pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
     dataclasses.replace(UNET, sample_size=16).save(folder / "unet.json")
-    dataclasses.replace(config.PIXEL_UNET, layers_per_block=8).save(folder / "large.json")
+    dataclasses.replace(architectures.PIXEL_UNET, layers_per_block=8).save(folder / "large.json")
     return folder
 
 
@@ -181,7 +182,7 @@ def test_training_that_is_ended_at_once_frees_its_folder_and_keeps_its_branch(tm
         import os, signal, sys, time
         import click
         from keras_sd import interruption
-        from keras_sd.errors import run_command
+        from keras_sd.cli.program import run_command
         from keras_sd.training.checkpoints import Checkpoints
         from keras_sd.training.run_folder import claim_output_dir
 
@@ -218,7 +219,7 @@ def test_child_processes_keep_their_signals_to_themselves():
     code = """if True:
         import multiprocessing, sys, time
         import click
-        from keras_sd.errors import run_command
+        from keras_sd.cli.program import run_command
 
         @click.command()
         def main():

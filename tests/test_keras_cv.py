@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from keras_sd import keras_cv
-from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.models.unet import UNet
 from tests import tiny

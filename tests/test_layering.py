@@ -15,34 +15,16 @@ PACKAGE = Path(keras_sd.__file__).parent
 
 # From the ground up; a module imports from its own row and the rows above it.
 LAYERS = (
-    {
-        *("errors", "arguments", "batches", "files", "json_files", "scheduler_options", "config", "defaults"),
-        *("cache", "backend", "interruption"),
-    },
+    {"errors", "arguments", "interruption"},
+    {"files"},
+    {"config", "backend"},
     {"kernels"},
     {"models"},
-    {"diffusion", "weights", "images", "prompts"},
-    {
-        *("presets", "image_parameters", "loading", "adapters", "tasks", "pipeline", "upscaler", "keras_cv"),
-        *("parity", "parity_report", "reference_outputs"),
-        *("training", "metrics", "data", "captions"),
-    },
-    {
-        *("train", "train_options", "train_from_scratch"),
-        *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
-        *(
-            "option_types",
-            "outputs",
-            "model_options",
-            "generate",
-            "convert",
-            "export",
-            "caption",
-            "demo",
-            "cli",
-            "__main__",
-        ),
-    },
+    {"diffusion", "weights"},
+    {"presets", "data", "metrics"},
+    {"pipeline", "training", "captions", "parity", "keras_cv"},
+    {"cli"},
+    {"__main__", "train"},
 )
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
 BACKENDS = {"tensorflow", "jax", "torch"}
@@ -95,7 +77,7 @@ def test_no_cycles():
 def test_backends_are_imported_by_backend_only(path):
     roots = {name.split(".")[0] for name in imported_names(path)}
     # What computes the reference of a parity report is a program of its own; captions are torch's models'.
-    allowed = {"backend": {"tensorflow", "jax"}, "reference_outputs": {"torch"}, "captions": {"torch"}}
+    allowed = {"backend": {"tensorflow", "jax"}, "parity": {"torch"}, "captions": {"torch"}}
     assert roots & BACKENDS <= allowed.get(unit_of(path), set())
 
 
@@ -109,7 +91,7 @@ def test_everything_imports_under_jax_without_tensorflow_or_torch():
         sys.meta_path.insert(0, Absent())
         import keras_sd
         # A TFDS builder is a class of TFDS, which needs TensorFlow.
-        needs_tensorflow = {"keras_sd.data.emoji_captions"}
+        needs_tensorflow = {"keras_sd.data.emoji.tfds_builder"}
         names = {module.name for module in pkgutil.walk_packages(keras_sd.__path__, "keras_sd.")}
         for name in names - needs_tensorflow:
             importlib.import_module(name)

@@ -5,7 +5,8 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_sd.config import ImageEncoderConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
@@ -140,7 +141,7 @@ def randomize(model, seed=0, scale=0.1):
 
 def pipeline(scheduler=None, unet=SD1_UNET, vae=VAE, **options):
     """A whole `StableDiffusion` of the tiny parts; 16 x 16 pixels."""
-    from keras_sd.pipeline import StableDiffusion
+    from keras_sd.pipeline.stable_diffusion import StableDiffusion
 
     words = tokenizer()
     return StableDiffusion(

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from benchmark import report
 from benchmark.worker import SAMPLING_CASES
-from keras_sd.errors import UserError, run_command
-from keras_sd.outputs import check_output, overwrite_option
+from keras_sd.cli.outputs import check_output, overwrite_option
+from keras_sd.cli.program import run_command
+from keras_sd.errors import UserError
 from machine import accelerator, description, peak_gflops
 
 TOOLS = Path(__file__).resolve().parent
@@ -48,8 +49,8 @@ PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino
 
 # The largest difference between two sides, as a share of the largest number.
 LARGEST_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.2, "float16": 0.05}
-# Of latents and pictures, whose differences grow from step to step; pictures are rounded to 255 steps.
-LARGEST_PICTURE_DIFFERENCE = {"float32": 0.03, "bfloat16": 0.5, "float16": 0.2}
+# Of latents and images, whose differences grow from step to step; images are rounded to 255 steps.
+LARGEST_IMAGE_DIFFERENCE = {"float32": 0.03, "bfloat16": 0.5, "float16": 0.2}
 
 
 class Choices(click.ParamType):
@@ -155,7 +156,7 @@ def difference(result, expected):
 def largest_difference(workload):
     """How far two sides may be from each other."""
     is_sampling = workload["case"] in SAMPLING_CASES
-    bars = LARGEST_PICTURE_DIFFERENCE if is_sampling else LARGEST_DIFFERENCE
+    bars = LARGEST_IMAGE_DIFFERENCE if is_sampling else LARGEST_DIFFERENCE
     return bars[workload["precision"]]
 
 
@@ -306,9 +307,9 @@ def installed_backends():
     default=lambda: 512 if accelerator() else 256,
     show_default="256; 512 on a GPU",
     type=click.IntRange(64),
-    help="Pixels of Stable Diffusion's pictures.",
+    help="Pixels of Stable Diffusion's images.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Pictures at a time; by default as the case has them.")
+@click.option("--batch", type=click.IntRange(1), help="Images at a time; by default as the case has them.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of sampling: 10; 30 for emoji.")
 @click.option("--repeats", default=5, type=click.IntRange(1), help="Timed calls of each side.")
 @click.option("--weights-dir", default="build/bench", help="Where models with random weights are kept.")

@@ -1,4 +1,4 @@
-"""Measures the captioner on the emoji pictures with the bundled CLIP; docs/captions.md has the results.
+"""Measures the captioner on the emoji images with the bundled CLIP; docs/captions.md has the results.
 
 Rates are those between the first and the last batch on disk, so that loading the model counts as little as it
 does in a large folder; `seconds` are of the whole command.
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from keras_sd.captions.dataset import JOURNALS
 from keras_sd.captions.journal import count_lines, read_journal
 from keras_sd.captions.ranking import top_k
-from keras_sd.data.emoji import load_emoji
-from keras_sd.errors import run_command
-from keras_sd.files import write_json
-from keras_sd.outputs import check_output, output_option
+from keras_sd.cli.outputs import check_output, output_option
+from keras_sd.cli.program import run_command
+from keras_sd.data.emoji.source import load_emoji
+from keras_sd.files.writing import write_json
 from machine import description
 
 PACKAGES = ("keras_sd", "open_clip_torch", "torch", "numpy")
@@ -35,13 +35,13 @@ PHRASES, QUERIES, WIDTH = 100_000, 16, 128
 INTERVAL = 0.02
 
 
-def write_pictures(folder, emoji, copies=1):
+def write_images(folder, emoji, copies=1):
     """Draws emoji as PNG files of 64 x 64, each several times."""
     folder.mkdir()
     for e in emoji:
-        picture = Image.fromarray(e.load(64))
+        image = Image.fromarray(e.load(64))
         for copy in range(copies):
-            picture.save(folder / f"{e.code}-{copy}.png")
+            image.save(folder / f"{e.code}-{copy}.png")
     return folder
 
 
@@ -53,7 +53,7 @@ def command(folder, place, *options):
 
 
 def lines(folder):
-    """Pictures that are done, by the journals."""
+    """Images that are done, by the journals."""
     return count_lines(folder / JOURNALS)
 
 
@@ -63,10 +63,10 @@ def captions_of(folder):
     return {entry["file_name"]: entry["text"] for entry in entries}
 
 
-def rate(pictures, place, *options):
-    """Captions a copy of a folder: pictures a second, and seconds of the whole command."""
+def rate(images, place, *options):
+    """Captions a copy of a folder: images a second, and seconds of the whole command."""
     folder = place / "copy"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     start = time.perf_counter()
     process = subprocess.Popen(
         command(folder, place, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -82,27 +82,27 @@ def rate(pictures, place, *options):
         raise RuntimeError(process.stderr.read().decode())
     shutil.rmtree(folder)
     (first, before), (last, after) = moments[1], moments[-1]
-    return {"pictures_per_second": (after - before) / (last - first), "seconds": seconds}
+    return {"images_per_second": (after - before) / (last - first), "seconds": seconds}
 
 
-def compare(pictures, place, sides, rounds, name):
+def compare(images, place, sides, rounds, name):
     """Rates of two ways, taking turns; medians and their ratio, the second over the first."""
     runs = {side: [] for side in sides}
     for number in tqdm(range(rounds), desc=name, unit="round"):
         for side in sides if number % 2 == 0 else reversed(sides):
-            runs[side].append(rate(pictures, place, *sides[side]))
+            runs[side].append(rate(images, place, *sides[side]))
     medians = {
-        side: statistics.median(run["pictures_per_second"] for run in found) for side, found in runs.items()
+        side: statistics.median(run["images_per_second"] for run in found) for side, found in runs.items()
     }
     first, second = medians.values()
-    return {"pictures_per_second": medians, "ratio": second / first, "runs": runs}
+    return {"images_per_second": medians, "ratio": second / first, "runs": runs}
 
 
-def kill_and_resume(pictures, place, kills):
+def kill_and_resume(images, place, kills):
     """Kills a run again and again at random moments; counts captions that are lost, doubled or other ones."""
     reference, folder = place / "reference", place / "killed"
     for target in (reference, folder):
-        shutil.copytree(pictures, target)
+        shutil.copytree(images, target)
     subprocess.run(command(reference, place), check=True, capture_output=True)
     random.seed(0)
     total, killed = len(captions_of(reference)), 0
@@ -128,7 +128,7 @@ def kill_and_resume(pictures, place, kills):
     expected, found = captions_of(reference), captions_of(folder)
     return {
         "kills": killed,
-        "pictures": total,
+        "images": total,
         "lost": len(set(expected) - set(found)),
         "doubled": len(names) - len(set(names)),
         "different": sum(found.get(name) != text for name, text in expected.items()),
@@ -136,12 +136,12 @@ def kill_and_resume(pictures, place, kills):
 
 
 def found_names(place, emoji):
-    """The share of pictures whose own name is among the five phrases of their caption."""
-    folder = write_pictures(place / "found", emoji)
+    """The share of images whose own name is among the five phrases of their caption."""
+    folder = write_images(place / "found", emoji)
     subprocess.run(command(folder, place), check=True, capture_output=True)
     captions = captions_of(folder)
     hits = [e.captions[0] in captions[f"{e.code}-0.png"].split(", ") for e in emoji]
-    return {"pictures": len(hits), "top_5": float(np.mean(hits))}
+    return {"images": len(hits), "top_5": float(np.mean(hits))}
 
 
 def exact_search():
@@ -177,8 +177,8 @@ def measure(output, overwrite, kills, rounds):
         (place / "names.txt").write_text("\n".join(names), encoding="utf-8")
         exported = [sys.executable, "-m", "keras_sd", "convert", "emoji", str(place / "clip"), "--open-clip"]
         subprocess.run(exported, check=True, capture_output=True)
-        few = write_pictures(place / "few", training[:1500])
-        many = write_pictures(place / "many", [e for e in emoji if e.split == "train"], copies=2)
+        few = write_images(place / "few", training[:1500])
+        many = write_images(place / "many", [e for e in emoji if e.split == "train"], copies=2)
         workers = {name: ("--devices", name, "--threads", "1") for name in ("cpu", "cpu,cpu")}
         batches = {size: ("--batch-size", size) for size in ("1", "32")}
         results = description(PACKAGES) | {
@@ -194,7 +194,7 @@ def measure(output, overwrite, kills, rounds):
     click.echo(path)
     click.echo(json.dumps({name: results[name] for name in ("names", "search", "kills")}, indent=2))
     for name in ("batches", "workers"):
-        click.echo(f"{name}: {results[name]['pictures_per_second']}, ratio {results[name]['ratio']:.2f}")
+        click.echo(f"{name}: {results[name]['images_per_second']}, ratio {results[name]['ratio']:.2f}")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keras_sd import backend, config
+from keras_sd.cli.program import run_command
+from keras_sd.data.emoji import architecture
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.errors import UserError, run_command
-from keras_sd.models.recomputation import enable_gradient_checkpointing
+from keras_sd.errors import UserError
+from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing
 from keras_sd.models.unet import UNet
 from keras_sd.training.lora import add_lora
 from keras_sd.training.losses import DiffusionObjective
@@ -34,7 +37,7 @@ from keras_sd.training.optimizer import AdamW
 from keras_sd.training.settings import PRECISIONS
 from machine import description
 
-MODELS = {"sd15": config.UNetConfig(), "emoji": config.EMOJI_UNET}
+MODELS = {"sd15": config.UNetConfig(), "emoji": architecture.EMOJI_UNET}
 TOKENS = 77
 COLUMNS = "model", "trained", "precision", "TPU", "chips", "images a chip"
 FIGURES = "arguments", "temporaries", "TFLOP", "compiled in"
@@ -47,7 +50,7 @@ def make_objective(model, lora, gradient_checkpointing, optimizer):
         add_lora(unet, lora, lora)
     if gradient_checkpointing:
         enable_gradient_checkpointing(unet)
-    objective = DiffusionObjective(unet, NoiseSchedule(config.SchedulerConfig()))
+    objective = DiffusionObjective(unet, NoiseSchedule(SchedulerConfig()))
     optimizer.build(objective.trainable_variables)
     objective.compile(optimizer=optimizer)
     return objective

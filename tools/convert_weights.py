@@ -3,8 +3,8 @@
 python tools/convert_weights.py SOURCE OUTPUT --verify
 """
 
-from keras_sd.convert import convert
-from keras_sd.errors import run_command
+from keras_sd.cli.convert import convert
+from keras_sd.cli.program import run_command
 
 if __name__ == "__main__":
     run_command(convert, "convert_weights")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from keras_sd.files import write_text
+from keras_sd.files.writing import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "keras_sd"

@@ -1,8 +1,8 @@
 """Measures what sampling with fewer evaluations of the network saves and costs on the `emoji` model.
 
 Ways are fewer steps of DDIM, guidance in part of the steps, reuse of deep features, and the sampler `lcm`
-with a LoRA distilled for it. Time is taken against DDIM in 30 steps, in turns. Pictures are compared with
-DDIM's of the same prompts and seeds, and measured as `keras-sd evaluate` does: KID to held-out pictures, and
+with a LoRA distilled for it. Time is taken against DDIM in 30 steps, in turns. Images are compared with
+DDIM's of the same prompts and seeds, and measured as `keras-sd evaluate` does: KID to held-out images, and
 how often prompts get what they ask for.
 """
 
@@ -15,12 +15,13 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from keras_sd.errors import UserError, run_command
-from keras_sd.files import write_json
-from keras_sd.outputs import check_output, output_option
+from keras_sd.cli.outputs import check_output, output_option
+from keras_sd.cli.program import run_command
+from keras_sd.errors import UserError
+from keras_sd.files.writing import write_json
 from machine import description
 
-SETTINGS = {"num_steps": 30, "guidance_scale": 5.0, "sampler": "ddim"}
+SETTINGS = {"num_inference_steps": 30, "guidance_scale": 5.0, "sampler": "ddim"}
 BATCH, SEED, TURNS = 20, 0, 3
 INTERVALS = ((0.0, 0.75), (0.0, 0.5), (0.25, 1.0))
 REUSES, LCM_STEPS, DDIM_STEPS = (2, 3, 5), (1, 2, 4, 8), (10, 8, 4, 2, 1)
@@ -37,11 +38,17 @@ class Way(NamedTuple):
 def ways(with_lora):
     """All that is measured; what everything is compared with first."""
     listed = [Way("DDIM, 30 steps", {})]
-    listed += [Way(f"DDIM, {steps} step{'s' * (steps > 1)}", {"num_steps": steps}) for steps in DDIM_STEPS]
+    listed += [
+        Way(f"DDIM, {steps} step{'s' * (steps > 1)}", {"num_inference_steps": steps}) for steps in DDIM_STEPS
+    ]
     if with_lora:
         distilled = {"sampler": "lcm", "guidance_scale": 1.0}
         listed += [
-            Way(f"LCM, {steps} step{'s' * (steps > 1)}", distilled | {"num_steps": steps}, needs_lora=True)
+            Way(
+                f"LCM, {steps} step{'s' * (steps > 1)}",
+                distilled | {"num_inference_steps": steps},
+                needs_lora=True,
+            )
             for steps in LCM_STEPS
         ]
     listed += [
@@ -53,7 +60,7 @@ def ways(with_lora):
 
 
 class Bench:
-    """The model, its prompts and the real pictures that its own are compared with.
+    """The model, its prompts and the real images that its own are compared with.
 
     Args:
         lora: path of a LoRA for the sampler `lcm`, or None.
@@ -62,8 +69,8 @@ class Bench:
 
     def __init__(self, lora, count):
         from keras_sd import StableDiffusion
-        from keras_sd.data.emoji import load_emoji
-        from keras_sd.metrics.evaluation import IMAGE_SIZE, by_hash
+        from keras_sd.data.emoji.evaluation import IMAGE_SIZE, by_hash
+        from keras_sd.data.emoji.source import load_emoji
         from keras_sd.metrics.features import ClipFeatures, extract
 
         self.pipeline = StableDiffusion.from_preset("emoji", batch_size=BATCH)
@@ -83,8 +90,8 @@ class Bench:
         return self.pipeline.adapters.temporarily({"lcm": 1.0} if way.needs_lora else {})
 
     def draw(self, way, indices):
-        """Pictures of the first captions of these emoji: uint8 `(n, 64, 64, 3)`."""
-        from keras_sd.metrics.evaluation import generate_batch
+        """Images of the first captions of these emoji: uint8 `(n, 64, 64, 3)`."""
+        from keras_sd.data.emoji.evaluation import generate_batch
 
         prompts = [self.emoji[index].captions[0] for index in indices]
         options = SETTINGS | way.changes
@@ -102,33 +109,33 @@ class Bench:
             return time.perf_counter() - start
 
     def measure(self, way, reference):
-        """One row of the results, and the pictures of the held-out prompts.
+        """One row of the results, and the images of the held-out prompts.
 
         Args:
-            reference: pictures of the held-out prompts to compare with; None for the way's own.
+            reference: images of the held-out prompts to compare with; None for the way's own.
         """
-        from keras_sd.metrics.evaluation import held_out_rates
+        from keras_sd.data.emoji.evaluation import held_out_rates
+        from keras_sd.data.emoji.retrieval import top1
         from keras_sd.metrics.features import extract
         from keras_sd.metrics.kid import paired_kernel_inception_distance
-        from keras_sd.metrics.retrieval import top1
 
         with self.adapted(way):
-            of_training, pictures = self.draw(way, self.prompted), self.draw(way, self.held_out)
-        reference = pictures if reference is None else reference
-        kid = paired_kernel_inception_distance(self.real_features, extract(self.extractor, pictures))
+            of_training, images = self.draw(way, self.prompted), self.draw(way, self.held_out)
+        reference = images if reference is None else reference
+        kid = paired_kernel_inception_distance(self.real_features, extract(self.extractor, images))
         row = {
             "way": way.name,
             **SETTINGS,
             **way.changes,
-            "mean_absolute_difference": float(np.abs(pictures / 255 - reference / 255).mean()),
+            "mean_absolute_difference": float(np.abs(images / 255 - reference / 255).mean()),
             "kid": kid.mean,
             "kid_standard_deviation": kid.standard_deviation,
             "training_top1": top1(
                 of_training, self.images[self.bases], np.searchsorted(self.bases, self.prompted)
             ),
-            **held_out_rates(self.emoji, self.images, self.held_out, pictures),
+            **held_out_rates(self.emoji, self.images, self.held_out, images),
         }
-        return row, pictures
+        return row, images
 
 
 def table(rows):
@@ -154,8 +161,8 @@ def fewer_evaluations(lora, prompts, output, overwrite):
     bench = Bench(lora, prompts)
     listed, rows, reference = ways(lora is not None), [], None
     for way in tqdm(listed, unit="way"):
-        row, pictures = bench.measure(way, reference)
-        reference = pictures if reference is None else reference
+        row, images = bench.measure(way, reference)
+        reference = images if reference is None else reference
         rows.append(row)
     turns = [[bench.seconds(way) for way in listed] for _ in tqdm(range(TURNS), unit="turn")]
     medians = [statistics.median(seconds) for seconds in zip(*turns, strict=True)]
@@ -165,7 +172,7 @@ def fewer_evaluations(lora, prompts, output, overwrite):
         "command": "python tools/fewer_evaluations.py" + (" --lora LORA" if lora else ""),
         "prompts": prompts,
         "seed": SEED,
-        "pictures_timed": BATCH,
+        "images_timed": BATCH,
         "rows": rows,
     }
     click.echo(table(rows))

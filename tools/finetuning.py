@@ -1,6 +1,6 @@
 """Measures what fine-tuning teaches the bundled model: a style, a subject, a word, a higher resolution.
 
-`pictures` writes what the subject and the word are trained on; the other commands compare a fine-tuned model
+`images` writes what the subject and the word are trained on; the other commands compare a fine-tuned model
 with the bundled one and add their figures to a JSON file. The training commands stand in docs/finetuning.md.
 """
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import click
 import numpy as np
 
-from keras_sd.errors import run_command
-from keras_sd.files import write_json
-from keras_sd.outputs import check_output, overwrite_option
+from keras_sd.cli.outputs import check_output, overwrite_option
+from keras_sd.cli.program import run_command
+from keras_sd.files.writing import write_json
 
 # A fruit that Twemoji does not have, and a combination that the bundled model has not seen.
 SUBJECT, SUBJECT_CLASS = "e0c4", "fruit"
 UNSEEN = "1f44c-1f3ff"
-SAMPLING = {"num_steps": 30, "guidance_scale": 5.0, "progress": False}
+SAMPLING = {"num_inference_steps": 30, "guidance_scale": 5.0, "progress": False}
 
 
 @click.group()
@@ -36,12 +36,12 @@ def output_option(command):
 @finetuning.command()
 @click.argument("folder")
 @overwrite_option
-def pictures(folder, overwrite):
-    """Write FOLDER/subject, four views of a new symbol, and FOLDER/word, one picture that is held out."""
+def images(folder, overwrite):
+    """Write FOLDER/subject, four views of a new symbol, and FOLDER/word, one image that is held out."""
     from PIL import Image
 
-    from keras_sd.data.emoji import draw_openmoji, load_emoji
-    from keras_sd.images import save_png
+    from keras_sd.data.emoji.source import draw_openmoji, load_emoji
+    from keras_sd.files.image_files import save_png
 
     subject, word = Path(folder) / "subject", Path(folder) / "word"
     for place in (subject / "0.png", word / f"{UNSEEN}.png"):
@@ -64,8 +64,8 @@ def pictures(folder, overwrite):
 @click.option("--lora", is_flag=True, help="FOLDER holds a LoRA, not a whole model.")
 @output_option
 def style(folder, lora, output):
-    """KID to the held-out OpenMoji pictures of the bundled model and of the one in FOLDER."""
-    from keras_sd.data.datasets import load_source
+    """KID to the held-out OpenMoji images of the bundled model and of the one in FOLDER."""
+    from keras_sd.data.sources import load_source
     from keras_sd.metrics.features import ClipFeatures, extract
     from keras_sd.metrics.kid import paired_kernel_inception_distance
 
@@ -75,7 +75,7 @@ def style(folder, lora, output):
     before, after = _bundled(), _tuned(folder, lora)
     extractor = ClipFeatures(before.image_encoder)
     real = extract(extractor, np.stack([example["image"] for example in examples]))
-    figures = {"pictures": len(captions)}
+    figures = {"images": len(captions)}
     for name, model in (("before", before), ("after", after)):
         made = model.text_to_image(captions, seed=0, **SAMPLING)
         figures[f"kid_{name}"] = paired_kernel_inception_distance(real, extract(extractor, made)).mean
@@ -95,7 +95,7 @@ def style(folder, lora, output):
 @output_option
 def subject(subject_folder, with_prior, without_prior, instance_prompt, output):
     """Likeness to the subject, and what happens to its class, with and without prior preservation."""
-    from keras_sd.data.datasets import load_source
+    from keras_sd.data.sources import load_source
     from keras_sd.metrics.features import ClipFeatures, extract
     from keras_sd.metrics.kid import paired_kernel_inception_distance
 
@@ -107,7 +107,7 @@ def subject(subject_folder, with_prior, without_prior, instance_prompt, output):
     for name, model in models.items():
         made = model.text_to_image(instance_prompt, num_images=16, seed=0, **SAMPLING)
         figures[f"similarity_{name}"] = float((_unit(extract(extractor, made)) @ wanted.T).mean())
-        # Seeds that the class pictures of the training were not made from.
+        # Seeds that the class images of the training were not made from.
         made = model.text_to_image(SUBJECT_CLASS, num_images=100, seed=10_000, **SAMPLING)
         of_class[name] = extract(extractor, made)
     for name in ("with_prior", "without_prior"):
@@ -122,9 +122,9 @@ def subject(subject_folder, with_prior, without_prior, instance_prompt, output):
 @click.option("--placeholder-token", default="<word>", show_default=True)
 @output_option
 def word(embeddings, placeholder_token, output):
-    """How often a picture of the learned word is nearest to the one that it was learned from."""
-    from keras_sd.data.emoji import load_emoji
-    from keras_sd.metrics.retrieval import top1
+    """How often an image of the learned word is nearest to the one that it was learned from."""
+    from keras_sd.data.emoji.retrieval import top1
+    from keras_sd.data.emoji.source import load_emoji
 
     model = _bundled()
     model.load_textual_inversion(embeddings)
@@ -141,20 +141,20 @@ def word(embeddings, placeholder_token, output):
 @click.option("--model", default="emoji-upscaler", show_default=True, help="Preset or folder.")
 @click.option("--num-steps", default=10, show_default=True)
 @output_option
-def upscaler(model, num_steps, output):
-    """Held-out pictures made small and large again, against bicubic and Lanczos."""
+def upscaler(model, num_inference_steps, output):
+    """Held-out images made small and large again, against bicubic and Lanczos."""
     from PIL import Image
 
     from keras_sd import presets
-    from keras_sd.data.datasets import load_source
-    from keras_sd.images import image_grid
+    from keras_sd.data.sources import load_source
+    from keras_sd.files.image_files import image_grid
+    from keras_sd.pipeline.upscaler import Upscaler
     from keras_sd.training.super_resolution import measure_upscaling
-    from keras_sd.upscaler import Upscaler
 
     model = Upscaler.load(presets.find(model))
     source = load_source("emoji", "validation", 128)
     images = np.stack([source[index]["image"] for index in range(len(source))])
-    made, figures = measure_upscaling(model, images, num_steps=num_steps)
+    made, figures = measure_upscaling(model, images, num_inference_steps=num_inference_steps)
     small = [Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC) for image in images[:8]]
     enlarged = [np.asarray(image.resize((128, 128), Image.Resampling.BICUBIC)) for image in small]
     sheet = image_grid([*enlarged, *made[:8], *images[:8]], columns=8)
@@ -162,7 +162,7 @@ def upscaler(model, num_steps, output):
     for other in ("bicubic", "lanczos"):
         figures[f"edges_against_{other}"] = figures["edge_error"] / figures[f"{other}_edge_error"] - 1
         figures[f"psnr_against_{other}"] = figures["psnr"] - figures[f"{other}_psnr"]
-    _add(output, "upscaler", figures | {"num_steps": num_steps, "pictures": len(images)})
+    _add(output, "upscaler", figures | {"num_inference_steps": num_inference_steps, "images": len(images)})
 
 
 def _open(name):
@@ -188,8 +188,8 @@ def _unit(vectors):
 
 
 def _sheet(output, name, models, prompts, count=1):
-    """A picture for the documentation: a row for each model, the same seeds in all."""
-    from keras_sd.images import image_grid
+    """An image for the documentation: a row for each model, the same seeds in all."""
+    from keras_sd.files.image_files import image_grid
 
     rows = [model.text_to_image(prompts, num_images=count, seed=0, **SAMPLING) for model in models]
     labels = [prompt for _ in models for prompt in prompts for _ in range(count)]
@@ -198,11 +198,11 @@ def _sheet(output, name, models, prompts, count=1):
     _save(output, name, image_grid(np.concatenate(rows), labels, columns=columns, scale=2))
 
 
-def _save(output, name, picture):
-    from keras_sd.images import save_png
+def _save(output, name, image):
+    from keras_sd.files.image_files import save_png
 
     folder = Path(output).parent / "finetuning"
-    save_png(picture, folder / f"{name}.png")
+    save_png(image, folder / f"{name}.png")
 
 
 def _add(output, name, figures):

@@ -19,9 +19,10 @@ import pdoc
 from pdoc.render_helpers import formatter, to_html
 
 import keras_sd
-from keras_sd.cli import cli
-from keras_sd.errors import UserError, run_command
-from keras_sd.files import write_text
+from keras_sd.cli.main import cli
+from keras_sd.cli.program import run_command
+from keras_sd.errors import UserError
+from keras_sd.files.writing import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

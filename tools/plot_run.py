@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from keras_sd.errors import run_command
-from keras_sd.files import replaced
-from keras_sd.outputs import check_output, overwrite_option
+from keras_sd.cli.outputs import check_output, overwrite_option
+from keras_sd.cli.program import run_command
+from keras_sd.files.writing import replaced
 
 
 def read_curves(path):

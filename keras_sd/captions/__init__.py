@@ -1,4 +1,4 @@
-"""Captions for a folder of pictures: a sentence by BLIP, and what CLIP finds in a vocabulary."""
+"""Captions for a folder of images: a sentence by BLIP, and what CLIP finds in a vocabulary."""
 
 from keras_sd.captions.dataset import CaptionSettings, CleaningSettings, caption_folder
 from keras_sd.captions.interrogator import MODES, Interrogator

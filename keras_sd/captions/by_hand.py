@@ -1,7 +1,7 @@
 """What people have written or changed in a folder of captions, told apart from what was written here.
 
 Digests of what was written are kept in `.captions/written.json`. What has another digest, or none, is
-someone's own: a caption in `metadata.jsonl` or in the text file of a picture, or a line that was taken out.
+someone's own: a caption in `metadata.jsonl` or in the text file of an image, or a line that was taken out.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from keras_sd import json_files
 from keras_sd.data.folders import METADATA
 from keras_sd.errors import UserError
-from keras_sd.files import utf8, write_json
-from keras_sd.json_files import MIB, parse_json, read_json
+from keras_sd.files import json_files
+from keras_sd.files.json_files import MIB, parse_json, read_json
+from keras_sd.files.writing import utf8, write_json
 
 _LINES, _TEXTS = "metadata", "txt"
 
@@ -46,10 +46,10 @@ class ByHand:
     """What is someone's own.
 
     Attributes:
-        captions: caption in `metadata.jsonl` by file name of the picture.
-        texts: content of the text file, stripped, by file name of the picture.
+        captions: caption in `metadata.jsonl` by file name of the image.
+        texts: content of the text file, stripped, by file name of the image.
         removed: file names whose line was taken out.
-        others: lines of pictures that are not in the folder, by file name.
+        others: lines of images that are not in the folder, by file name.
     """
 
     captions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -59,7 +59,7 @@ class ByHand:
 
     @property
     def names(self):
-        """File names of the pictures that need no other caption."""
+        """File names of the images that need no other caption."""
         return self.captions.keys() | self.texts.keys() | self.removed
 
 
@@ -67,7 +67,7 @@ class Written:
     """The digests of what was written.
 
     Args:
-        folder: the folder of pictures.
+        folder: the folder of images.
         path: the file that keeps them.
     """
 
@@ -84,7 +84,7 @@ class Written:
         self._begun = found.get("begun", {})
 
     def by_hand(self, names):
-        """A `ByHand` of those pictures.
+        """A `ByHand` of those images.
 
         Raises:
             UserError: `metadata.jsonl` or a text file cannot be read.
@@ -131,7 +131,7 @@ def read_lines(path):
     """The lines of a `metadata.jsonl`, if there is one, by the file name that each is of.
 
     Raises:
-        UserError: a line is none of a picture, or the second of one.
+        UserError: a line is none of an image, or the second of one.
     """
     remedy = "correct it, or replace the captions with --overwrite"
     lines = {}
@@ -155,7 +155,7 @@ def _lines_of(path, remedy):
 
 
 def text_path(folder, name):
-    """The text file of a picture."""
+    """The text file of an image."""
     return (Path(folder) / name).with_suffix(".txt")
 
 

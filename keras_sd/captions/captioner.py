@@ -1,4 +1,4 @@
-"""A sentence for a picture, by BLIP (Li et al., 2022, arXiv:2201.12086) as transformers has it."""
+"""A sentence for an image, by BLIP (Li et al., 2022, arXiv:2201.12086) as transformers has it."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _NEW_TOKENS = 32
 
 
 class Captioner:
-    """Says in a sentence what a picture shows.
+    """Says in a sentence what an image shows.
 
     Args:
         name: a hub id such as `Salesforce/blip-image-captioning-large`, or a folder of that layout.

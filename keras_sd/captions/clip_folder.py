@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_sd.errors import UserError
-from keras_sd.json_files import read_json
+from keras_sd.files.json_files import read_json
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.weights.open_clip import CONFIG_NAME, open_clip_config, open_clip_tensors, read_open_clip
 

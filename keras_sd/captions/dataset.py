@@ -1,7 +1,7 @@
-"""From a folder of pictures to a data set: captions are made, cleaned, and written as `metadata.jsonl`.
+"""From a folder of images to a data set: captions are made, cleaned, and written as `metadata.jsonl`.
 
 What the models said is kept in `.captions` inside the folder, a journal for each shard, so a run that was
-killed goes on where it was, and cleaning can be changed without describing a picture again.
+killed goes on where it was, and cleaning can be changed without describing an image again.
 """
 
 import collections
@@ -16,18 +16,18 @@ from typing import NotRequired
 from PIL import Image
 from typing_extensions import TypedDict
 
-from keras_sd.cache import cache_root
 from keras_sd.captions.by_hand import ByHand, Written, read_lines, text_path, with_caption
+from keras_sd.captions.caption_settings import CaptionSettings, CleaningSettings
 from keras_sd.captions.captioner import Captioner
 from keras_sd.captions.interrogator import Interrogator
 from keras_sd.captions.journal import Journal, count_lines, read_journal
 from keras_sd.captions.ranking import Clip
-from keras_sd.captions.settings import CaptionSettings, CleaningSettings
 from keras_sd.data.folders import METADATA, image_paths
-from keras_sd.data.images import read_picture
+from keras_sd.data.images import read_image
 from keras_sd.errors import UserError
-from keras_sd.files import utf8, write_json, write_text
-from keras_sd.json_files import read_json
+from keras_sd.files.cache import cache_root
+from keras_sd.files.json_files import read_json
+from keras_sd.files.writing import utf8, write_json, write_text
 
 JOURNALS = ".captions"
 _SETTINGS, _WRITTEN = "settings.json", "written.json"
@@ -47,17 +47,17 @@ class Summary:
     """What came of a run.
 
     Attributes:
-        pictures: how many there are in the folder.
+        images: how many there are in the folder.
         captions: text by file name, in the order of the names; empty while shards are missing.
-        missing: pictures that other shards have not described yet.
+        missing: images that other shards have not described yet.
         passed_over: fault by file name.
         artists: how often each name was removed.
         cut: phrases left out for the sake of length.
         kept: captions that were there before or have been changed by hand, and stay.
-        removed: pictures whose line was taken out by hand, and that stay without one.
+        removed: images whose line was taken out by hand, and that stay without one.
     """
 
-    pictures: int
+    images: int
     captions: dict[str, str]
     missing: int = 0
     passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -68,7 +68,7 @@ class Summary:
 
 
 class CaptionedFolder:
-    """A folder of pictures and what has been said of them.
+    """A folder of images and what has been said of them.
 
     Args:
         folder: the folder, which `metadata.jsonl` and `.captions` are written into.
@@ -77,7 +77,7 @@ class CaptionedFolder:
             or changed.
 
     Raises:
-        UserError: there is no picture, or there are captions of another model, mode or vocabulary.
+        UserError: there is no image, or there are captions of another model, mode or vocabulary.
     """
 
     def __init__(self, folder, settings, overwrite=False):
@@ -116,7 +116,7 @@ class CaptionedFolder:
         return False
 
     def _has_texts(self):
-        """Whether anything has been said of any picture; nothing is lost otherwise."""
+        """Whether anything has been said of any image; nothing is lost otherwise."""
         return any(
             "text" in entry for path in self.journals.glob("*.jsonl") for entry in read_journal(path, Entry)
         )
@@ -151,11 +151,11 @@ class CaptionedFolder:
         return texts, {name: fault for name, fault in faults.items() if name not in texts}
 
     def lines(self):
-        """How many lines the journals of captions have; grows by one for each picture that was looked at."""
+        """How many lines the journals of captions have; grows by one for each image that was looked at."""
         return count_lines(self.journals)
 
     def missing(self, shard_index=0, num_shards=1, kind="captions"):
-        """The names of a shard's pictures that nothing has been said of, by a model or by hand."""
+        """The names of a shard's images that nothing has been said of, by a model or by hand."""
         if not 0 <= shard_index < num_shards:
             raise UserError(f"shard {shard_index} of {num_shards}: out of range; count shards from 0")
         texts, _ = self.described(kind)
@@ -167,14 +167,14 @@ class CaptionedFolder:
         return Journal(self.journals / f"{kind}-{shard_index}-of-{num_shards}.jsonl")
 
     def write(self, clean=None, text_files=False):
-        """Cleans what has been said and writes `metadata.jsonl`, once every picture was looked at.
+        """Cleans what has been said and writes `metadata.jsonl`, once every image was looked at.
 
         Lines and text files that people have written or changed stay, as does the lack of a line that they
-        have taken out. The text file of a picture whose line nobody has changed says what goes into it.
+        have taken out. The text file of an image whose line nobody has changed says what goes into it.
 
         Args:
             clean: what `CleaningSettings.prepare` gives; None writes what the models said.
-            text_files: write a `.txt` beside each picture too.
+            text_files: write a `.txt` beside each image too.
 
         Returns:
             A `Summary`.
@@ -198,7 +198,7 @@ class CaptionedFolder:
         return summary
 
     def _caption(self, name, cleaned, summary):
-        """The caption of a picture, or None; counts in the summary what it is."""
+        """The caption of an image, or None; counts in the summary what it is."""
         own = self.by_hand
         if name in own.removed:
             summary.removed += 1
@@ -251,7 +251,7 @@ class CaptionedFolder:
             return {}
 
     def check_text_files(self):
-        """Makes sure that no two pictures would share a text file.
+        """Makes sure that no two images would share a text file.
 
         Raises:
             UserError: two would.
@@ -259,14 +259,14 @@ class CaptionedFolder:
         places = collections.Counter(text_path(self.folder, name) for name in self.names)
         place, count = places.most_common(1)[0]
         if count > 1:
-            raise UserError(f"{place}: would be the caption of {count} pictures; rename all but one of them")
+            raise UserError(f"{place}: would be the caption of {count} images; rename all but one of them")
 
 
 def caption_folder(folder, settings=None, cleaning=None, **options):
     """Captions a folder in this process, cleans the captions and writes `metadata.jsonl`.
 
     Args:
-        folder: pictures, those of its sub-folders included, `validation` left out.
+        folder: images, those of its sub-folders included, `validation` left out.
         settings: a `CaptionSettings`.
         cleaning: a `CleaningSettings`.
         options: `overwrite` of `CaptionedFolder`, and those of `caption_shard`.
@@ -284,14 +284,14 @@ def caption_folder(folder, settings=None, cleaning=None, **options):
 
 
 def caption_shard(captioned, shard_index=0, num_shards=1, device="cpu", threads=None, advance=None):
-    """Describes those pictures of a shard that have not been, and writes them to its journal.
+    """Describes those images of a shard that have not been, and writes them to its journal.
 
     Args:
         captioned: a `CaptionedFolder`.
-        shard_index, num_shards: of every `num_shards` pictures the one numbered `shard_index`, from 0.
+        shard_index, num_shards: of every `num_shards` images the one numbered `shard_index`, from 0.
         device: where torch computes.
         threads: how many it uses on a CPU; None leaves that to torch.
-        advance: called with the number of pictures after each batch.
+        advance: called with the number of images after each batch.
     """
     settings = captioned.settings
     captioned.missing(shard_index, num_shards)  # refuses a wrong shard before a model is loaded
@@ -335,7 +335,7 @@ def _open_interrogator(settings, device, with_captioner):
 
 
 def _describe(captioned, names, journal, describe, advance):
-    """Reads pictures, one batch ahead, and journals what `describe(images, names)` says of them."""
+    """Reads images, one batch ahead, and journals what `describe(images, names)` says of them."""
     parent, size = os.getppid(), captioned.settings.batch_size
     batches = [names[start : start + size] for start in range(0, len(names), size)]
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
@@ -356,7 +356,7 @@ def _read_batch(folder, names):
     images, faults = {}, {}
     for name in names:
         try:
-            images[name] = Image.fromarray(read_picture(folder / name, smallest_side=_SMALLEST_SIDE))
+            images[name] = Image.fromarray(read_image(folder / name, smallest_side=_SMALLEST_SIDE))
         except UserError as error:
             faults[name] = str(error)
     return images, faults

@@ -6,7 +6,7 @@ from keras_sd.captions.ranking import top_k
 from keras_sd.errors import UserError
 
 MODES = ("best", "fast", "classic", "negative", "caption")
-"""From the slowest and closest to the picture; `negative` collects what it is not, for a negative prompt."""
+"""From the slowest and closest to the image; `negative` collects what it is not, for a negative prompt."""
 
 _CLASSIC_FLAVORS = 3
 _CHAIN_CANDIDATES = 2048
@@ -14,7 +14,7 @@ _CHAIN_MINIMUM = 8
 
 
 class Interrogator:
-    """Describes pictures.
+    """Describes images.
 
     Args:
         clip: a `ranking.Clip`; None where only sentences are wanted.
@@ -28,14 +28,14 @@ class Interrogator:
         self.maximum_phrases = maximum_phrases
 
     def describe(self, images, mode="best", sentences=None):
-        """One caption for each picture.
+        """One caption for each image.
 
         Args:
             images: list of Pillow images in RGB.
             mode: one of `MODES`. `caption` is the sentence alone; `fast` adds the phrases that fit the
-                picture best; `classic` a medium, an artist, a site, a movement and three flavours; `best`
+                image best; `classic` a medium, an artist, a site, a movement and three flavours; `best`
                 builds the caption up phrase by phrase, each time the one that brings it closest to the
-                picture, and takes the closest of all four.
+                image, and takes the closest of all four.
             sentences: what the captioner said, where that is known already.
 
         Raises:
@@ -52,10 +52,10 @@ class Interrogator:
         return getattr(self, f"_{mode}")(sentences, features)
 
     def rank(self, features, phrases, count, lowest=False):
-        """The `count` phrases that fit each picture best, or worst: a list of lists.
+        """The `count` phrases that fit each image best, or worst: a list of lists.
 
         Args:
-            features: pictures as `Clip.encode_images` gives them, float32 (n, d).
+            features: images as `Clip.encode_images` gives them, float32 (n, d).
         """
         indices, _ = top_k(features, self.clip.phrase_vectors(phrases), count, lowest)
         return [[phrases[index] for index in row] for row in indices]
@@ -90,34 +90,34 @@ class Interrogator:
         # The best of the candidates are what `fast` would look for.
         classic, fast = self._classic(sentences, features), self._with_phrases(sentences, candidates)
         captions = []
-        for row, picture in enumerate(features):
-            chain = self._chain(picture, sentences[row], candidates[row])
+        for row, image in enumerate(features):
+            chain = self._chain(image, sentences[row], candidates[row])
             drafts = [draft for draft in (sentences[row], classic[row], fast[row], chain) if draft]
-            captions.append(drafts[int(np.argmax(self._similarities(picture, drafts)))])
+            captions.append(drafts[int(np.argmax(self._similarities(image, drafts)))])
         return captions
 
     def _negative(self, sentences, features):
         phrases = self.vocabulary.phrases
         candidates = self.rank(features, phrases, _CHAIN_CANDIDATES, lowest=True) if phrases else None
         captions = []
-        for row, picture in enumerate(features):
+        for row, image in enumerate(features):
             pool = [*(candidates[row] if candidates else ()), *self.vocabulary.negative]
-            captions.append(self._chain(picture, "", list(dict.fromkeys(pool)), lowest=True))
+            captions.append(self._chain(image, "", list(dict.fromkeys(pool)), lowest=True))
         return captions
 
-    def _chain(self, picture, caption, candidates, lowest=False):
+    def _chain(self, image, caption, candidates, lowest=False):
         """Adds the phrase that changes the similarity most, again and again, while it gets better.
 
         The first `_CHAIN_MINIMUM` are added whether it does or not: a single phrase seldom beats a sentence.
         """
         sign = -1 if lowest else 1
         candidates = list(candidates)
-        best = sign * self._similarities(picture, [caption])[0] if caption else -np.inf
+        best = sign * self._similarities(image, [caption])[0] if caption else -np.inf
         for number in range(self.maximum_phrases):
             if not candidates:
                 break
             longer = [_joined(caption, phrase) for phrase in candidates]
-            similarities = sign * self._similarities(picture, longer)
+            similarities = sign * self._similarities(image, longer)
             index = int(np.argmax(similarities))
             if similarities[index] <= best and number >= _CHAIN_MINIMUM:
                 break
@@ -125,8 +125,8 @@ class Interrogator:
             del candidates[index]
         return caption
 
-    def _similarities(self, picture, texts):
-        return self.clip.encode_texts(texts) @ picture
+    def _similarities(self, image, texts):
+        return self.clip.encode_texts(texts) @ image
 
 
 def check_vocabulary(vocabulary, mode):

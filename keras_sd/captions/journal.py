@@ -1,4 +1,4 @@
-"""What has been done so far, a line for each picture, safe against a kill at any moment."""
+"""What has been done so far, a line for each image, safe against a kill at any moment."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import warnings
 import filelock
 
 from keras_sd.errors import UserError
-from keras_sd.files import utf8
-from keras_sd.json_files import MIB, parse_json, read_bytes
+from keras_sd.files.json_files import MIB, parse_json, read_bytes
+from keras_sd.files.writing import utf8
 
 # What a run that was killed has left running notices it within a batch.
 _PATIENCE = 60

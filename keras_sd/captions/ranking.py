@@ -1,4 +1,4 @@
-"""How well a phrase fits a picture: a CLIP of open_clip, and exact search among many phrases."""
+"""How well a phrase fits an image: a CLIP of open_clip, and exact search among many phrases."""
 
 import contextlib
 import difflib
@@ -21,7 +21,7 @@ _QUERIES = 64
 
 
 class Clip:
-    """Pictures and texts as unit vectors of one space (Radford et al., 2021, arXiv:2103.00020).
+    """Images and texts as unit vectors of one space (Radford et al., 2021, arXiv:2103.00020).
 
     Args:
         name: an open_clip model and its weights, as in `ViT-L-14/openai` (Stable Diffusion 1 was trained with

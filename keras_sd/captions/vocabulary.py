@@ -1,4 +1,4 @@
-"""The phrases that pictures are described with: artists, media, movements, flavours, and what is unwanted."""
+"""The phrases that images are described with: artists, media, movements, flavours, and what is unwanted."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from keras_sd.errors import UserError
-from keras_sd.json_files import MIB, read_text
+from keras_sd.files.json_files import MIB, read_text
 
 KINDS = ("artists", "mediums", "movements", "flavors", "negative")
 """The lists, by the names of their files in `clip-interrogator`, an optional package that has them all."""
@@ -56,12 +56,12 @@ class Vocabulary:
 
     @functools.cached_property
     def sites(self):
-        """Where such pictures are shown; part of the vocabulary where there are artists."""
+        """Where such images are shown; part of the vocabulary where there are artists."""
         return _SITES_PHRASES if self.artists else ()
 
     @functools.cached_property
     def phrases(self):
-        """All that may describe a picture, without doubles."""
+        """All that may describe an image, without doubles."""
         return tuple(
             dict.fromkeys((*self.styles, *self.flavors, *self.mediums, *self.movements, *self.sites))
         )

@@ -49,7 +49,7 @@ def caption_by_workers(captioned, names, threads=None, advance=None):
         captioned: a `CaptionedFolder`.
         names: devices, as `devices` gives them.
         threads: of torch, in each process; by default the cores are shared out.
-        advance: called with the number of pictures that have been described meanwhile.
+        advance: called with the number of images that have been described meanwhile.
 
     Raises:
         UserError: what a worker said when it failed. The others go on to their end first.

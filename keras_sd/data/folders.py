@@ -11,10 +11,10 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from keras_sd import json_files
-from keras_sd.data.images import FORMATS, MINIMUM_SIDE, SUFFIXES, check_image, format_of, read_image
+from keras_sd.data.images import FORMATS, MINIMUM_SIDE, SUFFIXES, check_image, format_of, read_square
 from keras_sd.errors import UserError
-from keras_sd.json_files import shown
+from keras_sd.files import json_files
+from keras_sd.files.json_files import shown
 
 METADATA = "metadata.jsonl"
 
@@ -90,7 +90,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str), path (str)."""
         path, captions = self._examples[index]
-        image = read_image(path, self.image_size, self._damage_found)
+        image = read_square(path, self.image_size, self._damage_found)
         return {"image": image, "captions": captions, "path": str(path)}
 
     def _damage_found(self, path: Path) -> None:

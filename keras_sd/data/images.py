@@ -14,7 +14,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from keras_sd.errors import UserError
-from keras_sd.images import WHITE, check_plain
+from keras_sd.files.image_files import check_plain
+from keras_sd.models.pixels import WHITE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats that are read; a file's format is told by its content, not by its name."""
@@ -78,7 +79,7 @@ def check_image(path: Path) -> bool:
     return is_upright
 
 
-def read_image(path: Path, size: int, tell: Callable[[Path], None] | None = None) -> np.ndarray:
+def read_square(path: Path, size: int, tell: Callable[[Path], None] | None = None) -> np.ndarray:
     """The image's centre square, uint8 (size, size, 3), transparency on white, upright.
 
     Args:
@@ -92,7 +93,7 @@ def read_image(path: Path, size: int, tell: Callable[[Path], None] | None = None
         return square(_upright(image, path, tell, (size, size)), size)
 
 
-def read_picture(
+def read_image(
     path: Path,
     size: tuple[int, int] | None = None,
     tell: Callable[[Path], None] | None = None,
@@ -102,7 +103,7 @@ def read_picture(
 
     Args:
         size: (height, width) to scale it to with Lanczos, where it is another.
-        tell: as `read_image` takes it.
+        tell: as `read_square` takes it.
         smallest_side: an image of very many pixels may be made smaller, its sides no shorter than this.
 
     Raises:
@@ -129,7 +130,7 @@ def read_mask(
     Args:
         size: (height, width) to scale it to; a pixel is True if anything in it is white, so that no line is
             lost.
-        tell: as `read_image` takes it.
+        tell: as `read_square` takes it.
 
     Raises:
         UserError: as `check_image`, or nothing is white.

@@ -12,7 +12,7 @@ from PIL import Image
 from keras_sd.data.folders import digest
 from keras_sd.data.images import square
 from keras_sd.errors import UserError
-from keras_sd.json_files import read_json
+from keras_sd.files.json_files import read_json
 
 _OWN = "tensorflow_datasets."
 # Where a `features.json` names a class: that of today, as JSON and as protocol buffers spell it, and of old.
@@ -96,7 +96,7 @@ def prepared_builder(name: str):
     except ImportError as error:
         raise _package_missing(name, error, "tensorflow-datasets") from error
     if name.partition("/")[0].partition(":")[0] == "emoji_captions":
-        importlib.import_module("keras_sd.data.emoji_captions")  # registers the builder
+        importlib.import_module("keras_sd.data.emoji.tfds_builder")  # registers the builder
     _refuse_foreign_features(name)
     try:
         builder = datasets.builder(name, file_format="array_record")

@@ -18,9 +18,9 @@ from keras_sd.errors import UserError
 
 
 class NoiseStreams:
-    """Standard-normal noise for a batch of pictures, from one stream for each.
+    """Standard-normal noise for a batch of images, from one stream for each.
 
-    A picture's noise follows from its own seed alone (NumPy's Philox keyed by it), so it does not depend on
+    An image's noise follows from its own seed alone (NumPy's Philox keyed by it), so it does not depend on
     the rest of the batch or on the backend.
     """
 
@@ -28,7 +28,7 @@ class NoiseStreams:
         self._streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
 
     def draw(self, shape):
-        """The next noise of every picture, each of `shape`: float32 `(n, *shape)`."""
+        """The next noise of every image, each of `shape`: float32 `(n, *shape)`."""
         return np.stack([stream.standard_normal(shape, dtype="float32") for stream in self._streams])
 
 
@@ -83,7 +83,7 @@ class Denoiser:
         guidance_interval=(0.0, 1.0),
         reuse_interval=1,
         sampler=None,
-        num_steps=30,
+        num_inference_steps=30,
         eta=0.0,
         streams=None,
         first_step=0,
@@ -109,7 +109,7 @@ class Denoiser:
             eta: from 0 to 1, the share of fresh noise at each step of DDIM and TCD.
             streams: `NoiseStreams` to draw fresh noise from, once for each row of the sampler's tables that
                 uses it.
-            first_step: how many of `num_steps` steps are left out at the beginning.
+            first_step: how many of `num_inference_steps` steps are left out at the beginning.
             channels: what the UNet sees beside the latents, float32 `(n, h, w, k)`, or None.
             class_labels: int `(n,)` for a UNet with `num_class_embeds`, or None.
             known: `Known` content that is put back after each evaluation, or None.
@@ -124,9 +124,11 @@ class Denoiser:
         guidance_rescale = share("guidance_rescale", guidance_rescale, "0 (none) to 1")
         start, end = checked_interval(guidance_interval)
         whole_number("reuse_interval", reuse_interval, 1)
-        whole_number("num_steps", num_steps, 1, self.schedule.num_train_timesteps)
+        whole_number("num_inference_steps", num_inference_steps, 1, self.schedule.num_train_timesteps)
         eta = share("eta", eta, "0 (deterministic) to 1")
-        tables = find_sampler(sampler, self.schedule.config).tables(self.schedule, num_steps, eta, first_step)
+        tables = find_sampler(sampler, self.schedule.config).tables(
+            self.schedule, num_inference_steps, eta, first_step
+        )
         self._check_predictable(tables.rows)
         if streams is None and any(row.draws for row in tables.rows):
             raise ValueError(f"sampler {sampler or 'of the model'!r} draws noise; give streams")
@@ -148,19 +150,22 @@ class Denoiser:
             | {"channels": channels, "sample to keep": known and known.sample}
         )
         # A step is guided if its beginning lies inside.
-        guided = [start <= (first_step + step) / num_steps < end for step in range(num_steps - first_step)]
+        guided = [
+            start <= (first_step + step) / num_inference_steps < end
+            for step in range(num_inference_steps - first_step)
+        ]
         kinds = _kinds(guided, reuse_interval)
         return self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
 
-    def noisy(self, sample, noise, *, sampler=None, num_steps=30, first_step=0):
+    def noisy(self, sample, noise, *, sampler=None, num_inference_steps=30, first_step=0):
         """The latents to give to `steps` so that the first step begins from a noisy `sample`.
 
         Args:
             sample, noise: float32 `(n, h, w, c)`.
-            sampler, num_steps, first_step: as `steps` will be given.
+            sampler, num_inference_steps, first_step: as `steps` will be given.
         """
         chosen = find_sampler(sampler, self.schedule.config)
-        start, rows, _ = chosen.tables(self.schedule, num_steps, first_step=first_step)
+        start, rows, _ = chosen.tables(self.schedule, num_inference_steps, first_step=first_step)
         # `steps` multiplies by the start.
         signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
         return add_noise(sample, noise, signal_rate, noise_rate)

@@ -76,7 +76,7 @@ def pndm(steps, run):
 def _second_attempt(second, run):
     """The first step once more, now that there is a prediction at its end, where the second step begins."""
     mean = (MEMORY[0] + _predicted(run, second.level)) / 2
-    stride = run.schedule.num_train_timesteps // run.num_steps
+    stride = run.schedule.num_train_timesteps // run.num_inference_steps
     # As if the first step had begun a stride above the second, which it has where the spacing is leading.
     start = level_at(run.schedule, second.timestep + stride, run.options)
     latents = _moved(run, MEMORY[3], mean, start, second.level)
@@ -90,10 +90,10 @@ def _runge_kutta(steps, run):
     """
     if len(steps) < 4:
         raise UserError(
-            f"num_steps {len(steps)}: too few for the Runge-Kutta steps of the model's PNDM; "
+            f"num_inference_steps {len(steps)}: too few for the Runge-Kutta steps of the model's PNDM; "
             "use 4 or more, or the sampler pndm"
         )
-    half = run.schedule.num_train_timesteps // run.num_steps // 2
+    half = run.schedule.num_train_timesteps // run.num_inference_steps // 2
     kept, start, total = MEMORY[:3], MEMORY[3], MEMORY[4]
     for step, following in zip(steps[:3], steps[1:4], strict=True):
         first, last = step.timestep, following.timestep

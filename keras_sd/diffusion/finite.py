@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.weights.rules import parameter_paths
+from keras_sd.models.parameters import parameter_paths
 
 # Beyond it numbers may grow from step to step.
 _LARGEST_USUAL_GUIDANCE = 30.0

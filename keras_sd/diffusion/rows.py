@@ -53,14 +53,14 @@ class Run(NamedTuple):
     Attributes:
         schedule: the `NoiseSchedule` that the network was trained on.
         options: dictionary of the options of the sampler's class in diffusers.
-        num_steps: of the whole way.
+        num_inference_steps: of the whole way.
         first_step: how many of them are left out at the beginning.
         eta: the share of fresh noise, 0 to 1.
     """
 
     schedule: object
     options: dict
-    num_steps: int
+    num_inference_steps: int
     first_step: int = 0
     eta: float = 0.0
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from keras_sd.arguments import shown
 from keras_sd.diffusion import discrete, k_diffusion, solvers, spacing
 from keras_sd.diffusion.rows import Run
+from keras_sd.diffusion.scheduler_options import complete
 from keras_sd.errors import UserError
-from keras_sd.scheduler_options import complete
 
 
 class Method(NamedTuple):
@@ -118,12 +118,12 @@ class Sampler:
         """
         return complete(self.scheduler, config.options() | self.fixed)
 
-    def tables(self, schedule, num_steps, eta=0.0, first_step=0):
+    def tables(self, schedule, num_inference_steps, eta=0.0, first_step=0):
         """What the compiled step is to do in each row.
 
         Args:
             schedule: the `NoiseSchedule` that the network was trained on.
-            num_steps: of the whole way; a step is a row, or several.
+            num_inference_steps: of the whole way; a step is a row, or several.
             eta: from 0 to 1, the share of fresh noise in DDIM and TCD.
             first_step: how many of the steps are left out at the beginning.
 
@@ -136,11 +136,11 @@ class Sampler:
         if eta and not method.takes_eta:
             raise UserError(f"eta {eta}: {self.name} takes none; use 0, or the sampler ddim")
         options = self.options(schedule.config) | method.more
-        steps = method.steps(schedule, num_steps, options)
-        if not 0 <= first_step < num_steps:
-            raise UserError(f"first_step {first_step}: out of range; use 0 to {num_steps - 1}")
+        steps = method.steps(schedule, num_inference_steps, options)
+        if not 0 <= first_step < num_inference_steps:
+            raise UserError(f"first_step {first_step}: out of range; use 0 to {num_inference_steps - 1}")
         steps = steps[first_step:]
-        rows = list(method.rows(steps, Run(schedule, options, num_steps, first_step, eta)))
+        rows = list(method.rows(steps, Run(schedule, options, num_inference_steps, first_step, eta)))
         starts_at_sigma = method.starts_at_sigma and options["timestep_spacing"] != "leading"
         start = steps[0].level.noise_rate if starts_at_sigma and first_step == 0 else 1.0
         return Tables(float(start), rows, _limits(method, options))

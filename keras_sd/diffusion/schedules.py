@@ -1,9 +1,9 @@
-"""Noise schedules: how much of a picture and how much noise each timestep holds."""
+"""Noise schedules: how much of an image and how much noise each timestep holds."""
 
 import numpy as np
 
 from keras_sd.errors import UserError
-from keras_sd.json_files import shown
+from keras_sd.files.json_files import shown
 
 
 def _betas(config):

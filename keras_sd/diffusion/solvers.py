@@ -68,15 +68,15 @@ def dpm_multistep(steps, run):
     options = run.options
     for index, step in enumerate(steps):
         prediction = _prediction(options, step.level)
-        order = _multistep_order(options, run.num_steps, index, len(steps), step)
+        order = _multistep_order(options, run.num_inference_steps, index, len(steps), step)
         mean = _multistep_mean(options, steps, index, [prediction, *MEMORY[:2]][:order])
         way, _ = _WAYS[options["algorithm_type"]]
         latents = LATENTS if _is_still(step) else way(LATENTS, mean, step.level, step.end)
         yield Row(*step, latents, (prediction, MEMORY[0]))
 
 
-def _multistep_order(options, num_steps, index, count, step):
-    lowers = options["lower_order_final"] and num_steps < _FEW_STEPS
+def _multistep_order(options, num_inference_steps, index, count, step):
+    lowers = options["lower_order_final"] and num_inference_steps < _FEW_STEPS
     ends_low = lowers or options.get("euler_at_final") or options.get("final_sigmas_type") == "zero"
     order = min(options["solver_order"], index + 1)
     if _is_still(step) or (index == count - 1 and ends_low):
@@ -113,7 +113,7 @@ def dpm_singlestep(steps, run):
     The memory holds the latents at the start of the group and the group's predictions.
     """
     options = run.options
-    orders = _singlestep_orders(options, run.num_steps)[run.first_step :]
+    orders = _singlestep_orders(options, run.num_inference_steps)[run.first_step :]
     way, _ = _WAYS[options["algorithm_type"]]
     for index, (step, order) in enumerate(zip(steps, orders, strict=True)):
         place = min(order - 1, index)  # in the group; a way that begins within one has no earlier predictions
@@ -127,11 +127,13 @@ def dpm_singlestep(steps, run):
         yield Row(*step, latents, (start, *predictions[:2]))
 
 
-def _singlestep_orders(options, num_steps):
+def _singlestep_orders(options, num_inference_steps):
     """The order of each evaluation: groups of 1 to `solver_order`, and lower ones at the end."""
     order = options["solver_order"]
-    lowers = options["lower_order_final"] or num_steps % order or options["final_sigmas_type"] == "zero"
-    groups, rest = divmod(num_steps, order)
+    lowers = (
+        options["lower_order_final"] or num_inference_steps % order or options["final_sigmas_type"] == "zero"
+    )
+    groups, rest = divmod(num_inference_steps, order)
     full = list(range(1, order + 1))
     if not lowers or order == 1:
         orders = full * groups
@@ -176,7 +178,7 @@ def deis_multistep(steps, run):
     """DEIS in log-rho: the polynomial through the predicted noises in log sigma, integrated over sigma."""
     for index, step in enumerate(steps):
         noises = [noise_at(step.level), *MEMORY[:2]]
-        order = _multistep_order(run.options, run.num_steps, index, len(steps), step)
+        order = _multistep_order(run.options, run.num_inference_steps, index, len(steps), step)
         latents = LATENTS
         if not _is_still(step):
             shares = _deis_shares([past.level.sigma for past in steps[index::-1][:order]], step.end.sigma)

@@ -2,7 +2,7 @@
 
 `sigma` is the ratio of noise to signal, the clock of Karras et al. (2022) and of k-diffusion's samplers;
 everything is computed in float64. `options` are those of the sampler's class in diffusers
-(`keras_sd.scheduler_options`).
+(`keras_sd.diffusion.scheduler_options`).
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_sd.errors import UserError
-from keras_sd.json_files import shown
+from keras_sd.files.json_files import shown
 
 # The sigma that stands for a timestep of noise alone, whose own is infinite: half precision's smallest number
 # as squared signal rate, as in diffusers.
@@ -51,27 +51,27 @@ class Step(NamedTuple):
 # Timesteps
 
 
-def spaced_timesteps(options, num_steps):
-    """The timesteps at which the network is asked, falling, int64 `(num_steps,)`.
+def spaced_timesteps(options, num_inference_steps):
+    """The timesteps at which the network is asked, falling, int64 `(num_inference_steps,)`.
 
     Table 2 of Lin et al. (2023); `steps_offset` belongs to the leading spacing alone.
 
     Args:
         options: dictionary with num_train_timesteps, timestep_spacing ("leading", "trailing" or "linspace")
             and steps_offset.
-        num_steps: from 1 to the number of training timesteps.
+        num_inference_steps: from 1 to the number of training timesteps.
 
     Raises:
-        UserError: `num_steps` is out of range, the first timestep is, or the spacing is unknown.
+        UserError: `num_inference_steps` is out of range, the first timestep is, or the spacing is unknown.
     """
     total = options["num_train_timesteps"]
-    _check_range(num_steps, total)
+    _check_range(num_inference_steps, total)
     if _spacing_of(options) == "leading":
-        return _leading(num_steps, total // num_steps, options["steps_offset"], total)
+        return _leading(num_inference_steps, total // num_inference_steps, options["steps_offset"], total)
     if _spacing_of(options) == "trailing":
-        return _trailing(num_steps, total)
+        return _trailing(num_inference_steps, total)
     # A single step, too, has to begin from noise.
-    rising = np.linspace(0, total - 1, num_steps) if num_steps > 1 else [total - 1]
+    rising = np.linspace(0, total - 1, num_inference_steps) if num_inference_steps > 1 else [total - 1]
     return np.round(rising)[::-1].astype("int64")
 
 
@@ -82,26 +82,28 @@ def _spacing_of(options):
     return spacing
 
 
-def _leading(num_steps, stride, offset, total, first=0):
-    timesteps = np.arange(first, first + num_steps)[::-1] * stride + offset
+def _leading(num_inference_steps, stride, offset, total, first=0):
+    timesteps = np.arange(first, first + num_inference_steps)[::-1] * stride + offset
     if offset < 0:
         raise UserError(f"steps_offset {offset}: below 0; use a scheduler_config.json with 0 or 1")
     if timesteps[0] >= total:
         raise UserError(
-            f"num_steps {num_steps}: with steps_offset {offset} it starts beyond timestep {total - 1}; "
-            "use fewer steps"
+            f"num_inference_steps {num_inference_steps}: with steps_offset {offset} it starts beyond "
+            f"timestep {total - 1}; use fewer steps"
         )
     return timesteps
 
 
-def _trailing(num_steps, total):
+def _trailing(num_inference_steps, total):
     # A range by a fractional step may come out one too long; halves are rounded as in diffusers.
-    return np.round(np.arange(total, 0, -total / num_steps)[:num_steps]).astype("int64") - 1
+    return (
+        np.round(np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]).astype("int64") - 1
+    )
 
 
-def _check_range(num_steps, most):
-    if not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= most:
-        raise UserError(f"num_steps {num_steps}: out of range; use 1 to {most}")
+def _check_range(num_inference_steps, most):
+    if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= most:
+        raise UserError(f"num_inference_steps {num_inference_steps}: out of range; use 1 to {most}")
 
 
 # Sigmas
@@ -164,18 +166,19 @@ def _chain(timesteps, levels, last=CLEAN):
     return [Step(*values) for values in zip(timesteps, levels, ends, strict=True)]
 
 
-def ddim_steps(schedule, num_steps, options=None):
+def ddim_steps(schedule, num_inference_steps, options=None):
     """DDIM's and PLMS's.
 
-    A step ends at `T // num_steps` timesteps below its own, also where the next step begins elsewhere
-    because `num_steps` does not divide `T`: what diffusers does, whose images these are to be.
+    A step ends at `T // num_inference_steps` timesteps below its own, also where the next step begins
+    elsewhere because `num_inference_steps` does not divide `T`: what diffusers does, whose images
+    these are to be.
 
     Args:
         options: by default those of the schedule's config.
     """
     options = options or vars(schedule.config)
-    timesteps = spaced_timesteps(options, num_steps)
-    stride = schedule.num_train_timesteps // num_steps
+    timesteps = spaced_timesteps(options, num_inference_steps)
+    stride = schedule.num_train_timesteps // num_inference_steps
     return [
         Step(timestep, level_at(schedule, timestep, options), level_at(schedule, timestep - stride, options))
         for timestep in timesteps
@@ -189,9 +192,9 @@ def level_at(schedule, timestep, options):
     return Level.of_alpha(schedule.alphas_cumprod[int(timestep)])
 
 
-def ddpm_steps(schedule, num_steps, options):
+def ddpm_steps(schedule, num_inference_steps, options):
     """DDPM's: each step ends where the next one begins."""
-    timesteps = spaced_timesteps(options, num_steps)
+    timesteps = spaced_timesteps(options, num_inference_steps)
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
@@ -202,55 +205,55 @@ def distilled_timesteps(schedule, count=50):
     return np.arange(count, 0, -1) * (total // count) - 1
 
 
-def lcm_steps(schedule, num_steps, options):
+def lcm_steps(schedule, num_inference_steps, options):
     """A latent consistency model's: some of the timesteps that it was distilled at."""
     distilled = distilled_timesteps(schedule, options["original_inference_steps"])
-    _check_range(num_steps, len(distilled))
+    _check_range(num_inference_steps, len(distilled))
     # Rounded down from fractions, as in diffusers.
-    chosen = np.floor(np.linspace(0, len(distilled), num_steps, endpoint=False)).astype("int64")
+    chosen = np.floor(np.linspace(0, len(distilled), num_inference_steps, endpoint=False)).astype("int64")
     timesteps = distilled[chosen]
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
-def k_diffusion_steps(schedule, num_steps, options):
+def k_diffusion_steps(schedule, num_inference_steps, options):
     """Those of k-diffusion's samplers: also between whole timesteps."""
     spacing, total = _spacing_of(options), schedule.num_train_timesteps
     if spacing == "linspace":
-        _check_range(num_steps, total)
-        timesteps = np.linspace(total - 1, 0, num_steps)
+        _check_range(num_inference_steps, total)
+        timesteps = np.linspace(total - 1, 0, num_inference_steps)
     else:
-        timesteps = spaced_timesteps(options, num_steps)
+        timesteps = spaced_timesteps(options, num_inference_steps)
     training = training_sigmas(schedule)
     last = CLEAN
     if options.get("interpolation_type") == "log_linear":
         # One more than there are timesteps, between the schedule's extremes and not where the timesteps are.
-        sigmas = exponential_sigmas(training[-1], training[0], num_steps + 1)
+        sigmas = exponential_sigmas(training[-1], training[0], num_inference_steps + 1)
         last = Level.of_sigma(sigmas[-1])
     else:
         sigmas = np.interp(timesteps, np.arange(len(training)), training)
     name = _sigma_option(options)
     if name:
-        sigmas, last = _sigmas_between(options, sigmas[0], sigmas[-1], num_steps), CLEAN
+        sigmas, last = _sigmas_between(options, sigmas[0], sigmas[-1], num_inference_steps), CLEAN
         timesteps = sigma_to_timestep(schedule, sigmas)
         is_rounded = name == "use_karras_sigmas" and options["rounds_karras_timesteps"]
         timesteps = np.round(timesteps) if is_rounded else timesteps
     if options.get("final_sigmas_type") == "sigma_min" and last == CLEAN:
         last = Level.of_sigma(training[0])
-    return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas[:num_steps]], last)
+    return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas[:num_inference_steps]], last)
 
 
-def solver_steps(schedule, num_steps, options):
+def solver_steps(schedule, num_inference_steps, options):
     """Those of the solvers in log-SNR: whole timesteps, of which the last one is not asked at.
 
     Sigmas by another rule lie between the schedule's extremes, whatever the timesteps' spacing.
     """
     training, total = training_sigmas(schedule), schedule.num_train_timesteps
-    timesteps = _solver_timesteps(schedule, num_steps, options)
+    timesteps = _solver_timesteps(schedule, num_inference_steps, options)
     sigmas, name = training[timesteps], _sigma_option(options)
     ends_clean = options["final_sigmas_type"] == "zero"
     last = CLEAN if ends_clean else Level.of_sigma(training[0])
     if name:
-        sigmas = _sigmas_between(options, training[-1], training[0], num_steps)
+        sigmas = _sigmas_between(options, training[-1], training[0], num_inference_steps)
         timesteps = np.clip(sigma_to_timestep(schedule, sigmas), 0, total - 1)
         # The cosine schedule's last timesteps have sigmas far apart.
         is_cosine = schedule.config.beta_schedule == "squaredcos_cap_v2" and options["keeps_cosine_timesteps"]
@@ -262,22 +265,26 @@ def solver_steps(schedule, num_steps, options):
     return _chain(timesteps, [Level.of_sigma(sigma) for sigma in sigmas], last)
 
 
-def _solver_timesteps(schedule, num_steps, options):
+def _solver_timesteps(schedule, num_inference_steps, options):
     spacing, total = _spacing_of(options), schedule.num_train_timesteps
     # Above this one there is less signal than `lambda_min_clipped` allows, in half the log-SNR.
     least = options.get("lambda_min_clipped", -np.inf)
     total -= int(np.searchsorted(-np.log(training_sigmas(schedule))[::-1], least))
     if spacing == "trailing":
-        _check_range(num_steps, schedule.num_train_timesteps)
-        timesteps = np.arange(total, 0, -schedule.num_train_timesteps / num_steps)[:num_steps]
-        if len(timesteps) < num_steps:
+        _check_range(num_inference_steps, schedule.num_train_timesteps)
+        timesteps = np.arange(total, 0, -schedule.num_train_timesteps / num_inference_steps)[
+            :num_inference_steps
+        ]
+        if len(timesteps) < num_inference_steps:
             raise UserError(
-                f"num_steps {num_steps}: lambda_min_clipped leaves {len(timesteps)} trailing timesteps; "
-                "use timestep_spacing linspace"
+                f"num_inference_steps {num_inference_steps}: lambda_min_clipped leaves {len(timesteps)} "
+                "trailing timesteps; use timestep_spacing linspace"
             )
         return np.round(timesteps).astype("int64") - 1
-    _check_range(num_steps, total - 1)
+    _check_range(num_inference_steps, total - 1)
     if spacing == "leading":
-        stride = total // (num_steps + 1)
-        return _leading(num_steps, stride, options["steps_offset"], schedule.num_train_timesteps, first=1)
-    return np.round(np.linspace(0, total - 1, num_steps + 1))[::-1][:-1].astype("int64")
+        stride = total // (num_inference_steps + 1)
+        return _leading(
+            num_inference_steps, stride, options["steps_offset"], schedule.num_train_timesteps, first=1
+        )
+    return np.round(np.linspace(0, total - 1, num_inference_steps + 1))[::-1][:-1].astype("int64")

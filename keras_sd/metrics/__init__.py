@@ -1,4 +1,4 @@
-"""How good the pictures are: Kernel Inception Distance, reconstruction error, nearest neighbours."""
+"""How good the images are: Kernel Inception Distance, reconstruction error, nearest neighbours."""
 
 from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract
 from keras_sd.metrics.kid import (

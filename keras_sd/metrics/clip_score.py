@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures fit their captions, to a CLIP (Hessel et al., 2021)."""
+"""CLIP score: how well images fit their captions, to a CLIP (Hessel et al., 2021)."""
 
 import numpy as np
 from keras import ops
@@ -11,13 +11,13 @@ def clip_score(image_embeddings, text_embeddings):
     """Returns the mean over pairs of 100 * max(cosine, 0), 0 to 100; both are `(n, d)` of any length."""
     images, texts = (np.asarray(rows, "float64") for rows in (image_embeddings, text_embeddings))
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
-        raise UserError(f"CLIP score of {images.shape} and {texts.shape}: give one text for each picture")
+        raise UserError(f"CLIP score of {images.shape} and {texts.shape}: give one text for each image")
     lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
     return float(np.mean(100 * np.maximum((images * texts).sum(axis=1) / lengths, 0)))
 
 
 class ClipImageEmbeddings(FeatureExtractor):
-    """Pictures in the space that CLIP's towers share."""
+    """Images in the space that CLIP's towers share."""
 
     def __init__(self, image_encoder, jit_compile=True):
         super().__init__(image_encoder, image_encoder.config.image_size, "clip_score", jit_compile)
@@ -43,7 +43,7 @@ def embed_captions(text_encoder, tokenizer, text_projection, captions, batch_siz
 
 
 class ClipScore:
-    """The CLIP score of pictures for captions that are known beforehand.
+    """The CLIP score of images for captions that are known beforehand.
 
     Args:
         pipeline: with an image encoder and the head that belongs to it.
@@ -61,5 +61,5 @@ class ClipScore:
         }
 
     def __call__(self, name, images):
-        """The score of uint8 pictures, one for each caption of a set."""
+        """The score of uint8 images, one for each caption of a set."""
         return clip_score(extract(self._images, images), self._texts[name])

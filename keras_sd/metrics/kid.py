@@ -55,7 +55,7 @@ def kernel_inception_distance(
 def paired_kernel_inception_distance(real_features, generated_features, *, num_subsets=100, seed=0):
     """Returns the KID where generated row i was made for the caption of real row i.
 
-    The estimator is unbiased for independent sets only. A picture and its counterpart are alike, and in
+    The estimator is unbiased for independent sets only. An image and its counterpart are alike, and in
     small sets that pulls the estimate far below zero. So the pairs are split into two halves by `seed`, and
     the real rows of each are compared with the generated rows of the other, in subsets of half their size.
 

@@ -1,4 +1,4 @@
-"""How close pictures come to what they should be: an autoencoder's, an upscaler's."""
+"""How close images come to what they should be: an autoencoder's, an upscaler's."""
 
 import numpy as np
 

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.kernels.attention import attention
+from keras_sd.kernels.chunked_attention import attention
 from keras_sd.models.layers import GroupNormalization, Layer, LayerNormalization, convolution, dense
 
 

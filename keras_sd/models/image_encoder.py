@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.models.initial_values import normal, uniform
+from keras_sd.models.initializers import normal, uniform
 from keras_sd.models.layers import Layer, LayerNormalization, dense, embedding
 from keras_sd.models.transformer import Transformer
 
@@ -77,7 +77,7 @@ class ImageEncoder(keras.Model):
     """
 
     def __init__(self, config, **kwargs):
-        # Pictures are normalised before they are cast.
+        # Images are normalised before they are cast.
         super().__init__(autocast=False, **kwargs)
         if config.image_size % config.patch_size:
             raise UserError(

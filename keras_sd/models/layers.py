@@ -11,8 +11,8 @@ import keras
 from keras import ops
 
 from keras_sd.errors import UserError
-from keras_sd.models import normalization, windows, winograd
-from keras_sd.models.initial_values import glorot_uniform, uniform
+from keras_sd.kernels import im2col, normalization, winograd
+from keras_sd.models.initializers import glorot_uniform, uniform
 
 
 class Layer(keras.layers.Layer):
@@ -74,8 +74,8 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
         is_plain = (self.kernel_size, self.strides, self.padding) == ((3, 3), (1, 1), "same")
         if is_plain and winograd.pays(inputs, kernel):
             return winograd.convolve(inputs, ops.convert_to_tensor(kernel))
-        if windows.pays(inputs, kernel, self.strides, self.padding):
-            return windows.convolve(inputs, ops.convert_to_tensor(kernel), self.strides, self.padding)
+        if im2col.pays(inputs, kernel, self.strides, self.padding):
+            return im2col.convolve(inputs, ops.convert_to_tensor(kernel), self.strides, self.padding)
         return super().convolution_op(inputs, kernel)
 
     def _low_rank_pair(self, rank, initializer):

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_sd.config import LEGACY_END_TOKEN_ID
 from keras_sd.errors import UserError
-from keras_sd.models.initial_values import normal
+from keras_sd.models.initializers import normal
 from keras_sd.models.layers import Layer, LayerNormalization, embedding
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.transformer import Transformer

@@ -22,8 +22,8 @@ from tokenizers.models import BPE
 from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
-from keras_sd.files import write_json, write_text
-from keras_sd.json_files import MIB, read_json, read_text, shape_fault, shown
+from keras_sd.files.json_files import MIB, read_json, read_text, shape_fault, shown
+from keras_sd.files.writing import write_json, write_text
 
 BEGIN_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -39,7 +39,7 @@ _CLIP_MERGES = Path(__file__).parents[1] / "bundled" / "clip" / "merges.txt.gz"
 # Configs without a limit hold a huge number in its place.
 LARGEST_MAX_LENGTH = 2**20
 
-# Prompts read these as syntax (`keras_sd.prompts`), so a token with one in it would never be found whole.
+# Prompts read these as syntax, so a token with one in it would never be found whole.
 _SYNTAX_PATTERN = re.compile(r"[\s()\[\]\\:]")
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -9,9 +9,9 @@ from keras import ops
 
 from keras_sd.errors import UserError
 from keras_sd.models.attention import scaled_dot_product
-from keras_sd.models.initial_values import normal
+from keras_sd.models.gradient_checkpointing import RecomputingLayer
+from keras_sd.models.initializers import normal
 from keras_sd.models.layers import Layer, LayerNormalization, dense
-from keras_sd.models.recomputation import RecomputingLayer
 
 
 def quick_gelu(inputs):

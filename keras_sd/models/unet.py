@@ -8,7 +8,8 @@ import keras
 from keras import ops
 
 from keras_sd.models.attention import SpatialTransformer
-from keras_sd.models.initial_values import normal
+from keras_sd.models.gradient_checkpointing import RecomputingLayer
+from keras_sd.models.initializers import normal
 from keras_sd.models.layers import (
     Downsample,
     GroupNormalization,
@@ -19,7 +20,6 @@ from keras_sd.models.layers import (
     embedding,
     sinusoidal_features,
 )
-from keras_sd.models.recomputation import RecomputingLayer
 
 
 def _resnet(config, inputs, outputs):
@@ -140,7 +140,7 @@ def _joined(resnet, hidden, skip, time_embedding):
 
 
 class UNet(keras.Model):
-    """Predicts the noise, velocity or picture in noisy latents.
+    """Predicts the noise, velocity or image in noisy latents.
 
     Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
     first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. In the place of the

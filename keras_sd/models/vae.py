@@ -1,4 +1,4 @@
-"""The KL autoencoder (Rombach et al., 2022): pictures to latents and back.
+"""The KL autoencoder (Rombach et al., 2022): images to latents and back.
 
 The attribute tree is that of diffusers' ``AutoencoderKL``.
 """
@@ -84,7 +84,7 @@ class MidBlock(Layer):
 
 
 class Encoder(Layer):
-    """Pictures `(n, h, w, 3)` to the posterior's moments at the latent resolution."""
+    """Images `(n, h, w, 3)` to the posterior's moments at the latent resolution."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
@@ -112,7 +112,7 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """Latents to pictures."""
+    """Latents to images."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
@@ -140,7 +140,7 @@ class Decoder(Layer):
 
 
 class AutoencoderKL(keras.Model):
-    """Encoder and decoder between pictures in [-1, 1] and latents.
+    """Encoder and decoder between images in [-1, 1] and latents.
 
     Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`. Where
     `config.force_upcast` stands, float16 weights are computed with in float32.
@@ -166,7 +166,7 @@ class AutoencoderKL(keras.Model):
         self.built = True
 
     def encode(self, images):
-        """Encodes `(n, h, w, 3)` pictures in [-1, 1] to a `DiagonalGaussian` over latents.
+        """Encodes `(n, h, w, 3)` images in [-1, 1] to a `DiagonalGaussian` over latents.
 
         Raises:
             UserError: as `check_encoder`.
@@ -185,7 +185,7 @@ class AutoencoderKL(keras.Model):
             )
 
     def decode(self, latents):
-        """Decodes unscaled latents `(n, h, w, c)` to pictures, float32, about [-1, 1]."""
+        """Decodes unscaled latents `(n, h, w, c)` to images, float32, about [-1, 1]."""
         latents = ops.cast(latents, self.compute_dtype)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)

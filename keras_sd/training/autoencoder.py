@@ -1,4 +1,4 @@
-"""Training of the KL autoencoder that turns pictures into latents."""
+"""Training of the KL autoencoder that turns images into latents."""
 
 import dataclasses
 import warnings
@@ -7,10 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.errors import UserError
-from keras_sd.images import pictures_from_unit
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
+from keras_sd.models.pixels import images_from_unit
 from keras_sd.training.lora import freeze
 from keras_sd.training.losses import AutoencoderObjective, images_to_network
 from keras_sd.training.progress import Progress
@@ -23,7 +23,7 @@ _PIXELS = 4 * 512**2  # of the images that go through the network at once, as it
 
 
 def latent_shape(config, image_size):
-    """Shape (height, width, channels) of the latents of square pictures."""
+    """Shape (height, width, channels) of the latents of square images."""
     side = image_size // config.downsampling
     return side, side, config.latent_channels
 
@@ -32,7 +32,7 @@ def measure_reconstruction(vae, examples):
     """Mean peak signal-to-noise ratio (dB) of the images of examples, encoded and decoded."""
     ratios, count = 0.0, 0
     for images in _image_batches(vae, examples):
-        outputs = pictures_from_unit(ops.convert_to_numpy(vae(images_to_network(images))))
+        outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_network(images))))
         ratios += len(images) * peak_signal_to_noise_ratio(images, outputs)
         count += len(images)
     return ratios / count
@@ -78,11 +78,11 @@ def train_autoencoder(
         kl_weight: weight of the divergence, per latent number.
         decoder_only: leaves the latents as they are and learns to decode their means more faithfully, as
             the decoders were that followed Stable Diffusion 1.
-        random_crop: side of the squares, cut at random from the pictures, that are trained on; None trains
-            on whole pictures.
+        random_crop: side of the squares, cut at random from the images, that are trained on; None trains
+            on whole images.
 
     Raises:
-        UserError: the squares are larger than the pictures, or no latents' size makes them.
+        UserError: the squares are larger than the images, or no latents' size makes them.
 
     Returns:
         The trained model, or None when it was stopped before the end.

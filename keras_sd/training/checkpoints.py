@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
-from keras_sd.json_files import MIB, parse_json, read_bytes, read_json, shape_fault, shown
+from keras_sd.files.json_files import MIB, parse_json, read_bytes, read_json, shape_fault, shown
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -51,7 +51,7 @@ class Manifest(TypedDict):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TrainingState:
     """What `Checkpoints.load` returns: step, group → name → array, position in the data, config."""
 
     step: int
@@ -141,7 +141,7 @@ class Checkpoints:
                 warnings.warn(f"{folder}: skipped, not a valid checkpoint: {fault}", stacklevel=2)
         return None
 
-    def load(self, path) -> Checkpoint:
+    def load(self, path) -> TrainingState:
         """Reads a checkpoint after verifying it.
 
         Raises:
@@ -154,7 +154,7 @@ class Checkpoints:
             tensors = _load_group(folder, group)
             groups[group] = {name: tensors[name] for name in names}
         position, config = (read_json(folder / name, largest=_LARGEST_FILE) for name in (POSITION, CONFIG))
-        return Checkpoint(manifest["step"], groups, position, config)
+        return TrainingState(manifest["step"], groups, position, config)
 
     def resolve(self, request: str) -> Path:
         """The folder meant by `--resume-from-checkpoint`, verified and of this run's config.

@@ -1,9 +1,9 @@
-"""Latent consistency distillation (LCM, Luo et al., 2023): pictures in a few steps, by low-rank updates."""
+"""Latent consistency distillation (LCM, Luo et al., 2023): images in a few steps, by low-rank updates."""
 
 import numpy as np
 from keras import ops
 
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion import spacing
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise

@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.training.losses import ContrastiveObjective, images_to_network
 from keras_sd.training.trainer import Trainer
@@ -42,7 +42,7 @@ def _normalized(vectors):
 
 
 def shifted(image, generator, largest=3):
-    """Moves a picture by up to `largest` pixels each way on a white ground."""
+    """Moves an image by up to `largest` pixels each way on a white ground."""
     down, right = generator.integers(0, 2 * largest + 1, 2)
     padded = np.pad(image, ((largest, largest), (largest, largest), (0, 0)), constant_values=255)
     height, width = image.shape[:2]

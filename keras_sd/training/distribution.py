@@ -12,8 +12,8 @@ import keras
 
 from keras_sd import backend
 from keras_sd.errors import UserError
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.training import rendezvous
-from keras_sd.weights.rules import parameter_paths
 
 KINDS = ("auto", "data", "model")
 BATCH, MODEL = "batch", "model"

@@ -10,13 +10,13 @@ from keras_sd.metrics.kid import paired_kernel_inception_distance
 
 
 class SampleEvaluation:
-    """Draws samples with the weights of the moment and compares them with real pictures.
+    """Draws samples with the weights of the moment and compares them with real images.
 
     Args:
         trainer: the `Trainer` of the run.
-        grid: `grid()` gives one uint8 picture that shows the validation prompts.
+        grid: `grid()` gives one uint8 image that shows the validation prompts.
         sets: name of a set, such as "train" or "held_out" -> its examples, with `image`.
-        generate: called with the examples of a set; gives as many pictures, made for them.
+        generate: called with the examples of a set; gives as many images, made for them.
         extractor: what KID looks through (`metrics.features`); needed where there are sets.
         score: `metrics.clip_score.ClipScore` of the sets' captions, or None to leave it out.
     """

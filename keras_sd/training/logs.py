@@ -14,8 +14,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
-from keras_sd.files import replaced
-from keras_sd.json_files import parse_json
+from keras_sd.files.json_files import parse_json
+from keras_sd.files.writing import replaced
 from keras_sd.training.callbacks import StepCallback
 from keras_sd.training.checkpoints import disk_fault
 

@@ -4,9 +4,10 @@ import contextlib
 
 from keras_sd.errors import UserError
 from keras_sd.models.layers import LowRankUpdate
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights.lora import PEFT_FILE, LowRank, write_lora
-from keras_sd.weights.rules import parameter_paths, torch_state
+from keras_sd.weights.rules import torch_state
 
 # The ends of layers' names. Attention is where LoRA was published and where it is most used.
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

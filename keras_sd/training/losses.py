@@ -38,7 +38,7 @@ class Objective(keras.Model):
 
 
 def images_to_network(images):
-    """Turns uint8 pictures into float32 in [-1, 1]."""
+    """Turns uint8 images into float32 in [-1, 1]."""
     return ops.cast(images, "float32") / 127.5 - 1.0
 
 
@@ -50,7 +50,7 @@ def at_timesteps(table, timesteps):
 class DiffusionObjective(Objective):
     """Weighted squared error of what a UNet predicts in noisy samples (Ho et al., 2020).
 
-    A batch holds `samples` (scaled latents, or uint8 pictures for a pixel-space model), `noise` of
+    A batch holds `samples` (scaled latents, or uint8 images for a pixel-space model), `noise` of
     the same shape and `timesteps (n,)`. What it holds beside them, the UNet is given as well:
 
     - `context (n, tokens, features)`, or `token_ids (n, tokens)` if the text encoder is trained along;
@@ -113,7 +113,7 @@ class DiffusionObjective(Objective):
 class PriorPreservationObjective(DiffusionObjective):
     """DreamBooth's loss of a subject and of its class (Ruiz et al., 2023, equation 2).
 
-    Every array of a batch has a second axis of two: what is drawn for a picture of the subject, and for one
+    Every array of a batch has a second axis of two: what is drawn for an image of the subject, and for one
     of its class.
     """
 
@@ -135,7 +135,7 @@ class AutoencoderObjective(Objective):
     """Reconstruction error of a KL autoencoder, with its divergence from the standard normal.
 
     A batch holds uint8 `images` and the `noise` of the latents' shape. Squared and absolute errors
-    are means over the pixels of [-1, 1] pictures, the divergence is in nats per latent number.
+    are means over the pixels of [-1, 1] images, the divergence is in nats per latent number.
     """
 
     def __init__(self, vae, kl_weight=3e-4, **kwargs):
@@ -153,7 +153,7 @@ class AutoencoderObjective(Objective):
 
 
 class ContrastiveObjective(Objective):
-    """CLIP's symmetric cross entropy between pictures and captions (Radford et al., 2021).
+    """CLIP's symmetric cross entropy between images and captions (Radford et al., 2021).
 
     A batch holds uint8 `images` and `token_ids (n, tokens)`; all others in the batch are negatives.
     """
@@ -169,14 +169,14 @@ class ContrastiveObjective(Objective):
         )
 
     def call(self, batch):
-        pictures = self.image_encoder(images_to_network(batch["images"]))
+        images = self.image_encoder(images_to_network(batch["images"]))
         captions = self.text_projection(self.text_encoder.pooled(batch["token_ids"]))
-        pictures, captions = (
-            ops.normalize(ops.cast(vectors, "float32"), axis=-1) for vectors in (pictures, captions)
+        images, captions = (
+            ops.normalize(ops.cast(vectors, "float32"), axis=-1) for vectors in (images, captions)
         )
         # The cap of 100 is CLIP's own, against a scale that runs away.
-        logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * (pictures @ ops.transpose(captions))
+        logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * (images @ ops.transpose(captions))
         own = ops.diagonal(logits)
-        by_picture = ops.logsumexp(logits, axis=1) - own
+        by_image = ops.logsumexp(logits, axis=1) - own
         by_caption = ops.logsumexp(logits, axis=0) - own
-        return 0.5 * (by_picture + by_caption)
+        return 0.5 * (by_image + by_caption)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.images import pictures_from_unit
+from keras_sd.models.pixels import images_from_unit
 from keras_sd.models.unet import UNet
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Trainer
@@ -13,23 +13,23 @@ from keras_sd.weights.diffusers_folder import SCHEDULER, write_part, write_sched
 from keras_sd.weights.rules import torch_state
 
 
-def sample_pictures(denoiser, count, *, num_steps=20, seed=0, batch_size=50):
-    """Makes `count` uint8 pictures of an unconditional pixel-space model; picture i has seed + i."""
+def sample_images(denoiser, count, *, num_inference_steps=20, seed=0, batch_size=50):
+    """Makes `count` uint8 images of an unconditional pixel-space model; image i has seed + i."""
     config = denoiser.unet.config
     shape = (config.sample_size, config.sample_size, config.in_channels)
-    pictures = []
+    images = []
     for start in range(0, count, batch_size):
         noise = NoiseStreams(range(seed + start, seed + start + batch_size)).draw(shape)
-        for denoised in denoiser.steps(noise, num_steps=num_steps):
+        for denoised in denoiser.steps(noise, num_inference_steps=num_inference_steps):
             samples = denoised.latents
-        pictures.append(pictures_from_unit(samples))
-    return np.concatenate(pictures)[:count]
+        images.append(images_from_unit(samples))
+    return np.concatenate(images)[:count]
 
 
 def train_pixel_ddim(
     settings, config, scheduler_config, source, *, min_snr_gamma=None, flip=True, make_evaluation=None
 ):
-    """Trains an unconditional UNet on pictures and writes it under `output_dir/model`.
+    """Trains an unconditional UNet on images and writes it under `output_dir/model`.
 
     Args:
         settings: `trainer.Settings`.
@@ -38,7 +38,7 @@ def train_pixel_ddim(
             `beta_schedule="squaredcos_cap_v2"`.
         source: examples with an `image` of `config.sample_size`.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        flip: mirrors half of the pictures.
+        flip: mirrors half of the images.
         make_evaluation: `make_evaluation(trainer, denoiser)` gives what is called with the step.
 
     Returns:

@@ -15,7 +15,7 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
 
     Args:
         path: of the checkpoint, for the errors.
-        checkpoint: `checkpoints.Checkpoint`, whose groups are changed.
+        checkpoint: `checkpoints.TrainingState`, whose groups are changed.
         state: group -> name -> variable, which is changed.
         optimizer: the compiled one; in float16 one that scales the loss, around `inner_optimizer`.
         settings: `Settings` of the run.

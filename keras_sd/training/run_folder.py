@@ -10,8 +10,8 @@ from pathlib import Path
 
 from keras_sd import interruption
 from keras_sd.errors import UserError
-from keras_sd.files import sync, write_json
-from keras_sd.json_files import read_json
+from keras_sd.files.json_files import read_json
+from keras_sd.files.writing import sync, write_json
 
 LOCK = ".lock"
 MODEL = "model"

@@ -1,65 +1,65 @@
-"""Training of a diffusion upscaler on pixels, which sees a degraded picture beside the noise.
+"""Training of a diffusion upscaler on pixels, which sees a degraded image beside the noise.
 
 Saharia et al., "Image Super-Resolution via Iterative Refinement" (SR3), 2022; the noise on the degraded
-picture, with its level as a label, is that of Ho et al., "Cascaded Diffusion Models", 2022.
+image, with its level as a label, is that of Ho et al., "Cascaded Diffusion Models", 2022.
 """
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
-from keras_sd.images import pictures_to_unit, resized
 from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
+from keras_sd.models.pixels import images_to_unit, resized
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Trainer
 
-# Ways in which pictures have become small; what comes from elsewhere has gone through any of them.
+# Ways in which images have become small; what comes from elsewhere has gone through any of them.
 _FILTERS = (
     *(Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.HAMMING),
     *(Image.Resampling.BICUBIC, Image.Resampling.LANCZOS),
 )
-_BLURRED = 0.25  # share of pictures that are blurred before they are made small
-_LARGEST_BLUR = 0.7  # standard deviation in pixels of the large picture
+_BLURRED = 0.25  # share of images that are blurred before they are made small
+_LARGEST_BLUR = 0.7  # standard deviation in pixels of the large image
 
 
 def degraded(image, factor, generator):
-    """A uint8 picture made small by a random filter, sometimes after a blur, and large again (bicubic)."""
-    picture = Image.fromarray(image)
+    """A uint8 image made small by a random filter, sometimes after a blur, and large again (bicubic)."""
+    opened = Image.fromarray(image)
     if generator.random() < _BLURRED:
-        picture = picture.filter(ImageFilter.GaussianBlur(generator.uniform(0, _LARGEST_BLUR)))
+        opened = opened.filter(ImageFilter.GaussianBlur(generator.uniform(0, _LARGEST_BLUR)))
     height, width = image.shape[:2]
     method = _FILTERS[generator.integers(len(_FILTERS))]
-    small = resized(np.asarray(picture), (height // factor, width // factor), method)
+    small = resized(np.asarray(opened), (height // factor, width // factor), method)
     return resized(small, (height, width))
 
 
 def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_levels, factor, crop):
-    """Draws a square of a picture, its degraded version with noise of a random level, noise and timestep.
+    """Draws a square of an image, its degraded version with noise of a random level, noise and timestep.
 
     Args:
         example: with an `image`.
-        schedule, low_res_schedule: `NoiseSchedule` of the picture and of the degraded one.
+        schedule, low_res_schedule: `NoiseSchedule` of the image and of the degraded one.
         noise_levels: levels that the upscaler knows, from 0; small ones are drawn more often.
-        factor: how much larger pictures are made.
+        factor: how much larger images are made.
         crop: side of the square in pixels.
     """
     height, width = example["image"].shape[:2]
     top, left = generator.integers((height - crop + 1, width - crop + 1))
-    picture = example["image"][top : top + crop, left : left + crop]
+    image = example["image"][top : top + crop, left : left + crop]
     if generator.random() < 0.5:
-        picture = picture[:, ::-1]
-    seen = pictures_to_unit(degraded(np.ascontiguousarray(picture), factor, generator))
+        image = image[:, ::-1]
+    seen = images_to_unit(degraded(np.ascontiguousarray(image), factor, generator))
     noise_level = int(noise_levels * generator.random() ** 2)
     rates = low_res_schedule.signal_rates[noise_level], low_res_schedule.noise_rates[noise_level]
 
     def normal():
-        return generator.standard_normal(picture.shape, dtype="float32")
+        return generator.standard_normal(image.shape, dtype="float32")
 
     return {
-        "samples": picture,
+        "samples": image,
         "noise": normal(),
         "timesteps": np.int32(generator.integers(schedule.num_train_timesteps)),
         "channels": add_noise(seen, normal(), *rates),
@@ -68,15 +68,15 @@ def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_l
 
 
 def measure_upscaling(upscaler, images, *, factor=2, **options):
-    """Makes pictures small (bicubic) and large again, and compares with what they were.
+    """Makes images small (bicubic) and large again, and compares with what they were.
 
     Args:
-        upscaler: `keras_sd.upscaler.Upscaler`.
+        upscaler: `keras_sd.pipeline.upscaler.Upscaler`.
         images: uint8 `(n, height, width, 3)`.
         options: as `Upscaler.upscale` takes them.
 
     Returns:
-        The pictures made large, uint8 `(n, h, w, 3)`, and a dictionary of figures: `psnr` in dB and
+        The images made large, uint8 `(n, h, w, 3)`, and a dictionary of figures: `psnr` in dB and
         `edge_error` in levels, and the same of bicubic and Lanczos enlargement.
     """
     size = images.shape[1:3]
@@ -87,9 +87,9 @@ def measure_upscaling(upscaler, images, *, factor=2, **options):
         "lanczos_": np.stack([resized(image, size, Image.Resampling.LANCZOS) for image in small]),
     }
     figures = {}
-    for prefix, pictures in made.items():
-        figures[f"{prefix}psnr"] = peak_signal_to_noise_ratio(images, pictures)
-        figures[f"{prefix}edge_error"] = edge_error(images, pictures)
+    for prefix, results in made.items():
+        figures[f"{prefix}psnr"] = peak_signal_to_noise_ratio(images, results)
+        figures[f"{prefix}edge_error"] = edge_error(images, results)
     return made[""], figures
 
 
@@ -100,9 +100,9 @@ def train_super_resolution(
 
     Args:
         settings: `trainer.Settings`.
-        upscaler: `keras_sd.upscaler.Upscaler`, whose UNet is trained.
+        upscaler: `keras_sd.pipeline.upscaler.Upscaler`, whose UNet is trained.
         source: examples with an `image`.
-        factor: how much larger pictures are made.
+        factor: how much larger images are made.
         crop: side in pixels of the squares that are trained on.
         repeats: how often an epoch shows each example.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
@@ -112,7 +112,7 @@ def train_super_resolution(
         Whether training got to its end.
 
     Raises:
-        UserError: the squares do not fit the pictures or the UNet.
+        UserError: the squares do not fit the images or the UNet.
     """
     unet, schedule = upscaler.unet, NoiseSchedule(upscaler.scheduler_config)
     halvings = 2 ** (len(unet.config.block_out_channels) - 1)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Trainer
@@ -27,7 +27,7 @@ def diffusion_example(
         example: of an `encodings.EncodedSource`, whose `condition` is to be given too.
         num_train_timesteps: timesteps are drawn from 0 up to it.
         noise_offset: how much noise is added that is the same all over a channel, which lets a model change
-            the brightness of whole pictures.
+            the brightness of whole images.
         input_perturbation: how much more noise goes onto the latents than is the target (Ning et al., 2023).
     """
     contexts = example["contexts"]

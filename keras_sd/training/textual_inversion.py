@@ -1,9 +1,9 @@
-"""Textual inversion: a few pictures teach a text encoder a new word, and nothing else (Gal et al., 2023)."""
+"""Textual inversion: a few images teach a text encoder a new word, and nothing else (Gal et al., 2023)."""
 
 import numpy as np
 from keras import ops
 
-from keras_sd.data.datasets import fingerprint_of
+from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
@@ -98,7 +98,7 @@ def train_textual_inversion(
         placeholder_token: the new word, such as "<my-cat>".
         initializer_token: known words that it begins as, or None, as `initial_vectors` takes them.
         num_vectors: how many vectors it has, and tokens it takes of a prompt.
-        learnable_property: "object" or "style": what the pictures have in common.
+        learnable_property: "object" or "style": what the images have in common.
         identity: JSON values that, beside those of this function, must be a checkpoint's too.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
         make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
@@ -159,7 +159,7 @@ def train_textual_inversion(
 
 
 def encode_examples(settings, pipeline, source, token, learnable_property):
-    """The pictures' latents as an `EncodedSource`, and the token ids `(templates, tokens)` of captions."""
+    """The images' latents as an `EncodedSource`, and the token ids `(templates, tokens)` of captions."""
     encoded = EncodedSource(source, pipeline.vae, None, pipeline.tokenizer, jit_compile=settings.jit_compile)
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
     # One that is cut might lose what is to be learned. The word alone always fits.

@@ -9,9 +9,10 @@ import keras
 import numpy as np
 
 from keras_sd import backend, interruption
-from keras_sd.data.datasets import batches
+from keras_sd.data.sources import batches
 from keras_sd.errors import UserError
-from keras_sd.models.recomputation import enable_gradient_checkpointing, recomputing_layers
+from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing, recomputing_layers
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.training import distribution, resuming
 from keras_sd.training.callbacks import (
     CheckpointCallback,
@@ -38,7 +39,7 @@ from keras_sd.training.run_folder import (
     write_whole_folder,
 )
 from keras_sd.training.settings import MAY_CHANGE, PRECISIONS, Settings
-from keras_sd.weights.rules import parameter_paths, weights_fingerprint
+from keras_sd.weights.rules import weights_fingerprint
 
 __all__ = ["PRECISIONS", "Settings", "Trainer"]
 

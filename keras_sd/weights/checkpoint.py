@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         parts: `Part` by name: "text_encoder", "unet", "vae", "image_encoder"; those that are there.
         scheduler: dictionary of `scheduler_config.json`, or None.
-        low_res_scheduler: the same for the noise on an upscaler's low-resolution picture, or None.
+        low_res_scheduler: the same for the noise on an upscaler's low-resolution image, or None.
         tokenizer: folder of the tokenizer's files, or None where there are none beside the weights.
         scheduler_repairs: values that hold in place of those in `scheduler`, or None.
     """

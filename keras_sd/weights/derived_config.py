@@ -102,7 +102,7 @@ def vae_config(tensors, sample_size, scaling_factor):
 
     Args:
         tensors: dictionary of arrays by diffusers' names.
-        sample_size: side of the pictures that it was trained on.
+        sample_size: side of the images that it was trained on.
         scaling_factor: what its latents are multiplied by for the UNet.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_sd.errors import UserError, os_errors_in_one_line
-from keras_sd.json_files import shown
+from keras_sd.files.json_files import shown
 from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from keras_sd.errors import UserError
-from keras_sd.files import replaced
-from keras_sd.json_files import shown
+from keras_sd.files.json_files import shown
+from keras_sd.files.writing import replaced
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

@@ -13,7 +13,7 @@ import re
 from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
-from keras_sd.json_files import parse_json, read_json, shape_fault, shown
+from keras_sd.files.json_files import parse_json, read_json, shape_fault, shown
 from keras_sd.weights.formats import read_metadata
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -16,8 +16,8 @@ from typing_extensions import TypedDict
 
 from keras_sd.config import LEGACY_END_TOKEN_ID, ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
-from keras_sd.files import write_json
-from keras_sd.json_files import read_json, shown
+from keras_sd.files.json_files import read_json, shown
+from keras_sd.files.writing import write_json
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.formats import read_safetensors, write_safetensors

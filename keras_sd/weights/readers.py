@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from keras_sd.errors import UserError, os_errors_in_one_line
-from keras_sd.json_files import read_json, shown
+from keras_sd.files.json_files import read_json, shown
 from keras_sd.weights import diffusers_folder
 from keras_sd.weights.checkpoint import Checkpoint
-from keras_sd.weights.keras_cv import read_keras_cv
+from keras_sd.weights.keras_cv_h5 import read_keras_cv
 from keras_sd.weights.old_models import UPSCALE, repaired
 from keras_sd.weights.open_clip import is_open_clip, read_open_clip
 from keras_sd.weights.single_file import read_single_file

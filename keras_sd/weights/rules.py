@@ -10,85 +10,21 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-from typing import NamedTuple
 
 import keras
 import numpy as np
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.precision import dtype_policy
-from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights.expected_shapes import account, check_config, same_shape
 from keras_sd.weights.formats import is_weight, release, type_name
 from keras_sd.weights.names import canonical_name
 
-_LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
-
 # By rank: torch has a kernel's outputs first, (out, in) and OIHW, Keras last, (in, out) and HWIO.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _TO_KERAS = {2: (1, 0), 4: (2, 3, 1, 0)}
-
-# What transformers puts before the names of CLIP's towers.
-_TOWERS = {TextEncoder: "text_model.", ImageEncoder: "vision_model."}
-_BESIDE_TOWER = "visual_projection."
-
-
-class Parameter(NamedTuple):
-    """A variable of a model, the name of its tensor in published files and the layer that owns it."""
-
-    name: str
-    variable: keras.Variable
-    layer: keras.layers.Layer
-
-
-def parameter_paths(model):
-    """Lists every weight of a model under its published name, in a fixed order.
-
-    Args:
-        model: a built Keras layer or model whose attributes mirror the published parameter tree.
-
-    Returns:
-        A list of `Parameter(name, variable, layer)`.
-    """
-    parameters = _walk(model, "")
-    if len(parameters) != len(model.weights):
-        raise ValueError(
-            f"{type(model).__name__}: {len(model.weights)} weights, but {len(parameters)} found along public "
-            "attributes; a layer is kept in a private attribute, in a dictionary or twice"
-        )
-    prefix = next((prefix for tower, prefix in _TOWERS.items() if isinstance(model, tower)), "")
-    return [
-        Parameter(name if name.startswith(_BESIDE_TOWER) else prefix + name, variable, layer)
-        for name, variable, layer in parameters
-    ]
-
-
-def _walk(layer, path):
-    """Lists the parameters of a layer tree, the layer's own before those of its children."""
-    own = {id(value) for value in vars(layer).values()}
-    parameters = [
-        Parameter(path + _LEAVES.get(variable.name, variable.name), variable, layer)
-        for variable in layer.weights
-        if id(variable) in own
-    ]
-    for name, child in _children(layer):
-        parameters += _walk(child, f"{path}{name}.")
-    return parameters
-
-
-def _children(layer):
-    """Yields `(path, sublayer)` for each layer in a public attribute or in a list that is one."""
-    for attribute, value in vars(layer).items():
-        if attribute.startswith("_"):
-            continue
-        if isinstance(value, keras.layers.Layer):
-            yield attribute, value
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                if isinstance(item, keras.layers.Layer):
-                    yield f"{attribute}.{index}", item
 
 
 def _torch_axes(parameter):

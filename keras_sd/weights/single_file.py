@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
@@ -72,7 +72,7 @@ _OTHER_FILES = {
     "a CLIP with its image tower": _IMAGE_TOWER,
 }
 
-# What compares texts with pictures, which Stable Diffusion does not.
+# What compares texts with images, which Stable Diffusion does not.
 _CLIP_HEAD = ("text_projection", "logit_scale")
 
 # Config entries that change what a model computes and that its tensors do not show.
@@ -93,7 +93,7 @@ _TOLD = {
 }
 
 _UPSCALER_BETAS = {"beta_start": 0.0001, "beta_end": 0.02}
-# The noise on its low-resolution picture.
+# The noise on its low-resolution image.
 _UPSCALER_NOISE = SchedulerConfig(
     **_UPSCALER_BETAS, clip_sample=True, steps_offset=0, set_alpha_to_one=True
 ).to_dict("DDPMScheduler")
@@ -210,7 +210,7 @@ def _checkpoint(path, tensors, step, weights, prediction_type):
     parts, scheduler, side = {}, None, 256 if is_upscaler else 512
     if text:
         config = derived_config.text_encoder_config(text, is_open_clip)
-        # The projection belongs to OpenCLIP's comparison with pictures.
+        # The projection belongs to OpenCLIP's comparison with images.
         own = {name: array for name, array in text.items() if name.startswith("text_model.")}
         parts["text_encoder"] = Part(config, own, path)
     if unet:

@@ -4,8 +4,8 @@ import json
 
 from PIL import Image
 
-from keras_sd.convert import convert
-from keras_sd.data.emoji import load_emoji
+from keras_sd.cli.convert import convert
+from keras_sd.data.emoji.source import load_emoji
 from tests.programs import Program
 from tests.reference import run_reference
 
@@ -61,7 +61,7 @@ def write_captioner(folder):
 
 
 def write_emoji(folder, count):
-    """Pictures of base concepts that CLIP was trained on, and their names by file name."""
+    """Images of base concepts that CLIP was trained on, and their names by file name."""
     folder.mkdir(parents=True)
     emoji = [e for e in load_emoji() if e.split == "train" and e.code == e.concept]
     names = {}

@@ -22,7 +22,7 @@ COUNT = 12
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("captions")
     models.write_models(place)
-    models.write_emoji(place / "pictures", COUNT)
+    models.write_emoji(place / "images", COUNT)
     return place
 
 
@@ -33,21 +33,21 @@ def options(place, *more):
 
 @pytest.fixture(scope="module")
 def reference(place):
-    """Captions of the pictures, in one go."""
+    """Captions of the images, in one go."""
     folder = place / "reference"
-    shutil.copytree(place / "pictures", folder)
+    shutil.copytree(place / "images", folder)
     code, output, errors = caption(folder, *options(place))
     assert code == 0, errors
     assert output.endswith(f"{COUNT} captioned, 0 passed over\n{folder / 'metadata.jsonl'}\n")
-    assert "picture/s" in errors
+    assert "image/s" in errors
     captions = read_lines(folder / "metadata.jsonl")
     assert list(captions) == sorted(path.name for path in folder.glob("*.png"))
     return captions
 
 
 def test_bad_pictures_are_passed_over_and_the_rest_trains(place, reference, tmp_path):
-    folder = tmp_path / "pictures"
-    shutil.copytree(place / "pictures", folder)
+    folder = tmp_path / "images"
+    shutil.copytree(place / "images", folder)
     (folder / "sub").mkdir()
     first = min(reference)
     (folder / first).rename(folder / "sub" / first)
@@ -56,7 +56,7 @@ def test_bad_pictures_are_passed_over_and_the_rest_trains(place, reference, tmp_
     Image.fromarray(np.zeros((64, 64), "uint8")).save(folder / "animated.gif", save_all=True)
     Image.new("1", (11_500, 11_500)).save(folder / "huge.png")
     Image.open(folder / max(reference)).convert("P").save(folder / "palette.png")
-    (folder / "elsewhere.png").symlink_to(place / "pictures" / first)
+    (folder / "elsewhere.png").symlink_to(place / "images" / first)
     code, output, errors = caption(
         folder, *options(place, "--devices", "cpu,cpu", "--contact-sheet", tmp_path / "sheet.png", "--txt")
     )
@@ -80,8 +80,8 @@ def test_bad_pictures_are_passed_over_and_the_rest_trains(place, reference, tmp_
 
 
 def test_killed_and_resumed(place, reference, tmp_path):
-    folder = tmp_path / "pictures"
-    shutil.copytree(place / "pictures", folder)
+    folder = tmp_path / "images"
+    shutil.copytree(place / "images", folder)
     arguments = [*map(str, options(place, "--threads", "1")), "--batch-size", "1"]
     journal = folder / ".captions" / "captions-0-of-1.jsonl"
     for lines in (1, 5):
@@ -102,16 +102,16 @@ def test_killed_and_resumed(place, reference, tmp_path):
 
 
 def test_shards_by_turns_and_low_memory(place, tmp_path):
-    folder = tmp_path / "pictures"
-    shutil.copytree(place / "pictures", folder)
-    shutil.copytree(place / "pictures", tmp_path / "together")
+    folder = tmp_path / "images"
+    shutil.copytree(place / "images", folder)
+    shutil.copytree(place / "images", tmp_path / "together")
     arguments = [*options(place), "--captioner", place / "blip"]
     for shard in (0, 1):
         sharding = ("--num-shards", "2", "--shard-index", shard, "--low-memory")
         code, output, errors = caption(folder, *arguments, *sharding)
         assert code == 0, errors
         assert (folder / "metadata.jsonl").exists() == (shard == 1)
-        assert ("6 of 12 pictures are left to other shards" in output) == (shard == 0)
+        assert ("6 of 12 images are left to other shards" in output) == (shard == 0)
     code, _, errors = caption(tmp_path / "together", *arguments)
     assert code == 0, errors
     assert read_lines(folder / "metadata.jsonl") == read_lines(tmp_path / "together" / "metadata.jsonl")
@@ -119,7 +119,7 @@ def test_shards_by_turns_and_low_memory(place, tmp_path):
 
 @pytest.fixture
 def described(tmp_path):
-    """A folder in which three pictures have been described by a sentence each."""
+    """A folder in which three images have been described by a sentence each."""
     folder = tmp_path / "described"
     folder.mkdir()
     for name in ("a.png", "b.png", "c.png"):
@@ -182,8 +182,8 @@ def test_new_pictures_are_seen_and_gone_ones_forgotten(described):
 
 
 def test_dry_run_writes_nothing(place, tmp_path):
-    folder = tmp_path / "pictures"
-    shutil.copytree(place / "pictures", folder)
+    folder = tmp_path / "images"
+    shutil.copytree(place / "images", folder)
     (folder / "broken.png").write_bytes(b"")
     before = sorted(folder.iterdir())
     code, output, errors = caption(folder, *options(place, "--dry-run"))
@@ -217,7 +217,7 @@ def test_bad_input(described, place, more, fault):
 
 @pytest.fixture
 def captioned_by_hand(tmp_path):
-    """A folder that captions of people were in before: a.png's, and those of pictures that are not there."""
+    """A folder that captions of people were in before: a.png's, and those of images that are not there."""
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (32, 32)).save(tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(
@@ -240,7 +240,7 @@ def test_captions_that_were_there_stay(captioned_by_hand):
         code, output, errors = caption(captioned_by_hand, *SENTENCES, "--txt")
         assert code == 0, errors
         assert "2 captions of your own kept; replace them with --overwrite\n" in output
-        assert "1 captions of your own are of pictures that are not there, such as 'later.png'" in output
+        assert "1 captions of your own are of images that are not there, such as 'later.png'" in output
         assert (captioned_by_hand / "metadata.jsonl").read_text().splitlines() == [
             '{"text": "mine",  "file_name": "./a.png"}',
             '{"file_name": "b.png", "label": 3, "text": "a bottle"}',
@@ -332,7 +332,7 @@ def test_text_files_are_not_shared(tmp_path):
     settings = CaptionSettings("caption", captioner="blip")
     CaptionedFolder(tmp_path, settings).check_text_files()
     Image.new("RGB", (32, 32)).save(tmp_path / "b.jpg")
-    with pytest.raises(UserError, match=r"b.txt: would be the caption of 2 pictures"):
+    with pytest.raises(UserError, match=r"b.txt: would be the caption of 2 images"):
         CaptionedFolder(tmp_path, settings).check_text_files()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_sd.metrics.clip_score import embed_captions
-from keras_sd.pipeline import StableDiffusion
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from tests.captions import models
 from tests.reference import run_reference
 
@@ -25,7 +25,7 @@ SAY = """
     torch.set_grad_enabled(True)
     clip = Clip(folder / "clip", cache_folder=folder / "cache")
     captioner = Captioner(folder / "blip")
-    paths = sorted((folder / "pictures").glob("*.png"))
+    paths = sorted((folder / "images").glob("*.png"))
     images = [Image.open(path).convert("RGB") for path in paths]
     names = Vocabulary.read(flavors=folder / "names.txt")
     lists = Vocabulary(
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(folder):
-    return models.write_emoji(folder / "pictures", COUNT)
+    return models.write_emoji(folder / "images", COUNT)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.data.datasets import available_splits, load_source
 from keras_sd.data.folders import FolderSource
-from keras_sd.data.images import read_image
+from keras_sd.data.images import read_square
+from keras_sd.data.sources import available_splits, load_source
 from keras_sd.errors import UserError
 from keras_sd.training.logs import MetricsLog
 
@@ -268,7 +268,7 @@ def test_truncated_images(folder):
         assert load_source(str(folder), "train", 16, need_captions=False)
         with pytest.raises(UserError, match="truncated or damaged"):
             path.write_bytes(whole[: len(whole) // 3])
-            read_image(path, 16)
+            read_square(path, 16)
         path.write_bytes(whole)
 
 
@@ -318,24 +318,24 @@ def test_centre_square(tmp_path):
     pixels = np.zeros((20, 60, 3), "uint8")
     pixels[:, :20], pixels[:, 20:40] = RED, BLUE
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert (read_image(tmp_path / "a.png", 20) == BLUE).all()
-    assert read_image(tmp_path / "a.png", 64).shape == (64, 64, 3)
+    assert (read_square(tmp_path / "a.png", 20) == BLUE).all()
+    assert read_square(tmp_path / "a.png", 64).shape == (64, 64, 3)
 
 
 def test_modes_become_rgb_on_white(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(path)
-    assert (read_image(path, 20) == 255).all()
+    assert (read_square(path, 20) == 255).all()
     Image.new("LA", (20, 20), (0, 255)).save(path)
-    assert (read_image(path, 20) == 0).all()
+    assert (read_square(path, 20) == 0).all()
     Image.new("P", (20, 20), 0).save(path, transparency=0)
-    assert (read_image(path, 20) == 255).all()
+    assert (read_square(path, 20) == 255).all()
     Image.fromarray(np.full((20, 20), 0x8000, "uint16")).save(path)
-    assert (read_image(path, 20) == 128).all()
+    assert (read_square(path, 20) == 128).all()
     Image.new("1", (20, 20), 1).save(path)
-    assert (read_image(path, 20) == 255).all()
+    assert (read_square(path, 20) == 255).all()
     Image.new("CMYK", (20, 20), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
-    assert (read_image(tmp_path / "a.jpg", 20) == 255).all()
+    assert (read_square(tmp_path / "a.jpg", 20) == 255).all()
 
 
 def test_orientation_of_cameras(tmp_path):
@@ -344,7 +344,7 @@ def test_orientation_of_cameras(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    upright = read_image(tmp_path / "a.png", 20)
+    upright = read_square(tmp_path / "a.png", 20)
     assert (upright[10:] == 255).all() and (upright[:10] == 0).all()
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from keras_sd.data import images
-from keras_sd.data.images import check_image, format_of, read_image, read_mask, read_picture
+from keras_sd.data.images import check_image, format_of, read_image, read_mask, read_square
 from keras_sd.errors import UserError
 
 EXIF = b"Exif\0\0"
@@ -44,7 +44,7 @@ def gradient(height=30, width=40):
 
 def all_readings(path):
     """An image by each of the functions that read one: all of it, and the centre square."""
-    return read_picture(path), read_image(path, 30)
+    return read_image(path), read_square(path, 30)
 
 
 @pytest.mark.parametrize("kind", DAMAGED_EXIF)
@@ -60,7 +60,7 @@ def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path, kind, suffix):
     ] * 2
     assert np.abs(whole.astype(int) - gradient()).mean() < 8 and square.shape == (30, 30, 3)
     named = []
-    read_image(path, 16, tell=named.append)
+    read_square(path, 16, tell=named.append)
     assert named == [path]
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_block_that_tells_the_orientation_is_obeyed(tmp_path, recwarn)
     block = ifd((ORIENTATION, 3, 1, b"\x03\0\0\0"), (0x927C, 7, 4000, b"\xff\xff\0\0"))
     Image.fromarray(gradient()).save(tmp_path / "a.png", exif=block)
     assert check_image(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), gradient()[::-1, ::-1])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), gradient()[::-1, ::-1])
     assert not recwarn.list
 
 
@@ -80,13 +80,13 @@ def test_orientation_is_that_of_pillow(tmp_path, orientation, suffix, recwarn):
     Image.fromarray(gradient()).save(tmp_path / f"a.{suffix}", exif=exif)
     with Image.open(tmp_path / f"a.{suffix}") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
-    np.testing.assert_array_equal(read_picture(tmp_path / f"a.{suffix}"), expected)
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{suffix}"), expected)
     assert check_image(tmp_path / f"a.{suffix}") and not recwarn.list
 
 
 def test_an_orientation_of_another_type_is_none(tmp_path, recwarn):
     Image.fromarray(gradient()).save(tmp_path / "a.png", exif=ifd((ORIENTATION, 2, 4, b"six\0")))
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), gradient())
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), gradient())
     assert not recwarn.list
 
 
@@ -100,8 +100,8 @@ def test_the_first_image_of_a_phone_is_taken(tmp_path, recwarn):
         assert image.format == "MPO" and image.n_frames == 2
     assert check_image(path) and format_of(path) == "JPEG"
     expected = np.rot90(gradient(), -1).astype(int)
-    assert np.abs(read_picture(path) - expected).mean() < 4
-    assert read_image(path, 16).shape == (16, 16, 3)
+    assert np.abs(read_image(path) - expected).mean() < 4
+    assert read_square(path, 16).shape == (16, 16, 3)
     # Its index of images damaged, byte by byte.
     whole = path.read_bytes()
     start = whole.index(b"MPF\0") + 4
@@ -109,7 +109,7 @@ def test_the_first_image_of_a_phone_is_taken(tmp_path, recwarn):
         for value in (0, 0xFF):
             path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
             check_image(path)
-            assert np.abs(read_picture(path) - expected).mean() < 4
+            assert np.abs(read_image(path) - expected).mean() < 4
     assert not recwarn.list
 
 
@@ -124,12 +124,12 @@ def test_profiles_and_thumbnails_that_are_damaged(tmp_path, recwarn):
             path, icc_profile=b"no profile" * 20, exif=ifd((0x0100, 3, 1, b"\1\0\0\0")) + cut, lossless=True
         )
         assert check_image(path)
-        assert np.abs(read_picture(path).astype(int) - gradient()).mean() < 8
+        assert np.abs(read_image(path).astype(int) - gradient()).mean() < 8
     # JPEGs whose profile lacks a part, and whose thumbnail ends before they do.
     data = (tmp_path / "a.jpg").read_bytes()
     place = data.index(b"ICC_PROFILE\0") + 12
     (tmp_path / "a.jpg").write_bytes(data[:place] + b"\1\7" + data[place + 2 :])
-    assert np.abs(read_picture(tmp_path / "a.jpg").astype(int) - gradient()).mean() < 8
+    assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - gradient()).mean() < 8
     (tmp_path / "a.jpg").write_bytes(data[:-200])
     with pytest.raises(UserError, match="truncated or damaged"):
         check_image(tmp_path / "a.jpg")
@@ -182,7 +182,7 @@ def test_the_first_frame_of_an_animation(tmp_path, suffix, recwarn):
     with Image.open(path) as image:
         assert image.n_frames == 3
     assert check_image(path)
-    np.testing.assert_array_equal(read_picture(path), gradient())
+    np.testing.assert_array_equal(read_image(path), gradient())
     assert not recwarn.list
 
 
@@ -198,7 +198,7 @@ def test_the_first_frame_of_an_animation(tmp_path, suffix, recwarn):
 )
 def test_other_formats_are_named(tmp_path, head, found):
     (tmp_path / "a.png").write_bytes(head + bytes(100))
-    for read in (check_image, read_picture):
+    for read in (check_image, read_image):
         with pytest.raises(
             UserError, match=f"a.png: holds {found}, which is not read; convert it to PNG or JPEG"
         ):
@@ -224,7 +224,7 @@ def test_damage_anywhere_is_one_line_or_an_image(tmp_path, suffix):
             places = generator.integers(0, end, generator.integers(1, 5))
             damaged[places] = generator.integers(0, 256, len(places))
             path.write_bytes(damaged.tobytes())
-            for function in (check_image, read_picture):
+            for function in (check_image, read_image):
                 try:
                     function(path)
                     read += 1
@@ -292,11 +292,11 @@ def test_large_photos_are_read_smaller_and_within_memory(tmp_path):
     path = tmp_path / "a.jpg"
     Image.new("RGB", (12_000, 9_000), (10, 200, 30)).save(path, quality=30)
     assert check_image(path)
-    assert np.abs(read_image(path, 32).astype(int) - (10, 200, 30)).max() <= 3
-    height, width, _ = read_picture(path, smallest_side=1024).shape
+    assert np.abs(read_square(path, 32).astype(int) - (10, 200, 30)).max() <= 3
+    height, width, _ = read_image(path, smallest_side=1024).shape
     assert height >= 2048 and abs(width / height - 12 / 9) < 0.01
     with pytest.raises(UserError, match=r"more than 71 million pixels \(12000 x 9000\)"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_transparency_is_laid_on_white_strip_by_strip(monkeypatch):
@@ -313,4 +313,4 @@ def test_what_is_no_plain_file_is_told_from_nothing(tmp_path):
     faults = {"pipe.png": "is no plain file", "loop.png": "cannot be read", "x": "no such image file"}
     for name, line in faults.items():
         with pytest.raises(UserError, match=f"{name}: {line}"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)

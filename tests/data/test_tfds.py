@@ -35,14 +35,14 @@ def run(code, folder):
 
 
 def test_emoji_captions_builds_and_reads_back(tmp_path):
-    build = "from keras_sd.data.datasets import load_source; load_source('emoji_captions', 'train', 64)"
+    build = "from keras_sd.data.sources import load_source; load_source('emoji_captions', 'train', 64)"
     result = run(build, tmp_path)  # TFDS writes with TensorFlow
     assert result.returncode == 0, result.stderr[-3000:]
     code = """
 import sys
 import numpy as np
-from keras_sd.data.datasets import available_splits, load_source
-from keras_sd.data.emoji import load_emoji
+from keras_sd.data.sources import available_splits, load_source
+from keras_sd.data.emoji.source import load_emoji
 
 source = load_source("emoji_captions", "validation", 64)
 assert len(source) == 200
@@ -66,7 +66,7 @@ def test_class_names_become_captions_and_faults_one_line(tmp_path):
     (tmp_path / "tiny" / "tiny_shapes.py").write_text(TINY)
     code = """
 import tiny.tiny_shapes
-from keras_sd.data.datasets import load_source
+from keras_sd.data.sources import load_source
 from keras_sd.errors import UserError
 
 source = load_source("tiny_shapes", "train", 16)
@@ -91,7 +91,7 @@ def test_missing_package_is_named(tmp_path):
     code = """
 import sys
 sys.modules["tensorflow_datasets"] = None  # as if it were not installed
-from keras_sd.data.datasets import load_source
+from keras_sd.data.sources import load_source
 load_source("oxford_flowers102", "train", 16)
 """
     result = run(code, tmp_path)
@@ -112,7 +112,7 @@ def test_a_feature_of_another_module_is_refused_and_not_imported(tmp_path):
     splits = [{"name": "train", "shardLengths": ["1"], "numBytes": "1"}]
     info = {"name": "planted", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    code = "from keras_sd.data.datasets import load_source; load_source('planted', 'train', 16)"
+    code = "from keras_sd.data.sources import load_source; load_source('planted', 'train', 16)"
     result = run(code, tmp_path)
     assert "names the feature 'evil.Feature', which is not TFDS' own" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "marker").exists()

@@ -7,7 +7,7 @@ prints the table of `docs/samplers.md`.
 
 import itertools
 
-from keras_sd.scheduler_options import OPTIONS, RULES_OF_CLASS, WITHOUT_EFFECT, rule_of
+from keras_sd.diffusion.scheduler_options import OPTIONS, RULES_OF_CLASS, WITHOUT_EFFECT, rule_of
 
 # What Stable Diffusion's files say; the rest is the class's own.
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

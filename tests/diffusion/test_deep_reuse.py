@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.unet import UNet
@@ -95,14 +95,14 @@ def ddim_by_parts(denoiser, latents, context, negative, guided, whole):
 )
 def test_reuse_against_a_loop_through_the_parts(denoiser, inputs, options, guided, whole):
     expected = ddim_by_parts(denoiser, *inputs, guided, whole)
-    found = last(denoiser.steps(*inputs, num_steps=NUM_STEPS, **options))
+    found = last(denoiser.steps(*inputs, num_inference_steps=NUM_STEPS, **options))
     np.testing.assert_allclose(found, expected, atol=1e-5 * expected.std())
-    without = last(denoiser.steps(*inputs, num_steps=NUM_STEPS, **options | {"reuse_interval": 1}))
+    without = last(denoiser.steps(*inputs, num_inference_steps=NUM_STEPS, **options | {"reuse_interval": 1}))
     assert np.abs(found - without).max() > 1e-3
 
 
 def test_without_reuse_nothing_changes(denoiser, inputs, unet):
-    options = {"guidance_scale": SCALE, "num_steps": 3}
+    options = {"guidance_scale": SCALE, "num_inference_steps": 3}
     plain = last(denoiser.steps(*inputs, **options))
     np.testing.assert_array_equal(last(denoiser.steps(*inputs, reuse_interval=1, **options)), plain)
     latents, context, _ = inputs
@@ -139,7 +139,9 @@ def test_both_evaluations_of_a_step_go_together(sampler, denoiser, inputs, monke
             return program(*arguments)
 
         monkeypatch.setattr(denoiser, name, watched)
-    steps = denoiser.steps(*inputs, guidance_scale=SCALE, sampler=sampler, num_steps=5, reuse_interval=2)
+    steps = denoiser.steps(
+        *inputs, guidance_scale=SCALE, sampler=sampler, num_inference_steps=5, reuse_interval=2
+    )
     assert np.isfinite(last(steps)).all()
     rows = [row.ends_step for row in SAMPLERS[sampler].tables(denoiser.schedule, 5).rows]
     assert len(rows) > 5

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, Known, NoiseStreams
 from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from tests.diffusion.toys import SHAPE, ToyUNet, last
@@ -39,10 +39,15 @@ def test_numbers_and_weights_are_inputs_of_one_program():
         unipc   1 5 1 9 0 1 2
     """.strip().splitlines()
     for sampler, *numbers in map(str.split, settings):
-        seed, scale, rescale, num_steps, eta, positive, gain = map(int, numbers)
+        seed, scale, rescale, num_inference_steps, eta, positive, gain = map(int, numbers)
         unet.gain.assign(gain)
         streams = NoiseStreams([seed, seed + 1])
-        options = {"guidance_scale": scale, "guidance_rescale": rescale, "num_steps": num_steps, "eta": eta}
+        options = {
+            "guidance_scale": scale,
+            "guidance_rescale": rescale,
+            "num_inference_steps": num_inference_steps,
+            "eta": eta,
+        }
         steps = denoiser.steps(
             streams.draw(SHAPE), contexts[positive], contexts[3], sampler=sampler, streams=streams, **options
         )
@@ -52,7 +57,9 @@ def test_numbers_and_weights_are_inputs_of_one_program():
         assert np.abs(first - second).max() > 1e-3
 
     # Without guidance the batch is not doubled: another program.
-    one = last(denoiser.steps(streams.draw(SHAPE), contexts[1], contexts[3], guidance_scale=1, num_steps=2))
+    one = last(
+        denoiser.steps(streams.draw(SHAPE), contexts[1], contexts[3], guidance_scale=1, num_inference_steps=2)
+    )
     assert unet.batches == [4, 2] and one.shape == (2, *SHAPE)
 
 
@@ -70,7 +77,7 @@ def test_guidance_in_part_of_the_steps(sampler, denoiser):
         return program(*arguments)
 
     def drawn(**options):
-        options = {"guidance_scale": 4.0, "sampler": sampler, "num_steps": 5, **options}
+        options = {"guidance_scale": 4.0, "sampler": sampler, "num_inference_steps": 5, **options}
         return last(denoiser.steps(noise, context, negative, **options))
 
     denoiser._program = watched
@@ -88,7 +95,7 @@ def test_whole_steps_are_counted_and_yielded(sampler, denoiser):
     streams = NoiseStreams([0, 1])
     noise = streams.draw(SHAPE)
     for first_step in (0, 2):
-        options = {"sampler": sampler, "num_steps": 5, "first_step": first_step, "streams": streams}
+        options = {"sampler": sampler, "num_inference_steps": 5, "first_step": first_step, "streams": streams}
         steps = list(denoiser.steps(noise, **options))
         assert [denoised.step for denoised in steps] == list(range(1, 6 - first_step))
         assert all(denoised.latents.shape == (2, *SHAPE) for denoised in steps)
@@ -99,7 +106,7 @@ def test_noisy_latents_begin_where_the_step_does(sampler, denoiser):
     """The network is shown the right mixture also where a sampler scales what it begins with."""
     sample, noise = NoiseStreams([1]).draw(SHAPE), NoiseStreams([2]).draw(SHAPE)
     for first_step in (0, 3):
-        grid = {"sampler": sampler, "num_steps": 10, "first_step": first_step}
+        grid = {"sampler": sampler, "num_inference_steps": 10, "first_step": first_step}
         start, rows, _ = SAMPLERS[sampler].tables(denoiser.schedule, 10, first_step=first_step)
         latents = denoiser.noisy(sample, noise, **grid)
         assert latents.dtype == np.float32
@@ -116,7 +123,7 @@ def test_what_is_known_stays(denoiser):
     for sampler in ("ddim", "heun", "euler_a", "unipc"):
         rows = SAMPLERS[sampler].tables(denoiser.schedule, 4).rows
         ends = [row.end for row in rows if row.ends_step]
-        options = {"sampler": sampler, "num_steps": 4, "streams": streams}
+        options = {"sampler": sampler, "num_inference_steps": 4, "streams": streams}
         steps = [np.asarray(denoised.latents) for denoised in denoiser.steps(noise, known=known, **options)]
         for latents, end in zip(steps[:-1], ends[:-1], strict=True):
             kept = end.signal_rate * sample + end.noise_rate * noise
@@ -124,7 +131,7 @@ def test_what_is_known_stays(denoiser):
             assert np.abs(latents - kept)[:, :2].max() > 1e-2
         np.testing.assert_allclose(steps[-1][:, 2:], sample[:, 2:], atol=1e-6)
         # A mask that keeps nothing changes nothing.
-        options = {"sampler": sampler, "num_steps": 4}
+        options = {"sampler": sampler, "num_inference_steps": 4}
         nothing = Known(np.ones_like(mask), sample, noise)
         with_mask, without = (
             last(denoiser.steps(noise, known=known, streams=NoiseStreams([8, 9]), **options))
@@ -160,7 +167,7 @@ def test_the_network_is_shown_channels_and_class_labels(scale):
             negative,
             guidance_scale=scale,
             sampler="euler",
-            num_steps=3,
+            num_inference_steps=3,
             channels=channels,
             class_labels=labels,
         )
@@ -177,7 +184,7 @@ def test_guidance_of_a_network_that_still_predicts_nothing():
     denoiser = Denoiser(unet, NoiseSchedule(SchedulerConfig(prediction_type="v_prediction")))
     context = np.zeros((1, 5, 3), "float32")
     for rescale in (0.0, 0.7):
-        options = {"guidance_scale": 5.0, "guidance_rescale": rescale, "num_steps": 2}
+        options = {"guidance_scale": 5.0, "guidance_rescale": rescale, "num_inference_steps": 2}
         found = last(denoiser.steps(NoiseStreams([0]).draw(SHAPE), context, context, **options))
         assert np.isfinite(found).all()
 
@@ -190,14 +197,18 @@ def test_noise_depends_on_its_own_seed_alone():
         np.testing.assert_array_equal(drawn[1:2], second.draw(SHAPE))
     many = NoiseStreams([0]).draw((100_000,))
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
-    # Pictures made today are to be made again tomorrow.
+    # Images made today are to be made again tomorrow.
     np.testing.assert_allclose(many[0, :3], [0.05991104, 0.01555963, -1.1644385], rtol=1e-6)
 
 
 def test_noise_is_drawn_once_for_each_row_that_uses_it(denoiser):
     for sampler, draws in [("euler_a", 4), ("ddpm", 4), ("dpmpp_2m_sde", 4), ("lcm", 4), ("heun", 0)]:
         streams, beside = NoiseStreams([0]), NoiseStreams([0])
-        last(denoiser.steps(np.zeros((1, *SHAPE), "float32"), sampler=sampler, num_steps=5, streams=streams))
+        last(
+            denoiser.steps(
+                np.zeros((1, *SHAPE), "float32"), sampler=sampler, num_inference_steps=5, streams=streams
+            )
+        )
         for _ in range(draws):
             beside.draw(SHAPE)
         np.testing.assert_array_equal(streams.draw(SHAPE), beside.draw(SHAPE))
@@ -207,8 +218,11 @@ def test_bad_settings_end_in_one_line_before_the_first_step(denoiser):
     noise = np.zeros((1, *SHAPE), "float32")
     for options, line in [
         ({"sampler": "euler_z"}, "sampler 'euler_z': unknown; use one of ddim"),
-        ({"num_steps": 0}, "num_steps 0: out of range; use a whole number from 1 to 1000"),
-        ({"num_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
+        (
+            {"num_inference_steps": 0},
+            "num_inference_steps 0: out of range; use a whole number from 1 to 1000",
+        ),
+        ({"num_inference_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
         ({"eta": 1.5}, "eta 1.5: out of range"),
         ({"sampler": "heun", "eta": 0.5}, "eta 0.5: Heun takes none"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: out of range; use 0 .none. to 1"),

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.guidance import guided_prediction
 from keras_sd.diffusion.samplers import SAMPLERS, find_sampler
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import karras_sigmas, sigma_to_timestep, spaced_timesteps, training_sigmas
 from keras_sd.errors import UserError
@@ -84,7 +84,7 @@ FEW_STEPS = (1, 2, 3, 5)
 
 
 def cases(config_name):
-    """What is compared under a config: (sampler, num_steps, first_step, eta)."""
+    """What is compared under a config: (sampler, num_inference_steps, first_step, eta)."""
     config = CONFIGS[config_name]
     if config.clip_sample:
         return [("ddim", 20, 0, 0.5), *((name, 20, 0, 0.0) for name in CLIPPING[config_name])]
@@ -100,7 +100,9 @@ def cases(config_name):
     if config_name == "v linspace":
         found += [("euler", 999, 0, 0.0), ("dpmpp_2m", 999, 0, 0.0)]
     if config_name == "v trailing":
-        found += [(name, num_steps, 0, 0.0) for name in SAMPLERS for num_steps in FEW_STEPS]
+        found += [
+            (name, num_inference_steps, 0, 0.0) for name in SAMPLERS for num_inference_steps in FEW_STEPS
+        ]
     return found
 
 
@@ -138,11 +140,11 @@ SCRIPT = """
         return getattr(diffusers, class_name).from_config(json.loads(config))
 
     cases = json.loads((folder / "cases.json").read_text())
-    for name, class_name, config, num_steps, first_step, eta in cases:
+    for name, class_name, config, num_inference_steps, first_step, eta in cases:
         draws = iter(inputs["random"].double())
         scheduler = made(class_name, json.dumps(config))
         sys.modules[type(scheduler).__module__].randn_tensor = lambda shape, **options: next(draws)
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(num_inference_steps)
         timesteps, noise = scheduler.timesteps, inputs["noise"].double()
         if first_step:
             timesteps = begin_at(scheduler, first_step)
@@ -158,9 +160,9 @@ SCRIPT = """
 
     for spacing in ("leading", "trailing", "linspace"):
         scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
-        for num_steps in range(1, 1000):
-            scheduler.set_timesteps(num_steps)
-            outputs[f"timesteps/{spacing}/{num_steps}"] = scheduler.timesteps
+        for num_inference_steps in range(1, 1000):
+            scheduler.set_timesteps(num_inference_steps)
+            outputs[f"timesteps/{spacing}/{num_inference_steps}"] = scheduler.timesteps
 
     guided, conditional = inputs["noise"], inputs["sample"]
     outputs["rescaled"] = rescale_noise_cfg(guided, conditional, 0.7)
@@ -188,15 +190,17 @@ def test_samplers_end_where_those_of_diffusers_end(config_name, reference, array
     unet = ToyUNet()
     denoiser = Denoiser(unet, NoiseSchedule(CONFIGS[config_name]))
     distances = {}
-    for sampler, num_steps, first_step, eta in cases(config_name):
-        grid = {"sampler": sampler, "num_steps": num_steps, "first_step": first_step}
+    for sampler, num_inference_steps, first_step, eta in cases(config_name):
+        grid = {"sampler": sampler, "num_inference_steps": num_inference_steps, "first_step": first_step}
         streams = NoiseStreams(SEEDS)
         latents = streams.draw(SHAPE)
         if first_step:
             latents = denoiser.noisy(arrays["sample"], latents, **grid)
         latents = last(denoiser.steps(latents, eta=eta, streams=streams, **grid))
-        expected = reference[f"{config_name}/{sampler}/{[num_steps, first_step, eta]}"]
-        distances[sampler, num_steps, first_step, eta] = np.abs(latents - expected).max() / expected.std()
+        expected = reference[f"{config_name}/{sampler}/{[num_inference_steps, first_step, eta]}"]
+        distances[sampler, num_inference_steps, first_step, eta] = (
+            np.abs(latents - expected).max() / expected.std()
+        )
     too_far = {case: distance for case, distance in distances.items() if not distance < 1e-4}
     assert not too_far
     assert unet.batches == [2]  # traced once for all samplers and numbers of steps
@@ -205,14 +209,17 @@ def test_samplers_end_where_those_of_diffusers_end(config_name, reference, array
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_timesteps_are_those_of_diffusers(spacing, reference):
     options = vars(SchedulerConfig(timestep_spacing=spacing))
-    for num_steps in range(1, 1000):
-        ours, theirs = spaced_timesteps(options, num_steps), reference[f"timesteps/{spacing}/{num_steps}"]
-        assert len(ours) == num_steps
-        if spacing == "linspace" and num_steps == 1:
-            assert ours == [999]  # there it is 0, where noise is taken for a picture
+    for num_inference_steps in range(1, 1000):
+        ours, theirs = (
+            spaced_timesteps(options, num_inference_steps),
+            reference[f"timesteps/{spacing}/{num_inference_steps}"],
+        )
+        assert len(ours) == num_inference_steps
+        if spacing == "linspace" and num_inference_steps == 1:
+            assert ours == [999]  # there it is 0, where noise is taken for an image
             continue
         # In diffusers, rounding makes some trailing ranges one step too long.
-        np.testing.assert_array_equal(ours, theirs[:num_steps])
+        np.testing.assert_array_equal(ours, theirs[:num_inference_steps])
 
 
 def test_guidance_is_rescaled_as_in_diffusers(reference, arrays):
@@ -255,10 +262,10 @@ def test_deterministic_samplers_solve_the_ode(name, gaussians):
     gaussian = gaussians[gaussian_config(name).timestep_spacing]
     noise = NoiseStreams([3]).draw((8, 8, 4))
     errors = []
-    for num_steps in NUMBERS_OF_STEPS:
-        start, rows, _ = SAMPLERS[name].tables(gaussian.schedule, num_steps)
+    for num_inference_steps in NUMBERS_OF_STEPS:
+        start, rows, _ = SAMPLERS[name].tables(gaussian.schedule, num_inference_steps)
         exact = ode_end(noise * start, rows[0].level.sigma, MEAN, DEVIATION)
-        found = last(gaussian.steps(noise, sampler=name, num_steps=num_steps))
+        found = last(gaussian.steps(noise, sampler=name, num_inference_steps=num_inference_steps))
         errors.append(np.abs(found - exact).max())
     # The last step is of first order, from a sigma that need not fall further: 0.008 off at best.
     assert errors[1] < errors[0] / 2.5 and errors[2] < max(errors[1] / 2.5, 0.01)
@@ -268,10 +275,12 @@ def test_deterministic_samplers_solve_the_ode(name, gaussians):
 def test_samplers_that_draw_noise_draw_from_the_gaussian(name, gaussians):
     gaussian = gaussians[gaussian_config(name).timestep_spacing]
     errors = []
-    for num_steps in NUMBERS_OF_STEPS:
+    for num_inference_steps in NUMBERS_OF_STEPS:
         streams = NoiseStreams([3])
         noise = streams.draw((64, 64, 4))
-        samples = last(gaussian.steps(noise, sampler=name, num_steps=num_steps, streams=streams))
+        samples = last(
+            gaussian.steps(noise, sampler=name, num_inference_steps=num_inference_steps, streams=streams)
+        )
         assert abs(samples.mean() - MEAN) < 0.01
         errors.append(abs(samples.std() / DEVIATION - 1))
     assert errors[2] < 0.1 and errors[2] < max(errors[0] / 4, 0.02)
@@ -280,10 +289,12 @@ def test_samplers_that_draw_noise_draw_from_the_gaussian(name, gaussians):
 def test_lcm_draws_from_the_gaussian_by_its_consistency_function():
     schedule = NoiseSchedule(gaussian_config("lcm"))
     denoiser = Denoiser(GaussianUNet(schedule, MEAN, DEVIATION, is_consistency=True), schedule)
-    for num_steps in (1, 4, 50):
+    for num_inference_steps in (1, 4, 50):
         streams = NoiseStreams([3])
         noise = streams.draw((64, 64, 4))
-        samples = last(denoiser.steps(noise, sampler="lcm", num_steps=num_steps, streams=streams))
+        samples = last(
+            denoiser.steps(noise, sampler="lcm", num_inference_steps=num_inference_steps, streams=streams)
+        )
         # One step begins from noise without the little signal that is left there.
         assert abs(samples.mean() - MEAN) < 0.02 and abs(samples.std() / DEVIATION - 1) < 0.02
 
@@ -301,11 +312,14 @@ def test_any_number_of_steps_makes_sound_tables(config_name):
     schedule = NoiseSchedule(CONFIGS[config_name])
     is_leading = schedule.config.timestep_spacing == "leading"  # by which few samplers have 999
     for name, sampler in SAMPLERS.items():
-        for num_steps in (*FEW_STEPS, 14, 50, *([] if name == "lcm" or is_leading else [999])):
-            for first_step in {0, num_steps // 2, num_steps - 1}:
-                start, rows, _ = sampler.tables(schedule, num_steps, first_step=first_step)
+        for num_inference_steps in (*FEW_STEPS, 14, 50, *([] if name == "lcm" or is_leading else [999])):
+            for first_step in {0, num_inference_steps // 2, num_inference_steps - 1}:
+                start, rows, _ = sampler.tables(schedule, num_inference_steps, first_step=first_step)
                 assert 0 < start <= 1
-                assert sum(row.ends_step for row in rows) == num_steps - first_step and rows[-1].ends_step
+                assert (
+                    sum(row.ends_step for row in rows) == num_inference_steps - first_step
+                    and rows[-1].ends_step
+                )
                 assert all(np.isfinite(row.weights).all() for row in rows)
                 timesteps = np.array([row.timestep for row in rows])
                 # Falling, up to the rounding of some.
@@ -390,17 +404,21 @@ def test_samplers_are_listed_without_a_backend():
 def test_bad_numbers_end_in_one_line():
     schedule = NoiseSchedule(SchedulerConfig())
     for name, arguments, line in [
-        ("ddim", {"num_steps": 0}, "num_steps 0: out of range; use 1 to 1000"),
-        ("ddim", {"num_steps": 1001}, "num_steps 1001: out of range; use 1 to 1000"),
-        ("ddim", {"num_steps": 1000}, "starts beyond timestep 999; use fewer steps"),
-        ("euler", {"num_steps": 1001}, "num_steps 1001: out of range; use 1 to 1000"),
-        ("unipc", {"num_steps": 1000}, "num_steps 1000: out of range; use 1 to 999"),
-        ("lcm", {"num_steps": 51}, "num_steps 51: out of range; use 1 to 50"),
-        ("ddim", {"num_steps": 5, "eta": 1.5}, "eta 1.5: out of range"),
-        ("ddim", {"num_steps": 5, "eta": -0.1}, "eta -0.1: out of range"),
-        ("euler_a", {"num_steps": 5, "eta": 0.5}, "eta 0.5: Euler a takes none; use 0, or the sampler ddim"),
-        ("heun", {"num_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
-        ("heun", {"num_steps": 5, "first_step": -1}, "first_step -1: out of range; use 0 to 4"),
+        ("ddim", {"num_inference_steps": 0}, "num_inference_steps 0: out of range; use 1 to 1000"),
+        ("ddim", {"num_inference_steps": 1001}, "num_inference_steps 1001: out of range; use 1 to 1000"),
+        ("ddim", {"num_inference_steps": 1000}, "starts beyond timestep 999; use fewer steps"),
+        ("euler", {"num_inference_steps": 1001}, "num_inference_steps 1001: out of range; use 1 to 1000"),
+        ("unipc", {"num_inference_steps": 1000}, "num_inference_steps 1000: out of range; use 1 to 999"),
+        ("lcm", {"num_inference_steps": 51}, "num_inference_steps 51: out of range; use 1 to 50"),
+        ("ddim", {"num_inference_steps": 5, "eta": 1.5}, "eta 1.5: out of range"),
+        ("ddim", {"num_inference_steps": 5, "eta": -0.1}, "eta -0.1: out of range"),
+        (
+            "euler_a",
+            {"num_inference_steps": 5, "eta": 0.5},
+            "eta 0.5: Euler a takes none; use 0, or the sampler ddim",
+        ),
+        ("heun", {"num_inference_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
+        ("heun", {"num_inference_steps": 5, "first_step": -1}, "first_step -1: out of range; use 0 to 4"),
     ]:
         with pytest.raises(UserError, match=line):
             SAMPLERS[name].tables(schedule, **arguments)

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import target
-from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.diffusion.spacing import training_sigmas
-from keras_sd.errors import UserError
-from keras_sd.scheduler_options import (
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.diffusion.scheduler_options import (
     OPTIONS,
     RULES_OF_CLASS,
     WITHOUT_EFFECT,
     rule_of,
     unknown_keys,
 )
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.diffusion.spacing import training_sigmas
+from keras_sd.errors import UserError
 from tests.diffusion.scheduler_cases import VALUES, sets_of, table_of_options
 from tests.diffusion.toys import SEEDS, SHAPE, last
 from tests.reference import run_reference
@@ -114,14 +114,14 @@ DIFFUSERS = """
     numpy.float32, torch.float32 = numpy.float64, torch.float64
 
     failures = {}
-    for name, class_name, config, num_steps, eta in cases:
+    for name, class_name, config, num_inference_steps, eta in cases:
         draws = iter(inputs["random"].double())
         module = sys.modules[found[class_name].__module__]
         module.randn_tensor = lambda shape, **options: next(draws)
         module.BrownianTreeNoiseSampler = Noise
         try:
             scheduler = found[class_name].from_config(config)
-            scheduler.set_timesteps(num_steps)
+            scheduler.set_timesteps(num_inference_steps)
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(0)
             latents = inputs["noise"].double() * scheduler.init_noise_sigma
@@ -168,12 +168,12 @@ def num_steps_of(class_name, title=None):
 
 
 def all_cases():
-    """(name, class, values, num_steps, eta) of everything that is compared."""
+    """(name, class, values, num_inference_steps, eta) of everything that is compared."""
     for class_name in OPTIONS:
         for title, values in sets_of(class_name).items():
-            for num_steps in num_steps_of(class_name, title):
-                name = f"{class_name}/{title}/{num_steps}"
-                yield name, class_name, values, num_steps, ETA.get(class_name, 0.0)
+            for num_inference_steps in num_steps_of(class_name, title):
+                name = f"{class_name}/{title}/{num_inference_steps}"
+                yield name, class_name, values, num_inference_steps, ETA.get(class_name, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def arrays():
 def made(arrays):
     """What the samplers here make: latents by case, and the errors of those that are refused."""
     denoisers, results, refused, tables = {}, {}, {}, {}
-    for name, class_name, values, num_steps, eta in all_cases():
+    for name, class_name, values, num_inference_steps, eta in all_cases():
         try:
             config = SchedulerConfig.from_dict({"_class_name": class_name} | values)
             schedule = NoiseSchedule(config)
@@ -208,7 +208,9 @@ def made(arrays):
         streams = NoiseStreams(SEEDS)
         latents = streams.draw(SHAPE)
         try:
-            results[name] = last(denoiser.steps(latents, num_steps=num_steps, eta=eta, streams=streams))
+            results[name] = last(
+                denoiser.steps(latents, num_inference_steps=num_inference_steps, eta=eta, streams=streams)
+            )
         except UserError as error:
             refused[name] = str(error)
     return results, refused, tables
@@ -243,7 +245,10 @@ def verdict_of(name, made, told):
 def test_options_are_computed_as_in_diffusers_or_refused(class_name, made, told):
     far, counts = {}, {}
     for title in sets_of(class_name):
-        names = [f"{class_name}/{title}/{num_steps}" for num_steps in num_steps_of(class_name, title)]
+        names = [
+            f"{class_name}/{title}/{num_inference_steps}"
+            for num_inference_steps in num_steps_of(class_name, title)
+        ]
         verdicts = [verdict_of(name, made, told) for name in names]
         kinds = {kind for kind, _ in verdicts}
         if (class_name, title) in ON_PURPOSE:
@@ -293,7 +298,10 @@ def _changes_something(class_name, option, latents, made):
         results = []
         for given in ({option: value} | others, others):
             title = titles.get(json.dumps(sets_of(class_name)["(defaults)"] | given, sort_keys=True))
-            names = [f"{class_name}/{title}/{num_steps}" for num_steps in num_steps_of(class_name)]
+            names = [
+                f"{class_name}/{title}/{num_inference_steps}"
+                for num_inference_steps in num_steps_of(class_name)
+            ]
             if names[0] in refused:
                 return True
             results.append([latents.get(name) for name in names])

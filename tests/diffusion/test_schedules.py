@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_sd.config import ConfigError, SchedulerConfig
+from keras_sd.config import ConfigError
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from tests.reference import run_reference

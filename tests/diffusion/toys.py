@@ -6,9 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sd.config import SchedulerConfig
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import training_sigmas
 from keras_sd.models.unet import UNet
@@ -67,14 +67,16 @@ def last(steps):
     return ops.convert_to_numpy(result.latents)
 
 
-def of_every_sampler(num_steps=20):
+def of_every_sampler(num_inference_steps=20):
     """What each sampler makes of the same noise with `ToyUNet`."""
     denoiser = Denoiser(ToyUNet(), NoiseSchedule(SchedulerConfig(prediction_type="v_prediction")))
     results = {}
     for name in SAMPLERS:
         streams = NoiseStreams(SEEDS)
         noise = streams.draw(SHAPE)
-        results[name] = last(denoiser.steps(noise, sampler=name, num_steps=num_steps, streams=streams))
+        results[name] = last(
+            denoiser.steps(noise, sampler=name, num_inference_steps=num_inference_steps, streams=streams)
+        )
     assert denoiser.unet.batches == [len(SEEDS)]  # one program for all of them
     return results
 
@@ -85,7 +87,9 @@ def of_reuse():
     denoiser = Denoiser(unet, NoiseSchedule(SchedulerConfig(prediction_type="v_prediction")))
     noise = NoiseStreams(SEEDS).draw((4, 4, 4))
     context, negative = np.random.default_rng(0).standard_normal((2, 2, 6, 16)).astype("float32")
-    return last(denoiser.steps(noise, context, negative, guidance_scale=3.0, num_steps=5, reuse_interval=2))
+    return last(
+        denoiser.steps(noise, context, negative, guidance_scale=3.0, num_inference_steps=5, reuse_interval=2)
+    )
 
 
 if __name__ == "__main__":

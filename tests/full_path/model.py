@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from keras_sd.config import SchedulerConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline import StableDiffusion
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from tests.tiny import without_initial_values
 
 SIZE = 128

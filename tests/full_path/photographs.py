@@ -67,7 +67,7 @@ def _sixteen_bits(path):
 
 
 def _of_two_lenses(path):
-    """A JPEG with a second picture behind the first, as many phones write it."""
+    """A JPEG with a second image behind the first, as many phones write it."""
     left, right = (Image.fromarray(pixels) for pixels in skimage.data.stereo_motorcycle()[:2])
     left.save(path, format="MPO", save_all=True, append_images=[right])
     return "a motorcycle in a workshop"

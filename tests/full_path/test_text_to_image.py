@@ -2,8 +2,8 @@
 
 import pytest
 
-from keras_sd.loading import load_part
-from keras_sd.weights.rules import parameter_paths
+from keras_sd.models.parameters import parameter_paths
+from keras_sd.pipeline.loading import load_part
 from tests.full_path.commands import (
     Runs,
     assert_all_trained,

@@ -18,9 +18,9 @@ from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.weights.keras_cv import read_keras_cv
+from keras_sd.weights.keras_cv_h5 import read_keras_cv
 from keras_sd.weights.rules import open_model
-from tests.weights import test_keras_cv as small
+from tests.weights import test_keras_cv_h5 as small
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "keras-cv-parity.json"
 LIBRARIES = ("keras-cv", "keras", "tensorflow")

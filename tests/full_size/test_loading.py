@@ -66,7 +66,7 @@ OURS = (
     MEASURED
     + """
 import keras
-from keras_sd.pipeline import StableDiffusion
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 
 keras.ops.zeros(3)  # the backend starts
 start = time.perf_counter()
@@ -92,7 +92,7 @@ def run(script, *arguments, **variables):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from keras_sd.config import SchedulerConfig
+    from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.models.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("full_size") / "model"

@@ -62,5 +62,5 @@ def test_score_is_that_of_transformers(pipeline, tmp_path):
 def test_vectors_that_point_apart_count_as_nothing():
     assert clip_score([[2.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, -5.0]]) == 50
     assert clip_score([[1.0, 1.0]], [[1.0, 0.0]]) == pytest.approx(100 / np.sqrt(2))
-    with pytest.raises(UserError, match="one text for each picture"):
+    with pytest.raises(UserError, match="one text for each image"):
         clip_score(np.ones((2, 3)), np.ones((3, 3)))

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.kernels import attention as kernel
+from keras_sd.kernels import chunked_attention as kernel
 from keras_sd.models.attention import Attention, scaled_dot_product
 from tests.models.plain_attention import plain_attention, tensors
 from tests.programs import run_python
@@ -106,7 +106,7 @@ def test_gradients_in_half_precision(little_memory, dtype, upcast):
 ON_JAX = """if True:
     import json
     import jax, numpy as np
-    from keras_sd.kernels import attention as kernel
+    from keras_sd.kernels import chunked_attention as kernel
     from keras_sd.models.attention import scaled_dot_product
     from tests.models.plain_attention import plain_attention, tensors
 

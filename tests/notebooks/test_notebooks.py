@@ -117,7 +117,7 @@ def test_smallest_setting_takes_the_place_of_the_parameters(tmp_path, monkeypatc
 
 def test_command_refuses_what_would_do_harm():
     for arguments, line in (
-        (["--smallest"], "--smallest: would replace the notebooks' pictures"),
+        (["--smallest"], "--smallest: would replace the notebooks' images"),
         (["99_nothing"], "99_nothing: no such notebook; use 01_"),
     ):
         result = CliRunner().invoke(run_notebooks.run_notebooks, arguments)

@@ -64,17 +64,17 @@ def _bombs():
 
 @reader(image_files, others=_bombs)
 def images(folder, file):
-    from keras_sd.data.images import check_image, read_image, read_mask, read_picture
+    from keras_sd.data.images import check_image, read_image, read_mask, read_square
     from keras_sd.errors import UserError
-    from keras_sd.images import read_parameters
+    from keras_sd.files.image_files import read_parameters
 
     faults = []
     for path in [folder / file] if file else sorted(folder.iterdir()):
         for read in (
             check_image,
             read_parameters,
-            lambda path: read_image(path, 16),
-            read_picture,
+            lambda path: read_square(path, 16),
+            read_image,
             read_mask,
         ):
             try:

@@ -25,10 +25,10 @@ def _tiny_model():
 
 @reader(_tiny_model, loads_keras=True)
 def model_folders(folder, file):
-    from keras_sd.config import SchedulerConfig
-    from keras_sd.defaults import ModelDefaults
-    from keras_sd.loading import _contents
+    from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.models.tokenizer import Tokenizer
+    from keras_sd.pipeline.defaults import ModelDefaults
+    from keras_sd.pipeline.loading import _contents
     from keras_sd.weights import readers, rules
 
     ModelDefaults.load(folder)
@@ -42,7 +42,7 @@ def model_folders(folder, file):
 
 @reader(_tiny_model, loads_keras=True, share=0.2)
 def opened_models(folder, file):
-    from keras_sd.pipeline import StableDiffusion
+    from keras_sd.pipeline.stable_diffusion import StableDiffusion
 
     StableDiffusion.load(folder)
 

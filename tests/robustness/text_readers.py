@@ -53,10 +53,11 @@ def _config_files():
 @reader(_config_files)
 def configs(folder, file):
     from keras_sd import config
+    from keras_sd.diffusion.scheduler_config import SchedulerConfig
 
     classes = (config.UNetConfig, config.VAEConfig, config.TextEncoderConfig, config.ImageEncoderConfig)
     by_part = dict(zip(PARTS, ([config_class] for config_class in classes), strict=True))
-    by_part |= {"scheduler": [config.SchedulerConfig], "clip.json": classes[2:]}
+    by_part |= {"scheduler": [SchedulerConfig], "clip.json": classes[2:]}
     for name in [file] if file else _config_files():
         for config_class in by_part[name.partition("/")[0]]:
             config_class.load(folder / name)
@@ -64,7 +65,7 @@ def configs(folder, file):
 
 def _scheduler_files():
     from keras_sd.diffusion.samplers import METHODS
-    from keras_sd.scheduler_options import complete
+    from keras_sd.diffusion.scheduler_options import complete
 
     return {f"{name}.json": json_bytes({"_class_name": name, **complete(name, {})}) for name in METHODS}
 
@@ -72,8 +73,8 @@ def _scheduler_files():
 @reader(_scheduler_files)
 def samplers(folder, file):
     """What a scheduler's file makes of sampling, as far as it goes without a network."""
-    from keras_sd.config import SchedulerConfig
     from keras_sd.diffusion.samplers import find_sampler
+    from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.diffusion.schedules import NoiseSchedule
 
     for name in [file] if file else _scheduler_files():
@@ -130,9 +131,9 @@ def tokenizers(folder, file):
 
 @reader(lambda: {"a.txt": b"a (red:1.2) [cat] BREAK \\(x\\) <lora:a:1>\nand (dog:0.5)\nand 'more' of it"})
 def prompts(folder, file):
-    from keras_sd.images import parse_parameters
+    from keras_sd.files.image_files import parse_parameters
     from keras_sd.models.tokenizer import Tokenizer
-    from keras_sd.prompts import parse_prompt
+    from keras_sd.pipeline.prompts import parse_prompt
 
     global _clip
     if not (folder / "a.txt").is_file():
@@ -178,8 +179,8 @@ def _captioned():
 
 @reader(_captioned)
 def captions(folder, file):
+    from keras_sd.captions.caption_settings import CaptionSettings, CleaningSettings
     from keras_sd.captions.dataset import CaptionedFolder
-    from keras_sd.captions.settings import CaptionSettings, CleaningSettings
 
     settings = CaptionSettings(mode="caption", captioner="a/b")
     captioned = CaptionedFolder(folder, settings)
@@ -289,8 +290,8 @@ def _records():
 
 @reader(_records)
 def run_records(folder, file):
-    from keras_sd.defaults import ModelDefaults
-    from keras_sd.export import read_run
+    from keras_sd.cli.export import read_run
+    from keras_sd.pipeline.defaults import ModelDefaults
     from keras_sd.training.run_folder import RunRecord
 
     RunRecord(folder, 3).last("evaluated")

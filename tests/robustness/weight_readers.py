@@ -148,7 +148,7 @@ def _parts():
 
 
 def _single_files():
-    from keras_sd.config import SchedulerConfig
+    from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.weights.checkpoint import Checkpoint
     from keras_sd.weights.single_file import write_single_file
     from tests.weights import pickles
@@ -211,13 +211,13 @@ def sharded_folders(folder, file):
 def _keras_cv():
     import h5py
 
-    from keras_sd.weights import keras_cv
+    from keras_sd.weights import keras_cv_h5
 
     generator = np.random.default_rng(0)
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         layers = []
-        for index, (_, parameters) in enumerate(keras_cv._text_encoder_layers(3)):
+        for index, (_, parameters) in enumerate(keras_cv_h5._text_encoder_layers(3)):
             group, weights = file.create_group(f"layer_{index}"), []
             for number, parameter in enumerate(parameters):
                 shape = (8, 8) if parameter.endswith("weight") and "norm" not in parameter else (8,)
@@ -232,7 +232,7 @@ def _keras_cv():
 
 @reader(_keras_cv)
 def keras_cv_files(folder, file):
-    from keras_sd.weights.keras_cv import read_keras_cv
+    from keras_sd.weights.keras_cv_h5 import read_keras_cv
 
     read_keras_cv(folder)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.training.lora import add_lora
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Settings, Trainer
-from keras_sd.weights.rules import parameter_paths
 from tests import tiny
 
 STEPS = 3

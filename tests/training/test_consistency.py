@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from keras_sd.cli.train.lcm import lcm
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
-from keras_sd.finetune_lcm import lcm
-from keras_sd.pipeline import StableDiffusion
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.training.consistency import consistency_example, train_consistency
-from keras_sd.training.dreambooth import read_pictures
+from keras_sd.training.dreambooth import read_images
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import add_lora
 from keras_sd.training.text_to_image import diffusion_example
@@ -51,10 +51,10 @@ outputs["after"] = latents()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model and pictures to distil it on."""
+    """A tiny model and images to distil it on."""
     folder = tmp_path_factory.mktemp("consistency")
     tiny.pipeline(unet=tiny.ONE_BLOCK_UNET, jit_compile=False).save(folder / "model")
-    for picture in write_pictures(folder / "pictures", 3, 0).glob("*.png"):
+    for picture in write_pictures(folder / "images", 3, 0).glob("*.png"):
         picture.with_suffix(".txt").write_text("red heart")
     return folder
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 def command(folder, output, *options):
     """Runs the command as the command line does."""
     arguments = ["--pretrained-model-name-or-path", folder / "model", "--output-dir", output]
-    arguments += ["--train-data-dir", folder / "pictures", "--max-train-steps", STEPS, "--kid-images", 0]
+    arguments += ["--train-data-dir", folder / "images", "--max-train-steps", STEPS, "--kid-images", 0]
     arguments += ["--train-batch-size", 2, "--rank", 2, "--learning-rate", "1e-1", "--lr-warmup-steps", 0]
     lcm.main([*map(str, arguments), "--no-jit-compile", *options], standalone_mode=False)
 
@@ -91,7 +91,7 @@ def train(folder, output, resume=None, **options):
     sd = StableDiffusion.load(folder / "model", jit_compile=False)
     add_lora(sd.unet, 2, 2)
 
-    pictures = read_pictures(folder / "pictures", "red heart", 16)
+    pictures = read_images(folder / "images", "red heart", 16)
     encoded = EncodedSource(pictures, sd.vae, sd.text_encoder, sd.tokenizer, jit_compile=False)
     parts = (sd.unet, sd.scheduler_config, encoded)
     return sd, train_consistency(settings, *parts, **options)
@@ -128,7 +128,7 @@ def test_command_writes_a_lora_with_which_diffusers_draws_the_same(folder):
 
     def distance(expected):
         streams = NoiseStreams([3])
-        options = {"sampler": "lcm", "num_steps": NUM_STEPS, "streams": streams}
+        options = {"sampler": "lcm", "num_inference_steps": NUM_STEPS, "streams": streams}
         found = sd.denoise(streams.draw(SHAPE), sd.encode_text("red heart"), **options)
         return np.abs(found - expected).max() / expected.std()
 

@@ -1,4 +1,4 @@
-"""DreamBooth: pairs of subject and class, class pictures, what is trained, and its command."""
+"""DreamBooth: pairs of subject and class, class images, what is trained, and its command."""
 
 import sys
 import warnings
@@ -9,14 +9,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from keras_sd.errors import UserError, run_command
-from keras_sd.finetune_dreambooth import dreambooth
-from keras_sd.images import read_parameters
-from keras_sd.pipeline import StableDiffusion
+from keras_sd.cli.program import run_command
+from keras_sd.cli.train.dreambooth import dreambooth
+from keras_sd.errors import UserError
+from keras_sd.files.image_files import read_parameters
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.training.dreambooth import (
     dreambooth_example,
     generate_class_images,
-    read_pictures,
+    read_images,
     train_dreambooth,
 )
 from keras_sd.training.lora import add_lora
@@ -46,12 +47,12 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "subject", 3, 0)
+    return write_pictures(tmp_path_factory.mktemp("images") / "subject", 3, 0)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "class", 2, 1)
+    return write_pictures(tmp_path_factory.mktemp("images") / "class", 2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def model(tmp_path_factory):
 
 
 def encoded_example(value):
-    """An encoded picture all of whose numbers are `value`, without a spread."""
+    """An encoded image all of whose numbers are `value`, without a spread."""
     return {
         "mean": np.full((4, 4, 4), value, "float32"),
         "deviation": np.zeros((4, 4, 4), "float32"),
@@ -118,7 +119,9 @@ def test_only_missing_class_pictures_are_drawn(tmp_path):
     sd = pipeline()
 
     def generate(count):
-        generate_class_images(sd, tmp_path, "a (red) heart", count, num_steps=2, guidance_scale=3.0, seed=40)
+        generate_class_images(
+            sd, tmp_path, "a (red) heart", count, num_inference_steps=2, guidance_scale=3.0, seed=40
+        )
         return {path.name: path for path in sorted(tmp_path.glob("*.png"))}
 
     files = generate(5)
@@ -131,7 +134,7 @@ def test_only_missing_class_pictures_are_drawn(tmp_path):
     pixels = {name: np.asarray(Image.open(path)).astype(int) for name, path in files.items()}
     assert np.abs(pixels["class-00001.png"] - pixels["class-00004.png"]).max() > 10
 
-    # As after a kill, and with a picture that was put there by hand.
+    # As after a kill, and with an image that was put there by hand.
     for name in ("class-00001.png", "class-00004.png"):
         files[name].unlink()
     files["class-00003.png"].rename(tmp_path / "own.png")
@@ -182,8 +185,8 @@ def train(folder, subject, others, resume=None):
     finished = train_dreambooth(
         settings,
         sd,
-        read_pictures(subject, "a sks heart", 16),
-        read_pictures(others, "a heart", 16) if others else [],
+        read_images(subject, "a sks heart", 16),
+        read_images(others, "a heart", 16) if others else [],
     )
     return sd, finished
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from keras_sd.data.datasets import load_source
+from keras_sd.data.sources import load_source
 from keras_sd.errors import UserError
 from keras_sd.training import encodings
 from keras_sd.training.encodings import EncodedSource, JoinedSource

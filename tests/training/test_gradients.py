@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_sd.config import SchedulerConfig, UNetConfig
+from keras_sd.config import UNetConfig
 from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
@@ -24,7 +26,7 @@ from keras_sd.training.losses import AutoencoderObjective, DiffusionObjective, P
 from keras_sd.training.optimizer import AdamW
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.names import canonical_name
-from keras_sd.weights.rules import load_weights, parameter_paths, torch_state
+from keras_sd.weights.rules import load_weights, torch_state
 from tests import tiny
 from tests.reference import group_of, run_reference
 from tests.training.reference_steps import SCRIPT

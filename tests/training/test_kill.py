@@ -24,7 +24,7 @@ EVALUATION_STEPS = 20
 
 def start(folder, run, *more):
     """Starts the real command, which saves after every second step."""
-    arguments = ["-m", "keras_sd.train", "ddim", "--train-data-dir", folder / "pictures"]
+    arguments = ["-m", "keras_sd.train", "ddim", "--train-data-dir", folder / "images"]
     arguments += ["--unet-config", folder / "unet.json", "--output-dir", folder / run]
     arguments += ["--max-train-steps", STEPS, "--train-batch-size", 8, "--checkpointing-steps", 2]
     arguments += ["--kid-images", 0, "--num-inference-steps", 3, "--evaluation-steps", EVALUATION_STEPS]
@@ -65,10 +65,10 @@ def kill_before_evaluation(program, run):
 
 def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     generator = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index in range(20):
         picture = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
-        Image.fromarray(picture).save(tmp_path / "pictures" / f"{index}.png")
+        Image.fromarray(picture).save(tmp_path / "images" / f"{index}.png")
     dataclasses.replace(UNET, sample_size=16).save(tmp_path / "unet.json")
     finish(start(tmp_path, "whole"))
 

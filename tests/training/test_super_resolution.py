@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.config import LOW_RES_SCHEDULER, UPSCALER_SCHEDULER, UNetConfig
+from keras_sd.cli.train.main import train
+from keras_sd.config import UNetConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
-from keras_sd.train import train
+from keras_sd.pipeline.upscaler import Upscaler
+from keras_sd.training.architectures import LOW_RES_SCHEDULER, UPSCALER_SCHEDULER
 from keras_sd.training.super_resolution import degraded, upscaling_example
-from keras_sd.upscaler import Upscaler
 from tests import tiny
 
 UNET = UNetConfig(
@@ -76,7 +77,7 @@ def test_degraded_pictures_keep_their_mean_and_lose_detail():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("upscaler")
     generator = np.random.default_rng(0)
-    for split in ("pictures", "pictures/validation"):
+    for split in ("images", "images/validation"):
         (folder / split).mkdir()
         for index in range(12):
             blocks = generator.integers(0, 256, (4, 4, 3), dtype="uint8").repeat(4, 0).repeat(4, 1)
@@ -88,7 +89,7 @@ def folder(tmp_path_factory):
 def command(folder, **options):
     arguments = {
         "unet-config": folder / "unet.json",
-        "train-data-dir": folder / "pictures",
+        "train-data-dir": folder / "images",
         "train-batch-size": 8,
         "random-crop": 8,
         "max-train-steps": 40,
@@ -114,10 +115,10 @@ def test_upscaler_is_trained_and_opens(folder):
 
     upscaler = Upscaler.load(folder / "run/model", jit_compile=False)
     small = np.random.default_rng(1).integers(0, 256, (3, 6, 10, 3), dtype="uint8")
-    made = upscaler.upscale(small, num_steps=2)
+    made = upscaler.upscale(small, num_inference_steps=2)
     assert made.shape == (3, 12, 20, 3)
-    # A picture is the same alone or in a batch.
-    alone = upscaler.upscale(small[1], num_steps=2, seed=1)
+    # An image is the same alone or in a batch.
+    alone = upscaler.upscale(small[1], num_inference_steps=2, seed=1)
     assert np.abs(alone[0].astype(int) - made[1]).max() <= 1
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from keras_sd.cli.program import run_command
+from keras_sd.cli.train.textual_inversion import textual_inversion
 from keras_sd.data.folders import FolderSource
-from keras_sd.errors import UserError, run_command
-from keras_sd.finetune_textual_inversion import textual_inversion
+from keras_sd.errors import UserError
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.textual_inversion import (
     TEMPLATES,
@@ -36,7 +37,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "cat", 3, 0)
+    return write_pictures(tmp_path_factory.mktemp("images") / "cat", 3, 0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def train(folder, pictures, **options):
 
 
 def drawn(sd, pictures, count):
-    """A batch of `count` draws from the pictures, and the captions that they are drawn from."""
+    """A batch of `count` draws from the images, and the captions that they are drawn from."""
     encoded, captions = encode_examples(
         Settings("run", jit_compile=False), sd, FolderSource(pictures, 16, False), "<cat>", "object"
     )

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from keras_sd.cli.model_options import open_model
 from keras_sd.errors import UserError
-from keras_sd.model_options import open_model
-from keras_sd.pipeline import StableDiffusion
-from keras_sd.prompts import chunk_prompts
+from keras_sd.pipeline.prompts import chunk_prompts
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.weights.embedding_files import read_embeddings, write_embeddings
 from tests import tiny
 from tests.programs import run_python
@@ -99,7 +99,7 @@ def reference(pipeline, folder, noise):
 def latents(pipeline, noise, prompt):
     context, negative = pipeline.encode_text([prompt, ""])
     assert context.shape == (12, WIDTH)
-    return pipeline.denoise(noise, context[None], negative[None], num_steps=4, guidance_scale=3.0)
+    return pipeline.denoise(noise, context[None], negative[None], num_inference_steps=4, guidance_scale=3.0)
 
 
 def close(ours, theirs):
@@ -172,7 +172,7 @@ def test_words_under_jax_and_in_the_command(pipeline, folder):
     program = """if True:
         import sys
         import numpy as np
-        from keras_sd.model_options import open_model
+        from keras_sd.cli.model_options import open_model
         pipeline = open_model(sys.argv[1] + "/model")
         pipeline.encode_text("red")
         pipeline.load_textual_inversion(sys.argv[1] + "/ours.safetensors")

@@ -11,19 +11,21 @@ import keras
 import pytest
 
 import keras_sd
-from keras_sd import config as configs
 from keras_sd.config import UNetConfig, VAEConfig
+from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
-from keras_sd.loading import open_parts
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
+from keras_sd.pipeline.loading import open_parts
+from keras_sd.training import architectures
 from keras_sd.weights.expected_shapes import check_config, expected_shapes
 from keras_sd.weights.names import canonical_name
 from keras_sd.weights.readers import read_checkpoint
 from keras_sd.weights.rules import _torch_shape as torch_shape
-from keras_sd.weights.rules import parameter_paths, torch_state
+from keras_sd.weights.rules import torch_state
 from tests import tiny
 
 EMOJI = Path(keras_sd.__file__).parent / "bundled" / "emoji"
@@ -51,8 +53,8 @@ X4_UNET = dataclasses.replace(
         (UNet, tiny.SD2_UNET),
         (UNet, tiny.ONE_BLOCK_UNET),
         (UNet, tiny.PIXEL_UNET),
-        (UNet, configs.EMOJI_UNET),
-        (UNet, configs.UPSCALER_UNET),
+        (UNet, architecture.EMOJI_UNET),
+        (UNet, architectures.UPSCALER_UNET),
         (AutoencoderKL, VAEConfig(block_out_channels=(32, 32, 64, 64))),
         (AutoencoderKL, tiny.VAE),
         (
@@ -61,7 +63,7 @@ X4_UNET = dataclasses.replace(
                 tiny.VAE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False
             ),
         ),
-        (TextEncoder, configs.EMOJI_TEXT_ENCODER),
+        (TextEncoder, architecture.EMOJI_TEXT_ENCODER),
         (ImageEncoder, tiny.IMAGE_ENCODER),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
-from keras_sd.files import write_json
+from keras_sd.files.writing import write_json
 from keras_sd.weights.lora import PEFT_FILE, LowRank, read_lora, write_lora
 from keras_sd.weights.rules import torch_state
 from tests import tiny
@@ -153,7 +153,7 @@ def reference(folder, noise):
 
 def latents(pipeline, noise):
     context, negative = pipeline.encode_text(["red heart", ""])
-    return pipeline.denoise(noise, context[None], negative[None], num_steps=4, guidance_scale=3.0)
+    return pipeline.denoise(noise, context[None], negative[None], num_inference_steps=4, guidance_scale=3.0)
 
 
 def close(ours, theirs):
@@ -332,7 +332,7 @@ def test_other_spellings_are_read(pipeline, tmp_path):
 
 
 def test_tags_of_prompts_hold_for_their_call(pipeline, folder):
-    options = {"num_steps": 2, "progress": False}
+    options = {"num_inference_steps": 2, "progress": False}
     plain = pipeline.text_to_image("red heart", **options)
     pipeline.load_lora(folder / "ours_peft.safetensors", "ours", 0.8)
     wanted = pipeline.text_to_image("red heart", **options)

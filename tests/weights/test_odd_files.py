@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from keras_sd import loading, presets
+from keras_sd import presets
 from keras_sd.config import UNetConfig
 from keras_sd.errors import UserError
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline import StableDiffusion
+from keras_sd.pipeline import loading
+from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.embedding_files import read_embeddings
@@ -172,7 +173,7 @@ def without_encoder():
 
 def test_a_vae_without_encoder_draws_and_says_what_it_cannot_do(without_encoder, tmp_path):
     model, half, decoder = without_encoder
-    draw = {"num_steps": 2, "seed": 3}
+    draw = {"num_inference_steps": 2, "seed": 3}
     np.testing.assert_array_equal(
         half.text_to_image("red heart", **draw), model.text_to_image("red heart", **draw)
     )

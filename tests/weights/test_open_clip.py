@@ -10,8 +10,8 @@ import pytest
 
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
-from keras_sd.files import write_json
-from keras_sd.json_files import read_json
+from keras_sd.files.json_files import read_json
+from keras_sd.files.writing import write_json
 from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN, ImageEncoder
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights import rules
@@ -88,7 +88,7 @@ store_outputs(model, "unusual", inputs["unusual_ids"].long())
 (folder / "unusual").mkdir()
 save_file(model.state_dict(), folder / "unusual" / "open_clip_model.safetensors")
 
-# As OpenAI's originals: a TorchScript archive, half precision, the picture's side and the mask as buffers.
+# As OpenAI's originals: a TorchScript archive, half precision, the image's side and the mask as buffers.
 model = randomize(CLIP(**plain, quick_gelu=True)).half().float()
 store_outputs(model, "openai")
 mask = model.attn_mask
@@ -172,7 +172,7 @@ def open_towers(checkpoint):
 
 
 def embeddings(clip, ids=None):
-    """Projected texts and pictures."""
+    """Projected texts and images."""
     projection = clip.head["text_projection.weight"].astype("float32")
     return np.asarray(
         clip.text_encoder.pooled(token_ids() if ids is None else ids)

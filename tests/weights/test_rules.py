@@ -9,16 +9,12 @@ import pytest
 
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.weights.names import canonical_name
-from keras_sd.weights.rules import (
-    load_weights,
-    open_model,
-    parameter_paths,
-    torch_state,
-)
+from keras_sd.weights.rules import load_weights, open_model, torch_state
 from tests import tiny
 from tests.reference import group_of, run_reference
 

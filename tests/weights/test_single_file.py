@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from keras_sd.config import SchedulerConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet

@@ -9,10 +9,10 @@ import numpy as np
 from benchmark.counting import PASSES, multiplications
 from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
 from keras_sd import StableDiffusion, backend
-from keras_sd.config import SchedulerConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
-from keras_sd.loading import load_part
+from keras_sd.pipeline.loading import load_part
 from keras_sd.training.lora import add_lora
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.optimizer import AdamW
@@ -89,7 +89,7 @@ def _pipeline(spec):
 def _denoising(spec, inputs):
     """Guided steps alone, without the text encoder and the decoder."""
     pipeline = _pipeline(spec)
-    options = {"guidance_scale": GUIDANCE_SCALE, "num_steps": spec["steps"]}
+    options = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": spec["steps"]}
     return functools.partial(pipeline.denoise, **inputs, **options), None
 
 
@@ -104,7 +104,7 @@ def _generation(spec, inputs):
             context,
             negative,
             guidance_scale=GUIDANCE_SCALE,
-            num_steps=spec["steps"],
+            num_inference_steps=spec["steps"],
         )
         return pipeline.decode(latents) / 255.0
 

@@ -1,7 +1,7 @@
 """What the benchmark says of its figures: a line for each side, a table, a plot and JSON."""
 
 from benchmark.worker import SAMPLING_CASES
-from keras_sd.files import replaced, write_json, write_text
+from keras_sd.files.writing import replaced, write_json, write_text
 
 HEAD = (
     "case                   side                       seconds  first in turns  ratio  "

@@ -8,13 +8,13 @@ import keras
 from keras_sd import presets
 from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.errors import UserError
-from keras_sd.json_files import read_json
-from keras_sd.loading import load_part
+from keras_sd.files.json_files import read_json
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.weights.keras_cv import read_keras_cv
+from keras_sd.pipeline.loading import load_part
+from keras_sd.weights.keras_cv_h5 import read_keras_cv
 from keras_sd.weights.rules import load_weights
 
 _PARTS = {

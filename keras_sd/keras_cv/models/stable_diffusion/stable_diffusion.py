@@ -5,16 +5,16 @@ import secrets
 import keras
 import numpy as np
 
-from keras_sd import pipeline
 from keras_sd.arguments import image_seeds, whole_number
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
-from keras_sd.images import pictures_from_unit
 from keras_sd.keras_cv.models.stable_diffusion.clip_tokenizer import SimpleTokenizer
 from keras_sd.keras_cv.models.stable_diffusion.decoder import Decoder
 from keras_sd.keras_cv.models.stable_diffusion.diffusion_model import DiffusionModel, DiffusionModelV2
 from keras_sd.keras_cv.models.stable_diffusion.image_encoder import ImageEncoder
 from keras_sd.keras_cv.models.stable_diffusion.text_encoder import TextEncoder, TextEncoderV2
+from keras_sd.models.pixels import images_from_unit
+from keras_sd.pipeline.stable_diffusion import StableDiffusion as Model
 
 MAX_PROMPT_LENGTH = 77
 
@@ -23,7 +23,7 @@ class StableDiffusion:
     """Stable Diffusion 1.5 with the methods of `keras_cv.models.StableDiffusion`.
 
     Args:
-        img_height, img_width: of the pictures, in pixels, multiples of 8.
+        img_height, img_width: of the images, in pixels, multiples of 8.
         jit_compile: whether XLA compiles.
         model: a `keras_sd.StableDiffusion`, or what names one (preset, hub id, path), to use in place of the
             published one.
@@ -45,11 +45,9 @@ class StableDiffusion:
     _text_encoder_class, _diffusion_model_class = TextEncoder, DiffusionModel
 
     def __init__(self, img_height=512, img_width=512, jit_compile=True, model=None):
-        if not isinstance(model, pipeline.StableDiffusion):
+        if not isinstance(model, Model):
             dtype = keras.config.dtype_policy().name
-            model = pipeline.StableDiffusion.from_preset(
-                model or self.preset, dtype=dtype, jit_compile=jit_compile
-            )
+            model = Model.from_preset(model or self.preset, dtype=dtype, jit_compile=jit_compile)
         self.model = model
         self._latent_shape = model.latent_shape(img_height, img_width)
         self.img_height, self.img_width, self.jit_compile = img_height, img_width, jit_compile
@@ -113,7 +111,7 @@ class StableDiffusion:
         if unet is not self._own["unet"]:
             ours = self.model
             parts = (ours.tokenizer, ours.text_encoder, unet, ours.vae, ours.scheduler_config)
-            self.model = pipeline.StableDiffusion(*parts, jit_compile=self.jit_compile)
+            self.model = Model(*parts, jit_compile=self.jit_compile)
             self._own["unet"] = unet
         return self.model
 
@@ -126,12 +124,12 @@ class StableDiffusion:
         unconditional_guidance_scale=7.5,
         seed=None,
     ):
-        """Makes `batch_size` pictures of a prompt: uint8 `(batch_size, img_height, img_width, 3)`."""
+        """Makes `batch_size` images of a prompt: uint8 `(batch_size, img_height, img_width, 3)`."""
         return self.generate_image(
             self.encode_text(prompt),
             negative_prompt=negative_prompt,
             batch_size=batch_size,
-            num_steps=num_steps,
+            num_inference_steps=num_steps,
             unconditional_guidance_scale=unconditional_guidance_scale,
             seed=seed,
         )
@@ -146,7 +144,7 @@ class StableDiffusion:
         diffusion_noise=None,
         seed=None,
     ):
-        """Makes pictures of an encoded text.
+        """Makes images of an encoded text.
 
         Args:
             encoded_text: `(tokens, width)`, or `(batch_size, tokens, width)`.
@@ -172,13 +170,13 @@ class StableDiffusion:
             _batch("diffusion_noise", diffusion_noise, batch_size, rank=4),
             context,
             negative,
-            num_steps=num_steps,
+            num_inference_steps=num_steps,
             guidance_scale=unconditional_guidance_scale,
             sampler="ddim",
         )
         if self._decoder is self._own["decoder"]:
             return self.model.decode(latents)
-        return pictures_from_unit(keras.ops.convert_to_numpy(self._decoder.predict_on_batch(latents)))
+        return images_from_unit(keras.ops.convert_to_numpy(self._decoder.predict_on_batch(latents)))
 
 
 class StableDiffusionV2(StableDiffusion):
@@ -189,7 +187,7 @@ class StableDiffusionV2(StableDiffusion):
 
 
 def _batch(title, values, batch_size, rank):
-    """The tensor as a float32 array with one entry for each picture."""
+    """The tensor as a float32 array with one entry for each image."""
     values = keras.ops.convert_to_numpy(values).astype("float32")
     if values.ndim == rank - 1:
         values = values[None]
@@ -197,6 +195,6 @@ def _batch(title, values, batch_size, rank):
         values = values.repeat(batch_size, axis=0)
     if values.ndim != rank or len(values) != batch_size:
         raise UserError(
-            f"{title}: of shape {values.shape} for batch_size {batch_size}; give one for each picture"
+            f"{title}: of shape {values.shape} for batch_size {batch_size}; give one for each image"
         )
     return values

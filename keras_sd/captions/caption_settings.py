@@ -1,0 +1,123 @@
+"""How captions are made and cleaned."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from keras_sd.captions.cleaning import Cleaner
+from keras_sd.captions.interrogator import MODES, check_vocabulary
+from keras_sd.captions.keywords import keywords
+from keras_sd.captions.vocabulary import Vocabulary, read_phrases
+from keras_sd.errors import UserError
+from keras_sd.files.json_files import read_json_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionSettings:
+    """How captions are made.
+
+    Attributes:
+        mode: one of `interrogator.MODES`.
+        clip: as in `ranking.Clip`.
+        captioner: as in `captioner.Captioner`, or None.
+        vocabulary: file for each of `vocabulary.KINDS` that is wanted; empty, `clip-interrogator`'s own.
+        maximum_phrases: most phrases of a caption.
+        batch_size: images at a time.
+        low_memory: has the captioner go over all images before CLIP is loaded.
+    """
+
+    mode: str = "best"
+    clip: str = "ViT-L-14/openai"
+    captioner: str | None = "Salesforce/blip-image-captioning-large"
+    vocabulary: dict[str, str] = dataclasses.field(default_factory=dict)
+    maximum_phrases: int = 32
+    batch_size: int = 16
+    low_memory: bool = False
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"mode {self.mode!r}: unknown; use {', '.join(MODES)}")
+        if self.mode == "caption" and self.captioner is None:
+            raise UserError("mode caption: is the captioner's sentence alone; name a captioner")
+
+    @functools.cached_property
+    def lists(self):
+        """The `Vocabulary`, read when first asked for and checked for the mode.
+
+        Raises:
+            UserError: as `Vocabulary.read`, or it has nothing for the mode.
+        """
+        if self.mode == "caption":
+            return Vocabulary()
+        vocabulary = Vocabulary.read(**self.vocabulary)
+        check_vocabulary(vocabulary, self.mode)
+        return vocabulary
+
+    def identity(self):
+        """What captions of one data set have in common."""
+        identity = {"mode": self.mode, "captioner": self.captioner}
+        if self.mode != "caption":
+            identity |= {"clip": self.clip, "vocabulary": self.lists.digest()}
+            identity |= {"maximum_phrases": self.maximum_phrases}
+        return identity
+
+
+@dataclasses.dataclass(frozen=True)
+class CleaningSettings:
+    """What is done to captions before they are written; the order and the reasons are `cleaning.Cleaner`'s.
+
+    Attributes:
+        artists: names to be removed, or the path of a file of them; None leaves artists in.
+        patterns: regular expressions of what is to be removed.
+        product_type: such as "whisky"; stands in every caption.
+        introductions: JSON lines with `file_name` and `text`, a product's introduction for an image.
+        keywords: how many significant words of it are added.
+        maximum_tokens: longest caption in CLIP's tokens, without the marks of begin and end.
+    """
+
+    artists: tuple[str, ...] | str | None = None
+    patterns: tuple[str, ...] = ()
+    product_type: str | None = None
+    introductions: str | None = None
+    keywords: int = 5
+    maximum_tokens: int | None = None
+
+    def prepare(self):
+        """What cleans a caption: a function of an image's name and its caption that gives a `Cleaned`.
+
+        Raises:
+            UserError: a pattern is no regular expression; a file of names or of introductions cannot be read.
+        """
+        count_tokens = None if self.maximum_tokens is None else _token_count()
+        artists = read_phrases(self.artists) if isinstance(self.artists, str) else self.artists
+        cleaner = Cleaner(artists, self.patterns, self.product_type, self.maximum_tokens, count_tokens)
+        words = {}
+        if self.introductions is not None:
+            texts = _read_introductions(Path(self.introductions))
+            words = dict(zip(texts, keywords(list(texts.values()), self.keywords), strict=True))
+        return lambda name, caption: cleaner(caption, words.get(name, ()))
+
+
+def _token_count():
+    from keras_sd.models.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.clip()
+    return lambda text: len(tokenizer.encode([text])[0])
+
+
+class Introduction(TypedDict):
+    """The shape of a line of introductions."""
+
+    file_name: str
+    text: str
+
+
+def _read_introductions(path):
+    remedy = 'write lines such as {"file_name": "image.png", "text": "..."}, in UTF-8'
+    try:
+        lines = [entry for _, entry in read_json_lines(path, Introduction, remedy=remedy, file_names=True)]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; {remedy}") from error
+    return {line["file_name"]: line["text"] for line in lines}

@@ -1,0 +1,189 @@
+"""The command that brings a model from one format into another, and proves that it is still the same."""
+
+import contextlib
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import click
+
+# Whatever loads a backend is imported inside the command, after its options have been checked.
+from keras_sd import presets
+from keras_sd.cli.model_options import DTYPES
+from keras_sd.cli.outputs import check_output, check_writable
+from keras_sd.errors import UserError
+from keras_sd.files.writing import replaced_folder, write_json, write_text
+from keras_sd.weights.diffusers_folder import check_folder_name
+
+_SINGLE_FILE = ".safetensors"
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("source")
+@click.argument("output")
+@click.option("--weights", default="ema", type=click.Choice(("ema", "raw")), help="If a file holds both.")
+@click.option("--variant", help="Which of a folder's sets of files, such as fp16.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Precision to write; by default the source's.")
+@click.option(
+    "--prediction-type",
+    type=click.Choice(("epsilon", "v_prediction")),
+    help="What the UNet predicts, where a single file does not tell.",
+)
+@click.option("--partial", is_flag=True, help="Take weights of which some are missing or left over.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at OUTPUT; other files of a folder stay.")
+@click.option("--open-clip", is_flag=True, help="Write both CLIP towers as a folder that open_clip opens.")
+@click.option("--verify", is_flag=True, help="Compare the result with SOURCE and with diffusers.")
+@click.option("--report", help="File for the whole comparison, .json or .md; verifies.")
+def convert(source, output, dtype, partial, overwrite, open_clip, verify, report, **reading):
+    """Write SOURCE, a model or some parts of one in any format, as OUTPUT.
+
+    SOURCE is a preset, a hub id, a folder in diffusers' layout or of KerasCV's H5 files, or a single file.
+    OUTPUT becomes a folder in diffusers' layout or, if it ends in .safetensors, a single file with the names
+    of latent-diffusion. --verify leaves with exit code 1 if something is farther from SOURCE than it may be.
+    """
+    place = Path(source) if Path(source).exists() else presets.find(source)
+    output = _check_place(output, place, overwrite)
+    if open_clip and (verify or report is not None or _is_single_file(output)):
+        raise UserError("--open-clip: writes a folder and compares nothing; leave out --verify and --report")
+    if report is not None:
+        report = check_output(report, (".json", ".md"), overwrite=overwrite)
+    from keras_sd.parity import compare as parity
+    from keras_sd.pipeline.loading import open_parts
+    from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
+    from keras_sd.weights.readers import read_checkpoint
+
+    notes = []
+    with _told(notes):
+        checkpoint = read_checkpoint(place, **reading)
+        opened = open_parts(checkpoint, partial=partial)
+        written = _checkpoint_of(opened, checkpoint, dtype)
+        for name, part in written.parts.items():
+            click.echo(f"{name}: {_summary(part.tensors, dtype)}")
+        tokenizer = opened.get("tokenizer")
+        if open_clip:
+            with replaced_folder(output) as folder:
+                write_open_clip(folder / WEIGHTS_NAME, written, dtype, tokenizer and tokenizer.save)
+            click.echo(output)
+            return 0
+        _write(output, written, tokenizer, dtype)
+    click.echo(output)
+    if not verify and report is None:
+        return 0
+
+    source_outputs = {name: parity.part_outputs(name, opened[name]) for name in _held_parts(written, output)}
+    del opened
+    with tempfile.TemporaryDirectory() as folder:
+        configs = _write_configs(Path(folder), written, tokenizer) if _is_single_file(output) else None
+        del written
+        result = parity.compare(source, checkpoint, source_outputs, output, configs, notes)
+    if report is not None:
+        _save_report(report.free(), result)
+    click.echo(f"\n{result.to_markdown()}")
+    return 0 if result.passes else 1
+
+
+def _is_single_file(output):
+    return output.suffix == _SINGLE_FILE
+
+
+def _check_place(output, source, overwrite):
+    """Makes sure, before any long work, that the output can be written, and over nothing that is needed."""
+    path = Path(output)
+    check_writable(path)
+    if not path.is_dir():
+        check_folder_name(path)
+    here, origin = path.resolve(), Path(source).resolve()
+    if here == origin or here in origin.parents or (path.exists() and origin in here.parents):
+        raise UserError(f"{path}: belongs to the source; choose another place")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: exists; choose another place, or replace it with --overwrite")
+    if _is_single_file(path):
+        return check_output(output, _SINGLE_FILE, overwrite=overwrite).path
+    if path.is_file():
+        raise UserError(f"{path}: is a file; name a folder or a {_SINGLE_FILE} file")
+    check_writable(path / "model_index.json")
+    return path
+
+
+@contextlib.contextmanager
+def _told(notes):
+    """Tells warnings in one line each, and puts them into `notes`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            notes.append(" ".join(str(warning.message).split()))
+            click.echo(f"warning: {notes[-1]}", err=True)
+
+
+def _checkpoint_of(opened, source, dtype):
+    """The `Checkpoint` of opened parts; without a `dtype`, each tensor is in the source's precision again."""
+    from keras_sd.pipeline.loading import model_part
+    from keras_sd.weights.checkpoint import Checkpoint
+
+    parts = {}
+    for name, read in source.parts.items():
+        parts[name] = model_part(name, opened[name], opened.get("clip_head"))
+        if dtype is None:
+            parts[name] = parts[name]._replace(tensors=_in_types_of(read.tensors, parts[name].tensors))
+    scheduler, low_res = (opened.get(name) for name in ("scheduler_config", "low_res_scheduler_config"))
+    return Checkpoint(parts, scheduler and scheduler.to_dict(), low_res and low_res.to_dict("DDPMScheduler"))
+
+
+def _in_types_of(source, tensors):
+    from keras_sd.weights.names import canonical_name
+
+    types = {canonical_name(name): array.dtype for name, array in source.items()}
+    return {
+        name: array.astype(types.get(canonical_name(name), array.dtype), copy=False)
+        for name, array in tensors.items()
+    }
+
+
+def _summary(tensors, dtype):
+    """How many tensors and numbers there are, and in which precision they are written."""
+    count = sum(array.size for array in tensors.values())
+    types = [dtype] if dtype else sorted({array.dtype.name for array in tensors.values()})
+    return f"{len(tensors)} tensors, {count:,} parameters, {' and '.join(types)}"
+
+
+def _held_parts(checkpoint, output):
+    """The names of the parts that the output has a place for."""
+    return [name for name in checkpoint.parts if not (_is_single_file(output) and name == "image_encoder")]
+
+
+def _write(output, checkpoint, tokenizer, dtype):
+    from keras_sd.weights.diffusers_folder import write_folder
+    from keras_sd.weights.single_file import write_single_file
+
+    if not _is_single_file(output):
+        write_folder(output, checkpoint, tokenizer and tokenizer.save, dtype)
+        return
+    for name in checkpoint.parts.keys() - _held_parts(checkpoint, output):
+        warnings.warn(f"{output}: has no place for the {name.replace('_', ' ')}", stacklevel=2)
+    write_single_file(output, checkpoint, dtype)
+
+
+def _write_configs(folder, checkpoint, tokenizer):
+    """Writes what a single file does not hold as a folder in diffusers' layout, without the weights."""
+    from keras_sd.weights.diffusers_folder import INDEX
+
+    for name, part in checkpoint.parts.items():
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", part.config)
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+    # Diffusers opens a text encoder as a part of a pipeline only.
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    write_json(folder / INDEX, index)
+    return folder
+
+
+def _save_report(path, report):
+    if path.suffix.lower() == ".md":
+        text = f"# {report.source} as {report.output}, {report.date}\n\n{report.to_markdown(None)}"
+    else:
+        text = json.dumps(report.to_dict(), indent=2)
+    write_text(path, text + "\n")

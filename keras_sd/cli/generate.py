@@ -1,0 +1,356 @@
+"""The commands that make images: one for each task of `StableDiffusion`."""
+
+from pathlib import Path
+
+import click
+
+# Whatever loads a backend is imported inside the commands, after their options have been checked.
+from keras_sd import presets
+from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
+from keras_sd.cli.model_options import check_size, check_steps, decorated, model_options, open_model
+from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
+from keras_sd.cli.outputs import check_output, output_option
+from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.errors import UserError
+from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
+
+sampling_options = decorated(
+    click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
+    click.option(
+        "--guidance-scale",
+        type=NOT_NEGATIVE,
+        show_default="the model's own; usually 7.5",
+        help="How much the prompt is followed; up to 1 there is no guidance.",
+    ),
+    click.option(
+        "--guidance-interval",
+        default=(0.0, 1.0),
+        type=(SHARE, SHARE),
+        metavar="START END",
+        help="Share of the steps from which and to which there is guidance; the others take half the time.",
+    ),
+    click.option(
+        "--reuse-interval",
+        default=1,
+        type=click.IntRange(1),
+        help="Every which step runs the whole UNet; the others reuse its deep features.",
+    ),
+    click.option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help="Image i uses seed + i."),
+)
+
+prompt_options = decorated(
+    click.option("--negative-prompt", help="What to stay away from."),
+    sampling_options,
+    click.option(
+        "--sampler",
+        type=click.Choice(tuple(SAMPLERS)),
+        help="Way of denoising; by default the one that the model's own files describe.",
+    ),
+    click.option("--eta", default=0.0, type=SHARE, help="Fresh noise of DDIM, 0 to 1."),
+    click.option(
+        "--guidance-rescale",
+        default=0.0,
+        type=SHARE,
+        help="Against overexposure by strong guidance.",
+    ),
+)
+
+
+STRENGTH = Number(0, 1, min_open=True)
+SIDE = click.IntRange(8, LONGEST_SIDE)
+
+size_options = decorated(
+    click.option("--height", type=SIDE, help="Pixels; the model's own by default."),
+    click.option("--width", type=SIDE, help="Pixels; the model's own by default."),
+)
+
+image_size_options = decorated(
+    click.option("--height", type=SIDE, help="Pixels that IMAGE is scaled to; its own by default."),
+    click.option("--width", type=SIDE, help="Pixels that IMAGE is scaled to; its own by default."),
+)
+
+num_images_option = click.option(
+    "--num-images", default=1, type=click.IntRange(1, MOST_IMAGES), help="Images to make."
+)
+
+
+@click.command()
+@click.argument("prompt")
+@output_option("image.png")
+@num_images_option
+@size_options
+@prompt_options
+@model_options()
+def generate(prompt, num_images, height, width, **options):
+    """Make images of PROMPT.
+
+    One image goes to the file named by --output. Of several, heart.png shows all side by side,
+    and heart-0.png, heart-1.png, ... are the single ones. Each file says how it was made.
+    Without --output, files that are there already stay: image.png, image-1.png, ...
+    """
+    output = _check_images(options, num_images)
+    check_size(options, height, width)
+    pipeline, sampling = _open(options)
+    images = pipeline.text_to_image(prompt, num_images=num_images, height=height, width=width, **sampling)
+    _save(pipeline, images, output, prompt, sampling)
+
+
+@click.command()
+@click.argument("image")
+@click.argument("prompt")
+@output_option("image.png")
+@num_images_option
+@click.option("--strength", default=0.8, type=STRENGTH, help="How much is made new.")
+@image_size_options
+@prompt_options
+@model_options()
+def image_to_image(image, prompt, num_images, strength, height, width, **options):
+    """Make images of PROMPT that begin from the image IMAGE."""
+    first_step(strength, options["steps"])
+    pixels = _read_image(image, options, height, width)
+    output = _check_images(options, num_images)
+    pipeline, sampling = _open(options)
+    images = pipeline.image_to_image(pixels, prompt, num_images=num_images, strength=strength, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
+
+
+@click.command()
+@click.argument("image")
+@click.argument("mask")
+@click.argument("prompt")
+@output_option("image.png")
+@num_images_option
+@click.option("--strength", default=1.0, type=STRENGTH, help="How much is made new.")
+@image_size_options
+@prompt_options
+@model_options()
+def inpaint(image, mask, prompt, num_images, strength, height, width, **options):
+    """Make anew what is white in MASK, an image of IMAGE's size, as PROMPT says.
+
+    What is transparent in MASK is kept. Where no opaque part of it is white, as in a layer that was painted
+    on in another colour, all that is opaque is made anew.
+    """
+    first_step(strength, options["steps"])
+    pixels = _read_image(image, options, height, width)
+    mask = _read_mask(mask, pixels.shape[:2], is_scaled=height is not None)
+    output = _check_images(options, num_images)
+    pipeline, sampling = _open(options)
+    images = pipeline.inpaint(pixels, mask, prompt, num_images=num_images, strength=strength, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
+
+
+@click.command()
+@click.argument("image")
+@click.argument("prompt", default="")
+@output_option("image.png")
+@num_images_option
+@click.option("--noise-level", type=click.IntRange(0), help="0 stays close to IMAGE; the model's usual one.")
+@prompt_options
+@model_options("emoji-upscaler")
+def upscale(image, prompt, num_images, noise_level, **options):
+    """Make a larger image of IMAGE: twice as large, or as an upscaler of Stable Diffusion's kind does.
+
+    The bundled upscaler takes no PROMPT.
+    """
+    pixels = _read_image(image)
+    output = _check_images(options, num_images)
+    folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
+    more = {} if noise_level is None else {"noise_level": noise_level}
+    check_steps(folder, options["steps"])
+    if holds_pixel_upscaler(folder):
+        if prompt:
+            raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
+        _refuse_text_options(options)
+        _upscale_pixels(folder, pixels, output, num_images, more, options)
+        return
+    pipeline, sampling = _open(options)
+    images = pipeline.upscale(pixels, prompt, num_images=num_images, **more, **sampling)
+    _save(pipeline, images, output, prompt, sampling, {"Noise level": more.get("noise_level", 20)})
+
+
+def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
+    """Writes images that an upscaler without text makes."""
+    from tqdm import tqdm
+
+    from keras_sd.pipeline.upscaler import Upscaler
+
+    upscaler = Upscaler.load(folder, dtype=options["dtype"], batch_size=options["batch_size"])
+    steps, seed = options["steps"], options["seed"]
+    turns = -(-num_images // options["batch_size"])
+    with tqdm(total=turns * steps, unit="step") as bar:
+        images = upscaler.upscale(
+            pixels[None].repeat(num_images, axis=0),
+            num_inference_steps=steps,
+            sampler=options["sampler"],
+            eta=options["eta"],
+            seed=seed,
+            reuse_interval=options["reuse_interval"],
+            on_step=lambda denoised: bar.update(),
+            **noise_level,
+        )
+    from keras_sd.pipeline.image_parameters import sampling_parameters
+
+    settings = {name: options[name] for name in ("sampler", "eta", "reuse_interval")}
+    settings["scheduler_config"] = upscaler.scheduler_config
+    settings |= {"num_inference_steps": steps, "guidance_scale": 1.0, "size": images.shape[1:3]}
+    more = {"Noise level": noise_level.get("noise_level", 0), "Model": options["model"]}
+    if options["dtype"] != "float32":
+        more["Precision"] = options["dtype"]
+    _write(images, output, lambda index: sampling_parameters("", seed=_seed(seed, index), **settings) | more)
+
+
+def _refuse_text_options(options):
+    """Refuses what has no effect on an upscaler without text, by its name."""
+    usual = {"guidance_scale": None, "guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
+    usual |= {"negative_prompt": None, "vae": None, "loras": (), "lora_folder": None, "embeddings": ()}
+    for name, value in usual.items():
+        if options[name] != value:
+            flag = {"loras": "lora", "embeddings": "embedding"}.get(name, name).replace("_", "-")
+            raise UserError(
+                f"--{flag}: has no effect on {options['model']}, which takes no text; leave it out"
+            )
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, required=True)
+@output_option("walk.gif", "GIF, or PNG for a contact sheet.")
+@click.option(
+    "--num-frames", default=24, type=click.IntRange(1, MOST_IMAGES), help="Frames of the whole walk."
+)
+@click.option("--frame-rate", default=10.0, type=Number(1, 50), help="Frames a second of a GIF.")
+@size_options
+@prompt_options
+@model_options()
+def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
+    """Walk from prompt to prompt; with one PROMPTS, round a circle of noises."""
+    output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
+    check_size(options, height, width)
+    pipeline, sampling = _open(options)
+    frames = pipeline.random_walk(list(prompts), num_frames, height=height, width=width, **sampling)
+    from keras_sd.files.image_files import image_grid, save_gif, save_png
+    from keras_sd.pipeline.image_parameters import number
+
+    path = output.free()
+    is_gif = path.suffix.lower() == ".gif"
+    said = _parameters(pipeline, prompts, sampling, frames.shape[1:3]) | {"Frames": num_frames}
+    if is_gif:
+        save_gif(frames, path, frame_rate, said | {"Frame rate": number(frame_rate)})
+    else:
+        save_png(image_grid(frames), path, said)
+    click.echo(path)
+
+
+@click.command()
+@click.argument("image")
+@output_option("image.png")
+@image_size_options
+@model_options()
+def reconstruct(image, height, width, **options):
+    """Show what the autoencoder keeps of IMAGE."""
+    pixels = _read_image(image, options, height, width)
+    output = _check_images(options)
+    pipeline = open_model(**options)
+    from keras_sd.files.image_files import save_png
+
+    pixels = pipeline.reconstruct(pixels)[0]
+    path = output.free()
+    save_png(pixels, path)
+    click.echo(path)
+
+
+COMMANDS = (generate, image_to_image, inpaint, upscale, walk, reconstruct)
+
+
+def _check_images(options, num_images=1):
+    """Takes --output and --overwrite out of the options, and checks that the images can be written."""
+    output, overwrite = options.pop("output"), options.pop("overwrite")
+
+    def singles(path):
+        indices = range(num_images) if num_images > 1 else ()
+        return [path.with_stem(f"{path.stem}-{index}") for index in indices]
+
+    return check_output(output, ".png", default="image.png", overwrite=overwrite, beside=singles)
+
+
+def _open(options):
+    """Opens the model that options name: the pipeline, and the options of a task."""
+    names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
+    model = {name: options.pop(name) for name in names}
+    check_steps(model["model"], options["steps"])
+    checked_interval(options["guidance_interval"])
+    pipeline = open_model(**model)
+    if options["guidance_scale"] is None:
+        options["guidance_scale"] = pipeline.defaults.guidance_scale
+    return pipeline, {"num_inference_steps": options.pop("steps"), **options}
+
+
+def _read_image(path, options=None, height=None, width=None):
+    """The pixels of an image; with the model's options, checked to be of a size that it can take."""
+    from keras_sd.data.images import read_image
+
+    if (height is None) != (width is None):
+        raise UserError("--height and --width: only one is given; give both, or none to keep the image's")
+    if height is not None:
+        check_size(options, height, width)
+    pixels = read_image(Path(path), (height, width) if height else None)
+    if options is not None and height is None:
+        check_size(options, *pixels.shape[:2], f"{path}: ", "; give --height and --width, or scale it")
+    return pixels
+
+
+def _read_mask(path, size, is_scaled):
+    """The mask of an image of this size; where the image was scaled, it is too."""
+    from keras_sd.data.images import read_mask
+
+    mask = read_mask(Path(path), size if is_scaled else None)
+    if mask.shape != size:
+        raise UserError(
+            f"{path}: is {mask.shape[1]}x{mask.shape[0]}, the image {size[1]}x{size[0]}; scale it to the "
+            "image's size, or both with --height and --width"
+        )
+    return mask
+
+
+def _parameters(pipeline, prompt, sampling, size, index=0):
+    names = (
+        "negative_prompt",
+        "num_inference_steps",
+        "guidance_scale",
+        "guidance_interval",
+        "guidance_rescale",
+    )
+    names += ("reuse_interval", "sampler", "eta")
+    settings = {name: sampling[name] for name in names}
+    return pipeline.parameters(prompt, seed=_seed(sampling["seed"], index), size=size, **settings)
+
+
+def _seed(seed, index):
+    """The seed of an image, as `arguments.image_seeds` counts."""
+    return (seed + index) % (LARGEST_SEED + 1)
+
+
+def _save(pipeline, images, output, prompt, sampling, more=None):
+    """Writes images of a pipeline; each says how it was made."""
+    size = images.shape[1:3]
+    _write(
+        images,
+        output,
+        lambda index: _parameters(pipeline, prompt, sampling, size, index) | (more or {}),
+    )
+
+
+def _write(images, output, parameters):
+    """Writes one image, or a sheet of several and the single ones, with the parameters of each."""
+    from keras_sd.files.image_files import image_grid, save_png
+
+    path = output.free()
+    if len(images) == 1:
+        files = [(path, images[0], parameters(0))]
+    else:
+        files = [(path, image_grid(images), parameters(0) | {"Batch size": len(images)})]
+        for index, single in enumerate(output.beside(path)):
+            place = {"Batch size": len(images), "Batch pos": index}
+            files.append((single, images[index], parameters(index) | place))
+    for path, image, said in files:
+        save_png(image, path, said)
+        click.echo(path)

@@ -1,0 +1,81 @@
+"""The command line: `keras-sd COMMAND`, or `python -m keras_sd COMMAND`."""
+
+from pathlib import Path
+
+import click
+
+# Whatever loads a backend is imported inside the commands, after their options have been checked.
+from keras_sd import __version__, presets
+from keras_sd.cli.caption import caption
+from keras_sd.cli.convert import convert
+from keras_sd.cli.export import export
+from keras_sd.cli.generate import COMMANDS, sampling_options
+from keras_sd.cli.model_options import check_steps, open_model
+from keras_sd.cli.outputs import check_output, check_output_folder, output_option
+from keras_sd.cli.program import run_command
+from keras_sd.cli.train.main import train
+from keras_sd.files.writing import write_json
+
+
+@click.group(context_settings={"show_default": True})
+@click.version_option(__version__, prog_name="keras-sd")
+def cli():
+    """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
+
+
+for command in (*COMMANDS, convert, caption, train, export):
+    cli.add_command(command)
+
+
+@cli.command()
+@click.argument("model", default="emoji")
+@output_option("results.json", "JSON file to write.")
+@sampling_options
+def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, reuse_interval, steps):
+    """Measure MODEL, a preset or a folder trained on the emoji images, and print the table."""
+    output = check_output(output, ".json", default="results.json", overwrite=overwrite)
+    check_steps(model, steps)
+    pipeline = open_model(model)
+    from tqdm import tqdm
+
+    from keras_sd.data.emoji.evaluation import evaluate_emoji, format_table
+
+    results = evaluate_emoji(
+        pipeline,
+        num_inference_steps=steps,
+        guidance_scale=pipeline.defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_interval=guidance_interval,
+        reuse_interval=reuse_interval,
+        seed=seed,
+        progress=lambda iterable, description: tqdm(iterable, desc=description),
+    )
+    click.echo(format_table(results))
+    path = output.free()
+    write_json(path, {"model": model, **results})
+    click.echo(path)
+
+
+@cli.command()
+@output_option("demo", "Folder to write to.", "--output-dir")
+def demo(output_dir, overwrite):
+    """Make images with the emoji model, fine-tune it for a minute or two, and compare."""
+    folder = check_output_folder(
+        output_dir, "demo", overwrite, is_own=lambda folder: (folder / "before.png").is_file()
+    )
+    presets.find("emoji")
+    from keras_sd.cli.demo import run_demo
+
+    run_demo(folder, say=click.echo)
+
+
+@cli.command("presets")
+def list_presets():
+    """List the models that go by a name."""
+    for name, preset in presets.PRESETS.items():
+        source = "bundled" if isinstance(preset.source, Path) else preset.source
+        click.echo(f"{name:<16}{preset.licence:<24}{source}")
+
+
+def main():
+    """Runs the command line as a program: exit code 0, 2 for bad input, 130 for Ctrl-C."""
+    run_command(cli, "keras-sd")

@@ -1,0 +1,1 @@
+"""The training commands: one file for each method, and what they share."""

@@ -1,0 +1,87 @@
+"""Training an unconditional DDIM on pixels from the command line."""
+
+import click
+
+from keras_sd import config
+from keras_sd.cli.train.options import (
+    COUNT,
+    FILE,
+    defaults_from,
+    evaluation_options,
+    example_sets,
+    extractor_of,
+    prepare,
+    read_config,
+    refuse_unused,
+    run_options,
+    snr_gamma_option,
+)
+from keras_sd.training import architectures
+
+
+@click.command()
+@run_options("ddim", output_dir="runs/ddim")
+@click.option(
+    "--unet-config",
+    type=FILE,
+    help="config.json of the UNet; a small one of attention-free blocks by default.",
+)
+@click.option("--resolution", type=COUNT, help="Side of the images; the config's by default.")
+@snr_gamma_option
+@click.option(
+    "--random-flip/--no-random-flip", default=True, show_default=True, help="Mirror half of the images."
+)
+@click.option(
+    "--kid",
+    type=click.Choice(["kid_emoji", "kid_inception"]),
+    default="kid_emoji",
+    show_default=True,
+    help="What KID looks through.",
+)
+@evaluation_options()
+def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_inference_steps, **options):
+    """Train an unconditional model on pixels, as the Keras DDIM example does."""
+    refuse_unused(["kid"], kid_images, "with --kid-images 0")
+    run = prepare(
+        "ddim",
+        options | {"num_inference_steps": num_inference_steps},
+        defaults_from=defaults_from(unet_config),
+        need_captions=False,
+        scheduler_config=architectures.PIXEL_SCHEDULER,
+    )
+    import dataclasses
+
+    from keras_sd.files.image_files import image_grid
+    from keras_sd.training.evaluation import SampleEvaluation
+    from keras_sd.training.pixel_ddim import sample_images, train_pixel_ddim
+
+    unet_config = read_config(unet_config, config.UNetConfig, architectures.PIXEL_UNET)
+    if resolution:
+        unet_config = dataclasses.replace(unet_config, sample_size=resolution)
+    source, held_out, _ = run.sources(unet_config.sample_size)
+
+    def make_evaluation(trainer, denoiser):
+        sets = example_sets(source, held_out, kid_images)
+
+        def sample(count):
+            return sample_images(
+                denoiser, count, num_inference_steps=num_inference_steps, seed=run.settings.seed
+            )
+
+        return SampleEvaluation(
+            trainer,
+            lambda: image_grid(sample(16), scale=2),
+            sets=sets,
+            generate=lambda examples: sample(len(examples)),
+            extractor=extractor_of(kid, run.settings.jit_compile) if sets else None,
+        )
+
+    train_pixel_ddim(
+        run.settings,
+        unet_config,
+        architectures.PIXEL_SCHEDULER,
+        source,
+        min_snr_gamma=snr_gamma,
+        flip=random_flip,
+        make_evaluation=make_evaluation,
+    )

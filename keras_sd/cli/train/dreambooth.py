@@ -1,0 +1,157 @@
+"""The command that teaches a model one subject: DreamBooth, by all weights or by low-rank updates."""
+
+from pathlib import Path
+
+import click
+
+from keras_sd.cli.option_types import POSITIVE
+from keras_sd.cli.train.fine_tuning import (
+    base_parts,
+    frozen_parts,
+    pretrained_option,
+    subject_evaluation,
+    subject_options,
+)
+from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options
+from keras_sd.cli.train.options import (
+    COUNT,
+    decorated,
+    image_size_of,
+    open_pipeline,
+    prepare,
+    refuse_unused,
+    run_options,
+    snr_gamma_option,
+)
+from keras_sd.errors import UserError
+
+_CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
+
+class_options = decorated(
+    click.option("--with-prior-preservation", is_flag=True, help="Keep what the model knows of a class."),
+    click.option("--class-prompt", help="Prompt of the class: `a toy`."),
+    click.option(
+        "--class-data-dir",
+        help="Folder with images of the class; `class-images` in the run folder by default.",
+    ),
+    click.option(
+        "--num-class-images",
+        default=100,
+        show_default=True,
+        type=COUNT,
+        help="Images of the class; the model draws those that are missing.",
+    ),
+    click.option(
+        "--prior-loss-weight",
+        default=1.0,
+        show_default=True,
+        type=POSITIVE,
+        help="Weight of the class in the loss.",
+    ),
+)
+
+
+@click.command()
+@run_options(
+    "dreambooth",
+    without=("dataset_name", "train_data_dir"),
+    output_dir="runs/dreambooth",
+    evaluation_steps=100,
+)
+@pretrained_option
+@click.option("--instance-data-dir", required=True, help="Folder with images of the subject.")
+@click.option("--instance-prompt", required=True, help="Its prompt, with a rare word: `a sks toy`.")
+@class_options
+@click.option("--train-text-encoder", is_flag=True, help="Train the text encoder too.")
+@click.option("--lora", is_flag=True, help="Train low-rank updates in place of all weights.")
+@rank_options(8)
+@snr_gamma_option
+@click.option("--sample-batch-size", default=4, show_default=True, type=COUNT, help="Images drawn at a time.")
+@subject_options("dreambooth", "The instance prompt")
+def dreambooth(**options):
+    """Teach a model one subject from a few images of it (DreamBooth)."""
+    refuse_unused(["rank", "lora_alpha"], options["lora"], "without --lora")
+    refuse_unused(_CLASS_OPTIONS, options["with_prior_preservation"], "without --with-prior-preservation")
+    class_folder = _class_folder(options)
+    _check_images(Path(options["instance_data_dir"]), class_folder)
+    of_class = ["num_inference_steps", "guidance_scale"] if class_folder else []
+    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
+    run = prepare(
+        "dreambooth",
+        options,
+        variant="lora" if options["lora"] else None,
+        used=of_class,
+        identity=low_rank_identity(options, trained) if options["lora"] else None,
+    )
+    from keras_sd.training.dreambooth import train_dreambooth
+    from keras_sd.training.lora import save_lora
+
+    if options["lora"]:
+        pipeline, alpha, identity = open_with_loras(run, trained)
+    else:
+        pipeline = open_pipeline(run)
+        identity = base_parts(pipeline, trained)
+    pipeline.batch_size = options["sample_batch_size"]
+    models = {name: getattr(pipeline, name) for name in trained}
+    instances, class_images = _images(pipeline, options, class_folder)
+    frozen_text_encoder = None if options["train_text_encoder"] else pipeline.text_encoder
+    train_dreambooth(
+        run.settings,
+        pipeline,
+        instances,
+        class_images,
+        train_text_encoder=options["train_text_encoder"],
+        prior_loss_weight=options["prior_loss_weight"],
+        identity=frozen_parts(pipeline, frozen_text_encoder) | identity,
+        min_snr_gamma=options["snr_gamma"],
+        make_evaluation=subject_evaluation(run, pipeline, options["instance_prompt"]),
+        export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
+    )
+
+
+def _class_folder(options):
+    """Where the images of the class are, or are to be; None without prior preservation."""
+    if not options["with_prior_preservation"]:
+        return None
+    if not options["class_prompt"]:
+        raise UserError("--with-prior-preservation: no prompt of the class; give --class-prompt")
+    return Path(options["class_data_dir"] or Path(options["output_dir"]) / "class-images")
+
+
+def _check_images(instance_folder, class_folder):
+    """Refuses images that cannot be trained on, before any long work."""
+    from keras_sd.data.folders import FolderSource, count_images
+    from keras_sd.data.images import MINIMUM_SIDE
+
+    FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False)
+    if class_folder is None:
+        return
+    count_images(class_folder)
+    places = instance_folder.resolve(), class_folder.resolve()
+    if any(place.is_relative_to(other) for place, other in (places, places[::-1])):
+        raise UserError(
+            f"{class_folder}: images of the class and of the subject {instance_folder} in one folder; "
+            "keep them apart"
+        )
+
+
+def _images(pipeline, options, class_folder):
+    """Examples of the subject and of its class, whose missing images are drawn first."""
+    from keras_sd.training.dreambooth import generate_class_images, read_images
+
+    image_size = image_size_of(pipeline)
+    instances = read_images(options["instance_data_dir"], options["instance_prompt"], image_size)
+    if class_folder is None:
+        return instances, []
+    prompt = options["class_prompt"]
+    # Low-rank updates begin at zero: with them the model still draws what it drew before.
+    generate_class_images(
+        pipeline,
+        class_folder,
+        prompt,
+        options["num_class_images"],
+        num_inference_steps=options["num_inference_steps"],
+        guidance_scale=options["guidance_scale"],
+        seed=options["seed"],
+    )
+    return instances, read_images(class_folder, prompt, image_size)

@@ -1,0 +1,85 @@
+"""Training a diffusion upscaler (SR3) from the command line."""
+
+import click
+
+from keras_sd import config
+from keras_sd.cli.train.options import (
+    COUNT,
+    FILE,
+    defaults_from,
+    evenly,
+    inference_steps_option,
+    prepare,
+    read_config,
+    run_options,
+    snr_gamma_option,
+)
+from keras_sd.training import architectures
+
+
+@click.command("super-resolution")
+@run_options("super-resolution", output_dir="runs/super-resolution")
+@click.option("--unet-config", type=FILE, help="config.json of the UNet; a small one by default.")
+@click.option("--factor", default=2, show_default=True, type=click.IntRange(2), help="How much larger.")
+@click.option(
+    "--random-crop", default=48, show_default=True, type=COUNT, help="Side of the squares trained on."
+)
+@snr_gamma_option
+@inference_steps_option(10)
+@click.option(
+    "--validation-images",
+    default=32,
+    show_default=True,
+    type=COUNT,
+    help="Held-out images made small and large again.",
+)
+def super_resolution(
+    unet_config, factor, random_crop, snr_gamma, num_inference_steps, validation_images, **options
+):
+    """Train a diffusion upscaler on images that are made small."""
+    run = prepare(
+        "super-resolution",
+        options | {"num_inference_steps": num_inference_steps},
+        defaults_from=defaults_from(unet_config),
+        need_captions=False,
+        scheduler_config=architectures.UPSCALER_SCHEDULER,
+    )
+    import numpy as np
+
+    from keras_sd.files.image_files import image_grid
+    from keras_sd.models.unet import UNet
+    from keras_sd.pipeline.upscaler import Upscaler
+    from keras_sd.training.super_resolution import measure_upscaling, train_super_resolution
+
+    unet_config = read_config(unet_config, config.UNetConfig, architectures.UPSCALER_UNET)
+    upscaler = Upscaler(
+        UNet(unet_config),
+        architectures.UPSCALER_SCHEDULER,
+        architectures.LOW_RES_SCHEDULER,
+        jit_compile=run.settings.jit_compile,
+    )
+    source, held_out, repeats = run.sources(unet_config.sample_size)
+
+    def make_evaluation(trainer):
+        shown = np.stack([example["image"] for example in evenly(held_out or source, validation_images)])
+
+        def evaluate(step):
+            with trainer.ema.applied():
+                images, figures = measure_upscaling(
+                    upscaler, shown, factor=factor, num_inference_steps=num_inference_steps
+                )
+            trainer.log.log_scalars(step, figures)
+            trainer.log.log_image(step, "samples", image_grid(np.concatenate([images, shown]), columns=8))
+
+        return evaluate
+
+    train_super_resolution(
+        run.settings,
+        upscaler,
+        source,
+        factor=factor,
+        crop=random_crop,
+        repeats=repeats,
+        min_snr_gamma=snr_gamma,
+        make_evaluation=make_evaluation,
+    )

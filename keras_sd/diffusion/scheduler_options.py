@@ -1,0 +1,285 @@
+"""The options of diffusers' schedulers: what a missing one means, and which values are computed here.
+
+Each class has the options of its `__init__` in diffusers 0.42, with their defaults. A value that is not
+computed is refused by name; none is passed over in silence.
+"""
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras_sd.errors import UserError
+from keras_sd.files.json_files import shown
+
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+_SCHEDULE_OF_SD = _SCHEDULE | {"beta_start": 0.00085, "beta_end": 0.012}
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+_CLIPPING = {"clip_sample": False, "clip_sample_range": 1.0}
+_THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_RANGE_OF_SIGMA = {"sigma_min": None, "sigma_max": None}
+_FLOW = {
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_DPM_SOLVER = (
+    _SCHEDULE
+    | _THRESHOLDING
+    | _SIGMAS
+    | _FLOW
+    | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+    | {"final_sigmas_type": "zero", "lambda_min_clipped": -float("inf"), "variance_type": None}
+)
+_K_DIFFUSION = _SCHEDULE_OF_SD | _LINSPACE | _SIGMAS
+_DISTILLED = (
+    _SCHEDULE_OF_SD
+    | _LEADING
+    | _ZERO_SNR
+    | _CLIPPING
+    | _THRESHOLDING
+    | {"beta_schedule": "scaled_linear", "set_alpha_to_one": True}
+    | {"original_inference_steps": 50, "timestep_scaling": 10.0}
+)
+
+OPTIONS = {
+    "DDIMScheduler": _SCHEDULE
+    | _LEADING
+    | _ZERO_SNR
+    | _CLIPPING
+    | _THRESHOLDING
+    | {"clip_sample": True, "set_alpha_to_one": True},
+    "DDPMScheduler": _SCHEDULE
+    | _LEADING
+    | _ZERO_SNR
+    | _CLIPPING
+    | _THRESHOLDING
+    | {"clip_sample": True, "variance_type": "fixed_small"},
+    "PNDMScheduler": _SCHEDULE | _LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
+    "LCMScheduler": _DISTILLED,
+    "TCDScheduler": _DISTILLED,
+    "LMSDiscreteScheduler": _SCHEDULE | _LINSPACE | _SIGMAS,
+    "EulerDiscreteScheduler": _SCHEDULE
+    | _LINSPACE
+    | _ZERO_SNR
+    | _SIGMAS
+    | _RANGE_OF_SIGMA
+    | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "EulerAncestralDiscreteScheduler": _SCHEDULE | _LINSPACE | _ZERO_SNR,
+    "HeunDiscreteScheduler": _K_DIFFUSION | _CLIPPING,
+    "KDPM2DiscreteScheduler": _K_DIFFUSION,
+    "KDPM2AncestralDiscreteScheduler": _K_DIFFUSION,
+    "DPMSolverSDEScheduler": _K_DIFFUSION | {"noise_sampler_seed": None},
+    "DPMSolverMultistepScheduler": _DPM_SOLVER
+    | _LINSPACE
+    | _ZERO_SNR
+    | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
+    "DPMSolverSinglestepScheduler": _DPM_SOLVER | {"lower_order_final": False},
+    "DEISMultistepScheduler": _SCHEDULE
+    | _LINSPACE
+    | _THRESHOLDING
+    | _SIGMAS
+    | _FLOW
+    | {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
+    "UniPCMultistepScheduler": _SCHEDULE
+    | _LINSPACE
+    | _ZERO_SNR
+    | _THRESHOLDING
+    | _SIGMAS
+    | _RANGE_OF_SIGMA
+    | _FLOW
+    | {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True}
+    | {"final_sigmas_type": "zero", "disable_corrector": [], "solver_p": None, "shift_terminal": None},
+}
+
+# Values that a class takes for one of its own, as models' files are read by classes that did not write them.
+_SYNONYMS = {
+    ("DPMSolverMultistepScheduler", "algorithm_type"): {"deis": "dpmsolver++"},
+    ("DPMSolverSinglestepScheduler", "algorithm_type"): {"deis": "dpmsolver++"},
+    ("DEISMultistepScheduler", "algorithm_type"): dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
+    ("DPMSolverMultistepScheduler", "solver_type"): dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    ("DPMSolverSinglestepScheduler", "solver_type"): dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    ("DEISMultistepScheduler", "solver_type"): dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    ("UniPCMultistepScheduler", "solver_type"): dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
+    ("DDPMScheduler", "variance_type"): {"fixed_small_log": "fixed_small"},  # the same, written otherwise
+}
+
+
+class Rule(NamedTuple):
+    """Which values of an option are computed: what a value has to be, in words, and why others are not."""
+
+    accepts: Callable
+    expected: str
+    reason: str = ""
+
+
+def _one_of(*values, reason=""):
+    def accepts(value):
+        return any(value == known and type(value) is type(known) for known in values)
+
+    names = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    return Rule(accepts, " or ".join(", ".join(names).rsplit(", ", 1)), reason)
+
+
+def _checked_elsewhere(expected, reason=""):
+    return Rule(lambda value: True, expected, reason)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _is_whole(value, least=0):
+    return type(value) is int and least <= value < 2**31
+
+
+_ANY = Rule(lambda value: True, "any value")
+_SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
+_POSITIVE = Rule(lambda value: _is_number(value) and 0 < value < 1e9, "above 0, below 10^9")
+_SIGMA = Rule(lambda value: value is None or _POSITIVE.accepts(value), "above 0, below 10^9, or null")
+_ORDER = _one_of(1, 2, 3, reason="no higher order is stable here")
+_NO_FLOW = "flow matching is not computed here"
+_TAKEN_FOR_IT = "there is no other; those of other classes are taken for it, as in diffusers"
+_NO_VARIANCE = "the networks here predict no variance"
+
+RULES = {
+    # These are checked by `SchedulerConfig`, `NoiseSchedule` and `spacing`.
+    "num_train_timesteps": _checked_elsewhere("a whole number from 1"),
+    "beta_start": _checked_elsewhere("0 to 1"),
+    "beta_end": _checked_elsewhere("0 to 1"),
+    "beta_schedule": _checked_elsewhere("linear, scaled_linear or squaredcos_cap_v2"),
+    "trained_betas": _checked_elsewhere("null, or a number for each timestep"),
+    "prediction_type": _checked_elsewhere("epsilon, v_prediction or sample", _NO_FLOW),
+    "timestep_spacing": _checked_elsewhere("leading, trailing or linspace"),
+    "steps_offset": _checked_elsewhere("a whole number, which the first timestep must not exceed"),
+    "rescale_betas_zero_snr": _checked_elsewhere("true or false"),
+    "clip_sample": _checked_elsewhere("true or false"),
+    "set_alpha_to_one": _checked_elsewhere("true or false"),
+    "thresholding": _SWITCH,
+    "dynamic_thresholding_ratio": Rule(lambda value: _is_number(value) and 0 <= value <= 1, "0 to 1"),
+    "sample_max_value": _POSITIVE,
+    "clip_sample_range": _POSITIVE,
+    "skip_prk_steps": _SWITCH,
+    **dict.fromkeys(_SIGMAS, _SWITCH),
+    "use_lu_lambdas": _SWITCH,
+    **dict.fromkeys(_RANGE_OF_SIGMA, _SIGMA),
+    "interpolation_type": _one_of("linear", "log_linear"),
+    "timestep_type": _one_of("discrete", reason="no network here is asked by log sigma"),
+    "final_sigmas_type": _one_of("zero", "sigma_min"),
+    "lower_order_final": _SWITCH,
+    "euler_at_final": _SWITCH,
+    "solver_order": _ORDER,
+    "predict_x0": _SWITCH,
+    "disable_corrector": Rule(
+        lambda value: isinstance(value, list | tuple) and all(map(_is_whole, value)), "a list of steps"
+    ),
+    "solver_p": _one_of(None, reason="no other sampler takes the place of the predictor"),
+    "lambda_min_clipped": Rule(lambda value: _is_number(value) and value < float("inf"), "a number"),
+    "noise_sampler_seed": _one_of(None, reason="noise follows from the seed of the image"),
+    "original_inference_steps": Rule(lambda value: _is_whole(value, 1), "a whole number from 1"),
+    "timestep_scaling": _POSITIVE,
+    "use_flow_sigmas": _one_of(False, reason=_NO_FLOW),
+    "shift_terminal": _one_of(None, reason=_NO_FLOW),
+    "flow_shift": _ANY,
+    "use_dynamic_shifting": _ANY,
+    "time_shift_type": _ANY,
+}
+# Of options that not all classes have for the same.
+RULES_OF_CLASS = {
+    ("DDPMScheduler", "variance_type"): _one_of(
+        "fixed_small", "fixed_large", reason=f"{_NO_VARIANCE}, and fixed_large_log is no variance"
+    ),
+    ("DPMSolverMultistepScheduler", "variance_type"): _one_of(None, reason=_NO_VARIANCE),
+    ("DPMSolverSinglestepScheduler", "variance_type"): _one_of(None, reason=_NO_VARIANCE),
+    ("DPMSolverMultistepScheduler", "algorithm_type"): _one_of(
+        "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"
+    ),
+    ("DPMSolverSinglestepScheduler", "algorithm_type"): _one_of(
+        "dpmsolver++", "dpmsolver", "sde-dpmsolver++"
+    ),
+    ("DEISMultistepScheduler", "algorithm_type"): _one_of("deis", reason=_TAKEN_FOR_IT),
+    ("DPMSolverMultistepScheduler", "solver_type"): _one_of("midpoint", "heun"),
+    ("DPMSolverSinglestepScheduler", "solver_type"): _one_of("midpoint", "heun"),
+    ("DEISMultistepScheduler", "solver_type"): _one_of("logrho", reason=_TAKEN_FOR_IT),
+    ("UniPCMultistepScheduler", "solver_type"): _one_of("bh1", "bh2"),
+    ("UniPCMultistepScheduler", "use_dynamic_shifting"): _one_of(False, reason=_NO_FLOW),
+}
+
+# What diffusers takes and never uses. None stands for every class that has the option.
+WITHOUT_EFFECT = {
+    *((None, option) for option in ("flow_shift", "time_shift_type", "use_dynamic_shifting")),
+    *((name, option) for name in ("LCMScheduler", "TCDScheduler") for option in _LEADING),
+    ("DEISMultistepScheduler", "solver_type"),
+    *((name, "set_alpha_to_one") for name in ("LCMScheduler", "TCDScheduler")),
+    *(("TCDScheduler", option) for option in (*_CLIPPING, *_THRESHOLDING, "timestep_scaling")),
+}
+
+
+def rule_of(class_name, option):
+    """The `Rule` of an option of a class."""
+    return RULES_OF_CLASS.get((class_name, option)) or RULES[option]
+
+
+def complete(class_name, values):
+    """The options that a scheduler of diffusers would have, all of them.
+
+    Args:
+        class_name: of the scheduler.
+        values: dictionary of a `scheduler_config.json`, whose keys the class need not have.
+
+    Raises:
+        UserError: a value is not computed here; the line names it.
+    """
+    options = dict(OPTIONS[class_name])
+    for option in options:
+        given = values.get(option)
+        if given is None:
+            continue
+        given = given if isinstance(given, list | dict) else _synonym(class_name, option, given)
+        rule = rule_of(class_name, option)
+        if not rule.accepts(given):
+            raise _refusal(class_name, f"{option} {shown(given)}", rule.expected, rule.reason)
+        options[option] = given
+    _check_together(class_name, options)
+    return options
+
+
+def _synonym(class_name, option, value):
+    return _SYNONYMS.get((class_name, option), {}).get(value, value)
+
+
+def _check_together(class_name, options):
+    """Raises a UserError for values that are computed, but not with each other."""
+    chosen = [option for option in _SIGMAS if options.get(option)]
+    if len(chosen) > 1:
+        raise _refusal(class_name, " and ".join(chosen), "one of them")
+    algorithm = options.get("algorithm_type", "")
+    if algorithm.endswith("dpmsolver") and options["final_sigmas_type"] == "zero":
+        reason = "the predicted noise has no limit there"
+        raise _refusal(class_name, f"final_sigmas_type zero with {algorithm}", "sigma_min", reason)
+    if algorithm == "sde-dpmsolver" and options["solver_order"] == 3:
+        raise _refusal(class_name, "solver_order 3 with sde-dpmsolver", "1 or 2", "there is no such formula")
+
+
+def _refusal(class_name, fault, expected, reason=""):
+    because = f" ({reason})" if reason else ""
+    return UserError(
+        f"scheduler_config.json: {fault} of {class_name} is not supported{because}; use {expected}, or "
+        "another sampler"
+    )
+
+
+def unknown_keys(values):
+    """The keys of a `scheduler_config.json` that no class here has, and diffusers passes over."""
+    known = {option for options in OPTIONS.values() for option in options}
+    return [key for key in values if key not in known and not key.startswith("_")]

@@ -1,0 +1,181 @@
+"""Image files: PNGs that say how they were made, and contact sheets."""
+
+import math
+import re
+import stat
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from keras_sd.errors import UserError
+from keras_sd.files.writing import replaced
+
+_CHUNK = "parameters"
+_LONGEST_TEXT = 2**20
+_OTHER_FORMATS = ("JPEG", "WEBP", "BMP", "GIF")
+_NEGATIVE = "Negative prompt: "
+# What stands between commas: a name and a value, which is quoted, as JSON quotes, where it holds a comma or a
+# colon. It matches at every place where it is tried, so that the time is as the length of the text.
+_PIECE = re.compile(r'([^,:]*)(?::\s*("(?:\\.|[^\\"])*"(?=,|$)|[^,]*))?(?:,|$)')
+_NAME = re.compile(r"\w[\w \-/]*")
+
+_CAPTION_SIZE = 11
+_CAPTION_LINES = 3
+_MARGIN = 4
+
+
+def format_parameters(parameters):
+    """The text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
+
+    Args:
+        parameters: a dictionary with "prompt", optionally "negative_prompt", and the settings under the names
+            that they are shown by ("Steps", "Sampler", ...), in order.
+    """
+    settings = dict(parameters)
+    lines = [settings.pop("prompt")]
+    negative = settings.pop("negative_prompt", None)
+    if negative:
+        lines.append(_NEGATIVE + negative)
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value):
+    if not re.search(r'[,:\n"]', value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _unquoted(value):
+    if not value.startswith('"'):
+        return value
+    return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], value[1:-1])
+
+
+def parse_parameters(text):
+    """The dictionary that `format_parameters` wrote as this text, its settings as strings."""
+    *lines, last = text.split("\n")
+    pieces = [(match[1].strip(), match[2]) for match in _PIECE.finditer(last)]
+    settings = [(name, value) for name, value in pieces if value is not None and _NAME.fullmatch(name)]
+    if pieces[0] not in settings:  # a prompt without settings
+        lines, settings = [*lines, last], []
+    negative = next((index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    parameters = {"prompt": "\n".join(lines[:negative])}
+    if negative < len(lines):
+        parameters["negative_prompt"] = "\n".join(lines[negative:]).removeprefix(_NEGATIVE)
+    return parameters | {name: _unquoted(value.strip()) for name, value in settings}
+
+
+def save_png(image, path, parameters=None):
+    """Writes an image as PNG.
+
+    Args:
+        image: uint8 `(h, w, 3)`, or `(h, w)` in grey.
+        path: the file; its folder is made if there is none. An earlier one is replaced once this is on disk.
+        parameters: how it was made, as `format_parameters` takes it.
+    """
+    information = PngInfo()
+    if parameters is not None:
+        information.add_text(_CHUNK, format_parameters(parameters))
+    with replaced(path) as staging:
+        Image.fromarray(np.asarray(image)).save(staging, format="PNG", pnginfo=information)
+
+
+def save_gif(frames, path, frame_rate=10.0, parameters=None):
+    """Writes images as an endless GIF; how they were made stands in its comment, as in the web interface.
+
+    Args:
+        frames: uint8 `(n, h, w, 3)`.
+        path: the file; its folder is made if there is none.
+        frame_rate: images a second; a GIF counts in hundredths of a second.
+        parameters: how they were made, as `format_parameters` takes it.
+    """
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    options = {"append_images": others, "duration": round(1000 / frame_rate), "loop": 0}
+    if parameters is not None:
+        options["comment"] = format_parameters(parameters).encode()
+    with replaced(path) as staging:
+        first.save(staging, format="GIF", save_all=True, **options)
+
+
+def check_plain(path, title):
+    """Refuses what is there and no plain file, such as a pipe or a device: reading it may never end.
+
+    Args:
+        title: what it should be.
+
+    Raises:
+        UserError: it is none.
+        FileNotFoundError: nothing is there.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
+        raise UserError(f"{path}: is {kind}; name the {title}'s own file")
+
+
+def read_parameters(path):
+    """How the image in a PNG file, or a GIF, was made; an empty dictionary if the file does not say.
+
+    Raises:
+        UserError: there is no such image, or it is no plain file.
+    """
+    try:
+        check_plain(path, "image")
+        with open(path, "rb") as file:
+            is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
+        # This reads what stands before the pixels, and none of those. Pillow limits texts that are packed.
+        with PngImageFile(path) if is_png else Image.open(path, formats=_OTHER_FORMATS) as image:
+            text = image.info.get(_CHUNK) or image.info.get("comment") or ""
+            text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        if len(text) > _LONGEST_TEXT:
+            raise ValueError("no parameters are as long")
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # damage has many types: SyntaxError, struct.error, ValueError, ...
+        raise UserError(f"{path}: not an image that can be read; give a PNG file") from error
+    return parse_parameters(text) if text else {}
+
+
+def image_grid(images, labels=None, columns=None, scale=1):
+    """Lays images out as a contact sheet on white, each above its label.
+
+    Args:
+        images: uint8 `(n, h, w, 3)`, or a list of such images of one size.
+        labels: a text for each image, wrapped to its width and cut after three lines.
+        columns: images in a row; by default about as many as there are rows.
+        scale: enlarges each pixel to a square of this side, as small images leave no room for a label.
+
+    Returns:
+        The sheet, uint8 `(height, width, 3)`.
+    """
+    images = np.stack(list(images)).repeat(scale, axis=1).repeat(scale, axis=2)
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"contact sheet: {len(labels)} labels for {len(images)} images; give one for each")
+    count, height, width = images.shape[:3]
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    captions = [_wrap(label, font, width) for label in labels or []]
+    line_height = sum(font.getmetrics())
+    caption_height = line_height * max((len(lines) for lines in captions), default=0)
+    cell_width, cell_height = width + _MARGIN, height + caption_height + _MARGIN
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        left, top = _MARGIN + column * cell_width, _MARGIN + row * cell_height
+        sheet.paste(Image.fromarray(image), (left, top))
+        for line, text in enumerate(captions[index] if captions else ()):
+            draw.text((left, top + height + line * line_height), text, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def _wrap(label, font, width):
+    """Breaks a label into the lines that fit below an image."""
+    characters = max(int(width / font.getlength("n")), 1)
+    return textwrap.wrap(label, characters, max_lines=_CAPTION_LINES, placeholder="…") or [""]

@@ -1,0 +1,85 @@
+"""uint8 images and masks, and the numbers in [-1, 1] that models take."""
+
+import numpy as np
+from PIL import Image
+
+from keras_sd.errors import UserError
+
+WHITE = 128
+"""The least value of a mask that counts as white."""
+
+
+def as_images(images):
+    """Images, one `(height, width, 3)` or several, as uint8 `(n, height, width, 3)`.
+
+    Raises:
+        UserError: they are of another type or shape.
+    """
+    images = np.asarray(images)
+    if images.ndim == 3:
+        images = images[None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise UserError(
+            f"images of type {images.dtype} and shape {images.shape}: "
+            "give uint8 of shape (n, height, width, 3)"
+        )
+    return images
+
+
+def images_to_unit(images):
+    """Brings uint8 images to float32 in [-1, 1]."""
+    return images.astype("float32") / np.float32(127.5) - np.float32(1)
+
+
+def images_from_unit(images):
+    """Rounds images in [-1, 1] to uint8.
+
+    Raises:
+        UserError: there are numbers that are not finite, which would be black.
+    """
+    images = np.asarray(images)
+    if not np.isfinite(images).all():
+        raise UserError(
+            "images: the model computed numbers that are not finite; take float32, or less guidance"
+        )
+    return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
+
+
+def as_masks(mask):
+    """A mask, `(height, width)`, or several, as bool `(n, height, width, 1)`: white, from 128, is True.
+
+    Raises:
+        UserError: it is of another type or shape, or has no white.
+    """
+    mask = np.asarray(mask)
+    if mask.dtype not in (np.uint8, np.bool_) or mask.ndim not in (2, 3) or not mask.size:
+        raise UserError(
+            f"mask of type {mask.dtype} and shape {mask.shape}: give uint8 or bool of shape (height, width)"
+        )
+    masks = mask if mask.dtype == np.bool_ else mask >= WHITE
+    masks = masks.reshape(-1, *mask.shape[-2:], 1)
+    empty = np.flatnonzero(~masks.any(axis=(1, 2, 3)))
+    if len(empty):
+        which = "mask" if len(masks) == 1 else f"mask {empty[0]}"
+        brightest = mask.reshape(len(masks), -1).max(axis=1)[empty[0]]
+        raise UserError(
+            f"{which}: has no white, so nothing would be made anew; white is from {WHITE}, and its brightest "
+            f"value is {int(brightest)}"
+        )
+    return masks
+
+
+def any_white(masks, factor):
+    """Masks made `factor` times smaller: what is white anywhere in a cell is white, so that no line is lost.
+
+    Args:
+        masks: bool `(n, height, width, 1)`; the sides are multiples of `factor`.
+    """
+    count, height, width, _ = masks.shape
+    cells = masks.reshape(count, height // factor, factor, width // factor, factor, 1)
+    return cells.any(axis=(2, 4))
+
+
+def resized(image, size, method=Image.Resampling.BICUBIC):
+    """A uint8 image `(h, w, 3)` interpolated to the size `(height, width)`."""
+    return np.asarray(Image.fromarray(image).resize(tuple(size)[::-1], method))

@@ -1,0 +1,322 @@
+"""How far a written model is from its source: tensor by tensor, and in what its parts compute.
+
+Tensors are compared as they stand in the files. Parts compute in float32 on fixed random inputs: opened from
+the source, opened from what was written and, where diffusers and transformers are installed, opened by those.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+from safetensors.numpy import load_file, save_file
+
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.files.json_files import read_json
+from keras_sd.models.image_encoder import normalize_pixels
+from keras_sd.parity import reference
+from keras_sd.parity.report import (
+    ADDED,
+    BAR,
+    CHANGED,
+    EQUAL,
+    FAR,
+    GOOD,
+    LEFT_OUT,
+    MISSING,
+    NOT_COMPARED,
+    ROUNDED,
+    ROUNDING,
+    OutputParity,
+    Report,
+    TensorParity,
+)
+from keras_sd.pipeline.loading import CLIP_HEAD, open_parts
+from keras_sd.weights import readers
+from keras_sd.weights.checkpoint import Checkpoint
+from keras_sd.weights.names import canonical_name
+
+_OUTPUTS = {
+    "text_encoder": ("text encoder",),
+    "image_encoder": ("image encoder",),
+    "unet": ("UNet",),
+    "vae": ("VAE encode", "VAE decode"),
+}
+# Whose model class is each part's reference.
+_REFERENCES = {
+    "text_encoder": "transformers",
+    "image_encoder": "transformers",
+    "unet": "diffusers",
+    "vae": "diffusers",
+}
+_REFERENCE_LIBRARIES = ("diffusers", "transformers", "torch")
+
+# Sides in latent positions, as small as shows a fault: a full-size model then takes seconds.
+_UNET_SIDE, _VAE_SIDE = 16, 8
+_CONTEXT_TOKENS = 77
+_TIMESTEP = 601
+
+
+def compare_tensors(part, source, written):
+    """Compares every tensor of a part in two files.
+
+    Args:
+        part: "text_encoder", "image_encoder", "unet" or "vae".
+        source, written: mappings of arrays by published names, in any release's spelling.
+
+    Returns:
+        A list of `TensorParity`.
+    """
+    source, written = _by_canonical_name(source), _by_canonical_name(written)
+    return [_compared(part, name, source.get(name), written.get(name)) for name in source | written]
+
+
+def _by_canonical_name(tensors):
+    names = {canonical_name(name): name for name in tensors}
+    return {name: tensors[given] for name, given in names.items() if name is not None}
+
+
+def _compared(part, name, source, written):
+    if source is None:
+        return TensorParity(part, name, written.shape, None, written.dtype.name, None, ADDED)
+    if written is None:
+        # Where there is no image encoder to compare texts with, its head is not part of the model.
+        has_no_place = name in CLIP_HEAD and part != "image_encoder"
+        verdict = LEFT_OUT if has_no_place else MISSING
+        return TensorParity(part, name, source.shape, source.dtype.name, None, None, verdict)
+    types = source.dtype.name, written.dtype.name
+    # A 1x1 convolution and a linear layer hold the same numbers; files have either.
+    if np.squeeze(source).shape != np.squeeze(written).shape:
+        return TensorParity(part, name, source.shape, *types, None, CHANGED)
+    written = np.reshape(written, source.shape)
+    single = source.astype("float32")
+    if not np.array_equal(_bits(single.astype(written.dtype)), _bits(written)):
+        verdict = CHANGED
+    elif np.array_equal(source, written):
+        verdict = EQUAL
+    else:
+        verdict = ROUNDED
+    difference = float(np.abs(single - written.astype("float32")).max(initial=0))
+    return TensorParity(part, name, source.shape, *types, difference, verdict)
+
+
+def _bits(array):
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def part_inputs(part, config):
+    """The random inputs on which a part is compared, always the same ones: NumPy arrays by name.
+
+    Images and latents are channels-last. Of the image encoder `pixels` is what CLIP's own code is given,
+    `images` the same in [-1, 1].
+    """
+    generator = np.random.default_rng(0)
+
+    def normal(*shape):
+        return generator.standard_normal(shape).astype("float32")
+
+    if part == "text_encoder":
+        shape = (1, config.max_position_embeddings)
+        return {"ids": generator.integers(0, config.vocab_size, shape).astype("int32")}
+    if part == "image_encoder":
+        images = generator.uniform(-1, 1, (1, config.image_size, config.image_size, 3)).astype("float32")
+        return {"images": images, "pixels": normalize_pixels(images)}
+    if part == "vae":
+        side = _VAE_SIDE * config.downsampling
+        return {
+            "images": generator.uniform(-1, 1, (1, side, side, config.in_channels)).astype("float32"),
+            "latents": normal(1, _VAE_SIDE, _VAE_SIDE, config.latent_channels),
+        }
+    inputs = {
+        "latents": normal(1, _UNET_SIDE, _UNET_SIDE, config.in_channels),
+        "timesteps": np.array([_TIMESTEP], "int32"),
+    }
+    if config.cross_attention_dim:
+        inputs["context"] = normal(1, _CONTEXT_TOKENS, config.cross_attention_dim)
+    if config.num_class_embeds:
+        inputs["class_labels"] = np.array([config.num_class_embeds // 2], "int32")
+    return inputs
+
+
+def part_outputs(part, model):
+    """What a Keras model computes of `part_inputs`: NumPy arrays, channels-last, by the output's title."""
+    inputs = part_inputs(part, model.config)
+    if part == "text_encoder":
+        outputs = [model(inputs["ids"])]
+    elif part == "image_encoder":
+        outputs = [model(inputs["images"])]
+    elif part == "vae":
+        decoded = {"VAE decode": model.decode(inputs["latents"])}
+        encoded = {"VAE encode": model.encode(inputs["images"]).mode()} if model.encoder else {}
+        return {title: ops.convert_to_numpy(output) for title, output in (encoded | decoded).items()}
+    else:
+        arrays = [inputs[name] for name in ("latents", "timesteps", "context") if name in inputs]
+        outputs = [model(arrays, class_labels=inputs.get("class_labels"))]
+    arrays = [ops.convert_to_numpy(output) for output in outputs]
+    return dict(zip(_OUTPUTS[part], arrays, strict=True))
+
+
+def compare(path, source, source_outputs, output, configs=None, notes=()):
+    """Reads a written model back and compares it with its source.
+
+    Args:
+        path: where the source came from.
+        source: the `Checkpoint` that was converted.
+        source_outputs: `part_outputs` of the source's models, by part; these parts are compared.
+        output: what was written, a folder in diffusers' layout or a single file.
+        configs: for a single file, which holds none, a folder in diffusers' layout with the configs and the
+            tokenizer of its parts.
+        notes: sentences for the report.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        UserError: what was written cannot be read.
+    """
+    written = readers.read_checkpoint(output)
+    tensors, outputs, inputs, written_outputs = [], [], {}, {}
+    for part, expected in source_outputs.items():
+        found = written.parts.get(part)
+        own = compare_tensors(part, source.parts[part].tensors, found.tensors if found else {})
+        if all(tensor.passes or tensor.difference is not None for tensor in own):
+            model = _open(part, found, configs or output)
+            inputs[part], written_outputs[part] = part_inputs(part, model.config), part_outputs(part, model)
+            is_rounded = any(t.verdict == ROUNDED for t in own) and all(t.passes for t in own)
+            outputs += compare_outputs("source", expected, written_outputs[part], is_rounded)
+        else:
+            outputs += _not_compared(expected, "source", "not computed: not the same tensors")
+        tensors += own
+    if not configs:
+        outputs += compare_schedulers(source, written)
+    versions = {name: _version(name) for name in ("keras_sd", "keras", keras.backend.backend())}
+    versions |= {name: _version(name) for name in _REFERENCE_LIBRARIES}
+    outputs += compare_with_libraries(output, configs, inputs, written_outputs, versions)
+    today = datetime.date.today().isoformat()
+    return Report(str(path), str(output), tensors, outputs, list(notes), today, versions)
+
+
+def compare_schedulers(source, written):
+    """Compares the files of two checkpoints that say how a model is sampled.
+
+    Returns:
+        A list of `OutputParity`; nothing is computed.
+    """
+    entries = []
+    for title in ("scheduler", "low_res_scheduler"):
+        before, after = (_scheduler_of(checkpoint, title) for checkpoint in (source, written))
+        if before is None and after is None:
+            continue
+        before, after = before or {}, after or {}
+        other = [name for name in before | after if before.get(name) != after.get(name)]
+        verdict = f"differs in {', '.join(other)}" if other else GOOD
+        entries.append(OutputParity(title.replace("low_res_", "low-res "), "source", *(None,) * 3, verdict))
+    return entries
+
+
+def _scheduler_of(checkpoint, title):
+    values = getattr(checkpoint, title)
+    # A file without a class is written with the one that it was taken for.
+    if values is None or values.get("_class_name") is not None:
+        return values
+    return SchedulerConfig.from_dict(values).to_dict()
+
+
+def _open(part, found, folder):
+    """The Keras model of a part that was read, with the config and the tokenizer of a folder."""
+    folder = Path(folder)
+    found = found._replace(config=read_json(folder / part / "config.json"))
+    tokenizer = folder / "tokenizer" if part == "text_encoder" else None
+    return open_parts(Checkpoint({part: found}, tokenizer=tokenizer))[part]
+
+
+def compare_outputs(against, expected, computed, is_rounded=False):
+    """Compares the outputs of a part, as `part_outputs` gives them.
+
+    Args:
+        against: whose the expected ones are, for the report.
+        is_rounded: whether the computing part's tensors are roundings of the other's.
+
+    Returns:
+        A list of `OutputParity`.
+    """
+    entries = []
+    for title, array in expected.items():
+        difference, deviation = float(np.abs(array - computed[title]).max()), float(array.std())
+        ratio = difference / deviation if difference else 0.0
+        verdict = GOOD if ratio <= BAR else ROUNDING if is_rounded else FAR
+        entries.append(OutputParity(title, against, difference, deviation, ratio, verdict))
+    return entries
+
+
+def _not_compared(titles, against, verdict):
+    return [OutputParity(title, against, None, None, None, verdict) for title in titles]
+
+
+def compare_with_libraries(output, configs, inputs, written_outputs, versions):
+    """Compares the outputs of our models of what was written with those of diffusers' and transformers'.
+
+    Args:
+        output, configs: as in `compare`.
+        inputs, written_outputs: `part_inputs` and `part_outputs` by part.
+        versions: dictionary of the libraries' versions; None for those that are not installed.
+
+    Returns:
+        A list of `OutputParity`. Where a library is missing, or cannot open a part, its verdict says so.
+    """
+    missing = [name for name in _REFERENCE_LIBRARIES if versions[name] is None]
+    expected, failures = {}, {}
+    if inputs and not missing:
+        expected, failures = _outputs_of_libraries(output, configs, inputs)
+    entries = []
+    for part, computed in written_outputs.items():
+        library = _REFERENCES[part]
+        if missing:
+            entries += _not_compared(
+                computed, library, f"{NOT_COMPARED}: {' and '.join(missing)} not installed"
+            )
+        elif part == "vae" and len(computed) < len(_OUTPUTS["vae"]):
+            entries += _not_compared(
+                computed, library, f"{NOT_COMPARED}: {library} opens no VAE without an encoder"
+            )
+        elif part in failures:
+            entries += _not_compared(computed, library, failures[part])
+        else:
+            own = {title: expected[title] for title in computed}
+            entries += compare_outputs(f"{library} {versions[library]}", own, computed)
+    return entries
+
+
+def _outputs_of_libraries(output, configs, inputs):
+    """Runs `reference` as a program: (arrays by the output's title, reasons of failure by part)."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        job = {"model": str(output), "configs": configs and str(configs), "parts": list(inputs)}
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        arrays = {f"{part}/{name}": array for part, own in inputs.items() for name, array in own.items()}
+        save_file(arrays, folder / "inputs.safetensors")
+        done = subprocess.run(
+            # -P: this package's modules are not to be taken for others of their names.
+            [sys.executable, "-P", reference.__file__, str(folder)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            return {}, dict.fromkeys(inputs, f"no result: {reason}")
+        return load_file(folder / "outputs.safetensors"), read_json(folder / "failures.json")
+
+
+def _version(library):
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""A model as one object: its parts opened and saved, the primitives on them, and the tasks."""

@@ -1,0 +1,338 @@
+"""What an image's file says about how it was made, and the options that make it again.
+
+The names are those of AUTOMATIC1111's web interface where it has one: LoRAs are tags in the prompt
+(`<lora:ink:0.8>`) and `Lora hashes`, words of textual inversion `TI hashes`, another autoencoder `VAE` and
+`VAE hash`. Hashes are cut as there. What the interface has no name for has one of its own here: `Guidance
+interval`, `Guidance rescale`, `Reuse interval`, `Precision`, `Walk`, `Frames`, `Frame rate`.
+
+This module imports no backend.
+"""
+
+import hashlib
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.arguments import (
+    LARGEST_SEED,
+    LONGEST_SIDE,
+    MOST_IMAGES,
+    checked_interval,
+    share,
+    shown,
+    whole_number,
+)
+from keras_sd.diffusion.samplers import OF_THE_MODEL, SAMPLERS, find_sampler
+from keras_sd.errors import UserError
+from keras_sd.files.json_files import parse_json
+from keras_sd.pipeline.prompts import take_loras
+from keras_sd.presets import file_hash
+from keras_sd.weights.formats import check_dtype, read_metadata
+
+# Digits of hashes, as in the web interface.
+_MODEL_DIGITS, _NETWORK_DIGITS = 10, 12
+
+_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+
+
+def model_hash(path):
+    """How a file of a model or an autoencoder is told from others."""
+    return file_hash(path)[:_MODEL_DIGITS]
+
+
+def embedding_hash(path):
+    """How a file of a textual inversion is told from others."""
+    return file_hash(path)[:_NETWORK_DIGITS]
+
+
+def lora_hash(path):
+    """How a file of a LoRA is told from others: by its tensors, as its header changes with its notes."""
+    if path.suffix != ".safetensors":
+        return file_hash(path)[:_NETWORK_DIGITS]
+    written = read_metadata(path).get("sshs_model_hash")
+    if written:
+        return written[:_NETWORK_DIGITS]
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()[:_NETWORK_DIGITS]
+
+
+def sampling_parameters(
+    prompt,
+    negative_prompt=None,
+    *,
+    num_inference_steps,
+    guidance_scale,
+    seed,
+    size,
+    guidance_interval=(0.0, 1.0),
+    guidance_rescale=0.0,
+    reuse_interval=1,
+    sampler=None,
+    eta=0.0,
+    scheduler_config=None,
+):
+    """The settings of a task, under the names that files have them by.
+
+    Args:
+        prompt, negative_prompt: texts.
+        seed: the image's own, that of the call plus its index.
+        size: `(height, width)`.
+        num_inference_steps, ...: as the tasks take them.
+        scheduler_config: the model's, which describes its own sampler where `sampler` is None.
+
+    Returns:
+        A dictionary; what has its usual value is left out.
+    """
+    height, width = size
+    start, end = guidance_interval
+    return without_none(
+        {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "Steps": num_inference_steps,
+            "Sampler": find_sampler(sampler, scheduler_config).name,
+            "CFG scale": number(guidance_scale),
+            "Seed": int(seed),
+            "Size": f"{width}x{height}",
+            "Eta": number(eta) if eta else None,
+            "Guidance interval": f"{number(start)} to {number(end)}" if (start, end) != (0, 1) else None,
+            "Guidance rescale": number(guidance_rescale) if guidance_rescale else None,
+            "Reuse interval": reuse_interval if reuse_interval > 1 else None,
+        }
+    )
+
+
+def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
+    """What an image of a `StableDiffusion` says: the settings, and what the model was put together from.
+
+    Args:
+        pipeline: as it was when it made the image.
+        prompt, negative_prompt: texts; of a walk, a list of prompts. LoRAs that are in the model are put
+            behind each prompt as tags.
+        settings: as `sampling_parameters` takes them.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    files, texts = pipeline.adapters.files, "\n".join([*prompts, negative_prompt or ""])
+    _, tagged = take_loras(texts, files.__contains__)
+    inside = {name: weight for name, weight in pipeline.adapters.weights.items() if name not in tagged}
+    words = {token: file for token, file in pipeline.embedding_files.items() if token in texts}
+    vae_name, vae_file = pipeline.vae_source
+    precision = pipeline.unet.compute_dtype
+    prompts = [with_lora_tags(text, inside) for text in prompts]
+    walk = None if isinstance(prompt, str) else json.dumps(prompts, ensure_ascii=False)
+    settings["scheduler_config"] = pipeline.scheduler_config
+    return sampling_parameters(prompts[0], negative_prompt, **settings) | without_none(
+        {
+            "Walk": walk,
+            "Model hash": pipeline.model_hash,
+            "Model": pipeline.name,
+            "VAE hash": vae_file and model_hash(vae_file),
+            "VAE": vae_name,
+            "Precision": None if precision == "float32" else precision,
+            "Lora hashes": _listed({name: lora_hash(files[name]) for name in [*inside, *tagged]}),
+            "TI hashes": _listed({token: embedding_hash(file) for token, file in words.items()}),
+        }
+    )
+
+
+def with_lora_tags(prompt, weights):
+    """The prompt with a tag for each LoRA, name -> weight, that it has none for."""
+    _, tagged = take_loras(prompt, weights.__contains__)
+    tags = [f"<lora:{name}:{number(weight)}>" for name, weight in weights.items() if name not in tagged]
+    return " ".join([prompt, *tags]) if tags else prompt
+
+
+def _listed(hashes):
+    """Name -> hash as one text, or None if there are none."""
+    return ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) or None
+
+
+def number(value):
+    """A number with all the digits that it has, and no exponent."""
+    return np.format_float_positional(value, trim="-")
+
+
+def without_none(parameters):
+    """The dictionary without the names whose value is None."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def options_of(parameters, folder=None):
+    """The options of a command that make an image again.
+
+    Args:
+        parameters: what `keras_sd.files.image_files.read_parameters` finds in the image's file.
+        folder: where the files of LoRAs, embeddings and the autoencoder are; they are found by their hashes.
+
+    Returns:
+        A dictionary by the names of the command's parameters: prompt (of a walk: prompts), steps, sampler,
+        seed, model, loras, ... What the file does not say, because it was as usual, is left out. A warning
+        names settings that are none of this package.
+
+    Raises:
+        UserError: a file is not in the folder, a setting has a value that this package does not write, or
+            the image does not say how it was made.
+    """
+    taken = dict(parameters)
+    for title, value in taken.items():
+        if not isinstance(value, str):
+            raise UserError(f"{title} {shown(value)}: no text; give what read_parameters finds")
+    if "prompt" not in taken:
+        raise UserError("parameters: no prompt, so they do not say how an image was made; use another image")
+    options = {"prompt": taken.pop("prompt"), "negative_prompt": taken.pop("negative_prompt", None)}
+    for title, (name, read) in _READERS.items():
+        if title in taken:
+            options[name] = _read(title, taken.pop(title), read)
+    if "Size" in taken:
+        options["width"], options["height"] = _read("Size", taken.pop("Size"), _size)
+    if "Batch size" in taken and "Batch pos" not in taken:  # a contact sheet
+        options["num_images"] = _read("Batch size", taken["Batch size"], _whole(1, MOST_IMAGES))
+    options |= _files(options, taken, folder)
+    unknown = [f"{title}: {shown(value)}" for title, value in taken.items() if title not in _NO_OPTIONS]
+    if unknown:
+        warnings.warn(f"{', '.join(unknown)}: not known here, and left out", stacklevel=2)
+    return without_none(options)
+
+
+def _whole(least, most=None):
+    """A reader of whole numbers."""
+    return lambda text: whole_number("number", int(text), least, most)
+
+
+def _number(least, most=math.inf):
+    """A reader of finite numbers."""
+
+    def read(text):
+        value = float(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            raise ValueError(f"out of range: {value}")
+        return value
+
+    return read
+
+
+def _strength(text):
+    value = share("strength", float(text))
+    if not value:
+        raise ValueError("makes no step")
+    return value
+
+
+def _size(text):
+    width, height = text.split("x")
+    return tuple(whole_number("side", int(side), 1, LONGEST_SIDE) for side in (width, height))
+
+
+def _interval(text):
+    return checked_interval(tuple(map(float, text.split(" to "))))
+
+
+def _precision(text):
+    check_dtype(text)
+    return text
+
+
+def _walk(text):
+    prompts = parse_json(text, "Walk", list[str])
+    if not prompts:
+        raise ValueError("no prompts")
+    return tuple(prompts)
+
+
+def _sampler(title):
+    """The name of a sampler; None for the one that the model's own file describes."""
+    if title.endswith(OF_THE_MODEL):
+        return None
+    return next(name for name, sampler in SAMPLERS.items() if sampler.name == title)
+
+
+_READERS = {
+    "Steps": ("steps", _whole(1)),
+    "Sampler": ("sampler", _sampler),
+    "CFG scale": ("guidance_scale", _number(0)),
+    "Seed": ("seed", _whole(0, LARGEST_SEED)),
+    "Eta": ("eta", _number(0, 1)),
+    "Guidance interval": ("guidance_interval", _interval),
+    "Guidance rescale": ("guidance_rescale", _number(0, 1)),
+    "Reuse interval": ("reuse_interval", _whole(1)),
+    "Denoising strength": ("strength", _strength),
+    "Noise level": ("noise_level", _whole(0)),
+    "Model": ("model", str),
+    "Precision": ("dtype", _precision),
+    "Walk": ("prompts", _walk),
+    "Frames": ("num_frames", _whole(1, MOST_IMAGES)),
+    "Frame rate": ("frame_rate", _number(1, 50)),
+}
+"""The settings: the parameter's name, and what reads it or raises a `ValueError`."""
+
+# What says something else than how to make an image, or is read with another setting.
+_NO_OPTIONS = {"Model hash", "Batch size", "Batch pos", "Version"}
+
+
+def _read(title, text, read):
+    try:
+        return read(text)
+    except (ValueError, StopIteration) as error:
+        raise _not_ours(title, text) from error
+
+
+def _not_ours(title, text):
+    return UserError(f"{title} {shown(text)}: not as keras_sd writes it; use an image of its own")
+
+
+def _files(options, taken, folder):
+    """The options that name files, and the prompts without the tags of LoRAs."""
+    found = {}
+    loras = _hashes("Lora hashes", taken.pop("Lora hashes", ""))
+    texts = list(options.get("prompts", [options["prompt"]]))
+    asked = [take_loras(text, loras.__contains__) for text in texts]
+    if loras:
+        texts, weights = [text.rstrip() for text, _ in asked], asked[0][1]
+        found["negative_prompt"], negative = take_loras(options["negative_prompt"] or "", loras.__contains__)
+        if loras.keys() - weights.keys() - negative.keys() or any(each != weights for _, each in asked):
+            raise UserError("Lora hashes: not those of the prompt's tags; use an image as keras_sd wrote it")
+        paths = {name: _find(folder, f"LoRA {name}", digits, lora_hash) for name, digits in loras.items()}
+        found["loras"] = tuple(
+            f"{paths[name]}:{number(weight)}" for name, weight in (weights | negative).items()
+        )
+    if "prompts" in options:
+        found["prompts"], found["prompt"] = tuple(texts), None
+    else:
+        found["prompt"] = texts[0]
+    words = _hashes("TI hashes", taken.pop("TI hashes", ""))
+    if words:
+        found["embeddings"] = tuple(
+            f"{_find(folder, f'embedding {token}', digits, embedding_hash)}:{token}"
+            for token, digits in words.items()
+        )
+    if "VAE hash" in taken:
+        path = _find(folder, f"VAE {taken.pop('VAE', '')}", taken.pop("VAE hash"), model_hash)
+        found["vae"] = str(path.parent if (path.parent / "config.json").is_file() else path)
+    return found
+
+
+def _hashes(title, text):
+    """The names and hashes that `_listed` joined; a name may have a colon or a comma of its own."""
+    hashes, name = {}, ""
+    for piece in text.split(", ") if text else ():
+        name = f"{name}, {piece}" if name else piece
+        word, found, digits = name.rpartition(": ")
+        if found and len(digits) == _NETWORK_DIGITS:
+            hashes[word], name = digits, ""
+    if name:
+        raise _not_ours(title, text)
+    return hashes
+
+
+def _find(folder, title, digits, digest):
+    """The file below a folder that has a hash."""
+    places = sorted(Path(folder).rglob("*")) if folder is not None else ()
+    for path in places:
+        if path.suffix in _SUFFIXES and path.is_file() and digest(path) == digits:
+            return path
+    where = f"not in {folder}" if folder is not None else "not known where"
+    raise UserError(f"{title} ({digits}): {where}; give the folder that holds its file")

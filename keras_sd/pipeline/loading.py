@@ -1,0 +1,179 @@
+"""Opens the parts of a model, whatever format they come in, and checks that they fit."""
+
+import functools
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.diffusion.scheduler_options import OPTIONS, complete, unknown_keys
+from keras_sd.errors import UserError
+from keras_sd.files.json_files import shown
+from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.tokenizer import END_TOKEN, Tokenizer
+from keras_sd.models.unet import UNet
+from keras_sd.models.vae import AutoencoderKL
+from keras_sd.weights import readers, rules
+from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.expected_shapes import is_decoder_alone
+
+# Stored with the image tower, since the text tower's own file has no place for them in diffusers:
+# what makes the two towers a CLIP.
+CLIP_HEAD = ("text_projection.weight", "logit_scale")
+
+# OpenCLIP, the text encoder of SD 2, was trained with id 0, "!", behind the end of a text.
+_OPEN_CLIP_PAD_TOKEN = "!"
+
+_TOKENS, _LEARNED_TOKENS = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "learned"))
+
+_MODELS = {
+    "text_encoder": (TextEncoder, TextEncoderConfig),
+    "image_encoder": (ImageEncoder, ImageEncoderConfig),
+    "unet": (UNet, UNetConfig),
+    "vae": (AutoencoderKL, VAEConfig),
+}
+
+
+def open_parts(checkpoint, dtype="float32", partial=False):
+    """Makes the parts of a `Checkpoint`, as `StableDiffusion` takes them.
+
+    Args:
+        dtype: precision of the weights and of the computation, as `rules.open_model` takes it.
+        partial: also takes weights of which some are missing or left over, with a warning.
+
+    Returns:
+        A dictionary of those that are there: text_encoder, unet, vae, image_encoder, clip_head, tokenizer,
+        scheduler_config, low_res_scheduler_config.
+
+    Raises:
+        UserError: the weights are not those of the config.
+    """
+    for name, part in checkpoint.parts.items() if not partial else ():
+        # All of them before the first one is built.
+        rules.check_tensors(*_contents(name, part), part.source)
+    parts = {name: _open_model(name, part, dtype, partial) for name, part in checkpoint.parts.items()}
+    if "image_encoder" in parts:
+        tensors = checkpoint.parts["image_encoder"].tensors
+        head = {name: np.array(tensors[name], "float32") for name in CLIP_HEAD if name in tensors}
+        parts["clip_head"] = head or None
+    if checkpoint.tokenizer is not None:
+        parts["tokenizer"] = Tokenizer.load(checkpoint.tokenizer)
+    elif "text_encoder" in parts:
+        parts["tokenizer"] = _clip_tokenizer(parts["text_encoder"].config)
+    if checkpoint.scheduler is not None:
+        _warn_of_unknown_options(checkpoint.scheduler)
+        parts["scheduler_config"] = SchedulerConfig.from_dict(
+            checkpoint.scheduler, checkpoint.scheduler_repairs
+        )
+    if checkpoint.low_res_scheduler is not None:
+        parts["low_res_scheduler_config"] = SchedulerConfig.from_dict(checkpoint.low_res_scheduler)
+    return parts
+
+
+def _warn_of_unknown_options(scheduler):
+    names = unknown_keys(scheduler)
+    if scheduler.get("_class_name") is None:  # read as of the usual class, which has not all options
+        usual = SchedulerConfig.json_header["_class_name"]
+        complete(usual, scheduler)
+        names += [key for key in scheduler if key[:1] != "_" and key not in {*OPTIONS[usual], *names}]
+    if names:
+        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        warnings.warn(
+            f"scheduler_config.json: {shown(names[0])} is unknown here and has no effect{more}", stacklevel=3
+        )
+
+
+def _open_model(name, part, dtype="float32", partial=False):
+    config, tensors = _contents(name, part)
+    model_class, _ = _MODELS[name]
+    if name == "vae" and is_decoder_alone(tensors):
+        model_class = functools.partial(model_class, has_encoder=False)
+    return rules.open_model(model_class, config, tensors, source=part.source, dtype=dtype, partial=partial)
+
+
+def _contents(name, part):
+    """The config of a `Part`, and those of its tensors that are a model's own."""
+    _, config_class = _MODELS[name]
+    tensors = {key: tensor for key, tensor in part.tensors.items() if key not in CLIP_HEAD}
+    return config_class.from_dict(part.config), tensors
+
+
+def _clip_tokenizer(config):
+    """The tokenizer of CLIP itself, which is not stored beside single files."""
+    tokenizer = Tokenizer.clip(_OPEN_CLIP_PAD_TOKEN if config.hidden_act == "gelu" else END_TOKEN)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"the text encoder has {config.vocab_size} tokens, CLIP's vocabulary {tokenizer.vocab_size}; "
+            "put the tokenizer's files beside the weights"
+        )
+    return tokenizer
+
+
+def load_part(path, part, dtype="float32"):
+    """Opens one part of a model.
+
+    Args:
+        path: a folder in diffusers' layout, or a file that holds that part.
+        part: "text_encoder", "image_encoder", "unet" or "vae".
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights are not those of the config.
+    """
+    return _open_model(part, readers.read_part(path, part), dtype)
+
+
+def load_clip(path):
+    """Opens the CLIP of a folder or a file, as `StableDiffusion` takes it.
+
+    Returns:
+        A dictionary of tokenizer and text_encoder, and of image_encoder and clip_head where they are there.
+    """
+    checkpoint = readers.read_checkpoint(path)
+    towers = {
+        name: checkpoint.parts[name] for name in ("text_encoder", "image_encoder") if name in checkpoint.parts
+    }
+    if "text_encoder" not in towers:
+        raise UserError(f"{path}: holds no text encoder; give a Stable Diffusion model or a CLIP")
+    return open_parts(Checkpoint(towers, tokenizer=checkpoint.tokenizer))
+
+
+def model_part(name, model, clip_head=None):
+    """The `Part` that a model is written as."""
+    tensors = rules.torch_state(model)
+    if name == "image_encoder":
+        tensors |= clip_head or {}
+    if _LEARNED_TOKENS in tensors:
+        # Other readers know one table only.
+        tensors[_TOKENS] = np.concatenate([tensors[_TOKENS], tensors.pop(_LEARNED_TOKENS)])
+    return Part(model.config.to_dict(), tensors, Path(name))
+
+
+def check_fit(tokenizer, text_encoder, unet, vae):
+    """Raises a UserError where one part's output is not the next one's input."""
+    text, image = text_encoder.config, vae.config
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder {text.vocab_size}; "
+            "use parts of one model"
+        )
+    if tokenizer.max_length > text.max_position_embeddings:
+        raise UserError(
+            f"the tokenizer gives {tokenizer.max_length} tokens, the text encoder takes "
+            f"{text.max_position_embeddings}; use parts of one model"
+        )
+    if unet.config.cross_attention_dim != text.hidden_size:
+        raise UserError(
+            f"text encodings are {text.hidden_size} wide, the UNet takes {unet.config.cross_attention_dim}; "
+            "use parts of one model"
+        )
+    latents = image.latent_channels
+    # Beside the latents: nothing; a mask and a masked image's latents; a low-resolution image.
+    accepted = (latents, 2 * latents + 1, latents + image.in_channels)
+    if unet.config.out_channels != latents or unet.config.in_channels not in accepted:
+        raise UserError(
+            f"the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out, "
+            f"the VAE's latents {latents}; use parts of one model"
+        )

@@ -1,0 +1,431 @@
+"""A model's parts as one object, opened and saved, and the primitives on them: encode, denoise, decode.
+
+The tasks for people are on top of it, in `keras_sd.pipeline.stable_diffusion`.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+from keras import ops
+
+from keras_sd import backend, presets
+from keras_sd.arguments import LONGEST_SIDE, shown, whole_number
+from keras_sd.diffusion.denoiser import Denoiser
+from keras_sd.diffusion.finite import check_inputs, check_result
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
+from keras_sd.models.tokenizer import vector_names
+from keras_sd.pipeline.batches import equal_batches
+from keras_sd.pipeline.defaults import ModelDefaults
+from keras_sd.pipeline.image_parameters import image_parameters, model_hash
+from keras_sd.pipeline.loading import check_fit, model_part, open_parts
+from keras_sd.pipeline.lora import Adapters
+from keras_sd.pipeline.prompts import as_texts, chunk_prompts, equally_long, weighted_encoding
+from keras_sd.pipeline.tiling import in_tiles
+from keras_sd.weights import diffusers_folder, formats, readers, single_file
+from keras_sd.weights.checkpoint import Checkpoint
+from keras_sd.weights.embedding_files import embedding_file, read_embeddings
+from keras_sd.weights.lora import holds_lora
+
+_SAVED_PARTS = ("text_encoder", "unet", "vae", "image_encoder")
+
+# Sides in latent positions. Larger images pass the VAE in tiles, as its feature maps at full resolution
+# are what needs the most memory; 128 positions of Stable Diffusion are 1024 pixels.
+LARGEST_UNTILED = 128
+_TILE, _TILE_OVERLAP = 96, 16
+
+
+class Primitives:
+    """What the tasks of `StableDiffusion` are made of; that class documents the arguments."""
+
+    def __init__(
+        self,
+        tokenizer,
+        text_encoder,
+        unet,
+        vae,
+        scheduler_config,
+        image_encoder=None,
+        clip_head=None,
+        low_res_scheduler_config=None,
+        defaults=None,
+        name="keras_sd",
+        batch_size=8,
+        jit_compile=True,
+    ):
+        check_fit(tokenizer, text_encoder, unet, vae)
+        self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
+        self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
+        self.image_encoder, self.clip_head = image_encoder, clip_head
+        self.defaults = defaults or ModelDefaults()
+        self.name, self.batch_size = name, whole_number("batch_size", batch_size, 1)
+        self._weights_file, self.vae_source, self.embedding_files = None, (None, None), {}
+        self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
+        self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
+        self._jit_compile = jit_compile
+        self._encode_text = self._compile_text_encoding()
+        self._encode_image = backend.jit(self._image_to_latents, vae.variables, jit_compile)
+        self._decode = backend.jit(self._latents_to_image, vae.variables, jit_compile)
+
+    # Files
+
+    @classmethod
+    def from_preset(cls, name, **options):
+        """Opens a bundled model by its name, or one of a hub by its id ("owner/model").
+
+        Args:
+            options: as `load` takes them.
+
+        Raises:
+            UserError: the preset is unknown, the line lists those known; or it cannot be had.
+        """
+        model = cls.load(presets.find(name), **options)
+        model.name = str(name)
+        return model
+
+    @classmethod
+    def load(
+        cls,
+        path,
+        *,
+        weights="ema",
+        variant=None,
+        dtype="float32",
+        prediction_type=None,
+        partial=False,
+        vae=None,
+        **options,
+    ):
+        """Opens a model of any format: what it is, is found from the files themselves.
+
+        Args:
+            path: a folder in diffusers' layout, a single file (`.safetensors`, `.ckpt`) with LDM's names, a
+                folder of KerasCV's H5 files, or a hub id ("owner/model").
+            weights: "ema", or "raw" for those that training goes on from, where a file holds both.
+            variant: which of a folder's sets of files, such as "fp16"; by default the plain ones.
+            dtype: "float32", "float16" or "bfloat16", of the weights in memory and of the computation.
+            prediction_type: "epsilon" or "v_prediction", in place of what the files say or do not say.
+            partial: also takes weights of which some are missing or left over, with a warning.
+            vae: path of a folder or a file with another autoencoder to use.
+            options: batch_size and jit_compile, as in the constructor.
+
+        Raises:
+            UserError: a file is missing or damaged, or the weights are not those of a Stable Diffusion.
+        """
+        for name, given in (("path", path), ("vae", vae)):
+            if not isinstance(given, str | Path) and not (name == "vae" and given is None):
+                raise UserError(f"{name} {shown(given)}: no path; give a file or a folder")
+        if not isinstance(partial, bool):
+            raise UserError(f"partial {shown(partial)}: give True or False")
+        with os_errors_in_one_line(path):
+            source = Path(path) if Path(path).exists() else presets.find(str(path))
+        checkpoint = readers.read_checkpoint(
+            source, weights=weights, variant=variant, prediction_type=prediction_type
+        )
+        if vae is not None:
+            checkpoint.parts["vae"] = readers.read_part(vae, "vae")
+        missing = [part for part in ("text_encoder", "unet", "vae") if part not in checkpoint.parts]
+        if missing:
+            raise UserError(
+                f"{path}: has no {' and no '.join(missing)}; give a whole model, and single parts beside it"
+            )
+        if checkpoint.scheduler is None:
+            raise UserError(
+                f"{path}: has no noise schedule; put the model's own {diffusers_folder.SCHEDULER} there"
+            )
+        options |= {"defaults": ModelDefaults.load(source), "name": source.resolve().name}
+        model = cls(**open_parts(checkpoint, dtype, partial), **options)
+        model._weights_file = checkpoint.parts["unet"].source
+        if vae is not None:
+            model.vae_source = Path(vae).name, checkpoint.parts["vae"].source
+        return model
+
+    def save(self, path, dtype=None):
+        """Writes the model: a folder in diffusers' layout, or a single file with LDM's names.
+
+        Args:
+            path: a folder, made if there is none, or a file that ends in `.safetensors`. What is there
+                under that name is replaced once the new one is on disk.
+            dtype: "float32", "float16" or "bfloat16"; by default as the weights are in memory.
+
+        Raises:
+            UserError: `path` is no name, or cannot be written; or as the writers of both formats.
+        """
+        formats.check_dtype(dtype)
+        is_name = isinstance(path, str | os.PathLike) and str(path).strip() and "\0" not in str(path)
+        if not is_name:  # an empty one would be the folder where the program runs
+            raise UserError(f"path {shown(path)}: no name; name a folder, or a .safetensors file")
+        models = {name: getattr(self, name) for name in _SAVED_PARTS}
+        checkpoint = Checkpoint(
+            {
+                name: model_part(name, model, self.clip_head)
+                for name, model in models.items()
+                if model is not None
+            },
+            self.scheduler_config.to_dict(),
+            self.low_res_scheduler_config and self.low_res_scheduler_config.to_dict("DDPMScheduler"),
+        )
+        if Path(path).suffix == ".safetensors":
+            if self.tokenizer.added_tokens:
+                raise UserError(f"{path}: a single file has no place for learned words; name a folder")
+            with os_errors_in_one_line(path):
+                single_file.write_single_file(path, checkpoint, dtype)
+        else:
+            with os_errors_in_one_line(path):
+                diffusers_folder.write_folder(
+                    path, checkpoint, self.tokenizer.save, dtype, write_more=self.defaults.save
+                )
+
+    @functools.cached_property
+    def model_hash(self):
+        """The first ten digits of the SHA-256 of the UNet's file; None if the model came from none."""
+        return self._weights_file and model_hash(self._weights_file)
+
+    # Low-rank updates
+
+    def load_lora(self, path, name=None, weight=1.0):
+        """Adds a LoRA in diffusers', PEFT's or kohya's dialect to the model; several add up.
+
+        Updates go into the kernels, so that sampling costs no more; `save` writes the sum. Prompts may ask
+        for more of one, or less, by `<lora:name:0.8>`, which then holds for that call.
+
+        How strong an update is, its file says: by alpha, by the `adapter_config.json` beside PEFT's
+        `adapter_model`, or by what diffusers writes into the header.
+
+        Args:
+            path: a file, or a folder with `pytorch_lora_weights.safetensors` or PEFT's `adapter_model`.
+            name: what it is called from now on; by default as the file or the folder, and with a number
+                behind it, which a warning tells, where another one is called so.
+            weight: how much of it; 0 only makes it known to prompts.
+
+        Returns:
+            The name.
+
+        Raises:
+            UserError: the file is damaged, or was made for another kind of model; its config asks for what
+                is not supported (DoRA, ...); or another LoRA has the name that is given.
+        """
+        return self.adapters.load(path, name, weight)
+
+    def set_lora_weights(self, weights):
+        """Sets how much of each loaded LoRA, name -> weight, is in the model; those not named go out."""
+        self.adapters.set(weights)
+
+    def unload_lora(self, name=None):
+        """Takes a LoRA off the model, or all of them; without any it is bit for bit what it was."""
+        self.adapters.unload(name)
+
+    def find_lora(self, name):
+        """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded.
+
+        There it is the file `NAME.safetensors`, or the folder `NAME` as PEFT and diffusers write one.
+        """
+        if name not in self.adapters.names and self.lora_folder is not None:
+            file, folder = Path(self.lora_folder) / f"{name}.safetensors", Path(self.lora_folder) / name
+            # A name may be too long, have slashes, or be that of another folder.
+            if file.parent == folder.parent == Path(self.lora_folder) and folder.name not in ("", ".", ".."):
+                if os.path.isfile(file):
+                    self.load_lora(file, name, weight=0.0)
+                elif holds_lora(folder):
+                    self.load_lora(folder, name, weight=0.0)
+        return name in self.adapters.names
+
+    # Learned words
+
+    def load_textual_inversion(self, path, token=None):
+        """Adds the learned words of a file in diffusers', A1111's or kohya's dialect.
+
+        Args:
+            path: a file, or a folder with `learned_embeds.safetensors` or `.bin`.
+            token: what the word is called in prompts; by default as the file says.
+
+        Raises:
+            UserError: the file is damaged, or was made for another kind of model; it has no name for its word
+                and none is given, or one for several; or as `add_tokens`.
+        """
+        embeddings = read_embeddings(path, self.text_encoder.config.hidden_size)
+        if token is not None:
+            if len(embeddings) > 1:
+                raise UserError(f"{path}: holds several words, {', '.join(embeddings)}; leave {token!r} out")
+            (vectors,) = embeddings.values()
+            embeddings = {token: vectors}
+        if None in embeddings:
+            raise UserError(f"{path}: has no name for its word; give a token, like <my-cat>")
+        self.add_tokens(embeddings)
+        self.embedding_files |= dict.fromkeys(embeddings, embedding_file(path))
+
+    def add_tokens(self, embeddings):
+        """Adds words to the vocabulary, each of one or several vectors.
+
+        Args:
+            embeddings: dictionary from token to its vectors, `(k, width)`; a prompt's token stands for all k.
+
+        Raises:
+            UserError: a token is in the vocabulary already or would be taken apart in a prompt, vectors are
+                of another width or not finite, or there is no place for more tokens.
+        """
+        tokens, size = self.tokenizer.vocab_size, self.text_encoder.config.vocab_size
+        if tokens != size:
+            raise UserError(
+                f"the tokenizer has {tokens} tokens, the text encoder {size}; tokens can be added where "
+                "both are the same"
+            )
+        names = [name for token, array in embeddings.items() for name in vector_names(token, len(array))]
+        tokenizer = self.tokenizer.add_tokens(names)
+        self.text_encoder.add_tokens(np.concatenate(list(embeddings.values())))
+        self.tokenizer = tokenizer
+        self._encode_text = self._compile_text_encoding()
+
+    # Primitives
+
+    def encode_text(self, prompts, chunks=None):
+        """Encodes a prompt or a list of them: float32 `(n, chunks * tokens, width)`.
+
+        Prompts are in the language of `keras_sd.pipeline.prompts`: weights, BREAK, any length.
+
+        Args:
+            chunks: how many chunks of tokens each gets, a multiple of what each needs; by default the least
+                common one. A shorter prompt's chunks are repeated, of which attention takes no notice.
+        """
+        return self._encode_chunks(*chunk_prompts(self.tokenizer, as_texts("prompts", prompts), chunks))
+
+    def encode_each(self, prompts):
+        """Encodes a list of prompts as `encode_text`, each of its own length: a list of `(tokens, width)`."""
+        chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in prompts]
+        ids, weights = (np.concatenate(parts, axis=1) for parts in zip(*chunked, strict=True))
+        encoding = self._encode_chunks(ids, weights)[0]
+        ends = np.cumsum([each.ids[0].size for each in chunked])
+        return np.split(encoding, ends[:-1])
+
+    def _encode_chunks(self, ids, weights):
+        """Encodings `(n, chunks * tokens, width)` of ids and weights, both `(n, chunks, tokens)`."""
+        count, chunks, tokens = ids.shape
+        # Each chunk once, as those of short prompts and those that prompts share are repeated.
+        unique, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
+        encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
+        return weighted_encoding(encodings.reshape(count, chunks, tokens, -1), weights)
+
+    def encode_image(self, images):
+        """Encodes images to latents as the UNet takes them, float32 `(n, h, w, c)`."""
+        return self._encode_unit(images_to_unit(self._checked(images)))
+
+    def denoise(self, latents, context, negative=None, *, on_step=None, **options):
+        """Turns noise into latents.
+
+        Args:
+            latents: standard-normal noise, float32 `(n, h, w, c)`.
+            context, negative: text encodings `(n, tokens, width)` of the prompts and negative prompts; of two
+                lengths, both are repeated to the least common multiple.
+            on_step: called after each step with a `Denoised(step, latents)`.
+            options: as `Denoiser.steps` takes them: guidance_scale, sampler, num_inference_steps, eta,
+                streams, ...
+
+        Returns:
+            Latents, float32 `(n, h, w, c)`.
+
+        Raises:
+            UserError: an array is of another shape; or as `Denoiser.steps`.
+        """
+        channels, width = self.vae.config.latent_channels, self.unet.config.cross_attention_dim
+        _check_shape("latents", latents, (None, None, None, channels))
+        for title, encoding in (("text encoding", context), ("negative text encoding", negative)):
+            if encoding is not None:
+                _check_shape(title, encoding, (len(latents), None, width))
+        context, negative = equally_long(context, negative)
+        for denoised in self._denoiser.steps(latents, context, negative, **options):
+            if on_step is not None:
+                on_step(denoised)
+        return ops.convert_to_numpy(denoised.latents)
+
+    def decode(self, latents):
+        """Decodes latents as the UNet gives them to images.
+
+        Raises:
+            UserError: the latents are of another shape, or not finite, as what the VAE makes of them.
+        """
+        latents = np.asarray(latents)
+        _check_shape("latents", latents, (None, None, None, self.vae.config.latent_channels))
+        check_inputs({"latents": latents})
+        images = self._tiled(self._decode, latents, self.vae.config.downsampling)
+        check_result(images, self.vae, "VAE")
+        return images_from_unit(images)
+
+    # Help for the above
+
+    def latent_shape(self, height=None, width=None):
+        """The shape `(h, w, c)` of the latents of images `height` by `width` pixels.
+
+        Raises:
+            UserError: a side is no whole number up to `LONGEST_SIDE`, or no multiple of the VAE's factor.
+        """
+        factor = self.vae.config.downsampling
+        sides = []
+        for title, side in (("height", height), ("width", width)):
+            usual = self.unet.config.sample_size * factor
+            side = usual if side is None else whole_number(title, side, 1, LONGEST_SIDE)
+            if side % factor:
+                raise UserError(f"{title} {side}: does not fit the model; use a multiple of {factor}")
+            sides.append(side // factor)
+        return (*sides, self.vae.config.latent_channels)
+
+    def parameters(self, prompt, negative_prompt=None, **settings):
+        """What an image's file says about how it was made, for `keras_sd.files.image_files.save_png`.
+
+        Args:
+            prompt, negative_prompt: texts; of a walk, a list of prompts. LoRAs that are in the model are put
+                behind each prompt as tags.
+            settings: num_inference_steps, guidance_scale, seed (the image's own, that of the call plus its
+                index), size `(height, width)`, and others of the task, as `image_parameters` takes them.
+        """
+        return image_parameters(self, prompt, negative_prompt, **settings)
+
+    def _compile_text_encoding(self):
+        encoder = self.text_encoder
+        return backend.jit(lambda ids: encoder(ids), encoder.variables, self._jit_compile)
+
+    def _checked(self, images):
+        """Images as `(n, height, width, 3)`, of a size that the VAE can halve as often as it does."""
+        images = as_images(images)
+        self.latent_shape(*images.shape[1:3])
+        return images
+
+    def _encode_unit(self, images):
+        return self._tiled(self._encode_image, images, 1 / self.vae.config.downsampling)
+
+    def _tiled(self, function, inputs, scale):
+        """Applies the VAE's encoder or decoder in batches, and in tiles where images are large."""
+        positions = self.vae.config.downsampling if scale < 1 else 1
+        if max(inputs.shape[1:3]) <= LARGEST_UNTILED * positions:
+            return self._in_batches(function, inputs)
+        return in_tiles(
+            lambda tiles: self._in_batches(function, tiles, limit=1),
+            inputs,
+            tile=_TILE * positions,
+            overlap=_TILE_OVERLAP * positions,
+            scale=scale,
+        )
+
+    def _image_to_latents(self, images):
+        return self.vae.encode(images).mode() * self.vae.config.scaling_factor
+
+    def _latents_to_image(self, latents):
+        return self.vae.decode(latents / self.vae.config.scaling_factor)
+
+    def _in_batches(self, function, inputs, limit=None):
+        batches = equal_batches(len(inputs), limit or self.batch_size)
+        outputs = [ops.convert_to_numpy(function(inputs[batch])) for batch in batches]
+        return np.concatenate(outputs)[: len(inputs)]
+
+
+def _check_shape(title, array, expected):
+    """Raises a UserError unless an array has this shape, of which None is any number from 1."""
+    shape = tuple(np.shape(array))
+    fits = len(shape) == len(expected) and all(
+        size and want in (None, size) for size, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise UserError(f"{title} of shape {shape}: does not fit the model; give ({wanted})")

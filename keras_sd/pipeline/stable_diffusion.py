@@ -1,0 +1,408 @@
+"""What a model does for people: text to image, image to image, inpainting, upscaling, walks.
+
+Each task is a few lines on the primitives (`keras_sd.pipeline.primitives`).
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+
+import numpy as np
+from keras import ops
+from tqdm import tqdm
+
+from keras_sd.arguments import MOST_IMAGES, checked_seed, first_step, image_seeds, whole_number
+from keras_sd.diffusion.denoiser import Known, NoiseStreams
+from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError
+from keras_sd.models.pixels import any_white, as_images, as_masks, images_to_unit
+from keras_sd.pipeline.batches import batches_of_lengths
+from keras_sd.pipeline.primitives import Primitives
+from keras_sd.pipeline.prompts import as_texts, repeated, take_loras
+
+
+def _with_loras(task):
+    """Adds the LoRAs that a task's prompts ask for by tags, for that call."""
+    signature = inspect.signature(task)
+    title = "prompts" if "prompts" in signature.parameters else "prompt"
+
+    @functools.wraps(task)
+    def run(self, *arguments, **options):
+        given = signature.bind(self, *arguments, **options).arguments
+        texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
+        if "<lora:" not in str(texts):
+            return task(self, *arguments, **options)
+        taken = [[take_loras(text, self.find_lora) for text in kind] for kind in texts]
+        asked = [positive | negative for (_, positive), (_, negative) in zip(*taken, strict=True)]
+        if any(weights != asked[0] for weights in asked):
+            raise UserError("prompts: ask for different LoRAs; make their images in calls of their own")
+        given[title], given["negative_prompt"] = ([text for text, _ in kind] for kind in taken)
+        more = given.pop("options", {})
+        with self.adapters.temporarily(asked[0]):
+            return task(**given, **more)
+
+    return run
+
+
+class StableDiffusion(Primitives):
+    """A text-to-image model: tokenizer, text encoder, UNet, VAE and noise schedule.
+
+    Args:
+        tokenizer, text_encoder, unet, vae: the parts, from `keras_sd.models`.
+        scheduler_config: `SchedulerConfig` of the noise schedule that the UNet was trained on.
+        image_encoder: CLIP's image tower, which some models bring for measuring, or None.
+        clip_head: dictionary of the arrays "text_projection.weight" `(projection, width)` and
+            "logit_scale" that belong to the image encoder, or None.
+        low_res_scheduler_config: the schedule of the noise on an upscaler's low-resolution image, or None.
+        defaults: `keras_sd.pipeline.defaults.ModelDefaults` of the model; the usual ones by default.
+        name: what images say they were made by.
+        batch_size: the most images made at a time; more are made in turns of equal size.
+        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+
+    Attributes are those arguments; `lora_folder`, where prompts find LoRAs by name; and for what images say
+    of their making `vae_source`, the name and the file of another autoencoder, and `embedding_files`, token
+    -> file. Images are uint8 `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's,
+    channels-last.
+    """
+
+    @_with_loras
+    def text_to_image(
+        self,
+        prompt,
+        negative_prompt=None,
+        num_images=1,
+        num_inference_steps=30,
+        guidance_scale=None,
+        sampler=None,
+        seed=0,
+        height=None,
+        width=None,
+        eta=0.0,
+        guidance_rescale=0.0,
+        guidance_interval=(0.0, 1.0),
+        reuse_interval=1,
+        progress=True,
+    ):
+        """Makes images of a text.
+
+        Args:
+            prompt: a text, or a list of texts, with A1111's weights (`keras_sd.pipeline.prompts`).
+            negative_prompt: what to stay away from: a text, or a list of as many as there are prompts.
+            num_images: images for each prompt. Image i of all is drawn from `seed` + i and is the same
+                alone or in a batch, up to rounding.
+            num_inference_steps: steps for an image, 1 to the schedule's number of timesteps.
+            guidance_scale: how much the prompt is to be followed; 1 leaves guidance out, in half the time. By
+                default the model's own (`keras_sd.pipeline.defaults`), usually 7.5.
+            sampler: a name in `keras_sd.diffusion.samplers.SAMPLERS`; by default the one that the model's
+                own `scheduler_config.json` describes.
+            height, width: in pixels, multiples of the VAE's factor (8); by default what the model was
+                trained on.
+            eta: the share of fresh noise in each step of DDIM and TCD, 0 (none) to 1.
+            guidance_rescale: 0 to 1, against the overexposure of strong guidance (Lin et al., 2023).
+            guidance_interval: from which share of the steps to which there is guidance; the others take half
+                the time (Kynkäänniemi et al., 2024).
+            reuse_interval: every which step runs the whole UNet; those between run its outermost level on
+                the deep features of the last whole one (DeepCache, Ma et al., 2024). 1 reuses none.
+            progress: True for a progress bar on stderr, False for none, or a function that is called with
+                (steps done, steps in all, latents).
+
+        Returns:
+            uint8 `(len(prompts) * num_images, height, width, 3)`, the images of one prompt together.
+
+        Raises:
+            UserError: a number out of range, an unknown sampler, or lists of unequal length.
+        """
+        self._refuse_more_channels("text_to_image")
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        return self._sample(
+            context,
+            negative,
+            seeds,
+            self.latent_shape(height, width),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            reuse_interval=reuse_interval,
+            sampler=sampler,
+            eta=eta,
+            progress=progress,
+        )
+
+    @_with_loras
+    def image_to_image(
+        self, image, prompt, negative_prompt=None, num_images=1, *, strength=0.8, seed=0, **options
+    ):
+        """Makes images of a text that begin from an image (SDEdit, Meng et al., 2022).
+
+        Args:
+            image: one image for all, `(height, width, 3)`, or one for each that is made.
+            strength: above 0 up to 1, the share of the steps that is made, and so of what is made new.
+            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+
+        Raises:
+            UserError: as `text_to_image`; or the images' number or size does not fit.
+        """
+        self._refuse_more_channels("image_to_image")
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        latents = _one_for_each(self.encode_image(image), len(seeds), "images")
+
+        def begin(noise, batch, streams):
+            return {"sample": latents[batch]}
+
+        return self._sample(
+            context, negative, seeds, latents.shape[1:], begin=begin, strength=strength, **options
+        )
+
+    @_with_loras
+    def inpaint(
+        self, image, mask, prompt, negative_prompt=None, num_images=1, *, strength=1.0, seed=0, **options
+    ):
+        """Makes the masked part of an image anew; what the mask leaves is kept to the pixel.
+
+        A model that was trained for it (9 channels) is shown the mask and the rest of the image. With
+        any other one the rest is put back, as noisy as the latents are, after each step (RePaint's
+        equation 8, Lugmayr et al., 2022).
+
+        Args:
+            image: one image for all, `(height, width, 3)`, or one for each that is made.
+            mask: `(height, width)`, uint8 or bool, or one for each image: white (from 128) is made anew.
+                Where there is white within a latent position (8 x 8 pixels), all of the position is made
+                anew, and what the mask leaves of it is put back at the end.
+            strength: as in `image_to_image`; 1 begins from noise alone.
+            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+
+        Raises:
+            UserError: as `image_to_image`; or the mask has another size than the image, or no white.
+        """
+        images, mask = self._checked(image), as_masks(mask)
+        if mask.shape[1:3] != images.shape[1:3]:
+            raise UserError(
+                f"mask: is {mask.shape[2]}x{mask.shape[1]}, the image {images.shape[2]}x{images.shape[1]}; "
+                "scale it to the image's size"
+            )
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        count, factor = len(seeds), self.vae.config.downsampling
+        latents = _one_for_each(self.encode_image(images), count, "images")
+        small_mask = _one_for_each(any_white(mask, factor).astype("float32"), count, "masks")
+        channels = None
+        if self._extra_channels == self.vae.config.latent_channels + 1:
+            hidden = self._encode_unit(images_to_unit(images) * ~mask)
+            channels = np.concatenate([small_mask, _one_for_each(hidden, count, "images")], axis=-1)
+        else:
+            self._refuse_more_channels("inpaint")
+
+        def begin(noise, batch, streams):
+            given = {"sample": None if strength == 1 else latents[batch]}
+            if channels is not None:
+                return given | {"channels": channels[batch]}
+            return given | {"known": Known(small_mask[batch], latents[batch], noise)}
+
+        made = self._sample(
+            context, negative, seeds, latents.shape[1:], begin=begin, strength=strength, **options
+        )
+        return np.where(mask, made, images)
+
+    @_with_loras
+    def upscale(
+        self, image, prompt="", negative_prompt=None, num_images=1, *, noise_level=20, seed=0, **options
+    ):
+        """Makes a larger image of a small one, with a model that was trained for it (SD x4 upscaler).
+
+        Args:
+            image: one image for all, `(height, width, 3)`, or one for each that is made; the VAE's factor
+                says how much larger the results are.
+            noise_level: the timestep whose noise is put on the image: 0 stays close to it, more lets the
+                model invent more.
+            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+
+        Raises:
+            UserError: the model is no upscaler; or as `image_to_image`.
+        """
+        levels, schedule_config = self.unet.config.num_class_embeds, self.low_res_scheduler_config
+        if not levels or schedule_config is None or self._extra_channels != self.vae.config.in_channels:
+            raise UserError(f"upscale: {self.name} is no upscaler; load one such as the SD x4 upscaler")
+        whole_number("noise_level", noise_level, 0, levels - 1)
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        images = _one_for_each(images_to_unit(as_images(image)), len(seeds), "images")
+        schedule = NoiseSchedule(schedule_config)
+        rates = schedule.signal_rates[noise_level], schedule.noise_rates[noise_level]
+        shape = (*images.shape[1:3], self.vae.config.latent_channels)
+
+        def begin(noise, batch, streams):
+            noisy = add_noise(images[batch], streams.draw(images.shape[1:]), *rates)
+            return {"channels": noisy, "class_labels": np.full(len(batch), noise_level, "int32")}
+
+        return self._sample(context, negative, seeds, shape, begin=begin, **options)
+
+    @_with_loras
+    def random_walk(
+        self, prompts, num_frames=24, negative_prompt=None, *, seed=0, height=None, width=None, **options
+    ):
+        """Makes the frames of a walk through what the model can draw.
+
+        Several prompts: the text encoding goes from one to the next in equal steps, with the same noise.
+        One prompt: the noise goes once round a circle of noises, so the last frame leads to the first.
+
+        Args:
+            prompts: a text, or a list of texts.
+            num_frames: frames of the whole walk, at least one for each prompt.
+            negative_prompt: a text for all frames, or a list with one for each prompt, between which the walk
+                goes too.
+            seed: of the noise; a circle uses `seed` and `seed` + 1.
+            height, width, options: as in `text_to_image`.
+
+        Returns:
+            uint8 `(num_frames, height, width, 3)`.
+        """
+        self._refuse_more_channels("random_walk")
+        prompts, negatives = _prompts(prompts, negative_prompt)
+        if whole_number("num_frames", num_frames, 1, MOST_IMAGES) < len(prompts):
+            raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
+        contexts, negatives = np.split(self.encode_text(prompts + negatives), 2)
+        shape = self.latent_shape(height, width)
+        noises = NoiseStreams(image_seeds(seed, 2)).draw(shape)
+        if len(prompts) == 1:
+            angles = 2 * np.pi * np.arange(num_frames) / num_frames
+            weights = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype("float32")
+            noise = np.tensordot(weights, noises, axes=1)
+            context, negative = (np.repeat(each, num_frames, axis=0) for each in (contexts, negatives))
+        else:
+            noise = np.repeat(noises[:1], num_frames, axis=0)
+            context, negative = (_interpolate(each, num_frames) for each in (contexts, negatives))
+
+        def begin(_, batch, streams):
+            return {"noise": noise[batch]}
+
+        # Samplers that add noise add the same to every frame.
+        seeds = np.full(num_frames, seed, "uint64")
+        return self._sample(context, negative, seeds, shape, begin=begin, **options)
+
+    def reconstruct(self, images):
+        """What the VAE makes of images: the best that any latents could give. uint8, of the same shape."""
+        return self.decode(self.encode_image(images))
+
+    @property
+    def _extra_channels(self):
+        return self.unet.config.in_channels - self.vae.config.latent_channels
+
+    def _refuse_more_channels(self, task):
+        """Raises a UserError if the UNet wants to see more than the latents."""
+        if self._extra_channels:
+            use = "upscale" if self.unet.config.num_class_embeds else "inpaint"
+            raise UserError(f"{task}: {self.name} was trained for another task; use {use}")
+
+    def _conditions(self, prompt, negative_prompt, num_images, seed):
+        """For each image the encodings of both prompts `(tokens, width)`, and its seed."""
+        prompts, negatives = _prompts(prompt, negative_prompt)
+        num_images, seed = whole_number("num_images", num_images, 1, MOST_IMAGES), checked_seed(seed)
+        encodings = self.encode_each(prompts + negatives)
+        context, negative = (
+            [encoding for encoding in kind for _ in range(num_images)]
+            for kind in (encodings[: len(prompts)], encodings[len(prompts) :])
+        )
+        return context, negative, image_seeds(seed, len(context))
+
+    def _sample(
+        self,
+        context,
+        negative,
+        seeds,
+        shape,
+        *,
+        begin=None,
+        strength=1.0,
+        num_inference_steps=30,
+        guidance_scale=None,
+        sampler=None,
+        progress=True,
+        **options,
+    ):
+        """Makes one image for each text encoding and seed, in turns.
+
+        Args:
+            context, negative: for each image `(tokens, width)`.
+            shape: of one image's latents.
+            begin: called with `(noise, batch, streams)` of a turn, its noise, its images' indices and their
+                streams; returns what else `denoise` is to be given, "noise" to begin with in place of the
+                drawn one, and "sample", the latents that `strength` leaves something of.
+        """
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
+        grid = {
+            "sampler": sampler,
+            "num_inference_steps": num_inference_steps,
+            "first_step": first_step(strength, num_inference_steps),
+        }
+        lengths = [math.lcm(len(each), len(other)) for each, other in zip(context, negative, strict=True)]
+        batches = batches_of_lengths(lengths, self.batch_size, self.tokenizer.max_length)
+        images = [None] * len(seeds)
+        with _reporter(progress, len(batches) * (num_inference_steps - grid["first_step"])) as on_step:
+            for batch, tokens in batches:
+                streams = NoiseStreams(seeds[batch])
+                noise = streams.draw(shape)
+                given = begin(noise, batch, streams) if begin else {}
+                latents, sample = given.pop("noise", noise), given.pop("sample", None)
+                if sample is not None:
+                    latents = self._denoiser.noisy(sample, latents, **grid)
+                latents = self.denoise(
+                    latents,
+                    *(np.stack([repeated(kind[i], tokens) for i in batch]) for kind in (context, negative)),
+                    streams=streams,
+                    on_step=on_step,
+                    guidance_scale=guidance_scale,
+                    **grid,
+                    **given,
+                    **options,
+                )
+                for index, image in zip(batch, self.decode(latents), strict=True):
+                    images[index] = image
+        return np.stack(images)
+
+
+def _prompts(prompt, negative_prompt):
+    """Prompts and negative prompts as two lists of one length."""
+    prompts = as_texts("prompt", prompt)
+    if not prompts:
+        raise UserError("prompt: the list is empty; give at least one text")
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return prompts, [negative_prompt or ""] * len(prompts)
+    negatives = as_texts("negative_prompt", negative_prompt)
+    if len(negatives) != len(prompts):
+        raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for each")
+    return prompts, negatives
+
+
+def _one_for_each(values, count, title):
+    """One value repeated `count` times, or `count` values as they are."""
+    if len(values) not in (1, count):
+        raise UserError(f"{len(values)} {title} for {count} results; give one, or one for each")
+    return values if len(values) == count else np.repeat(values, count, axis=0)
+
+
+def _interpolate(points, count):
+    """`count` points at equal distances on the way along `points`, from the first to the last."""
+    places = np.linspace(0, len(points) - 1, count)
+    start = np.minimum(places.astype(int), len(points) - 2)
+    share = (places - start).astype("float32").reshape(-1, *[1] * (points.ndim - 1))
+    return points[start] * (1 - share) + points[start + 1] * share
+
+
+@contextlib.contextmanager
+def _reporter(progress, total):
+    """Yields the function that `denoise` calls after each of `total` steps, or None."""
+    if not progress:
+        yield None
+    elif progress is True:
+        with tqdm(total=total, unit="step") as bar:
+
+            def advance(denoised):
+                ops.convert_to_numpy(denoised.latents)  # waits for a step that was only dispatched
+                bar.update()
+
+            yield advance
+    else:
+        done = iter(range(1, total + 1))
+        yield lambda denoised: progress(next(done), total, denoised.latents)

@@ -1,0 +1,135 @@
+"""A diffusion upscaler on pixels (SR3): one UNet that sees the enlarged small image beside the noise."""
+
+from pathlib import Path
+
+import numpy as np
+
+from keras_sd.arguments import image_seeds, whole_number
+from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
+from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError
+from keras_sd.files.json_files import read_json
+from keras_sd.files.writing import replaced_folder
+from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit, resized
+from keras_sd.pipeline.batches import equal_batches
+from keras_sd.pipeline.loading import load_part
+from keras_sd.weights.diffusers_folder import (
+    LOW_RES_SCHEDULER,
+    SCHEDULER,
+    holds_pixel_upscaler,
+    write_part,
+    write_scheduler,
+)
+from keras_sd.weights.rules import torch_state
+
+
+class Upscaler:
+    """Makes images larger by refining noise (Saharia et al., SR3, 2022).
+
+    The small image, enlarged by bicubic interpolation and with noise of a level that the UNet is told (Ho
+    et al., 2022), goes in beside the noisy image.
+
+    Args:
+        unet: a `UNet` of 6 channels in and 3 out, with class labels for the noise levels.
+        scheduler_config: `SchedulerConfig` of the images' noise.
+        low_res_scheduler_config: that of the noise on the small image.
+        batch_size: the most images made at a time.
+        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+
+    Raises:
+        UserError: the UNet is none of an upscaler.
+    """
+
+    def __init__(self, unet, scheduler_config, low_res_scheduler_config, *, batch_size=8, jit_compile=True):
+        config = unet.config
+        if config.in_channels != 6 or config.out_channels != 3 or not config.num_class_embeds:
+            raise UserError("upscaler: the UNet has not 6 channels in, 3 out and noise levels; use another")
+        self.unet = unet
+        self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
+
+    @classmethod
+    def load(cls, path, *, dtype="float32", **options):
+        """Opens the folder of a `super-resolution` run's model.
+
+        Args:
+            path: the folder.
+            dtype: "float32", "float16" or "bfloat16".
+            options: batch_size and jit_compile, as in the constructor.
+        """
+        folder = Path(path)
+        schedules = (
+            SchedulerConfig.from_dict(read_json(folder / place)) for place in (SCHEDULER, LOW_RES_SCHEDULER)
+        )
+        return cls(load_part(folder, "unet", dtype), *schedules, **options)
+
+    @staticmethod
+    def is_in(path):
+        """Whether a folder holds an upscaler of this kind, and not a whole Stable Diffusion."""
+        return holds_pixel_upscaler(path)
+
+    def save(self, path, dtype=None):
+        """Writes a folder with `unet/`, `scheduler/` and `low_res_scheduler/` in diffusers' layout."""
+        with replaced_folder(path) as folder:
+            write_part(folder, "unet", self.unet.config.to_dict(), torch_state(self.unet), dtype)
+            write_scheduler(folder / SCHEDULER, self.scheduler_config.to_dict())
+            write_scheduler(folder / LOW_RES_SCHEDULER, self.low_res_scheduler_config.to_dict())
+
+    def upscale(
+        self,
+        images,
+        factor=2,
+        *,
+        noise_level=0,
+        num_inference_steps=10,
+        sampler=None,
+        seed=0,
+        on_step=None,
+        **options,
+    ):
+        """Makes images larger.
+
+        Args:
+            images: uint8 `(height, width, 3)` or `(n, height, width, 3)`.
+            factor: how much longer the sides get; what the UNet was trained for is best.
+            noise_level: 0 stays close to the image, more lets the model invent more.
+            num_inference_steps, sampler, options: as `Denoiser.steps` takes them. Few steps come closer to
+                the mean of all likely images, more are sharper.
+            seed: image i is drawn from `seed` + i.
+            on_step: called after each step with a `Denoised(step, latents)`.
+
+        Returns:
+            uint8 `(n, factor * height, factor * width, 3)`.
+
+        Raises:
+            UserError: the noise level or the size is out of range.
+        """
+        whole_number("noise_level", noise_level, 0, self.unet.config.num_class_embeds - 1)
+        whole_number("factor", factor, 1)
+        images = as_images(images)
+        seeds = image_seeds(seed, len(images))
+        height, width = (side * factor for side in images.shape[1:3])
+        enlarged = np.stack([resized(image, (height, width)) for image in images])
+        schedule = NoiseSchedule(self.low_res_scheduler_config)
+        rates = schedule.signal_rates[noise_level], schedule.noise_rates[noise_level]
+        made = []
+        for batch in equal_batches(len(images), self.batch_size):
+            streams = NoiseStreams(seeds[batch])
+            noise = streams.draw((height, width, 3))
+            seen = images_to_unit(enlarged[batch])
+            for denoised in self._denoiser.steps(
+                noise,
+                num_inference_steps=num_inference_steps,
+                sampler=sampler,
+                streams=streams,
+                channels=add_noise(seen, streams.draw(seen.shape[1:]), *rates),
+                class_labels=np.full(len(batch), noise_level, "int32"),
+                **options,
+            ):
+                if on_step is not None:
+                    on_step(denoised)
+            made.append(images_from_unit(denoised.latents))
+        return np.concatenate(made)[: len(images)]

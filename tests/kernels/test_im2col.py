@@ -1,0 +1,71 @@
+"""Convolutions as products of matrices against the sum in double precision, and where they are taken."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_sd.kernels import im2col
+from tests.programs import run_python
+
+
+def exact(inputs, kernel, stride, padding):
+    """The convolution in float64."""
+    size = len(kernel)
+    if padding == "same":
+        edge = (size // 2, size // 2)
+        inputs = np.pad(inputs, ((0, 0), edge, edge, (0, 0)))
+    views = np.lib.stride_tricks.sliding_window_view(inputs.astype("float64"), (size, size), (1, 2))
+    return np.einsum("nijcxy,xyck->nijk", views[:, ::stride, ::stride], kernel.astype("float64"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride", "padding"),
+    [
+        ((2, 4, 6), 3, 1, "same"),
+        ((1, 1, 1), 3, 1, "same"),
+        ((1, 6, 6), 3, 2, "valid"),
+        ((2, 7, 5), 3, 2, "valid"),
+        ((2, 3, 5), 1, 1, "same"),
+    ],
+    ids=str,
+)
+def test_convolution_is_exact_to_rounding(shape, size, stride, padding):
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((*shape, 10), dtype="float32")
+    kernel = generator.standard_normal((size, size, 10, 7), dtype="float32") / np.float32(10)
+    result = keras.ops.convert_to_numpy(im2col.convolve(inputs, kernel, (stride, stride), padding))
+    expected = exact(inputs, kernel, stride, padding)
+    assert result.shape == expected.shape
+    np.testing.assert_allclose(result, expected, rtol=0, atol=3e-6)
+
+
+def test_layers_take_it_under_jax_where_maps_are_small():
+    """With what each case's layer gives without: eager JAX convolves as ever."""
+    script = """if True:
+        import numpy as np
+        from keras_sd import backend
+        from keras_sd.kernels import im2col
+        from keras_sd.models.layers import Downsample, convolution
+        taken = []
+        convolve = im2col.convolve
+        im2col.convolve = lambda *arguments: taken.append(arguments) or convolve(*arguments)
+        for layer, shape, takes in (
+            (convolution(256, 8), (4, 8, 8, 256), True),
+            (convolution(256, 8), (1, 16, 16, 256), True),
+            (convolution(256, 8), (2, 16, 16, 256), False),
+            (convolution(255, 8), (1, 4, 4, 255), False),
+            (convolution(8, 8, 1), (2, 32, 32, 8), True),
+            (Downsample(256), (1, 16, 16, 256), True),
+            (Downsample(256), (4, 16, 16, 256), True),
+            (convolution(256, 8, 2), (1, 4, 4, 256), False),
+            (convolution(8, 8, 2, strides=2), (1, 4, 4, 8), False),
+        ):
+            inputs = np.random.default_rng(0).standard_normal(shape).astype("float32")
+            program = backend.jit(lambda inputs: layer(inputs), layer.variables)
+            compiled = np.asarray(program(inputs))
+            assert bool(taken) == takes, shape
+            taken.clear()
+            np.testing.assert_allclose(compiled, layer(inputs), atol=1e-5)
+            assert not taken
+    """
+    run_python(["-c", script])

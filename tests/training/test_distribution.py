@@ -1,0 +1,293 @@
+"""Several devices and processes lose, step by step, what one device loses, and end with its weights."""
+
+import io
+import json
+import os
+import shutil
+import socket
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from keras_sd.errors import UserError
+from keras_sd.training import distribution, rendezvous
+from tests import tiny
+from tests.programs import Program
+
+STEPS = 4
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+
+
+def start(arguments, flags=""):
+    """Starts a program on JAX with these flags for XLA."""
+    return Program(arguments, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}")
+
+
+def finish(program):
+    """What a program printed, once it has succeeded."""
+    done = program.finish()
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def free_address():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Captioned images of noise, and a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("distribution")
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    lines = []
+    for index in range(12):
+        picture = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
+        Image.fromarray(picture).save(folder / "images" / f"{index}.png")
+        text = tiny.TEXTS[index % len(tiny.TEXTS)]
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": text}) + "\n")
+    (folder / "images" / "metadata.jsonl").write_text("".join(lines))
+    tiny.pipeline(unet=tiny.ONE_BLOCK_UNET).save(folder / "model")
+    return folder
+
+
+def train(folder, output, *options, flags=""):
+    """Starts `text-to-image` with all of its UNet trained, on batches of four."""
+    arguments = ["-m", "keras_sd.train", "text-to-image", "--output-dir", folder / output]
+    arguments += ["--pretrained-model-name-or-path", folder / "model"]
+    arguments += ["--train-data-dir", folder / "images"]
+    arguments += ["--max-train-steps", STEPS, "--train-batch-size", 4, "--checkpointing-steps", STEPS // 2]
+    arguments += ["--learning-rate", 1e-3, "--lr-warmup-steps", 1, "--evaluation-steps", STEPS]
+    arguments += ["--kid-images", 0, "--num-inference-steps", 1, "--validation-prompts", "red heart"]
+    return start([*arguments, *options], flags)
+
+
+def processes(address, *own):
+    """The flags of one of two processes."""
+    return ("--distribution", "auto", "--coordinator", address, "--num-processes", 2, "--process-id", *own)
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """The same training on one device, on two and in two processes; two at a time, as there are two cores."""
+    one, two = (
+        train(folder, "one"),
+        train(folder, "two", "--distribution", "data", flags=TWO_DEVICES),
+    )
+    finish(one), finish(two)
+    shutil.copytree(
+        folder / "two" / f"checkpoint-{STEPS // 2}", folder / "resumed" / f"checkpoint-{STEPS // 2}"
+    )
+    address = free_address()
+    pair = [train(folder, "processes", *processes(address, index)) for index in range(2)]
+    told = [finish(process)[1] for process in pair]
+    # Process 0 alone has a progress line.
+    assert [f"step {STEPS}/{STEPS}" in errors for errors in told] == [True, False]
+    model, resumed = (
+        train(folder, "model-parallel", "--distribution", "model", flags=TWO_DEVICES),
+        train(folder, "resumed", "--resume-from-checkpoint", "latest"),
+    )
+    finish(model), finish(resumed)
+    return folder
+
+
+def losses(folder):
+    records = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def largest_difference(folder, other, group):
+    """Of all tensors, each relative to its largest number."""
+    ours, theirs = (
+        load_file(path / f"checkpoint-{STEPS}" / f"{group}.safetensors") for path in (folder, other)
+    )
+    assert ours.keys() == theirs.keys()
+    return max(
+        np.abs(ours[name] - theirs[name]).max() / max(np.abs(ours[name]).max(), 1e-9)
+        for name in ours
+        if ours[name].dtype == "float32"
+    )
+
+
+@pytest.mark.parametrize("output", ["two", "processes", "model-parallel", "resumed"])
+def test_losses_and_weights_are_those_of_one_device(runs, output):
+    expected, found = losses(runs / "one"), losses(runs / output)
+    assert sorted(expected) == [1, 2, 3, 4]
+    assert sorted(found) == ([3, 4] if output == "resumed" else [1, 2, 3, 4])
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-4)
+    for group in ("weights", "ema"):
+        assert largest_difference(runs / "one", runs / output, group) < 1e-4
+    sample = f"samples/step-{STEPS:06}.png"
+    pictures = [np.asarray(Image.open(runs / name / sample)).astype(int) for name in ("one", output)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert (runs / output / "model" / "model_index.json").is_file()
+
+
+def test_two_processes_draw_class_images_into_one_folder(folder):
+    """Each image is whole, and as one process draws it, also where some are there already."""
+    (folder / "subject").mkdir()
+    for index in range(2):
+        shutil.copy(folder / "images" / f"{index}.png", folder / "subject")
+    arguments = ["-m", "keras_sd.train", "dreambooth", "--instance-data-dir", folder / "subject"]
+    arguments += ["--pretrained-model-name-or-path", folder / "model", "--instance-prompt", "a sks heart"]
+    arguments += ["--with-prior-preservation", "--class-prompt", "a heart", "--num-class-images", 6]
+    arguments += ["--max-train-steps", 1, "--train-batch-size", 2, "--num-inference-steps", 1]
+    arguments += ["--evaluation-steps", 9, "--checkpointing-steps", 9]
+
+    def pictures(output):
+        return {path.name: path.read_bytes() for path in (folder / output / "class-images").iterdir()}
+
+    finish(start([*arguments, "--output-dir", folder / "alone"]))
+    alone = pictures("alone")
+    assert list(sorted(alone)) == [f"class-{index:05}.png" for index in range(6)]
+    # As after a kill.
+    (folder / "both" / "class-images").mkdir(parents=True)
+    (folder / "both" / "class-images" / "class-00002.png").write_bytes(alone["class-00002.png"])
+    address = free_address()
+    pair = [
+        start([*arguments, "--output-dir", folder / "both", *processes(address, index)]) for index in range(2)
+    ]
+    told = [finish(process)[1] for process in pair]
+    assert ["class images" in errors for errors in told] == [True, False]
+    both = pictures("both")
+    assert both.keys() == alone.keys()
+    for name in both:
+        drawn, expected = (np.asarray(Image.open(io.BytesIO(one[name]))).astype(int) for one in (both, alone))
+        assert np.abs(drawn - expected).max() <= 1
+
+
+def test_every_device_holds_a_part_of_split_weights():
+    """Kernels are split as Megatron-LM's, by outputs and then by inputs; moments like their weights."""
+    code = """if True:
+        import dataclasses
+        import numpy as np
+        from keras_sd import backend
+        from keras_sd.errors import UserError
+        from keras_sd.training import distribution
+        from keras_sd.training.optimizer import AdamW
+        from keras_sd.models.unet import UNet
+        from keras_sd.models.parameters import parameter_paths
+        from tests import tiny
+
+        def told(function, *arguments, **options):
+            try:
+                function(*arguments, **options)
+            except UserError as error:
+                print(error)
+
+        distribution.start("model", 1)
+        unet = UNet(tiny.SD2_UNET)
+        distribution.split_weights(unet)
+        optimizer = AdamW(1e-3)
+        optimizer.build(unet.trainable_variables)
+        layer = unet.down_blocks[1].attentions[0].transformer_blocks[0]
+        for variable, part in (
+            (layer.attn2.to_k.kernel, (16, 4)),
+            (layer.attn2.to_out[0].kernel, (4, 16)),
+            (layer.attn2.to_out[0].bias, (16,)),
+            (layer.ff.net[0].proj.bias, (32,)),
+            (layer.ff.net[2].kernel, (16, 16)),
+            (unet.conv_in.kernel, (3, 3, 4, 8)),
+        ):
+            index = [v is variable for v in unet.trainable_variables].index(True)
+            for value in (variable.value, optimizer.ema_variables[index].value):
+                assert len(value.addressable_shards) == 4
+                assert all(shard.data.shape == part for shard in value.addressable_shards), part
+        kernel = layer.attn2.to_k.kernel
+        shards = kernel.value.addressable_shards
+        assert {shard.index[1].start for shard in shards} == {0, 4, 8, 12}
+        for shard in shards:
+            np.testing.assert_array_equal(backend.to_numpy(kernel)[shard.index], shard.data)
+        told(distribution.split_weights, UNet(tiny.PIXEL_UNET))
+        narrow = dataclasses.replace(tiny.SD1_UNET, block_out_channels=(6, 6), norm_num_groups=2)
+        told(distribution.split_weights, UNet(narrow))
+    """
+    output, _ = finish(start(["-c", code], "--xla_force_host_platform_device_count=4"))
+    told = output.splitlines()
+    assert len(told) == 2
+    assert "no attention" in told[0]
+    assert "6 features" in told[1] and "4 devices" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "told"),
+    [
+        ("auto", {}, "KERAS_BACKEND=jax"),
+        (None, {"coordinator": "127.0.0.1:1"}, "--coordinator: belongs"),
+        (None, {"process_id": 0}, "--process-id: belongs"),
+        ("data", {"coordinator": "127.0.0.1:1"}, "--num-processes is missing"),
+        ("data", {"coordinator": "here:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
+        ("data", {"coordinator": "here:1", "num_processes": 0, "process_id": 0}, "give 1 or more"),
+        ("data", {"coordinator": "here", "num_processes": 2, "process_id": 0}, "give HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit(kind, processes, told):
+    with pytest.raises(UserError, match=told):
+        distribution.start(kind, 4, **processes)
+
+
+def test_bad_devices_and_hosts_are_one_line_and_exit_code_2(folder):
+    """Nothing is written, and nothing long is done before."""
+    unreachable = processes(free_address(), 1)
+    cases = [
+        (("--distribution", "data"), "", "one device was found, cpu:0"),
+        ((*unreachable, "--coordinator-timeout", 1), "", "cannot be reached within 1 s"),
+        (("--distribution", "auto", "--train-batch-size", 3), TWO_DEVICES, "give a multiple of 2"),
+    ]
+    started = [train(folder, "refused", *options, flags=flags) for options, flags, _ in cases]
+    for program, (_, _, told) in zip(started, cases, strict=True):
+        done = program.finish()
+        assert done.returncode == 2, done.stderr
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and told in lines[0], done.stderr
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("text", ["localhost", "localhost:", ":8000", "localhost:port", "localhost:70000"])
+def test_addresses_that_are_none(text):
+    with pytest.raises(UserError, match="give HOST:PORT"):
+        rendezvous.parse_address(text)
+
+
+def meet_all(arguments):
+    """What each of several meetings ended with, all held at the same time: None, or the error's line."""
+    results = [None] * len(arguments)
+
+    def meet(place):
+        try:
+            rendezvous.meet(*arguments[place])
+        except UserError as error:
+            results[place] = str(error)
+
+    threads = [threading.Thread(target=meet, args=(place,)) for place in range(len(arguments))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_processes_meet():
+    address = rendezvous.parse_address(free_address())
+    assert meet_all([(address, 3, index, 10) for index in (2, 0, 1)]) == [None] * 3
+
+
+def test_processes_that_do_not_meet_are_told_why():
+    address = rendezvous.parse_address(free_address())
+    first, second = meet_all([(address, 3, 0, 1), (address, 3, 2, 2)])
+    assert "process 1 did not come within 1 s" in first
+    assert "not all processes came" in second
+    twice = meet_all([(address, 3, 0, 1), (address, 3, 2, 2), (address, 3, 2, 2)])
+    assert "process 1 did not come" in twice[0]
+    assert sum("--process-id 2: taken" in line for line in twice[1:]) == 1
+    fewer = meet_all([(address, 2, 0, 1), (address, 3, 1, 2)])
+    assert "process 1 did not come" in fewer[0]
+    assert "started with 2" in fewer[1]
+    with socket.create_server(("", address[1])), pytest.raises(UserError, match="take another port"):
+        rendezvous.meet(address, 2, 0, 1)
