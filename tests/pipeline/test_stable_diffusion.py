@@ -351,7 +351,7 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
             {"image": np.zeros((22, 24, 3), "uint8")},
             "height 22: does not fit the model; use a",
         ),
-        ("image_to_image", {"image": np.zeros((24, 24, 3))}, "pictures of type float64 and shape"),
+        ("image_to_image", {"image": np.zeros((24, 24, 3))}, "images of type float64 and shape"),
         ("image_to_image", {"image": np.zeros((3, 24, 24, 3), "uint8")}, "3 images for 1 results"),
         ("inpaint", {"mask": np.ones((16, 24), "bool")}, "mask: is 24x16, the image 24x24"),
         ("inpaint", {"mask": np.zeros((24, 24))}, "mask of type float64"),
