@@ -62,11 +62,11 @@ from keras_sd.data.sources import load_source
 from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
-from keras_sd.pipeline.loading import load_part
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import add_lora, save_lora
 from keras_sd.training.text_to_image import train_text_to_image
 from keras_sd.training.trainer import Settings
+from keras_sd.weights.loading import load_part
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 plt.rcParams.update(

@@ -61,7 +61,7 @@ from keras_sd.data.emoji.source import draw_openmoji
 from keras_sd.data.sources import load_source
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
-from keras_sd.pipeline.loading import load_part
+from keras_sd.weights.loading import load_part
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 plt.rcParams.update(

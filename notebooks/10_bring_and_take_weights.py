@@ -57,9 +57,9 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline.loading import load_part
 from keras_sd.training.lora import add_lora, save_lora
 from keras_sd.weights.formats import read_safetensors
+from keras_sd.weights.loading import load_part
 from keras_sd.weights.readers import read_checkpoint
 from keras_sd.weights.torch_pickle import read_torch
 

@@ -29,28 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # The pages, in the order in which they are listed.
 PAGES = (
     *("README.md", "notebooks/README.md"),
-    *(f"docs/{name}.md" for name in ("results", "samplers", "finetuning", "captions", "parity")),
-    *(f"docs/{name}.md" for name in ("architecture", "model-card-emoji", "responsible-use")),
+    *(f"docs/{name}.md" for name in ("models", "prompts", "samplers", "finetuning", "captions", "devices")),
+    *(f"docs/{name}.md" for name in ("results", "parity", "questions", "architecture")),
+    *(f"docs/{name}.md" for name in ("model-card-emoji", "responsible-use")),
     *("CONTRIBUTING.md", "CHANGELOG.md"),
 )
 API, COMMANDS = "api/index.html", "commands.html"
 
-# The commands have a page of their own; the other two are a program each, not for import.
-NOT_PUBLIC = (
-    *(
-        "__main__",
-        "cli",
-        "option_types",
-        "outputs",
-        "generate",
-        "convert",
-        "caption",
-        "demo",
-        "reference_outputs",
-    ),
-    *("train", "train_options", "train_from_scratch"),
-    *("finetune", "finetune_dreambooth", "finetune_lcm", "finetune_textual_inversion"),
-)
+# The commands have a page of their own; the others are programs, not for import.
+NOT_PUBLIC = r"keras_sd\.(__main__|train|cli|parity\.reference)(\.|$)"
 
 LINK = re.compile(r'(?<= )(href|src)="([^"]+)"')
 STYLE = """
@@ -148,16 +135,15 @@ def write_reference(output):
     # What other packages warn of while they are imported is none of ours.
     for module in pkgutil.walk_packages(keras_sd.__path__, "keras_sd."):
         importlib.import_module(module.name)
-    # It is found when first used; pdoc looks where modules keep what they hold.
-    vars(keras_sd)["StableDiffusion"] = keras_sd.StableDiffusion
+    # The public names are imported on first use; pdoc looks at what a module holds.
+    vars(keras_sd).update({name: getattr(keras_sd, name) for name in keras_sd.__all__})
     pdoc.render.configure(
         docformat="google", show_source=False, footer_text=f"keras_sd {keras_sd.__version__}"
     )
-    units = [module.name for module in pkgutil.iter_modules(keras_sd.__path__)]
-    public = ["keras_sd", *(f"keras_sd.{unit}" for unit in units if unit not in NOT_PUBLIC)]
+    units = [f"keras_sd.{module.name}" for module in pkgutil.iter_modules(keras_sd.__path__)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pdoc.pdoc(*public, output_directory=(output / API).parent)
+        pdoc.pdoc("keras_sd", *units, f"!{NOT_PUBLIC}", output_directory=(output / API).parent)
 
 
 @click.command()

@@ -49,7 +49,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     if report is not None:
         report = check_output(report, (".json", ".md"), overwrite=overwrite)
     from keras_sd.parity import compare as parity
-    from keras_sd.pipeline.loading import open_parts
+    from keras_sd.weights.loading import open_parts
     from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
     from keras_sd.weights.readers import read_checkpoint
 
@@ -120,8 +120,8 @@ def _told(notes):
 
 def _checkpoint_of(opened, source, dtype):
     """The `Checkpoint` of opened parts; without a `dtype`, each tensor is in the source's precision again."""
-    from keras_sd.pipeline.loading import model_part
     from keras_sd.weights.checkpoint import Checkpoint
+    from keras_sd.weights.loading import model_part
 
     parts = {}
     for name, read in source.parts.items():

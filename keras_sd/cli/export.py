@@ -305,10 +305,10 @@ def _textual_inversion(options, identity):
 
 def _vae(options, identity):
     from keras_sd.models.vae import AutoencoderKL
-    from keras_sd.pipeline.loading import load_part
     from keras_sd.training.autoencoder import measure_scale
     from keras_sd.training.losses import AutoencoderObjective
     from keras_sd.weights.diffusers_folder import write_part
+    from keras_sd.weights.loading import load_part
     from keras_sd.weights.rules import torch_state
 
     _check_same(identity, {"decoder_only": options["decoder_only"]})
@@ -340,9 +340,9 @@ def _source(options, image_size, need_captions):
 def _clip(options, identity):
     from keras_sd.cli.train.clip import new_text_encoder
     from keras_sd.models.image_encoder import ImageEncoder
-    from keras_sd.pipeline.loading import load_clip
     from keras_sd.training.contrastive import save_clip
     from keras_sd.training.losses import ContrastiveObjective
+    from keras_sd.weights.loading import load_clip
 
     image_config = config.ImageEncoderConfig.from_dict(identity["image_model"])
     if options["frozen_text_encoder"]:

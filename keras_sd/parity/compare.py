@@ -38,9 +38,9 @@ from keras_sd.parity.report import (
     Report,
     TensorParity,
 )
-from keras_sd.pipeline.loading import CLIP_HEAD, open_parts
 from keras_sd.weights import readers
 from keras_sd.weights.checkpoint import Checkpoint
+from keras_sd.weights.loading import CLIP_HEAD, open_parts
 from keras_sd.weights.names import canonical_name
 
 _OUTPUTS = {

@@ -21,13 +21,13 @@ from keras_sd.models.tokenizer import vector_names
 from keras_sd.pipeline.batches import equal_batches
 from keras_sd.pipeline.defaults import ModelDefaults
 from keras_sd.pipeline.image_parameters import image_parameters, model_hash
-from keras_sd.pipeline.loading import check_fit, model_part, open_parts
 from keras_sd.pipeline.lora import Adapters
 from keras_sd.pipeline.prompts import as_texts, chunk_prompts, equally_long, weighted_encoding
 from keras_sd.pipeline.tiling import in_tiles
 from keras_sd.weights import diffusers_folder, formats, readers, single_file
 from keras_sd.weights.checkpoint import Checkpoint
 from keras_sd.weights.embedding_files import embedding_file, read_embeddings
+from keras_sd.weights.loading import check_fit, model_part, open_parts
 from keras_sd.weights.lora import holds_lora
 
 _SAVED_PARTS = ("text_encoder", "unet", "vae", "image_encoder")

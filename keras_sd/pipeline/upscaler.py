@@ -14,7 +14,6 @@ from keras_sd.files.json_files import read_json
 from keras_sd.files.writing import replaced_folder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit, resized
 from keras_sd.pipeline.batches import equal_batches
-from keras_sd.pipeline.loading import load_part
 from keras_sd.weights.diffusers_folder import (
     LOW_RES_SCHEDULER,
     SCHEDULER,
@@ -22,6 +21,7 @@ from keras_sd.weights.diffusers_folder import (
     write_part,
     write_scheduler,
 )
+from keras_sd.weights.loading import load_part
 from keras_sd.weights.rules import torch_state
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from keras_sd.models.parameters import parameter_paths
-from keras_sd.pipeline.loading import load_part
+from keras_sd.weights.loading import load_part
 from tests.full_path.commands import (
     Runs,
     assert_all_trained,

@@ -17,7 +17,7 @@ from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from keras_sd import backend
-from keras_sd.pipeline.loading import load_part
+from keras_sd.weights.loading import load_part
 from tests.models import published
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "parity.json"

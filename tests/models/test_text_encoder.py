@@ -10,7 +10,7 @@ from keras_sd.config import TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
-from keras_sd.pipeline.loading import model_part
+from keras_sd.weights.loading import model_part
 from keras_sd.weights.rules import load_weights
 from tests.reference import group_of, run_reference
 

@@ -28,8 +28,8 @@ def model_folders(folder, file):
     from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.models.tokenizer import Tokenizer
     from keras_sd.pipeline.defaults import ModelDefaults
-    from keras_sd.pipeline.loading import _contents
     from keras_sd.weights import readers, rules
+    from keras_sd.weights.loading import _contents
 
     ModelDefaults.load(folder)
     checkpoint = readers.read_checkpoint(folder)

@@ -176,11 +176,12 @@ def test_commands_of_the_readme(workplace, without_xla, monkeypatch):
         assert (said["prompt"], said["Seed"], said["Steps"]) == ("red heart", str(index), "30")
 
 
-def test_folder_of_pictures_becomes_a_model_by_the_commands_of_the_readme(workplace):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_folder_of_images_becomes_a_model_by_the_commands_of_the_page(workplace):
+    page = ROOT / "docs" / "captions.md"
+    text = page.read_text(encoding="utf-8")
     to_clip, its_clip = re.findall(r"connection, .*: `keras-sd (.*)`, then\n`(--clip .*)`", text)[0]
-    _, caption, train_lora = next(
-        block.splitlines() for block in blocks(ROOT / "README.md", "bash") if "keras-sd caption" in block
+    caption, train_lora = next(
+        block.splitlines() for block in blocks(page, "bash") if "keras-sd caption images" in block
     )
     quick = "--max-train-steps 1 --no-jit-compile --kid-images 0 --train-batch-size 1 --num-inference-steps 1"
     caption = shlex.join(shlex.split(caption, comments=True))
@@ -199,10 +200,11 @@ def test_python_of_the_pages(tmp_path, monkeypatch):
     # XLA's images are compared elsewhere.
     open_once = functools.cache(functools.partial(StableDiffusion.from_preset, jit_compile=False))
     monkeypatch.setattr(StableDiffusion, "from_preset", open_once)
-    code = blocks(ROOT / "README.md", "python")[0]
+    (first,) = blocks(ROOT / "README.md", "python")
+    code = first + blocks(ROOT / "docs" / "models.md", "python")[1]
     promised = re.findall(r"^(?:(\w+) = .*)?# (\w+) (\([\d, ]+\))", code, re.MULTILINE)
     promised = [(name or "images", dtype, shape) for name, dtype, shape in promised]
-    assert [name for name, *_ in promised] == ["images", "context", "latents", "images"]
+    assert [name for name, *_ in promised] == ["images", "images", "context", "latents", "decoded"]
     names = {}
     exec(code, names)
     for name, dtype, shape in promised:
@@ -258,7 +260,7 @@ def test_figures_of_fewer_evaluations_are_the_measured_ones():
 
 def test_the_diagram_is_that_of_the_imports():
     imports = draw_architecture.read_imports()
-    assert imports["pipeline"] >= {"tasks", "loading"} and "pipeline" not in imports["training"]
+    assert imports["pipeline"] >= {"weights", "diffusion"} and "pipeline" not in imports["training"]
     assert draw_architecture.OUTPUT.read_text(encoding="utf-8") == draw_architecture.draw(imports)
 
 
@@ -268,6 +270,8 @@ def test_documentation_builds_without_warnings(tmp_path):
     index = (output / "index.html").read_text(encoding="utf-8")
     assert 'href="api/index.html"' in index and 'src="docs/images/grid.png"' in index
     assert (output / "docs/images/grid.png").is_file()
-    assert "text_to_image" in (output / "api/keras_sd/tasks.html").read_text(encoding="utf-8")
+    assert "text_to_image" in (output / "api/keras_sd/pipeline/stable_diffusion.html").read_text(
+        encoding="utf-8"
+    )
     assert not (output / "api/keras_sd/cli.html").exists()
     assert "keras-sd generate" in (output / "commands.html").read_text(encoding="utf-8")

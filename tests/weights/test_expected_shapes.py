@@ -19,9 +19,9 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline.loading import open_parts
 from keras_sd.training import architectures
 from keras_sd.weights.expected_shapes import check_config, expected_shapes
+from keras_sd.weights.loading import open_parts
 from keras_sd.weights.names import canonical_name
 from keras_sd.weights.readers import read_checkpoint
 from keras_sd.weights.rules import _torch_shape as torch_shape

@@ -15,8 +15,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline import loading
-from keras_sd.weights import rules
+from keras_sd.weights import loading, rules
 from keras_sd.weights.keras_cv_h5 import read_keras_cv
 from tests import tiny
 from tests.tiny import randomize

@@ -15,8 +15,8 @@ from keras_sd.config import UNetConfig
 from keras_sd.errors import UserError
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline import loading
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
+from keras_sd.weights import loading
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.embedding_files import read_embeddings

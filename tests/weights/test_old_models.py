@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from keras_sd.pipeline.loading import open_parts
+from keras_sd.weights.loading import open_parts
 from keras_sd.weights.readers import read_checkpoint
 from tests import tiny
 from tests.reference import run_reference

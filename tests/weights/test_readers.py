@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
-from keras_sd.pipeline.loading import load_clip, load_part
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.weights import diffusers_folder, readers
+from keras_sd.weights.loading import load_clip, load_part
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference

@@ -43,7 +43,7 @@ def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **opt
     image_config = read_config(image_config, config.ImageEncoderConfig, architecture.EMOJI_IMAGE_ENCODER)
     source, held_out, repeats = run.sources(image_config.image_size)
     if frozen_text_encoder:
-        from keras_sd.pipeline.loading import load_clip
+        from keras_sd.weights.loading import load_clip
 
         parts = load_clip(frozen_text_encoder)
         tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]

@@ -428,7 +428,7 @@ def evenly(sequence, count):
 def extractor_of(name, jit_compile=True):
     """The feature extractor of that KID; the choice offers no other names."""
     from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
-    from keras_sd.pipeline.loading import load_part
+    from keras_sd.weights.loading import load_part
 
     if name == "kid_inception":
         return InceptionFeatures(75, jit_compile=jit_compile)
@@ -446,9 +446,9 @@ def open_pipeline(run, adapt=None):
         adapt: called with the parts, as a dictionary, before anything is compiled with them.
     """
     from keras_sd.models.unet import UNet
-    from keras_sd.pipeline.loading import load_clip, load_part
     from keras_sd.pipeline.stable_diffusion import StableDiffusion
     from keras_sd.training.trainer import PRECISIONS
+    from keras_sd.weights.loading import load_clip, load_part
 
     options = run.options
     vae_folder, clip_folder = options.get("pretrained_vae"), options.get("pretrained_clip")

@@ -45,9 +45,9 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
         need_captions=False,
     )
     from keras_sd.models.vae import AutoencoderKL
-    from keras_sd.pipeline.loading import load_part
     from keras_sd.training.autoencoder import train_autoencoder
     from keras_sd.training.trainer import PRECISIONS
+    from keras_sd.weights.loading import load_part
 
     if pretrained_vae:
         autoencoder = load_part(pretrained_vae, "vae", PRECISIONS[run.settings.mixed_precision])

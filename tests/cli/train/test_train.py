@@ -20,9 +20,9 @@ from keras_sd.cli.program import run_command
 from keras_sd.cli.train.main import train
 from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
-from keras_sd.pipeline.loading import load_part
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.training import architectures
+from keras_sd.weights.loading import load_part
 from tests.cli.test_export import files_of
 from tests.programs import run_python
 

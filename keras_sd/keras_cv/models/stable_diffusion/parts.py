@@ -13,8 +13,8 @@ from keras_sd.models.precision import dtype_policy
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline.loading import load_part
 from keras_sd.weights.keras_cv_h5 import read_keras_cv
+from keras_sd.weights.loading import load_part
 from keras_sd.weights.rules import load_weights
 
 _PARTS = {
