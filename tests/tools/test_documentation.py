@@ -164,7 +164,7 @@ def test_commands_of_the_readme(workplace, without_xla, monkeypatch):
     # `test_cli` upscales by XLA.
     monkeypatch.setattr(Upscaler, "load", functools.partial(Upscaler.load, jit_compile=False))
     # The others need a model of the hub or of one's own, or train, or are run by the next test.
-    elsewhere = re.compile(r"x4-upscaler|sd-1\.5|convert|caption|evaluate|export")
+    elsewhere = re.compile(r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export")
     found = [arguments for program, arguments in commands(ROOT / "README.md") if program == "keras-sd"]
     found = [arguments for arguments in found if not elsewhere.search(" ".join(arguments))]
     tasks = {"generate", "image-to-image", "inpaint", "upscale", "walk", "reconstruct", "presets"}
