@@ -8,8 +8,6 @@ later, unless it is about what has to be finished: a step of a training, or the 
 import contextlib
 import os
 import select
-import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -20,7 +18,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5.0  # seconds in which the process may end by itself
 _SECOND_GRACE = 1.0  # ... after a second Ctrl-C
 _TELL_AFTER = 2.0  # seconds after which a phase is told
-_RESUME = "--resume-from-checkpoint"
 
 
 class _State:
@@ -28,6 +25,7 @@ class _State:
 
     def __init__(self):
         self.program = None  # its name, while it is watched
+        self.command = None  # gives the command that starts it once more
         self.received = None  # the last signal's number
         self.is_lost = False  # whether a handler's exception came up where Python passes over it
         self.has_to_finish = False
@@ -145,52 +143,23 @@ def last_words():
     checkpoints = _checkpoints()
     if not checkpoints:
         return f"{name}: ended{during}; there is no checkpoint yet, start again"
-    if checkpoints == _state.checkpoints_before:
-        # The latest one may be of another branch than the resumed one.
-        command = _typed(_state.program, sys.argv[1:])
-    else:
-        command = resume_command(_state.program, sys.argv[1:])
+    # The latest one may be of another branch than the resumed one.
+    command = _state.command(checkpoints != _state.checkpoints_before)
     model = _state.run_folder / "model"
     if model.is_dir():
         return f"{name}: ended{during}; the model is in {model}; what follows is made up for with: {command}"
     return f"{name}: ended{during}; resume with: {command}"
 
 
-def resume_command(program, arguments):
-    """The command that goes on with the run of this one, as a shell takes it."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument != _RESUME and not argument.startswith(f"{_RESUME}="):
-            kept.append(argument)
-        skip = not skip and argument == _RESUME
-    return _typed(program, [*kept, _RESUME, "latest"])
-
-
-def _typed(program, arguments):
-    """A command of this interpreter and this backend, as a shell takes it."""
-    backend = os.environ.get("KERAS_BACKEND")
-    words = [f"KERAS_BACKEND={shlex.quote(backend)}"] if backend else []
-    name, _, rest = program.partition(" ")
-    if not _is_of_this_environment(name):
-        rest = rest if name == "python" else "-m keras_sd"  # which is what the other program is
-        name = "python" if _is_of_this_environment("python") else shlex.quote(sys.executable)
-    return " ".join([*words, name, *([rest] if rest else []), shlex.join(arguments)])
-
-
-def _is_of_this_environment(program):
-    """Whether what a shell finds by that name lies beside this interpreter. What an environment's own is a
-    link to says nothing: all environments share that."""
-    found = shutil.which(program)
-    return found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable)
-
-
 @contextlib.contextmanager
-def watching(program):
+def watching(program, command):
     """Within the block, Ctrl-C raises `KeyboardInterrupt` and SIGTERM `SystemExit`, as far as nothing else
     handles them; where neither comes through, the thread ends the process. Only the main thread can do this.
 
     Args:
         program: its name as typed.
+        command: `command(from_latest)` gives the text of a command that goes on with this one's training:
+            from the latest checkpoint, or as this one did.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -198,7 +167,7 @@ def watching(program):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _state.__init__()
-    _state.program = program
+    _state.program, _state.command = program, command
     old_hook, sys.unraisablehook = sys.unraisablehook, _pass_over
     handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
     old_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -278,7 +278,7 @@ show(
 # is mixed with what you want to see. The choice is made in one word, and nothing is compiled anew:
 #
 # ```bash
-# keras-sd generate "face with sunglasses" --sampler dpmpp_2m --steps 20
+# keras-sd generate "face with sunglasses" --sampler dpmpp_2m --num-inference-steps 20
 # ```
 #
 # ## References

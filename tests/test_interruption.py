@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd import interruption
+from keras_sd.cli.program import started_again
 from keras_sd.training import architectures
 from tests.programs import Program
 from tests.training.test_trainer import UNET
@@ -154,15 +154,13 @@ def test_resume_command_replaces_what_was_resumed_and_quotes(tmp_path, monkeypat
     monkeypatch.delenv("KERAS_BACKEND")
     bin_folder = Path(sys.executable).parent
     monkeypatch.setenv("PATH", str(bin_folder))
-    command = interruption.resume_command(
-        "keras-sd", ["train", "lora", "--resume-from-checkpoint", "checkpoint-5", "--output-dir", "a b"]
+    command = started_again(
+        "keras-sd", ["train", "lora", "--resume-from-checkpoint", "checkpoint-5", "--output-dir", "a b"], True
     )
     assert command == "keras-sd train lora --output-dir 'a b' --resume-from-checkpoint latest"
-    command = interruption.resume_command("keras-sd", ["train", "lora", "--resume-from-checkpoint=x"])
+    command = started_again("keras-sd", ["train", "lora", "--resume-from-checkpoint=x"], True)
     assert command == "keras-sd train lora --resume-from-checkpoint latest"
-    assert interruption.resume_command("python -m keras_sd.train", []).startswith(
-        "python -m keras_sd.train -"
-    )
+    assert started_again("python -m keras_sd.train", [], True).startswith("python -m keras_sd.train -")
     # Another environment's programs are the first that a shell finds.
     for program in ("python", "keras-sd"):
         (tmp_path / program).write_text("#!/bin/sh")
@@ -171,7 +169,7 @@ def test_resume_command_replaces_what_was_resumed_and_quotes(tmp_path, monkeypat
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     end = "--resume-from-checkpoint latest"
     for program, module in (("python -m keras_sd.train", "keras_sd.train"), ("keras-sd", "keras_sd")):
-        command = interruption.resume_command(program, [])
+        command = started_again(program, [], True)
         assert command == f"KERAS_BACKEND=jax {sys.executable} -m {module} {end}"
 
 

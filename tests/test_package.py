@@ -98,7 +98,7 @@ def test_installed_wheel_generates_offline(environment, backend, tmp_path):
     assert Path(where.strip()).is_relative_to(environment.parent)
     run(
         *(environment / "keras-sd", "generate", "red heart", "--output", "heart.png"),
-        *("--num-images", 2, "--steps", 3, "--seed", 7),
+        *("--num-images", 2, "--num-inference-steps", 3, "--seed", 7),
         cwd=tmp_path,
         env=variables,
     )

@@ -133,7 +133,7 @@ def read_lines(path):
     Raises:
         UserError: a line is none of an image, or the second of one.
     """
-    remedy = "correct it, or replace the captions with --overwrite"
+    remedy = "correct it, or replace the captions with `overwrite=True`"
     lines = {}
     for number, line in enumerate(_lines_of(path, remedy), start=1):
         if not line.strip():

@@ -24,7 +24,7 @@ class Captioner:
             from transformers import BlipForConditionalGeneration, BlipProcessor
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{error.name} is not installed; pip install 'keras_sd[caption]', or use --captioner none"
+                f"{error.name} is not installed; pip install 'keras_sd[caption]', or use `captioner=None`"
             ) from error
         self.dtype = torch.float32 if str(device) == "cpu" else torch.float16
         # Code beside the weights is neither run nor asked about, and a folder fetches nothing.
@@ -37,7 +37,7 @@ class Captioner:
         except (OSError, ValueError) as error:
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"captioner {name}: cannot be opened ({line}); give a BLIP model, or --captioner none"
+                f"captioner {name}: cannot be opened ({line}); give a BLIP model, or `captioner=None`"
             ) from error
         self.device = device
         self._model = model.to(device).eval()

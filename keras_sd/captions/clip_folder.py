@@ -72,7 +72,7 @@ def open_folder(folder, device):
 def _checked_config(folder):
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"{folder}: no {CONFIG_NAME}; write such a folder with keras-sd convert --open-clip")
+        raise UserError(f"{folder}: no {CONFIG_NAME}; `keras-sd convert` writes such a folder")
     entries = read_json(path)
     config = entries.get("model_cfg")
     for tower, names in _FOREIGN.items():

@@ -111,7 +111,7 @@ class CaptionedFolder:
             kind = ", ".join(differing).replace("_", " ")
             raise UserError(
                 f"{self.folder}: holds captions of another {kind}; "
-                "use another folder, or replace them with --overwrite"
+                "use another folder, or replace them with `overwrite=True`"
             )
         return False
 

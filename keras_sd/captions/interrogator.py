@@ -139,7 +139,7 @@ def check_vocabulary(vocabulary, mode):
     if mode == "negative":
         needed += vocabulary.negative
     if mode != "caption" and not needed:
-        raise UserError(f"mode {mode}: the vocabulary is empty; give --flavors or another list")
+        raise UserError(f"mode {mode}: the vocabulary is empty; give `flavors` or another list")
 
 
 def _joined(*phrases):

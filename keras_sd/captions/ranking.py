@@ -107,7 +107,7 @@ def _open(name, device):
         import open_clip
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed; pip install 'keras_sd[caption]', or use --mode caption"
+            f"{error.name} is not installed; pip install 'keras_sd[caption]', or use `mode='caption'`"
         ) from error
     if Path(name).is_dir():
         try:

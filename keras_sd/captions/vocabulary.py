@@ -104,7 +104,7 @@ def _installed_folder():
     folder = Path(package.origin).parent / "data" if package and package.origin else None
     if folder is None or not all((folder / f"{kind}.txt").is_file() for kind in KINDS):
         raise UserError(
-            "no vocabulary: give text files by --flavors, --mediums, --movements, --artists, "
+            "no vocabulary: give text files by `flavors`, `mediums`, `movements`, `artists`, "
             "or pip install --no-deps clip-interrogator"
         )
     return folder

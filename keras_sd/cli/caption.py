@@ -5,6 +5,7 @@ import click
 from keras_sd.captions import MODES, CaptionSettings, CleaningSettings, Vocabulary, workers
 from keras_sd.captions.dataset import CaptionedFolder, caption_shard
 from keras_sd.captions.vocabulary import KINDS
+from keras_sd.cli.command import Command
 from keras_sd.cli.outputs import check_output
 from keras_sd.data.folders import METADATA
 from keras_sd.data.images import check_image, read_square
@@ -15,7 +16,7 @@ _SHEET_IMAGES = 48
 _SHEET_SIDE = 128
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("folder")
 @click.option("--mode", default="best", type=click.Choice(MODES), help="From the slowest to the plainest.")
 @click.option(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import click
 
-# Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd import presets
+
+# Whatever loads a backend is imported inside the command, after its options have been checked.
+from keras_sd.cli.command import Command
 from keras_sd.cli.model_options import DTYPES
 from keras_sd.cli.outputs import check_output, check_writable
 from keras_sd.errors import UserError
@@ -19,7 +21,7 @@ from keras_sd.weights.diffusers_folder import check_folder_name
 _SINGLE_FILE = ".safetensors"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("source")
 @click.argument("output")
 @click.option("--weights", default="ema", type=click.Choice(("ema", "raw")), help="If a file holds both.")

@@ -37,7 +37,6 @@ PROMPTS = (
 )
 IMAGE_SIZE = 64
 DRAWS = 4  # of noise for each held-out image, whose mean is the loss
-SAMPLING = {"guidance_scale": 5.0, "progress": False}
 
 
 def run_demo(
@@ -157,7 +156,7 @@ class Measurement:
 
     def __call__(self, num_inference_steps):
         generated = self.pipeline.text_to_image(
-            self.prompts, num_inference_steps=num_inference_steps, seed=0, **SAMPLING
+            self.prompts, num_inference_steps=num_inference_steps, seed=0, progress=False
         )
         kid = paired_kernel_inception_distance(self.real, extract(self.extractor, generated))
         return {"loss": self.loss(), "kid": kid.mean}
@@ -182,7 +181,7 @@ def examples_of(images, split):
 def save_grid(pipeline, path, num_inference_steps):
     """Writes one image of each prompt with its caption."""
     images = pipeline.text_to_image(
-        list(PROMPTS), num_inference_steps=num_inference_steps, seed=0, **SAMPLING
+        list(PROMPTS), num_inference_steps=num_inference_steps, seed=0, progress=False
     )
     save_png(image_grid(images, labels=PROMPTS, columns=4, scale=2), path)
 

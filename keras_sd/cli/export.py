@@ -10,6 +10,7 @@ import click
 from typing_extensions import TypedDict
 
 from keras_sd import config
+from keras_sd.cli.command import Command
 from keras_sd.cli.model_options import DTYPES
 from keras_sd.cli.outputs import check_output_folder, overwrite_option
 
@@ -19,7 +20,7 @@ from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json, shape_fault, shown
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("checkpoint")
 @click.argument("folder")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Precision to write; by default as the run would.")

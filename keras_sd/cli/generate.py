@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
-# Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd import presets
 from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
+
+# Whatever loads a backend is imported inside the commands, after their options have been checked.
+from keras_sd.cli.command import Command
 from keras_sd.cli.model_options import check_size, check_steps, decorated, model_options, open_model
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.cli.outputs import check_output, output_option
@@ -15,7 +17,7 @@ from keras_sd.errors import UserError
 from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 
 sampling_options = decorated(
-    click.option("--steps", default=30, type=click.IntRange(1), help="Denoising steps."),
+    click.option("--num-inference-steps", default=30, type=click.IntRange(1), help="Denoising steps."),
     click.option(
         "--guidance-scale",
         type=NOT_NEGATIVE,
@@ -74,7 +76,7 @@ num_images_option = click.option(
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
@@ -95,7 +97,7 @@ def generate(prompt, num_images, height, width, **options):
     _save(pipeline, images, output, prompt, sampling)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image")
 @click.argument("prompt")
 @output_option("image.png")
@@ -106,7 +108,7 @@ def generate(prompt, num_images, height, width, **options):
 @model_options()
 def image_to_image(image, prompt, num_images, strength, height, width, **options):
     """Make images of PROMPT that begin from the image IMAGE."""
-    first_step(strength, options["steps"])
+    first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
     output = _check_images(options, num_images)
     pipeline, sampling = _open(options)
@@ -114,7 +116,7 @@ def image_to_image(image, prompt, num_images, strength, height, width, **options
     _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image")
 @click.argument("mask")
 @click.argument("prompt")
@@ -130,7 +132,7 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
     What is transparent in MASK is kept. Where no opaque part of it is white, as in a layer that was painted
     on in another colour, all that is opaque is made anew.
     """
-    first_step(strength, options["steps"])
+    first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
     mask = _read_mask(mask, pixels.shape[:2], is_scaled=height is not None)
     output = _check_images(options, num_images)
@@ -139,7 +141,7 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
     _save(pipeline, images, output, prompt, sampling, {"Denoising strength": strength})
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image")
 @click.argument("prompt", default="")
 @output_option("image.png")
@@ -156,7 +158,7 @@ def upscale(image, prompt, num_images, noise_level, **options):
     output = _check_images(options, num_images)
     folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
     more = {} if noise_level is None else {"noise_level": noise_level}
-    check_steps(folder, options["steps"])
+    check_steps(folder, options["num_inference_steps"])
     if holds_pixel_upscaler(folder):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
@@ -175,24 +177,21 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
     from keras_sd.pipeline.upscaler import Upscaler
 
     upscaler = Upscaler.load(folder, dtype=options["dtype"], batch_size=options["batch_size"])
-    steps, seed = options["steps"], options["seed"]
+    seed = options["seed"]
     turns = -(-num_images // options["batch_size"])
-    with tqdm(total=turns * steps, unit="step") as bar:
+    settings = {name: options[name] for name in ("num_inference_steps", "sampler", "eta", "reuse_interval")}
+    with tqdm(total=turns * options["num_inference_steps"], unit="step") as bar:
         images = upscaler.upscale(
             pixels[None].repeat(num_images, axis=0),
-            num_inference_steps=steps,
-            sampler=options["sampler"],
-            eta=options["eta"],
             seed=seed,
-            reuse_interval=options["reuse_interval"],
+            **settings,
             on_step=lambda denoised: bar.update(),
             **noise_level,
         )
     from keras_sd.pipeline.image_parameters import sampling_parameters
 
-    settings = {name: options[name] for name in ("sampler", "eta", "reuse_interval")}
-    settings["scheduler_config"] = upscaler.scheduler_config
-    settings |= {"num_inference_steps": steps, "guidance_scale": 1.0, "size": images.shape[1:3]}
+    settings |= {"scheduler_config": upscaler.scheduler_config, "guidance_scale": 1.0}
+    settings["size"] = images.shape[1:3]
     more = {"Noise level": noise_level.get("noise_level", 0), "Model": options["model"]}
     if options["dtype"] != "float32":
         more["Precision"] = options["dtype"]
@@ -211,7 +210,7 @@ def _refuse_text_options(options):
             )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prompts", nargs=-1, required=True)
 @output_option("walk.gif", "GIF, or PNG for a contact sheet.")
 @click.option(
@@ -240,7 +239,7 @@ def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **op
     click.echo(path)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image")
 @output_option("image.png")
 @image_size_options
@@ -276,12 +275,12 @@ def _open(options):
     """Opens the model that options name: the pipeline, and the options of a task."""
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
     model = {name: options.pop(name) for name in names}
-    check_steps(model["model"], options["steps"])
+    check_steps(model["model"], options["num_inference_steps"])
     checked_interval(options["guidance_interval"])
     pipeline = open_model(**model)
     if options["guidance_scale"] is None:
         options["guidance_scale"] = pipeline.defaults.guidance_scale
-    return pipeline, {"num_inference_steps": options.pop("steps"), **options}
+    return pipeline, options
 
 
 def _read_image(path, options=None, height=None, width=None):

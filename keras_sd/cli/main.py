@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
-# Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd import __version__, presets
 from keras_sd.cli.caption import caption
+
+# Whatever loads a backend is imported inside the commands, after their options have been checked.
+from keras_sd.cli.command import Command
 from keras_sd.cli.convert import convert
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
@@ -27,14 +29,14 @@ for command in (*COMMANDS, convert, caption, train, export):
     cli.add_command(command)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @click.argument("model", default="emoji")
 @output_option("results.json", "JSON file to write.")
 @sampling_options
-def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, reuse_interval, steps):
+def evaluate(model, output, overwrite, **sampling):
     """Measure MODEL, a preset or a folder trained on the emoji images, and print the table."""
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
-    check_steps(model, steps)
+    check_steps(model, sampling["num_inference_steps"])
     pipeline = open_model(model)
     from tqdm import tqdm
 
@@ -42,11 +44,7 @@ def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, 
 
     results = evaluate_emoji(
         pipeline,
-        num_inference_steps=steps,
-        guidance_scale=pipeline.defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        guidance_interval=guidance_interval,
-        reuse_interval=reuse_interval,
-        seed=seed,
+        **sampling,
         progress=lambda iterable, description: tqdm(iterable, desc=description),
     )
     click.echo(format_table(results))
@@ -55,7 +53,7 @@ def evaluate(model, output, overwrite, seed, guidance_scale, guidance_interval, 
     click.echo(path)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @output_option("demo", "Folder to write to.", "--output-dir")
 def demo(output_dir, overwrite):
     """Make images with the emoji model, fine-tune it for a minute or two, and compare."""
@@ -68,7 +66,7 @@ def demo(output_dir, overwrite):
     run_demo(folder, say=click.echo)
 
 
-@cli.command("presets")
+@cli.command("presets", cls=Command)
 def list_presets():
     """List the models that go by a name."""
     for name, preset in presets.PRESETS.items():

@@ -46,7 +46,7 @@ def model_options(default="emoji"):
     )
 
 
-def check_steps(model, steps):
+def check_steps(model, num_inference_steps):
     """Refuses more steps than a model's schedule has, where that can be read before a backend is loaded."""
     if Path(model).is_file():
         return  # tells it once it is open
@@ -56,8 +56,8 @@ def check_steps(model, steps):
 
     if (folder / SCHEDULER).is_file():
         most = SchedulerConfig.load(folder / SCHEDULER).num_train_timesteps
-        if steps > most:
-            raise UserError(f"--steps {steps}: out of range; use 1 to {most}")
+        if num_inference_steps > most:
+            raise UserError(f"num_inference_steps {num_inference_steps}: out of range; use 1 to {most}")
 
 
 def check_size(options, height, width, title="", remedy=""):

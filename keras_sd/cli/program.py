@@ -2,11 +2,15 @@
 
 import functools
 import os
+import shlex
+import shutil
 import sys
 import warnings
 
 from keras_sd import interruption
 from keras_sd.errors import BACKENDS, UserError, os_fault
+
+_RESUME = "--resume-from-checkpoint"
 
 
 def run_command(command, program):
@@ -20,7 +24,7 @@ def run_command(command, program):
         command: the ``click.Command``.
         program: its name as typed, for the messages and the help.
     """
-    with interruption.watching(program):
+    with interruption.watching(program, functools.partial(started_again, program, sys.argv[1:])):
         try:
             sys.exit(_run(command, program))
         except BaseException as error:
@@ -80,6 +84,35 @@ def _mendable_fault(error):
     return None
 
 
+def started_again(program, arguments, from_latest):
+    """The command that goes on with the training of this one, as a shell takes it, with this interpreter and
+    this backend: from the latest checkpoint, or as this one did."""
+    if from_latest:
+        arguments = [*_without_resumption(arguments), _RESUME, "latest"]
+    backend = os.environ.get("KERAS_BACKEND")
+    words = [f"KERAS_BACKEND={shlex.quote(backend)}"] if backend else []
+    name, _, rest = program.partition(" ")
+    if not _is_of_this_environment(name):
+        rest = rest if name == "python" else "-m keras_sd"  # which is what the other program is
+        name = "python" if _is_of_this_environment("python") else shlex.quote(sys.executable)
+    return " ".join([*words, name, *([rest] if rest else []), shlex.join(arguments)])
+
+
+def _without_resumption(arguments):
+    skip = False
+    for argument in arguments:
+        if not skip and argument != _RESUME and not argument.startswith(f"{_RESUME}="):
+            yield argument
+        skip = not skip and argument == _RESUME
+
+
+def _is_of_this_environment(program):
+    """Whether what a shell finds by that name lies beside this interpreter. What an environment's own is a
+    link to says nothing: all environments share that."""
+    found = shutil.which(program)
+    return found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable)
+
+
 def is_out_of_memory(error):
     """Whether an exception says that an allocation failed; loads no backend that is not there already."""
     if "keras_sd.backend" in sys.modules:
@@ -92,7 +125,9 @@ def is_out_of_memory(error):
 def _warn(program, show, message, category, *place):
     """Tells a warning for people in one line; those for programmers as ever."""
     if issubclass(category, UserWarning):
-        print(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        from keras_sd.cli.command import in_flags
+
+        print(f"{program}: warning: {in_flags(' '.join(str(message).split()))}", file=sys.stderr)
     else:
         show(message, category, *place)
 

@@ -60,6 +60,6 @@ class NoiseSchedule:
         if self.prediction_type == "epsilon" and not self.signal_rates[-1]:
             raise UserError(
                 "prediction_type epsilon: cannot be trained with rescale_betas_zero_snr, whose last timestep "
-                "is noise alone; train v_prediction (--prediction-type), or take rescale_betas_zero_snr out "
+                "is noise alone; train `prediction_type='v_prediction'`, or take rescale_betas_zero_snr out "
                 "of scheduler_config.json"
             )

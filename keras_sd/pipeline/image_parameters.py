@@ -169,9 +169,9 @@ def options_of(parameters, folder=None):
         folder: where the files of LoRAs, embeddings and the autoencoder are; they are found by their hashes.
 
     Returns:
-        A dictionary by the names of the command's parameters: prompt (of a walk: prompts), steps, sampler,
-        seed, model, loras, ... What the file does not say, because it was as usual, is left out. A warning
-        names settings that are none of this package.
+        A dictionary by the names of the command's parameters: prompt (of a walk: prompts),
+        num_inference_steps, sampler, seed, model, loras, ... What the file does not say, because it was as
+        usual, is left out. A warning names settings that are none of this package.
 
     Raises:
         UserError: a file is not in the folder, a setting has a value that this package does not write, or
@@ -251,7 +251,7 @@ def _sampler(title):
 
 
 _READERS = {
-    "Steps": ("steps", _whole(1)),
+    "Steps": ("num_inference_steps", _whole(1)),
     "Sampler": ("sampler", _sampler),
     "CFG scale": ("guidance_scale", _number(0)),
     "Seed": ("seed", _whole(0, LARGEST_SEED)),

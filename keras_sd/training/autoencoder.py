@@ -92,7 +92,7 @@ def train_autoencoder(
     crop = random_crop or config.sample_size
     if not 0 < crop <= config.sample_size or crop % config.downsampling:
         raise UserError(
-            f"--random-crop {crop}: does not fit; use a multiple of {config.downsampling} up to "
+            f"random_crop {crop}: does not fit; use a multiple of {config.downsampling} up to "
             f"{config.sample_size}"
         )
     if decoder_only:

@@ -258,7 +258,7 @@ def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
     """The error of a run whose numbers are no longer finite, in one line with the last good checkpoint."""
     last = checkpoints.last_good()
     remedy = f"resume from the last good checkpoint, {last}," if last else "start anew (no checkpoint yet)"
-    return UserError(f"training: {fault}; {remedy} with a lower --learning-rate or --max-grad-norm")
+    return UserError(f"training: {fault}; {remedy} with a lower `learning_rate` or `max_grad_norm`")
 
 
 class StopOnSignal(StepCallback):

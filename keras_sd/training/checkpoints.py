@@ -157,7 +157,7 @@ class Checkpoints:
         return TrainingState(manifest["step"], groups, position, config)
 
     def resolve(self, request: str) -> Path:
-        """The folder meant by `--resume-from-checkpoint`, verified and of this run's config.
+        """The folder meant by `resume_from_checkpoint`, verified and of this run's config.
 
         Args:
             request: "latest", the path of a checkpoint, or its name in the run folder.
@@ -401,7 +401,7 @@ def check_same_run(folder, values: Mapping) -> None:
 
 
 def _another_run(folder: Path, there: dict, here: dict) -> str:
-    remedy = "resume with the same options or choose another --output-dir"
+    remedy = "resume with the same options or choose another `output_dir`"
     return f"{folder}: {_difference(there, here)}; {remedy}"
 
 

@@ -93,7 +93,7 @@ def train_consistency(
     source,
     *,
     num_ddim_timesteps=10,
-    guidance_scale=5.0,
+    guidance_scale,
     huber_c=None,
     identity=None,
     repeats=None,

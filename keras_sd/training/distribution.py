@@ -38,16 +38,16 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
         UserError: the backend, the devices, the batch size or the processes do not allow it.
     """
     processes = {
-        "--coordinator": coordinator,
-        "--num-processes": num_processes,
-        "--process-id": process_id,
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
     }
     address = _check_processes(kind, processes)
     if kind is None:
         return
     if keras.backend.backend() != "jax":
         raise UserError(
-            f"--distribution {kind}: several devices need JAX, and the backend is "
+            f"distribution {kind}: several devices need JAX, and the backend is "
             f"{keras.backend.backend()}; set KERAS_BACKEND=jax"
         )
     if address:
@@ -61,39 +61,40 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     replicas = distribution.num_model_replicas
     if batch_size % replicas:
         raise UserError(
-            f"--train-batch-size {batch_size}: does not divide among {replicas} replicas of the model; "
+            f"train_batch_size {batch_size}: does not divide among {replicas} replicas of the model; "
             f"give a multiple of {replicas}"
         )
     keras.distribution.set_distribution(distribution)
 
 
 def _check_processes(kind, processes):
-    """The address of process 0, or None where the flags name no processes; refuses what cannot be."""
-    given = [flag for flag, value in processes.items() if value is not None]
+    """The address of process 0, or None where the arguments name no processes; refuses what cannot be."""
+    given = [name for name, value in processes.items() if value is not None]
     if not given:
         return None
     if kind is None:
-        raise UserError(f"{given[0]}: belongs to several processes; add --distribution auto")
-    missing = [flag for flag in processes if flag not in given]
+        raise UserError(f"{given[0]}: belongs to several processes; add `distribution='auto'`")
+    missing = [name for name in processes if name not in given]
     if missing:
-        raise UserError(f"{given[0]}: {missing[0]} is missing; give {', '.join(processes)} together")
+        together = ", ".join(f"`{name}`" for name in processes)
+        raise UserError(f"{given[0]}: `{missing[0]}` is missing; give {together} together")
     coordinator, count, index = processes.values()
     if count < 1:
-        raise UserError(f"--num-processes {count}: too few; give 1 or more")
+        raise UserError(f"num_processes {count}: too few; give 1 or more")
     if not 0 <= index < count:
-        raise UserError(f"--process-id {index}: out of range; give one from 0 to {count - 1} to each process")
+        raise UserError(f"process_id {index}: out of range; give one from 0 to {count - 1} to each process")
     return rendezvous.parse_address(coordinator)
 
 
 def _distribution(kind):
     """The `keras.distribution` of that kind over all devices; None for "auto" on one device."""
     devices, processes = backend.devices(), backend.process_count()
-    remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave the flag out"
+    remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave it out"
     if kind == "model":
         own = len(devices) // processes
         if own < 2:
             raise UserError(
-                "--distribution model: splits weights over the devices of one process, which has only one; "
+                "distribution model: splits weights over the devices of one process, which has only one; "
                 f"{remedy}"
             )
         mesh = keras.distribution.DeviceMesh((processes, own), (BATCH, MODEL), devices)
@@ -104,7 +105,7 @@ def _distribution(kind):
         # The pipeline gives each process its share of a batch.
         return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
     if kind == "data":
-        raise UserError(f"--distribution data: one device was found, {devices[0]}; {remedy}")
+        raise UserError(f"distribution data: one device was found, {devices[0]}; {remedy}")
     return None
 
 
@@ -130,7 +131,7 @@ def split_weights(model):
             continue
         if parameter.variable.shape[axis] % device_count:
             raise UserError(
-                f"--distribution model: the {parameter.variable.shape[axis]} features of {parameter.name} do "
+                f"distribution model: the {parameter.variable.shape[axis]} features of {parameter.name} do "
                 f"not divide among {device_count} devices; use another number of devices, or data"
             )
         axes = [None] * len(parameter.variable.shape)
@@ -138,7 +139,7 @@ def split_weights(model):
         split.append((parameter.variable, keras.distribution.TensorLayout(axes, mesh)))
     if not split:
         raise UserError(
-            "--distribution model: this model has no attention or feed-forward layers to split; use data"
+            "distribution model: this model has no attention or feed-forward layers to split; use data"
         )
     for variable, layout in split:
         backend.lay_out(variable, layout)

@@ -19,7 +19,7 @@ def parse_address(text):
     """Reads `HOST:PORT` as `(host, port)`; an IPv6 address stands in brackets."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError(f"--coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
+        raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
     return host.strip("[]"), int(port)
 
 
@@ -55,7 +55,7 @@ def _receive_all(address, process_count, deadline, timeout):
             )
         except OSError as error:
             raise UserError(
-                f"--coordinator {place}: cannot listen there: {error.strerror}; take another port"
+                f"coordinator {place}: cannot listen there: {error.strerror}; take another port"
             ) from None
         present = {}
         while len(present) < process_count - 1:
@@ -65,7 +65,7 @@ def _receive_all(address, process_count, deadline, timeout):
             except TimeoutError:
                 missing = sorted(set(range(1, process_count)) - present.keys())
                 raise UserError(
-                    f"--coordinator {place}: process {', '.join(map(str, missing))} did not come within "
+                    f"coordinator {place}: process {', '.join(map(str, missing))} did not come within "
                     f"{timeout:g} s; start all {process_count} processes with this address"
                 ) from None
             index, fault = _read_announcement(connection, process_count, present)
@@ -87,9 +87,9 @@ def _read_announcement(connection, process_count, present):
     except (OSError, ValueError):
         return None, None
     if count != process_count:
-        return None, f"--num-processes {count}: process 0 was started with {process_count}; give all the same"
+        return None, f"num_processes {count}: process 0 was started with {process_count}; give all the same"
     if index in present:
-        return None, f"--process-id {index}: taken by another process; give each its own"
+        return None, f"process_id {index}: taken by another process; give each its own"
     return index, None
 
 
@@ -97,7 +97,7 @@ def _announce(address, announcement, deadline, timeout):
     """What every process but 0 does."""
     place = "{}:{}".format(*address)
     absent = UserError(
-        f"--coordinator {place}: process 0 cannot be reached within {timeout:g} s; start it there, and see "
+        f"coordinator {place}: process 0 cannot be reached within {timeout:g} s; start it there, and see "
         "that the port is open"
     )
     while True:
@@ -108,7 +108,7 @@ def _announce(address, announcement, deadline, timeout):
             connection = socket.create_connection(address, timeout=remaining)
             break
         except socket.gaierror:
-            raise UserError(f"--coordinator {place}: no such host; give process 0's address") from None
+            raise UserError(f"coordinator {place}: no such host; give process 0's address") from None
         except OSError:
             time.sleep(min(_PAUSE, remaining))
     with connection:
@@ -122,8 +122,8 @@ def _announce(address, announcement, deadline, timeout):
             raise absent from None
     if not answer:
         raise UserError(
-            f"--coordinator {place}: not all processes came within {timeout:g} s; start them all, with the "
-            "same --num-processes"
+            f"coordinator {place}: not all processes came within {timeout:g} s; start them all, with the "
+            "same `num_processes`"
         )
     if answer != _READY:
         raise UserError(answer)

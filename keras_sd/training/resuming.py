@@ -77,7 +77,7 @@ def _check_same(place, saved, variables):
 def _misfit(place, fault):
     return (
         f"{place} does not fit this run ({fault}); resume with the same model, LoRA layers and rank, or "
-        "choose another --output-dir"
+        "choose another `output_dir`"
     )
 
 

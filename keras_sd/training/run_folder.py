@@ -39,11 +39,11 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
     """
     if resume_from_checkpoint is not None and not str(resume_from_checkpoint).strip():
         raise UserError(
-            "--resume-from-checkpoint: is empty; give 'latest' or a checkpoint's path, or leave it out"
+            "resume_from_checkpoint: is empty; give 'latest' or a checkpoint's path, or leave it out"
         )
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another --output-dir")
+        raise UserError(f"{folder}: is a file; choose another `output_dir`")
     if resume_from_checkpoint is None:
         _check_new(folder)
     else:
@@ -54,7 +54,7 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
             _lock(folder)
         except OSError as error:
             raise UserError(
-                f"{folder}: cannot be written to: {error.strerror}; choose another --output-dir"
+                f"{folder}: cannot be written to: {error.strerror}; choose another `output_dir`"
             ) from error
 
 
@@ -88,16 +88,16 @@ def _check_new(folder):
     if any(_CHECKPOINT.fullmatch(path.name) for path in _children(folder)):
         raise UserError(
             f"{folder}: holds checkpoints of an earlier run; "
-            "go on with --resume-from-checkpoint latest or choose another --output-dir"
+            "go on with `resume_from_checkpoint='latest'` or choose another `output_dir`"
         )
     if (folder / MODEL).exists():
         raise UserError(
-            f"{folder / MODEL}: is the model of an earlier run; choose another --output-dir or move it away"
+            f"{folder / MODEL}: is the model of an earlier run; choose another `output_dir` or move it away"
         )
 
 
 def find_checkpoint(output_dir, request):
-    """The checkpoint's folder that `--resume-from-checkpoint` means, by the manifests alone.
+    """The checkpoint's folder that `resume_from_checkpoint` means, by the manifests alone.
 
     Raises:
         UserError: there is none.
@@ -117,7 +117,7 @@ def find_checkpoint(output_dir, request):
             return max(found)[1]
         raise UserError(
             f"{folder}: no valid checkpoint to resume from; "
-            "check --output-dir or start without --resume-from-checkpoint"
+            "check `output_dir` or start without `resume_from_checkpoint`"
         )
     for place in (Path(request), folder / request):
         if place.is_dir():
@@ -143,7 +143,7 @@ def _lock(folder):
             owner = os.read(descriptor, 32).decode(errors="replace").strip() or "another one"
             os.close(descriptor)
             raise UserError(
-                f"{folder}: in use by process {owner}; wait for it or choose another --output-dir"
+                f"{folder}: in use by process {owner}; wait for it or choose another `output_dir`"
             ) from None
         with contextlib.suppress(FileNotFoundError):
             # The one before may have removed the file between our two calls.

@@ -118,7 +118,7 @@ def train_super_resolution(
     halvings = 2 ** (len(unet.config.block_out_channels) - 1)
     if not 0 < crop <= unet.config.sample_size or crop % halvings or crop % factor:
         raise UserError(
-            f"--random-crop {crop}: does not fit; use a multiple of {np.lcm(halvings, factor)} up to "
+            f"crop {crop}: does not fit; use a multiple of {np.lcm(halvings, factor)} up to "
             f"{unet.config.sample_size}"
         )
     low_res_schedule = NoiseSchedule(upscaler.low_res_scheduler_config)

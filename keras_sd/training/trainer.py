@@ -91,9 +91,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         if settings.gradient_checkpointing:
             if not recomputing_layers(objective):
-                raise UserError(
-                    "--gradient-checkpointing: this model has no blocks for it; leave the flag out"
-                )
+                raise UserError("gradient_checkpointing: this model has no blocks for it; leave it out")
             enable_gradient_checkpointing(objective)
         # In float16 Keras wraps the optimizer in one that scales the loss.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
@@ -278,7 +276,7 @@ class Trainer:
                 raise
             fault = "out of memory" if backend.is_out_of_memory(error) else _first_line(error)
             warnings.warn(
-                f"evaluation at step {step}: failed ({fault}); the training goes on, --evaluation-steps 0 "
+                f"evaluation at step {step}: failed ({fault}); the training goes on, `evaluation_steps=0` "
                 "leaves evaluations out",
                 stacklevel=2,
             )
@@ -288,29 +286,29 @@ class Trainer:
 
     @contextlib.contextmanager
     def _with_memory_advice(self):
-        """Turns what is raised inside for want of memory into a line that names the flags that help."""
+        """Turns what is raised inside for want of memory into a line that names the arguments that help."""
         try:
             yield
         except Exception as error:
             if not backend.is_out_of_memory(error):
                 raise
-            flags = list(self._memory_savers()) or ["a smaller model or smaller images"]
-            raise UserError(f"training: out of memory; take {', or '.join(flags)}") from error
+            savers = list(self._memory_savers()) or ["a smaller model or smaller images"]
+            raise UserError(f"training: out of memory; take {', or '.join(savers)}") from error
 
     def _memory_savers(self):
-        """The flags that are off and spare memory on the device, the cheapest ones first."""
+        """The arguments that are off and spare memory on the device, the cheapest ones first."""
         settings = self.settings
         if settings.mixed_precision == "no":
-            yield "--mixed-precision bf16"
+            yield "`mixed_precision='bf16'`"
         if not settings.gradient_checkpointing and recomputing_layers(self.objective):
-            yield "--gradient-checkpointing"
+            yield "`gradient_checkpointing=True`"
         if settings.train_batch_size > 1:
             size = settings.train_batch_size
             parts = next(divisor for divisor in range(2, size + 1) if size % divisor == 0)
             accumulation = settings.gradient_accumulation_steps * parts
-            yield f"--train-batch-size {size // parts} --gradient-accumulation-steps {accumulation}"
+            yield f"`train_batch_size={size // parts}` `gradient_accumulation_steps={accumulation}`"
         if not settings.offload_ema and backend.has_accelerator():
-            yield "--offload-ema"
+            yield "`offload_ema=True`"
 
     def _callbacks(self, stop, make_evaluation):
         """The callbacks in the order in which each step calls them."""

@@ -137,4 +137,4 @@ def test_errors(said):
     assert "'ViT-L-15': open_clip has no such model; try ViT-L-16" in unknown
     assert "no weights 'nobody'; write ViT-L-14/" in weights
     assert "no open_clip_config.json" in no_folder
-    assert "give a BLIP model, or --captioner none" in no_captioner and "\n" not in no_captioner
+    assert "give a BLIP model, or `captioner=None`" in no_captioner and "\n" not in no_captioner

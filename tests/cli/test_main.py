@@ -82,10 +82,18 @@ BAD_INPUT = [
     ("train clip --train-batch-size many", "'--train-batch-size'", "keras-sd train clip --help"),
     ("train --max-train-step few", "'--max-train-step'", "keras-sd train text-to-image --help"),
     ("generate", "PROMPT", "keras-sd generate --help"),
-    ("generate heart --steps 0", "'--steps'", "x>=1"),
-    ("generate heart --steps 5000", "--steps 5000: out of range", "use 1 to 1000"),
-    ("upscale taken.png --steps 5000", "--steps 5000: out of range", "use 1 to 1000"),
-    ("evaluate --steps 5000", "--steps 5000: out of range", "use 1 to 1000"),
+    ("generate heart --num-inference-steps 0", "'--num-inference-steps'", "x>=1"),
+    (
+        "generate heart --num-inference-steps 5000",
+        "--num-inference-steps 5000: out of range",
+        "use 1 to 1000",
+    ),
+    (
+        "upscale taken.png --num-inference-steps 5000",
+        "--num-inference-steps 5000: out of range",
+        "use 1 to 1000",
+    ),
+    ("evaluate --num-inference-steps 5000", "--num-inference-steps 5000: out of range", "use 1 to 1000"),
     ("generate heart --guidance-scale nan", "'--guidance-scale'", "finite number"),
     ("generate heart --guidance-interval 0 nan", "'--guidance-interval'", "finite number"),
     ("generate heart --guidance-rescale nan", "'--guidance-rescale'", "finite number"),
@@ -138,7 +146,7 @@ BAD_INPUT = [
     ("inpaint file file heart --strength 2", "'--strength'", "0<x<=1"),
     ("inpaint file file heart --strength 0", "'--strength'", "0<x<=1"),
     ("image-to-image file heart --strength 0.01", "strength 0.01: makes none of 30 steps", "use 0.034"),
-    ("generate heart --guidance-interval 0.5 0.5", "guidance_interval (0.5, 0.5): no part", "use two shares"),
+    ("generate heart --guidance-interval 0.5 0.5", "--guidance-interval (0.5, 0.5): no", "use two shares"),
     ("upscale none.png", "none.png", "add it"),
     ("generate heart --height 100 --width 70", "height 100: does not fit the model", "multiple of 8"),
     ("walk heart --height 64 --width 70", "width 70: does not fit the model", "multiple of 8"),
@@ -259,7 +267,7 @@ def test_exit_codes(body, code, last_line):
 def test_one_picture_says_how_it_was_made(keras_sd_command, model, tmp_path):
     path = tmp_path / "new" / "heart.png"
     options = (
-        "--steps",
+        "--num-inference-steps",
         3,
         "--seed",
         5,
@@ -291,7 +299,16 @@ def test_one_picture_says_how_it_was_made(keras_sd_command, model, tmp_path):
 
 
 def test_several_pictures_are_a_sheet_and_single_files(keras_sd_command, model, tmp_path):
-    options = ("--output", tmp_path / "hearts.png", "--model", model, "--steps", 2, "--num-images", 3)
+    options = (
+        "--output",
+        tmp_path / "hearts.png",
+        "--model",
+        model,
+        "--num-inference-steps",
+        2,
+        "--num-images",
+        3,
+    )
     code, output, _ = keras_sd_command("generate", "blue heart", *options, "--guidance-scale", 1)
     assert code == 0
     names = ["hearts.png", "hearts-0.png", "hearts-1.png", "hearts-2.png"]
@@ -304,7 +321,7 @@ def test_several_pictures_are_a_sheet_and_single_files(keras_sd_command, model, 
 
 def test_what_is_there_stays_or_is_overwritten(keras_sd_command, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ("--model", model, "--steps", 1, "--guidance-scale", 1)
+    options = ("--model", model, "--num-inference-steps", 1, "--guidance-scale", 1)
 
     def generate(*more):
         code, output, errors = keras_sd_command("generate", "red heart", *options, *more)
@@ -340,7 +357,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_image(model, picture, tm
         (tmp_path / "output" / name).write_text("earlier")
     commands = {
         "image.png": ["reconstruct", picture, "--height", 64, "--width", 64],
-        "walk.gif": ["walk", "heart", "--steps", 1, "--num-frames", 4],
+        "walk.gif": ["walk", "heart", "--num-inference-steps", 1, "--num-frames", 4],
     }
     for name, arguments in commands.items():
         path = tmp_path / "output" / name
@@ -358,7 +375,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_image(model, picture, tm
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_ends_a_command_leaves_the_earlier_image_and_nothing_else(model, tmp_path, number, code):
     (tmp_path / "image.png").write_text("earlier")
-    options = ["--model", model, "--output", tmp_path / "image.png", "--overwrite", "--steps", 500]
+    options = [
+        "--model",
+        model,
+        "--output",
+        tmp_path / "image.png",
+        "--overwrite",
+        "--num-inference-steps",
+        500,
+    ]
     program = Program(["-m", "keras_sd", "generate", "heart", *options, "--num-images", 999])
     while program.is_running() and "step/s" not in program.printed():
         time.sleep(0.05)
@@ -380,7 +405,7 @@ def test_pictures_from_pictures(keras_sd_command, model, picture, tmp_path):
     mask = np.zeros((24, 16), "uint8")
     mask[:12] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    options = ("--model", model, "--steps", 4, "--guidance-scale", 2)
+    options = ("--model", model, "--num-inference-steps", 4, "--guidance-scale", 2)
     for command, arguments in {
         "image-to-image": (picture, "red heart", "--strength", 0.5),
         "inpaint": (picture, tmp_path / "mask.png", "red heart"),
@@ -419,7 +444,9 @@ def test_a_picture_that_does_not_fit_is_one_line(keras_sd_command, model, tmp_pa
 def test_a_picture_is_made_twice_as_large(keras_sd_command, tmp_path):
     Image.new("RGB", (24, 16), "red").save(tmp_path / "small.png")
     output = tmp_path / "large.png"
-    code, *_ = keras_sd_command("upscale", tmp_path / "small.png", "--steps", 1, "--output", output)
+    code, *_ = keras_sd_command(
+        "upscale", tmp_path / "small.png", "--num-inference-steps", 1, "--output", output
+    )
     assert code == 0
     large = np.asarray(Image.open(output)).astype(int)
     assert large.shape == (32, 48, 3)
@@ -430,7 +457,7 @@ def test_a_picture_is_made_twice_as_large(keras_sd_command, tmp_path):
 
 
 def test_a_walk_is_a_gif_or_a_sheet(keras_sd_command, model, tmp_path):
-    options = ("--model", model, "--steps", 2, "--num-frames", 4)
+    options = ("--model", model, "--num-inference-steps", 2, "--num-frames", 4)
     code, *_ = keras_sd_command(
         "walk", "red heart", "blue heart", *options, "--frame-rate", 5, "--output", tmp_path / "walk.gif"
     )
@@ -442,15 +469,18 @@ def test_a_walk_is_a_gif_or_a_sheet(keras_sd_command, model, tmp_path):
 
 
 def test_more_steps_than_timesteps_is_one_line(keras_sd_command, model, tmp_path):
-    options = ("--output", tmp_path / "heart.png", "--model", model, "--steps", 1001)
+    options = ("--output", tmp_path / "heart.png", "--model", model, "--num-inference-steps", 1001)
     code, _, errors = keras_sd_command("generate", "red heart", *options)
     assert code == 2
-    assert errors.strip().split("\n")[-1] == "keras-sd: error: --steps 1001: out of range; use 1 to 1000"
+    assert (
+        errors.strip().split("\n")[-1]
+        == "keras-sd: error: --num-inference-steps 1001: out of range; use 1 to 1000"
+    )
 
 
 def test_evaluation_of_the_bundled_model_is_a_table_and_a_file(keras_sd_command, tmp_path):
     path = tmp_path / "results.json"
-    code, output, _ = keras_sd_command("evaluate", "emoji", "--steps", 1, "--output", path)
+    code, output, _ = keras_sd_command("evaluate", "emoji", "--num-inference-steps", 1, "--output", path)
     assert code == 0
     results = json.loads(path.read_text())
     assert results["model"] == "emoji" and results["num_inference_steps"] == 1

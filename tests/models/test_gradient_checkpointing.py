@@ -118,7 +118,7 @@ def test_trainer_has_the_blocks_recomputed(objective, tmp_path):
 
 def test_model_without_blocks_to_recompute_is_refused(tmp_path):
     autoencoder = AutoencoderObjective(AutoencoderKL(tiny.VAE))
-    with pytest.raises(UserError, match="--gradient-checkpointing.*leave the flag out"):
+    with pytest.raises(UserError, match="gradient_checkpointing.*leave it out"):
         Trainer(autoencoder, settings(tmp_path, gradient_checkpointing=True), {})
 
 
@@ -199,18 +199,18 @@ HUGE = """if True:
 """
 
 
-def test_step_without_enough_memory_names_the_flags_that_help(tmp_path):
+def test_step_without_enough_memory_names_the_arguments_that_help(tmp_path):
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
     command = [sys.executable, "-c", HUGE, str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stderr.splitlines()[-1] == (
-        "train: error: training: out of memory; take --mixed-precision bf16, or "
-        "--train-batch-size 2048 --gradient-accumulation-steps 2"
+        "train: error: training: out of memory; take `mixed_precision='bf16'`, or "
+        "`train_batch_size=2048` `gradient_accumulation_steps=2`"
     )
     assert done.returncode == 2
 
 
-def test_flags_that_are_on_already_are_not_named(objective, tmp_path):
+def test_arguments_that_are_on_already_are_not_named(objective, tmp_path):
     try:
         on = {"gradient_checkpointing": True, "mixed_precision": "bf16", "offload_ema": True}
         trainer = Trainer(objective, settings(tmp_path, train_batch_size=1, **on), {})

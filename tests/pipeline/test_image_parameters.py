@@ -22,7 +22,7 @@ VALUES = {
     "prompt": "red (heart:1.2), <cat> \\(tiny\\)",
     "prompts": ("red heart", 'blue "heart", <cat>: tiny'),
     "negative_prompt": 'dark, "x": y',
-    "steps": 5,
+    "num_inference_steps": 5,
     "guidance_scale": 2.123456789,
     "guidance_interval": (0.25, 1.0),
     "guidance_rescale": 0.35,
@@ -150,7 +150,7 @@ def test_what_walk_writes_makes_the_walk_again(keras_sd_command, files, tmp_path
 
 def test_tags_of_prompts_and_of_the_web_interface(keras_sd_command, files, tmp_path):
     """A LoRA that a prompt called is found too; names and hashes are the web interface's."""
-    options = ("--model", files / "model", "--steps", 2, "--output", tmp_path / "a.png")
+    options = ("--model", files / "model", "--num-inference-steps", 2, "--output", tmp_path / "a.png")
     folder = ("--lora-folder", files / "parts" / "a")
     code, _, errors = keras_sd_command("generate", "a <lora:ink:0.5> heart", *options, *folder)
     assert code == 0, errors
@@ -178,7 +178,16 @@ def test_tags_of_prompts_and_of_the_web_interface(keras_sd_command, files, tmp_p
 def test_tasks_with_images_say_their_own_settings(keras_sd_command, files, tmp_path):
     Image.new("RGB", (16, 24), "red").save(tmp_path / "image.png")
     Image.new("L", (16, 24), "white").save(tmp_path / "mask.png")
-    options = ("--model", files / "model", "--steps", 4, "--guidance-rescale", 0.5, "--strength", 0.5)
+    options = (
+        "--model",
+        files / "model",
+        "--num-inference-steps",
+        4,
+        "--guidance-rescale",
+        0.5,
+        "--strength",
+        0.5,
+    )
     for command, images in (("image-to-image", ["image"]), ("inpaint", ["image", "mask"])):
         names = {parameter.name for parameter in cli.cli.commands[command].params}
         assert names <= {*VALUES, *NO_VALUES, *FILES, "image", "mask"}

@@ -219,9 +219,9 @@ def test_every_device_holds_a_part_of_split_weights():
     ("kind", "processes", "told"),
     [
         ("auto", {}, "KERAS_BACKEND=jax"),
-        (None, {"coordinator": "127.0.0.1:1"}, "--coordinator: belongs"),
-        (None, {"process_id": 0}, "--process-id: belongs"),
-        ("data", {"coordinator": "127.0.0.1:1"}, "--num-processes is missing"),
+        (None, {"coordinator": "127.0.0.1:1"}, "coordinator: belongs"),
+        (None, {"process_id": 0}, "process_id: belongs"),
+        ("data", {"coordinator": "127.0.0.1:1"}, "`num_processes` is missing"),
         ("data", {"coordinator": "here:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
         ("data", {"coordinator": "here:1", "num_processes": 0, "process_id": 0}, "give 1 or more"),
         ("data", {"coordinator": "here", "num_processes": 2, "process_id": 0}, "give HOST:PORT"),
@@ -285,7 +285,7 @@ def test_processes_that_do_not_meet_are_told_why():
     assert "not all processes came" in second
     twice = meet_all([(address, 3, 0, 1), (address, 3, 2, 2), (address, 3, 2, 2)])
     assert "process 1 did not come" in twice[0]
-    assert sum("--process-id 2: taken" in line for line in twice[1:]) == 1
+    assert sum("process_id 2: taken" in line for line in twice[1:]) == 1
     fewer = meet_all([(address, 2, 0, 1), (address, 3, 1, 2)])
     assert "process 1 did not come" in fewer[0]
     assert "started with 2" in fewer[1]

@@ -39,7 +39,7 @@ def test_folder_in_use_names_the_process_and_a_dead_one_holds_nothing(tmp_path):
     try:
         with pytest.raises(UserError) as raised:
             claim_output_dir(run)
-        expected = f"{run}: in use by process {process.pid}; wait for it or choose another --output-dir"
+        expected = f"{run}: in use by process {process.pid}; wait for it or choose another `output_dir`"
         assert str(raised.value) == expected
         claim_output_dir(run, lock=False)  # one of several processes
     finally:
@@ -68,19 +68,22 @@ def test_folder_that_cannot_be_used_is_refused_at_once(tmp_path):
     (tmp_path / "damaged" / "checkpoint-5" / "manifest.json").write_text("[" * 200_000)
     (tmp_path / "exported" / "model").mkdir(parents=True)
     cases = {
-        ("file", None): "file: is a file; choose another --output-dir",
-        ("file/below", None): "below: cannot be written to: Not a directory; choose another --output-dir",
-        ("run", None): "run: holds checkpoints of an earlier run; go on with --resume-from-checkpoint latest",
-        ("exported", None): "model: is the model of an earlier run; choose another --output-dir",
+        ("file", None): "file: is a file; choose another `output_dir`",
+        ("file/below", None): "below: cannot be written to: Not a directory; choose another `output_dir`",
+        (
+            "run",
+            None,
+        ): "run: holds checkpoints of an earlier run; go on with `resume_from_checkpoint='latest'`",
+        ("exported", None): "model: is the model of an earlier run; choose another `output_dir`",
         (
             "run",
             "",
-        ): "--resume-from-checkpoint: is empty; give 'latest' or a checkpoint's path, or leave it out",
-        ("none", " "): "--resume-from-checkpoint: is empty",
+        ): "resume_from_checkpoint: is empty; give 'latest' or a checkpoint's path, or leave it out",
+        ("none", " "): "resume_from_checkpoint: is empty",
         ("run", str(tmp_path)): "not a valid checkpoint: manifest.json is missing; give another folder or",
-        ("damaged", "latest"): "damaged: no valid checkpoint to resume from; check --output-dir",
+        ("damaged", "latest"): "damaged: no valid checkpoint to resume from; check `output_dir`",
         ("damaged", "checkpoint-5"): "checkpoint-5: not a valid checkpoint: manifest.json is damaged",
-        ("none", "latest"): "none: no valid checkpoint to resume from; check --output-dir or start without",
+        ("none", "latest"): "none: no valid checkpoint to resume from; check `output_dir` or start without",
         ("run", "checkpoint-6"): "checkpoint-6: no such checkpoint folder; give its path or 'latest'",
     }
     for (name, request), told in cases.items():

@@ -234,7 +234,7 @@ def test_checkpoint_of_other_tensors_is_refused_in_one_line(tmp_path):
 
 def test_beginning_over_an_earlier_run_is_refused(tmp_path, whole_run):
     folder = copy(whole_run("traced"), tmp_path)
-    with pytest.raises(UserError, match="earlier run.*--resume-from-checkpoint latest"):
+    with pytest.raises(UserError, match="earlier run.*resume_from_checkpoint='latest'"):
         train(folder)
     assert_same_state(state(whole_run("traced")), state(folder))
 

@@ -3,6 +3,7 @@
 import click
 
 from keras_sd import config
+from keras_sd.cli.command import Command
 from keras_sd.cli.train.options import (
     FILE,
     FILE_OR_FOLDER,
@@ -15,7 +16,7 @@ from keras_sd.cli.train.options import (
 from keras_sd.data.emoji import architecture
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options("clip", output_dir="runs/clip")
 @click.option(
     "--text-config", type=FILE, help="config.json of the text encoder; the emoji model's by default."

@@ -3,6 +3,7 @@
 import click
 
 from keras_sd import config
+from keras_sd.cli.command import Command
 from keras_sd.cli.train.options import (
     COUNT,
     FILE,
@@ -19,7 +20,7 @@ from keras_sd.cli.train.options import (
 from keras_sd.training import architectures
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options("ddim", output_dir="runs/ddim")
 @click.option(
     "--unet-config",

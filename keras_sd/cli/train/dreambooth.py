@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from keras_sd.cli.command import Command
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
     base_parts,
@@ -51,7 +52,7 @@ class_options = decorated(
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options(
     "dreambooth",
     without=("dataset_name", "train_data_dir"),

@@ -2,6 +2,7 @@
 
 import click
 
+from keras_sd.cli.command import Command
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
@@ -19,7 +20,7 @@ from keras_sd.cli.train.options import (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options("lcm", output_dir="runs/lcm")
 @pretrained_option
 @low_rank_options(rank=16, layers="all")

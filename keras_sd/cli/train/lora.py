@@ -2,6 +2,7 @@
 
 import click
 
+from keras_sd.cli.command import Command
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import captioned_options, train_on_captions
 from keras_sd.cli.train.options import (
@@ -38,7 +39,7 @@ def low_rank_options(*, rank, layers):
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options("lora", output_dir="runs/lora")
 @captioned_options("lora")
 @low_rank_options(rank=8, layers="attention")

@@ -3,6 +3,7 @@
 import click
 
 from keras_sd import config
+from keras_sd.cli.command import Command
 from keras_sd.cli.train.options import (
     COUNT,
     FILE,
@@ -17,12 +18,12 @@ from keras_sd.cli.train.options import (
 from keras_sd.training import architectures
 
 
-@click.command("super-resolution")
+@click.command("super-resolution", cls=Command)
 @run_options("super-resolution", output_dir="runs/super-resolution")
 @click.option("--unet-config", type=FILE, help="config.json of the UNet; a small one by default.")
 @click.option("--factor", default=2, show_default=True, type=click.IntRange(2), help="How much larger.")
 @click.option(
-    "--random-crop", default=48, show_default=True, type=COUNT, help="Side of the squares trained on."
+    "--random-crop", "crop", default=48, show_default=True, type=COUNT, help="Side of the squares trained on."
 )
 @snr_gamma_option
 @inference_steps_option(10)
@@ -33,9 +34,7 @@ from keras_sd.training import architectures
     type=COUNT,
     help="Held-out images made small and large again.",
 )
-def super_resolution(
-    unet_config, factor, random_crop, snr_gamma, num_inference_steps, validation_images, **options
-):
+def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, validation_images, **options):
     """Train a diffusion upscaler on images that are made small."""
     run = prepare(
         "super-resolution",
@@ -78,7 +77,7 @@ def super_resolution(
         upscaler,
         source,
         factor=factor,
-        crop=random_crop,
+        crop=crop,
         repeats=repeats,
         min_snr_gamma=snr_gamma,
         make_evaluation=make_evaluation,

@@ -2,6 +2,7 @@
 
 import click
 
+from keras_sd.cli.command import Command
 from keras_sd.cli.train.fine_tuning import base_parts, captioned_options, train_on_captions
 from keras_sd.cli.train.options import (
     FILE,
@@ -13,7 +14,7 @@ from keras_sd.cli.train.options import (
 )
 
 
-@click.command("text-to-image")
+@click.command("text-to-image", cls=Command)
 @run_options("text-to-image", output_dir="runs/text-to-image")
 @captioned_options("text-to-image")
 @click.option("--from-scratch", is_flag=True, help="Begin with a new UNet instead of the pretrained one.")

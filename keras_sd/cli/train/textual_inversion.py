@@ -2,6 +2,7 @@
 
 import click
 
+from keras_sd.cli.command import Command
 from keras_sd.cli.train.fine_tuning import (
     frozen_parts,
     pretrained_option,
@@ -18,7 +19,7 @@ from keras_sd.cli.train.options import (
 from keras_sd.errors import UserError
 
 
-@click.command("textual-inversion")
+@click.command("textual-inversion", cls=Command)
 @run_options(
     "textual-inversion",
     without=("dataset_name",),

@@ -3,6 +3,7 @@
 import click
 
 from keras_sd import config
+from keras_sd.cli.command import Command
 from keras_sd.cli.option_types import NOT_NEGATIVE
 from keras_sd.cli.train.options import (
     COUNT,
@@ -18,7 +19,7 @@ from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
 
 
-@click.command()
+@click.command(cls=Command)
 @run_options("vae", output_dir="runs/vae")
 @click.option("--vae-config", type=FILE, help="config.json of the autoencoder; the emoji model's by default.")
 @click.option(

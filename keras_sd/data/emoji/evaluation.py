@@ -53,7 +53,7 @@ def evaluate_emoji(
     pipeline,
     *,
     num_inference_steps=30,
-    guidance_scale=5.0,
+    guidance_scale=None,
     guidance_interval=(0.0, 1.0),
     reuse_interval=1,
     seed=0,
@@ -64,8 +64,8 @@ def evaluate_emoji(
 
     Args:
         pipeline: a `keras_sd.StableDiffusion` that brings an image encoder.
-        num_inference_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler. Image i
-            is drawn from `seed` + i.
+        num_inference_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler; the
+            guidance scale is the model's own by default. Image i is drawn from `seed` + i.
         batch_size: prompts of one call, always as many, so that sampling is compiled once.
         progress: callable (iterable, description) -> iterable, such as a progress bar.
 
@@ -88,6 +88,8 @@ def evaluate_emoji(
     """
     if getattr(pipeline, "image_encoder", None) is None:
         raise UserError("model to evaluate: no image_encoder for KID to look through; use emoji")
+    if guidance_scale is None:
+        guidance_scale = pipeline.defaults.guidance_scale
     progress = progress or (lambda iterable, description: iterable)
     emoji = load_emoji()
     images = np.stack([one.load(IMAGE_SIZE) for one in progress(emoji, "images")])
