@@ -20,7 +20,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml | $(BIN)/pip
-	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -m pip install --editable '.[standard]'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

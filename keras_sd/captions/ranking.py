@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from keras_sd.captions.clip_folder import open_folder
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, require
 from keras_sd.weights.formats import write_safetensors
 
 _TEXT_BATCH = 256
@@ -103,12 +103,9 @@ def _read_vectors(path, count):
 
 
 def _open(name, device):
-    try:
-        import open_clip
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed; pip install 'keras_sd[caption]', or use `mode='caption'`"
-        ) from error
+    require("open_clip", instead="use `mode='caption'`")
+    import open_clip
+
     if Path(name).is_dir():
         try:
             return open_folder(Path(name), device)

@@ -12,7 +12,7 @@ import sys
 import time
 
 from keras_sd.captions.dataset import CaptionedFolder, CaptionSettings, caption_shard
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, require
 
 _INTERVAL = 0.5
 
@@ -27,10 +27,9 @@ def devices(text="auto"):
     Raises:
         UserError: torch knows no such device, or is not installed.
     """
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise UserError("torch is not installed; pip install 'keras_sd[caption]'") from error
+    require("torch")
+    import torch
+
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if text in ("auto", "all"):
         return (gpus if text == "all" else gpus[:1]) or ["cpu"]

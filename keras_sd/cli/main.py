@@ -16,6 +16,8 @@ from keras_sd.cli.model_options import check_steps, open_model
 from keras_sd.cli.outputs import check_output, check_output_folder, output_option
 from keras_sd.cli.program import run_command
 from keras_sd.cli.train.main import train
+from keras_sd.data.emoji.source import PACKAGES as EMOJI_PACKAGES
+from keras_sd.errors import require
 from keras_sd.files.writing import write_json
 
 
@@ -36,6 +38,7 @@ for command in (*COMMANDS, convert, caption, train, export):
 def evaluate(model, output, overwrite, **sampling):
     """Measure MODEL, a preset or a folder trained on the emoji images, and print the table."""
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
+    require(*EMOJI_PACKAGES)
     check_steps(model, sampling["num_inference_steps"])
     pipeline = open_model(model)
     from tqdm import tqdm
@@ -60,6 +63,7 @@ def demo(output_dir, overwrite):
     folder = check_output_folder(
         output_dir, "demo", overwrite, is_own=lambda folder: (folder / "before.png").is_file()
     )
+    require("grain", "tensorboard", *EMOJI_PACKAGES)
     presets.find("emoji")
     from keras_sd.cli.demo import run_demo
 

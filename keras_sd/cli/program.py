@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from keras_sd import interruption
-from keras_sd.errors import BACKENDS, UserError, os_fault
+from keras_sd.errors import BACKENDS, UserError, missing_package, os_fault
 
 _RESUME = "--resume-from-checkpoint"
 
@@ -72,8 +72,9 @@ def _run(command, program):
 
 def _mendable_fault(error):
     """The line for an exception that is no fault of the program, or None."""
-    if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS:
-        return f"{error.name}: not installed; install it, or set KERAS_BACKEND to another backend"
+    if isinstance(error, ModuleNotFoundError):
+        other = "set KERAS_BACKEND to another backend" if error.name in BACKENDS else None
+        return missing_package(error.name, other)
     if isinstance(error, OSError) and error.errno is not None:
         return os_fault(error)
     if is_out_of_memory(error):

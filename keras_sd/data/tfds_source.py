@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_sd.data.folders import digest
 from keras_sd.data.images import square
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, require
 from keras_sd.files.json_files import read_json
 
 _OWN = "tensorflow_datasets."
@@ -91,10 +91,8 @@ class TFDSSource:
 
 def prepared_builder(name: str):
     """The TFDS builder of a data set that lies ready on this machine, prepared if need be."""
-    try:
-        datasets = importlib.import_module("tensorflow_datasets")
-    except ImportError as error:
-        raise _package_missing(name, error, "tensorflow-datasets") from error
+    require("tensorflow_datasets", instead="give `emoji` or a folder with images")
+    datasets = importlib.import_module("tensorflow_datasets")
     if name.partition("/")[0].partition(":")[0] == "emoji_captions":
         importlib.import_module("keras_sd.data.emoji.tfds_builder")  # registers the builder
     _refuse_foreign_features(name)
@@ -108,7 +106,10 @@ def prepared_builder(name: str):
     try:
         builder.download_and_prepare()
     except ImportError as error:  # some data sets need a package of their own to be read
-        raise _package_missing(name, error, error.name or "the package") from error
+        raise UserError(
+            f"data set {name}: a Python package is missing ({_line(error)}); install "
+            f"{error.name or 'the package'}, or give `emoji` or a folder with images"
+        ) from error
     except Exception as error:
         raise UserError(
             f"data set {name}: cannot be downloaded and prepared ({_line(error)}); connect to the network, "
@@ -145,13 +146,6 @@ def _class_names(values) -> Iterator[str]:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
-
-
-def _package_missing(name: str, error: ImportError, package: str) -> UserError:
-    return UserError(
-        f"data set {name}: a Python package is missing ({_line(error)}); install {package}, or give "
-        "`emoji` or a folder with images"
-    )
 
 
 def _line(error: Exception) -> str:

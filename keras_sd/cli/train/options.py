@@ -17,7 +17,7 @@ from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, 
 from keras_sd.data.emoji import architecture
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, require
 from keras_sd.pipeline.defaults import ModelDefaults, usual
 
 FEWEST_FOR_KID = 4  # images in a set: two in each half
@@ -271,6 +271,7 @@ def prepare(
     """
     from keras_sd.training.run_folder import claim_output_dir
 
+    require("grain", "tensorboard")
     idle = [name for name in _OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     # Of several processes the first one takes the folder, once they know which that is.

