@@ -20,7 +20,7 @@ _LONGEST_SHOWN = 100
 
 
 def whole_number(name, value, least, most=None):
-    """The value as an int.
+    """Return the value as an int.
 
     Raises:
         UserError: it is no whole number (3.0 and True are none), or out of range.
@@ -33,7 +33,7 @@ def whole_number(name, value, least, most=None):
 
 
 def shown(value):
-    """A value on one line, its end left out where it is long."""
+    """Return a value on one line, its end left out where it is long."""
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python writes out no number of thousands of digits
@@ -42,7 +42,7 @@ def shown(value):
 
 
 def share(name, value, meaning="0 to 1"):
-    """The value as a float.
+    """Return the value as a float.
 
     Args:
         meaning: what is said that the ends stand for.
@@ -57,7 +57,7 @@ def share(name, value, meaning="0 to 1"):
 
 
 def checked_seed(seed):
-    """The seed as an int.
+    """Return the seed as an int.
 
     Raises:
         UserError: it is no whole number from 0 to `LARGEST_SEED`.
@@ -66,7 +66,7 @@ def checked_seed(seed):
 
 
 def image_seeds(seed, count):
-    """The seed of each of `count` images, uint64 `(count,)`: `seed`, `seed` + 1, ...
+    """Return the seed of each of `count` images, uint64 `(count,)`: `seed`, `seed` + 1, ...
 
     Raises:
         UserError: as `checked_seed`.
@@ -75,7 +75,7 @@ def image_seeds(seed, count):
 
 
 def checked_interval(interval):
-    """The two shares of the steps between which there is guidance.
+    """Return the two shares of the steps between which there is guidance.
 
     Raises:
         UserError: they are no two shares, or no step lies between them.
@@ -92,7 +92,7 @@ def checked_interval(interval):
 
 
 def first_step(strength, num_inference_steps):
-    """How many of the steps a strength leaves out.
+    """Return how many of the steps a strength leaves out.
 
     Raises:
         UserError: the strength is no number above 0 up to 1, or makes no step.

@@ -78,7 +78,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values):
-        """Builds the config from the dictionary of a `config.json`.
+        """Build the config from the dictionary of a `config.json`.
 
         A key that is missing has the value that the library which published the file gives it. Keys that
         are no field are ignored where they do not change what is computed.
@@ -117,22 +117,22 @@ class Config:
         return ConfigError(f"{cls.__name__.removesuffix('Config')} config: {fault}; {remedy}")
 
     def to_dict(self):
-        """Returns the JSON dictionary, headed by what other libraries look for."""
+        """Return the JSON dictionary, headed by what other libraries look for."""
         return {**self.json_header, **dataclasses.asdict(self)}
 
     @classmethod
     def load(cls, path):
-        """Reads the config from a JSON file."""
+        """Read the config from a JSON file."""
         absent = "a diffusers folder has one per part"
         return cls.from_dict(read_json(path, absent=absent, error=ConfigError))
 
     def save(self, path):
-        """Writes the config as a JSON file."""
+        """Write the config as a JSON file."""
         write_json(path, self.to_dict())
 
 
 def _tower_values(values, tower):
-    """The values of one tower ("text" or "vision") of a config that may be that of a whole CLIP."""
+    """Return the values of one tower ("text" or "vision") of a config that may be that of a whole CLIP."""
     if not isinstance(values, dict) or f"{tower}_config" not in values:
         return values
     shared = {name: values[name] for name in ("projection_dim",) if name in values}
@@ -221,7 +221,7 @@ class ImageEncoderConfig(Config):
 
 
 def _check_levels(config, names, allowed):
-    """Raises a ConfigError unless each of the block types in the fields `names` has a level and is known."""
+    """Raise a ConfigError unless each of the block types in the fields `names` has a level and is known."""
     levels = len(config.block_out_channels)
     for name, types in zip(names, allowed, strict=True):
         blocks = getattr(config, name)

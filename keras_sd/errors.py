@@ -64,7 +64,7 @@ _REMEDIES = {
 
 
 def os_fault(error, path=None):
-    """The line for an `OSError`: the place, the fault and the remedy.
+    """Return the line for an `OSError`: the place, the fault and the remedy.
 
     Args:
         path: the place, where the error does not tell it.
@@ -76,7 +76,7 @@ def os_fault(error, path=None):
 
 @contextlib.contextmanager
 def os_errors_in_one_line(path):
-    """Turns the operating system's errors about a place, of reading and of looking, into a `UserError`.
+    """Turn the operating system's errors about a place, of reading and of looking, into a `UserError`.
 
     The command line tells such errors in one line as it is; this is for those who call the library.
 

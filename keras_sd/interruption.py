@@ -40,27 +40,27 @@ _state = _State()
 
 
 def received():
-    """The number of the signal that the program was told to end by, or None."""
+    """Return the number of the signal that the program was told to end by, or None."""
     return _state.received
 
 
 def note(number):
-    """Remembers a signal, for a handler that lets the program go on for a while."""
+    """Remember a signal, for a handler that lets the program go on for a while."""
     _state.received = number
 
 
 def exit_code(number):
-    """The exit code of a program that a signal has ended, as shells have it."""
+    """Return the exit code of a program that a signal has ended, as shells have it."""
     return 128 + number
 
 
 def has_to_finish():
-    """Whether the program is about something that a signal must not cut off."""
+    """Return whether the program is about something that a signal must not cut off."""
     return _state.has_to_finish
 
 
 def set_has_to_finish(has_to_finish):
-    """Says whether the program is about something that a signal must not cut off."""
+    """Say whether the program is about something that a signal must not cut off."""
     _state.has_to_finish, _state.endable_since = has_to_finish, time.monotonic()
 
 
@@ -76,7 +76,7 @@ def may_be_cut():
 
 
 def set_run_folder(folder, resumed=None):
-    """Names the run folder whose training can be resumed; None for no training.
+    """Name the run folder whose training can be resumed; None for no training.
 
     Args:
         resumed: the request that the training itself has been resumed by, if it was.
@@ -103,7 +103,7 @@ _before_sudden_end = []
 
 @contextlib.contextmanager
 def phase(name):
-    """Tells on stderr what the program is about, if that takes more than two seconds."""
+    """Tell on stderr what the program is about, if that takes more than two seconds."""
     before = _state.phase
     _start_phase(name)
     try:
@@ -135,7 +135,7 @@ def _end_phase(before):
 
 
 def last_words():
-    """One line on how a training that was told to end goes on, or None where there is none."""
+    """Return one line on how a training that was told to end goes on, or None where there is none."""
     if _state.run_folder is None:
         return None
     name = signal.Signals(_state.received).name

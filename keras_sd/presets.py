@@ -49,7 +49,7 @@ _DELETED, _COPIES = "stabilityai/stable-diffusion-2", "sd2-community/stable-diff
 
 
 def find(name):
-    """The folder, in diffusers' layout, of a preset, of a hub id ("owner/model") or of a path to a folder.
+    """Return the diffusers folder of a preset, a hub id ("owner/model") or a path.
 
     Raises:
         UserError: there is no such preset, or it is neither on this machine nor could be downloaded.
@@ -92,13 +92,13 @@ def _check(name, folder, sha256):
 
 
 def file_hash(path):
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_hub(repository, title):
-    """The folder of a model from the Hugging Face hub or its cache.
+    """Return the folder of a model from the Hugging Face hub or its cache.
 
     Args:
         repository: a hub id.

@@ -115,13 +115,13 @@ class Side:
         raise Failure(said[-1][:300] if said and code > 0 else f"ended by signal {-code}")
 
     def call(self):
-        """The seconds of one call."""
+        """Return the seconds of one call."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._answer()["seconds"]
 
     def close(self):
-        """Ends the process; returns the most bytes that it had in memory."""
+        """End the process; return the most bytes that it had in memory."""
         self._process.stdin.close()
         peak = self._answer()["peak_bytes"]
         self._process.wait()
@@ -133,7 +133,7 @@ class Side:
 
 
 def started(spec, folder, cache=None):
-    """Starts a side with an empty and then with a filled cache; returns what both took, and the second.
+    """Start a side with an empty and then with a filled cache; return what both took, and the second.
 
     With a `cache` of the caller's there is one start, with what is kept there.
     """
@@ -149,19 +149,19 @@ def started(spec, folder, cache=None):
 
 
 def difference(result, expected):
-    """The largest difference as a share of the largest expected number."""
+    """Return the largest difference as a share of the largest expected number."""
     return float(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-12))
 
 
 def largest_difference(workload):
-    """How far two sides may be from each other."""
+    """Return how far two sides may be from each other."""
     is_sampling = workload["case"] in SAMPLING_CASES
     bars = LARGEST_IMAGE_DIFFERENCE if is_sampling else LARGEST_DIFFERENCE
     return bars[workload["precision"]]
 
 
 def measure(workload, implementations, repeats, cache, advance):
-    """Measures all sides of a case, each in turns with the first.
+    """Measure all sides of a case, each in turns with the first.
 
     Args:
         workload: the specification, without the implementation.
@@ -203,7 +203,7 @@ def measure(workload, implementations, repeats, cache, advance):
 
 
 def take_turns(side, reference, repeats):
-    """Calls a side, and the reference in between if there is one."""
+    """Call a side, and the reference in between if there is one."""
     side.call()  # both are out of the cache by now
     pairs = [(side.call(), reference.call() if reference else None) for _ in range(repeats)]
     seconds = [own for own, _ in pairs]
@@ -215,7 +215,7 @@ def take_turns(side, reference, repeats):
 
 
 def model_folder(model, root):
-    """A diffusers folder of the model; Stable Diffusion's is made once, with random weights."""
+    """Return a diffusers folder of the model; Stable Diffusion's is made once, with random weights."""
     from keras_sd import presets
 
     if model == "emoji":
@@ -257,7 +257,7 @@ def gemm_ceiling(model, backends, precision):
 
 
 def workloads(models, cases, size, batch, steps, precisions, root):
-    """The specifications of all cases that are to be measured."""
+    """Yield the specifications of all cases that are to be measured."""
     for model in models:
         folder = model_folder(model, root)
         for case in cases or USUAL_CASES[model]:

@@ -36,7 +36,7 @@ INTERVAL = 0.02
 
 
 def write_images(folder, emoji, copies=1):
-    """Draws emoji as PNG files of 64 x 64, each several times."""
+    """Draw emoji as PNG files of 64 x 64, each several times."""
     folder.mkdir()
     for e in emoji:
         image = Image.fromarray(e.load(64))
@@ -46,7 +46,7 @@ def write_images(folder, emoji, copies=1):
 
 
 def command(folder, place, *options):
-    """The command line that captions a folder in `fast` mode."""
+    """Return the command line that captions a folder in `fast` mode."""
     lists = ("--clip", place / "clip", "--captioner", "none", "--flavors", place / "names.txt")
     arguments = ("caption", folder, "--mode", "fast", "--max-phrases", "5", *lists, *options)
     return [sys.executable, "-m", "keras_sd", *map(str, arguments)]
@@ -64,7 +64,7 @@ def captions_of(folder):
 
 
 def rate(images, place, *options):
-    """Captions a copy of a folder: images a second, and seconds of the whole command."""
+    """Caption a copy of a folder: images a second, and seconds of the whole command."""
     folder = place / "copy"
     shutil.copytree(images, folder)
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def compare(images, place, sides, rounds, name):
 
 
 def kill_and_resume(images, place, kills):
-    """Kills a run again and again at random moments; counts captions that are lost, doubled or other ones."""
+    """Kill a run again and again at random moments; count captions that are lost, doubled or other ones."""
     reference, folder = place / "reference", place / "killed"
     for target in (reference, folder):
         shutil.copytree(images, target)
@@ -136,7 +136,7 @@ def kill_and_resume(images, place, kills):
 
 
 def found_names(place, emoji):
-    """The share of images whose own name is among the five phrases of their caption."""
+    """Return the share of images whose own name is among the five phrases of their caption."""
     folder = write_images(place / "found", emoji)
     subprocess.run(command(folder, place), check=True, capture_output=True)
     captions = captions_of(folder)
@@ -145,7 +145,7 @@ def found_names(place, emoji):
 
 
 def exact_search():
-    """Compares `top_k` with products in double precision of every phrase."""
+    """Compare `top_k` with products in double precision of every phrase."""
     generator = np.random.default_rng(0)
     keys = generator.standard_normal((PHRASES, WIDTH), dtype="float32")
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)

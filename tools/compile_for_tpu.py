@@ -44,7 +44,7 @@ FIGURES = "arguments", "temporaries", "TFLOP", "compiled in"
 
 
 def make_objective(model, lora, gradient_checkpointing, optimizer):
-    """The objective with its optimizer, as `train` has them."""
+    """Return the objective with its optimizer, as `train` has them."""
     unet = UNet(MODELS[model])
     if lora:
         add_lora(unet, lora, lora)
@@ -69,7 +69,7 @@ def batch_shapes(unet_config, batch):
 
 
 def lowered(objective, batch, devices):
-    """The training step for these devices: each has all weights and its part of the batch."""
+    """Return the training step for these devices: each has all weights and its part of the batch."""
     mesh = Mesh(np.array(devices), ("batch",))
 
     def on_devices(value, *axes):
@@ -118,7 +118,7 @@ def measure(model, lora, gradient_checkpointing, batch_size, precision, topology
 
 
 def row(found):
-    """The figures as a row under `COLUMNS` and `FIGURES`; memory and operations are those of a chip."""
+    """Return the figures as a row under `COLUMNS` and `FIGURES`; memory and operations are per chip."""
     trained = f"LoRA, rank {found['lora']}" if found["lora"] else "whole UNet"
     cells = (
         found["model"],

@@ -23,7 +23,7 @@ SWEEPS = 40
 
 
 def read_imports(package=PACKAGE):
-    """The modules and sub-packages right below the package, each with those that it imports."""
+    """Return the modules and sub-packages right below the package, each with those that it imports."""
     imports = {}
     for path in sorted(package.rglob("*.py")):
         unit = path.relative_to(package).with_suffix("").parts[0]
@@ -44,7 +44,7 @@ def _imported_units(path, package):
 
 
 def reduced(imports):
-    """The imports that do not follow from others, as pairs (importing, imported)."""
+    """Return the imports that do not follow from others, as pairs (importing, imported)."""
     below = {}
 
     def reach(unit):
@@ -63,7 +63,7 @@ def reduced(imports):
 
 
 def levels(imports):
-    """The row of each module, counted from the ground."""
+    """Return the row of each module, counted from the ground."""
     found = {}
 
     def level(unit):
@@ -102,7 +102,7 @@ def _width(name):
 
 
 def arrange(rows, links):
-    """The horizontal centre of each name, in pixels: near what it is linked with, without overlaps."""
+    """Return the horizontal centre of each name, in pixels: near what it is linked with, without overlaps."""
     neighbours = {name: [] for row in rows for name in row}
     for upper, lower in links:
         neighbours[upper].append(lower)
@@ -123,7 +123,7 @@ def arrange(rows, links):
 
 
 def _spread(ordered, wanted):
-    """Moves the names of a row apart, and the row to where it deviates least from what was wanted."""
+    """Move the names of a row apart, and the row to where it deviates least from what was wanted."""
     placed, edge = {}, None
     for name in ordered:
         half = _width(name) / 2
@@ -134,7 +134,7 @@ def _spread(ordered, wanted):
 
 
 def draw(imports):
-    """The diagram as the text of an SVG."""
+    """Return the diagram as the text of an SVG."""
     level = levels(imports)
     rows, links = route(reduced(imports), level)
     centre = arrange(rows, links)
@@ -173,7 +173,7 @@ def draw(imports):
 
 @click.command()
 def main():
-    """Writes the diagram that README.md shows."""
+    """Write the diagram that README.md shows."""
     write_text(OUTPUT, draw(read_imports()))
     click.echo(OUTPUT.relative_to(ROOT))
 

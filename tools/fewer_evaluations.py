@@ -36,7 +36,7 @@ class Way(NamedTuple):
 
 
 def ways(with_lora):
-    """All that is measured; what everything is compared with first."""
+    """Return all that is measured; what everything is compared with first."""
     listed = [Way("DDIM, 30 steps", {})]
     listed += [
         Way(f"DDIM, {steps} step{'s' * (steps > 1)}", {"num_inference_steps": steps}) for steps in DDIM_STEPS
@@ -86,7 +86,7 @@ class Bench:
         self.real_features = extract(self.extractor, self.images[self.held_out])
 
     def adapted(self, way):
-        """A block in which the model has the LoRA if the way needs it."""
+        """Return a block in which the model has the LoRA if the way needs it."""
         return self.pipeline.adapters.temporarily({"lcm": 1.0} if way.needs_lora else {})
 
     def draw(self, way, indices):
@@ -102,14 +102,14 @@ class Bench:
         return np.concatenate(batches)
 
     def seconds(self, way):
-        """The time of one batch, without that of adding the LoRA."""
+        """Return the time of one batch, without that of adding the LoRA."""
         with self.adapted(way):
             start = time.perf_counter()
             self.draw(way, self.prompted[:BATCH])
             return time.perf_counter() - start
 
     def measure(self, way, reference):
-        """One row of the results, and the images of the held-out prompts.
+        """Return one row of the results, and the images of the held-out prompts.
 
         Args:
             reference: images of the held-out prompts to compare with; None for the way's own.
@@ -139,7 +139,7 @@ class Bench:
 
 
 def table(rows):
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = ["| way | time | difference | KID | top-1 | held-out concept |", "|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(

@@ -206,7 +206,7 @@ def _save(output, name, image):
 
 
 def _add(output, name, figures):
-    """Adds figures to the JSON file, and prints them."""
+    """Add figures to the JSON file, and prints them."""
     path = Path(output)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     versions = {

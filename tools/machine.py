@@ -33,7 +33,7 @@ def description(packages):
 
 @functools.cache
 def accelerator():
-    """The name of the first NVIDIA GPU; None without any."""
+    """Return the name of the first NVIDIA GPU; None without any."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -48,7 +48,7 @@ def peak_gflops():
 
 
 def processor():
-    """The processor's name as the system tells it."""
+    """Return the processor's name as the system tells it."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -49,7 +49,7 @@ table { border-collapse: collapse; } td, th { border: 1px solid #cbd5e0; padding
 
 
 def pages():
-    """The Markdown files, those of PAGES first; new ones in docs/ come after them."""
+    """Return the Markdown files, those of PAGES first; new ones in docs/ come after them."""
     others = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
     return [*PAGES, *(name for name in others if name not in PAGES)]
 
@@ -64,7 +64,7 @@ def title_of(text):
 
 
 def write_page(output, name, title, body, titles):
-    """Writes one page of HTML, with the list of all pages beside it."""
+    """Write one page of HTML, with the list of all pages beside it."""
     target = output / name
     entries = {html_name(page): title for page, title in titles.items()}
     entries |= {COMMANDS: "Commands", API: "Python reference"}
@@ -81,7 +81,7 @@ def write_page(output, name, title, body, titles):
 
 
 def write_prose(output, titles):
-    """Writes the pages of the Markdown files, and copies what they show or lead to.
+    """Write the pages of the Markdown files, and copies what they show or lead to.
 
     Raises:
         UserError: a link leads nowhere.
@@ -93,7 +93,7 @@ def write_prose(output, titles):
 
 
 def _mended(link, page, output):
-    """A link of a Markdown file as one of its page."""
+    """Return a link of a Markdown file as one of its page."""
     attribute, address = link.groups()
     if re.match(r"[a-z]+:|#", address):
         return link[0]
@@ -113,7 +113,7 @@ def _mended(link, page, output):
 
 
 def write_commands(output, titles):
-    """Writes the page with the help of every command."""
+    """Write the page with the help of every command."""
     parts = [
         f'<h2 id="{path.replace(" ", "-")}">{path}</h2><pre>{html.escape(text)}</pre>'
         for path, text in helps(cli, "keras-sd")
@@ -122,7 +122,7 @@ def write_commands(output, titles):
 
 
 def helps(command, name, parent=None):
-    """Yields (command as typed, help) of a command and those below it."""
+    """Yield (command as typed, help) of a command and those below it."""
     context = click.Context(command, info_name=name, parent=parent, max_content_width=100)
     yield context.command_path, command.get_help(context)
     if isinstance(command, click.Group):
@@ -131,7 +131,7 @@ def helps(command, name, parent=None):
 
 
 def write_reference(output):
-    """Writes the reference of the public modules."""
+    """Write the reference of the public modules."""
     # What other packages warn of while they are imported is none of ours.
     for module in pkgutil.walk_packages(keras_sd.__path__, "keras_sd."):
         importlib.import_module(module.name)

@@ -16,7 +16,7 @@ from keras_sd.files.writing import replaced
 
 
 def read_curves(path):
-    """Reads `metrics.jsonl` into name -> (steps, values)."""
+    """Read `metrics.jsonl` into name -> (steps, values)."""
     curves = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -35,7 +35,7 @@ def smoothed(values, window):
 @click.argument("output")
 @overwrite_option
 def main(run_folder, output, overwrite):
-    """Plots RUN_FOLDER's loss, and beside it whatever its evaluations measured, to OUTPUT."""
+    """Plot RUN_FOLDER's loss, and beside it whatever its evaluations measured, to OUTPUT."""
     place = check_output(output, ".png", overwrite=overwrite)
     curves = read_curves(run_folder / "logs" / "metrics.jsonl")
     steps, losses = curves.pop("loss")

@@ -95,7 +95,7 @@ def run_notebooks(names, smallest, output_dir):
 
 
 def sources(names=(), folder=FOLDER):
-    """The scripts of these notebooks, or of all, in order.
+    """Return the scripts of these notebooks, or of all, in order.
 
     Raises:
         UserError: there is no such notebook.
@@ -108,7 +108,7 @@ def sources(names=(), folder=FOLDER):
 
 
 def run_notebook(source, output, smallest=False):
-    """Executes one script as a notebook and writes it; on a failure nothing is written.
+    """Execute one script as a notebook and write it; on a failure nothing is written.
 
     Args:
         source: the percent script; its folder is the kernel's working directory.
@@ -127,7 +127,7 @@ def run_notebook(source, output, smallest=False):
 
 
 def read_script(source):
-    """The notebook of a percent script, without outputs and with ids and metadata that stay the same."""
+    """Return the notebook of a percent script, without outputs and with stable ids and metadata."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     for index, cell in enumerate(notebook.cells):
@@ -136,7 +136,7 @@ def read_script(source):
 
 
 def _set_parameters(notebook, name, values):
-    """Inserts a cell that sets these constants after the one tagged `parameters`, as papermill does."""
+    """Insert a cell that sets these constants after the one tagged `parameters`, as papermill does."""
     if not values:
         return
     place = next((i for i, cell in enumerate(notebook.cells) if "parameters" in _tags(cell)), None)
@@ -166,7 +166,7 @@ class _ThisInterpreter(KernelSpecManager):
 
 
 def execute(notebook, source):
-    """Runs all cells in place, in the script's folder.
+    """Run all cells in place, in the script's folder.
 
     Raises:
         UserError: a cell fails; the line names it, counted from 1 over all cells.

@@ -89,14 +89,14 @@ class Bench:
         self._losses = {}
 
     def write(self, part, **figures):
-        """Adds a line to the output and tells it."""
+        """Add a line to the output and tells it."""
         line = json.dumps({"part": part, **figures})
         with self.output.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         click.echo(line)
 
     def make_inputs(self):
-        """Writes the model and the images."""
+        """Write the model and the images."""
         start = time.perf_counter()
         if self.model == "sd15":
             self.model = self.folder / "sd15"
@@ -115,7 +115,7 @@ class Bench:
         return {**os.environ, **own, **variables}
 
     def _run(self, command, limit, until=None, **variables):
-        """Runs a command; returns its exit code, None if it took longer than `limit` seconds.
+        """Run a command; return its exit code, None if it took longer than `limit` seconds.
 
         Args:
             until: a path; the command is ended by SIGKILL as soon as that exists.
@@ -156,7 +156,7 @@ class Bench:
         return [str(each) for each in (*command, *arguments, *part.flags, *more)]
 
     def train(self, name):
-        """One part: trains, and writes what was measured."""
+        """One part: trains, and write what was measured."""
         part, run = PARTS[name], self.folder / name
         memory = self.folder / "memory.json"
         shutil.rmtree(run, ignore_errors=True)
@@ -213,7 +213,7 @@ class Bench:
 
 
 def make_images(folder, count, size):
-    """Writes square images with captions; returns what they are: "photographs" or "noise"."""
+    """Write square images with captions; return what they are: "photographs" or "noise"."""
     import numpy as np
     from PIL import Image
 

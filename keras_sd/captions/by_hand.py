@@ -1,7 +1,8 @@
-"""What people have written or changed in a folder of captions, told apart from what was written here.
+"""Tells captions that people wrote or edited from captions that this package generated.
 
-Digests of what was written are kept in `.captions/written.json`. What has another digest, or none, is
-someone's own: a caption in `metadata.jsonl` or in the text file of an image, or a line that was taken out.
+`.captions/written.json` keeps a digest of every caption that this package wrote. A caption with another
+digest, or with none, was written by hand. That holds for captions in `metadata.jsonl`, for the text file
+beside an image, and for lines that someone deleted.
 """
 
 import dataclasses
@@ -43,13 +44,13 @@ class MetadataLine(TypedDict):
 
 @dataclasses.dataclass
 class ByHand:
-    """What is someone's own.
+    """What people wrote, edited or deleted.
 
     Attributes:
         captions: caption in `metadata.jsonl` by file name of the image.
         texts: content of the text file, stripped, by file name of the image.
-        removed: file names whose line was taken out.
-        others: lines of images that are not in the folder, by file name.
+        removed: file names whose line was deleted.
+        others: lines about images that are not in the folder, by file name.
     """
 
     captions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -59,16 +60,16 @@ class ByHand:
 
     @property
     def names(self):
-        """File names of the images that need no other caption."""
+        """File names of the images that need no generated caption."""
         return self.captions.keys() | self.texts.keys() | self.removed
 
 
 class Written:
-    """The digests of what was written.
+    """The digests of the captions that this package wrote.
 
     Args:
         folder: the folder of images.
-        path: the file that keeps them.
+        path: the file that keeps the digests.
     """
 
     def __init__(self, folder, path):
@@ -76,15 +77,15 @@ class Written:
         try:
             found = read_json(path, WrittenFile, default={}, largest=_LARGEST_FILE)
         except UserError as error:
-            warnings.warn(f"{error}. All captions that are there count as someone's own", stacklevel=2)
+            warnings.warn(f"{error}. All existing captions count as written by hand", stacklevel=2)
             found = {}
-        # None stands for a caption that was there, and was someone's own.
+        # None stands for a caption that existed and was written by hand.
         self._kept = {kind: found.get(kind, {}) for kind in (_LINES, _TEXTS)}
-        # Of a run that was killed while it wrote: nobody knows how far it came.
+        # From a run that was killed while it wrote: each of these files may or may not have been written.
         self._begun = found.get("begun", {})
 
     def by_hand(self, names):
-        """A `ByHand` of those images.
+        """Return the `ByHand` of these images.
 
         Raises:
             UserError: `metadata.jsonl` or a text file cannot be read.
@@ -110,28 +111,28 @@ class Written:
         return _digest(content) in digests
 
     def begin(self, captions, texts, own):
-        """Remembers what is about to be written.
+        """Record what is about to be written.
 
         Args:
             captions: caption by file name.
             texts: content of the text file by file name.
-            own: file names whose caption, or its lack, is someone's own.
+            own: file names whose caption was written, or whose line was deleted, by hand.
         """
         self._begun = {_LINES: _digests(captions) | dict.fromkeys(own), _TEXTS: _digests(texts)}
         write_json(self.path, {**self._kept, "begun": self._begun}, indent=None)
 
     def end(self):
-        """Remembers that it has been."""
+        """Record that writing is complete."""
         self._kept = {_LINES: self._begun[_LINES], _TEXTS: self._kept[_TEXTS] | self._begun[_TEXTS]}
         self._begun = {}
         write_json(self.path, self._kept, indent=None)
 
 
 def read_lines(path):
-    """The lines of a `metadata.jsonl`, if there is one, by the file name that each is of.
+    """Return the lines of a `metadata.jsonl` by file name; empty if there is no such file.
 
     Raises:
-        UserError: a line is none of an image, or the second of one.
+        UserError: a line names no image, or an image has two lines.
     """
     remedy = "correct it, or replace the captions with `overwrite=True`"
     lines = {}
@@ -155,12 +156,12 @@ def _lines_of(path, remedy):
 
 
 def text_path(folder, name):
-    """The text file of an image."""
+    """Return the text file of an image."""
     return (Path(folder) / name).with_suffix(".txt")
 
 
 def read_text_file(path):
-    """What a text file says, or None if there is none.
+    """Return the content of a text file, or None if there is no such file.
 
     Raises:
         UserError: it cannot be read.
@@ -172,14 +173,14 @@ def read_text_file(path):
 
 
 def with_caption(line, caption):
-    """A line of `metadata.jsonl` with a caption; what else it says stays."""
+    """Return a line of `metadata.jsonl` with a new caption; its other keys stay."""
     if caption_of(line) == caption:
         return line
     return json.dumps({**json.loads(line), "text": caption}, ensure_ascii=False)
 
 
 def caption_of(line):
-    """The caption in a line of `metadata.jsonl`; empty where it has none."""
+    """Return the caption in a line of `metadata.jsonl`; empty where it has none."""
     text = json.loads(line).get("text")
     return text.strip() if isinstance(text, str) else ""
 

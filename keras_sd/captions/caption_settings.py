@@ -1,4 +1,4 @@
-"""How captions are made and cleaned."""
+"""The options of captioning and of cleaning captions."""
 
 import dataclasses
 import functools
@@ -16,16 +16,17 @@ from keras_sd.files.json_files import read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class CaptionSettings:
-    """How captions are made.
+    """How captions are generated.
 
     Attributes:
         mode: one of `interrogator.MODES`.
-        clip: as in `ranking.Clip`.
-        captioner: as in `captioner.Captioner`, or None.
-        vocabulary: file for each of `vocabulary.KINDS` that is wanted; empty, `clip-interrogator`'s own.
-        maximum_phrases: most phrases of a caption.
-        batch_size: images at a time.
-        low_memory: has the captioner go over all images before CLIP is loaded.
+        clip: model name, as `ranking.Clip` takes it.
+        captioner: model name, as `captioner.Captioner` takes it, or None.
+        vocabulary: path of a file by kind, from `vocabulary.KINDS`; empty for the lists of the package
+            `clip-interrogator`.
+        maximum_phrases: the largest number of phrases in a caption.
+        batch_size: images per batch.
+        low_memory: run the captioner over all images first and load CLIP afterwards.
     """
 
     mode: str = "best"
@@ -44,10 +45,10 @@ class CaptionSettings:
 
     @functools.cached_property
     def lists(self):
-        """The `Vocabulary`, read when first asked for and checked for the mode.
+        """The `Vocabulary`, read at the first access and checked for the mode.
 
         Raises:
-            UserError: as `Vocabulary.read`, or it has nothing for the mode.
+            UserError: as `Vocabulary.read`, or no list has phrases for the mode.
         """
         if self.mode == "caption":
             return Vocabulary()
@@ -56,7 +57,7 @@ class CaptionSettings:
         return vocabulary
 
     def identity(self):
-        """What captions of one data set have in common."""
+        """Return the settings that all captions of one data set must share, as a JSON dictionary."""
         identity = {"mode": self.mode, "captioner": self.captioner}
         if self.mode != "caption":
             identity |= {"clip": self.clip, "vocabulary": self.lists.digest()}
@@ -66,15 +67,15 @@ class CaptionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CleaningSettings:
-    """What is done to captions before they are written; the order and the reasons are `cleaning.Cleaner`'s.
+    """How captions are cleaned before they are written; see `cleaning.Cleaner` for the order of the steps.
 
     Attributes:
-        artists: names to be removed, or the path of a file of them; None leaves artists in.
-        patterns: regular expressions of what is to be removed.
-        product_type: such as "whisky"; stands in every caption.
-        introductions: JSON lines with `file_name` and `text`, a product's introduction for an image.
-        keywords: how many significant words of it are added.
-        maximum_tokens: longest caption in CLIP's tokens, without the marks of begin and end.
+        artists: names to remove, or the path of a file with one name a line; None keeps artists' names.
+        patterns: regular expressions; every match is removed.
+        product_type: a word such as "whisky" that every caption must contain.
+        introductions: path of a JSON Lines file with `file_name` and `text`, the product's introduction.
+        keywords: how many keywords of the introduction are added.
+        maximum_tokens: the largest length in CLIP tokens, without the begin and end tokens.
     """
 
     artists: tuple[str, ...] | str | None = None
@@ -85,7 +86,7 @@ class CleaningSettings:
     maximum_tokens: int | None = None
 
     def prepare(self):
-        """What cleans a caption: a function of an image's name and its caption that gives a `Cleaned`.
+        """Return the cleaning function: (file name, caption) -> `Cleaned`.
 
         Raises:
             UserError: a pattern is no regular expression; a file of names or of introductions cannot be read.

@@ -1,4 +1,4 @@
-"""A sentence for an image, by BLIP (Li et al., 2022, arXiv:2201.12086) as transformers has it."""
+"""One sentence for an image, by the BLIP model of transformers (Li et al., 2022, arXiv:2201.12086)."""
 
 from pathlib import Path
 
@@ -8,11 +8,12 @@ _NEW_TOKENS = 32
 
 
 class Captioner:
-    """Says in a sentence what an image shows.
+    """Describes an image in one sentence.
 
     Args:
         name: a hub id such as `Salesforce/blip-image-captioning-large`, or a folder of that layout.
-        device: where torch computes: "cpu", "cuda", "cuda:1", ... Off the CPU it computes in float16.
+        device: torch device: "cpu", "cuda", "cuda:1", ... The model runs in float32 on the CPU and in float16
+            elsewhere.
 
     Raises:
         UserError: transformers is not installed, or the model cannot be opened.
@@ -24,7 +25,7 @@ class Captioner:
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
         self.dtype = torch.float32 if str(device) == "cpu" else torch.float16
-        # Code beside the weights is neither run nor asked about, and a folder fetches nothing.
+        # Never run Python code that comes with the weights; never download for a local folder.
         options = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
         try:
             self._processor = BlipProcessor.from_pretrained(name, **options)
@@ -40,7 +41,7 @@ class Captioner:
         self._model = model.to(device).eval()
 
     def __call__(self, images):
-        """One sentence for each of a list of Pillow images."""
+        """Return one sentence for each of a list of Pillow images."""
         import torch
 
         inputs = self._processor(images=images, return_tensors="pt").to(self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""Captions without artists' names and what else is unwanted, with a product's words, and not too long."""
+"""Cleaning of captions: remove artists' names and other patterns, add product words, limit the length."""
 
 import dataclasses
 import re
@@ -6,15 +6,15 @@ import unicodedata
 
 from keras_sd.errors import UserError
 
-# Stands where something was taken out, so that only the phrases around it are mended.
+# Marks where something was removed, so that only the phrases around it are repaired.
 _GAP = "\0"
 
 _WORD = re.compile(r"[^\W_]+")
-# Between the words of a name wherever it is written; commas and the like ("Art & Language") only in some.
+# Characters that may stand between the words of any name; commas and the like only in some: "Art & Language".
 _INSIDE_NAMES = frozenset(" \t\n.-'’´`")
 _INSIDE_SOME_NAMES = _INSIDE_NAMES | frozenset(',&"/')
 
-# One-word names that are ordinary words as well: not taken for names without a sign that they are.
+# One-word names that are also ordinary words: they count as names only next to a word such as "by".
 _ORDINARY_NAMES = frozenset(
     "art artist banks bauhaus bell berry bird black blue bloom bond book bridge brook brown bush "
     "carpenter chance constant church cross day dean diamond dove field fish flowers forest fox "
@@ -37,7 +37,7 @@ _IN = re.compile(r"\bin\s+(?:the\s+|a\s+)?$")
 _AFTER = re.compile(r"(?:['’]s?)?(?P<style>[\s\-]*(?:inspired|esque|like|styles?|styled|stylized)\b)?")
 _BETWEEN = re.compile(r"\.?\s*(?:,\s*(?:and\s+|&\s*|or\s+)?|\s(?:and|or|with|x)\s|&|/|\+)\s*(?:by\s+)?")
 
-# "by" and words with capitals up to the end of a phrase: a name that no list has.
+# "by" and capitalised words up to the end of a phrase: a name that is in no list.
 _CAPITAL = r"(?-i:[A-ZÀ-ÖØ-Þ][\w.\-'’]*)"
 _NAME = rf"{_CAPITAL}(?:\s+(?:(?:van|von|der|den|de|da|di|du|la|le|el|al)\s+)*{_CAPITAL}){{0,3}}"
 _DRAWN = r"(?<!inspired )(?<!influenced )\b(?:(?:painted|drawn|illustrated|photographed|sculpted)\s+)?"
@@ -49,7 +49,7 @@ _NO_NAMES = frozenset(
 )
 _PLACES = frozenset("lake river mount sea st saint bay cape port fort the".split())
 
-# What may be left of a phrase when its name is gone, at either end, and as a whole.
+# Words to drop at either end of a phrase, or as a whole phrase, once the name is removed.
 _DANGLING = (
     r"(?:by|and|or|&|with|in|of|the|from|after|à la|a la|inspired by|influenced by|in the style of|style of)"
 )
@@ -61,12 +61,12 @@ _LEFT_OVER = re.compile(
 
 
 class ArtistRemover:
-    """Takes artists' names out of captions, with the words that lead to them.
+    """Removes artists' names from captions, together with the words that introduce them.
 
-    Known names go wherever they stand, in any case, with or without accents, full stops and hyphens: behind
-    "by", "inspired by", "in the style of", before "style", as a phrase of their own, inside a sentence. An
-    unknown name goes where "by" and words with capitals end a phrase. A name that is an ordinary word as
-    well ("Rose") goes only behind such words or, with a capital, as a phrase of its own.
+    Known names are removed everywhere, in upper or lower case, with or without accents, full stops and
+    hyphens: after "by", "inspired by" or "in the style of", before "style", as a phrase of their own and
+    inside a sentence. An unknown name is removed where "by" and capitalised words end a phrase. A name that
+    is also an ordinary word ("Rose") is removed only after such words or as a capitalised phrase of its own.
 
     Args:
         artists: names, such as the lines of a vocabulary file.
@@ -78,7 +78,7 @@ class ArtistRemover:
         self._longest = max(map(len, names.values()), default=0) + 2
 
     def __call__(self, caption):
-        """Returns the caption without names, the same if it has none, and the names as they stood there."""
+        """Return the caption without names, and the names as they were written in it."""
         folded, places = _folded(caption)
         spans, names = [], []
         for start, end, found in self._groups(folded, caption, places):
@@ -90,7 +90,7 @@ class ArtistRemover:
         return (mended(text) if names else caption), names
 
     def _groups(self, folded, caption, places):
-        """Yields (start, end, names) of runs of names in the caption, with the words around them."""
+        """Yield (start, end, names) of runs of names in the caption, with the words around them."""
         occurrences = self._occurrences(folded, caption, places)
         index = 0
         while index < len(occurrences):
@@ -115,7 +115,7 @@ class ArtistRemover:
             index += 1
 
     def _occurrences(self, folded, caption, places):
-        """The (start, end) of known names in the folded caption, the longest first at each place."""
+        """Return the (start, end) of known names in the folded caption, the longest name at each place."""
         words = list(_WORD.finditer(folded))
         found, index = [], 0
         while index < len(words):
@@ -128,7 +128,7 @@ class ArtistRemover:
         return found
 
     def _name_at(self, folded, words, index):
-        """How many words from this one on make the longest name; 0 if none does."""
+        """Return the number of words of the longest name that starts at this word; 0 if none does."""
         key, best, between = "", 0, frozenset()
         for count, word in enumerate(words[index : index + self._longest], start=1):
             if count > 1:
@@ -142,7 +142,7 @@ class ArtistRemover:
 
     @staticmethod
     def _is_name(folded, caption, places, word):
-        """Whether one word that is known as a name is meant as one here."""
+        """Return whether a single word that matches a name is used as a name here."""
         if word[0] not in _ORDINARY_NAMES:
             return True
         if _BEFORE.search(folded, 0, word.start()) or _AFTER.match(folded, word.end())["style"]:
@@ -157,7 +157,10 @@ def _words(name):
 
 
 def _folded(text):
-    """Lower case without accents, and for each of its characters, and the end, the place in the text."""
+    """Return the text in lower case without accents, and the index in the text of each of its characters.
+
+    The list of indices has one more entry for the end of the text.
+    """
     characters, places = [], []
     for place, character in enumerate(text):
         for part in unicodedata.normalize("NFKD", character).lower():
@@ -185,7 +188,7 @@ def _without_unknown(text):
 
 
 def mended(text):
-    """Closes the gaps in a caption; phrases between commas that have none stay as they are."""
+    """Repair the phrases of a caption from which something was removed; other phrases stay as they are."""
     phrases = []
     for phrase in text.split(","):
         if _GAP in phrase:
@@ -204,7 +207,7 @@ def mended(text):
 
 @dataclasses.dataclass(frozen=True)
 class Cleaned:
-    """A cleaned caption, the artists' names taken out of it, and how many phrases its length has cost."""
+    """A cleaned caption, the artists' names removed from it, and how many phrases the length limit cut."""
 
     text: str
     artists: tuple[str, ...] = ()
@@ -212,18 +215,19 @@ class Cleaned:
 
 
 class Cleaner:
-    """Cleans captions: removes, then adds, then shortens.
+    """Cleans captions in four steps.
 
-    First artists go, as the user's expressions may break the words that tell a name; then what these
-    match; then the product type and the keywords are added, which a removal would touch otherwise; and last
-    comes the length. There the phrases found by CLIP give way first, from the end, where they fit least; then
-    the keywords; then words at the end of the sentence. The product type stays.
+    1. Remove artists' names. This comes first, as the user's patterns might remove words such as "by".
+    2. Remove what the user's patterns match.
+    3. Add the product type and the keywords, after the removals, so that they are not removed again.
+    4. Shorten to the limit: first drop CLIP's phrases from the end, where they fit least, then the keywords,
+       then words at the end of the sentence. The product type always stays.
 
     Args:
-        artists: names to remove; None leaves artists in.
+        artists: names to remove; None keeps artists' names.
         patterns: regular expressions.
-        product_type: put before a caption that does not say it.
-        maximum_tokens: the length limit, as `count_tokens(text)` counts.
+        product_type: put before a caption that does not contain it.
+        maximum_tokens: the length limit, in the unit of `count_tokens(text)`.
 
     Raises:
         UserError: a pattern is no regular expression.
@@ -236,7 +240,7 @@ class Cleaner:
         self._maximum_tokens, self._count_tokens = maximum_tokens, count_tokens
 
     def __call__(self, caption, keywords=()):
-        """Returns the caption as `Cleaned`, with the keywords that it does not hold already."""
+        """Return the caption as `Cleaned`, with those keywords that it does not contain yet."""
         artists = []
         if self._remove_artists is not None:
             caption, artists = self._remove_artists(caption)

@@ -1,8 +1,8 @@
-"""A folder of OpenCLIP's, opened for torch without following what it names.
+"""Opens an OpenCLIP folder in torch without running code from it.
 
-open_clip hands what `open_clip_config.json` says to timm and transformers, whose `trust_remote_code` runs
-Python beside the weights. Here the folder is read by this package's own readers, and open_clip gets a config
-that was written anew, of numbers only.
+open_clip passes names from `open_clip_config.json` on to timm and transformers, whose `trust_remote_code` can
+run Python files beside the weights. This module reads the folder with the readers of this package and gives
+open_clip a new config that holds numbers only.
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from keras_sd.files.json_files import read_json
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.weights.open_clip import CONFIG_NAME, open_clip_config, open_clip_tensors, read_open_clip
 
-# As open_clip looks for them.
+# In the order in which open_clip looks for them.
 _WEIGHTS = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
     *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
     *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
 )
 
-# Entries of a config for which open_clip goes to another library.
+# Config entries for which open_clip calls another library.
 _FOREIGN = {
     "text_cfg": ("hf_model_name", "tokenizer_kwargs", "tokenizer_mode"),
     "vision_cfg": ("timm_model_name",),
@@ -29,16 +29,16 @@ _FOREIGN = {
 
 
 def open_folder(folder, device):
-    """Opens a CLIP with a vision transformer and its own text transformer.
+    """Open a CLIP with a vision transformer and its own text transformer.
 
     Args:
-        folder: with `open_clip_config.json` and the weights. If its `text_cfg` has a `hf_tokenizer_name`, the
-            tokenizer's files lie there too; otherwise the tokens are CLIP's own.
-        device: where torch computes.
+        folder: holds `open_clip_config.json` and the weights. If its `text_cfg` has a `hf_tokenizer_name`,
+            the folder must hold the tokenizer's files too; otherwise CLIP's own tokenizer is used.
+        device: torch device.
 
     Returns:
-        The torch model, a function that makes a tensor of a Pillow image, and one that makes a tensor of ids
-        `(n, tokens)` of a list of texts.
+        The torch model, a function from a Pillow image to a tensor, and a function from a list of texts to
+        token ids `(n, tokens)`.
 
     Raises:
         UserError: something is missing, damaged, or asks for another library.
@@ -82,7 +82,7 @@ def _checked_config(folder):
         found = next((name for name in names if values.get(name)), None)
         if found:
             raise UserError(
-                f"{path}: {tower} {found} asks for another library, which is not done for a folder; give a "
+                f"{path}: {tower} {found} needs another library, which is not allowed for a folder; give a "
                 "CLIP with a vision transformer, or open_clip's name of the model and the file: NAME/FILE"
             )
     return entries
@@ -96,7 +96,7 @@ def _weights_file(folder):
 
 
 def _tokenize(folder, text_cfg, length, vocabulary_size):
-    """The function that turns texts into ids, each text cut to the model's length."""
+    """Return the function from texts to token ids `(n, length)`; longer texts are cut."""
     import open_clip
     import torch
 

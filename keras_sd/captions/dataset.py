@@ -1,7 +1,7 @@
-"""From a folder of images to a data set: captions are made, cleaned, and written as `metadata.jsonl`.
+"""Turns a folder of images into a data set: generates captions, cleans them and writes `metadata.jsonl`.
 
-What the models said is kept in `.captions` inside the folder, a journal for each shard, so a run that was
-killed goes on where it was, and cleaning can be changed without describing an image again.
+The uncleaned captions are kept in `.captions` inside the folder, one journal for each shard. So a run that
+was killed resumes where it stopped, and the cleaning can be changed without captioning an image again.
 """
 
 import collections
@@ -31,11 +31,11 @@ from keras_sd.files.writing import utf8, write_json, write_text
 
 JOURNALS = ".captions"
 _SETTINGS, _WRITTEN = "settings.json", "written.json"
-_SMALLEST_SIDE = 1024  # of images that are shown to models, which take 224 to 384 pixels
+_SMALLEST_SIDE = 1024  # larger images are shrunk to this; the models see 224 to 384 pixels
 
 
 class Entry(TypedDict):
-    """The shape of a line in a journal of captions: what was said of an image, or why nothing was."""
+    """The shape of a line in a journal of captions: the caption of an image, or why it has none."""
 
     file_name: str
     text: NotRequired[str]
@@ -44,17 +44,17 @@ class Entry(TypedDict):
 
 @dataclasses.dataclass
 class Summary:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        images: how many there are in the folder.
-        captions: text by file name, in the order of the names; empty while shards are missing.
-        missing: images that other shards have not described yet.
-        passed_over: fault by file name.
+        images: number of images in the folder.
+        captions: caption by file name, sorted by name; empty while shards are missing.
+        missing: number of images that other shards have not captioned yet.
+        passed_over: the fault by file name, for images without a caption.
         artists: how often each name was removed.
-        cut: phrases left out for the sake of length.
-        kept: captions that were there before or have been changed by hand, and stay.
-        removed: images whose line was taken out by hand, and that stay without one.
+        cut: number of phrases that the length limit cut.
+        kept: number of captions written or edited by hand; they stay.
+        removed: number of images whose line was deleted by hand; they stay without a caption.
     """
 
     images: int
@@ -68,16 +68,16 @@ class Summary:
 
 
 class CaptionedFolder:
-    """A folder of images and what has been said of them.
+    """A folder of images and their captions.
 
     Args:
-        folder: the folder, which `metadata.jsonl` and `.captions` are written into.
+        folder: the folder; `metadata.jsonl` and `.captions` are written into it.
         settings: a `CaptionSettings`.
-        overwrite: begin anew where there are captions of another kind, and replace what people have written
-            or changed.
+        overwrite: start again where the captions have other settings, and replace captions that people wrote
+            or edited.
 
     Raises:
-        UserError: there is no image, or there are captions of another model, mode or vocabulary.
+        UserError: there is no image, or existing captions have another model, mode or vocabulary.
     """
 
     def __init__(self, folder, settings, overwrite=False):
@@ -96,7 +96,7 @@ class CaptionedFolder:
         self.outside[self._name(path)] = str(error)
 
     def _check_settings(self):
-        """Whether there are journals of other settings; refuses without `overwrite`."""
+        """Return whether the journals have other settings; without `overwrite` that is a UserError."""
         identity, path = self.settings.identity(), self.journals / _SETTINGS
         if path.is_file():
             try:
@@ -116,7 +116,7 @@ class CaptionedFolder:
         return False
 
     def _has_texts(self):
-        """Whether anything has been said of any image; nothing is lost otherwise."""
+        """Return whether any journal holds a caption; without one, nothing would be lost."""
         return any(
             "text" in entry for path in self.journals.glob("*.jsonl") for entry in read_journal(path, Entry)
         )
@@ -127,10 +127,10 @@ class CaptionedFolder:
         return Written(self.folder, self.journals / _WRITTEN).by_hand(self.names)
 
     def begin(self):
-        """Makes the folder of journals, empty of those of other settings."""
+        """Create the folder of journals, and delete journals of other settings."""
         if self._stale:
             for path in self.journals.glob("*.jsonl"):
-                with Journal(path):  # refuses where another run is at work
+                with Journal(path):  # a UserError if another run has it open
                     path.unlink()
             (self.journals / _SETTINGS).unlink(missing_ok=True)
             self._stale = False
@@ -139,7 +139,7 @@ class CaptionedFolder:
             write_json(self.journals / _SETTINGS, self.settings.identity())
 
     def described(self, kind="captions"):
-        """What all shards have said, text by file name, and the fault of what could not be read."""
+        """Return the captions of all shards and the faults of unreadable images, both by file name."""
         texts, faults = {}, {}
         if not self._stale:
             for path in sorted(self.journals.glob(f"{kind}-*.jsonl")):
@@ -151,11 +151,11 @@ class CaptionedFolder:
         return texts, {name: fault for name, fault in faults.items() if name not in texts}
 
     def lines(self):
-        """How many lines the journals of captions have; grows by one for each image that was looked at."""
+        """Return the number of lines in the journals of captions: one for each image processed so far."""
         return count_lines(self.journals)
 
     def missing(self, shard_index=0, num_shards=1, kind="captions"):
-        """The names of a shard's images that nothing has been said of, by a model or by hand."""
+        """Return the names of a shard's images that have no caption yet, neither generated nor by hand."""
         if not 0 <= shard_index < num_shards:
             raise UserError(f"shard {shard_index} of {num_shards}: out of range; count shards from 0")
         texts, _ = self.described(kind)
@@ -163,17 +163,17 @@ class CaptionedFolder:
         return [name for name in self.names[shard_index::num_shards] if name not in known]
 
     def journal(self, shard_index, num_shards, kind="captions"):
-        """The `Journal` of a shard."""
+        """Return the `Journal` of a shard."""
         return Journal(self.journals / f"{kind}-{shard_index}-of-{num_shards}.jsonl")
 
     def write(self, clean=None, text_files=False):
-        """Cleans what has been said and writes `metadata.jsonl`, once every image was looked at.
+        """Clean the captions and write `metadata.jsonl`, once every image was processed.
 
-        Lines and text files that people have written or changed stay, as does the lack of a line that they
-        have taken out. The text file of an image whose line nobody has changed says what goes into it.
+        Lines and text files that people wrote or edited stay, and lines that they deleted stay deleted. If
+        only the text file of an image was edited, its content becomes the caption in `metadata.jsonl`.
 
         Args:
-            clean: what `CleaningSettings.prepare` gives; None writes what the models said.
+            clean: the function from `CleaningSettings.prepare`; None cleans nothing.
             text_files: write a `.txt` beside each image too.
 
         Returns:
@@ -182,7 +182,7 @@ class CaptionedFolder:
         clean = clean or CleaningSettings().prepare()
         texts, faults = self.described()
         faults |= self.outside
-        own = self.by_hand = self._find_by_hand()  # again, as describing takes long
+        own = self.by_hand = self._find_by_hand()  # again: people may have edited captions meanwhile
         known = texts.keys() | faults.keys() | own.names
         missing = [name for name in self.names if name not in known]
         faults = {name: fault for name, fault in sorted(faults.items()) if name not in own.names}
@@ -198,7 +198,7 @@ class CaptionedFolder:
         return summary
 
     def _caption(self, name, cleaned, summary):
-        """The caption of an image, or None; counts in the summary what it is."""
+        """Return the caption of an image, or None, and count it in the summary."""
         own = self.by_hand
         if name in own.removed:
             summary.removed += 1
@@ -216,11 +216,11 @@ class CaptionedFolder:
         return cleaned.text
 
     def _write(self, captions, said, text_files):
-        """Writes `metadata.jsonl`, and text files where they are not someone's own.
+        """Write `metadata.jsonl`, and those text files that nobody wrote or edited by hand.
 
         Args:
             captions: caption by file name.
-            said: what the models said, cleaned, by file name.
+            said: cleaned caption of the models by file name.
         """
         own, lines = self.by_hand, self._lines()
         content = [
@@ -242,7 +242,7 @@ class CaptionedFolder:
         written.end()
 
     def _lines(self):
-        """The lines that there are; those of a damaged file are given up with `overwrite` alone."""
+        """Return the existing lines; the lines of a damaged file are lost, but only with `overwrite`."""
         try:
             return read_lines(self.folder / METADATA)
         except UserError:
@@ -251,7 +251,7 @@ class CaptionedFolder:
             return {}
 
     def check_text_files(self):
-        """Makes sure that no two images would share a text file.
+        """Make sure that no two images would share a text file.
 
         Raises:
             UserError: two would.
@@ -263,10 +263,10 @@ class CaptionedFolder:
 
 
 def caption_folder(folder, settings=None, cleaning=None, **options):
-    """Captions a folder in this process, cleans the captions and writes `metadata.jsonl`.
+    """Caption a folder in this process, cleans the captions and write `metadata.jsonl`.
 
     Args:
-        folder: images, those of its sub-folders included, `validation` left out.
+        folder: the images, those in sub-folders included, except `validation`.
         settings: a `CaptionSettings`.
         cleaning: a `CleaningSettings`.
         options: `overwrite` of `CaptionedFolder`, and those of `caption_shard`.
@@ -284,17 +284,17 @@ def caption_folder(folder, settings=None, cleaning=None, **options):
 
 
 def caption_shard(captioned, shard_index=0, num_shards=1, device="cpu", threads=None, advance=None):
-    """Describes those images of a shard that have not been, and writes them to its journal.
+    """Caption the remaining images of a shard and append the captions to its journal.
 
     Args:
         captioned: a `CaptionedFolder`.
         shard_index, num_shards: of every `num_shards` images the one numbered `shard_index`, from 0.
-        device: where torch computes.
-        threads: how many it uses on a CPU; None leaves that to torch.
+        device: torch device.
+        threads: CPU threads of torch; None for torch's default.
         advance: called with the number of images after each batch.
     """
     settings = captioned.settings
-    captioned.missing(shard_index, num_shards)  # refuses a wrong shard before a model is loaded
+    captioned.missing(shard_index, num_shards)  # a UserError for a wrong shard, before a model is loaded
     captioned.begin()
     if threads is not None:
         _limit_threads(threads)
@@ -335,7 +335,7 @@ def _open_interrogator(settings, device, with_captioner):
 
 
 def _describe(captioned, names, journal, describe, advance):
-    """Reads images, one batch ahead, and journals what `describe(images, names)` says of them."""
+    """Read images, one batch ahead, and append the captions of `describe(images, names)` to the journal."""
     parent, size = os.getppid(), captioned.settings.batch_size
     batches = [names[start : start + size] for start in range(0, len(names), size)]
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
@@ -348,7 +348,7 @@ def _describe(captioned, names, journal, describe, advance):
             entries = [{"file_name": n, "text": t} for n, t in zip(images, texts, strict=True)]
             journal.append(entries + [{"file_name": n, "fault": fault} for n, fault in faults.items()])
             advance(len(batch))
-            if os.getppid() != parent:  # whoever started this process was killed
+            if os.getppid() != parent:  # the parent process was killed
                 break
 
 
@@ -366,12 +366,12 @@ def _limit_threads(threads):
     try:
         import torch
     except ModuleNotFoundError:
-        return  # said when a model is opened
+        return  # the UserError comes when a model is opened
     torch.set_num_threads(threads)
 
 
 def _free():
-    """Gives memory back that a model had."""
+    """Free the memory of a deleted model."""
     gc.collect()
     import torch
 

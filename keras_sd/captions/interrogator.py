@@ -1,4 +1,4 @@
-"""Captions out of a sentence and a vocabulary, in the ways that CLIP Interrogator made known."""
+"""Builds captions from a sentence and a vocabulary, in the modes of CLIP Interrogator."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from keras_sd.captions.ranking import top_k
 from keras_sd.errors import UserError
 
 MODES = ("best", "fast", "classic", "negative", "caption")
-"""From the slowest and closest to the image; `negative` collects what it is not, for a negative prompt."""
+"""`best` is the slowest and fits the image best. `negative` collects what the image is not."""
 
 _CLASSIC_FLAVORS = 3
 _CHAIN_CANDIDATES = 2048
@@ -17,10 +17,10 @@ class Interrogator:
     """Describes images.
 
     Args:
-        clip: a `ranking.Clip`; None where only sentences are wanted.
+        clip: a `ranking.Clip`; may be None for the mode "caption".
         vocabulary: a `vocabulary.Vocabulary`.
-        captioner: a `captioner.Captioner`, or None, and captions are of the vocabulary alone.
-        maximum_phrases: how many phrases a caption gets at the most.
+        captioner: a `captioner.Captioner`; None for captions of phrases alone.
+        maximum_phrases: the largest number of phrases in a caption.
     """
 
     def __init__(self, clip, vocabulary, captioner=None, maximum_phrases=32):
@@ -28,18 +28,18 @@ class Interrogator:
         self.maximum_phrases = maximum_phrases
 
     def describe(self, images, mode="best", sentences=None):
-        """One caption for each image.
+        """Return one caption for each image.
 
         Args:
             images: list of Pillow images in RGB.
             mode: one of `MODES`. `caption` is the sentence alone; `fast` adds the phrases that fit the
-                image best; `classic` a medium, an artist, a site, a movement and three flavours; `best`
-                builds the caption up phrase by phrase, each time the one that brings it closest to the
-                image, and takes the closest of all four.
-            sentences: what the captioner said, where that is known already.
+                image best; `classic` adds a medium, an artist, a site, a movement and three flavours; `best`
+                adds phrase after phrase, each time the one that brings the caption closest to the image, and
+                returns the closest of all four; `negative` collects the phrases that fit worst.
+            sentences: the captioner's sentences, if they are known already.
 
         Raises:
-            UserError: the mode is unknown, or the vocabulary has nothing for it.
+            UserError: the mode is unknown, or the vocabulary has no phrases for it.
         """
         if mode not in MODES:
             raise UserError(f"mode {mode!r}: unknown; use {', '.join(MODES)}")
@@ -52,7 +52,7 @@ class Interrogator:
         return getattr(self, f"_{mode}")(sentences, features)
 
     def rank(self, features, phrases, count, lowest=False):
-        """The `count` phrases that fit each image best, or worst: a list of lists.
+        """Return the `count` phrases that fit each image best, or worst: a list of lists.
 
         Args:
             features: images as `Clip.encode_images` gives them, float32 (n, d).
@@ -87,7 +87,7 @@ class Interrogator:
     def _best(self, sentences, features):
         count = max(_CHAIN_CANDIDATES, self.maximum_phrases)
         candidates = self.rank(features, self.vocabulary.phrases, count)
-        # The best of the candidates are what `fast` would look for.
+        # The first candidates are the phrases that `fast` would find.
         classic, fast = self._classic(sentences, features), self._with_phrases(sentences, candidates)
         captions = []
         for row, image in enumerate(features):
@@ -106,9 +106,9 @@ class Interrogator:
         return captions
 
     def _chain(self, image, caption, candidates, lowest=False):
-        """Adds the phrase that changes the similarity most, again and again, while it gets better.
+        """Add the phrase that improves the similarity most, again and again, until none improves it.
 
-        The first `_CHAIN_MINIMUM` are added whether it does or not: a single phrase seldom beats a sentence.
+        The first `_CHAIN_MINIMUM` phrases are always added: a single phrase seldom improves on a sentence.
         """
         sign = -1 if lowest else 1
         candidates = list(candidates)
@@ -130,7 +130,7 @@ class Interrogator:
 
 
 def check_vocabulary(vocabulary, mode):
-    """Makes sure that there are phrases for a mode.
+    """Make sure that there are phrases for a mode.
 
     Raises:
         UserError: there are none.
@@ -143,5 +143,5 @@ def check_vocabulary(vocabulary, mode):
 
 
 def _joined(*phrases):
-    """Distinct phrases with commas between them; what the sentence says already is not said again."""
+    """Return the distinct phrases, joined by commas."""
     return ", ".join(dict.fromkeys(phrase for phrase in phrases if phrase))

@@ -1,4 +1,4 @@
-"""What has been done so far, a line for each image, safe against a kill at any moment."""
+"""An append-only file of results, one JSON line for each image, safe against a kill at any moment."""
 
 import json
 import os
@@ -10,15 +10,15 @@ from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, parse_json, read_bytes
 from keras_sd.files.writing import utf8
 
-# What a run that was killed has left running notices it within a batch.
+# Seconds to wait for a lock: a worker whose parent was killed ends within one batch.
 _PATIENCE = 60
 _LARGEST_FILE = 512 * MIB  # captions of some millions of images
 
 
 class Journal:
-    """A file of JSON lines that one process appends to. Use it in a `with` statement.
+    """A JSON Lines file that one process appends to. Use it in a `with` statement.
 
-    A line that was cut off by a kill is taken away; all others were synced to disk.
+    Opening removes a last line that a kill has cut off. All other lines were synced to disk.
 
     Raises:
         UserError: another process has it open.
@@ -33,12 +33,12 @@ class Journal:
             try:
                 self._lock.acquire(timeout=min(_PATIENCE, 1))
             except filelock.Timeout:
-                line = f"{self.path}: another run is at work on this shard; waiting {_PATIENCE} s for its end"
+                line = f"{self.path}: another run is working on this shard; waiting {_PATIENCE} s for its end"
                 warnings.warn(line, stacklevel=2)
                 self._lock.acquire(timeout=_PATIENCE)
         except filelock.Timeout as error:
             raise UserError(
-                f"{self.path}: another run is at work on this shard; wait for it, or choose another shard"
+                f"{self.path}: another run is working on this shard; wait for it, or choose another shard"
             ) from error
         self._file = open(self.path, "ab")
         end = len(_whole_lines(self.path))
@@ -51,7 +51,7 @@ class Journal:
         self._lock.release()
 
     def append(self, entries):
-        """Adds dictionaries, and returns once they are on disk."""
+        """Add dictionaries, and return once they are on disk."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         self._file.write(utf8(lines))
         self._file.flush()
@@ -59,9 +59,10 @@ class Journal:
 
 
 def read_journal(path, shape=dict):
-    """The entries, in order; nothing if there is no such file. The last line may be just being written.
+    """Return the entries in order; an empty list if there is no such file.
 
-    Lines that are no entries of the shape are left out with a warning: what they said is said again.
+    An incomplete last line is ignored, as another process may be writing it. Damaged lines are left out with
+    a warning, and their images are captioned again.
     """
     entries, faults = [], []
     for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], start=1):
@@ -77,13 +78,13 @@ def read_journal(path, shape=dict):
 
 
 def count_lines(folder):
-    """How many lines the journals of captions in a folder have, which costs less than reading them."""
+    """Return the number of lines in a folder's journals of captions, without parsing them."""
     return sum(_whole_lines(path).count(b"\n") for path in folder.glob("captions-*.jsonl"))
 
 
 def _whole_lines(path):
     try:
-        text = read_bytes(path, _LARGEST_FILE, "move it away; what it says is said again")
+        text = read_bytes(path, _LARGEST_FILE, "move it away; its images are then captioned again")
     except FileNotFoundError:
         text = b""
     return text[: text.rfind(b"\n") + 1]

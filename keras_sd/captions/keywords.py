@@ -1,4 +1,4 @@
-"""The significant words of texts, such as products' introductions: TF-IDF over the set.
+"""Keywords of texts such as product introductions, by TF-IDF over the whole set.
 
 Spärck Jones, "A Statistical Interpretation of Term Specificity and Its Application in Retrieval", 1972.
 """
@@ -17,19 +17,19 @@ _NO_NOUNS = {"非自立", "代名詞", "数", "接尾", "副詞可能"}
 
 
 def keywords(texts, count=5):
-    """The most significant words of each text.
+    """Return the most significant words of each text.
 
-    A word counts more the oftener it stands in a text and the fewer texts it stands in; words of all texts
-    come last. Japanese, told by its script, is taken apart into nouns and adjectives; of other languages
-    words with a digit or English stop words at most are left out.
+    A word counts more the more often it occurs in a text and the fewer texts it occurs in; words that occur
+    in all texts come last. Japanese, recognised by its script, is split into nouns and adjectives. In other
+    languages only English stop words and words with a digit are left out.
 
     Args:
-        texts: strings, HTML allowed.
-        count: how many words of each.
+        texts: strings; HTML is allowed.
+        count: number of words for each text.
 
     Returns:
-        A list of words for each text, the most significant first, in the form in which they stand there most
-        often; fewer where a text has fewer.
+        A list of words for each text, the most significant first, each in its most frequent spelling; fewer
+        than `count` if a text has fewer.
 
     Raises:
         UserError: scikit-learn, or for Japanese janome, is not installed.

@@ -1,4 +1,4 @@
-"""How well a phrase fits an image: a CLIP of open_clip, and exact search among many phrases."""
+"""Ranks phrases for an image: OpenCLIP embeddings, and exact nearest-neighbour search."""
 
 import contextlib
 import difflib
@@ -21,14 +21,15 @@ _QUERIES = 64
 
 
 class Clip:
-    """Images and texts as unit vectors of one space (Radford et al., 2021, arXiv:2103.00020).
+    """Embeds images and texts as unit vectors in one space (Radford et al., 2021, arXiv:2103.00020).
 
     Args:
-        name: an open_clip model and its weights, as in `ViT-L-14/openai` (Stable Diffusion 1 was trained with
-            it) or `ViT-H-14/laion2b_s32b_b79k` (2); the weights may be a file too: `ViT-L-14/my/clip.pt`.
-            Or a folder with `open_clip_config.json` and `open_clip_model.safetensors`.
-        device: where torch computes: "cpu", "cuda", "cuda:1", ...
-        cache_folder: where the vectors of long lists of phrases are kept; None keeps none.
+        name: an open_clip model and its weights, such as `ViT-L-14/openai` (the CLIP of Stable Diffusion 1)
+            or `ViT-H-14/laion2b_s32b_b79k` (Stable Diffusion 2). The weights may be a file:
+            `ViT-L-14/my/clip.pt`. Or a folder with `open_clip_config.json` and
+            `open_clip_model.safetensors`.
+        device: torch device: "cpu", "cuda", "cuda:1", ...
+        cache_folder: where the embeddings of long lists of phrases are cached; None for no cache.
 
     Raises:
         UserError: open_clip is not installed, does not know the model or cannot get its weights.
@@ -41,7 +42,7 @@ class Clip:
         self._vectors = {}
 
     def encode_images(self, images):
-        """Unit vectors float32 (n, d) of a list of Pillow images."""
+        """Return the embeddings of a list of Pillow images: unit vectors, float32 (n, d)."""
         import torch
 
         pixels = torch.stack([self._preprocess(image) for image in images]).to(self.device)
@@ -49,7 +50,7 @@ class Clip:
             return self._model.encode_image(pixels, normalize=True).float().cpu().numpy()
 
     def encode_texts(self, texts):
-        """Unit vectors float32 (n, d) of texts, each of which is cut to the model's length."""
+        """Return the embeddings of texts, each cut to the model's length: unit vectors, float32 (n, d)."""
         import torch
 
         vectors = []
@@ -60,9 +61,9 @@ class Clip:
         return np.concatenate(vectors)
 
     def phrase_vectors(self, phrases):
-        """As `encode_texts`, kept in memory and on disk for a list of phrases that comes again.
+        """Return the same as `encode_texts`, cached in memory and on disk for a list that is used again.
 
-        The file is named by the text tower's weights and the list, so that it is never another one's.
+        The file name is a digest of the text tower's weights and of the list.
         """
         phrases = tuple(phrases)
         if phrases not in self._vectors:
@@ -80,7 +81,7 @@ class Clip:
             try:
                 write_safetensors(path, {"vectors": vectors})
             except UserError as error:
-                warnings.warn(f"{error}; they will be computed again", stacklevel=2)
+                warnings.warn(f"{error}; the next run computes them again", stacklevel=2)
         return vectors
 
     @functools.cached_property
@@ -97,7 +98,7 @@ def _read_vectors(path, count):
         return None
     try:
         vectors = load_file(path)["vectors"]
-    except (SafetensorError, KeyError, OSError):  # damaged: made again
+    except (SafetensorError, KeyError, OSError):  # damaged: compute it again
         return None
     return vectors if len(vectors) == count else None
 
@@ -132,7 +133,7 @@ def _cannot_be_opened(name, error):
 
 
 def _check_name(open_clip, identifier, pretrained):
-    """Raises a UserError for a name that open_clip does not know; returns its tokenizer's options."""
+    """Raise a UserError for a name that open_clip does not know; return its tokenizer's options."""
     models = open_clip.list_models()
     if identifier not in models:
         near = difflib.get_close_matches(identifier, models, n=3, cutoff=0.3)
@@ -149,16 +150,16 @@ def _check_name(open_clip, identifier, pretrained):
     for hub_name in (text.get("hf_model_name"), text.get("hf_tokenizer_name")):
         if hub_name and Path(hub_name).exists():
             raise UserError(
-                f"CLIP {identifier}: the folder {hub_name} here would be taken for what it needs from the "
-                "hub; rename it, or start from another place"
+                f"CLIP {identifier}: the local folder {hub_name} would be used in place of the hub's "
+                "repository; rename it, or start from another folder"
             )
-    # transformers asks on the terminal whether to run what a repository brings, unless it is told not to.
+    # By default, transformers asks on the terminal whether to run a repository's code.
     return {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
 
 
 @contextlib.contextmanager
 def _quiet():
-    """open_clip tells its loading on the root logger."""
+    """Silence the root logger, which open_clip writes to while it loads."""
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:
@@ -168,25 +169,25 @@ def _quiet():
 
 
 def top_k(queries, keys, count, lowest=False):
-    """The `count` keys with the largest inner products with each query, exactly.
+    """Return the `count` keys with the largest inner product with each query, exactly.
 
-    Products in single precision name the candidates, within their largest possible rounding error; products
-    in double precision order these. Equal products go by the lowest index.
+    Single precision selects the candidates, with a margin for the largest possible rounding error; double
+    precision sorts them. Of equal products the lowest index comes first.
 
     Args:
         queries: float32 (n, d).
         keys: float32 (m, d).
-        count: how many; all where there are fewer keys.
-        lowest: the smallest products instead, the smallest first.
+        count: number of keys; all if there are fewer.
+        lowest: return the smallest products instead, the smallest first.
 
     Returns:
-        Indices into the keys (n, count), the best first, and their products float64 (n, count).
+        Indices into the keys (n, count), the best first, and their products, float64 (n, count).
     """
     count = min(count, len(keys))
     sign = np.float32(-1 if lowest else 1)
     indices = np.empty((len(queries), count), dtype=np.int64)
     products = np.empty((len(queries), count))
-    # A sum of d products, each side rounded: Higham, "Accuracy and Stability of Numerical Algorithms", 3.1.
+    # Error bound of a dot product: Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1.
     length = np.linalg.norm(keys, axis=1).max(initial=0.0)
     error = (keys.shape[1] + 2) * 2.0**-24 * np.linalg.norm(queries, axis=1) * length
     for start in range(0, len(queries), _QUERIES):

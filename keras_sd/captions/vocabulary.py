@@ -1,4 +1,4 @@
-"""The phrases that images are described with: artists, media, movements, flavours, and what is unwanted."""
+"""Lists of phrases for captions: artists, media, movements, flavours and negative phrases."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_text
 
 KINDS = ("artists", "mediums", "movements", "flavors", "negative")
-"""The lists, by the names of their files in `clip-interrogator`, an optional package that has them all."""
+"""The kinds of lists, named as the files of the optional package `clip-interrogator`."""
 
 _LARGEST_FILE = 64 * MIB
 _SITES = ("Artstation", "behance", "cg society", "deviantart", "dribbble", "flickr", "instagram", "pexels")
@@ -34,14 +34,14 @@ class Vocabulary:
 
     @classmethod
     def read(cls, **paths):
-        """Reads the lists from text files, one phrase a line.
+        """Read the lists from text files, one phrase a line.
 
         Args:
-            paths: file for each of `KINDS` that is wanted. Without any, all lists are those of the installed
-                package `clip-interrogator`.
+            paths: path of a file by kind, from `KINDS`. Without any, all lists of the installed package
+                `clip-interrogator` are read.
 
         Raises:
-            UserError: a file is missing, empty or not UTF-8, or there is no file and no such package.
+            UserError: a file is missing, empty or not UTF-8, or no file is given and the package is missing.
         """
         paths = {kind: path for kind, path in paths.items() if path is not None}
         if not paths:
@@ -51,29 +51,29 @@ class Vocabulary:
 
     @functools.cached_property
     def styles(self):
-        """What artists stand for in a caption: by them, or inspired by them."""
+        """The phrases for artists: "by ..." and "inspired by ..."."""
         return tuple(f"{word} {artist}" for word in ("by", "inspired by") for artist in self.artists)
 
     @functools.cached_property
     def sites(self):
-        """Where such images are shown; part of the vocabulary where there are artists."""
+        """Phrases for web sites that show images; empty if there are no artists."""
         return _SITES_PHRASES if self.artists else ()
 
     @functools.cached_property
     def phrases(self):
-        """All that may describe an image, without doubles."""
+        """All distinct phrases, except the negative ones."""
         return tuple(
             dict.fromkeys((*self.styles, *self.flavors, *self.mediums, *self.movements, *self.sites))
         )
 
     def digest(self):
-        """A name for these lists, 16 hexadecimal digits."""
+        """Return a digest of the lists, 16 hexadecimal digits."""
         text = "\n".join(f"{kind}\t{phrase}" for kind in KINDS for phrase in getattr(self, kind))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_phrases(path):
-    """The lines of a text file, blank ones left out; warns of doubled ones, which count once.
+    """Return the distinct lines of a text file without blank ones; warn of duplicates.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8.
@@ -92,7 +92,7 @@ def read_phrases(path):
     if len(distinct) < len(phrases):
         doubled = next(phrase for phrase, count in counts.items() if count > 1)
         warnings.warn(
-            f"{path}: {len(phrases) - len(distinct)} doubled lines, the first is {doubled!r}; "
+            f"{path}: {len(phrases) - len(distinct)} duplicate lines, the first is {doubled!r}; "
             "each counts once",
             stacklevel=2,
         )

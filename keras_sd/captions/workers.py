@@ -1,6 +1,6 @@
-"""Several processes over one folder, each with its own device and its own shard.
+"""Captions one folder with several processes, each with its own device and shard.
 
-`python -m keras_sd.captions.workers` is one of them; it reads its part of the work from standard input.
+`python -m keras_sd.captions.workers` is one such process; it reads its task as JSON from standard input.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ def devices(text="auto"):
     """Devices by name.
 
     Args:
-        text: names with commas between them; one may come several times. "all" stands for every GPU, "auto"
-            for the first, and both for the CPU where there is none.
+        text: names separated by commas; a name may occur several times. "all" is every GPU, "auto" the first
+            GPU; both are the CPU if there is no GPU.
 
     Raises:
-        UserError: torch knows no such device, or is not installed.
+        UserError: there is no such device, or torch is not installed.
     """
     require("torch")
     import torch
@@ -37,21 +37,21 @@ def devices(text="auto"):
     for name in names:
         known = name in ("cpu", "mps") or name in gpus or (name == "cuda" and gpus)
         if not known:
-            raise UserError(f"device {name!r}: not there; use {', '.join(['cpu', *gpus])}")
+            raise UserError(f"device {name!r}: not found; use {', '.join(['cpu', *gpus])}")
     return names
 
 
 def caption_by_workers(captioned, names, threads=None, advance=None):
-    """Has one process for each device describe a shard of a folder.
+    """Caption a folder with one process for each device, each with its own shard.
 
     Args:
         captioned: a `CaptionedFolder`.
-        names: devices, as `devices` gives them.
-        threads: of torch, in each process; by default the cores are shared out.
-        advance: called with the number of images that have been described meanwhile.
+        names: devices, as `devices` returns them.
+        threads: torch threads of each process; by default an equal share of the cores.
+        advance: called with the number of images captioned since the last call.
 
     Raises:
-        UserError: what a worker said when it failed. The others go on to their end first.
+        UserError: the message of a worker that failed, after the other workers have ended.
     """
     captioned.begin()
     threads = threads or max(1, (os.cpu_count() or 1) // len(names))
@@ -88,7 +88,7 @@ def _start(captioned, index, count, device, threads):
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Matrix products of other libraries than torch.
+        # Limits matrix multiplications of libraries other than torch.
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)},
     )
     worker.stdin.write(json.dumps(work))
@@ -98,7 +98,7 @@ def _start(captioned, index, count, device, threads):
 
 
 def main():
-    """One worker."""
+    """Run one worker."""
     work = json.load(sys.stdin)
     try:
         captioned = CaptionedFolder(work["folder"], CaptionSettings(**work["settings"]), work["overwrite"])

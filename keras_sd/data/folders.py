@@ -1,4 +1,4 @@
-"""A folder of images with captions: `metadata.jsonl` or a text file beside each image."""
+"""A folder of images with captions, in `metadata.jsonl` or in a text file beside each image."""
 
 import collections
 import copy
@@ -18,7 +18,7 @@ from keras_sd.files.json_files import shown
 
 METADATA = "metadata.jsonl"
 
-# Suffixes of images that other programs read. What lies under such a name is sometimes a JPEG all the same.
+# Suffixes of image formats that are not read here. Such a file is sometimes a JPEG nevertheless.
 _OTHER_IMAGES = {
     *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".tga", ".ico", ".icns", ".cur"),
     *(".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ai", ".pcx", ".dib", ".dds", ".exr", ".hdr"),
@@ -26,7 +26,7 @@ _OTHER_IMAGES = {
     *(".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".rwl", ".pef", ".srw", ".x3f", ".iiq", ".3fr", ".erf"),
     *(".kdc", ".dcr", ".mrw"),
 }
-# Suffixes of what lies beside images and is none: captions, tables, side-cars, caches, notes.
+# Suffixes of other files beside images: captions, tables, side-cars, caches, notes.
 _COMPANIONS = {
     *(".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".xml"),
     *(
@@ -46,26 +46,26 @@ _COMPANIONS = {
     ),
     *(".safetensors", ".py", ".lock"),
 }
-# What a training run writes into its folder before its first image; the second from Python too.
+# Files that every training run writes before its first sample image; only the command writes the first.
 _RUN_SIGNS = ("run.json", "logs/metrics.jsonl")
-_NAMED = 3  # left-out files that are named of each suffix, and suffixes
+_NAMED = 3  # a warning names this many suffixes, and files of each
 
 
 class FolderSource:
     """Random access to the captioned images below a folder.
 
-    Captions stand in `metadata.jsonl`, one object with `file_name` and `text` on each line (as in Hugging
+    Captions are in `metadata.jsonl`, one object with `file_name` and `text` on each line (as in Hugging
     Face's imagefolder), or in a text file beside each image with the image's stem, one caption a line (as
-    kohya's scripts read it). Everything is checked on construction, before any long work. Images that
+    in kohya's scripts). All files are checked on construction, before any long work. Images that
     `metadata.jsonl` does not name are left out with a warning.
 
     Args:
-        folder: the folder; its sub-folders are read too, save one named `validation`.
-        image_size: side of the square that an image is cropped and resized to.
+        folder: the folder; its sub-folders are read too, except `validation`.
+        image_size: side in pixels of the square that an image is cropped and resized to.
         need_captions: False reads every image below the folder and no captions.
 
     Raises:
-        UserError: for the first file found at fault.
+        UserError: names the first faulty file.
     """
 
     def __init__(self, folder: str | Path, image_size: int, need_captions: bool = True):
@@ -78,7 +78,7 @@ class FolderSource:
             captions = _metadata_captions(self.folder, images)
         else:
             captions = _text_captions(self.folder, images)
-        # Of images whose EXIF is damaged people are told once, whoever finds them.
+        # One warning for all images with damaged EXIF, whether found here or while reading.
         self._damaged = [path for path in captions if not check_image(path)]
         if self._damaged:
             self._tell_damaged()
@@ -101,31 +101,31 @@ class FolderSource:
     def _tell_damaged(self) -> None:
         first = self._damaged[0].relative_to(self.folder)
         _warn_once(
-            f"{self.folder}: images whose EXIF block is damaged are taken as they are stored: "
-            f"{len(self._damaged)}, the first is {str(first)!r}; turn those that lie on their sides"
+            f"{self.folder}: images with a damaged EXIF block are not rotated: "
+            f"{len(self._damaged)}, the first is {str(first)!r}; rotate those that lie on their sides"
         )
 
     def at_size(self, image_size: int) -> "FolderSource":
-        """The same images at another size, without looking at any file again."""
+        """Return the same images at another size, without checking the files again."""
         source = copy.copy(self)
         source.image_size = image_size
         return source
 
     def with_captions(self, captions: tuple[str, ...]) -> "FolderSource":
-        """The same images, each with these captions in place of its own."""
+        """Return the same images, all with these captions."""
         source = copy.copy(self)
         source._examples = [(path, captions) for path, _ in self._examples]
         return source
 
     def captions(self) -> list[tuple[str, ...]]:
-        """The captions of every example; no image is read."""
+        """Return the captions of every example; no image is read."""
         return [captions for _, captions in self._examples]
 
     def fingerprint(self) -> str:
-        """The SHA-256 of each image's name within the folder, size, time of change and captions.
+        """Return the SHA-256 of each image's relative path, size, modification time and captions.
 
-        It stays the same when the folder is moved or renamed. A copy has another, unless it keeps the times,
-        as those of `cp -a` and `rsync -t` do.
+        It stays the same when the folder is moved or renamed, or copied with modification times (`cp -a`,
+        `rsync -t`).
 
         Raises:
             UserError: an image is no longer there.
@@ -142,30 +142,31 @@ class FolderSource:
 
 
 def no_folder(path: Path) -> UserError:
-    """Says that a path is no folder."""
+    """Return the error for a path that is no folder."""
     if path.exists():
         return UserError(f"{path}: a file, not a folder; give the folder that holds the images")
     return UserError(f"{path}: no such folder; give a folder with images")
 
 
 def digest(value) -> str:
-    """The SHA-256, in hexadecimal, of a JSON value."""
+    """Return the SHA-256, in hexadecimal, of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | None = None) -> list[Path]:
-    """The images below a folder in the order of their names, those in `validation` and hidden ones left out.
+    """Return the paths of the images below a folder, sorted by name, without hidden ones and `validation`.
 
-    Those of training runs, whose folders may lie in this one, are left out with a warning. Sub-folders that
-    are links are not followed: they are refused, save those whose images are found where they lie.
-    A file without a suffix, or with that of another format, is an image if its content is. Other files that
-    may be images are left out, and a warning counts and names them.
+    Images that training runs wrote are left out with a warning. A sub-folder that is a symbolic link is an
+    error, unless its target lies in the folder as well. A file without a suffix, or with the suffix of
+    another format, is an image if its content is one. Other files that may be images are left out with a
+    warning that counts and names them.
 
     Args:
-        pass_over: called with a path that lies outside the folder and its fault; it is then left out.
+        pass_over: called with the path and the UserError of each image or link that leads out of the folder;
+            the path is then left out.
 
     Raises:
-        UserError: there is no such folder, no image in it, or without `pass_over` one that lies outside.
+        UserError: there is no such folder or no image in it, or, without `pass_over`, a path leads out of it.
     """
     if not folder.is_dir():
         raise no_folder(folder)
@@ -196,14 +197,14 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
 
 
 def _is_passed_over(parts: tuple[str, ...]) -> bool:
-    """Whether a path within the folder is held out, hidden, or what other systems put beside images."""
+    """Return whether a relative path is in `validation`, hidden, or an operating system's side-car."""
     return parts[:1] == ("validation",) or any(part.startswith((".", "@eaDir", "__MACOSX")) for part in parts)
 
 
 def _without_runs(folder: Path, paths: list[Path]) -> list[Path]:
-    """The paths that do not lie in the folder of a training run; a warning counts left-out images."""
+    """Return the paths that do not lie in the folder of a training run; warn if images are left out."""
     runs = {parent for parent in {path.parent for path in paths} if _is_run(parent)}
-    if folder in runs:  # a run in the folder itself, whose other images are those to train on
+    if folder in runs:  # the folder itself is a run folder: leave out its outputs only
         runs = runs - {folder} | {folder / "samples", folder / "logs"}
     if not runs:
         return paths
@@ -220,7 +221,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _check_linked_folder(path: Path, folder: Path) -> None:
-    """Refuses a link to a folder with images that are not found elsewhere in `folder`."""
+    """Raise a UserError for a link to a folder of images, unless that folder lies in `folder` as well."""
     place, whole = path.resolve(), folder.resolve()
     if place.is_relative_to(whole) and not _is_passed_over(place.relative_to(whole).parts):
         return
@@ -239,7 +240,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _listed(left_out: dict[str, list[tuple[str, ...]]]) -> str:
-    """Files by their suffix, the most frequent first: "5 files (4 .heic: 'a.heic', ...; 1 .tga: 'b.tga')"."""
+    """Return files grouped by suffix, most frequent first: "5 files (4 .heic: 'a.heic', ...; 1 .tga: ...)"."""
     most = sorted(left_out, key=lambda suffix: -len(left_out[suffix]))
     parts = []
     for suffix in most[:_NAMED]:
@@ -254,7 +255,7 @@ def _listed(left_out: dict[str, list[tuple[str, ...]]]) -> str:
 
 
 def split_folder(folder: Path, split: str) -> Path:
-    """The folder that holds a split: a sub-folder of its name or, of the training split, the folder itself.
+    """Return the folder of a split: the sub-folder of that name or, for "train", the folder itself.
 
     Raises:
         UserError: there is no such folder.
@@ -277,7 +278,7 @@ def split_folder(folder: Path, split: str) -> Path:
 
 
 def _holds_images(path: Path) -> bool:
-    """Whether a file is, by its name, an image, or there is one below a folder that no training run wrote."""
+    """Return whether a path has an image suffix, or is a folder with an image that no training run wrote."""
     if path.name.startswith("."):
         return False
     if path.is_file():
@@ -289,10 +290,10 @@ def _holds_images(path: Path) -> bool:
 
 
 def count_images(folder: Path) -> int:
-    """The number of images below a folder; none if there is no such folder.
+    """Return the number of images below a folder; 0 if there is no such folder.
 
     Raises:
-        UserError: one of them cannot be trained on.
+        UserError: one of them cannot be used for training.
     """
     try:
         image_paths(folder, lambda path, error: None)
@@ -305,12 +306,12 @@ def count_images(folder: Path) -> int:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Tells a fault once in a process. Python forgets what it told when Pillow's warnings are held back."""
+    """Warn once in a process. Python's own filter forgets past warnings when Pillow's are suppressed."""
     warnings.warn(message, stacklevel=3)
 
 
 def _inside(path: Path, folder: Path, name: str) -> Path:
-    """`path` itself, if it stays within `folder` when links and ".." are followed."""
+    """Return the path, if it stays within the folder when links and ".." are resolved."""
     try:
         place = path.resolve()
     except (OSError, RuntimeError) as error:  # too long a name, a loop of links
@@ -354,7 +355,7 @@ def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str
         raise UserError(f"{metadata}: empty; write a caption into it")
     missing = [path for path in images if path not in captions]
     if missing:
-        # The captioner passes over what it cannot read, and such a folder is a data set all the same.
+        # The captioner skips images that it cannot read; such a folder is still a valid data set.
         _warn_once(
             f"{metadata}: {len(captions)} captions for {len(images)} images; {len(missing)} are left out, "
             f"the first is {str(missing[0].relative_to(folder))!r}"
@@ -397,7 +398,7 @@ def _text_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str, ..
     shared = [path for path in images if owners[path.with_suffix(".txt")] > 1]
     if shared:
         _warn_once(
-            f"{folder}: {len(shared)} images have another's name but for the suffix, and its caption, the "
+            f"{folder}: {len(shared)} images share their name, apart from the suffix, and their caption, the "
             f"first is {str(shared[0].relative_to(folder))!r}; rename them if they are not the same image"
         )
     used = {path.with_suffix(".txt") for path in images}
@@ -409,6 +410,6 @@ def _text_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str, ..
 
 
 def _is_of_left_out(text: Path) -> bool:
-    """Whether a caption belongs to a file beside it that is left out, such as a HEIC image."""
+    """Return whether a caption file belongs to a file that is left out, such as a HEIC image."""
     beside = (path for path in text.parent.iterdir() if path.stem == text.stem)
     return any(path.suffix.lower() not in _COMPANIONS for path in beside)

@@ -1,4 +1,4 @@
-"""Reading images that come from outside: checked formats and sizes, square crops."""
+"""Reads image files from users: checks format and size, rotates by EXIF, crops and resizes."""
 
 import contextlib
 import threading
@@ -18,27 +18,27 @@ from keras_sd.files.image_files import check_plain
 from keras_sd.models.pixels import WHITE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-"""Formats that are read; a file's format is told by its content, not by its name."""
+"""Formats that are read; a file's format is recognised by its content, not by its name."""
 
 SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".webp"),
     *(".bmp", ".gif", ".tif", ".tiff", ".avif"),
 }
-"""Names that are taken for images; those of other formats than `FORMATS` are refused, not passed over."""
+"""Suffixes that count as images; a file in another format than `FORMATS` is an error, not skipped."""
 
 MINIMUM_SIDE = 16
 
-# The first bytes of a file may promise any number of pixels: as many are read as this memory holds. A pixel
-# takes so many bytes at the worst moment, as measured: decoded in Pillow's layout, joined with white, and for
-# WebP in its library's canvases.
+# A file's header may claim any number of pixels. An image is read only if it fits into this many bytes. The
+# bytes per pixel are measured peaks: the image decoded in Pillow's layout, composed on white, and for WebP
+# the canvases of its library.
 _MEMORY = 500_000_000
-_BYTES_OF_JPEG = 2  # which is made smaller while it is decoded
-_BYTES_OF_PROGRESSIVE = 8  # JPEGs that are held as coefficients until their last byte
+_BYTES_OF_JPEG = 2  # JPEGs are reduced while they are decoded
+_BYTES_OF_PROGRESSIVE = 8  # progressive JPEGs are held as coefficients until their last byte
 _BYTES_OF_WEBP = {"RGB": 20, "RGBA": 22}
 _BYTES_OF_MODE = {"1": 4, "L": 4, "RGB": 4, "CMYK": 4, "RGBA": 8, "P": 12, "PA": 12, "LA": 12}
 _BYTES_OF_OTHER = 16
-_BYTES_WHOLE = 5  # more, where an image is wanted as large as it is
-# Images with more are made smaller as they are decoded, where a smaller one is wanted in the end.
+_BYTES_WHOLE = 5  # additional bytes per pixel for an image that is read at its own size
+# Larger images are reduced while they are decoded if a smaller one was asked for.
 _MANY_PIXELS = 30_000_000
 _REDUCIBLE = ("L", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -51,21 +51,21 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, for each orientation of EXIF."""
+"""The operation that rotates or flips an image upright, by EXIF orientation."""
 
 _READERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "BMP": BmpImageFile, "WEBP": WebPImageFile}
 
 _ORIENTATION = 0x0112
 
-# Filters of warnings belong to the whole process, and images are read by threads.
+# Warning filters are global to the process, and several threads read images.
 _FILTERING = threading.Lock()
 
 
 def check_image(path: Path) -> bool:
-    """Refuse what cannot become a training image, without decoding pixels where that can be avoided.
+    """Check that a file can be used as a training image, without decoding its pixels where possible.
 
     Returns:
-        Whether it can be made upright: False if its EXIF block is damaged; it is then taken as it is stored.
+        False if the EXIF block is damaged, so that the image is read unrotated; True otherwise.
 
     Raises:
         UserError: not a file, not readable, another format, too large, too small, or truncated.
@@ -80,11 +80,10 @@ def check_image(path: Path) -> bool:
 
 
 def read_square(path: Path, size: int, tell: Callable[[Path], None] | None = None) -> np.ndarray:
-    """The image's centre square, uint8 (size, size, 3), transparency on white, upright.
+    """Return the centre square of an image, uint8 (size, size, 3), upright, transparency on white.
 
     Args:
-        tell: called with the path of an image whose EXIF block is damaged, which is taken as it is stored; by
-            default that is a warning.
+        tell: called with the path if the EXIF block is damaged, so that the image is not rotated. None warns.
 
     Raises:
         UserError: as `check_image`.
@@ -99,15 +98,15 @@ def read_image(
     tell: Callable[[Path], None] | None = None,
     smallest_side: int | None = None,
 ) -> np.ndarray:
-    """The whole image as uint8 (height, width, 3), upright, transparency on white.
+    """Return the whole image as uint8 (height, width, 3), upright, transparency on white.
 
     Args:
-        size: (height, width) to scale it to with Lanczos, where it is another.
-        tell: as `read_square` takes it.
-        smallest_side: an image of very many pixels may be made smaller, its sides no shorter than this.
+        size: (height, width) to resize to with Lanczos; None keeps the size.
+        tell: as in `read_square`.
+        smallest_side: allows a very large image to be reduced, with both sides at least this long.
 
     Raises:
-        UserError: as `check_image`; an image of very many pixels is wanted as it is.
+        UserError: as `check_image`, or a very large image is to be read at its own size.
     """
     wanted = size or (smallest_side and (smallest_side, smallest_side))
     with _open(path) as image, _damage_told(path):
@@ -122,18 +121,18 @@ def read_image(
 def read_mask(
     path: Path, size: tuple[int, int] | None = None, tell: Callable[[Path], None] | None = None
 ) -> np.ndarray:
-    """An image as a mask, bool (height, width): True where it is white, from 128 of 255.
+    """Return an image as a mask, bool (height, width): True where it is white, from 128 of 255.
 
-    What is transparent is False. People also paint in any colour on a transparent layer: where no opaque part
-    is white, all that is opaque is True, as in AUTOMATIC1111's web interface.
+    Transparent pixels are False. People also paint in other colours on a transparent layer: if no opaque
+    pixel is white, all opaque pixels are True, as in AUTOMATIC1111's web UI.
 
     Args:
-        size: (height, width) to scale it to; a pixel is True if anything in it is white, so that no line is
-            lost.
-        tell: as `read_square` takes it.
+        size: (height, width) to resize to; a pixel is True if any part of it is white, so that thin lines
+            survive.
+        tell: as in `read_square`.
 
     Raises:
-        UserError: as `check_image`, or nothing is white.
+        UserError: as `check_image`, or no pixel is white.
     """
     with _open(path) as image, _damage_told(path):
         _check_pixels(image, path, _BYTES_WHOLE)
@@ -158,7 +157,7 @@ def read_mask(
 
 
 def format_of(path: Path) -> str | None:
-    """The format of an image file by its first bytes, or None for what is no image that is known here.
+    """Return the format of an image file by its first bytes, or None if it is unknown.
 
     Raises:
         UserError: the file cannot be read.
@@ -190,7 +189,7 @@ def format_of(path: Path) -> str | None:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square of a Pillow image, resized with Lanczos to uint8 (size, size, 3)."""
+    """Return the centre square of a Pillow image, resized with Lanczos to uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
 
 
@@ -201,7 +200,7 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image in 8 bits of RGB, transparency on white."""
+    """Return the image in 8 bits of RGB, transparency on white."""
     image = _in_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -210,7 +209,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _composed(image: Image.Image) -> Image.Image:
-    """An image with transparency on white, strip by strip: all at once would take three times its memory."""
+    """Compose an image with transparency on white, in strips: all at once would triple the memory."""
     result = Image.new("RGB", image.size)
     rows = max(1, _MANY_PIXELS // 8 // image.width)
     for top in range(0, image.height, rows):
@@ -222,7 +221,7 @@ def _composed(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """Turns whatever Pillow raises at damaged bytes, of many types, into one line."""
+    """Turn Pillow's many exceptions for damaged files into a `UserError`."""
     try:
         yield
     except (UserError, MemoryError):
@@ -235,7 +234,7 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pillow_silent() -> Iterator[None]:
-    """Keeps Pillow's warnings back: they name no file, and its limit of pixels is looser than ours."""
+    """Suppress Pillow's warnings: they do not name the file, and its pixel limit is looser than ours."""
     with _FILTERING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
@@ -247,10 +246,10 @@ def _upright(
     tell: Callable[[Path], None] | None,
     wanted: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """The image turned as its camera says; as it is stored where that cannot be read, which is told."""
+    """Return the image rotated by its EXIF orientation; unrotated, with a report, if its EXIF is damaged."""
     factor = _reduction(image, wanted)
     if factor > 1:
-        image.draft(None, (image.width // factor, image.height // factor))  # which JPEGs know how to do
+        image.draft(None, (image.width // factor, image.height // factor))  # only has an effect on JPEGs
         factor = _reduction(image, wanted)
     image.load()
     orientation = _orientation(image)
@@ -262,7 +261,7 @@ def _upright(
 
 
 def _reduction(image: Image.Image, wanted: tuple[int, int] | None) -> int:
-    """How many times smaller an image of very many pixels can be made, with twice the sides wanted."""
+    """Return the factor to reduce a very large image by, so that its sides stay twice as long as wanted."""
     if wanted is None or image.width * image.height <= _MANY_PIXELS:
         return 1
     return max(1, min(image.size) // (2 * max(wanted)))
@@ -270,7 +269,7 @@ def _reduction(image: Image.Image, wanted: tuple[int, int] | None) -> int:
 
 def _warn_of_exif(path: Path) -> None:
     warnings.warn(
-        f"{path}: its EXIF block is damaged, so it is taken as it is stored; turn it if it lies on its side",
+        f"{path}: its EXIF block is damaged, so the image is not rotated; rotate it if it lies on its side",
         stacklevel=4,
     )
 
@@ -279,21 +278,21 @@ def _orientation(image: Image.Image) -> int | None:
     """EXIF's orientation, from 1 to 8, or None if there is a block of EXIF that cannot be read."""
     with _pillow_silent():
         try:
-            # The method of the base: that of PNG decodes the whole image to find what stands behind it.
+            # The base class's method: that of PNG decodes the whole image to read the chunks after it.
             orientation = Image.Image.getexif(image).get(_ORIENTATION)
             if orientation is None and image.info.get("exif"):
-                # What opened the image may have met the fault before, and Pillow keeps what it had by then.
+                # Pillow may have met the fault while it opened the image, and keeps the entries read so far.
                 warnings.filterwarnings("error", module=r"PIL\.")
                 Image.Exif().load(image.info["exif"])
             return orientation if orientation in _TRANSPOSITIONS else 1
         except MemoryError:
             raise
-        except Exception:  # struct.error, SyntaxError, KeyError, TypeError, ...: damage has many types
+        except Exception:  # damage raises many types: struct.error, SyntaxError, KeyError, TypeError, ...
             return None
 
 
 def _open(path: Path) -> Image.Image:
-    """Read the header only, and refuse by it."""
+    """Open an image by its header alone, after all checks that the header allows."""
     try:
         check_plain(path, "image")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -306,8 +305,8 @@ def _open(path: Path) -> Image.Image:
     if found not in FORMATS:
         raise UserError(f"{path}: holds {found}, which is not read; convert it to {wanted}")
     with _damage_told(path), _pillow_silent():
-        # Each reads the header only. Pillow's own way in has another limit of pixels, and takes what phones
-        # put behind the first image (MPO) for more to read.
+        # Each of these reads the header only. `Image.open` has another pixel limit, and opens the second
+        # image that phones append to a JPEG (MPO).
         image = _READERS[found](path)
     try:
         _check_pixels(image, path)
@@ -323,7 +322,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _check_pixels(image: Image.Image, path: Path, more_bytes: int = 0) -> None:
-    """Refuses an image that would take too much memory, with so many bytes more for each pixel."""
+    """Raise a UserError for an image that needs too much memory, with `more_bytes` added for each pixel."""
     if image.format == "JPEG":
         size = _BYTES_OF_PROGRESSIVE if image.info.get("progressive") else _BYTES_OF_JPEG
     else:
@@ -338,15 +337,15 @@ def _check_pixels(image: Image.Image, path: Path, more_bytes: int = 0) -> None:
 
 
 def _has_end(path: Path, image: Image.Image) -> bool:
-    """Whether the file is seen to be whole from its size or its last bytes."""
+    """Return whether the file's size or last bytes prove that it is complete."""
     length = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         if image.format == "WEBP":  # "RIFF", then the length of what follows
             return length >= int.from_bytes(head[4:8], "little") + 8
         if image.format == "JPEG":
-            # Two bytes mark the end, before a few kilobytes that some cameras append.
-            # In a smaller file a thumbnail's end could be taken for it, so it has to be last.
+            # Two bytes mark the end; some cameras append a few kilobytes after them. In a small file a
+            # thumbnail's end mark could lie in that range, so there the mark must come last.
             file.seek(max(length - 65536, 0))
             tail = file.read()
             return b"\xff\xd9" in tail if length > 65536 else tail.rstrip(b"\0").endswith(b"\xff\xd9")

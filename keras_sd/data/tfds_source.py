@@ -15,7 +15,7 @@ from keras_sd.errors import UserError, require
 from keras_sd.files.json_files import read_json
 
 _OWN = "tensorflow_datasets."
-# Where a `features.json` names a class: that of today, as JSON and as protocol buffers spell it, and of old.
+# Keys of a `features.json` that name a Python class: the current one in its two spellings, and the old one.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _CAPTION_FEATURES = ("captions", "caption", "text")
 
@@ -23,16 +23,15 @@ _CAPTION_FEATURES = ("captions", "caption", "text")
 class TFDSSource:
     """One split of a TFDS data set with the feature `image`.
 
-    Captions come from a feature `captions`, `caption` or `text`, or else from the names of the classes of a
-    feature `label` ("a photo of a pink primrose"). The data set is prepared on first use, which needs a
-    network for all but `emoji_captions`; TFDS keeps it in `TFDS_DATA_DIR`, by default
-    `~/tensorflow_datasets`.
+    Captions come from a feature `captions`, `caption` or `text`, or else from the class names of a feature
+    `label` ("a photo of a pink primrose"). TFDS prepares the data set on first use, which needs a network
+    for all but `emoji_captions`, and keeps it in `TFDS_DATA_DIR`, by default `~/tensorflow_datasets`.
 
     Args:
-        name: the data set's name in TFDS, with its configuration and version if wanted.
-        split: "train", "validation", or any split that the data set has.
-        image_size: side of the square that an image is cropped and resized to.
-        need_captions: False lets a data set without captions and classes pass.
+        name: the data set's name in TFDS, optionally with its configuration and version.
+        split: "train", "validation", or any other split of the data set.
+        image_size: side in pixels of the square that an image is cropped and resized to.
+        need_captions: False accepts a data set without captions and classes.
 
     Raises:
         UserError: TFDS or the data set is missing, or it has no such split, no images or no captions.
@@ -65,17 +64,17 @@ class TFDSSource:
         return {"image": image, "captions": self._captions(example)}
 
     def at_size(self, image_size: int) -> "TFDSSource":
-        """The same examples at another size."""
+        """Return the same examples at another size."""
         source = copy.copy(self)
         source.image_size = image_size
         return source
 
     def captions(self) -> list[tuple[str, ...]]:
-        """The captions of every example, for which all are read."""
+        """Return the captions of every example; this reads all examples."""
         return [self._captions(self._examples[index]) for index in range(len(self))]
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the data set's name, configuration and version, and of the split."""
+        """Return the SHA-256 of the data set's name, configuration and version, and of the split."""
         return digest(self._identity)
 
     def _captions(self, example: dict) -> tuple[str, ...]:
@@ -90,7 +89,7 @@ class TFDSSource:
 
 
 def prepared_builder(name: str):
-    """The TFDS builder of a data set that lies ready on this machine, prepared if need be."""
+    """Return the TFDS builder of a data set; download and prepare the data set if necessary."""
     require("tensorflow_datasets", instead="give `emoji` or a folder with images")
     datasets = importlib.import_module("tensorflow_datasets")
     if name.partition("/")[0].partition(":")[0] == "emoji_captions":
@@ -113,15 +112,15 @@ def prepared_builder(name: str):
     except Exception as error:
         raise UserError(
             f"data set {name}: cannot be downloaded and prepared ({_line(error)}); connect to the network, "
-            "or set TFDS_DATA_DIR to where it lies prepared"
+            "or set TFDS_DATA_DIR to the folder that holds it prepared"
         ) from error
     return builder
 
 
 def _refuse_foreign_features(name: str) -> None:
-    """Raises a UserError where a prepared data set's files name features that are not TFDS' own.
+    """Raise a UserError if a prepared data set's files name feature classes outside TFDS.
 
-    TFDS would import the modules of these, which may lie in the folder that the program is started from.
+    TFDS would import their modules, which could be files in the current folder.
     """
     word = name.partition("/")[0].partition(":")[0]
     files = importlib.import_module("tensorflow_datasets.core.utils.file_utils")
@@ -137,7 +136,7 @@ def _refuse_foreign_features(name: str) -> None:
 
 
 def _class_names(values) -> Iterator[str]:
-    """The names of Python classes at any depth of a `features.json`."""
+    """Yield the names of Python classes in a `features.json`, at any depth."""
     left = [values]
     while left:
         value = left.pop()
@@ -149,6 +148,6 @@ def _class_names(values) -> Iterator[str]:
 
 
 def _line(error: Exception) -> str:
-    """The kind and the first line of an error of another library, cut to a readable length."""
+    """Return the type and the shortened first line of another library's error."""
     text = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__

@@ -28,7 +28,7 @@ class NoiseStreams:
         self._streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
 
     def draw(self, shape):
-        """The next noise of every image, each of `shape`: float32 `(n, *shape)`."""
+        """Return the next noise of every image, each of `shape`: float32 `(n, *shape)`."""
         return np.stack([stream.standard_normal(shape, dtype="float32") for stream in self._streams])
 
 
@@ -91,7 +91,7 @@ class Denoiser:
         class_labels=None,
         known=None,
     ):
-        """Generates `Denoised(step, latents)` after each step, the last of which is the result.
+        """Generate `Denoised(step, latents)` after each step, the last of which is the result.
 
         Args:
             latents: what to begin with, float32 `(n, h, w, c)`: standard-normal noise, or what `noisy` gives.
@@ -158,7 +158,7 @@ class Denoiser:
         return self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
 
     def noisy(self, sample, noise, *, sampler=None, num_inference_steps=30, first_step=0):
-        """The latents to give to `steps` so that the first step begins from a noisy `sample`.
+        """Return the latents to give to `steps` so that the first step begins from a noisy `sample`.
 
         Args:
             sample, noise: float32 `(n, h, w, c)`.
@@ -171,7 +171,7 @@ class Denoiser:
         return add_noise(sample, noise, signal_rate, noise_rate)
 
     def _check_predictable(self, rows):
-        """Refuses levels at which a prediction of noise tells no sample, as the signal rate is 0 there."""
+        """Refuse levels at which a prediction of noise tells no sample, as the signal rate is 0 there."""
         if self.schedule.prediction_type == "epsilon" and any(row.level[0] == 0 for row in rows):
             raise UserError(
                 "prediction_type epsilon: with rescale_betas_zero_snr the last timestep holds noise alone, "
@@ -226,7 +226,7 @@ class Denoiser:
         return self._step(*inputs, unet=functools.partial(self.unet, deep=deep))
 
     def _step(self, latents, memory, random, numbers, guidance, channels, known, unet=None):
-        """One row of the tables: asks the network, and sums what there is as the row's weights say."""
+        """Return one row of the tables: asks the network, and sums what there is as the row's weights say."""
         signal_rate, noise_rate = numbers["level"][0], numbers["level"][1]
         seen = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
         timesteps = ops.broadcast_to(numbers["timestep"], (latents.shape[0],))

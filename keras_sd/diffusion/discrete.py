@@ -74,7 +74,7 @@ def pndm(steps, run):
 
 
 def _second_attempt(second, run):
-    """The first step once more, now that there is a prediction at its end, where the second step begins."""
+    """Return the first step again, corrected by the prediction at its end, where the second step begins."""
     mean = (MEMORY[0] + _predicted(run, second.level)) / 2
     stride = run.schedule.num_train_timesteps // run.num_inference_steps
     # As if the first step had begun a stride above the second, which it has where the spacing is leading.
@@ -84,7 +84,7 @@ def _second_attempt(second, run):
 
 
 def _runge_kutta(steps, run):
-    """The first three steps by Runge and Kutta's formula of order 4 (Liu et al., 2022, equation 13).
+    """Yield the first three steps by Runge and Kutta's formula of order 4 (Liu et al., 2022, equation 13).
 
     The predictions of the steps' beginnings are kept for the steps after, the sum is kept behind the latents.
     """

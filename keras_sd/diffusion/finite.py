@@ -14,12 +14,12 @@ _LARGEST_USUAL_GUIDANCE = 30.0
 
 
 def is_finite(values):
-    """Whether all of a tensor's numbers are finite; None, which stands for no tensor, is."""
+    """Return whether all of a tensor's numbers are finite; None, which stands for no tensor, is."""
     return values is None or bool(np.isfinite(ops.convert_to_numpy(values)).all())
 
 
 def check_inputs(inputs):
-    """Refuses tensors with numbers that are not finite before anything is made of them.
+    """Refuse tensors with numbers that are not finite before anything is made of them.
 
     Args:
         inputs: title -> tensor or None.
@@ -36,7 +36,7 @@ def check_inputs(inputs):
 
 
 def check_result(values, model, title, *, guidance_scale=None):
-    """Refuses a result with numbers that are not finite.
+    """Refuse a result with numbers that are not finite.
 
     Args:
         values: what a model's computation ended in.

@@ -11,7 +11,7 @@ LARGEST_SCALE = 1e30  # of which float32 holds a few products
 
 
 def checked_guidance_scale(scale):
-    """The guidance scale as a float.
+    """Return the guidance scale as a float.
 
     Raises:
         UserError: it is no number (None, NaN), negative, or larger than single precision holds.
@@ -23,14 +23,14 @@ def checked_guidance_scale(scale):
 
 
 def gives_guidance(scale):
-    """Whether a scale asks for guidance; up to 1 means none, as in diffusers and on models' cards."""
+    """Return whether a scale asks for guidance; up to 1 means none, as in diffusers and on models' cards."""
     return scale > 1
 
 
 def guided_prediction(
     unet, latents, timesteps, context=None, negative=None, scale=None, rescale=0.0, class_labels=None
 ):
-    """The UNet's prediction, pushed away from what the negative context asks for.
+    """Return the UNet's prediction, pushed away from what the negative context asks for.
 
     Without a negative context the UNet is called once on the batch, with one on the doubled batch.
 

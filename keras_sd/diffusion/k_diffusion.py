@@ -59,7 +59,7 @@ def dpm2(steps, run):
 
 
 def dpm2_ancestral(steps, run):
-    """The same to less noise than asked for, and fresh noise."""
+    """Return the same to less noise than asked for, and fresh noise."""
     return _by_the_middle(steps, run, _lowered)
 
 

@@ -4,7 +4,7 @@ from keras import ops
 
 
 def limited(sample, clip_range=None, ratio=None, largest=None):
-    """A predicted sample within limits; by default as it is.
+    """Return a predicted sample within limits; by default as it is.
 
     Args:
         sample: `(n, h, w, c)`.

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def add_noise(sample, noise, signal_rate, noise_rate):
-    """The forward process."""
+    """Return the forward process."""
     return signal_rate * sample + noise_rate * noise
 
 
@@ -24,7 +24,7 @@ def target(kind, sample, noise, signal_rate, noise_rate):
 
 
 def to_sample_and_noise(kind, prediction, noisy, signal_rate, noise_rate):
-    """Splits a noisy sample into the predicted `(sample, noise)`."""
+    """Split a noisy sample into the predicted `(sample, noise)`."""
     if kind == "epsilon":
         return (noisy - noise_rate * prediction) / signal_rate, prediction
     if kind == "v_prediction":

@@ -81,7 +81,7 @@ def by_noise(latents, noise, level, end):
 
 
 def by_chance(latents, sample, level, end, random=RANDOM, deviation=None):
-    """Draws from the forward process's posterior given the sample (Ho et al., 2020, equation 7).
+    """Draw from the forward process's posterior given the sample (Ho et al., 2020, equation 7).
 
     Euler's ancestral step in sigma and first-order SDE-DPM-Solver++'s are this as well.
 
@@ -105,5 +105,5 @@ def by_noise_and_chance(latents, noise, level, end):
 
 
 def noise_at(level):
-    """The noise that the predicted sample, clipped if it was, leaves in the latents."""
+    """Return the noise that the predicted sample, clipped if it was, leaves in the latents."""
     return (LATENTS - level.signal_rate * SAMPLE) / level.noise_rate

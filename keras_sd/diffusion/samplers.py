@@ -111,7 +111,7 @@ class Sampler:
         return METHODS[self.scheduler].takes_eta
 
     def options(self, config):
-        """All options of the class, for a model with that `SchedulerConfig`.
+        """Return all options of the class, for a model with that `SchedulerConfig`.
 
         Raises:
             UserError: the model's file has a value that is not computed here.
@@ -215,7 +215,7 @@ OF_THE_MODEL = " of the model"
 
 
 def find_sampler(name, config=None):
-    """The sampler of that name, or for None the one of the model's own file.
+    """Return the sampler of that name, or for None the one of the model's own file.
 
     Args:
         name: a key of `SAMPLERS`, or None.
@@ -233,7 +233,7 @@ def find_sampler(name, config=None):
 
 
 def _own_sampler(config):
-    """The sampler of a model's file: one with a name, where that does the same."""
+    """Return the sampler of a model's file: one with a name, where that does the same."""
     class_name = config.class_name
     own = Sampler(class_name + OF_THE_MODEL, "what the model's file describes", class_name)
     options = own.options(config)

@@ -76,7 +76,7 @@ class SchedulerConfig(Config):
         return dataclasses.replace(config, published=dict(values), repairs=repairs)
 
     def to_dict(self, class_name="DDIMScheduler"):
-        """The dictionary of a file: the one that was read, with what has been changed since.
+        """Return the dictionary of a file: the one that was read, with what has been changed since.
 
         Args:
             class_name: of a schedule that no file describes.
@@ -88,7 +88,7 @@ class SchedulerConfig(Config):
         return self.published | changed
 
     def noise_schedule(self):
-        """A dictionary of all values, whatever file they came from: what a checkpoint keeps."""
+        """Return a dictionary of all values, whatever file they came from: what a checkpoint keeps."""
         betas = {} if self.trained_betas is None else {"trained_betas": self.trained_betas}
         return self.json_header | self._values() | betas
 
@@ -130,6 +130,6 @@ class SchedulerConfig(Config):
 
 
 def _are_betas(values, count):
-    """Whether they are the noise of that many timesteps."""
+    """Return whether they are the noise of that many timesteps."""
     is_list = isinstance(values, list | tuple) and len(values) == count
     return is_list and all(type(value) in (int, float) and 0 <= value < 1 for value in values)

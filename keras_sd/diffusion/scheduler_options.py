@@ -226,12 +226,12 @@ WITHOUT_EFFECT = {
 
 
 def rule_of(class_name, option):
-    """The `Rule` of an option of a class."""
+    """Return the `Rule` of an option of a class."""
     return RULES_OF_CLASS.get((class_name, option)) or RULES[option]
 
 
 def complete(class_name, values):
-    """The options that a scheduler of diffusers would have, all of them.
+    """Return the options that a scheduler of diffusers would have, all of them.
 
     Args:
         class_name: of the scheduler.
@@ -259,7 +259,7 @@ def _synonym(class_name, option, value):
 
 
 def _check_together(class_name, options):
-    """Raises a UserError for values that are computed, but not with each other."""
+    """Raise a UserError for values that are computed, but not with each other."""
     chosen = [option for option in _SIGMAS if options.get(option)]
     if len(chosen) > 1:
         raise _refusal(class_name, " and ".join(chosen), "one of them")
@@ -280,6 +280,6 @@ def _refusal(class_name, fault, expected, reason=""):
 
 
 def unknown_keys(values):
-    """The keys of a `scheduler_config.json` that no class here has, and diffusers passes over."""
+    """Return the keys of a `scheduler_config.json` that no class here has, and diffusers passes over."""
     known = {option for options in OPTIONS.values() for option in options}
     return [key for key in values if key not in known and not key.startswith("_")]

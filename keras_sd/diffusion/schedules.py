@@ -27,7 +27,7 @@ def _betas(config):
 
 
 def _with_zero_terminal_snr(signal_rates):
-    """Shifts and scales signal rates so that the last timestep is pure noise (Lin et al., 2023)."""
+    """Shift and scales signal rates so that the last timestep is pure noise (Lin et al., 2023)."""
     first, last = signal_rates[0], signal_rates[-1]
     return (signal_rates - last) * first / (first - last)
 
@@ -51,7 +51,7 @@ class NoiseSchedule:
         self.noise_rates = np.sqrt(1.0 - self.alphas_cumprod).astype("float32")
 
     def check_learnable(self):
-        """Refuses epsilon with a zero terminal SNR: its last timestep teaches nothing of the sample (Lin et
+        """Refuse epsilon with a zero terminal SNR: its last timestep teaches nothing of the sample (Lin et
         al., 2023, section 3.3), and min-SNR weights are 0 / 0 there.
 
         Raises:

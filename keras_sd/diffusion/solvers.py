@@ -56,7 +56,7 @@ def _slope_weight(width):
 
 
 def _curve_weight(width, half=-0.5):
-    """The same of the second derivative."""
+    """Return the same of the second derivative."""
     return ((np.expm1(width) - width) / width**2 + half) / np.expm1(width)
 
 
@@ -128,7 +128,7 @@ def dpm_singlestep(steps, run):
 
 
 def _singlestep_orders(options, num_inference_steps):
-    """The order of each evaluation: groups of 1 to `solver_order`, and lower ones at the end."""
+    """Return the order of each evaluation: groups of 1 to `solver_order`, and lower ones at the end."""
     order = options["solver_order"]
     lowers = (
         options["lower_order_final"] or num_inference_steps % order or options["final_sigmas_type"] == "zero"
@@ -149,7 +149,7 @@ def _singlestep_orders(options, num_inference_steps):
 
 
 def _singlestep_mean(options, group, predictions):
-    """The mean over the way from the group's start to the end of its last step."""
+    """Return the mean over the way from the group's start to the end of its last step."""
     *later, first = predictions
     if not later:
         return first
@@ -193,7 +193,7 @@ def _quadrature():
 
 
 def _deis_shares(sigmas, end):
-    """The integrals over sigma, from the first of `sigmas` to `end`, of Lagrange polynomials in log sigma."""
+    """Return the integrals of the Lagrange polynomials in log sigma over sigma, from `sigmas[0]` to `end`."""
     if not end > 0:
         raise UserError(
             "scheduler_config.json: the first timestep has no noise (beta_start), where DEIS has no limit; "
@@ -242,7 +242,7 @@ def unipc(steps, run):
 
 
 def _unipc_mean(options, steps, end, predictions, corrected_by=None):
-    """The mean prediction over the last of `steps`, which leads to `end`.
+    """Return the mean prediction over the last of `steps`, which leads to `end`.
 
     Args:
         predictions: at the beginning of it and of the steps before, the newest first; as many as the order.
@@ -267,7 +267,7 @@ def _unipc_mean(options, steps, end, predictions, corrected_by=None):
 
 
 def _unipc_system(options, ratios, width):
-    """The conditions of order on the shares (equation 10), and the weight of all by B(h)."""
+    """Return the conditions of order on the shares (equation 10), and the weight of all by B(h)."""
     signed = -width if options["predict_x0"] else width
     phi = np.expm1(signed)
     b = signed if options["solver_type"] == "bh1" else phi

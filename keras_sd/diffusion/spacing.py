@@ -33,7 +33,7 @@ class Level(NamedTuple):
 
     @classmethod
     def of_alpha(cls, alpha):
-        """The level of a squared signal rate, `alphas_cumprod`."""
+        """Return the level of a squared signal rate, `alphas_cumprod`."""
         return cls(np.sqrt(alpha), np.sqrt(1 - alpha))
 
 
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 def spaced_timesteps(options, num_inference_steps):
-    """The timesteps at which the network is asked, falling, int64 `(num_inference_steps,)`.
+    """Return the timesteps at which the network is asked, falling, int64 `(num_inference_steps,)`.
 
     Table 2 of Lin et al. (2023); `steps_offset` belongs to the leading spacing alone.
 
@@ -152,7 +152,7 @@ def _sigmas_between(options, largest, smallest, count):
 
 
 def sigma_to_timestep(schedule, sigmas):
-    """The timesteps, between whole ones too, that have these sigmas; interpolated in log sigma."""
+    """Return the timesteps, between whole ones too, that have these sigmas; interpolated in log sigma."""
     training = np.log(training_sigmas(schedule))
     return np.interp(np.log(sigmas), training, np.arange(len(training)))
 
@@ -186,7 +186,7 @@ def ddim_steps(schedule, num_inference_steps, options=None):
 
 
 def level_at(schedule, timestep, options):
-    """The level of a timestep; below the first one it is that of `set_alpha_to_one`."""
+    """Return the level of a timestep; below the first one it is that of `set_alpha_to_one`."""
     if timestep < 0:
         return CLEAN if options["set_alpha_to_one"] else Level.of_alpha(schedule.alphas_cumprod[0])
     return Level.of_alpha(schedule.alphas_cumprod[int(timestep)])
@@ -199,14 +199,14 @@ def ddpm_steps(schedule, num_inference_steps, options):
 
 
 def distilled_timesteps(schedule, count=50):
-    """Those that latent consistency models are distilled at (Luo et al., 2023), falling, int64."""
+    """Return those that latent consistency models are distilled at (Luo et al., 2023), falling, int64."""
     total = schedule.num_train_timesteps
     count = min(count, total)
     return np.arange(count, 0, -1) * (total // count) - 1
 
 
 def lcm_steps(schedule, num_inference_steps, options):
-    """A latent consistency model's: some of the timesteps that it was distilled at."""
+    """Return a latent consistency model's: some of the timesteps that it was distilled at."""
     distilled = distilled_timesteps(schedule, options["original_inference_steps"])
     _check_range(num_inference_steps, len(distilled))
     # Rounded down from fractions, as in diffusers.
@@ -216,7 +216,7 @@ def lcm_steps(schedule, num_inference_steps, options):
 
 
 def k_diffusion_steps(schedule, num_inference_steps, options):
-    """Those of k-diffusion's samplers: also between whole timesteps."""
+    """Return those of k-diffusion's samplers: also between whole timesteps."""
     spacing, total = _spacing_of(options), schedule.num_train_timesteps
     if spacing == "linspace":
         _check_range(num_inference_steps, total)
@@ -243,7 +243,7 @@ def k_diffusion_steps(schedule, num_inference_steps, options):
 
 
 def solver_steps(schedule, num_inference_steps, options):
-    """Those of the solvers in log-SNR: whole timesteps, of which the last one is not asked at.
+    """Return those of the solvers in log-SNR: whole timesteps, of which the last one is not asked at.
 
     Sigmas by another rule lie between the schedule's extremes, whatever the timesteps' spacing.
     """

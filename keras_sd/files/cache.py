@@ -8,7 +8,7 @@ VARIABLE = "KERAS_SD_CACHE"
 
 
 def cache_root():
-    """The folder for everything that this package keeps, or None where it keeps nothing."""
+    """Return the folder for everything that this package keeps, or None where it keeps nothing."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "keras_sd")
     root = os.environ.get(VARIABLE, str(default))
     return Path(root).expanduser() if root else None

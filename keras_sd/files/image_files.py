@@ -28,7 +28,7 @@ _MARGIN = 4
 
 
 def format_parameters(parameters):
-    """The text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
+    """Return the text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
 
     Args:
         parameters: a dictionary with "prompt", optionally "negative_prompt", and the settings under the names
@@ -57,7 +57,7 @@ def _unquoted(value):
 
 
 def parse_parameters(text):
-    """The dictionary that `format_parameters` wrote as this text, its settings as strings."""
+    """Return the dictionary that `format_parameters` wrote as this text, its settings as strings."""
     *lines, last = text.split("\n")
     pieces = [(match[1].strip(), match[2]) for match in _PIECE.finditer(last)]
     settings = [(name, value) for name, value in pieces if value is not None and _NAME.fullmatch(name)]
@@ -71,7 +71,7 @@ def parse_parameters(text):
 
 
 def save_png(image, path, parameters=None):
-    """Writes an image as PNG.
+    """Write an image as PNG.
 
     Args:
         image: uint8 `(h, w, 3)`, or `(h, w)` in grey.
@@ -86,7 +86,7 @@ def save_png(image, path, parameters=None):
 
 
 def save_gif(frames, path, frame_rate=10.0, parameters=None):
-    """Writes images as an endless GIF; how they were made stands in its comment, as in the web interface.
+    """Write images as an endless GIF; how they were made stands in its comment, as in the web interface.
 
     Args:
         frames: uint8 `(n, h, w, 3)`.
@@ -103,7 +103,7 @@ def save_gif(frames, path, frame_rate=10.0, parameters=None):
 
 
 def check_plain(path, title):
-    """Refuses what is there and no plain file, such as a pipe or a device: reading it may never end.
+    """Refuse what is there and no plain file, such as a pipe or a device: reading it may never end.
 
     Args:
         title: what it should be.
@@ -142,7 +142,7 @@ def read_parameters(path):
 
 
 def image_grid(images, labels=None, columns=None, scale=1):
-    """Lays images out as a contact sheet on white, each above its label.
+    """Lay images out as a contact sheet on white, each above its label.
 
     Args:
         images: uint8 `(n, h, w, 3)`, or a list of such images of one size.
@@ -176,6 +176,6 @@ def image_grid(images, labels=None, columns=None, scale=1):
 
 
 def _wrap(label, font, width):
-    """Breaks a label into the lines that fit below an image."""
+    """Break a label into the lines that fit below an image."""
     characters = max(int(width / font.getlength("n")), 1)
     return textwrap.wrap(label, characters, max_lines=_CAPTION_LINES, placeholder="…") or [""]

@@ -45,7 +45,7 @@ def read_json(
     largest=LARGEST_FILE,
     error=UserError,
 ):
-    """Reads a JSON file that may be anyone's.
+    """Read a JSON file that may be anyone's.
 
     Args:
         path: the file.
@@ -82,7 +82,7 @@ def parse_json(
     error=UserError,
     damaged="not valid JSON",
 ):
-    """The value of a JSON text, within the limits of this module and of the given shape.
+    """Return the value of a JSON text, within the limits of this module and of the given shape.
 
     Args:
         content: the text, as bytes in UTF-8 or as a string.
@@ -110,7 +110,7 @@ def parse_json(
 
 
 def read_json_lines(path, shape=dict, *, remedy="correct it", file_names=False):
-    """Yields `(line, value)` for each line of a file of JSON lines; empty ones are passed over.
+    """Yield `(line, value)` for each line of a file of JSON lines; empty ones are passed over.
 
     The file is read line by line, so it may have any size.
 
@@ -131,7 +131,7 @@ def read_json_lines(path, shape=dict, *, remedy="correct it", file_names=False):
 
 
 def read_lines(path, remedy="correct it"):
-    """Yields the lines of a text file in UTF-8 one by one, without their ends.
+    """Yield the lines of a text file in UTF-8 one by one, without their ends.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -150,7 +150,7 @@ def read_lines(path, remedy="correct it"):
 
 
 def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
-    """The content of a file that is no larger than it may be.
+    """Return the content of a file that is no larger than it may be.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -164,7 +164,7 @@ def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
 
 
 def read_text(path, largest=LARGEST_FILE, remedy="save it as UTF-8"):
-    """The text of a file in UTF-8 that is no larger than it may be.
+    """Return the text of a file in UTF-8 that is no larger than it may be.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -221,7 +221,7 @@ def _adapter(shape):
 
 
 def shown(value):
-    """A value of a file as a message shows it: short, whatever it is."""
+    """Return a value of a file as a message shows it: short, whatever it is."""
     try:
         text = repr(value[: 2 * _LONGEST_SHOWN] if isinstance(value, str | bytes) else value)
     except (ValueError, RecursionError):  # more digits than Python prints, lists in lists
@@ -245,7 +245,7 @@ def _check_length(text):
 
 
 def _check_limits(value, no_text):
-    """Raises a ValueError for what is too deep, and for strings that are no text."""
+    """Raise a ValueError for what is too deep, and for strings that are no text."""
     level = [value]
     for _ in range(DEEPEST):
         inner = []

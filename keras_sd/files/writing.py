@@ -23,7 +23,7 @@ _tidied = set()  # folders that this process has looked through
 
 @contextlib.contextmanager
 def replaced(path):
-    """Yields a temporary path in the folder of a file; what is written there becomes the file at the end.
+    """Yield a temporary path in the folder of a file; what is written there becomes the file at the end.
 
     Args:
         path: the file; its folder is made if there is none. A link stays, and what it names is replaced. The
@@ -52,7 +52,7 @@ def replaced(path):
 
 @contextlib.contextmanager
 def replaced_folder(path, last=None):
-    """Yields an empty temporary folder; what is written there gets its place in the folder `path` at the end.
+    """Yield an empty temporary folder; what is written there gets its place in the folder `path` at the end.
 
     Where there is no such folder yet, it appears at once. In an earlier one, files of these names are
     replaced one after the other, and others stay.
@@ -89,24 +89,24 @@ def replaced_folder(path, last=None):
 
 
 def write_text(path, text):
-    """Writes a text file in UTF-8, as `replaced` does."""
+    """Write a text file in UTF-8, as `replaced` does."""
     with replaced(path) as staging:
         staging.write_bytes(utf8(text))
 
 
 def utf8(text):
-    """The bytes of a text. What is left of file names that are no UTF-8 is escaped, as in a JSON file."""
+    """Encode a text as UTF-8. Surrogates from file names that are not UTF-8 are escaped, as in JSON."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path, values, indent=2):
-    """Writes a JSON file, as `replaced` does."""
+    """Write a JSON file, as `replaced` does."""
     write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def _told_in_one_line(path):
-    """Turns the operating system's errors into a `UserError`."""
+    """Turn the operating system's errors into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -119,13 +119,13 @@ def _told_in_one_line(path):
 
 
 def write_fault(error):
-    """The fault and the remedy of an `OSError` that a file could not be written for."""
+    """Return the fault and the remedy of an `OSError` that a file could not be written for."""
     remedy = "free some space or choose another place" if error.errno in _FULL else "choose another place"
     return f"cannot be written ({error.strerror}); {remedy}"
 
 
 def sync(path):
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -137,7 +137,7 @@ def sync(path):
 
 
 def _temporary(folder):
-    """A hidden name that no other process and no other thread takes, and that is short for any file."""
+    """Return a hidden, short temporary name that no other process or thread uses."""
     if folder not in _tidied:
         _tidied.add(folder)
         _remove_abandoned(folder)
@@ -145,7 +145,7 @@ def _temporary(folder):
 
 
 def _remove_abandoned(folder):
-    """Removes what processes have left that were killed while they wrote: gigabytes, for a model."""
+    """Remove what processes have left that were killed while they wrote: gigabytes, for a model."""
     with contextlib.suppress(OSError):
         for path in [Path(entry) for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]:
             latest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))

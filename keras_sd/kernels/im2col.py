@@ -19,7 +19,7 @@ _LEAST_CHANNELS = 256
 
 
 def pays(inputs, kernel, strides, padding):
-    """Whether `convolve` takes these arguments and is the faster way."""
+    """Return whether `convolve` takes these arguments and is the faster way."""
     is_slow = keras.backend.backend() == "jax" and backend.compiles_for_processor(inputs)
     size, is_dense = kernel.shape[0], strides == (1, 1)
     if not is_slow or inputs.dtype != "float32":
@@ -38,7 +38,7 @@ def pays(inputs, kernel, strides, padding):
 
 
 def convolve(inputs, kernel, strides, padding):
-    """The convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)`: `(n, h', w', k)`.
+    """Return the convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)`: `(n, h', w', k)`.
 
     Args:
         strides: of rows and columns.

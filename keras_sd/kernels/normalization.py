@@ -78,7 +78,7 @@ def _moments(values, grouped, spread):
 
 
 def _moments_in_one_pass(values, grouped, spread):
-    """The same from channels' moments (Chan, Golub and LeVeque, 1983): the tensor is read once for both.
+    """Return the same from the moments of the channels (Chan, Golub and LeVeque, 1983), in a single pass.
 
     It is meant for a GPU, which waits for memory. On a processor XLA is slower at it than at two passes.
     """

@@ -16,7 +16,7 @@ _LEAST_WIDTH = 80
 
 
 def pays(inputs, kernel):
-    """Whether `convolve` is the faster way for inputs `(n, h, w, c)` and a kernel `(3, 3, c, k)`."""
+    """Return whether `convolve` is the faster way for inputs `(n, h, w, c)` and a kernel `(3, 3, c, k)`."""
     height, width = inputs.shape[1:3]
     channels, outputs = kernel.shape[2:]
     if height is None or width is None or height % 2 or width % 2 or height * width < _FEWEST_POSITIONS:
@@ -27,7 +27,7 @@ def pays(inputs, kernel):
 
 
 def convolve(inputs, kernel):
-    """The "same" convolution of inputs `(n, h, w, c)` with a kernel `(3, 3, c, k)`: `(n, h, w, k)`.
+    """Return the "same" convolution of inputs `(n, h, w, c)` with a kernel `(3, 3, c, k)`: `(n, h, w, k)`.
 
     Height and width are even. Errors are no larger than those of the sum over 9 c products.
     """

@@ -8,7 +8,7 @@ from keras_sd.metrics.features import FeatureExtractor, extract
 
 
 def clip_score(image_embeddings, text_embeddings):
-    """Returns the mean over pairs of 100 * max(cosine, 0), 0 to 100; both are `(n, d)` of any length."""
+    """Return the mean over pairs of 100 * max(cosine, 0), 0 to 100; both are `(n, d)` of any length."""
     images, texts = (np.asarray(rows, "float64") for rows in (image_embeddings, text_embeddings))
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
         raise UserError(f"CLIP score of {images.shape} and {texts.shape}: give one text for each image")
@@ -61,5 +61,5 @@ class ClipScore:
         }
 
     def __call__(self, name, images):
-        """The score of uint8 images, one for each caption of a set."""
+        """Return the score of uint8 images, one for each caption of a set."""
         return clip_score(extract(self._images, images), self._texts[name])

@@ -82,7 +82,7 @@ class InceptionFeatures(FeatureExtractor):
 
 
 def extract(extractor, images, batch_size=64):
-    """Returns the features of all images, numpy float32 (n, d), `batch_size` images at a time.
+    """Return the features of all images, numpy float32 (n, d), `batch_size` images at a time.
 
     The last batch is filled up, so that every call has one shape and is compiled once.
     """
@@ -99,12 +99,12 @@ def extract(extractor, images, batch_size=64):
 
 
 def to_unit_range(images, size):
-    """Maps images in [0, 255], (n, h, w, 3), to float32 in [-1, 1] of `size` by `size` pixels."""
+    """Map images in [0, 255], (n, h, w, 3), to float32 in [-1, 1] of `size` by `size` pixels."""
     return resize(ops.cast(images, "float32") / 127.5 - 1.0, size)
 
 
 def resize(images, size):
-    """Resizes float images (n, h, w, c) to `size` by `size`: bilinear, with antialiasing when shrinking.
+    """Resize float images (n, h, w, c) to `size` by `size`: bilinear, with antialiasing when shrinking.
 
     Two matrix products, because XLA has no kernel for TensorFlow's antialiased resize.
     """

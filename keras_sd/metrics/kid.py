@@ -26,7 +26,7 @@ class KID(NamedTuple):
 def kernel_inception_distance(
     real_features, generated_features, *, num_subsets=100, subset_size=1000, seed=0
 ):
-    """Returns the KID of two sets of features, (n, d) and (m, d), computed in float64.
+    """Return the KID of two sets of features, (n, d) and (m, d), computed in float64.
 
     The estimate is repeated over `num_subsets` pairs of subsets of `subset_size` rows, each drawn without
     replacement: first from the real rows, then from the generated ones, by one `numpy.random.RandomState`.
@@ -53,7 +53,7 @@ def kernel_inception_distance(
 
 
 def paired_kernel_inception_distance(real_features, generated_features, *, num_subsets=100, seed=0):
-    """Returns the KID where generated row i was made for the caption of real row i.
+    """Return the KID where generated row i was made for the caption of real row i.
 
     The estimator is unbiased for independent sets only. An image and its counterpart are alike, and in
     small sets that pulls the estimate far below zero. So the pairs are split into two halves by `seed`, and
@@ -77,7 +77,7 @@ def paired_kernel_inception_distance(real_features, generated_features, *, num_s
 
 
 def polynomial_mmd(real_features, generated_features):
-    """Returns the unbiased MMD² of two whole sets of features, (n, d) and (m, d), in float64."""
+    """Return the unbiased MMD² of two whole sets of features, (n, d) and (m, d), in float64."""
     real, generated = _checked(real_features, generated_features)
     if min(len(real), len(generated)) < 2:
         raise UserError(
@@ -106,7 +106,7 @@ class KernelInceptionDistance(keras.metrics.Metric):
         self.batches = self.add_variable(shape=(), initializer="zeros", name="batches")
 
     def update_state(self, real_images, generated_images):
-        """Adds a batch of images in [0, 255], (n, h, w, 3) and (m, h, w, 3)."""
+        """Add a batch of images in [0, 255], (n, h, w, 3) and (m, h, w, 3)."""
         real = ops.cast(self.extractor(real_images), self.dtype)
         generated = ops.cast(self.extractor(generated_images), self.dtype)
         enough = ops.logical_and(ops.shape(real)[0] > 1, ops.shape(generated)[0] > 1)
@@ -115,7 +115,7 @@ class KernelInceptionDistance(keras.metrics.Metric):
         self.batches.assign_add(ops.cast(enough, self.dtype))
 
     def result(self):
-        """Returns the mean over the batches so far, a scalar."""
+        """Return the mean over the batches so far, a scalar."""
         return self.total / ops.maximum(self.batches, 1.0)
 
     def get_config(self):

@@ -6,7 +6,7 @@ from keras_sd.errors import UserError
 
 
 def peak_signal_to_noise_ratio(images, reconstructions):
-    """Returns the mean over the images of the peak signal-to-noise ratio (PSNR), in dB.
+    """Return the mean over the images of the peak signal-to-noise ratio (PSNR), in dB.
 
     Both are uint8 of shape (n, h, w, c). For each image PSNR = 10 log10(255² / MSE), where MSE is the mean
     squared difference over all its pixels and channels, in levels of 0 to 255. The ratios are averaged, not
@@ -19,7 +19,7 @@ def peak_signal_to_noise_ratio(images, reconstructions):
 
 
 def edge_error(images, reconstructions):
-    """Returns the mean absolute error of image gradients, in levels of 0 to 255 per pixel.
+    """Return the mean absolute error of image gradients, in levels of 0 to 255 per pixel.
 
     Gradients are differences of neighbouring pixels, across and down. What is blurred has too small ones at
     edges, what rings has some where there are none. Both are uint8 of shape (n, h, w, c).

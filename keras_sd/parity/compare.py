@@ -65,7 +65,7 @@ _TIMESTEP = 601
 
 
 def compare_tensors(part, source, written):
-    """Compares every tensor of a part in two files.
+    """Compare every tensor of a part in two files.
 
     Args:
         part: "text_encoder", "image_encoder", "unet" or "vae".
@@ -112,7 +112,7 @@ def _bits(array):
 
 
 def part_inputs(part, config):
-    """The random inputs on which a part is compared, always the same ones: NumPy arrays by name.
+    """Return the random inputs on which a part is compared, always the same ones: NumPy arrays by name.
 
     Images and latents are channels-last. Of the image encoder `pixels` is what CLIP's own code is given,
     `images` the same in [-1, 1].
@@ -164,7 +164,7 @@ def part_outputs(part, model):
 
 
 def compare(path, source, source_outputs, output, configs=None, notes=()):
-    """Reads a written model back and compares it with its source.
+    """Read a written model back and compare it with its source.
 
     Args:
         path: where the source came from.
@@ -204,7 +204,7 @@ def compare(path, source, source_outputs, output, configs=None, notes=()):
 
 
 def compare_schedulers(source, written):
-    """Compares the files of two checkpoints that say how a model is sampled.
+    """Compare the files of two checkpoints that say how a model is sampled.
 
     Returns:
         A list of `OutputParity`; nothing is computed.
@@ -230,7 +230,7 @@ def _scheduler_of(checkpoint, title):
 
 
 def _open(part, found, folder):
-    """The Keras model of a part that was read, with the config and the tokenizer of a folder."""
+    """Return the Keras model of a part that was read, with the config and the tokenizer of a folder."""
     folder = Path(folder)
     found = found._replace(config=read_json(folder / part / "config.json"))
     tokenizer = folder / "tokenizer" if part == "text_encoder" else None
@@ -238,7 +238,7 @@ def _open(part, found, folder):
 
 
 def compare_outputs(against, expected, computed, is_rounded=False):
-    """Compares the outputs of a part, as `part_outputs` gives them.
+    """Compare the outputs of a part, as `part_outputs` gives them.
 
     Args:
         against: whose the expected ones are, for the report.
@@ -261,7 +261,7 @@ def _not_compared(titles, against, verdict):
 
 
 def compare_with_libraries(output, configs, inputs, written_outputs, versions):
-    """Compares the outputs of our models of what was written with those of diffusers' and transformers'.
+    """Compare the outputs of our models of what was written with those of diffusers' and transformers'.
 
     Args:
         output, configs: as in `compare`.
@@ -295,7 +295,7 @@ def compare_with_libraries(output, configs, inputs, written_outputs, versions):
 
 
 def _outputs_of_libraries(output, configs, inputs):
-    """Runs `reference` as a program: (arrays by the output's title, reasons of failure by part)."""
+    """Run `reference` as a program: (arrays by the output's title, reasons of failure by part)."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         job = {"model": str(output), "configs": configs and str(configs), "parts": list(inputs)}

@@ -103,7 +103,7 @@ class Report(NamedTuple):
         return sorted((t for t in self.tensors if t.verdict != EQUAL), key=distance, reverse=True)
 
     def to_dict(self):
-        """The report as a JSON dictionary. Values that are no finite number are null."""
+        """Return the report as a JSON dictionary. Values that are no finite number are null."""
         return {
             "source": self.source,
             "output": self.output,
@@ -117,7 +117,7 @@ class Report(NamedTuple):
         }
 
     def to_markdown(self, num_tensors=5):
-        """The report as tables: outputs, numbers of tensors, the farthest `num_tensors` (None: every one)."""
+        """Return the report as Markdown: outputs, tensor counts, the `num_tensors` worst ones (None: all)."""
         blocks = [_outputs_table(self.outputs), _counts_table(self.tensors)]
         listed = self.farthest[:num_tensors] if num_tensors is not None else self.tensors
         if listed:

@@ -39,7 +39,7 @@ def measure_reconstruction(vae, examples):
 
 
 def measure_scale(vae, examples):
-    """The factor that gives the latents of the images of examples unit variance.
+    """Return the factor that gives the latents of the images of examples unit variance.
 
     Latents are centred over the data set first, as Rombach et al. (2022, appendix G) do.
     """
@@ -56,7 +56,7 @@ def measure_scale(vae, examples):
 
 
 def _image_batches(vae, examples):
-    """Yields the images of examples, uint8 `(n, h, w, 3)`, as many at once as there is memory for."""
+    """Yield the images of examples, uint8 `(n, h, w, 3)`, as many at once as there is memory for."""
     size = min(50, max(1, _PIXELS // vae.config.sample_size**2))
     for start in range(0, len(examples), size):
         indices = range(start, min(start + size, len(examples)))
@@ -66,7 +66,7 @@ def _image_batches(vae, examples):
 def train_autoencoder(
     settings, vae, source, held_out, *, repeats=None, kl_weight=3e-4, random_crop=None, decoder_only=False
 ):
-    """Trains an `AutoencoderKL` and writes it to `output_dir/model/vae`.
+    """Train an `AutoencoderKL` and write it to `output_dir/model/vae`.
 
     Args:
         settings: `trainer.Settings`.

@@ -29,7 +29,7 @@ from keras_sd.training.checkpoints import Checkpoints
 
 
 def sync_state(model) -> None:
-    """Gives the variables of model and optimizer their present values.
+    """Give the variables of model and optimizer their present values.
 
     During an epoch on JAX the values live in Keras' training loop and the variables are empty; on TensorFlow
     there is nothing to do.
@@ -204,7 +204,7 @@ class CheckpointCallback(StepCallback):
             self.save()
 
     def save(self) -> None:
-        """Saves the present state."""
+        """Save the present state."""
         with interruption.phase(f"saving checkpoint-{self.step}"):
             self._save()
 
@@ -247,7 +247,7 @@ class StopOnNonFiniteLoss(StepCallback):
         self.flush()
 
     def flush(self) -> None:
-        """Reads the losses still held back."""
+        """Read the losses still held back."""
         pending, self._pending = self._pending, []
         for step, loss in pending:
             if not math.isfinite(float(loss)):
@@ -255,7 +255,7 @@ class StopOnNonFiniteLoss(StepCallback):
 
 
 def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
-    """The error of a run whose numbers are no longer finite, in one line with the last good checkpoint."""
+    """Return the error for a run whose numbers are not finite; it names the last good checkpoint."""
     last = checkpoints.last_good()
     remedy = f"resume from the last good checkpoint, {last}," if last else "start anew (no checkpoint yet)"
     return UserError(f"training: {fault}; {remedy} with a lower `learning_rate` or `max_grad_norm`")

@@ -86,7 +86,7 @@ class Checkpoints:
         self._resumed = None  # (step, folder) of what this run goes on from, until it has saved
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, np.ndarray]], position: dict) -> Path:
-        """Writes `checkpoint-{step}` whole or not at all, then removes the oldest beyond the limit.
+        """Write `checkpoint-{step}` whole or not at all, then remove the oldest beyond the limit.
 
         Args:
             step: number of steps taken.
@@ -126,11 +126,11 @@ class Checkpoints:
         return target
 
     def last_good(self) -> Path | None:
-        """The newest whole checkpoint of this run's own branch: before its first save, the resumed one."""
+        """Return this run's newest complete checkpoint; before its first save, the one it resumed from."""
         return self._resumed[1] if self._resumed else self.latest()
 
     def latest(self) -> Path | None:
-        """The folder of the newest whole checkpoint. Damaged newer ones are each told in a warning."""
+        """Return the folder of the newest whole checkpoint. Damaged newer ones are each told in a warning."""
         self._recover()
         for step, folder in reversed(self._folders()):
             try:
@@ -142,7 +142,7 @@ class Checkpoints:
         return None
 
     def load(self, path) -> TrainingState:
-        """Reads a checkpoint after verifying it.
+        """Read a checkpoint after verifying it.
 
         Raises:
             UserError: a file is missing, damaged or of an unsupported version.
@@ -157,7 +157,7 @@ class Checkpoints:
         return TrainingState(manifest["step"], groups, position, config)
 
     def resolve(self, request: str) -> Path:
-        """The folder meant by `resume_from_checkpoint`, verified and of this run's config.
+        """Return the folder meant by `resume_from_checkpoint`, verified and of this run's config.
 
         Args:
             request: "latest", the path of a checkpoint, or its name in the run folder.
@@ -218,7 +218,7 @@ class Checkpoints:
         _sync(staging)
 
     def _set_aside(self, staging: Path, target: Path) -> None:
-        """Renames what must not be taken for this run's, and must not be lost: newer checkpoints of another
+        """Rename what must not be taken for this run's, and must not be lost: newer checkpoints of another
         branch, and a folder at the place of the new checkpoint that is none."""
         for step, folder in self._folders():
             if folder == target and not (folder / MANIFEST).is_file():
@@ -236,7 +236,7 @@ class Checkpoints:
             warnings.warn(f"{folder}: {why}; set aside as {kept.name}", stacklevel=2)
 
     def _publish(self, staging: Path, target: Path) -> None:
-        """Gives the complete folder its name. One of that name is replaced, or kept if it is the same."""
+        """Give the complete folder its name. One of that name is replaced, or kept if it is the same."""
         replaced = None
         if target.exists():
             if _same_checkpoint(staging, target):
@@ -286,7 +286,7 @@ class Checkpoints:
 
 
 def disk_fault(thing, error: OSError) -> str:
-    """One line for a failed write: the thing, the fault and the remedy."""
+    """Return one line for a failed write: the thing, the fault and the remedy."""
     remedy = "free some space" if error.errno in FULL_DISK_ERRORS else "make the folder writable"
     return f"{thing}: cannot be saved: {error.strerror}; {remedy} or choose another folder"
 
@@ -305,7 +305,7 @@ def _write_group(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _verify(folder: Path) -> dict:
-    """Reads the manifest and checks every file against it; raises InvalidCheckpoint."""
+    """Read the manifest and check every file against it; raises InvalidCheckpoint."""
     manifest = _read_manifest(folder)
     for name, expected in manifest["files"].items():
         file = folder / name
@@ -377,7 +377,7 @@ def _verify_for_user(folder: Path) -> dict:
 
 
 def check_manifest(folder) -> None:
-    """Raises UserError if a folder is no checkpoint by its manifest; its other files are not looked at."""
+    """Raise UserError if a folder is no checkpoint by its manifest; its other files are not looked at."""
     try:
         _read_manifest(Path(folder))
     except InvalidCheckpoint as fault:
@@ -386,7 +386,7 @@ def check_manifest(folder) -> None:
 
 
 def check_same_run(folder, values: Mapping) -> None:
-    """Raises UserError for the first of these values that is another one in a checkpoint's config.
+    """Raise UserError for the first of these values that is another one in a checkpoint's config.
 
     Names that the config lacks are left to `Checkpoints.resolve`, which compares all.
     """
@@ -457,7 +457,7 @@ def _difference(there: dict, here: dict) -> str:
 
 
 def _first_difference(there: dict, here: dict, prefix: str = "") -> tuple[str, str, str]:
-    """The dotted name of the first key that differs, and both values as JSON."""
+    """Return the dotted name of the first key that differs, and both values as JSON."""
     absent = object()
     sides = there, here
     key = min(k for k in there.keys() | here.keys() if there.get(k, absent) != here.get(k, absent))
@@ -489,7 +489,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -63,7 +63,7 @@ class ConsistencyObjective(DiffusionObjective):
         return at_timesteps(self.signal_rates, timesteps), at_timesteps(self.noise_rates, timesteps)
 
     def _consistent_sample(self, noisy, timesteps, context):
-        """The consistency function: the sample that the network finds in a noisy one."""
+        """Return the consistency function: the sample that the network finds in a noisy one."""
         prediction = self.unet([noisy, timesteps, context])
         sample, _ = to_sample_and_noise(self.prediction_type, prediction, noisy, *self._rates(timesteps))
         of_noisy, of_sample = (
@@ -73,7 +73,7 @@ class ConsistencyObjective(DiffusionObjective):
 
 
 def consistency_example(example, generator, timesteps):
-    """Draws what one training example needs: that of `diffusion_example`, and the empty caption beside it.
+    """Draw what one training example needs: that of `diffusion_example`, and the empty caption beside it.
 
     Args:
         example: of an `encodings.EncodedSource`.
@@ -100,7 +100,7 @@ def train_consistency(
     make_evaluation=None,
     export=None,
 ):
-    """Trains the low-rank updates of a UNet on encoded examples, so that `lcm` samples with them.
+    """Train the low-rank updates of a UNet on encoded examples, so that `lcm` samples with them.
 
     Args:
         settings: `trainer.Settings`.

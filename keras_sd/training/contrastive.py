@@ -42,7 +42,7 @@ def _normalized(vectors):
 
 
 def shifted(image, generator, largest=3):
-    """Moves an image by up to `largest` pixels each way on a white ground."""
+    """Move an image by up to `largest` pixels each way on a white ground."""
     down, right = generator.integers(0, 2 * largest + 1, 2)
     padded = np.pad(image, ((largest, largest), (largest, largest), (0, 0)), constant_values=255)
     height, width = image.shape[:2]
@@ -50,7 +50,7 @@ def shifted(image, generator, largest=3):
 
 
 def train_contrastive(settings, text_encoder, image_config, tokenizer, source, held_out, *, repeats=None):
-    """Trains the two encoders and writes them and the tokenizer under `output_dir/model`.
+    """Train the two encoders and write them and the tokenizer under `output_dir/model`.
 
     A text encoder that is not `trainable` stays as it is and a new image encoder learns to meet it
     (Zhai et al., 2022, the other way round): a UNet that was trained on it goes on to understand it.
@@ -122,7 +122,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
 
 
 def save_clip(folder, objective, tokenizer):
-    """Writes both encoders, what lies beside the image encoder's weights, and the tokenizer."""
+    """Write both encoders, what lies beside the image encoder's weights, and the tokenizer."""
     text_encoder, image_encoder = objective.text_encoder, objective.image_encoder
     write_part(folder, "text_encoder", text_encoder.config.to_dict(), torch_state(text_encoder))
     beside = {

@@ -24,7 +24,7 @@ _SPLIT_INPUTS = re.compile(r"\.(to_out\.0|out_proj|net\.2|fc2)\.weight$")
 
 
 def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=None, timeout=300):
-    """Spreads what is made from now on over the devices; call it before anything touches JAX.
+    """Spread what is made from now on over the devices; call it before anything touches JAX.
 
     Args:
         kind: "data", "model", "auto" (data parallelism over all devices that there are) or None for one
@@ -68,7 +68,7 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
 
 
 def _check_processes(kind, processes):
-    """The address of process 0, or None where the arguments name no processes; refuses what cannot be."""
+    """Return the address of process 0, or None where the arguments name no processes; refuses what cannot be."""
     given = [name for name, value in processes.items() if value is not None]
     if not given:
         return None
@@ -87,7 +87,7 @@ def _check_processes(kind, processes):
 
 
 def _distribution(kind):
-    """The `keras.distribution` of that kind over all devices; None for "auto" on one device."""
+    """Return the `keras.distribution` of that kind over all devices; None for "auto" on one device."""
     devices, processes = backend.devices(), backend.process_count()
     remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave it out"
     if kind == "model":
@@ -146,7 +146,7 @@ def split_weights(model):
 
 
 def _split_axis(parameter):
-    """The axis of a weight that is split, or None. Kernels are (inputs, outputs)."""
+    """Return the axis of a weight that is split, or None. Kernels are (inputs, outputs)."""
     if _SPLIT_OUTPUTS.search(parameter.name):
         return len(parameter.variable.shape) - 1
     # Where transformers' projections are 1x1 convolutions, inputs come last but one as well.

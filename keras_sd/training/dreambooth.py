@@ -15,7 +15,7 @@ from keras_sd.training.trainer import Trainer
 
 
 def read_images(folder, prompt, image_size):
-    """All images below a folder, with one prompt as the caption of each.
+    """Return all images below a folder, with one prompt as the caption of each.
 
     Returns:
         A `FolderSource`, which reads an image when it is asked for.
@@ -27,7 +27,7 @@ def read_images(folder, prompt, image_size):
 
 
 def generate_class_images(pipeline, folder, prompt, count, *, num_inference_steps, guidance_scale, seed):
-    """Draws images of a class until a folder holds `count`; training shall not forget what they show.
+    """Draw images of a class until a folder holds `count`; training shall not forget what they show.
 
     Image i is drawn from `seed` + i and stands whole in `class-i.png` or not at all, so that a run that was
     killed goes on with those that are there. Several processes of a run draw together, as each has a part of
@@ -72,7 +72,7 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_inference_step
 
 
 def dreambooth_example(example, generator, class_examples=(), **options):
-    """Draws what one training example needs: for an image of the subject, and for any one of its class.
+    """Draw what one training example needs: for an image of the subject, and for any one of its class.
 
     Args:
         example: an image of the subject, encoded (`encodings.EncodedSource`).
@@ -104,7 +104,7 @@ def train_dreambooth(
     make_evaluation=None,
     export=None,
 ):
-    """Trains what is trainable of a model's UNet, and of its text encoder, on a subject.
+    """Train what is trainable of a model's UNet, and of its text encoder, on a subject.
 
     Args:
         settings: `trainer.Settings`; a batch holds `train_batch_size` images of the subject and, with prior

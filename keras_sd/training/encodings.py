@@ -108,14 +108,14 @@ class EncodedSource:
         return means, deviations, captions
 
     def fingerprint(self):
-        """The SHA-256, in hexadecimal, of what was encoded.
+        """Return the SHA-256, in hexadecimal, of what was encoded.
 
         It is the source's own fingerprint or, where it has none (as a list), that of pixels and captions.
         """
         return self._fingerprint
 
     def split(self, count):
-        """Two sources: the first `count` examples, and the others."""
+        """Return two sources: the first `count` examples, and the others."""
         parts = copy.copy(self), copy.copy(self)
         for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
             part.means, part.deviations = self.means[place], self.deviations[place]
@@ -139,7 +139,7 @@ class EncodedSource:
 
 
 def _as_slice(rows):
-    """An index of these rows that copies nothing where they follow each other, as new captions' do."""
+    """Return an index of these rows that copies nothing where they follow each other, as new captions' do."""
     start = rows[0] if rows else 0
     end = start + len(rows)
     return slice(start, end) if rows == list(range(start, end)) else np.array(rows)
@@ -153,7 +153,7 @@ def _scaled_moments(vae, images):
 
 
 def _read_ahead(source, batch_size):
-    """Yields lists of examples in their order; threads read the next list while one is in use."""
+    """Yield lists of examples in their order; threads read the next list while one is in use."""
     threads = min(batch_size, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         reading = (pool.submit(source.__getitem__, index) for index in range(len(source)))
@@ -169,7 +169,7 @@ def _read_ahead(source, batch_size):
 
 
 def _in_batches(function, batches, batch_size, count, progress, check=None):
-    """Calls a compiled function batch by batch; the last one is filled up, so that it compiles once.
+    """Call a compiled function batch by batch; the last one is filled up, so that it compiles once.
 
     Args:
         function: takes an array of `batch_size` rows and gives a tuple of arrays with as many.
@@ -215,7 +215,7 @@ class JoinedSource:
         raise IndexError("out of range")
 
     def fingerprint(self):
-        """The SHA-256 of those of the sources; None if one has none."""
+        """Return the SHA-256 of those of the sources; None if one has none."""
         parts = [_fingerprint_of(source) for source in self.sources if len(source)]
         return None if None in parts else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

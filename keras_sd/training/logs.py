@@ -70,17 +70,17 @@ class MetricsLog(StepCallback):
         self.flush()
 
     def flush(self) -> None:
-        """Writes the steps still held back."""
+        """Write the steps still held back."""
         pending, self._pending = self._pending, []
         self._log(pending)
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs name → number (or scalar on the device) as one line."""
+        """Log name → number (or scalar on the device) as one line."""
         self.flush()
         self._log([(step, values)])
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Keeps a uint8 (height, width, 3) image in TensorBoard and in the run folder: `name/step-N.png`."""
+        """Keep a uint8 (height, width, 3) image in TensorBoard and in the run folder: `name/step-N.png`."""
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, "PNG")
         folder = self._run_folder / name
@@ -122,7 +122,7 @@ class MetricsLog(StepCallback):
             raise UserError(disk_fault(self.path.parent, error)) from error
 
     def _cut(self, initial_step: int) -> set[str]:
-        """Drops lines after the step, and a half-written one; returns the names on record for the step."""
+        """Drop lines after the step, and a half-written one; return the names on record for the step."""
         lines, names = [], set()
         if initial_step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):

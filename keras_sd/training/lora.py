@@ -21,7 +21,7 @@ TEXT_ALL = (*TEXT_ATTENTION, "fc1", "fc2")
 
 
 def add_lora(model, rank, alpha, *, everywhere=False):
-    """Gives layers of a UNet or a text encoder low-rank updates, and makes only those trainable.
+    """Give layers of a UNet or a text encoder low-rank updates, and make only those trainable.
 
     The updates begin at zero. Do it before anything is compiled with the model.
 
@@ -79,7 +79,7 @@ def freeze(model):
 
 
 def lora_tensors(model):
-    """The updates' tensors under PEFT's names, in torch layout, as a dictionary of NumPy arrays."""
+    """Return the updates' tensors under PEFT's names, in torch layout, as a dictionary of NumPy arrays."""
     return {name: tensor for name, tensor in torch_state(model).items() if ".lora_" in name}
 
 
@@ -88,7 +88,7 @@ def _suffixes(targets):
 
 
 def save_lora(folder, models, alpha):
-    """Writes the updates of models in both dialects: PEFT's, which diffusers loads, and kohya's.
+    """Write the updates of models in both dialects: PEFT's, which diffusers loads, and kohya's.
 
     Args:
         folder: made if there is none; the files are `pytorch_lora_weights.safetensors` and

@@ -38,7 +38,7 @@ class Objective(keras.Model):
 
 
 def images_to_network(images):
-    """Turns uint8 images into float32 in [-1, 1]."""
+    """Turn uint8 images into float32 in [-1, 1]."""
     return ops.cast(images, "float32") / 127.5 - 1.0
 
 

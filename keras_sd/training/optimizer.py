@@ -23,7 +23,7 @@ class AdamW(keras.optimizers.AdamW):
         self.ema_variables = []
 
     def build(self, variables):
-        """Makes the moments and the averages, which begin as exact copies of the weights."""
+        """Make the moments and the averages, which begin as exact copies of the weights."""
         if self.built:
             return
         super().build(variables)
@@ -35,7 +35,7 @@ class AdamW(keras.optimizers.AdamW):
             average.assign(ops.copy(variable))
 
     def _apply_weight_decay(self, variables):
-        """Leaves the decay to the update: Keras traces the schedule anew for each variable here."""
+        """Leave the decay to the update: Keras traces the schedule anew for each variable here."""
 
     def _backend_update_step(self, gradients, variables, learning_rate):
         """One update of all variables (Kingma and Ba, 2015, algorithm 1).
@@ -81,20 +81,20 @@ def _bias_correction(beta, update):
 
 
 def _with_joined_vectors(variables):
-    """The places of all vectors as one group, and each other variable's as one of its own."""
+    """Return the places of all vectors as one group, and each other variable's as one of its own."""
     vectors = [place for place, variable in enumerate(variables) if variable.ndim == 1]
     others = [[place] for place, variable in enumerate(variables) if variable.ndim != 1]
     return [vectors, *others] if vectors else others
 
 
 def _joined(arrays):
-    """One array, or several vectors one behind the other, in float32."""
+    """Return one array, or several vectors one behind the other, in float32."""
     arrays = [ops.cast(array, "float32") for array in arrays]  # reads a variable once
     return ops.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
 def _assign_parts(variables, values):
-    """Gives variables their parts of what `_joined` has joined."""
+    """Give variables their parts of what `_joined` has joined."""
     if len(variables) > 1:
         ends = np.cumsum([variable.shape[0] for variable in variables])
         parts = ops.split(values, ends[:-1])
@@ -105,7 +105,7 @@ def _assign_parts(variables, values):
 
 
 def young_decay(updates):
-    """The largest decay of an average after that many updates: it forgets the start of a young run soon."""
+    """Return the largest EMA decay after that many updates: small at first, to forget the initial weights."""
     return (1.0 + updates) / (10.0 + updates)
 
 

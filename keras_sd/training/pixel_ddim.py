@@ -14,7 +14,7 @@ from keras_sd.weights.rules import torch_state
 
 
 def sample_images(denoiser, count, *, num_inference_steps=20, seed=0, batch_size=50):
-    """Makes `count` uint8 images of an unconditional pixel-space model; image i has seed + i."""
+    """Make `count` uint8 images of an unconditional pixel-space model; image i has seed + i."""
     config = denoiser.unet.config
     shape = (config.sample_size, config.sample_size, config.in_channels)
     images = []
@@ -29,7 +29,7 @@ def sample_images(denoiser, count, *, num_inference_steps=20, seed=0, batch_size
 def train_pixel_ddim(
     settings, config, scheduler_config, source, *, min_snr_gamma=None, flip=True, make_evaluation=None
 ):
-    """Trains an unconditional UNet on images and writes it under `output_dir/model`.
+    """Train an unconditional UNet on images and write it under `output_dir/model`.
 
     Args:
         settings: `trainer.Settings`.
@@ -80,6 +80,6 @@ def train_pixel_ddim(
 
 
 def save_model(folder, unet, scheduler_config):
-    """Writes an unconditional model into a folder."""
+    """Write an unconditional model into a folder."""
     write_part(folder, "unet", unet.config.to_dict(), torch_state(unet))
     write_scheduler(folder / SCHEDULER, scheduler_config.to_dict())

@@ -55,7 +55,7 @@ class Progress:
             self._tell()
 
     def update(self, count):
-        """Counts `count` more as done."""
+        """Count `count` more as done."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(), refresh=False)

@@ -16,7 +16,7 @@ _LONGEST_LINE = 200
 
 
 def parse_address(text):
-    """Reads `HOST:PORT` as `(host, port)`; an IPv6 address stands in brackets."""
+    """Read `HOST:PORT` as `(host, port)`; an IPv6 address stands in brackets."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
@@ -24,7 +24,7 @@ def parse_address(text):
 
 
 def meet(address, process_count, process_index, timeout):
-    """Waits until all processes of a run are there.
+    """Wait until all processes of a run are there.
 
     Args:
         address: `(host, port)` of process 0, where all others reach it.
@@ -78,7 +78,7 @@ def _receive_all(address, process_count, deadline, timeout):
 
 
 def _read_announcement(connection, process_count, present):
-    """The index of the process that announces itself, or None, and what is wrong with it, or None."""
+    """Return the index of the process that announces itself, or None, and what is wrong with it, or None."""
     # What is no process of ours shall not hold up those that are.
     connection.settimeout(5)
     try:
@@ -135,7 +135,7 @@ def _send(connection, line):
 
 
 def _read_line(connection):
-    """One line, without its end; what comes before the connection is closed if there is none."""
+    """Return one line, without its end; what comes before the connection is closed if there is none."""
     received = b""
     while not received.endswith(b"\n") and len(received) < _LONGEST_LINE:
         part = connection.recv(_LONGEST_LINE)

@@ -7,7 +7,7 @@ _SUMS = "gradients/"  # those of the batches since the last update
 
 
 def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
-    """Brings the groups of a checkpoint and of a run's state to the same names, or refuses the checkpoint.
+    """Bring the groups of a checkpoint and of a run's state to the same names, or refuse the checkpoint.
 
     The optimizer's variables get names that do not depend on the accumulation. Sums of gradients from another
     accumulation are left out: they are zero between two updates, but for those around float16 batches that
@@ -63,7 +63,7 @@ def _optimizer_names(scaling, trained, accumulates):
 
 
 def _check_same(place, saved, variables):
-    """Raises UserError unless both have the same names and shapes."""
+    """Raise UserError unless both have the same names and shapes."""
     lacking, surplus = variables.keys() - saved.keys(), saved.keys() - variables.keys()
     if lacking or surplus:
         fault = f"lacks {min(lacking)}" if lacking else f"has {min(surplus)}, which is not trained here"
@@ -82,12 +82,12 @@ def _misfit(place, fault):
 
 
 def _before(checkpoint, settings):
-    """The values that those settings had that may change."""
+    """Return the values that those settings had that may change."""
     return {name: checkpoint.config.get(name, getattr(settings, name)) for name in MAY_CHANGE}
 
 
 def _examples(checkpoint, settings):
-    """How many examples the run has seen."""
+    """Return how many examples the run has seen."""
     position = checkpoint.position
     if "examples" in position:
         return position["examples"]
@@ -96,12 +96,12 @@ def _examples(checkpoint, settings):
 
 
 def first_batch(checkpoint, settings):
-    """The number of the batch to go on with, in batches of the size of now."""
+    """Return the number of the batch to go on with, in batches of the size of now."""
     return -(-_examples(checkpoint, settings) // settings.train_batch_size)
 
 
 def describe_changes(checkpoint, settings):
-    """One line on the settings that are others than before, and what that means; None if there are none."""
+    """Return one line on the settings that have changed and on the consequences; None if none has changed."""
     before = _before(checkpoint, settings)
     changed = {name: value for name, value in before.items() if value != getattr(settings, name)}
     if not changed:

@@ -23,7 +23,7 @@ _locks = {}  # folder -> the descriptor of its lock, which this process holds
 
 
 def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
-    """Takes a run folder for this process until its end, before any long work; imports no backend.
+    """Take a run folder for this process until its end, before any long work; imports no backend.
 
     Called at the very start of a command, and again by `Trainer`, which does no harm. The folder is made.
 
@@ -59,12 +59,12 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
 
 
 def is_checkpoint_name(name):
-    """Whether a folder of that name in a run folder is, or would be taken for, a checkpoint."""
+    """Return whether a folder of that name in a run folder is, or would be taken for, a checkpoint."""
     return _CHECKPOINT.fullmatch(name) is not None
 
 
 def release_output_dir(output_dir):
-    """Gives a run folder free; a folder in which nothing was written goes."""
+    """Give a run folder free; a folder in which nothing was written goes."""
     folder = Path(output_dir).resolve()
     descriptor = _locks.pop(folder, None)
     if descriptor is None:
@@ -97,7 +97,7 @@ def _check_new(folder):
 
 
 def find_checkpoint(output_dir, request):
-    """The checkpoint's folder that `resume_from_checkpoint` means, by the manifests alone.
+    """Return the checkpoint's folder that `resume_from_checkpoint` means, by the manifests alone.
 
     Raises:
         UserError: there is none.
@@ -131,7 +131,7 @@ def _children(folder):
 
 
 def _lock(folder):
-    """Locks the folder's lock file, which holds this process' id; a dead process holds no lock."""
+    """Lock the folder's lock file, which holds this process' id; a dead process holds no lock."""
     place = folder.resolve()
     if place in _locks:
         return
@@ -175,12 +175,12 @@ def described(method, options):
 
 
 def is_described():
-    """Whether a training command of this process has said how its run is started."""
+    """Return whether a training command of this process has said how its run is started."""
     return _description is not None
 
 
 def write_description(run_folder):
-    """Writes how the run was started, if a command has done so."""
+    """Write how the run was started, if a command has done so."""
     if _description is not None:
         write_json(Path(run_folder) / DESCRIPTION, _description)
 
@@ -202,11 +202,11 @@ class RunRecord:
                 self._steps = {name: min(step, initial_step) for name, step in written.items()}
 
     def last(self, name):
-        """The last step at which that was done, -1 for none."""
+        """Return the last step at which that was done, -1 for none."""
         return self._steps.get(name, -1)
 
     def write(self, name, step):
-        """Remembers that something was done at a step."""
+        """Remember that something was done at a step."""
         self._steps[name] = step
         write_json(self._path, self._steps)
 
@@ -236,7 +236,7 @@ def write_whole_folder(target, write):
 
 
 def restore_folder(target):
-    """Gives a folder its name back that a process was killed while it replaced."""
+    """Give a folder its name back that a process was killed while it replaced."""
     if _replaced(target).is_dir() and not target.exists():
         _replaced(target).rename(target)
 

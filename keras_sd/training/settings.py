@@ -108,7 +108,7 @@ class Settings:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
 
     def use_precision(self):
-        """Sets Keras' precision policy; call it before the models are made."""
+        """Set Keras' precision policy; call it before the models are made."""
         keras.config.set_dtype_policy(PRECISIONS[self.mixed_precision])
 
     def identity(self):
@@ -122,8 +122,10 @@ _WHOLE = {field.name: field.type in (int, int | None) for field in dataclasses.f
 
 
 def _is_computed(value, is_whole):
-    """Whether a training step has a number for this: of 64 bits if it counts, else a float32 that is none of
-    the tiny ones that devices take for 0."""
+    """Return whether a training step can represent the value: as int64 or as a normal float32.
+
+    Devices flush subnormal numbers to 0.
+    """
     if is_whole:
         return -(2**63) <= value < 2**63
     return value == 0 or _SMALLEST <= abs(value) <= _LARGEST

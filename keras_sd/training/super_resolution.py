@@ -26,7 +26,7 @@ _LARGEST_BLUR = 0.7  # standard deviation in pixels of the large image
 
 
 def degraded(image, factor, generator):
-    """A uint8 image made small by a random filter, sometimes after a blur, and large again (bicubic)."""
+    """Return a uint8 image, sometimes blurred, shrunk by a random filter and enlarged again (bicubic)."""
     opened = Image.fromarray(image)
     if generator.random() < _BLURRED:
         opened = opened.filter(ImageFilter.GaussianBlur(generator.uniform(0, _LARGEST_BLUR)))
@@ -37,7 +37,7 @@ def degraded(image, factor, generator):
 
 
 def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_levels, factor, crop):
-    """Draws a square of an image, its degraded version with noise of a random level, noise and timestep.
+    """Draw a square of an image, its degraded version with noise of a random level, noise and timestep.
 
     Args:
         example: with an `image`.
@@ -68,7 +68,7 @@ def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_l
 
 
 def measure_upscaling(upscaler, images, *, factor=2, **options):
-    """Makes images small (bicubic) and large again, and compares with what they were.
+    """Make images small (bicubic) and large again, and compare with what they were.
 
     Args:
         upscaler: `keras_sd.pipeline.upscaler.Upscaler`.
@@ -96,7 +96,7 @@ def measure_upscaling(upscaler, images, *, factor=2, **options):
 def train_super_resolution(
     settings, upscaler, source, *, factor, crop, repeats=None, min_snr_gamma=None, make_evaluation=None
 ):
-    """Trains an upscaler and writes it to `output_dir/model`.
+    """Train an upscaler and write it to `output_dir/model`.
 
     Args:
         settings: `trainer.Settings`.

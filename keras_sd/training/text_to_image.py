@@ -18,7 +18,7 @@ def diffusion_example(
     noise_offset=0.0,
     input_perturbation=0.0,
 ):
-    """Draws what one training example needs: latents, noise, timestep and the encoding of a caption.
+    """Draw what one training example needs: latents, noise, timestep and the encoding of a caption.
 
     Half of the draws take the first caption, which is the canonical one, the others any of them;
     `caption_dropout` of all take the empty one, for classifier-free guidance (Ho and Salimans, 2022).
@@ -65,7 +65,7 @@ def train_text_to_image(
     export=None,
     **drawing,
 ):
-    """Trains what is trainable of a UNet, and of a text encoder, on encoded examples.
+    """Train what is trainable of a UNet, and of a text encoder, on encoded examples.
 
     Args:
         settings: `trainer.Settings`.

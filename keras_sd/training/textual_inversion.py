@@ -33,7 +33,7 @@ _SPREAD = 0.1
 
 
 def initial_vectors(pipeline, count, words=None, seed=0):
-    """The vectors that a new word begins with.
+    """Return the vectors that a new word begins with.
 
     Args:
         pipeline: the `StableDiffusion`.
@@ -61,7 +61,7 @@ def initial_vectors(pipeline, count, words=None, seed=0):
 
 
 def inversion_example(example, generator, captions, **options):
-    """Draws what one training example needs: latents, noise, timestep and any one of the captions.
+    """Draw what one training example needs: latents, noise, timestep and any one of the captions.
 
     Args:
         example: of an `encodings.EncodedSource`, whose own captions are left aside.
@@ -85,7 +85,7 @@ def train_textual_inversion(
     min_snr_gamma=None,
     make_evaluation=None,
 ):
-    """Adds a word to a model's vocabulary and trains its vectors; all other weights are frozen.
+    """Add a word to a model's vocabulary and trains its vectors; all other weights are frozen.
 
     At the end `output_dir/model` has them in `learned_embeds.safetensors`, which diffusers and the web
     interface load, and in `embedding_kohya.safetensors`. They are the averaged ones, as in every run here: a
@@ -159,7 +159,7 @@ def train_textual_inversion(
 
 
 def encode_examples(settings, pipeline, source, token, learnable_property):
-    """The images' latents as an `EncodedSource`, and the token ids `(templates, tokens)` of captions."""
+    """Return the latents as an `EncodedSource`, and the token ids `(templates, tokens)` of the captions."""
     encoded = EncodedSource(source, pipeline.vae, None, pipeline.tokenizer, jit_compile=settings.jit_compile)
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
     # One that is cut might lose what is to be learned. The word alone always fits.
@@ -174,7 +174,7 @@ def _room(pipeline):
 
 
 def save_embedding(folder, token, vectors):
-    """Writes a learned word in both dialects into a folder, which is made if there is none."""
+    """Write a learned word in both dialects into a folder, which is made if there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     write_embeddings(folder / DIFFUSERS_FILE, {token: vectors})
     write_embeddings(folder / KOHYA_FILE, {token: vectors}, "kohya")

@@ -154,7 +154,7 @@ class Trainer:
         }
 
     def gather_state(self):
-        """Copies the state to the host: `(groups, position)` as a checkpoint takes them."""
+        """Copy the state to the host: `(groups, position)` as a checkpoint takes them."""
         groups = {
             group: {name: backend.to_numpy(variable) for name, variable in variables.items()}
             for group, variables in self._state().items()
@@ -165,7 +165,7 @@ class Trainer:
         return groups, {"batch": batch, "examples": batch * settings.train_batch_size}
 
     def _resume(self):
-        """Takes over the state of a checkpoint, and tells which settings are others than its."""
+        """Take over the state of a checkpoint, and tells which settings are others than its."""
         path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)
         checkpoint = self.checkpoints.load(path)
         state = self._state()
@@ -184,7 +184,7 @@ class Trainer:
             print(changes, file=sys.stderr, flush=True)
 
     def run(self, source, draw, *, repeats=None, make_evaluation=None, prepare_export=None, export=None):
-        """Trains to `max_train_steps` and returns whether it got there.
+        """Train to `max_train_steps` and return whether it got there.
 
         The last step is followed by a checkpoint, the export and an evaluation, in this order, so that a
         failure loses as little as possible. What an earlier process has not come to is made up for.
@@ -257,7 +257,7 @@ class Trainer:
         return self._record.last("exported") == self.step and model.is_dir()
 
     def _is_evaluated_at(self, step):
-        """Whether an evaluation at this step, at which the run begins or ends, is still to be made."""
+        """Return whether an evaluation at this step, at which the run begins or ends, is still to be made."""
         every, last = self.settings.evaluation_steps, self.settings.max_train_steps
         due = every and step and (step % every == 0 or step >= last)
         return bool(due) and self._record.last("evaluated") < step
@@ -286,7 +286,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _with_memory_advice(self):
-        """Turns what is raised inside for want of memory into a line that names the arguments that help."""
+        """Turn what is raised inside for want of memory into a line that names the arguments that help."""
         try:
             yield
         except Exception as error:
@@ -296,7 +296,7 @@ class Trainer:
             raise UserError(f"training: out of memory; take {', or '.join(savers)}") from error
 
     def _memory_savers(self):
-        """The arguments that are off and spare memory on the device, the cheapest ones first."""
+        """Yield the arguments that are off and spare memory on the device, the cheapest ones first."""
         settings = self.settings
         if settings.mixed_precision == "no":
             yield "`mixed_precision='bf16'`"
@@ -311,7 +311,7 @@ class Trainer:
             yield "`offload_ema=True`"
 
     def _callbacks(self, stop, make_evaluation):
-        """The callbacks in the order in which each step calls them."""
+        """Return the callbacks in the order in which each step calls them."""
         settings = self.settings
         guard = StopOnNonFiniteLoss(self.checkpoints, self.step)
         progress = ProgressCallback(

@@ -24,7 +24,7 @@ _TEXT_KEY = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 def unet_config(tensors, sample_size):
-    """The `config.json` of a UNet.
+    """Return the `config.json` of a UNet.
 
     An SD 2.x (`is_sd2`) has heads of width 64 and scores in float32; others (SD 1.x, the x4 upscaler) have
     8 heads. Without a block in the middle it is a distilled one (BK-SDM).
@@ -73,7 +73,7 @@ def unet_config(tensors, sample_size):
 
 
 def is_sd2(config):
-    """Whether a UNet is of Stable Diffusion 2.x, by the width of the text encodings that it takes.
+    """Return whether a UNet is of Stable Diffusion 2.x, by the width of the text encodings that it takes.
 
     Both families come with linear layers and with 1 x 1 convolutions around the attention, which compute the
     same. Only where the width is of neither, linear layers make an SD 2.x. The upscaler, which has class
@@ -98,7 +98,7 @@ def _only_cross_attention(tensors, channels, attends):
 
 
 def vae_config(tensors, sample_size, scaling_factor):
-    """The `config.json` of an autoencoder.
+    """Return the `config.json` of an autoencoder.
 
     Args:
         tensors: dictionary of arrays by diffusers' names.
@@ -130,7 +130,7 @@ def vae_config(tensors, sample_size, scaling_factor):
 
 
 def text_encoder_config(tensors, is_open_clip):
-    """The `config.json` of a text encoder.
+    """Return the `config.json` of a text encoder.
 
     Heads are 64 wide. OpenCLIP has the exact GELU; the width of ViT-H is taken for OpenCLIP under any names.
 

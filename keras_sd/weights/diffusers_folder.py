@@ -56,19 +56,19 @@ class ShardIndex(TypedDict):
 
 
 def holds_pixel_upscaler(folder):
-    """Whether a folder holds an upscaler that works on pixels, and not a whole Stable Diffusion."""
+    """Return whether a folder holds an upscaler that works on pixels, and not a whole Stable Diffusion."""
     return (Path(folder) / LOW_RES_SCHEDULER).is_file() and not (Path(folder) / "vae").is_dir()
 
 
 def weights_path(folder, part, variant=None):
-    """The file with the weights of a part, or the index of the files, of a folder in diffusers' layout.
+    """Return the weight file of a part in a diffusers folder, or the index of its shards.
 
     Args:
         part: "unet", "vae", "text_encoder" or "image_encoder".
-        variant: such as "fp16". None takes the plain files, and where there are none those of a variant.
+        variant: such as "fp16". None takes the files without a variant or, if there are none, a variant.
 
     Raises:
-        UserError: there is no such file; the line names the variants that there are.
+        UserError: there is no such file; the message names the variants that exist.
     """
     return _weights_in(Path(folder) / part, part, variant)
 
@@ -86,7 +86,7 @@ def _weights_in(directory, part, variant):
 
 
 def has_weights(folder, part):
-    """Whether a folder has any weights of a part."""
+    """Return whether a folder has any weights of a part."""
     return bool(_weights_by_variant(Path(folder) / part, part))
 
 
@@ -110,7 +110,7 @@ def _weights_by_variant(directory, part):
 
 
 def read_weights(path):
-    """Reads a file of weights, or all the shards that an index names.
+    """Read a file of weights, or all the shards that an index names.
 
     Returns:
         A dictionary of read-only arrays that are mapped from disk.
@@ -143,7 +143,7 @@ def read_weights(path):
 
 
 def read_part(folder, part, variant=None):
-    """Reads one part of a folder as a `Part`.
+    """Read one part of a folder as a `Part`.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -160,7 +160,7 @@ def read_part_folder(directory, part, variant=None):
 
 
 def read_folder(folder, variant=None):
-    """Reads a folder as a `Checkpoint`, with configs of early releases set right (`old_models`).
+    """Read a folder as a `Checkpoint`, with configs of early releases set right (`old_models`).
 
     Args:
         variant: as in `weights_path`; parts without that variant give their plain weights, as long as one
@@ -195,7 +195,7 @@ def read_companions(folder):
 
 
 def check_folder_name(path):
-    """Raises a UserError for a folder whose name ends as a file's; other dots may well be in it."""
+    """Raise a UserError for a folder whose name ends as a file's; other dots may well be in it."""
     suffix = Path(path).suffix.lower()
     if suffix in _FILE_SUFFIXES:
         raise UserError(
@@ -209,7 +209,7 @@ def check_folder_name(path):
 
 
 def write_part(folder, part, config, tensors, dtype=None):
-    """Writes one part of a folder: its `config.json` and its weights.
+    """Write one part of a folder: its `config.json` and its weights.
 
     Args:
         folder: the diffusers folder; made if there is none.
@@ -224,7 +224,7 @@ def write_part(folder, part, config, tensors, dtype=None):
 
 
 def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=None):
-    """Writes a `Checkpoint` as a folder that diffusers opens too.
+    """Write a `Checkpoint` as a folder that diffusers opens too.
 
     All files are on disk before the first one takes its place, so that an end in the middle of the work, or
     weights that `dtype` cannot hold, leave an earlier folder as it was.
@@ -254,13 +254,13 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=N
 
 
 def write_scheduler(path, config):
-    """Writes the dictionary of a noise schedule as the file `path`."""
+    """Write the dictionary of a noise schedule as the file `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
 
 
 def _model_index(checkpoint):
-    """The table of contents by which diffusers' pipelines open a folder."""
+    """Return the table of contents by which diffusers' pipelines open a folder."""
     latents = checkpoint.parts["unet"].config.get("out_channels", 4)
     index = {"_diffusers_version": "0.35.0"}
     if checkpoint.low_res_scheduler is not None:

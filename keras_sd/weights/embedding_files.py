@@ -23,7 +23,7 @@ _SDXL_KEYS = {"clip_g", "clip_l"}
 
 
 def embedding_file(path):
-    """The file that holds the embeddings of a path: itself, or one in the folder that it names."""
+    """Return the file that holds the embeddings of a path: itself, or one in the folder that it names."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -31,7 +31,7 @@ def embedding_file(path):
 
 
 def read_embeddings(path, width):
-    """Reads a file, or a folder with diffusers' `learned_embeds.safetensors` or `.bin` in it.
+    """Read a file, or a folder with diffusers' `learned_embeds.safetensors` or `.bin` in it.
 
     Args:
         path: a safetensors file, or torch's own (`.pt`, `.bin`).
@@ -100,7 +100,7 @@ def _checked(array, width, path):
 
 
 def write_embeddings(path, embeddings, dialect="diffusers", dtype=None):
-    """Writes learned words as a safetensors file.
+    """Write learned words as a safetensors file.
 
     Args:
         path: the file.

@@ -21,7 +21,7 @@ _SMALL = 10_000_000
 
 
 def check_config(config, shapes, source, partial=False):
-    """Raises a UserError unless a config describes the tensors that a file holds; builds nothing.
+    """Raise a UserError unless a config describes the tensors that a file holds; builds nothing.
 
     Args:
         config: as in `expected_shapes`.
@@ -50,14 +50,14 @@ def check_config(config, shapes, source, partial=False):
 
 
 def is_decoder_alone(names):
-    """Whether the names of a VAE's tensors are those of a decoder without an encoder."""
+    """Return whether the names of a VAE's tensors are those of a decoder without an encoder."""
     return any(name.startswith("decoder.") for name in names) and not any(
         name.startswith(_VAE_ENCODER) for name in names
     )
 
 
 def account(model_name, wanted, shapes, source, partial=False):
-    """Raises a UserError, or warns, with all faults of a set of tensors counted and the first ones named.
+    """Raise a UserError, or warns, with all faults of a set of tensors counted and the first ones named.
 
     Args:
         model_name: what they are for.
@@ -86,19 +86,19 @@ def account(model_name, wanted, shapes, source, partial=False):
 
 
 def _lost_parts(wanted, shapes):
-    """Names the modules at the top of a model of which no tensor is there, for a message."""
+    """Name the modules at the top of a model of which no tensor is there, for a message."""
     there = {name.partition(".")[0] for name in shapes}
     lost = dict.fromkeys(part for name in wanted if (part := name.partition(".")[0]) not in there)
     return f" (all of {', '.join(lost)} is missing)" if lost and shapes else ""
 
 
 def same_shape(given, wanted):
-    """Whether shapes agree. A 1x1 convolution and a linear layer hold the same numbers; files have either."""
+    """Return whether shapes agree; a 1x1 convolution and a linear layer count as the same."""
     return given == wanted or given == wanted + (1, 1) or given + (1, 1) == wanted
 
 
 def expected_shapes(config):
-    """Yields the canonical name (`names.canonical_name`) and the torch shape of each tensor of a config.
+    """Yield the canonical name (`names.canonical_name`) and the torch shape of each tensor of a config.
 
     Args:
         config: a `TextEncoderConfig`, `ImageEncoderConfig`, `UNetConfig` or `VAEConfig`.
@@ -107,12 +107,12 @@ def expected_shapes(config):
 
 
 def values_count(shapes):
-    """How many numbers tensors of these shapes hold."""
+    """Return how many numbers tensors of these shapes hold."""
     return sum(map(math.prod, shapes))
 
 
 def _layer(name, *shape, bias=True):
-    """A layer's weight, and a bias for each of its outputs."""
+    """Yield a layer's weight, and a bias for each of its outputs."""
     yield f"{name}.weight", shape
     if bias:
         yield f"{name}.bias", shape[:1]

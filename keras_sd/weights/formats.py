@@ -32,7 +32,7 @@ _NUMPY_DTYPES = {  # by safetensors' names
 
 
 def read_safetensors(path, any_type=False):
-    """Reads a safetensors file by mapping it into memory.
+    """Read a safetensors file by mapping it into memory.
 
     Args:
         any_type: gives tensors of types that no weights have, such as fp8, as `unreadable` arrays. They may
@@ -77,17 +77,17 @@ def unreadable(dtype, shape):
 
 
 def type_name(array):
-    """The name of an array's type, of `unreadable` ones too."""
+    """Return the name of an array's type, of `unreadable` ones too."""
     return array.dtype.names[0] if array.dtype.names else array.dtype.name
 
 
 def is_weight(array):
-    """Whether an array is of a type that weights are kept in: a float of 16 bits or more."""
+    """Return whether an array is of a type that weights are kept in: a float of 16 bits or more."""
     return array.dtype in (np.float64, *DTYPES.values())
 
 
 def read_metadata(path):
-    """The texts that a safetensors file has in its header, as a dictionary."""
+    """Return the texts that a safetensors file has in its header, as a dictionary."""
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}
@@ -109,7 +109,7 @@ def _view(data, name, entry, path, any_type):
 
 
 def release(array):
-    """Gives back the memory that a mapped array's pages take; a later use reads them from disk again."""
+    """Give back the memory that a mapped array's pages take; a later use reads them from disk again."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -123,7 +123,7 @@ def release(array):
 
 
 def write_safetensors(path, tensors, dtype=None):
-    """Writes arrays as a safetensors file that torch libraries accept, whole or not at all.
+    """Write arrays as a safetensors file that torch libraries accept, whole or not at all.
 
     Args:
         path: the file; an earlier one is replaced by a rename once the new one is on disk.
@@ -148,7 +148,7 @@ def write_safetensors(path, tensors, dtype=None):
 
 
 def check_dtype(dtype):
-    """Raises a UserError unless `dtype` names a type that weights are written in, or is None."""
+    """Raise a UserError unless `dtype` names a type that weights are written in, or is None."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
 

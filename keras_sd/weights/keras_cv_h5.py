@@ -130,7 +130,7 @@ _WALKS = {
 
 
 def read_keras_cv(paths):
-    """Reads the files of KerasCV's `StableDiffusion` or `StableDiffusionV2`.
+    """Read the files of KerasCV's `StableDiffusion` or `StableDiffusionV2`.
 
     Which model a file holds is told by its first layer. Configs are derived from the tensors, and the noise
     schedule is that of KerasCV: both of its models predict noise, at 512 pixels.
@@ -200,7 +200,7 @@ def _kind(layers, path):
 
 
 def _named(kind, layers, path):
-    """The arrays of the layers in torch layout under their published names."""
+    """Return the arrays of the layers in torch layout under their published names."""
     walk = list(_WALKS[kind](len(layers)))
     if len(walk) != len(layers):
         raise _damaged(path, f"{len(layers)} layers with weights, KerasCV's {kind} has {len(walk)}")
@@ -226,7 +226,7 @@ def _damaged(path, fault):
 
 
 def _read_layers(path):
-    """The arrays of each layer that has any, in the order of layers and weights that the file states."""
+    """Return the arrays of each layer with weights, in the order of layers and weights in the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an .h5 file of KerasCV's")
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
@@ -243,7 +243,7 @@ def _read_layers(path):
 
 
 def _names(group, attribute):
-    """A list of names, which is kept in several attributes where it is long."""
+    """Return a list of names, which is kept in several attributes where it is long."""
     if attribute in group.attrs:
         chunks = [attribute]
     else:
@@ -264,7 +264,7 @@ def _arrays(layer, data):
 
 
 def _child(group, path, kind):
-    """The group or dataset at a path, of which no step may lead elsewhere."""
+    """Return the group or dataset at a path, of which no step may lead elsewhere."""
     for name in filter(None, path.split("/")):
         if not isinstance(group, h5py.Group) or not _has_link(group, name):
             raise ValueError(f"{name[:80]!r} is missing")
@@ -282,7 +282,7 @@ def _has_link(group, name):
 
 
 def _array(dataset, data):
-    """The dataset as a view of the file's bytes."""
+    """Return the dataset as a view of the file's bytes."""
     properties = dataset.id.get_create_plist()
     # Virtual datasets and external storage are other files. Keras writes none of these, nor compressed ones.
     in_one_piece = properties.get_layout() == h5py.h5d.CONTIGUOUS and not properties.get_external_count()

@@ -39,13 +39,13 @@ _VAE_PROJECTION_PATTERN = re.compile(r"\.mid_block\.attentions\.0\.to_(q|k|v|out
 
 
 def index_count(names, prefix):
-    """The number of different indices that follow a prefix; at most 100, as a damaged file may have any."""
+    """Return the number of distinct indices after a prefix; at most 100, as a damaged file may hold any."""
     indices = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
     return min(len(indices), _MOST_INDICES)
 
 
 def unet_to_diffusers(tensors):
-    """A UNet's tensors under diffusers' names; what has no place keeps its name.
+    """Return a UNet's tensors under diffusers' names; what has no place keeps its name.
 
     Args:
         tensors: dictionary of arrays by latent-diffusion's names, without `model.diffusion_model.`.
@@ -58,7 +58,7 @@ def unet_to_diffusers(tensors):
 
 
 def unet_to_ldm(tensors, config):
-    """A UNet's tensors under latent-diffusion's names, without `model.diffusion_model.`.
+    """Return a UNet's tensors under latent-diffusion's names, without `model.diffusion_model.`.
 
     Args:
         tensors: dictionary of arrays by diffusers' names.

@@ -56,12 +56,12 @@ class LowRank(NamedTuple):
 
 
 def holds_lora(folder):
-    """Whether there is a folder of that path with the LoRA of diffusers or PEFT in it."""
+    """Return whether there is a folder of that path with the LoRA of diffusers or PEFT in it."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in _FOLDER_FILES)
 
 
 def lora_file(path):
-    """The file that holds the LoRA of a path: itself, or one in the folder that it names."""
+    """Return the file that holds the LoRA of a path: itself, or one in the folder that it names."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -69,7 +69,7 @@ def lora_file(path):
 
 
 def read_lora(path, models):
-    """Reads a file, or a folder with `pytorch_lora_weights` or `adapter_model` in it.
+    """Read a file, or a folder with `pytorch_lora_weights` or `adapter_model` in it.
 
     Strength is taken from the tensors named alpha, else from the `adapter_config.json` beside an
     `adapter_model`, else from the file's header; without any of them an update counts once, as alpha is the
@@ -142,7 +142,7 @@ def _torch_shape(shape):
 
 
 def _spellings(part, layers, config):
-    """Every spelling of a layer's name that files have -> the layer."""
+    """Return every spelling of a layer's name that files have -> the layer."""
     spellings = {}
     for layer in layers:
         short = layer.removeprefix("text_model.")
@@ -158,7 +158,7 @@ def _spellings(part, layers, config):
 
 
 def _resolve(name, names, path):
-    """The part and the layer that a name in a file means."""
+    """Return the part and the layer that a name in a file means."""
     plain = _PROCESSOR_PATTERN.sub(lambda match: f".{match[1]}" + (".0" * (match[1] == "to_out")), name)
     for part, spellings in names.items():
         if plain in spellings:
@@ -198,7 +198,7 @@ def _single_alpha(name, array, path):
 
 
 def write_lora(path, lora, dialect="peft", dtype=None):
-    """Writes updates as a safetensors file.
+    """Write updates as a safetensors file.
 
     Args:
         path: the file.
@@ -228,7 +228,7 @@ def write_lora(path, lora, dialect="peft", dtype=None):
 
 
 def _with_scale(down, up, scale, dtype):
-    """The halves of an update whose product holds `scale`, in the type that they are written in."""
+    """Return the halves of an update whose product holds `scale`, in the type that they are written in."""
     kind = np.dtype(DTYPES[dtype] if dtype else up.dtype)
     scaled = np.asarray(up, "float32") * np.float32(scale)
     if kind != np.float16:

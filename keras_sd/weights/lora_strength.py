@@ -85,7 +85,7 @@ class LoraStrength:
         self._rank_stabilized = bool(config.get("use_rslora"))
 
     def alpha(self, layer, rank):
-        """The alpha of a layer's update of this rank, so that alpha / rank is its strength.
+        """Return the alpha of a layer's update of this rank, so that alpha / rank is its strength.
 
         Raises:
             UserError: the rank is not what the config says.
@@ -124,7 +124,7 @@ class LoraStrength:
 
 
 def _could_hang(pattern):
-    """Whether a search for a regular expression may try too many ways."""
+    """Return whether a search for a regular expression may try too many ways."""
     plain = _CLASS.sub("_", _ESCAPED.sub("_", pattern)).replace("(?", "(")
     choices = plain.count("|") if "(" in plain else 0  # without groups, one is tried after the other
     cost = choices + _QUANTIFIER_COST * len(_QUANTIFIERS.findall(plain))

@@ -14,7 +14,7 @@ _IGNORED_PATTERN = re.compile(r"(^|\.)position_ids$")
 
 
 def canonical_name(name):
-    """The one spelling under which the names of all releases meet; None for what is no weight."""
+    """Return the one spelling under which the names of all releases meet; None for what is no weight."""
     if _IGNORED_PATTERN.search(name):
         return None
     name = _TOWER_PATTERN.sub("", name)

@@ -20,7 +20,7 @@ _REPAIRS = {INPAINT: {"steps_offset": 1, "skip_prk_steps": True}, UPSCALE: {}}
 
 
 def repaired(checkpoint, pipeline):
-    """The `Checkpoint` of a folder as diffusers' pipeline would take it.
+    """Return the `Checkpoint` of a folder as diffusers' pipeline would take it.
 
     Args:
         checkpoint: as the files of the folder have it; a whole model.
@@ -41,7 +41,7 @@ def _set(parts, name, **values):
 
 
 def _is_too_small(config):
-    """Whether a UNet's config is of a release that wrote a side of 32 for models of 64."""
+    """Return whether a UNet's config is of a release that wrote a side of 32 for models of 64."""
     side, release = config.get("sample_size"), config.get("_diffusers_version")
     numbers = re.match(r"(\d{1,4})\.(\d{1,4})", release) if isinstance(release, str) else None
     is_early = numbers is not None and (int(numbers[1]), int(numbers[2])) < _FIRST_RELEASE_WITH_SIZES

@@ -71,7 +71,7 @@ _COMPUTED = {
 
 
 def text_to_transformers(tensors):
-    """A text tower's tensors under transformers' names; what has no place keeps its name.
+    """Return a text tower's tensors under transformers' names; what has no place keeps its name.
 
     Args:
         tensors: dictionary of arrays by OpenCLIP's names (`token_embedding.weight`, ...).
@@ -84,7 +84,7 @@ def text_to_transformers(tensors):
 
 
 def text_to_open_clip(tensors):
-    """The inverse of `text_to_transformers`; takes names with and without `text_model.`."""
+    """Return the inverse of `text_to_transformers`; takes names with and without `text_model.`."""
     return _to_open_clip(tensors, _TEXT, _TEXT_HEAD)
 
 
@@ -101,7 +101,7 @@ def vision_to_transformers(tensors):
 
 
 def vision_to_open_clip(tensors):
-    """The inverse of `vision_to_transformers`; takes names with and without `vision_model.`."""
+    """Return the inverse of `vision_to_transformers`; takes names with and without `vision_model.`."""
     return _to_open_clip(tensors, _VISION, _VISION_HEAD)
 
 
@@ -139,7 +139,7 @@ def _to_open_clip(tensors, modules, head):
 
 
 def _renamed(name, modules, block_modules):
-    """The name with the modules at its beginning, and at its beginning inside of a block, renamed."""
+    """Return the name with the modules at its beginning, and at its beginning inside of a block, renamed."""
     block = _BLOCK_PATTERN.fullmatch(name)
     if block:
         return f"{modules[block[1]]}.{block[2]}.{_renamed(block[3], block_modules, {})}"
@@ -152,7 +152,7 @@ def _turned(modules):
 
 
 def is_open_clip(path):
-    """Whether a file holds a CLIP with its image tower under OpenCLIP's names; not if it cannot be read."""
+    """Return whether a file holds a CLIP with an image tower under OpenCLIP's names; False if unreadable."""
     try:
         return any(name.startswith("visual.") for name in _read_tensors(Path(path)))
     except UserError:
@@ -160,7 +160,7 @@ def is_open_clip(path):
 
 
 def read_open_clip(path, activation=None):
-    """Reads a CLIP of OpenCLIP's or OpenAI's.
+    """Read a CLIP of OpenCLIP's or OpenAI's.
 
     Shapes tell the config. Heads are 64 wide, but an image tower has 16 at the most, as all published ones
     do (those of ViT-H/14 are 80 wide). An `open_clip_config.json` beside the weights, which OpenCLIP's models
@@ -210,7 +210,7 @@ def _read_tensors(path):
 
 
 def _flattened(values, path=""):
-    """Yields tensors by their dotted names; OpenAI's own files hold a module inside of a module."""
+    """Yield tensors by their dotted names; OpenAI's own files hold a module inside of a module."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flattened(value, f"{path}{name}.")
@@ -246,7 +246,7 @@ class OpenClipConfig(TypedDict):
 
 
 def _config_beside(path):
-    """The `model_cfg` of the config beside the weights, or None."""
+    """Return the `model_cfg` of the config beside the weights, or None."""
     path = path.with_name(CONFIG_NAME)
     if not path.is_file():
         return None
@@ -268,7 +268,7 @@ def _is_quick(config, path, tensors):
 
 
 def _towers(tensors, path):
-    """The tensors of the text tower and of the vision tower, in transformers' names."""
+    """Return the tensors of the text tower and of the vision tower, in transformers' names."""
     vision = {n.removeprefix("visual."): array for n, array in tensors.items() if n.startswith("visual.")}
     text = {n: a for n, a in tensors.items() if not n.startswith("visual.") and n not in _NO_WEIGHTS}
     text, vision = text_to_transformers(text), vision_to_transformers(vision)
@@ -325,7 +325,7 @@ def _epsilon(open_clip):
 
 
 def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
-    """Writes a CLIP for OpenCLIP: the weights, and beside them an `open_clip_config.json` and the tokenizer.
+    """Write a CLIP for OpenCLIP: the weights, and beside them an `open_clip_config.json` and the tokenizer.
 
     OpenCLIP opens their folder as `local-dir:folder` if the weights have the name `WEIGHTS_NAME`.
 
@@ -365,7 +365,7 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
 
 
 def open_clip_tensors(text, image):
-    """The tensors of both towers of a CLIP by OpenCLIP's names.
+    """Return the tensors of both towers of a CLIP by OpenCLIP's names.
 
     Args:
         text, image: the `Part` of each, the latter with `text_projection.weight` and `logit_scale`.
@@ -377,7 +377,7 @@ def open_clip_tensors(text, image):
 
 
 def open_clip_config(text_config, image_config):
-    """The entry of OpenCLIP's `model_configs` for a CLIP.
+    """Return the entry of OpenCLIP's `model_configs` for a CLIP.
 
     Args:
         text_config, image_config: dictionaries of the two `config.json`.

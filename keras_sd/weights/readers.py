@@ -23,7 +23,7 @@ _KERAS_CV_SUFFIXES = (".h5", ".hdf5")
 
 
 def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
-    """Reads a model, or the parts of one, of any format.
+    """Read a model, or the parts of one, of any format.
 
     Args:
         path: a folder in diffusers' layout or with KerasCV's H5 files; or a single file with the names of
@@ -103,7 +103,7 @@ def _part_of(path):
 
 
 def read_part(path, part, variant=None):
-    """Reads one part of a model.
+    """Read one part of a model.
 
     Args:
         path: a folder in diffusers' layout, a folder of the part alone by any name (its `config.json` and its

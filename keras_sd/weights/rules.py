@@ -28,7 +28,7 @@ _TO_KERAS = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def _torch_axes(parameter):
-    """The order of the Keras variable's axes in the torch tensor."""
+    """Return the order of the Keras variable's axes in the torch tensor."""
     rank = len(parameter.variable.shape)
     return _TO_TORCH[rank] if parameter.variable.name == "kernel" else tuple(range(rank))
 
@@ -38,7 +38,7 @@ def _torch_shape(parameter):
 
 
 def torch_state(model):
-    """The model's weights under their published names in torch layout.
+    """Return the model's weights under their published names in torch layout.
 
     Returns:
         A dictionary of NumPy arrays, in the variables' own precision.
@@ -64,7 +64,7 @@ class _Born:
 
 
 def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
-    """Makes a model whose variables are born from published tensors, with no other value before.
+    """Make a model whose variables are born from published tensors, with no other value before.
 
     Random initial values would take longer than reading the file, and zeros as long. Not for several
     threads at once.
@@ -97,7 +97,7 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
 
 
 def check_tensors(config, tensors, source="weights", partial=False):
-    """Raises a UserError unless a config describes these tensors; `open_model` asks this before it builds.
+    """Raise a UserError unless a config describes these tensors; `open_model` asks this before it builds.
 
     Args:
         config, tensors, source, partial: as in `open_model`.
@@ -106,7 +106,7 @@ def check_tensors(config, tensors, source="weights", partial=False):
 
 
 def _hand_out(found, tensors, initializers):
-    """Gives each variable's initialiser its array; returns the names of those that are not finite."""
+    """Give each variable's initialiser its array; return the names of those that are not finite."""
     bad = []
     # NumPy lets other threads run while it copies.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -140,7 +140,7 @@ def _zeros(shape, dtype=None):
 
 
 def _take(parameter, array):
-    """A published array in its variable's layout and precision, and whether all of it is finite."""
+    """Return a published array in its variable's layout and precision, and whether all of it is finite."""
     copy = _to_keras(parameter, array)
     release(array)
     return copy, _is_finite(copy)
@@ -155,7 +155,7 @@ def _to_keras(parameter, array):
 
 
 def from_torch(parameter, array):
-    """An array in torch layout as the `Parameter`'s variable has it, float32."""
+    """Return an array in torch layout as the `Parameter`'s variable has it, float32."""
     return np.asarray(_to_keras(parameter, array), "float32")
 
 
@@ -167,7 +167,7 @@ def _is_finite(array):
 
 
 def load_weights(model, tensors, *, prefix="", source="weights"):
-    """Puts published tensors into a model, accounting for every one of them.
+    """Put published tensors into a model, accounting for every one of them.
 
     Nothing is assigned unless every tensor has its variable, every variable its tensor, all shapes
     agree and all values are finite.
@@ -193,14 +193,14 @@ def load_weights(model, tensors, *, prefix="", source="weights"):
 
 
 def _given(tensors):
-    """The names and the shapes of tensors, each by canonical name."""
+    """Return the names and the shapes of tensors, each by canonical name."""
     given = {canonical_name(name): name for name in tensors}
     given.pop(None, None)
     return given, {name: tuple(tensors[key].shape) for name, key in given.items()}
 
 
 def _matched(model, tensors, source, partial=False):
-    """Pairs of each `Parameter` and the name of its tensor, all accounted for unless `partial`."""
+    """Pair of each `Parameter` and the name of its tensor, all accounted for unless `partial`."""
     given, shapes = _given(tensors)
     wanted = {canonical_name(parameter.name): parameter for parameter in parameter_paths(model)}
     if not partial:
@@ -226,7 +226,7 @@ def _non_finite(names, source):
 
 
 def weights_fingerprint(model, left_out=()):
-    """The SHA-256 of a model's weights with their names, in hexadecimal; None if there are none.
+    """Return the SHA-256 of a model's weights with their names, in hexadecimal; None if there are none.
 
     Args:
         left_out: variables that do not count.

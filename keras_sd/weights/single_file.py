@@ -106,7 +106,7 @@ _SD2_BASE_STEP = 875000
 
 
 def read_single_file(path, weights="ema", prediction_type=None):
-    """Reads a file of Stable Diffusion 1.x, 2.x or of the x4 upscaler, or of one of their parts.
+    """Read a file of Stable Diffusion 1.x, 2.x or of the x4 upscaler, or of one of their parts.
 
     Configs are derived from the tensors (`derived_config`), and the noise schedule is the published one of
     the model's kind. What SD 2.x predicts cannot be seen. It is taken to be the velocity, at 768 pixels; and
@@ -145,7 +145,7 @@ def read_single_file(path, weights="ema", prediction_type=None):
 
 
 def _read_tensors(path):
-    """The file's tensors by name, and the training step that it tells or None."""
+    """Return the file's tensors by name, and the training step that it tells or None."""
     found, expected = _kind(path), _SUFFIXES.get(path.suffix.lower())
     if found and expected and found != expected:
         remedy = _RENAMING.get(found, "fetch the weights themselves")
@@ -237,7 +237,7 @@ def _prefix(tensors, prefixes, signs):
 
 
 def _below(tensors, prefix):
-    """The tensors under a prefix, without it."""
+    """Return the tensors under a prefix, without it."""
     if prefix is None:
         return {}
     return {name.removeprefix(prefix): a for name, a in tensors.items() if name.startswith(prefix)}
@@ -265,12 +265,12 @@ def _vae_tensors(tensors):
 
 
 def _is_upscaler_vae(vae):
-    """Whether it has three levels, four pixels to a latent, as that of the x4 upscaler."""
+    """Return whether it has three levels, four pixels to a latent, as that of the x4 upscaler."""
     return index_count(vae, "decoder.up_blocks.") == 3
 
 
 def _text_tensors(tensors):
-    """The text encoder's tensors in transformers' names, and whether it is OpenCLIP's."""
+    """Return the text encoder's tensors in transformers' names, and whether it is OpenCLIP's."""
     if any(re.match(_IMAGE_TOWER, name) for name in tensors):
         return {}, False  # not a part of Stable Diffusion
     open_clip = _below(tensors, _prefix(tensors, (OPEN_CLIP_PREFIX, ""), _OPEN_CLIP_SIGNS))
@@ -288,7 +288,7 @@ def _text_tensors(tensors):
 
 
 def _is_unused(name):
-    """Whether it is of a block that is not run, or a constant."""
+    """Return whether it is of a block that is not run, or a constant."""
     match = re.match(r"transformer\.resblocks\.(\d{1,4})\.", name)
     return name == "attn_mask" or (match is not None and int(match[1]) >= _OPEN_CLIP_BLOCKS)
 
@@ -307,7 +307,7 @@ def _scheduler(unet_config, step, prediction_type):
 
 
 def write_single_file(path, checkpoint, dtype=None):
-    """Writes a model as a `.safetensors` file in latent-diffusion's names, whole or not at all.
+    """Write a model as a `.safetensors` file in latent-diffusion's names, whole or not at all.
 
     It has a place for the text encoder, the UNet and the VAE, and for no config: a warning names what a
     reader would take otherwise than it is. The image encoder and the tokenizer are left out.
@@ -335,7 +335,7 @@ def write_single_file(path, checkpoint, dtype=None):
 
 
 def _ldm_tensors(name, part):
-    """The tensors of a part in a single file."""
+    """Return the tensors of a part in a single file."""
     if name == "unet":
         return _under(UNET_PREFIX, unet_to_ldm(part.tensors, part.config))
     names = {given: canonical_name(given) for given in part.tensors}
@@ -377,7 +377,7 @@ def _not_told(checkpoint, derived):
 
 
 def _same(value, other):
-    """Whether two config values are equal, where one value stands for as many as there are levels."""
+    """Return whether two config values are equal, where one value stands for as many as there are levels."""
     lists = [list(v) for v in (value, other) if isinstance(v, list | tuple)]
     if len(lists) == 1:
         return all(item == (other if isinstance(value, list | tuple) else value) for item in lists[0])

@@ -58,7 +58,7 @@ class StoredZip:
         return self._entries.keys()
 
     def content(self, name):
-        """The bytes of an entry, as a view.
+        """Return the bytes of an entry, as a view.
 
         Raises:
             DamagedFile: there is no such entry, or it is compressed, encrypted or outside of the file.
@@ -77,7 +77,7 @@ class StoredZip:
         return self._data[begin : begin + size]
 
     def _directory(self):
-        """The number of entries, and where the directory begins."""
+        """Return the number of entries, and where the directory begins."""
         tail = max(0, len(self._data) - 22 - _LONGEST_COMMENT)
         end = self._data[tail:].tobytes().rfind(_END_MAGIC) + tail
         if end < tail or end + 22 > len(self._data):
@@ -93,7 +93,7 @@ class StoredZip:
         return count, offset
 
     def _entry(self, position):
-        """One record of the directory: name, `_Entry` and the position behind the record."""
+        """Return one record of the directory: name, `_Entry` and the position behind the record."""
         magic, flags, method, compressed, size, name_length, extra_length, comment_length, header = (
             struct.unpack_from("<4s4xHH8xLLHHH8xL", self._data, position)
         )
@@ -114,7 +114,7 @@ class StoredZip:
 
 
 def _zip64_values(extra):
-    """The values of 8 bytes in an entry's extra fields."""
+    """Return the values of 8 bytes in an entry's extra fields."""
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)

@@ -71,7 +71,7 @@ _MOST_AXES = 32
 
 
 def read_torch(path, any_type=False):
-    """Reads a file of `torch.save`, of today's zip format or the one before torch 1.6.
+    """Read a file of `torch.save`, of today's zip format or the one before torch 1.6.
 
     Nothing in the file is executed. Objects of classes that are no tensors or containers are given as
     dictionaries of the attributes and items that the file sets on them.
@@ -131,7 +131,10 @@ def _read_zip(data, any_type):
 
 
 def _read_legacy(data):
-    """Five pickles (magic number, version, machine, content, list of storages), then the storages' bytes."""
+    """Read torch's format before 1.6: five pickles, and then the bytes of the storages.
+
+    The pickles hold a magic number, the version, facts about the machine, the content and the storages' keys.
+    """
     stream = io.BytesIO(data[: _largest_pickle(data)].tobytes())
     dtypes = {}
 
@@ -200,7 +203,7 @@ class _Machine:
         self._stack, self._marks, self._memo = [], [], {}
 
     def run(self, stream):
-        """Runs the pickle at the stream's position and returns what it makes."""
+        """Run the pickle at the stream's position and return what it makes."""
         for opcode, argument, _ in pickletools.genops(stream):
             self._spend(1)
             self._step(opcode.name, argument)
@@ -378,7 +381,7 @@ def _global(module, name):
 
 
 def _unreadable(kind, shape):
-    """A tensor of a type that no weights have, named by a class of torch's."""
+    """Return a tensor of a type that no weights have, named by a class of torch's."""
     shape = tuple(map(_count, shape))
     if len(shape) > _MOST_AXES or math.prod(shape) >= _COUNT_END:
         raise DamagedFile("a tensor whose shape is no shape")
@@ -386,20 +389,20 @@ def _unreadable(kind, shape):
 
 
 def _count(value):
-    """A number of elements, small enough that products of them stay cheap."""
+    """Return a number of elements, small enough that products of them stay cheap."""
     if not isinstance(value, int) or not 0 <= value < _COUNT_END:
         raise DamagedFile("a tensor whose shape is no shape")
     return value
 
 
 def _extend(target, items):
-    """Appends items; on what is no list they are lost."""
+    """Append items; on what is no list they are lost."""
     if isinstance(target, list):
         target.extend(items)
 
 
 def _set_items(target, items):
-    """Sets items that are given as keys and values in turn; on what is no dictionary they are lost."""
+    """Set items that are given as keys and values in turn; on what is no dictionary they are lost."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             # A nested tuple would be hashed by recursion in C, as deep as the file likes.

@@ -132,8 +132,8 @@ def test_what_needs_no_planted_code_is_opened(said):
 
 def test_what_asks_for_it_is_refused_in_one_line(said):
     lines = said[0]
-    assert "text_cfg tokenizer_kwargs asks for another library" in lines["trusting"]
-    assert "text_cfg hf_model_name asks for another library" in lines["text"]
-    assert "vision_cfg timm_model_name asks for another library" in lines["timm"]
+    assert "text_cfg tokenizer_kwargs needs another library" in lines["trusting"]
+    assert "text_cfg hf_model_name needs another library" in lines["text"]
+    assert "vision_cfg timm_model_name needs another library" in lines["timm"]
     assert "torch" in lines["pickle"] and "cannot be opened" in lines["gadget.pt"]
     assert not any("\n" in line for line in lines.values())

@@ -53,7 +53,7 @@ def test_torn_line_is_taken_away(tmp_path):
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "_PATIENCE", 0.1)
     with Journal(tmp_path / "journal.jsonl"):
-        with pytest.raises(UserError, match="another run is at work on this shard"):
+        with pytest.raises(UserError, match="another run is working on this shard"):
             with Journal(tmp_path / "journal.jsonl"):
                 pass
     with Journal(tmp_path / "journal.jsonl"):

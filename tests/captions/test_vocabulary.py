@@ -31,9 +31,9 @@ def test_bad_files(tmp_path, content, fault):
         read_phrases(tmp_path / "none.txt")
 
 
-def test_doubled_lines_count_once(tmp_path):
+def test_duplicate_lines_count_once(tmp_path):
     (tmp_path / "flavors.txt").write_text("vivid\nsoft\nvivid\n")
-    with pytest.warns(UserWarning, match="1 doubled lines, the first is 'vivid'"):
+    with pytest.warns(UserWarning, match="1 duplicate lines, the first is 'vivid'"):
         assert read_phrases(tmp_path / "flavors.txt") == ("vivid", "soft")
 
 

@@ -409,7 +409,7 @@ def test_images_that_share_a_caption_are_told(tmp_path):
     for name in ("a.png", "a.jpg", "b.png"):
         save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text("a square")
-    with pytest.warns(UserWarning, match="2 images have another's name but for the suffix, .*'a.jpg'"):
+    with pytest.warns(UserWarning, match="2 images share their name, apart from the suffix, .*'a.jpg'"):
         assert len(load_source(tmp_path, "train", 16)) == 3
 
 
@@ -428,7 +428,7 @@ def test_damaged_exif_is_told_once_in_a_folder(tmp_path):
             assert example["image"].shape == (32, 32, 3)
         load_source(tmp_path, "train", 16, need_captions=False)
     (warning,) = told
-    assert "are taken as they are stored: 3, the first is '0.jpg'; turn those" in str(warning.message)
+    assert "are not rotated: 3, the first is '0.jpg'; rotate those" in str(warning.message)
 
 
 def test_a_caption_of_a_file_that_is_left_out_is_left_out_with_it(tmp_path, recwarn):

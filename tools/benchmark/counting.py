@@ -19,7 +19,7 @@ PASSES = {"training": 3, "training-lora": 2}
 
 
 def multiplications(function, inputs):
-    """How many multiply-accumulates a function of a dictionary of arrays has.
+    """Return how many multiply-accumulates a function of a dictionary of arrays has.
 
     Linear layers, convolutions (by their definition, whatever computes them) and attention are counted.
 
@@ -47,7 +47,7 @@ class _Traced(keras.Operation):
 
 @contextlib.contextmanager
 def _counted(found):
-    """Adds what is multiplied by all that is traced inside."""
+    """Add what is multiplied by all that is traced inside."""
     dense, convolution = keras.layers.Dense.call, keras.layers.Conv2D.call
     attend = attention.scaled_dot_product
 

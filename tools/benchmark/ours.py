@@ -21,7 +21,7 @@ _STORED_IN = {"text-encoder": "text_encoder", "unet": "unet", "vae-encode": "vae
 
 
 def make(spec, inputs):
-    """Returns a function that runs the case and gives its result as an array, and one that counts.
+    """Return a function that runs the case and gives its result as an array, and one that counts.
 
     The second one gives the multiplications of the case, or None where a case is more than one program.
     Makers return the first one and the function of `inputs` whose forward pass counts, or None.
@@ -72,7 +72,7 @@ def _on_device(inputs):
 
 
 def device_peak():
-    """The most bytes that the accelerator has held; None without one."""
+    """Return the most bytes that the accelerator has held; None without one."""
     if keras.backend.backend() != "jax":
         return None
     import jax
@@ -130,8 +130,10 @@ def _training(spec, inputs):
 
 
 def _gemm(spec, inputs):
-    """The machine's ceiling: the product of two large matrices by the backend, with XLA and without, and, in
-    float32, by NumPy, in GFLOP/s."""
+    """Measure the machine's ceiling: GEMM throughput in GFLOP/s.
+
+    The backend multiplies two large matrices with XLA and without it, and NumPy does in float32.
+    """
     side = spec["size"]
     matrix = np.random.default_rng(0).standard_normal((side, side), dtype="float32")
     tensor = keras.ops.convert_to_tensor(matrix, dtype=spec["precision"])

@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(spec, inputs):
-    """Returns a function that runs the case and gives its result as an array, channels last, and one that
+    """Return a function that runs the case and gives its result as an array, channels last, and one that
     counts nothing: the multiplications are those of our own network."""
     makers = {
         "generation": _generation,
@@ -29,7 +29,7 @@ def make(spec, inputs):
 
 
 def _tensor(array, dtype=torch.float32):
-    """A torch tensor, with channels where torch has them."""
+    """Return a torch tensor, with channels where torch has them."""
     if array.ndim == 4:
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
     tensor = torch.from_numpy(array)
@@ -42,19 +42,19 @@ def _array(tensor):
 
 
 def device_peak():
-    """The most bytes that the accelerator has held; None without one."""
+    """Return the most bytes that the accelerator has held; None without one."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 
 def _prepared(module, spec):
-    """The module as this implementation has it."""
+    """Return the module as this implementation has it."""
     if _is_channels_last(spec):
         module = module.to(memory_format=torch.channels_last)
     return _compiled(module, spec) if spec["implementation"] == "diffusers-compiled" else module
 
 
 def _is_channels_last(spec):
-    """Whether feature maps are laid out so: where it is asked for, and always on a GPU when compiled."""
+    """Return whether feature maps are channels-last: on request, and always on a GPU when compiled."""
     compiled_for_gpu = spec["implementation"] == "diffusers-compiled" and DEVICE == "cuda"
     return compiled_for_gpu or spec["implementation"] == "diffusers-channels-last"
 
@@ -161,7 +161,7 @@ def _generation(spec, inputs):
 
 
 def _prepared_function(vae, spec):
-    """The decoder as this implementation has it, as the function that the pipeline calls."""
+    """Return the decoder as this implementation has it, as the function that the pipeline calls."""
     if spec["implementation"] == "diffusers-compiled":
         return _compiled(vae.decode, spec)
     _prepared(vae, spec)

@@ -34,7 +34,7 @@ CONFIGS = {
 
 
 def randomize(model):
-    """Gives values to kernels that training would begin from zero, as they would hide a wrong result."""
+    """Give values to kernels that training would begin from zero, as they would hide a wrong result."""
     generator = np.random.default_rng(0)
     for variable in model.weights:
         if len(variable.shape) > 1 and not np.any(variable):

@@ -19,7 +19,7 @@ def name_of(side):
 
 
 def complete(result, figures, gemm_gflops, peak_gflops=None):
-    """Adds what follows from a side's figures and from those of the first side of its case.
+    """Add what follows from a side's figures and from those of the first side of its case.
 
     Args:
         gemm_gflops: the measured ceiling, by precision.
@@ -84,14 +84,14 @@ def _of_starts(figures, name):
 
 
 def line(result, figures):
-    """One side as a line for the terminal."""
+    """Return one side as a line for the terminal."""
     case, side, seconds, reference, ratio, starts, memory, share = _cells(result, figures)
     line = f"{case:22} {side:26} {seconds:>7} {reference:>15} {ratio:>6}  {starts:>22} {memory:>8} {share:>5}"
     return line.rstrip()
 
 
 def table(results):
-    """All sides as a Markdown table, with what it was measured on.
+    """Return all sides as a Markdown table, with what it was measured on.
 
     A ratio is to the first side's seconds in the same turns, which stand beside it: the machine may have been
     slower or faster then than when the first side was measured alone.
@@ -136,13 +136,13 @@ def _pay_offs(results):
 
 
 def write(output, results):
-    """Writes the JSON and the table beside it."""
+    """Write the JSON and the table beside it."""
     write_json(output, results)
     write_text(output.with_suffix(".md"), table(results))
 
 
 def plot(path, results):
-    """Draws the time of each side as a multiple of the first one's in the same turns, a panel for a case.
+    """Draw the time of each side as a multiple of the first one's in the same turns, a panel for a case.
 
     Cases of one side have nothing to be compared with in turns; they share a panel of seconds.
     """

@@ -68,7 +68,7 @@ def inputs(spec):
 
 
 def serve(spec, answer):
-    """Sets a case up, calls it once, and then once for every line of standard input."""
+    """Set a case up, calls it once, and then once for every line of standard input."""
     start = time.perf_counter()
     module = importlib.import_module(f"benchmark.{MODULES[spec['implementation']]}")
     imported = time.perf_counter()

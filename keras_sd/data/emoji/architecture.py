@@ -3,7 +3,7 @@
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 
-# The bundled `emoji` model: Stable Diffusion's recipe at 64 x 64 pixels and 8 x 8 x 16 latents.
+# Images have 64 x 64 x 3 pixels, latents 8 x 8 x 16.
 EMOJI_TEXT_ENCODER = TextEncoderConfig(
     vocab_size=2048,
     hidden_size=128,

@@ -1,9 +1,8 @@
-"""What the bundled `emoji` model is measured by, as one flat dictionary and as a table.
+"""Evaluates the bundled `emoji` model: figures as a flat dictionary and as a Markdown table.
 
-Two questions are asked of the images. Do they show what the prompt says? An image's nearest neighbour
-in pixels among the real ones is looked up: for prompts seen in training, and for held-out combinations of a
-known concept with a skin tone and a gender. Do they look like real ones? KID over the bundled CLIP image
-tower compares the images made from the held-out prompts with the held-out images.
+Prompt fidelity is measured by the nearest real image in pixels, for prompts seen in training and for held-out
+combinations of a known concept with a skin tone and a gender. Image quality is measured by KID over the
+bundled CLIP image tower, between images generated from the held-out prompts and the held-out images.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ FLOOR_DRAWS = 20
 
 
 class Measure(NamedTuple):
-    """A row of the table: where its figure is found, how it is shown, and what it should reach."""
+    """A row of the table: the figure's key, title and format, the required bar and the value hoped for."""
 
     key: str
     title: str
@@ -60,34 +59,35 @@ def evaluate_emoji(
     batch_size=40,
     progress=None,
 ):
-    """Measures an `emoji` pipeline and returns a flat dictionary of figures, ready for JSON.
+    """Measure an `emoji` pipeline and return a flat dictionary of figures, ready for JSON.
 
     Args:
-        pipeline: a `keras_sd.StableDiffusion` that brings an image encoder.
+        pipeline: a `keras_sd.StableDiffusion` with an image encoder.
         num_inference_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler; the
             guidance scale is the model's own by default. Image i is drawn from `seed` + i.
-        batch_size: prompts of one call, always as many, so that sampling is compiled once.
+        batch_size: prompts per call; every call has this size, so that sampling is compiled once.
         progress: callable (iterable, description) -> iterable, such as a progress bar.
 
     Returns:
         `reconstruction_psnr` in dB: VAE (mode of the posterior) on the held-out images.
-        `training_top1`: share of 200 canonical captions of base concepts, chosen by hash, whose image is
-        nearest to the right one of the images of all base concepts.
-        `held_out_concept`, `held_out_variant`: share of the held-out captions whose image is nearest, among
-        all images of the set, to one of the right concept, to the right one itself.
+        `training_top1`: share of 200 canonical captions of base concepts, chosen by hash, whose generated
+        image is nearest to the right one among the images of all base concepts.
+        `held_out_concept`, `held_out_variant`: share of the held-out captions whose generated image is
+        nearest, among all images of the set, to an image of the right concept, or to the right image.
         `kid`, `kid_standard_deviation`: images of the held-out captions against the held-out images.
-        `kid_floor`: the typical size (root mean square over 20 draws by hash) of the KID of as many real
-        training images, variants as the held-out ones are. The estimator being unbiased, their mean,
-        `kid_floor_mean`, is about zero and of either sign, hence no yardstick itself. `kid_ratio`:
-        `kid` / `kid_floor`. `kid_training`: the same for training images of all kinds, mean of the draws.
-        `generation_seconds`: 4 images of one prompt, median of 5 calls after a first.
-        The rest says how and on how much it was measured.
+        `kid_floor`: root mean square, over 20 draws by hash, of the KID of equally many real training
+        variants against the held-out images. The estimator is unbiased, so the mean of these draws,
+        `kid_floor_mean`, is about zero with either sign and cannot serve as a floor itself.
+        `kid_ratio`: `kid` / `kid_floor`.
+        `kid_training`: KID of real training images of all kinds, mean over the draws.
+        `generation_seconds`: 4 images of one prompt, median of 5 calls after a first one.
+        The remaining entries are the settings and the numbers of images.
 
     Raises:
         UserError: the pipeline has no image encoder.
     """
     if getattr(pipeline, "image_encoder", None) is None:
-        raise UserError("model to evaluate: no image_encoder for KID to look through; use emoji")
+        raise UserError("model to evaluate: no image_encoder, which KID needs; use emoji")
     if guidance_scale is None:
         guidance_scale = pipeline.defaults.guidance_scale
     progress = progress or (lambda iterable, description: iterable)
@@ -130,7 +130,7 @@ def evaluate_emoji(
 
 
 def format_table(results):
-    """Returns the figures against what they should reach as a Markdown table with aligned columns."""
+    """Return the figures and their bars as a Markdown table with aligned columns."""
     rows = [("measure", "bar", "hoped for", "figure", "met")]
     for measure in MEASURES:
         targets = ["reported" if t is None else measure.form.format(t) for t in (measure.bar, measure.hoped)]
@@ -155,7 +155,7 @@ def _verdict(measure, figure):
 
 
 def by_hash(emoji, indices, salt):
-    """Returns the indices in an order that depends on nothing but the codes and the salt."""
+    """Return the indices in a pseudo-random order that depends on the codes and the salt alone."""
 
     def key(index):
         return hashlib.sha256(f"{salt}:{emoji[index].code}".encode()).digest()
@@ -164,14 +164,14 @@ def by_hash(emoji, indices, salt):
 
 
 def generate_batch(pipeline, prompts, start, size, seed, options):
-    """Generates the images of `size` prompts from `start` on, or of all that are left: (n, h, w, 3)."""
+    """Generate the images of `size` prompts from `start` on, or of those left: uint8 (n, h, w, 3)."""
     batch = prompts[start : start + size]
     filled = batch + batch[-1:] * (size - len(batch))
     return pipeline.text_to_image(filled, seed=seed + start, progress=False, **options)[: len(batch)]
 
 
 def held_out_rates(emoji, images, held_out, generated):
-    """Returns how often a held-out image's nearest of all images has its concept, and is itself."""
+    """Return how often the nearest real image has the right concept, and how often it is the right image."""
     same = first_of_identical(images)
     found, _ = nearest(generated, images)
     concepts = np.array([one.concept for one in emoji])
@@ -184,13 +184,13 @@ def held_out_rates(emoji, images, held_out, generated):
 
 
 def kid_and_floor(emoji, images, held_out, generated, extractor):
-    """Returns the KID of the generated images and of real ones, all against the held-out ones."""
+    """Return the KID of the generated images and of real ones, all against the held-out ones."""
     real = extract(extractor, images)
     training = np.array([i for i, one in enumerate(emoji) if one.split == "train"])
     variants = np.array([i for i in training if emoji[i].code != emoji[i].concept])
 
     def kid(features):
-        # Real draws are no pairs, but must be compared in subsets of the same size.
+        # Real draws are not paired, but must be compared in subsets of the same size.
         return paired_kernel_inception_distance(real[held_out], features)
 
     def draws(candidates):
@@ -211,7 +211,7 @@ def kid_and_floor(emoji, images, held_out, generated, extractor):
 
 
 def generation_seconds(pipeline, seed, options, repeats=5):
-    """Returns the median time of generating 4 images of one prompt, after a first call that compiles."""
+    """Return the median time of generating 4 images of one prompt, after a first call that compiles."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -1,8 +1,8 @@
 """Prompt-like names for emoji whose Unicode names nobody would type.
 
 `NAMES` maps a Unicode name (or, where two emoji share one, a code) to the name that prompts use, followed by
-further spellings. "Black", "white" and "heavy" in Unicode names speak of fonts, not of colours: the images
-differ, so such names are replaced here. All other names are used as they are, in lower case.
+further spellings. "Black", "white" and "heavy" in Unicode names describe glyphs in a font, not the colours of
+the image, so such names are replaced here. All other names are used as they are, in lower case.
 """
 
 NAMES: dict[str, tuple[str, ...]] = {

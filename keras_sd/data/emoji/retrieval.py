@@ -1,7 +1,7 @@
-"""Nearest neighbours in pixels: which known image does a generated one look most like?
+"""Nearest neighbours in pixels: which real image is most similar to a generated one?
 
-A plain yardstick that no trained network takes part in: images are shrunk by area averaging, which forgives
-a pixel's shift but not a wrong colour or outline, and compared by Euclidean distance over RGB.
+No trained network is involved. Images are shrunk by area averaging, which tolerates a shift by a pixel but
+not a wrong colour or outline, and compared by Euclidean distance over RGB.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ _CHUNK = 1024
 
 
 def nearest(queries, gallery, size=32):
-    """Finds for each query the closest gallery image.
+    """Find for each query the closest gallery image.
 
     Args:
         queries: uint8 (n, h, w, 3).
-        gallery: uint8 (m, h, w, 3), of any size of its own.
+        gallery: uint8 (m, h, w, 3); its images may have another size.
         size: side in pixels to which both are shrunk before the comparison.
 
     Returns:
@@ -27,7 +27,7 @@ def nearest(queries, gallery, size=32):
     indices = np.zeros(len(queries), dtype=np.int64)
     for start in range(0, len(queries), _CHUNK):
         chunk = queries[start : start + _CHUNK]
-        # |q - g|² less the |q|² that all candidates share.
+        # |q - g|² without the term |q|², which is the same for all candidates.
         scores = gallery_norms - 2.0 * (chunk @ gallery.T)
         indices[start : start + _CHUNK] = np.argmin(scores, axis=1)
     distances = np.linalg.norm(queries - gallery[indices], axis=1)
@@ -35,10 +35,10 @@ def nearest(queries, gallery, size=32):
 
 
 def top1(queries, gallery, labels, size=32):
-    """Returns the share of queries whose nearest gallery image is the right one, 0 to 1.
+    """Return the share of queries whose nearest gallery image is the right one, 0 to 1.
 
-    `labels` (n,) are the gallery indices of the right images. Gallery images that are the same to the
-    pixel (several flags are) count as one.
+    `labels` (n,) are the gallery indices of the right images. Gallery images with identical pixels (such as
+    some flags) count as one.
     """
     indices, _ = nearest(queries, gallery, size)
     same = first_of_identical(gallery)
@@ -46,7 +46,7 @@ def top1(queries, gallery, labels, size=32):
 
 
 def first_of_identical(images):
-    """Returns for each image the index of the first one with the very same pixels, (n,)."""
+    """Return for each image the index of the first image with identical pixels, (n,)."""
     seen = {}
     return np.array([seen.setdefault(np.asarray(image).tobytes(), i) for i, image in enumerate(images)])
 
@@ -72,7 +72,7 @@ def shrink(images, size):
 
 
 def _area_weights(source, target):
-    """Shares of `source` pixels in each of `target` larger ones, by area: (target, source), rows sum to 1."""
+    """Return the area weights of `source` pixels in `target` larger ones: (target, source), rows sum to 1."""
     edges = np.arange(target + 1) * (source / target)
     starts, ends = edges[:-1, None], edges[1:, None]
     pixels = np.arange(source)[None, :]

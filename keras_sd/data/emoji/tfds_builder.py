@@ -36,7 +36,7 @@ class EmojiCaptions(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        del dl_manager  # nothing to download: the images are files of an installed package
+        del dl_manager  # nothing to download: the images come with an installed package
         return {split: self._generate_examples(split) for split in ("train", "validation")}
 
     def _generate_examples(self, split: str):

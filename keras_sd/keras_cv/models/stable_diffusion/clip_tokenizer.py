@@ -50,7 +50,7 @@ class SimpleTokenizer:
         return self.encoder[END_TOKEN]
 
     def add_tokens(self, tokens):
-        """Gives each new token the next id; returns how many are new.
+        """Give each new token the next id; return how many are new.
 
         Args:
             tokens: a token or a list of them, such as `<my-cat>`.
@@ -65,12 +65,12 @@ class SimpleTokenizer:
         return len(new)
 
     def encode(self, text):
-        """The ids of a text, at any length; HTML entities stand for their characters."""
+        """Return the ids of a text, at any length; HTML entities stand for their characters."""
         (ids,) = self.inner.encode([html.unescape(html.unescape(text)).strip()])
         return [self.start_of_text, *ids, self.end_of_text]
 
     def decode(self, tokens):
-        """The text of ids, special tokens included; a space follows each word."""
+        """Return the text of ids, special tokens included; a space follows each word."""
         known = self.decoder
         unknown = next((token for token in tokens if int(token) not in known), None)
         if unknown is not None:

@@ -50,7 +50,7 @@ class NoiseScheduler:
         return self.train_timesteps
 
     def add_noise(self, original_samples, noise, timesteps):
-        """The samples `(n, h, w, c)` with as much of the noise as there is at each one's timestep, `(n,)`."""
+        """Return the samples `(n, h, w, c)` with the noise added that belongs to their timesteps `(n,)`."""
         kept = ops.reshape(ops.take(self.alphas_cumprod, timesteps), (-1, 1, 1, 1))
         return (
             ops.cast(ops.sqrt(kept), original_samples.dtype) * original_samples
@@ -58,7 +58,7 @@ class NoiseScheduler:
         )
 
     def step(self, model_output, timestep, sample, predict_epsilon=True):
-        """The samples at the timestep before.
+        """Return the samples at the timestep before.
 
         Args:
             model_output: what the model predicts, the noise or the sample itself.

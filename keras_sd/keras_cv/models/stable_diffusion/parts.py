@@ -25,7 +25,7 @@ _PARTS = {
 
 
 def make_part(part, model, published, download_weights, **changes):
-    """A part of `keras_sd.models`, in the precision of Keras' global dtype policy.
+    """Return a part of `keras_sd.models`, in the precision of Keras' global dtype policy.
 
     Args:
         part: "text_encoder", "unet" or "vae".
@@ -53,7 +53,7 @@ def make_part(part, model, published, download_weights, **changes):
 
 
 def load_h5(part, model, path):
-    """Puts an H5 file of KerasCV's into a part, if it is one; says whether it was."""
+    """Put an H5 file of KerasCV's into a part, if it is one; say whether it was."""
     path = Path(path)
     if path.suffix not in (".h5", ".hdf5") or path.name.endswith(".weights.h5"):
         return False

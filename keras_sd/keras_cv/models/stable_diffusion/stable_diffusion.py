@@ -84,7 +84,7 @@ class StableDiffusion:
         return self._image_encoder
 
     def encode_text(self, prompt):
-        """Encodes one prompt, float32 tensor `(1, tokens, width)`.
+        """Encode one prompt, float32 tensor `(1, tokens, width)`.
 
         Raises:
             UserError: the prompt is too long for a text encoder or a tokenizer that was changed; others take
@@ -101,7 +101,7 @@ class StableDiffusion:
         return keras.ops.convert_to_tensor(context, "float32")
 
     def _generating_model(self):
-        """The `keras_sd.StableDiffusion` with the UNet of `diffusion_model`."""
+        """Return the `keras_sd.StableDiffusion` with the UNet of `diffusion_model`."""
         unet = getattr(self._diffusion_model, "unet", None)
         if unet is None:
             raise UserError(
@@ -124,7 +124,7 @@ class StableDiffusion:
         unconditional_guidance_scale=7.5,
         seed=None,
     ):
-        """Makes `batch_size` images of a prompt: uint8 `(batch_size, img_height, img_width, 3)`."""
+        """Make `batch_size` images of a prompt: uint8 `(batch_size, img_height, img_width, 3)`."""
         return self.generate_image(
             self.encode_text(prompt),
             negative_prompt=negative_prompt,
@@ -144,7 +144,7 @@ class StableDiffusion:
         diffusion_noise=None,
         seed=None,
     ):
-        """Makes images of an encoded text.
+        """Make images of an encoded text.
 
         Args:
             encoded_text: `(tokens, width)`, or `(batch_size, tokens, width)`.
@@ -187,7 +187,7 @@ class StableDiffusionV2(StableDiffusion):
 
 
 def _batch(title, values, batch_size, rank):
-    """The tensor as a float32 array with one entry for each image."""
+    """Return the tensor as a float32 array with one entry for each image."""
     values = keras.ops.convert_to_numpy(values).astype("float32")
     if values.ndim == rank - 1:
         values = values[None]
