@@ -31,6 +31,7 @@ class _State:
         self.has_to_finish = False
         self.endable_since = time.monotonic()
         self.phase = None
+        self.told = set()  # phases that have been told
         self.timer = None
         self.run_folder = None
         self.checkpoints_before = None  # where an older checkpoint may be resumed
@@ -102,36 +103,48 @@ _before_sudden_end = []
 
 
 @contextlib.contextmanager
-def phase(name):
-    """Tell on stderr what the program is about, if that takes more than two seconds."""
+def phase(name, *, in_commands=False):
+    """Tell on stderr what the program is about, if that takes more than two seconds.
+
+    Args:
+        in_commands: whether only a command tells it, and nobody's own Python program.
+    """
+    if in_commands and _state.program is None:
+        yield
+        return
     before = _state.phase
+    _state.told.discard(name)
     _start_phase(name)
     try:
         yield
     finally:
-        _end_phase(before)
+        _start_phase(before)  # which goes on
+
+
+def first_is_phase(name, elements):
+    """Yield from an iterator whose first element takes long; getting that one is a phase of commands."""
+    with phase(name, in_commands=True):
+        first = next(elements)
+    yield first
+    yield from elements
 
 
 def _start_phase(name):
     if _state.timer is not None:
         _state.timer.cancel()
-    _state.phase = name
-    _state.timer = threading.Timer(_TELL_AFTER, _tell, (name,))
-    _state.timer.daemon = True
-    _state.timer.start()
+    _state.phase, _state.timer = name, None
+    if name is not None and name not in _state.told:
+        _state.timer = threading.Timer(_TELL_AFTER, _tell, (name,))
+        _state.timer.daemon = True
+        _state.timer.start()
 
 
-def _tell(line):
+def _tell(name):
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)  # above a bar, if there is one
+    _state.told.add(name)
+    tqdm.write(name, file=sys.stderr)  # above a bar, if there is one
     sys.stderr.flush()
-
-
-def _end_phase(before):
-    if _state.timer is not None:
-        _state.timer.cancel()
-    _state.phase, _state.timer = before, None
 
 
 def last_words():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from keras_sd import presets
+from keras_sd import interruption, presets
 
 # Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd.cli.command import Command
@@ -50,13 +50,14 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
         raise UserError("--open-clip: writes a folder and compares nothing; leave out --verify and --report")
     if report is not None:
         report = check_output(report, (".json", ".md"), overwrite=overwrite)
-    from keras_sd.parity import compare as parity
-    from keras_sd.weights.loading import open_parts
-    from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
-    from keras_sd.weights.readers import read_checkpoint
+    with interruption.phase("starting the backend"):
+        from keras_sd.parity import compare as parity
+        from keras_sd.weights.loading import open_parts
+        from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
+        from keras_sd.weights.readers import read_checkpoint
 
     notes = []
-    with _told(notes):
+    with _told(notes), interruption.phase(f"converting {source}"):
         checkpoint = read_checkpoint(place, **reading)
         opened = open_parts(checkpoint, partial=partial)
         written = _checkpoint_of(opened, checkpoint, dtype)
@@ -73,9 +74,11 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     if not verify and report is None:
         return 0
 
-    source_outputs = {name: parity.part_outputs(name, opened[name]) for name in _held_parts(written, output)}
+    with interruption.phase(f"evaluating the parts of {source}"):
+        held = _held_parts(written, output)
+        source_outputs = {name: parity.part_outputs(name, opened[name]) for name in held}
     del opened
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, interruption.phase(f"comparing {output} with {source}"):
         configs = _write_configs(Path(folder), written, tokenizer) if _is_single_file(output) else None
         del written
         result = parity.compare(source, checkpoint, source_outputs, output, configs, notes)

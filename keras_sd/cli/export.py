@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from typing_extensions import TypedDict
 
-from keras_sd import config
+from keras_sd import config, interruption
 from keras_sd.cli.command import Command
 from keras_sd.cli.model_options import DTYPES
 from keras_sd.cli.outputs import check_output_folder, overwrite_option
@@ -37,14 +37,15 @@ def export(checkpoint, folder, dtype, weights, overwrite):
     place = check_output_folder(folder, None, overwrite, is_own=_is_exported).resolve()
     run = read_run(checkpoint)
     _check_is_apart(place, checkpoint.parent)
-    from keras_sd.training.checkpoints import Checkpoints
-    from keras_sd.training.run_folder import write_whole_folder
+    with interruption.phase(f"opening {checkpoint}"):
+        from keras_sd.training.checkpoints import Checkpoints
+        from keras_sd.training.run_folder import write_whole_folder
 
-    loaded = Checkpoints(checkpoint.parent, {}).load(checkpoint)
-    if loaded.config.get("method", run["method"]) != run["method"]:
-        raise _misfit("method", loaded.config["method"], run["method"])
-    with _in_folder(run["directory"]):
-        objective, write = _REBUILD[run["method"]](run["options"], loaded.config)
+        loaded = Checkpoints(checkpoint.parent, {}).load(checkpoint)
+        if loaded.config.get("method", run["method"]) != run["method"]:
+            raise _misfit("method", loaded.config["method"], run["method"])
+        with _in_folder(run["directory"]):
+            objective, write = _REBUILD[run["method"]](run["options"], loaded.config)
     _assign(objective, loaded.groups["ema" if weights == "ema" else "weights"], checkpoint)
 
     def write_model(staging):
@@ -54,7 +55,8 @@ def export(checkpoint, folder, dtype, weights, overwrite):
             _cast(staging, dtype)
         shutil.copyfile(checkpoint / "config.json", staging / _MARK)
 
-    write_whole_folder(place, write_model)
+    with interruption.phase(f"writing {folder}"):
+        write_whole_folder(place, write_model)
     click.echo(folder)
 
 

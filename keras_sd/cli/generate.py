@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from keras_sd import presets
+from keras_sd import interruption, presets
 from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
@@ -174,9 +174,10 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
     """Writes images that an upscaler without text makes."""
     from tqdm import tqdm
 
-    from keras_sd.pipeline.upscaler import Upscaler
+    with interruption.phase(f"opening {options['model']}"):
+        from keras_sd.pipeline.upscaler import Upscaler
 
-    upscaler = Upscaler.load(folder, dtype=options["dtype"], batch_size=options["batch_size"])
+        upscaler = Upscaler.load(folder, dtype=options["dtype"], batch_size=options["batch_size"])
     seed = options["seed"]
     turns = -(-num_images // options["batch_size"])
     settings = {name: options[name] for name in ("num_inference_steps", "sampler", "eta", "reuse_interval")}

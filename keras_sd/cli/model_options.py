@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 # Whatever loads a backend is imported inside, after the options have been checked.
-from keras_sd import presets
+from keras_sd import interruption, presets
 from keras_sd.errors import UserError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -101,14 +101,15 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
         if not Path(path).exists():
             raise UserError(f"{path}: no such LoRA; give a file, or a folder that holds one")
     words = [_path_and_token(text) for text in embeddings]
-    from keras_sd.pipeline.stable_diffusion import StableDiffusion
+    with interruption.phase(f"opening {model}"):
+        from keras_sd.pipeline.stable_diffusion import StableDiffusion
 
-    pipeline = StableDiffusion.load(source, **options)
-    pipeline.name, pipeline.lora_folder = model, lora_folder
-    for path, weight in updates:
-        pipeline.load_lora(path, weight=weight)
-    for path, token in words:
-        pipeline.load_textual_inversion(path, token)
+        pipeline = StableDiffusion.load(source, **options)
+        pipeline.name, pipeline.lora_folder = model, lora_folder
+        for path, weight in updates:
+            pipeline.load_lora(path, weight=weight)
+        for path, token in words:
+            pipeline.load_textual_inversion(path, token)
     return pipeline
 
 

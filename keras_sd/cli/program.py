@@ -8,6 +8,7 @@ import sys
 import warnings
 
 from keras_sd import interruption
+from keras_sd.cli.quiet import quiet_libraries
 from keras_sd.errors import BACKENDS, UserError, missing_package, os_fault
 
 _RESUME = "--resume-from-checkpoint"
@@ -45,8 +46,7 @@ def _run(command, program):
     warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
     if hasattr(sys.stdout, "reconfigure"):  # names of files that are no UTF-8 leave as the bytes they are
         sys.stdout.reconfigure(errors="surrogateescape")
-    # TensorFlow's notices would bury what the commands say.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_libraries()
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend not in BACKENDS:
         _leave(program, f"KERAS_BACKEND {backend!r}: unknown; use {' or '.join(BACKENDS)}")
@@ -86,8 +86,12 @@ def _mendable_fault(error):
 
 
 def started_again(program, arguments, from_latest):
-    """The command that goes on with the training of this one, as a shell takes it, with this interpreter and
-    this backend: from the latest checkpoint, or as this one did."""
+    """Return a command that goes on with the training of this one, on its interpreter and its backend.
+
+    Args:
+        program, arguments: of this one.
+        from_latest: from the latest checkpoint, or as this one did.
+    """
     if from_latest:
         arguments = [*_without_resumption(arguments), _RESUME, "latest"]
     backend = os.environ.get("KERAS_BACKEND")

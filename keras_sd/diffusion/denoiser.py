@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_sd import backend
+from keras_sd import backend, interruption
 from keras_sd.arguments import checked_interval, share, whole_number
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
@@ -155,7 +155,8 @@ class Denoiser:
             for step in range(num_inference_steps - first_step)
         ]
         kinds = _kinds(guided, reuse_interval)
-        return self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
+        steps = self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
+        return interruption.first_is_phase("compiling a sampling step", steps)
 
     def noisy(self, sample, noise, *, sampler=None, num_inference_steps=30, first_step=0):
         """Return the latents to give to `steps` so that the first step begins from a noisy `sample`.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from keras_sd import backend, presets
+from keras_sd import backend, interruption, presets
 from keras_sd.arguments import LONGEST_SIDE, shown, whole_number
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.finite import check_inputs, check_result
@@ -305,7 +305,8 @@ class Primitives:
         count, chunks, tokens = ids.shape
         # Each chunk once, as those of short prompts and those that prompts share are repeated.
         unique, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
-        encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
+        with interruption.phase("encoding prompts", in_commands=True):
+            encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
         return weighted_encoding(encodings.reshape(count, chunks, tokens, -1), weights)
 
     def encode_image(self, images):
@@ -349,7 +350,8 @@ class Primitives:
         latents = np.asarray(latents)
         _check_shape("latents", latents, (None, None, None, self.vae.config.latent_channels))
         check_inputs({"latents": latents})
-        images = self._tiled(self._decode, latents, self.vae.config.downsampling)
+        with interruption.phase("decoding images", in_commands=True):
+            images = self._tiled(self._decode, latents, self.vae.config.downsampling)
         check_result(images, self.vae, "VAE")
         return images_from_unit(images)
 
@@ -393,7 +395,8 @@ class Primitives:
         return images
 
     def _encode_unit(self, images):
-        return self._tiled(self._encode_image, images, 1 / self.vae.config.downsampling)
+        with interruption.phase("encoding images", in_commands=True):
+            return self._tiled(self._encode_image, images, 1 / self.vae.config.downsampling)
 
     def _tiled(self, function, inputs, scale):
         """Applies the VAE's encoder or decoder in batches, and in tiles where images are large."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from keras_sd import config, presets
+from keras_sd import config, interruption, presets
 from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
 from keras_sd.data.emoji import architecture
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -292,7 +292,8 @@ def prepare(
     _check_warmup(options)
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
-    settings = settings_of(options)
+    with interruption.phase("starting the backend"):
+        settings = settings_of(options)
     _check_resumed(settings, identity or {})
     _tell(method, settings, source, options)
     return Run(settings, source, held_out, model, options)
@@ -456,7 +457,8 @@ def open_pipeline(run, adapt=None):
     dtype = PRECISIONS[run.settings.mixed_precision]
     parts, defaults = {}, None
     if not (vae_folder and clip_folder and options["from_scratch"]):
-        pretrained = StableDiffusion.load(run.model, dtype=dtype)
+        with interruption.phase(f"opening {options['pretrained_model_name_or_path']}"):
+            pretrained = StableDiffusion.load(run.model, dtype=dtype)
         parts = {name: getattr(pretrained, name) for name in PARTS}
         defaults = pretrained.defaults
     if vae_folder:

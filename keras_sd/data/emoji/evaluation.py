@@ -13,6 +13,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_sd import interruption
 from keras_sd.data.emoji.retrieval import first_of_identical, nearest, top1
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.errors import UserError
@@ -113,11 +114,15 @@ def evaluate_emoji(
     from_training = generate(prompted, "training prompts")
     from_held_out = generate(held_out, "held-out prompts")
     reconstructed = pipeline.decode(pipeline.encode_image(images[held_out]))
+    with interruption.phase("evaluating retrieval", in_commands=True):
+        rates = held_out_rates(emoji, images, held_out, from_held_out)
+        rates["training_top1"] = top1(from_training, images[bases], np.searchsorted(bases, prompted))
+    with interruption.phase("evaluating KID", in_commands=True):
+        kid = kid_and_floor(emoji, images, held_out, from_held_out, ClipFeatures(pipeline.image_encoder))
     return {
         "reconstruction_psnr": peak_signal_to_noise_ratio(images[held_out], reconstructed),
-        "training_top1": top1(from_training, images[bases], np.searchsorted(bases, prompted)),
-        **held_out_rates(emoji, images, held_out, from_held_out),
-        **kid_and_floor(emoji, images, held_out, from_held_out, ClipFeatures(pipeline.image_encoder)),
+        **rates,
+        **kid,
         "generation_seconds": generation_seconds(pipeline, seed, options),
         **options,
         "seed": seed,

@@ -1,0 +1,72 @@
+"""Keeps log lines of libraries out of a command's messages. What they raise, and all warnings, stay."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # of TensorFlow and of JAX
+# Notes and warnings of C++ (`I0000 00:00:17... file.cc:31] ...`), and the line that comes before the first.
+_LOG_LINES = r"^[IW][0-9]{4} |^WARNING: All log messages before absl::InitializeLog"
+
+
+def quiet_libraries():
+    """Have libraries log errors only, if nobody has set a level; call it before they are imported."""
+    if _LEVEL in os.environ:
+        return
+    os.environ[_LEVEL] = "3"
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR)
+    logging.basicConfig(handlers=[handler])
+    sys.meta_path.insert(0, _QuietImport())
+
+
+class _QuietImport:
+    """Find TensorFlow, which logs while it is imported, before it has read the level."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "tensorflow":
+            return None
+        sys.meta_path.remove(self)
+        specification = importlib.util.find_spec(name)
+        if specification is not None and specification.loader is not None:
+            execute = specification.loader.exec_module
+
+            def exec_module(module):
+                with _without_log_lines():
+                    execute(module)
+
+            specification.loader.exec_module = exec_module
+        return specification
+
+
+@contextlib.contextmanager
+def _without_log_lines():
+    """Filter what C++ writes to standard error, by another process: should this one crash in here, its last
+    words are passed on nevertheless."""
+    grep = shutil.which("grep")
+    if grep is None:
+        yield
+        return
+    sys.stderr.flush()
+    filter_ = subprocess.Popen(
+        [grep, "--text", "--line-buffered", "--invert-match", "--extended-regexp", _LOG_LINES],
+        stdin=subprocess.PIPE,
+        stdout=2,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for this process
+    )
+    shown = os.dup(2)
+    os.dup2(filter_.stdin.fileno(), 2)
+    filter_.stdin.close()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(shown, 2)
+        os.close(shown)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of a child that the import has left behind
+            filter_.wait(1)
