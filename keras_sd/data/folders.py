@@ -240,7 +240,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _listed(left_out: dict[str, list[tuple[str, ...]]]) -> str:
-    """Return files by suffix, most frequent first: "5 files (4 .heic: 'a.heic', ...; 1 .tga: ...)"."""
+    """Return files by suffix, the most frequent first: "3 files (2 .heic: 'a.heic', ...; 1 .tga: ...)"."""
     most = sorted(left_out, key=lambda suffix: -len(left_out[suffix]))
     parts = []
     for suffix in most[:_NAMED]:

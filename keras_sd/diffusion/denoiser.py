@@ -1,4 +1,4 @@
-"""The compiled loop that all samplers share."""
+"""The sampling loop that all samplers share, around one compiled step."""
 
 import functools
 from typing import NamedTuple
@@ -18,31 +18,33 @@ from keras_sd.errors import UserError
 
 
 class NoiseStreams:
-    """Standard-normal noise for a batch of images, from one stream for each.
+    """Standard-normal noise for a batch of images, one random stream per image.
 
-    An image's noise follows from its own seed alone (NumPy's Philox keyed by it), so it does not depend on
-    the rest of the batch or on the backend.
+    An image's noise is a function of its own seed alone (NumPy's Philox with the seed as key), so it does not
+    depend on the rest of the batch or on the backend.
     """
 
     def __init__(self, seeds):
         self._streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
 
     def draw(self, shape):
-        """Return the next noise of every image, each of `shape`: float32 `(n, *shape)`."""
+        """Return the next noise of every image, float32 `(n, *shape)`."""
         return np.stack([stream.standard_normal(shape, dtype="float32") for stream in self._streams])
 
 
 class Denoised(NamedTuple):
-    """What the loop yields after each step: its number from 1, and the latents `(n, h, w, c)`."""
+    """The loop's output after each step: the step's number, from 1, and the latents `(n, h, w, c)`."""
 
     step: int
     latents: object
 
 
 class Known(NamedTuple):
-    """What inpainting keeps: where `mask` is 0 the latents stay `sample`, as noisy as the rest by `noise`.
+    """The content that inpainting keeps.
 
-    The mask is float32 `(n or 1, h, w, 1)`, 1 where new content is made; the others are `(n, h, w, c)`.
+    After each step, latents where `mask` is 0 are replaced by `sample`, with `noise` added at the step's
+    level. The mask is float32 `(n or 1, h, w, 1)` and 1 where new content is generated; the others are `(n,
+    h, w, c)`.
     """
 
     mask: object
@@ -53,15 +55,15 @@ class Known(NamedTuple):
 class Denoiser:
     """The sampling loop around one UNet: XLA compiles one step, the caller owns the loop.
 
-    Prompts, seeds, guidance, the sampler and its number of steps are inputs of the compiled step. It is
-    compiled for each shape of the latents, with and without guidance, and with and without each of what a
-    task may add (`channels`, `class_labels`, `known`). Reuse of deep features takes two more programs, of
-    steps that give them and of steps that take them.
+    Prompts, seeds, guidance, the sampler and its number of steps are inputs of the compiled step, so changing
+    them compiles nothing. A program is compiled for each shape of the latents, with and without guidance, and
+    with and without each optional input (`channels`, `class_labels`, `known`). Reuse of deep features needs
+    two more programs: one for steps that compute the features and one for steps that reuse them.
 
     Args:
         unet: `keras_sd.models.unet.UNet`, conditional or not. Its weights may change between calls.
         schedule: the `NoiseSchedule` it was trained on.
-        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+        jit_compile: whether to compile with XLA on TensorFlow; JAX always does.
     """
 
     def __init__(self, unet, schedule, jit_compile=True):
@@ -91,34 +93,35 @@ class Denoiser:
         class_labels=None,
         known=None,
     ):
-        """Generate `Denoised(step, latents)` after each step, the last of which is the result.
+        """Return an iterator over `Denoised(step, latents)`, one per step; the last one is the result.
 
         Args:
-            latents: what to begin with, float32 `(n, h, w, c)`: standard-normal noise, or what `noisy` gives.
-            context, negative: text encodings `(n, tokens, width)`; the negative ones are used, and half
-                of the work is theirs, if `guidance_scale` is above 1.
-            guidance_scale: how much the context is to be followed; up to 1 there is no guidance.
-            guidance_rescale: 0 to 1, against the overexposure of strong guidance.
-            guidance_interval: from which share of the steps to which there is guidance (Kynkäänniemi et al.,
-                2024); a step outside asks the network for `context` alone, in half the time.
-            reuse_interval: every which step runs the whole UNet (DeepCache, Ma et al., 2024). Those between
-                run its outermost level on the deep features of the last whole evaluation. Steps are counted
-                from the first that is made; one that asks twice does so in one way. Where guidance begins or
-                ends, a step is whole, and the count starts anew.
-            sampler: a name in `samplers.SAMPLERS`; None takes the one of the model's own file.
-            eta: from 0 to 1, the share of fresh noise at each step of DDIM and TCD.
-            streams: `NoiseStreams` to draw fresh noise from, once for each row of the sampler's tables that
-                uses it.
-            first_step: how many of `num_inference_steps` steps are left out at the beginning.
-            channels: what the UNet sees beside the latents, float32 `(n, h, w, k)`, or None.
+            latents: initial latents, float32 `(n, h, w, c)`: standard-normal noise or the result of `noisy`.
+            context, negative: text encodings `(n, tokens, width)`. The negative ones are used only if
+                `guidance_scale` is above 1, and then double the work.
+            guidance_scale: scale of classifier-free guidance; there is none up to 1.
+            guidance_rescale: 0 to 1; reduces the overexposure of strong guidance.
+            guidance_interval: (start, end) as shares of the steps, 0 to 1, between which guidance is applied
+                (Kynkäänniemi et al., 2024). A step outside evaluates `context` alone, in half the time.
+            reuse_interval: the whole UNet runs at every `reuse_interval`-th step (DeepCache, Ma et al.,
+                2024). The steps between run only its outermost level, on the deep features of the last whole
+                evaluation. The count starts at the first step, and again where guidance begins or ends. All
+                evaluations of one step are of the same kind.
+            sampler: a name in `samplers.SAMPLERS`; None for the sampler of the model's own file.
+            num_inference_steps: number of steps from pure noise to the sample.
+            eta: 0 to 1, the share of fresh noise at each step of DDIM and TCD.
+            streams: `NoiseStreams` for fresh noise, drawn once for each row of the sampler's tables that
+                needs it.
+            first_step: number of steps to skip at the beginning.
+            channels: additional input channels of the UNet, float32 `(n, h, w, k)`, or None.
             class_labels: int `(n,)` for a UNet with `num_class_embeds`, or None.
-            known: `Known` content that is put back after each evaluation, or None.
+            known: `Known` content that is restored after each evaluation, or None.
 
         Raises:
-            UserError: an unknown sampler, a number out of range, or inputs that are not finite; on the call,
-                before the first step. Or the result is not finite, which the last step tells.
-            ValueError: the sampler draws noise, and there are no streams; or there is guidance, and nothing
-                negative.
+            UserError: on the call, for an unknown sampler, a number out of range, or inputs that are not
+                finite; at the last step, for a result that is not finite.
+            ValueError: the sampler needs fresh noise and `streams` is None, or there is guidance and
+                `negative` is None.
         """
         guidance_scale = checked_guidance_scale(guidance_scale)
         guidance_rescale = share("guidance_rescale", guidance_rescale, "0 (none) to 1")
@@ -149,7 +152,7 @@ class Denoiser:
             {"latents to begin with": latents, "text encoding": context, "negative text encoding": negative}
             | {"channels": channels, "sample to keep": known and known.sample}
         )
-        # A step is guided if its beginning lies inside.
+        # A step has guidance if its start lies in the interval.
         guided = [
             start <= (first_step + step) / num_inference_steps < end
             for step in range(num_inference_steps - first_step)
@@ -159,23 +162,23 @@ class Denoiser:
         return interruption.first_is_phase("compiling a sampling step", steps)
 
     def noisy(self, sample, noise, *, sampler=None, num_inference_steps=30, first_step=0):
-        """Return the latents to give to `steps` so that the first step begins from a noisy `sample`.
+        """Return initial latents for `steps` that start from a noisy `sample`, as image-to-image needs.
 
         Args:
             sample, noise: float32 `(n, h, w, c)`.
-            sampler, num_inference_steps, first_step: as `steps` will be given.
+            sampler, num_inference_steps, first_step: the same values as for `steps`.
         """
         chosen = find_sampler(sampler, self.schedule.config)
         start, rows, _ = chosen.tables(self.schedule, num_inference_steps, first_step=first_step)
-        # `steps` multiplies by the start.
+        # `steps` multiplies the initial latents by `start`.
         signal_rate, noise_rate = (float(rate / start) for rate in rows[0].level)
         return add_noise(sample, noise, signal_rate, noise_rate)
 
     def _check_predictable(self, rows):
-        """Refuse levels at which a prediction of noise tells no sample, as the signal rate is 0 there."""
+        """Raise a UserError if noise is predicted where the signal rate is 0: it gives no sample there."""
         if self.schedule.prediction_type == "epsilon" and any(row.level[0] == 0 for row in rows):
             raise UserError(
-                "prediction_type epsilon: with rescale_betas_zero_snr the last timestep holds noise alone, "
+                "prediction_type epsilon: with rescale_betas_zero_snr the last timestep is pure noise, "
                 "from which predicted noise gives no sample; use v_prediction, or timestep_spacing leading"
             )
 
@@ -190,7 +193,7 @@ class Denoiser:
             numbers = {
                 "timestep": row.timestep,
                 "level": np.array(row.level),
-                # What the last row makes is taken for clean.
+                # The result of the last row counts as clean.
                 "end": np.array([1.0, 0.0] if is_last else row.end),
                 "weights": row.weights,
             }
@@ -212,7 +215,7 @@ class Denoiser:
                 yield Denoised(step, latents)
 
     def _giving_step(self, *inputs):
-        """`_step`, and the deep features that the network found."""
+        """Return the results of `_step` and the deep features of the UNet."""
         found = []
 
         def unet(*arguments, **options):
@@ -223,11 +226,11 @@ class Denoiser:
         return *self._step(*inputs, unet=unet), *found
 
     def _reusing_step(self, deep, *inputs):
-        """`_step` on the deep features of another one."""
+        """Return the results of `_step`, computed with the deep features of an earlier step."""
         return self._step(*inputs, unet=functools.partial(self.unet, deep=deep))
 
     def _step(self, latents, memory, random, numbers, guidance, channels, known, unet=None):
-        """Return one row of the tables: asks the network, and sums what there is as the row's weights say."""
+        """Compute one row of the tables: evaluate the UNet, and form the weighted sums of the row."""
         signal_rate, noise_rate = numbers["level"][0], numbers["level"][1]
         seen = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
         timesteps = ops.broadcast_to(numbers["timestep"], (latents.shape[0],))
@@ -237,7 +240,7 @@ class Denoiser:
         )
         bounds = {name: numbers[name] for name in ("clip_range", "ratio", "largest") if name in numbers}
         sample = limited(sample, **bounds)
-        # Products and a sum, as matrix products may be computed in lower precision.
+        # An elementwise product and a sum: a matrix multiplication may run in lower precision.
         terms = ops.concatenate([latents[None], memory, ops.stack([sample, noise, random])])
         weights = ops.reshape(numbers["weights"], (*numbers["weights"].shape, 1, 1, 1, 1))
         results = ops.sum(weights * terms[None], axis=1)
@@ -249,10 +252,10 @@ class Denoiser:
 
 
 def _kinds(guided, reuse_interval):
-    """What each step does with deep features: "giving", "reusing", or "plain" if no step reuses any.
+    """Return the kind of each step: "giving" or "reusing" deep features; "plain" if no step reuses any.
 
     Args:
-        guided: whether there is guidance, for each step; features with and without it differ in number.
+        guided: list of bool, whether the step has guidance; with it, the features have twice the batch size.
     """
     if reuse_interval == 1:
         return ["plain"] * len(guided)

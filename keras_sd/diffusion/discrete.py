@@ -12,20 +12,21 @@ def ddim(steps, run):
     """Denoising diffusion implicit models (Song et al., 2021), equation 12."""
     for timestep, level, end in steps:
         variance = (end.noise_rate / level.noise_rate) ** 2 * (1 - (level.signal_rate / end.signal_rate) ** 2)
-        # At eta 1 rounding may leave a little less than nothing under the root.
+        # At eta 1, rounding may make the argument of the root slightly negative.
         noise_rate = np.sqrt(max(end.noise_rate**2 - run.eta**2 * variance, 0))
         latents = end.signal_rate * SAMPLE + noise_rate * NOISE + run.eta * np.sqrt(variance) * RANDOM
         yield Row(timestep, level, end, latents)
 
 
 def ddpm(steps, run):
-    """DDPM (Ho et al., 2020, algorithm 2), with the posterior's variance or that of the forward process."""
+    """DDPM (Ho et al., 2020, algorithm 2), with the variance of the posterior or of the forward process."""
     for timestep, level, end in steps:
-        deviation = None
+        standard_deviation = None
         if run.options["variance_type"] == "fixed_large":
             change = 1 - (level.signal_rate / end.signal_rate) ** 2
-            deviation = np.sqrt(change) if timestep > 0 else 0.0
-        yield Row(timestep, level, end, by_chance(LATENTS, SAMPLE, level, end, deviation=deviation))
+            standard_deviation = np.sqrt(change) if timestep > 0 else 0.0
+        latents = by_chance(LATENTS, SAMPLE, level, end, standard_deviation=standard_deviation)
+        yield Row(timestep, level, end, latents)
 
 
 # PNDM
@@ -39,7 +40,7 @@ _ADAMS_BASHFORTH = [
 
 
 def _moved(run, latents, prediction, level, end):
-    """DDIM's step by a prediction of the network's kind."""
+    """Return the latents after a DDIM step with a given prediction, of the network's prediction type."""
     sample, noise = to_sample_and_noise(run.schedule.prediction_type, prediction, latents, *level)
     return add_noise(sample, noise, *end)
 
@@ -51,10 +52,10 @@ def _predicted(run, level):
 def pndm(steps, run):
     """Pseudo linear multistep, PLMS (Liu et al., 2022, algorithm 2).
 
-    The paper's first three steps are of Runge and Kutta. Stable Diffusion leaves them out (`skip_prk_steps`)
-    and makes the first step twice, the second time by the mean of the predictions at both ends. The multistep
-    formula is applied to what the network predicts, be it noise, velocity or sample. The memory holds the
-    predictions before, the newest first, and then the latents where a step began.
+    The paper's first three steps are Runge-Kutta steps. Stable Diffusion leaves them out (`skip_prk_steps`)
+    and takes the first step twice, the second time with the mean of the predictions at both ends. The
+    multistep formula is applied to the network's prediction, be it noise, velocity or sample. The memory
+    holds the earlier predictions, the newest first, and then the latents at the start of a step.
     """
     known = 0
     if not run.options["skip_prk_steps"]:
@@ -77,16 +78,17 @@ def _second_attempt(second, run):
     """Return the first step again, corrected by the prediction at its end, where the second step begins."""
     mean = (MEMORY[0] + _predicted(run, second.level)) / 2
     stride = run.schedule.num_train_timesteps // run.num_inference_steps
-    # As if the first step had begun a stride above the second, which it has where the spacing is leading.
+    # As if the first step had started one stride above the second; with leading spacing it did.
     start = level_at(run.schedule, second.timestep + stride, run.options)
     latents = _moved(run, MEMORY[3], mean, start, second.level)
     return Row(second.timestep, second.level, second.level, latents, MEMORY[:1])
 
 
 def _runge_kutta(steps, run):
-    """Yield the first three steps by Runge and Kutta's formula of order 4 (Liu et al., 2022, equation 13).
+    """Yield the first three steps by the Runge-Kutta formula of order 4 (Liu et al., 2022, equation 13).
 
-    The predictions of the steps' beginnings are kept for the steps after, the sum is kept behind the latents.
+    The memory holds the predictions at the starts of the last three steps, then the latents at the start of
+    this step, then the running sum of its predictions.
     """
     if len(steps) < 4:
         raise UserError(
@@ -97,10 +99,10 @@ def _runge_kutta(steps, run):
     kept, start, total = MEMORY[:3], MEMORY[3], MEMORY[4]
     for step, following in zip(steps[:3], steps[1:4], strict=True):
         first, last = step.timestep, following.timestep
-        # Where the network is asked, where the latents then go, and the weight of the prediction.
+        # For each evaluation: the timestep of the network's input, and the timestep that the latents reach.
         stages = ((first, first - half), (last + half, last + half), (last + half, last), (last, last))
-        for stage, (asked, reached) in enumerate(stages):
-            level = level_at(run.schedule, asked, run.options)
+        for stage, (evaluated, reached) in enumerate(stages):
+            level = level_at(run.schedule, evaluated, run.options)
             end = level_at(run.schedule, reached, run.options)
             prediction = _predicted(run, level)
             if stage == 0:
@@ -110,14 +112,14 @@ def _runge_kutta(steps, run):
                 mean = total + prediction / 6 if stage == 3 else prediction
                 memory = (*kept, start, total + prediction / 3)
                 latents = _moved(run, start, mean, step.level, end)
-            yield Row(asked, level, end, latents, memory, ends_step=stage == 3)
+            yield Row(evaluated, level, end, latents, memory, ends_step=stage == 3)
 
 
 # Distilled models
 
 
 def lcm(steps, run):
-    """Multistep consistency sampling (Luo et al., 2023): the sample found is made noisy anew each step."""
+    """Multistep consistency sampling (Luo et al., 2023): each step predicts a sample and adds fresh noise."""
     for timestep, level, end in steps:
         of_latents, of_sample = consistency_shares(timestep, run.options["timestep_scaling"])
         sample = of_latents * LATENTS + of_sample * SAMPLE
@@ -125,10 +127,10 @@ def lcm(steps, run):
 
 
 def tcd(steps, run):
-    """Trajectory consistency (Zheng et al., 2024): down to a lower level, and by fresh noise up again.
+    """Trajectory consistency (Zheng et al., 2024): denoise below the target level, then add fresh noise.
 
-    `eta` is the paper's gamma: with 0 each step goes straight to its end. The last one ends at the first
-    timestep's level.
+    `eta` is the paper's gamma; with 0 each step goes straight to its target. The last step ends at the level
+    of the first timestep.
     """
     alphas = run.schedule.alphas_cumprod
     for index, (timestep, level, _) in enumerate(steps):

@@ -1,6 +1,6 @@
-"""Keeps numbers that are not finite from becoming images, where they would be black, or noise.
+"""Stops NaN and infinity before they become an image, as a black one or noise.
 
-One reduction over what goes in and one over what comes out; only where that fails is looked for the cause.
+One reduction checks the inputs and one the result. The cause is looked for only when a check fails.
 """
 
 import numpy as np
@@ -9,47 +9,47 @@ from keras import ops
 from keras_sd.errors import UserError
 from keras_sd.models.parameters import parameter_paths
 
-# Beyond it numbers may grow from step to step.
+# With a larger guidance scale the latents may grow from step to step.
 _LARGEST_USUAL_GUIDANCE = 30.0
 
 
 def is_finite(values):
-    """Return whether all of a tensor's numbers are finite; None, which stands for no tensor, is."""
+    """Return whether all numbers of a tensor are finite; True for None."""
     return values is None or bool(np.isfinite(ops.convert_to_numpy(values)).all())
 
 
 def check_inputs(inputs):
-    """Refuse tensors with numbers that are not finite before anything is made of them.
+    """Check that the inputs of a computation are finite.
 
     Args:
-        inputs: title -> tensor or None.
+        inputs: dictionary of title -> tensor or None.
 
     Raises:
-        UserError: one is not finite; the line names it.
+        UserError: a tensor holds NaN or infinity; the message names it.
     """
     for title, values in inputs.items():
         if not is_finite(values):
             raise UserError(
-                f"{title}: NaN or infinity in it, of which no image can be made; look for damaged weights or "
+                f"{title}: holds NaN or infinity, so no image can be made; look for damaged weights or "
                 "embeddings, or take float32 in place of float16"
             )
 
 
 def check_result(values, model, title, *, guidance_scale=None):
-    """Refuse a result with numbers that are not finite.
+    """Check that a result is finite.
 
     Args:
-        values: what a model's computation ended in.
-        model: the Keras model that made it, in which the cause is looked for.
-        title: what a message calls the model.
-        guidance_scale: the guidance that it was made with, if there was any.
+        values: the result of a model's computation, a tensor.
+        model: the Keras model that computed it; its weights are searched for the cause.
+        title: the model's name in messages.
+        guidance_scale: the guidance scale, if any.
 
     Raises:
-        UserError: the result is not finite; the line names the likely cause.
+        UserError: the result holds NaN or infinity; the message names the likely cause.
     """
     if is_finite(values):
         return
-    what = f"{title}: computed NaN or infinity, of which no image can be made"
+    what = f"{title}: computed NaN or infinity, so no image can be made"
     weights = ((each.name, each.variable) for each in parameter_paths(model))
     damaged = next((name for name, weight in weights if not is_finite(ops.cast(weight, "float32"))), None)
     if damaged is not None:

@@ -1,4 +1,4 @@
-"""Samplers of k-diffusion, whose clock is sigma: Euler, Heun, DPM2, DPM++ SDE, LMS (Karras et al., 2022)."""
+"""Samplers of k-diffusion, with sigma as time: Euler, Heun, DPM2, DPM++ SDE, LMS (Karras et al., 2022)."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from keras_sd.diffusion.spacing import CLEAN, PURE_NOISE, Level
 
 
 def _is_first_order(step):
-    """Steps that a mean over sigma would spoil: from infinite sigma, and to none, where it is not defined."""
+    """Return whether a step must be of first order: from infinite sigma, or to sigma 0."""
     return step.end == CLEAN or step.level.sigma >= PURE_NOISE / 2
 
 
@@ -29,13 +29,13 @@ def euler(steps, run):
     for step in steps:
         timestep, level, end = step
         latents = by_sample(LATENTS, SAMPLE, level, end)
-        # Noise that is left in the end (`final_sigmas_type`) is beside the whole sample, as in diffusers.
+        # With `final_sigmas_type` the result keeps some noise; as in diffusers its signal rate is 1.
         latents = latents / end.signal_rate if step is steps[-1] else latents
         yield Row(timestep, level, end, latents)
 
 
 def euler_ancestral(steps, run):
-    """Euler's method to less noise than asked for, and fresh noise: as DDPM, at other steps."""
+    """Euler's method to a level below the target, then fresh noise: DDPM's step, at other timesteps."""
     for timestep, level, end in steps:
         yield Row(timestep, level, end, by_chance(LATENTS, SAMPLE, level, end))
 
@@ -54,26 +54,22 @@ def heun(steps, run):
 
 
 def dpm2(steps, run):
-    """After DPM-Solver-2 (Lu et al., 2022), as in k-diffusion: by the noise at the middle in log sigma."""
-    return _by_the_middle(steps, run, _as_it_is)
+    """DPM-Solver-2 (Lu et al., 2022) as in k-diffusion: by the predicted noise midway in log sigma."""
+    return _midpoint(steps, run, lambda level, end: end)
 
 
 def dpm2_ancestral(steps, run):
-    """Return the same to less noise than asked for, and fresh noise."""
-    return _by_the_middle(steps, run, _lowered)
-
-
-def _as_it_is(level, end):
-    return end
+    """DPM-Solver-2 to a level below the target, then fresh noise."""
+    return _midpoint(steps, run, _lowered)
 
 
 def _lowered(level, end):
-    """Where an ancestral step goes before fresh noise leads it up to `end`."""
+    """Return the level below `end` that an ancestral step reaches before fresh noise is added."""
     up = end.sigma * np.sqrt(1 - (end.sigma / level.sigma) ** 2)
     return Level.of_sigma(np.sqrt(end.sigma**2 - up**2))
 
 
-def _by_the_middle(steps, run, lowered):
+def _midpoint(steps, run, lowered):
     for step in steps:
         timestep, level, end = step
         if _is_first_order(step):
@@ -93,9 +89,9 @@ def _by_the_middle(steps, run, lowered):
 
 
 def dpm_sde(steps, run):
-    """DPM-Solver++(S) SDE of order 2 (k-diffusion's `sample_dpmpp_sde`): by the sample at the middle.
+    """DPM-Solver++(S) SDE of order 2 (k-diffusion's `sample_dpmpp_sde`): by the sample at the midpoint.
 
-    The noise of a whole step is that of its first part and of its second, as of one Brownian motion in sigma.
+    The noise of a whole step combines those of its two halves, as increments of one Brownian motion in sigma.
     """
     for step in steps:
         timestep, level, end = step
@@ -113,7 +109,7 @@ def dpm_sde(steps, run):
 
 
 def lms(steps, run, order=4):
-    """Linear multistep (k-diffusion): Adams and Bashforth's polynomial through the last noises over sigma."""
+    """Linear multistep (k-diffusion): the Adams-Bashforth polynomial through the last predicted noises."""
     nodes, node_weights = np.polynomial.legendre.leggauss(order // 2)
     for index, (timestep, level, end) in enumerate(steps):
         noises = [noise_at(level), *MEMORY[: order - 1]][: index + 1]

@@ -1,17 +1,16 @@
-"""Limits of what a network predicts, for models that were trained on images within them."""
+"""Clipping and dynamic thresholding of predicted samples."""
 
 from keras import ops
 
 
 def limited(sample, clip_range=None, ratio=None, largest=None):
-    """Return a predicted sample within limits; by default as it is.
+    """Return a predicted sample, clipped or thresholded; unchanged by default.
 
     Args:
         sample: `(n, h, w, c)`.
         clip_range: the largest absolute value, or None.
-        ratio, largest: for dynamic thresholding (Saharia et al., 2022, section 2.3): each sample is clipped
-            at the quantile `ratio` of its absolute values, which is at least 1 and at most `largest`, and
-            divided by it.
+        ratio, largest: for dynamic thresholding (Saharia et al., 2022, section 2.3). Each sample is clipped
+            to the quantile `ratio` of its absolute values, limited to 1 to `largest`, and divided by it.
     """
     if ratio is not None:
         values = ops.sort(ops.reshape(ops.abs(sample), (sample.shape[0], -1)), axis=1)

@@ -10,12 +10,12 @@ import numpy as np
 
 
 def add_noise(sample, noise, signal_rate, noise_rate):
-    """Return the forward process."""
+    """Return the noisy sample of the forward process."""
     return signal_rate * sample + noise_rate * noise
 
 
 def target(kind, sample, noise, signal_rate, noise_rate):
-    """What a network of prediction type `kind` should answer."""
+    """Return the training target of a network with prediction type `kind`."""
     if kind == "epsilon":
         return noise
     if kind == "v_prediction":
@@ -24,7 +24,7 @@ def target(kind, sample, noise, signal_rate, noise_rate):
 
 
 def to_sample_and_noise(kind, prediction, noisy, signal_rate, noise_rate):
-    """Split a noisy sample into the predicted `(sample, noise)`."""
+    """Return the predicted `(sample, noise)` of a noisy sample, from a prediction of type `kind`."""
     if kind == "epsilon":
         return (noisy - noise_rate * prediction) / signal_rate, prediction
     if kind == "v_prediction":
@@ -33,13 +33,13 @@ def to_sample_and_noise(kind, prediction, noisy, signal_rate, noise_rate):
 
 
 def consistency_shares(timesteps, timestep_scaling=10.0, sigma_data=0.5):
-    """What a consistency function takes of the noisy sample and of the predicted one.
+    """Return the boundary-condition weights of a consistency function, `c_skip` and `c_out`.
 
-    It has to give a sample without noise as it is, so at timestep 0 all is the former, and soon nearly all is
-    the latter (Song et al., 2023, section 3, with the timesteps of Luo et al., 2023).
+    At timestep 0 the function must return its input, so `c_skip` is 1 there; it falls to nearly 0 soon after
+    (Song et al., 2023, section 3, with the timesteps of Luo et al., 2023).
 
     Returns:
-        `(share of the noisy sample, share of the predicted sample)`, of the shape of the timesteps.
+        (weight of the noisy sample, weight of the predicted sample), each of the shape of the timesteps.
     """
     scaled = timestep_scaling * timesteps
     skip = sigma_data**2 / (scaled**2 + sigma_data**2)
@@ -47,10 +47,10 @@ def consistency_shares(timesteps, timestep_scaling=10.0, sigma_data=0.5):
 
 
 def min_snr_weight(kind, signal_to_noise, gamma):
-    """Loss weight that caps the pull of nearly clean timesteps (Hang et al., 2023).
+    """Return the min-SNR loss weight, which limits the weight of nearly clean timesteps (Hang et al., 2023).
 
-    `signal_to_noise` is the ratio of squared rates. The weight on the squared error of the sample
-    is min(SNR, gamma); divided here by what turns that error into the one of the prediction.
+    `signal_to_noise` is the ratio of the squared rates. The weight on the squared error of the sample is
+    min(SNR, gamma). It is divided here by the factor between that error and the error of the prediction.
     """
     capped = np.minimum(signal_to_noise, gamma)
     if kind == "epsilon":

@@ -1,11 +1,11 @@
-"""Rows of weights for the one compiled step of `keras_sd.diffusion.denoiser`, and what they are built from.
+"""Rows of weights for the compiled step of `keras_sd.diffusion.denoiser`, and the formulas that build them.
 
-Every sampler here is linear: what it makes of the latents, the predicted sample and noise, what it remembers
-of earlier predictions, and fresh noise, is a weighted sum of them. Formulas are computed in float64 on the
-unit vectors below, and what comes out are the weights.
+Every sampler here is linear: its new latents are a weighted sum of the old latents, the predicted sample and
+noise, its memory of earlier predictions, and fresh noise. The samplers compute their formulas in float64 on
+the unit vectors below; the results are the weights.
 
-Latents are kept variance-preserving, `signal_rate * sample + noise_rate * noise`, also where a paper's are
-`sample + sigma * noise`: divided by the signal rate they are the same.
+Latents are variance-preserving, `signal_rate * sample + noise_rate * noise`, also where a paper uses
+`sample + sigma * noise`. Dividing the former by the signal rate gives the latter.
 """
 
 from typing import NamedTuple
@@ -16,15 +16,15 @@ from keras_sd.diffusion.spacing import Level
 
 MEMORY_SIZE = 5
 
-# What the compiled step takes a weighted sum of, in this order.
+# The terms of the compiled step's weighted sums, in this order.
 LATENTS, *MEMORY, SAMPLE, NOISE, RANDOM = np.eye(MEMORY_SIZE + 4)
 
 
 class Row(NamedTuple):
-    """One evaluation of the network, and what is made of it.
+    """One evaluation of the network and the update after it.
 
     `timestep` and `level` are those of the latents that the network sees; `end` is the level of the latents
-    after the row. `latents` and `memory` say what they become, as weights of the above.
+    after the row. `latents` and `memory` are the new latents and memory, as weights of the terms above.
     """
 
     timestep: float
@@ -48,13 +48,13 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What rows are made for.
+    """The settings of one sampling run.
 
     Attributes:
         schedule: the `NoiseSchedule` that the network was trained on.
         options: dictionary of the options of the sampler's class in diffusers.
-        num_inference_steps: of the whole way.
-        first_step: how many of them are left out at the beginning.
+        num_inference_steps: number of steps from pure noise to the sample.
+        first_step: number of steps skipped at the beginning.
         eta: the share of fresh noise, 0 to 1.
     """
 
@@ -65,39 +65,40 @@ class Run(NamedTuple):
     eta: float = 0.0
 
 
-# Ways from one noise level to another, on which the samplers are built. Each is exact if what it is given is.
+# Updates from one noise level to another, the building blocks of the samplers. Each is exact if the
+# prediction is.
 
 
 def by_sample(latents, sample, level, end):
-    """By the predicted sample: Euler's step in sigma, DDIM's, and first-order DPM-Solver++'s are all this."""
+    """Move latents by a predicted sample: Euler's step in sigma, DDIM's and first-order DPM-Solver++'s."""
     share = end.noise_rate / level.noise_rate
     return share * latents + (end.signal_rate - share * level.signal_rate) * sample
 
 
 def by_noise(latents, noise, level, end):
-    """By the predicted noise, the derivative by sigma of `sample + sigma * noise`."""
+    """Move latents by predicted noise, the derivative of `sample + sigma * noise` with respect to sigma."""
     share = end.signal_rate / level.signal_rate
     return share * latents + (end.noise_rate - share * level.noise_rate) * noise
 
 
-def by_chance(latents, sample, level, end, random=RANDOM, deviation=None):
-    """Draw from the forward process's posterior given the sample (Ho et al., 2020, equation 7).
+def by_chance(latents, sample, level, end, random=RANDOM, standard_deviation=None):
+    """Draw from the posterior of the forward process given the sample (Ho et al., 2020, equation 7).
 
-    Euler's ancestral step in sigma and first-order SDE-DPM-Solver++'s are this as well.
+    Euler's ancestral step in sigma and the first-order step of SDE-DPM-Solver++ are the same.
 
     Args:
         random: the fresh noise.
-        deviation: the standard deviation of what is drawn, where it is not the posterior's.
+        standard_deviation: of the drawn latents; None for that of the posterior.
     """
     ratio = level.signal_rate * end.noise_rate / (level.noise_rate * end.signal_rate)
     mean = end.noise_rate / level.noise_rate * ratio * latents + end.signal_rate * (1 - ratio**2) * sample
-    if deviation is None:
-        deviation = end.noise_rate * np.sqrt(1 - ratio**2)
-    return mean + deviation * random
+    if standard_deviation is None:
+        standard_deviation = end.noise_rate * np.sqrt(1 - ratio**2)
+    return mean + standard_deviation * random
 
 
 def by_noise_and_chance(latents, noise, level, end):
-    """First-order SDE-DPM-Solver's (Lu et al., 2022): twice the noise is taken out, and new noise put in."""
+    """Take SDE-DPM-Solver's first-order step (Lu et al., 2022): remove twice the noise, add fresh noise."""
     share = end.signal_rate / level.signal_rate
     removed = 2 * (end.noise_rate - share * level.noise_rate)
     added = np.sqrt((level.sigma / end.sigma) ** 2 - 1) * end.noise_rate
@@ -105,5 +106,5 @@ def by_noise_and_chance(latents, noise, level, end):
 
 
 def noise_at(level):
-    """Return the noise that the predicted sample, clipped if it was, leaves in the latents."""
+    """Return the noise in the latents according to the predicted sample, clipped or not."""
     return (LATENTS - level.signal_rate * SAMPLE) / level.noise_rate

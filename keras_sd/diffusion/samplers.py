@@ -1,8 +1,9 @@
-"""Samplers by their names, and the one that a model's own file describes.
+"""The samplers by name, and the sampler that a model's own file describes.
 
-A sampler is a class of diffusers' schedulers with its options: those of the model's file that the class has,
-as far as the name does not fix them. Its function yields rows of weights, one for each time the network is
-asked, in the terms of its paper (`rows`, and the modules with the functions).
+A sampler is a scheduler class of diffusers with its options: those that the name fixes, and otherwise those
+    of
+the model's file. Its function yields rows of weights, one for each evaluation of the network (`rows`; the
+functions are in `discrete`, `k_diffusion` and `solvers`).
 
 This module needs no backend.
 """
@@ -19,15 +20,15 @@ from keras_sd.errors import UserError
 
 
 class Method(NamedTuple):
-    """What a class of diffusers' schedulers computes.
+    """The computation behind a scheduler class of diffusers.
 
     Attributes:
-        steps: function of the noise schedule, the number of steps and the options; gives a list of
+        steps: function of the noise schedule, the number of steps and the options; returns a list of
             `spacing.Step`.
-        rows: function of those steps and a `rows.Run`; yields `rows.Row`s.
-        starts_at_sigma: whether the first latents are `sigma * noise`, without the share of the signal.
-        takes_eta: whether `rows` reads the share of fresh noise.
-        clips, thresholds: whether it clips the predicted sample, statically or by dynamic thresholding.
+        rows: function of those steps and a `rows.Run`; yields `rows.Row` objects.
+        starts_at_sigma: whether the initial latents are `sigma * noise`, without a share of signal.
+        takes_eta: whether `rows` uses `Run.eta`.
+        clips, thresholds: whether the predicted sample may be clipped, or thresholded dynamically.
         more: options of `steps` that no file has.
     """
 
@@ -76,12 +77,12 @@ METHODS = {
 
 
 class Tables(NamedTuple):
-    """What the compiled step is to do.
+    """The inputs of the compiled step for one sampling run.
 
     Attributes:
-        start: what standard-normal noise is multiplied by to begin with.
+        start: factor of the initial standard-normal noise.
         rows: list of `rows.Row`.
-        limits: of the predicted samples, as `limits.limited` takes them.
+        limits: limits of the predicted samples, keyword arguments of `limits.limited`.
     """
 
     start: float
@@ -91,13 +92,13 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way of denoising.
+    """A sampling method.
 
     Attributes:
-        name: as A1111's web UI shows it and as images' files say.
-        purpose: what it is for, in a line.
-        scheduler: the class in diffusers.
-        fixed: dictionary of options that the model's file does not change.
+        name: as in A1111's web UI and in the parameters of a PNG.
+        purpose: what it is for, in one line.
+        scheduler: the scheduler class in diffusers.
+        fixed: dictionary of options that override those of the model's file.
     """
 
     name: str
@@ -107,28 +108,28 @@ class Sampler:
 
     @property
     def takes_eta(self):
-        """Whether it has a share of fresh noise to choose."""
+        """Whether the sampler has a parameter eta, the share of fresh noise."""
         return METHODS[self.scheduler].takes_eta
 
     def options(self, config):
-        """Return all options of the class, for a model with that `SchedulerConfig`.
+        """Return all options of the scheduler class, for a model with that `SchedulerConfig`.
 
         Raises:
-            UserError: the model's file has a value that is not computed here.
+            UserError: the model's file has a value that is not supported.
         """
         return complete(self.scheduler, config.options() | self.fixed)
 
     def tables(self, schedule, num_inference_steps, eta=0.0, first_step=0):
-        """What the compiled step is to do in each row.
+        """Return the `Tables` of a sampling run.
 
         Args:
             schedule: the `NoiseSchedule` that the network was trained on.
-            num_inference_steps: of the whole way; a step is a row, or several.
+            num_inference_steps: number of steps from pure noise to the sample; a step has one or more rows.
             eta: from 0 to 1, the share of fresh noise in DDIM and TCD.
-            first_step: how many of the steps are left out at the beginning.
+            first_step: number of steps to skip at the beginning.
 
         Raises:
-            UserError: one of the numbers is out of range, or as `options`.
+            UserError: a number is out of range, or as `options`.
         """
         method = METHODS[self.scheduler]
         if not 0 <= eta <= 1:
@@ -210,7 +211,7 @@ SAMPLERS = {
 }
 
 
-# Ends the name of a sampler that only a model's own file describes.
+# Suffix of the name of a sampler that only a model's own file describes.
 OF_THE_MODEL = " of the model"
 
 
@@ -222,8 +223,7 @@ def find_sampler(name, config=None):
         config: the model's `SchedulerConfig`, for its own sampler.
 
     Raises:
-        UserError: there is none of that name, the line lists those there are; or the model's file has a
-            value that is not computed here.
+        UserError: the name is unknown, or the model's file has a value that is not supported.
     """
     if name is None:
         return _own_sampler(config)
@@ -233,7 +233,7 @@ def find_sampler(name, config=None):
 
 
 def _own_sampler(config):
-    """Return the sampler of a model's file: one with a name, where that does the same."""
+    """Return the sampler that a model's file describes: a named one, if it is equivalent."""
     class_name = config.class_name
     own = Sampler(class_name + OF_THE_MODEL, "what the model's file describes", class_name)
     options = own.options(config)

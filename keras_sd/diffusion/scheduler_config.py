@@ -7,7 +7,7 @@ from keras_sd.config import Config, ConfigError
 from keras_sd.diffusion.scheduler_options import OPTIONS
 from keras_sd.files.json_files import shown
 
-# What holds for schedulers of diffusers that do not have the option.
+# The behaviour of scheduler classes of diffusers that do not have the option.
 _WITHOUT_OPTION = {
     "steps_offset": 0,
     "timestep_spacing": "linspace",
@@ -26,8 +26,9 @@ _KEPT = ("published", "repairs")  # fields of `SchedulerConfig` that are no keys
 class SchedulerConfig(Config):
     """The noise schedule (diffusers' ``scheduler_config.json``). Defaults: SD 1.x.
 
-    ``published`` is the file's dictionary as it was read, which is written again; None for a config that was
-    made here. ``repairs`` are values that hold in place of the file's (`weights.old_models`).
+    ``published`` is the dictionary of the file that was read, and is written again; None for a config that
+    was not read from a diffusers file. ``repairs`` are values that replace those of the file
+    (`weights.old_models`).
     """
 
     json_header: ClassVar[dict] = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.35.0"}
@@ -52,11 +53,11 @@ class SchedulerConfig(Config):
 
     @classmethod
     def from_dict(cls, values, repairs=None):
-        """As of every config: a missing key has the default of the diffusers class in `_class_name`.
+        """Build the config from a dictionary; a missing key has the default of the class in `_class_name`.
 
         Args:
             values: the dictionary of a `scheduler_config.json`.
-            repairs: values that hold in place of those.
+            repairs: values that replace those of the dictionary.
         """
         cls._check_dictionary(values)
         for name in ("beta_start", "beta_end"):
@@ -70,16 +71,16 @@ class SchedulerConfig(Config):
         betas = values.get("trained_betas")
         if betas is not None and not _are_betas(betas, config.num_train_timesteps):
             raise cls._error(f"trained_betas are no {config.num_train_timesteps} numbers from 0 to 1")
-        if name is None:  # no file of diffusers, which would take other values for what it leaves out
+        if name is None:  # not a file of diffusers, whose classes would have other defaults
             published = None if betas is None else config.noise_schedule() | {"trained_betas": betas}
             return dataclasses.replace(config, published=published)
         return dataclasses.replace(config, published=dict(values), repairs=repairs)
 
     def to_dict(self, class_name="DDIMScheduler"):
-        """Return the dictionary of a file: the one that was read, with what has been changed since.
+        """Return the JSON dictionary: the one that was read, with later changes.
 
         Args:
-            class_name: of a schedule that no file describes.
+            class_name: the scheduler class, for a config that was not read from a file.
         """
         if self.published is None:
             return self.noise_schedule() | {"_class_name": class_name}
@@ -88,22 +89,22 @@ class SchedulerConfig(Config):
         return self.published | changed
 
     def noise_schedule(self):
-        """Return a dictionary of all values, whatever file they came from: what a checkpoint keeps."""
+        """Return a dictionary of all values, for a training checkpoint."""
         betas = {} if self.trained_betas is None else {"trained_betas": self.trained_betas}
         return self.json_header | self._values() | betas
 
     @property
     def trained_betas(self):
-        """The noise that each timestep adds, where no rule gives it: a list of numbers, or None."""
+        """The betas of all timesteps as a list, or None if they follow from `beta_schedule`."""
         return (self.published or {}).get("trained_betas")
 
     @property
     def class_name(self):
-        """The class of diffusers that the file is for."""
+        """The scheduler class of diffusers in the file."""
         return (self.published or {}).get("_class_name") or self.json_header["_class_name"]
 
     def options(self):
-        """What a scheduler of diffusers is made of: the file's dictionary, set right."""
+        """Return the options for a scheduler of diffusers: the file's dictionary with the repairs."""
         return self.to_dict() | (self.repairs or {})
 
     def _values(self):
@@ -130,6 +131,6 @@ class SchedulerConfig(Config):
 
 
 def _are_betas(values, count):
-    """Return whether they are the noise of that many timesteps."""
+    """Return whether the values are a list of `count` valid betas."""
     is_list = isinstance(values, list | tuple) and len(values) == count
     return is_list and all(type(value) in (int, float) and 0 <= value < 1 for value in values)

@@ -1,7 +1,7 @@
-"""The options of diffusers' schedulers: what a missing one means, and which values are computed here.
+"""The options of diffusers' schedulers: their defaults, and the values that are supported here.
 
 Each class has the options of its `__init__` in diffusers 0.42, with their defaults. A value that is not
-computed is refused by name; none is passed over in silence.
+supported is a `UserError` that names it; no option is ignored silently.
 """
 
 import json
@@ -102,7 +102,7 @@ OPTIONS = {
     | {"final_sigmas_type": "zero", "disable_corrector": [], "solver_p": None, "shift_terminal": None},
 }
 
-# Values that a class takes for one of its own, as models' files are read by classes that did not write them.
+# Values of other classes that a class replaces by one of its own, as diffusers does.
 _SYNONYMS = {
     ("DPMSolverMultistepScheduler", "algorithm_type"): {"deis": "dpmsolver++"},
     ("DPMSolverSinglestepScheduler", "algorithm_type"): {"deis": "dpmsolver++"},
@@ -111,12 +111,12 @@ _SYNONYMS = {
     ("DPMSolverSinglestepScheduler", "solver_type"): dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
     ("DEISMultistepScheduler", "solver_type"): dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     ("UniPCMultistepScheduler", "solver_type"): dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
-    ("DDPMScheduler", "variance_type"): {"fixed_small_log": "fixed_small"},  # the same, written otherwise
+    ("DDPMScheduler", "variance_type"): {"fixed_small_log": "fixed_small"},  # the same in another form
 }
 
 
 class Rule(NamedTuple):
-    """Which values of an option are computed: what a value has to be, in words, and why others are not."""
+    """The supported values of an option: a predicate, a description, and why others are not supported."""
 
     accepts: Callable
     expected: str
@@ -148,8 +148,8 @@ _SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
 _POSITIVE = Rule(lambda value: _is_number(value) and 0 < value < 1e9, "above 0, below 10^9")
 _SIGMA = Rule(lambda value: value is None or _POSITIVE.accepts(value), "above 0, below 10^9, or null")
 _ORDER = _one_of(1, 2, 3, reason="no higher order is stable here")
-_NO_FLOW = "flow matching is not computed here"
-_TAKEN_FOR_IT = "there is no other; those of other classes are taken for it, as in diffusers"
+_NO_FLOW = "flow matching is not supported"
+_ONLY_VALUE = "it is the only one; values of other classes are replaced by it, as in diffusers"
 _NO_VARIANCE = "the networks here predict no variance"
 
 RULES = {
@@ -174,7 +174,7 @@ RULES = {
     "use_lu_lambdas": _SWITCH,
     **dict.fromkeys(_RANGE_OF_SIGMA, _SIGMA),
     "interpolation_type": _one_of("linear", "log_linear"),
-    "timestep_type": _one_of("discrete", reason="no network here is asked by log sigma"),
+    "timestep_type": _one_of("discrete", reason="no network here takes log sigma as its timestep"),
     "final_sigmas_type": _one_of("zero", "sigma_min"),
     "lower_order_final": _SWITCH,
     "euler_at_final": _SWITCH,
@@ -183,9 +183,9 @@ RULES = {
     "disable_corrector": Rule(
         lambda value: isinstance(value, list | tuple) and all(map(_is_whole, value)), "a list of steps"
     ),
-    "solver_p": _one_of(None, reason="no other sampler takes the place of the predictor"),
+    "solver_p": _one_of(None, reason="the predictor cannot be replaced by another sampler"),
     "lambda_min_clipped": Rule(lambda value: _is_number(value) and value < float("inf"), "a number"),
-    "noise_sampler_seed": _one_of(None, reason="noise follows from the seed of the image"),
+    "noise_sampler_seed": _one_of(None, reason="the seed of the image determines the noise"),
     "original_inference_steps": Rule(lambda value: _is_whole(value, 1), "a whole number from 1"),
     "timestep_scaling": _POSITIVE,
     "use_flow_sigmas": _one_of(False, reason=_NO_FLOW),
@@ -194,7 +194,7 @@ RULES = {
     "use_dynamic_shifting": _ANY,
     "time_shift_type": _ANY,
 }
-# Of options that not all classes have for the same.
+# Options whose values differ between classes.
 RULES_OF_CLASS = {
     ("DDPMScheduler", "variance_type"): _one_of(
         "fixed_small", "fixed_large", reason=f"{_NO_VARIANCE}, and fixed_large_log is no variance"
@@ -207,15 +207,15 @@ RULES_OF_CLASS = {
     ("DPMSolverSinglestepScheduler", "algorithm_type"): _one_of(
         "dpmsolver++", "dpmsolver", "sde-dpmsolver++"
     ),
-    ("DEISMultistepScheduler", "algorithm_type"): _one_of("deis", reason=_TAKEN_FOR_IT),
+    ("DEISMultistepScheduler", "algorithm_type"): _one_of("deis", reason=_ONLY_VALUE),
     ("DPMSolverMultistepScheduler", "solver_type"): _one_of("midpoint", "heun"),
     ("DPMSolverSinglestepScheduler", "solver_type"): _one_of("midpoint", "heun"),
-    ("DEISMultistepScheduler", "solver_type"): _one_of("logrho", reason=_TAKEN_FOR_IT),
+    ("DEISMultistepScheduler", "solver_type"): _one_of("logrho", reason=_ONLY_VALUE),
     ("UniPCMultistepScheduler", "solver_type"): _one_of("bh1", "bh2"),
     ("UniPCMultistepScheduler", "use_dynamic_shifting"): _one_of(False, reason=_NO_FLOW),
 }
 
-# What diffusers takes and never uses. None stands for every class that has the option.
+# Options that diffusers accepts and never uses. None stands for every class that has the option.
 WITHOUT_EFFECT = {
     *((None, option) for option in ("flow_shift", "time_shift_type", "use_dynamic_shifting")),
     *((name, option) for name in ("LCMScheduler", "TCDScheduler") for option in _LEADING),
@@ -231,14 +231,14 @@ def rule_of(class_name, option):
 
 
 def complete(class_name, values):
-    """Return the options that a scheduler of diffusers would have, all of them.
+    """Return all options that a scheduler of diffusers would have.
 
     Args:
-        class_name: of the scheduler.
-        values: dictionary of a `scheduler_config.json`, whose keys the class need not have.
+        class_name: the scheduler class.
+        values: dictionary of a `scheduler_config.json`; keys that the class does not have are ignored.
 
     Raises:
-        UserError: a value is not computed here; the line names it.
+        UserError: a value is not supported; the message names it.
     """
     options = dict(OPTIONS[class_name])
     for option in options:
@@ -259,7 +259,7 @@ def _synonym(class_name, option, value):
 
 
 def _check_together(class_name, options):
-    """Raise a UserError for values that are computed, but not with each other."""
+    """Raise a UserError for supported values that cannot be combined."""
     chosen = [option for option in _SIGMAS if options.get(option)]
     if len(chosen) > 1:
         raise _refusal(class_name, " and ".join(chosen), "one of them")
@@ -280,6 +280,6 @@ def _refusal(class_name, fault, expected, reason=""):
 
 
 def unknown_keys(values):
-    """Return the keys of a `scheduler_config.json` that no class here has, and diffusers passes over."""
+    """Return the keys of a `scheduler_config.json` that no class here has, and that diffusers ignores."""
     known = {option for options in OPTIONS.values() for option in options}
     return [key for key in values if key not in known and not key.startswith("_")]

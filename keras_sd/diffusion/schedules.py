@@ -1,4 +1,4 @@
-"""Noise schedules: how much of an image and how much noise each timestep holds."""
+"""Noise schedules: the signal rate and the noise rate of each timestep."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from keras_sd.files.json_files import shown
 
 
 def _betas(config):
-    """Noise added by each step of the forward process, `(T,)` float64."""
+    """Return the variance of the noise that each step of the forward process adds, `(T,)` float64."""
     steps = config.num_train_timesteps
     if config.trained_betas is not None:
         return np.array(config.trained_betas, "float64")
@@ -27,7 +27,7 @@ def _betas(config):
 
 
 def _with_zero_terminal_snr(signal_rates):
-    """Shift and scales signal rates so that the last timestep is pure noise (Lin et al., 2023)."""
+    """Shift and scale signal rates to make the last timestep pure noise (Lin et al., 2023, algorithm 1)."""
     first, last = signal_rates[0], signal_rates[-1]
     return (signal_rates - last) * first / (first - last)
 
@@ -51,11 +51,11 @@ class NoiseSchedule:
         self.noise_rates = np.sqrt(1.0 - self.alphas_cumprod).astype("float32")
 
     def check_learnable(self):
-        """Refuse epsilon with a zero terminal SNR: its last timestep teaches nothing of the sample (Lin et
-        al., 2023, section 3.3), and min-SNR weights are 0 / 0 there.
+        """Check that the prediction type can be trained with this schedule.
 
         Raises:
-            UserError: the schedule is of that kind.
+            UserError: epsilon is predicted with zero terminal SNR. The last timestep then teaches nothing
+                about the sample (Lin et al., 2023, section 3.3), and its min-SNR weight is 0 / 0.
         """
         if self.prediction_type == "epsilon" and not self.signal_rates[-1]:
             raise UserError(

@@ -1,8 +1,9 @@
 """Solvers in log-SNR: DPM-Solver and its successors (Lu et al., 2022), DEIS and UniPC (Zhang, Zhao, 2023).
 
-Over a step the linear part of the ODE is exact, and the network's prediction (of the sample, or of the noise)
-is taken for a polynomial in log-SNR. What that comes to is a mean prediction, by which one goes as if it held
-over the whole step. Options have diffusers' names, and its formulas where the papers leave a choice.
+The linear part of the ODE is solved exactly over a step, and the network's prediction (of the sample or of
+the noise) is approximated by a polynomial in log-SNR. This results in a mean prediction, which is applied as
+if it were constant over the step. Options have diffusers' names; where the papers leave a choice, the
+formulas follow diffusers.
 """
 
 import functools
@@ -24,11 +25,11 @@ from keras_sd.diffusion.rows import (
 from keras_sd.diffusion.spacing import CLEAN
 from keras_sd.errors import UserError
 
-# Few steps are the shakier the higher their order is at the end.
+# Below this number of steps, high orders are unstable in the last steps.
 _FEW_STEPS = 15
 
-# By algorithm_type: the way, and how often the step's width in log-SNR goes into the polynomial's weights.
-_WAYS = {
+# By algorithm_type: the update, and the factor of the step's width in log-SNR in the polynomial's weights.
+_UPDATES = {
     "dpmsolver++": (by_sample, -1),
     "dpmsolver": (by_noise, 1),
     "sde-dpmsolver++": (by_chance, -2),
@@ -37,12 +38,12 @@ _WAYS = {
 
 
 def _time(level):
-    """Half the log-SNR, in which the steps are smooth."""
+    """Return half the log-SNR, the time variable of the solvers."""
     return -np.log(level.sigma) if level.noise_rate else np.inf
 
 
 def _prediction(options, level):
-    """What the polynomial goes through: the sample, or the noise that is left if the sample is taken away."""
+    """Return the prediction that the polynomial interpolates: the sample, or the noise that it implies."""
     return SAMPLE if options["algorithm_type"].endswith("++") else noise_at(level)
 
 
@@ -51,12 +52,12 @@ def _is_still(step):
 
 
 def _slope_weight(width):
-    """Weight of the first derivative in the mean, by the width in log-SNR, signed as the way has it."""
+    """Return the weight of the first derivative in the mean; `width` is the scaled width in log-SNR."""
     return (np.expm1(width) / width - 1) / np.expm1(width)
 
 
 def _curve_weight(width, half=-0.5):
-    """Return the same of the second derivative."""
+    """Return the weight of the second derivative in the mean."""
     return ((np.expm1(width) - width) / width**2 + half) / np.expm1(width)
 
 
@@ -64,14 +65,14 @@ def _curve_weight(width, half=-0.5):
 
 
 def dpm_multistep(steps, run):
-    """DPM-Solver(++) and its SDE variants, of orders 1 to 3, from the predictions of the steps before."""
+    """DPM-Solver(++) and its SDE variants, of order 1 to 3, with the predictions of earlier steps."""
     options = run.options
     for index, step in enumerate(steps):
         prediction = _prediction(options, step.level)
         order = _multistep_order(options, run.num_inference_steps, index, len(steps), step)
         mean = _multistep_mean(options, steps, index, [prediction, *MEMORY[:2]][:order])
-        way, _ = _WAYS[options["algorithm_type"]]
-        latents = LATENTS if _is_still(step) else way(LATENTS, mean, step.level, step.end)
+        update, _ = _UPDATES[options["algorithm_type"]]
+        latents = LATENTS if _is_still(step) else update(LATENTS, mean, step.level, step.end)
         yield Row(*step, latents, (prediction, MEMORY[0]))
 
 
@@ -91,7 +92,7 @@ def _multistep_mean(options, steps, index, predictions):
     times = [_time(step.level) for step in steps[index::-1][: len(predictions)]]
     width = _time(steps[index].end) - times[0]
     ratios = -np.diff(times) / width
-    _, sign = _WAYS[options["algorithm_type"]]
+    _, sign = _UPDATES[options["algorithm_type"]]
     slope = (newest - older[0]) / ratios[0]
     if len(older) == 1:
         weight = 0.5 if options["solver_type"] == "midpoint" else _slope_weight(sign * width)
@@ -108,27 +109,27 @@ def _multistep_mean(options, steps, index, predictions):
 
 
 def dpm_singlestep(steps, run):
-    """DPM-Solver(++) singlestep: evaluations in groups of 1 to 3, each of which goes from the group's start.
+    """DPM-Solver(++) singlestep: groups of 1 to 3 evaluations, all of which start at the group's first level.
 
     The memory holds the latents at the start of the group and the group's predictions.
     """
     options = run.options
     orders = _singlestep_orders(options, run.num_inference_steps)[run.first_step :]
-    way, _ = _WAYS[options["algorithm_type"]]
+    update, _ = _UPDATES[options["algorithm_type"]]
     for index, (step, order) in enumerate(zip(steps, orders, strict=True)):
-        place = min(order - 1, index)  # in the group; a way that begins within one has no earlier predictions
+        place = min(order - 1, index)  # in the group; a run that starts inside one has no earlier predictions
         prediction = _prediction(options, step.level)
         group = steps[index - place : index + 1]
         predictions = [prediction, *MEMORY[1 : 1 + place]]
         start = LATENTS if place == 0 else MEMORY[0]
         mean = _singlestep_mean(options, group, predictions)
         level = group[0].level
-        latents = start if level.sigma == step.end.sigma else way(start, mean, level, step.end)
+        latents = start if level.sigma == step.end.sigma else update(start, mean, level, step.end)
         yield Row(*step, latents, (start, *predictions[:2]))
 
 
 def _singlestep_orders(options, num_inference_steps):
-    """Return the order of each evaluation: groups of 1 to `solver_order`, and lower ones at the end."""
+    """Return the order of each evaluation: groups of 1 to `solver_order`, and lower orders at the end."""
     order = options["solver_order"]
     lowers = (
         options["lower_order_final"] or num_inference_steps % order or options["final_sigmas_type"] == "zero"
@@ -149,14 +150,14 @@ def _singlestep_orders(options, num_inference_steps):
 
 
 def _singlestep_mean(options, group, predictions):
-    """Return the mean over the way from the group's start to the end of its last step."""
+    """Return the mean prediction from the group's start to the end of its last step."""
     *later, first = predictions
     if not later:
         return first
     start = _time(group[0].level)
     width = _time(group[-1].end) - start
-    _, sign = _WAYS[options["algorithm_type"]]
-    # Newest first, as the predictions.
+    _, sign = _UPDATES[options["algorithm_type"]]
+    # Newest first, like the predictions.
     ratios = [(_time(step.level) - start) / width for step in group[:0:-1]]
     slopes = [(prediction - first) / ratio for prediction, ratio in zip(later, ratios, strict=True)]
     is_midpoint = options["solver_type"] == "midpoint"
@@ -214,15 +215,15 @@ def _deis_shares(sigmas, end):
 
 
 def unipc(steps, run):
-    """UniPC (Zhao et al., 2023), of orders 1 to 3.
+    """UniPC (Zhao et al., 2023), of order 1 to 3.
 
-    Each prediction first corrects the step that led to it. The memory holds the latents where that step began
-    and the predictions before, the newest first.
+    Each prediction first corrects the previous step. The memory holds the latents at the start of that step
+    and the earlier predictions, the newest first.
     """
     options = run.options
     start, *previous = MEMORY[:4]
-    way = by_sample if options["predict_x0"] else by_noise
-    order = 0  # of the step before
+    update = by_sample if options["predict_x0"] else by_noise
+    order = 0  # of the previous step
     for index, step in enumerate(steps):
         prediction = SAMPLE if options["predict_x0"] else noise_at(step.level)
         latents = LATENTS
@@ -230,14 +231,14 @@ def unipc(steps, run):
             before = steps[index - 1]
             if not _is_still(before):
                 mean = _unipc_mean(options, steps[:index], step.level, previous[:order], prediction)
-                latents = way(start, mean, before.level, step.level)
+                latents = update(start, mean, before.level, step.level)
         order = min(options["solver_order"], index + 1)
         if options["lower_order_final"]:
             order = min(order, len(steps) - index)
-        # A last step to no noise has no finite width.
+        # A step to zero noise has infinite width in log-SNR.
         order = 1 if step.end == CLEAN or _is_still(step) else order
         mean = _unipc_mean(options, steps[: index + 1], step.end, [prediction, *previous][:order])
-        made = latents if _is_still(step) else way(latents, mean, step.level, step.end)
+        made = latents if _is_still(step) else update(latents, mean, step.level, step.end)
         yield Row(*step, made, (latents, prediction, *previous[:2]))
 
 
@@ -245,8 +246,8 @@ def _unipc_mean(options, steps, end, predictions, corrected_by=None):
     """Return the mean prediction over the last of `steps`, which leads to `end`.
 
     Args:
-        predictions: at the beginning of it and of the steps before, the newest first; as many as the order.
-        corrected_by: the prediction at the end, if there is one.
+        predictions: at the start of this step and of the previous ones, the newest first; one per order.
+        corrected_by: the prediction at `end` for the corrector; None for the predictor.
     """
     newest, *older = predictions
     if not older and corrected_by is None:
@@ -267,7 +268,7 @@ def _unipc_mean(options, steps, end, predictions, corrected_by=None):
 
 
 def _unipc_system(options, ratios, width):
-    """Return the conditions of order on the shares (equation 10), and the weight of all by B(h)."""
+    """Return the order conditions on the weights (equation 10) and the common factor by B(h)."""
     signed = -width if options["predict_x0"] else width
     phi = np.expm1(signed)
     b = signed if options["solver_type"] == "bh1" else phi

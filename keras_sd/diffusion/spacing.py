@@ -1,7 +1,7 @@
-"""Where samplers ask the network: timesteps, and the noise levels between which their steps go.
+"""Timestep spacing: the timesteps of a sampler, and the noise levels at the start and end of its steps.
 
-`sigma` is the ratio of noise to signal, the clock of Karras et al. (2022) and of k-diffusion's samplers;
-everything is computed in float64. `options` are those of the sampler's class in diffusers
+`sigma` is the ratio of noise to signal, the time variable of Karras et al. (2022) and of k-diffusion's
+samplers. Everything is computed in float64. `options` are those of the sampler's class in diffusers
 (`keras_sd.diffusion.scheduler_options`).
 """
 
@@ -12,13 +12,13 @@ import numpy as np
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import shown
 
-# The sigma that stands for a timestep of noise alone, whose own is infinite: half precision's smallest number
-# as squared signal rate, as in diffusers.
+# Replaces the infinite sigma of a timestep of pure noise. As in diffusers, the squared signal rate becomes
+# the smallest number of half precision.
 PURE_NOISE = 2.0**12
 
 
 class Level(NamedTuple):
-    """How noisy latents are: `signal_rate * sample + noise_rate * noise`, with squares that add to 1."""
+    """A noise level: latents are `signal_rate * sample + noise_rate * noise`; the squared rates add to 1."""
 
     signal_rate: float
     noise_rate: float
@@ -41,7 +41,7 @@ CLEAN = Level(1.0, 0.0)
 
 
 class Step(NamedTuple):
-    """The network is asked about latents of `level` at `timestep`; the step leads to the level `end`."""
+    """A sampling step: the network sees latents of `level` at `timestep`; the step leads to `end`."""
 
     timestep: float
     level: Level
@@ -52,9 +52,9 @@ class Step(NamedTuple):
 
 
 def spaced_timesteps(options, num_inference_steps):
-    """Return the timesteps at which the network is asked, falling, int64 `(num_inference_steps,)`.
+    """Return the timesteps of the evaluations, in descending order, int64 `(num_inference_steps,)`.
 
-    Table 2 of Lin et al. (2023); `steps_offset` belongs to the leading spacing alone.
+    See Lin et al. (2023), table 2. `steps_offset` is used by the leading spacing alone.
 
     Args:
         options: dictionary with num_train_timesteps, timestep_spacing ("leading", "trailing" or "linspace")
@@ -62,7 +62,7 @@ def spaced_timesteps(options, num_inference_steps):
         num_inference_steps: from 1 to the number of training timesteps.
 
     Raises:
-        UserError: `num_inference_steps` is out of range, the first timestep is, or the spacing is unknown.
+        UserError: `num_inference_steps` or the first timestep is out of range, or the spacing is unknown.
     """
     total = options["num_train_timesteps"]
     _check_range(num_inference_steps, total)
@@ -70,7 +70,7 @@ def spaced_timesteps(options, num_inference_steps):
         return _leading(num_inference_steps, total // num_inference_steps, options["steps_offset"], total)
     if _spacing_of(options) == "trailing":
         return _trailing(num_inference_steps, total)
-    # A single step, too, has to begin from noise.
+    # A single step has to start from noise, too.
     rising = np.linspace(0, total - 1, num_inference_steps) if num_inference_steps > 1 else [total - 1]
     return np.round(rising)[::-1].astype("int64")
 
@@ -95,7 +95,7 @@ def _leading(num_inference_steps, stride, offset, total, first=0):
 
 
 def _trailing(num_inference_steps, total):
-    # A range by a fractional step may come out one too long; halves are rounded as in diffusers.
+    # A range with a fractional step may be one entry too long; halves are rounded as in diffusers.
     return (
         np.round(np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]).astype("int64") - 1
     )
@@ -110,23 +110,23 @@ def _check_range(num_inference_steps, most):
 
 
 def training_sigmas(schedule):
-    """Sigma of each training timestep, rising, `(T,)`; `PURE_NOISE` where no signal is left."""
+    """Return the sigma of each training timestep, ascending, `(T,)`; `PURE_NOISE` where no signal is left."""
     alphas = np.where(schedule.alphas_cumprod > 0, schedule.alphas_cumprod, 1 / (1 + PURE_NOISE**2))
     return np.sqrt((1 - alphas) / alphas)
 
 
 def karras_sigmas(largest, smallest, count, rho=7):
-    """Sigmas that fall evenly in their rho-th root (Karras et al., 2022, equation 5)."""
+    """Return descending sigmas whose rho-th roots are evenly spaced (Karras et al., 2022, equation 5)."""
     return np.linspace(largest ** (1 / rho), smallest ** (1 / rho), count) ** rho
 
 
 def exponential_sigmas(largest, smallest, count):
-    """Sigmas that fall evenly in their logarithm."""
+    """Return descending sigmas whose logarithms are evenly spaced."""
     return np.exp(np.linspace(np.log(largest), np.log(smallest), count))
 
 
 def beta_sigmas(largest, smallest, count):
-    """Sigmas at the quantiles of a beta distribution, dense at both ends (Lee et al., 2024)."""
+    """Return descending sigmas at quantiles of a beta distribution, dense at both ends (Lee et al., 2024)."""
     from scipy.stats import beta
 
     return smallest + beta.ppf(1 - np.linspace(0, 1, count), 0.6, 0.6) * (largest - smallest)
@@ -134,14 +134,14 @@ def beta_sigmas(largest, smallest, count):
 
 _SIGMAS = {
     "use_karras_sigmas": karras_sigmas,
-    "use_lu_lambdas": exponential_sigmas,  # evenly in log-SNR (Lu et al., 2022), which is the same
+    "use_lu_lambdas": exponential_sigmas,  # evenly spaced in log-SNR (Lu et al., 2022), which is the same
     "use_exponential_sigmas": exponential_sigmas,
     "use_beta_sigmas": beta_sigmas,
 }
 
 
 def _sigma_option(options):
-    """Which option gives the sigmas, or None: those of the timesteps."""
+    """Return the option that sets the sigmas, or None if the timesteps do."""
     return next((name for name in _SIGMAS if options.get(name)), None)
 
 
@@ -152,7 +152,7 @@ def _sigmas_between(options, largest, smallest, count):
 
 
 def sigma_to_timestep(schedule, sigmas):
-    """Return the timesteps, between whole ones too, that have these sigmas; interpolated in log sigma."""
+    """Return the timesteps of sigmas, interpolated in log sigma; they need not be integers."""
     training = np.log(training_sigmas(schedule))
     return np.interp(np.log(sigmas), training, np.arange(len(training)))
 
@@ -161,17 +161,16 @@ def sigma_to_timestep(schedule, sigmas):
 
 
 def _chain(timesteps, levels, last=CLEAN):
-    """Steps from each level to the next, and from the last one to `last`."""
+    """Return the steps from each level to the next, and from the last one to `last`."""
     ends = [*levels[1:], last]
     return [Step(*values) for values in zip(timesteps, levels, ends, strict=True)]
 
 
 def ddim_steps(schedule, num_inference_steps, options=None):
-    """DDIM's and PLMS's.
+    """Return the steps of DDIM and PLMS.
 
-    A step ends at `T // num_inference_steps` timesteps below its own, also where the next step begins
-    elsewhere because `num_inference_steps` does not divide `T`: what diffusers does, whose images
-    these are to be.
+    A step ends `T // num_inference_steps` timesteps below its start. As in diffusers, that differs from the
+    start of the next step if `num_inference_steps` does not divide `T`.
 
     Args:
         options: by default those of the schedule's config.
@@ -186,27 +185,27 @@ def ddim_steps(schedule, num_inference_steps, options=None):
 
 
 def level_at(schedule, timestep, options):
-    """Return the level of a timestep; below the first one it is that of `set_alpha_to_one`."""
+    """Return the level of a timestep; `set_alpha_to_one` determines the level below the first one."""
     if timestep < 0:
         return CLEAN if options["set_alpha_to_one"] else Level.of_alpha(schedule.alphas_cumprod[0])
     return Level.of_alpha(schedule.alphas_cumprod[int(timestep)])
 
 
 def ddpm_steps(schedule, num_inference_steps, options):
-    """DDPM's: each step ends where the next one begins."""
+    """Return the steps of DDPM: each ends at the start of the next one."""
     timesteps = spaced_timesteps(options, num_inference_steps)
     return _chain(timesteps, [Level.of_alpha(alpha) for alpha in schedule.alphas_cumprod[timesteps]])
 
 
 def distilled_timesteps(schedule, count=50):
-    """Return those that latent consistency models are distilled at (Luo et al., 2023), falling, int64."""
+    """Return the timesteps of consistency distillation (Luo et al., 2023), in descending order, int64."""
     total = schedule.num_train_timesteps
     count = min(count, total)
     return np.arange(count, 0, -1) * (total // count) - 1
 
 
 def lcm_steps(schedule, num_inference_steps, options):
-    """Return a latent consistency model's: some of the timesteps that it was distilled at."""
+    """Return the steps of a latent consistency model, at some of the timesteps of its distillation."""
     distilled = distilled_timesteps(schedule, options["original_inference_steps"])
     _check_range(num_inference_steps, len(distilled))
     # Rounded down from fractions, as in diffusers.
@@ -216,7 +215,7 @@ def lcm_steps(schedule, num_inference_steps, options):
 
 
 def k_diffusion_steps(schedule, num_inference_steps, options):
-    """Return those of k-diffusion's samplers: also between whole timesteps."""
+    """Return the steps of k-diffusion's samplers; their timesteps need not be integers."""
     spacing, total = _spacing_of(options), schedule.num_train_timesteps
     if spacing == "linspace":
         _check_range(num_inference_steps, total)
@@ -226,7 +225,8 @@ def k_diffusion_steps(schedule, num_inference_steps, options):
     training = training_sigmas(schedule)
     last = CLEAN
     if options.get("interpolation_type") == "log_linear":
-        # One more than there are timesteps, between the schedule's extremes and not where the timesteps are.
+        # One sigma more than there are timesteps, between the schedule's extremes, unrelated to the
+        # timesteps.
         sigmas = exponential_sigmas(training[-1], training[0], num_inference_steps + 1)
         last = Level.of_sigma(sigmas[-1])
     else:
@@ -243,9 +243,9 @@ def k_diffusion_steps(schedule, num_inference_steps, options):
 
 
 def solver_steps(schedule, num_inference_steps, options):
-    """Return those of the solvers in log-SNR: whole timesteps, of which the last one is not asked at.
+    """Return the steps of the solvers in log-SNR, at integer timesteps; the last timestep is not evaluated.
 
-    Sigmas by another rule lie between the schedule's extremes, whatever the timesteps' spacing.
+    Sigmas that an option sets lie between the schedule's extremes, whatever the timestep spacing.
     """
     training, total = training_sigmas(schedule), schedule.num_train_timesteps
     timesteps = _solver_timesteps(schedule, num_inference_steps, options)
@@ -258,7 +258,7 @@ def solver_steps(schedule, num_inference_steps, options):
         # The cosine schedule's last timesteps have sigmas far apart.
         is_cosine = schedule.config.beta_schedule == "squaredcos_cap_v2" and options["keeps_cosine_timesteps"]
         is_rounded = name in ("use_karras_sigmas", "use_lu_lambdas") and not is_cosine
-        # What is left is cut to whole timesteps. Rounding errors are not to cut one more off.
+        # Other timesteps are rounded down; the small number keeps rounding errors from losing a whole one.
         timesteps = np.round(timesteps) if is_rounded else np.floor(timesteps + 1e-4)
         if not ends_clean and options["ends_at_last_sigma"]:
             last = Level.of_sigma(sigmas[-1])
@@ -267,7 +267,7 @@ def solver_steps(schedule, num_inference_steps, options):
 
 def _solver_timesteps(schedule, num_inference_steps, options):
     spacing, total = _spacing_of(options), schedule.num_train_timesteps
-    # Above this one there is less signal than `lambda_min_clipped` allows, in half the log-SNR.
+    # Timesteps whose half log-SNR is below `lambda_min_clipped` are left out.
     least = options.get("lambda_min_clipped", -np.inf)
     total -= int(np.searchsorted(-np.log(training_sigmas(schedule))[::-1], least))
     if spacing == "trailing":

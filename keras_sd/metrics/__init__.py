@@ -1,4 +1,10 @@
-"""How good the images are: Kernel Inception Distance, reconstruction error, nearest neighbours."""
+"""Metrics of image quality.
+
+kid             Kernel Inception Distance (KID), on features and as a Keras metric
+features        the extractors that KID uses: CLIP's image tower, InceptionV3
+clip_score      CLIP score: how well images fit their captions
+reconstruction  PSNR and edge error of an autoencoder or upscaler
+"""
 
 from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract
 from keras_sd.metrics.kid import (

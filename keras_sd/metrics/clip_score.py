@@ -1,4 +1,4 @@
-"""CLIP score: how well images fit their captions, to a CLIP (Hessel et al., 2021)."""
+"""CLIP score: how well images fit their captions according to CLIP (Hessel et al., 2021)."""
 
 import numpy as np
 from keras import ops
@@ -8,7 +8,10 @@ from keras_sd.metrics.features import FeatureExtractor, extract
 
 
 def clip_score(image_embeddings, text_embeddings):
-    """Return the mean over pairs of 100 * max(cosine, 0), 0 to 100; both are `(n, d)` of any length."""
+    """Return the mean over pairs of 100 * max(cosine, 0), from 0 to 100.
+
+    Both arguments are `(n, d)`; their rows need not be normalised.
+    """
     images, texts = (np.asarray(rows, "float64") for rows in (image_embeddings, text_embeddings))
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
         raise UserError(f"CLIP score of {images.shape} and {texts.shape}: give one text for each image")
@@ -17,7 +20,7 @@ def clip_score(image_embeddings, text_embeddings):
 
 
 class ClipImageEmbeddings(FeatureExtractor):
-    """Images in the space that CLIP's towers share."""
+    """Embeds images in CLIP's shared space."""
 
     def __init__(self, image_encoder, jit_compile=True):
         super().__init__(image_encoder, image_encoder.config.image_size, "clip_score", jit_compile)
@@ -27,11 +30,11 @@ class ClipImageEmbeddings(FeatureExtractor):
 
 
 def embed_captions(text_encoder, tokenizer, text_projection, captions, batch_size=200):
-    """Captions in the space that CLIP's towers share, float32 `(n, projection_dim)`.
+    """Embed captions in CLIP's shared space, float32 `(n, projection_dim)`.
 
     Args:
         text_encoder, tokenizer: the text tower and its tokenizer.
-        text_projection: its projection `(projection_dim, hidden_size)`, as published files hold it.
+        text_projection: its projection matrix `(projection_dim, hidden_size)`, in torch layout.
         captions: a list of texts.
     """
     ids = tokenizer(list(captions))
@@ -43,13 +46,13 @@ def embed_captions(text_encoder, tokenizer, text_projection, captions, batch_siz
 
 
 class ClipScore:
-    """The CLIP score of images for captions that are known beforehand.
+    """The CLIP score of images for sets of captions that are known beforehand.
 
     Args:
-        pipeline: with an image encoder and the head that belongs to it.
-        captions: name of a set -> its captions. They are embedded now, so that a text encoder that is trained
-            does not change the yardstick.
-        jit_compile: whether XLA compiles on TensorFlow.
+        pipeline: a pipeline with an image encoder and CLIP's projection head.
+        captions: dictionary of set name -> list of captions. They are embedded at once, so that training the
+            text encoder does not change the metric.
+        jit_compile: whether to compile with XLA on TensorFlow.
     """
 
     def __init__(self, pipeline, captions, jit_compile=True):
@@ -61,5 +64,5 @@ class ClipScore:
         }
 
     def __call__(self, name, images):
-        """Return the score of uint8 images, one for each caption of a set."""
+        """Return the mean score of uint8 images `(n, h, w, 3)`, one for each caption of the set `name`."""
         return clip_score(extract(self._images, images), self._texts[name])

@@ -1,8 +1,7 @@
-"""Feature extractors: what an image is to a metric.
+"""Feature extractors for metrics.
 
-One interface: called with images in [0, 255] (uint8 or float, (n, h, w, 3)), an extractor gives float32
-features (n, d). It is built of `keras.ops`, so it runs by itself or inside a compiled step; `.name` is the
-name under which a KID over its features is reported.
+An extractor maps images in [0, 255] (uint8 or float, (n, h, w, 3)) to float32 features (n, d). It is built of
+`keras.ops`, so it runs by itself or inside a compiled step. `.name` is the name of a KID over its features.
 """
 
 import functools
@@ -17,13 +16,13 @@ from keras_sd.errors import UserError
 
 
 class FeatureExtractor:
-    """Base of the extractors: resizing and range.
+    """Base of the extractors: resizes images and scales them to [-1, 1].
 
     Args:
-        network: the Keras model that it looks through, built.
-        image_size: side of the square images that the network takes.
-        name: what a KID over its features is called.
-        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+        network: the Keras model that computes the features, built.
+        image_size: side in pixels of the square images that the network takes.
+        name: the name of a KID over these features.
+        jit_compile: whether to compile with XLA on TensorFlow; JAX always does.
     """
 
     def __init__(self, network, image_size, name, jit_compile=True):
@@ -34,22 +33,22 @@ class FeatureExtractor:
         return ops.cast(self.features(to_unit_range(images, self.image_size)), "float32")
 
     def features(self, images):
-        """Features of images in [-1, 1] of the network's size."""
+        """Return the features `(n, d)` of images in [-1, 1] of the network's size."""
         raise NotImplementedError
 
     @functools.cached_property
     def compiled(self):
-        """The extractor as a program, for use outside of a compiled step."""
+        """The extractor as a compiled function, for use outside of a compiled step."""
         return backend.jit(self.__call__, self.network.variables, self._jit_compile)
 
 
 class ClipFeatures(FeatureExtractor):
-    """Features of a CLIP image tower: its pooled vector before the projection into the shared space.
+    """Extracts the features of a CLIP image tower: its pooled vector before the projection.
 
     Args:
         image_encoder: `keras_sd.models.image_encoder.ImageEncoder`.
         name: "kid_emoji" for the bundled encoder.
-        jit_compile: as `FeatureExtractor` takes it.
+        jit_compile: as in `FeatureExtractor`.
     """
 
     def __init__(self, image_encoder, name="kid_emoji", jit_compile=True):
@@ -60,16 +59,17 @@ class ClipFeatures(FeatureExtractor):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """InceptionV3's averaged last feature map, 2048 wide, as in the Keras DDIM example.
+    """Extracts InceptionV3's averaged last feature map, 2048 wide, as in the Keras DDIM example.
 
     Args:
-        image_size: side to which images are resized: 299 is the network's own, 75 (its smallest) is quick.
+        image_size: side in pixels to which images are resized: 299 is the network's own, 75 the smallest and
+            fastest.
         weights: "imagenet" (from the Keras cache, downloaded when missing), the path of a weights file
             without the classifier, or None for random weights.
-        jit_compile: as `FeatureExtractor` takes it.
+        jit_compile: as in `FeatureExtractor`.
 
     Raises:
-        UserError: the weights are out of reach or not InceptionV3's, or the images are too small for it.
+        UserError: the weights are not available or not InceptionV3's, or `image_size` is too small.
     """
 
     def __init__(self, image_size=299, weights="imagenet", name="kid_inception", jit_compile=True):
@@ -82,9 +82,9 @@ class InceptionFeatures(FeatureExtractor):
 
 
 def extract(extractor, images, batch_size=64):
-    """Return the features of all images, numpy float32 (n, d), `batch_size` images at a time.
+    """Return the features of all images as a NumPy array, float32 (n, d), computed in batches.
 
-    The last batch is filled up, so that every call has one shape and is compiled once.
+    The last batch is padded, so that all calls have one shape and the extractor is compiled once.
     """
     images = np.asarray(images)
     if len(images) == 0:
@@ -99,14 +99,14 @@ def extract(extractor, images, batch_size=64):
 
 
 def to_unit_range(images, size):
-    """Map images in [0, 255], (n, h, w, 3), to float32 in [-1, 1] of `size` by `size` pixels."""
+    """Map images in [0, 255], (n, h, w, 3), to float32 in [-1, 1] with `size` x `size` pixels."""
     return resize(ops.cast(images, "float32") / 127.5 - 1.0, size)
 
 
 def resize(images, size):
     """Resize float images (n, h, w, c) to `size` by `size`: bilinear, with antialiasing when shrinking.
 
-    Two matrix products, because XLA has no kernel for TensorFlow's antialiased resize.
+    Two matrix multiplications, because XLA has no kernel for TensorFlow's antialiased resize.
     """
     height, width = images.shape[1:3]
     if height != size:
@@ -117,9 +117,9 @@ def resize(images, size):
 
 
 def _bilinear_weights(source, target):
-    """Share of each of `source` pixels in each of `target` ones, float32 (target, source); rows sum to 1.
+    """Return the weights of `source` pixels in `target` pixels, float32 (target, source); rows sum to 1.
 
-    A triangle about each target pixel's centre, as wide as the coarser of the two grids asks for.
+    The filter is a triangle around each target pixel's centre, as wide as the coarser of the two grids needs.
     """
     scale = source / target
     centres = (np.arange(target)[:, None] + 0.5) * scale - 0.5

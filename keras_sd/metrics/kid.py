@@ -1,8 +1,8 @@
-"""Kernel Inception Distance: how far apart two sets of images are, seen through a feature extractor.
+"""Kernel Inception Distance (KID): the distance between two sets of images, in a feature space.
 
-Bińkowski, Sutherland, Arbel, Gretton, "Demystifying MMD GANs", ICLR 2018, section 4: the squared maximum
-mean discrepancy (MMD²) of the features under the kernel k(x, y) = (x·y / d + 1)³, estimated without bias, so
-that a small sample scores no worse on average than a large one. It may come out slightly below zero.
+Bińkowski, Sutherland, Arbel, Gretton, "Demystifying MMD GANs", ICLR 2018, section 4: the squared maximum mean
+discrepancy (MMD²) of the features under the kernel k(x, y) = (x·y / d + 1)³. The estimator is unbiased, so a
+small sample scores no worse on average than a large one, and an estimate may be slightly below zero.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ DEGREE = 3
 
 
 class KID(NamedTuple):
-    """Mean and spread (population standard deviation) of the estimates over the subsets."""
+    """Mean and population standard deviation of the estimates over the subsets."""
 
     mean: float
     standard_deviation: float
@@ -32,7 +32,8 @@ def kernel_inception_distance(
     replacement: first from the real rows, then from the generated ones, by one `numpy.random.RandomState`.
     That is torch-fidelity's rule, so the same seed draws the same subsets there.
 
-    Raises `UserError` where a set has fewer rows than a subset or the widths differ.
+    Raises:
+        UserError: a set has fewer rows than a subset, or the widths differ.
     """
     real, generated = _checked(real_features, generated_features)
     smallest = min(len(real), len(generated))
@@ -53,13 +54,14 @@ def kernel_inception_distance(
 
 
 def paired_kernel_inception_distance(real_features, generated_features, *, num_subsets=100, seed=0):
-    """Return the KID where generated row i was made for the caption of real row i.
+    """Return the KID of paired sets: generated row i was generated from the caption of real row i.
 
-    The estimator is unbiased for independent sets only. An image and its counterpart are alike, and in
-    small sets that pulls the estimate far below zero. So the pairs are split into two halves by `seed`, and
-    the real rows of each are compared with the generated rows of the other, in subsets of half their size.
+    The estimator is unbiased for independent sets only. Here an image resembles its counterpart, which pulls
+    the estimate of a small set far below zero. So the pairs are split at random into two halves, and the real
+    rows of each half are compared with the generated rows of the other, in subsets of half their size.
 
-    Raises `UserError` where there are fewer than four pairs.
+    Raises:
+        UserError: there are fewer than four pairs, or the shapes differ.
     """
     real, generated = _checked(real_features, generated_features)
     if len(real) != len(generated) or len(real) < 4:
@@ -77,7 +79,7 @@ def paired_kernel_inception_distance(real_features, generated_features, *, num_s
 
 
 def polynomial_mmd(real_features, generated_features):
-    """Return the unbiased MMD² of two whole sets of features, (n, d) and (m, d), in float64."""
+    """Return the unbiased MMD² of two sets of features, (n, d) and (m, d), without subsets, in float64."""
     real, generated = _checked(real_features, generated_features)
     if min(len(real), len(generated)) < 2:
         raise UserError(
@@ -88,15 +90,15 @@ def polynomial_mmd(real_features, generated_features):
 
 
 class KernelInceptionDistance(keras.metrics.Metric):
-    """The KID of batches of real and generated images, inside a compiled step.
+    """A Keras metric: the KID of batches of real and generated images, usable inside a compiled step.
+
+    The result is the mean of the unbiased estimates of the batches. A batch with a single real or generated
+    image has no such estimate and is left out. The result is zero before the first update.
 
     Args:
-        extractor: callable, images in [0, 255] of shape (n, h, w, 3) -> features (n, d), made of `keras.ops`
-            (see `keras_sd.metrics.features`). Its weights are constants of the step: it must be built, and
-            it is neither trained nor saved with the metric.
-
-    The result is the mean of the unbiased estimates of the batches, each counted once; a batch with a single
-    image on either side has no such estimate and is left out. It is zero before the first update.
+        extractor: function from images in [0, 255], (n, h, w, 3), to features (n, d), made of `keras.ops`
+            (see `keras_sd.metrics.features`). It must be built. Its weights are constants of the step; they
+            are neither trained nor saved with the metric.
     """
 
     def __init__(self, extractor, name="kid", **kwargs):
@@ -134,7 +136,11 @@ def _checked(real_features, generated_features):
 
 
 def _unbiased_mmd(real, generated, namespace):
-    """Equation 4 of the paper, in numpy or in `keras.ops`: within a set no row is compared with itself."""
+    """Return the unbiased MMD² (equation 4): within a set, no row is compared with itself.
+
+    Args:
+        namespace: `numpy` or `keras.ops`.
+    """
     width = real.shape[1]
 
     def kernel(rows, columns):

@@ -1,4 +1,4 @@
-"""How close images come to what they should be: an autoencoder's, an upscaler's."""
+"""Reconstruction errors of an autoencoder or upscaler: PSNR and edge error."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ def peak_signal_to_noise_ratio(images, reconstructions):
 
     Both are uint8 of shape (n, h, w, c). For each image PSNR = 10 log10(255² / MSE), where MSE is the mean
     squared difference over all its pixels and channels, in levels of 0 to 255. The ratios are averaged, not
-    the errors. An image given back exactly has an infinite ratio, and so has then the mean.
+    the errors. A perfect reconstruction has an infinite ratio and makes the mean infinite.
     """
     images, reconstructions = _pairs(images, reconstructions)
     errors = np.mean((images - reconstructions) ** 2, axis=(1, 2, 3))
@@ -21,8 +21,8 @@ def peak_signal_to_noise_ratio(images, reconstructions):
 def edge_error(images, reconstructions):
     """Return the mean absolute error of image gradients, in levels of 0 to 255 per pixel.
 
-    Gradients are differences of neighbouring pixels, across and down. What is blurred has too small ones at
-    edges, what rings has some where there are none. Both are uint8 of shape (n, h, w, c).
+    Gradients are differences of neighbouring pixels, horizontally and vertically. Blur makes them too small
+    at edges; ringing adds some where there are no edges. Both arguments are uint8 of shape (n, h, w, c).
     """
     images, reconstructions = _pairs(images, reconstructions)
     differences = images - reconstructions

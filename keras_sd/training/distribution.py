@@ -68,7 +68,7 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
 
 
 def _check_processes(kind, processes):
-    """Return the address of process 0, or None where no processes are named; refuse what cannot be."""
+    """Return the address of process 0, or None for a single process; check the arguments."""
     given = [name for name, value in processes.items() if value is not None]
     if not given:
         return None

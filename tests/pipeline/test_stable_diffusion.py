@@ -298,9 +298,9 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
     noise = NoiseStreams([0]).draw(model.latent_shape())
     options = {"num_inference_steps": 2, "guidance_scale": 2.0}
     if fault == "context":
-        context[0, 0, 1, 2], line = np.nan, "text encoding: NaN or infinity in it"
+        context[0, 0, 1, 2], line = np.nan, "text encoding: holds NaN or infinity"
     if fault == "noise":
-        noise[0, 0, 0, 0], line = np.inf, "latents to begin with: NaN or infinity in it"
+        noise[0, 0, 0, 0], line = np.inf, "latents to begin with: holds NaN or infinity"
     if fault == "weights":
         bias = model.unet.conv_out.bias
         bias.assign(np.full(bias.shape, np.nan))
