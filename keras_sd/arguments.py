@@ -1,11 +1,27 @@
-"""Checks of arguments that people give: whole numbers, shares and seeds, told by their names."""
+"""Arguments that people give: their types, checks of numbers and seeds, and names that they had before."""
 
+import functools
 import math
 import numbers
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from keras_sd.errors import UserError
+
+Tensor: TypeAlias = Any
+"""A tensor of the backend, or a NumPy array in its place."""
+
+Images: TypeAlias = npt.NDArray[np.uint8]
+"""uint8 `(n, height, width, 3)`, and one image `(height, width, 3)` where a docstring says so."""
+
+Floats: TypeAlias = npt.NDArray[np.floating]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 LARGEST_SEED = 2**64 - 1
 """As others have it; image i has the seed plus i, and 0 follows the largest one."""
@@ -19,7 +35,7 @@ LONGEST_SIDE = 16384
 _LONGEST_SHOWN = 100
 
 
-def whole_number(name, value, least, most=None):
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return the value as an int.
 
     Raises:
@@ -32,7 +48,7 @@ def whole_number(name, value, least, most=None):
     return int(value)
 
 
-def shown(value):
+def shown(value: object) -> str:
     """Return a value on one line, its end left out where it is long."""
     try:
         text = " ".join(repr(value).split())
@@ -41,7 +57,7 @@ def shown(value):
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
 
 
-def share(name, value, meaning="0 to 1"):
+def share(name: str, value: object, meaning: str = "0 to 1") -> float:
     """Return the value as a float.
 
     Args:
@@ -56,7 +72,7 @@ def share(name, value, meaning="0 to 1"):
     return float(value)
 
 
-def checked_seed(seed):
+def checked_seed(seed: object) -> int:
     """Return the seed as an int.
 
     Raises:
@@ -65,7 +81,7 @@ def checked_seed(seed):
     return whole_number("seed", seed, 0, LARGEST_SEED)
 
 
-def image_seeds(seed, count):
+def image_seeds(seed: object, count: int) -> npt.NDArray[np.uint64]:
     """Return the seed of each of `count` images, uint64 `(count,)`: `seed`, `seed` + 1, ...
 
     Raises:
@@ -74,7 +90,7 @@ def image_seeds(seed, count):
     return np.uint64(checked_seed(seed)) + np.arange(count, dtype="uint64")
 
 
-def checked_interval(interval):
+def checked_interval(interval: Any) -> tuple[float, float]:
     """Return the two shares of the steps between which there is guidance.
 
     Raises:
@@ -91,7 +107,7 @@ def checked_interval(interval):
     return start, end
 
 
-def first_step(strength, num_inference_steps):
+def first_step(strength: Any, num_inference_steps: int) -> int:
     """Return how many of the steps a strength leaves out.
 
     Raises:
@@ -107,3 +123,26 @@ def first_step(strength, num_inference_steps):
             f"strength {strength}: makes none of {num_inference_steps} steps; use {least:g} or more"
         )
     return num_inference_steps - made
+
+
+def formerly(**names: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Make a function take keyword arguments by the names that they had before, with a warning.
+
+    Args:
+        names: former name -> present name.
+    """
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def call(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+            for old in names.keys() & options.keys():
+                new, title = names[old], function.__name__
+                if new in options:
+                    raise TypeError(f"{title}() got {new}, and {old}, which is its former name")
+                warnings.warn(f"{title}(): {old} is now called {new}", DeprecationWarning, stacklevel=2)
+                options[new] = options.pop(old)
+            return function(*arguments, **options)
+
+        return call
+
+    return decorate

@@ -42,16 +42,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from keras import ops
 
-from keras_sd import StableDiffusion
-from keras_sd.data.emoji.source import load_emoji
-from keras_sd.diffusion.denoiser import NoiseStreams
-from keras_sd.diffusion.guidance import guided_prediction
-from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
-from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd import (
+    NoiseSchedule,
+    NoiseStreams,
+    StableDiffusion,
+    add_noise,
+    guided_prediction,
+    images_to_unit,
+    load_emoji,
+    peak_signal_to_noise_ratio,
+    to_sample_and_noise,
+)
 from keras_sd.diffusion.spacing import ddim_steps
-from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models import attention
-from keras_sd.models.pixels import images_to_unit
 
 plt.rcParams.update(
     {

@@ -49,21 +49,28 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
-from keras_sd.cli.train.options import extractor_of
-from keras_sd.data.sources import batches, load_source
-from keras_sd.diffusion.denoiser import Denoiser
-from keras_sd.diffusion.prediction import add_noise
-from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.files.image_files import image_grid
-from keras_sd.metrics.features import extract
-from keras_sd.metrics.kid import kernel_inception_distance
-from keras_sd.models.pixels import images_from_unit, images_to_unit
-from keras_sd.models.unet import UNet
+from keras_sd import (
+    AdamW,
+    ClipFeatures,
+    Denoiser,
+    DiffusionObjective,
+    EMACallback,
+    InceptionFeatures,
+    NoiseSchedule,
+    UNet,
+    add_noise,
+    batches,
+    extract,
+    image_grid,
+    images_from_unit,
+    images_to_unit,
+    kernel_inception_distance,
+    load_part,
+    load_source,
+    presets,
+    sample_images,
+)
 from keras_sd.training import architectures
-from keras_sd.training.callbacks import EMACallback
-from keras_sd.training.losses import DiffusionObjective
-from keras_sd.training.optimizer import AdamW
-from keras_sd.training.pixel_ddim import sample_images
 
 plt.rcParams.update(
     {
@@ -245,7 +252,10 @@ average = EMACallback(optimizer, objective.trainable_variables)
 # the average, and measures both.
 
 # %%
-extractor = extractor_of(KID)
+if KID == "kid_inception":
+    extractor = InceptionFeatures(75)
+else:
+    extractor = ClipFeatures(load_part(presets.find("emoji"), "image_encoder"))
 count = min(512, len(training))
 real = np.stack([training[index * len(training) // count]["image"] for index in range(count)])
 real_features = extract(extractor, real)

@@ -43,9 +43,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from keras_sd import StableDiffusion
-from keras_sd.diffusion.samplers import SAMPLERS
-from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd import SAMPLERS, NoiseSchedule, StableDiffusion
 
 plt.rcParams.update(
     {

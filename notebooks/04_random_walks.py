@@ -46,10 +46,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image, display
 
-from keras_sd import StableDiffusion
-from keras_sd.diffusion.denoiser import NoiseStreams
-from keras_sd.files.image_files import image_grid, save_gif
-from keras_sd.models.pixels import resized
+from keras_sd import NoiseStreams, StableDiffusion, image_grid, resized, save_gif
 from keras_sd.pipeline.batches import equal_batches
 
 plt.rcParams.update(

@@ -46,10 +46,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from keras_sd.captions import CaptionSettings, CleaningSettings, caption_folder
-from keras_sd.cli.train.options import evenly
-from keras_sd.data.emoji.source import load_emoji
-from keras_sd.data.sources import load_source
+from keras_sd import CaptionSettings, CleaningSettings, caption_folder, evenly, load_emoji, load_source
 
 plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 10})
 

@@ -56,17 +56,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from keras_sd import StableDiffusion, presets
-from keras_sd.cli.train.options import evenly
-from keras_sd.data.sources import load_source
-from keras_sd.diffusion.denoiser import NoiseStreams
-from keras_sd.metrics.features import ClipFeatures, extract
-from keras_sd.metrics.kid import paired_kernel_inception_distance
-from keras_sd.training.encodings import EncodedSource
-from keras_sd.training.lora import add_lora, save_lora
-from keras_sd.training.text_to_image import train_text_to_image
-from keras_sd.training.trainer import Settings
-from keras_sd.weights.loading import load_part
+from keras_sd import (
+    ClipFeatures,
+    EncodedSource,
+    NoiseStreams,
+    Settings,
+    StableDiffusion,
+    add_lora,
+    evenly,
+    extract,
+    load_part,
+    load_source,
+    paired_kernel_inception_distance,
+    presets,
+    save_lora,
+    train_text_to_image,
+)
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 plt.rcParams.update(

@@ -56,12 +56,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from keras_sd import StableDiffusion, presets
+from keras_sd import (
+    ClipFeatures,
+    StableDiffusion,
+    extract,
+    load_part,
+    load_source,
+    paired_kernel_inception_distance,
+    presets,
+)
 from keras_sd.data.emoji.source import draw_openmoji
-from keras_sd.data.sources import load_source
-from keras_sd.metrics.features import ClipFeatures, extract
-from keras_sd.metrics.kid import paired_kernel_inception_distance
-from keras_sd.weights.loading import load_part
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 plt.rcParams.update(

@@ -47,14 +47,20 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from keras_sd import StableDiffusion, presets
-from keras_sd.cli.train.options import evenly
-from keras_sd.data.sources import load_source
-from keras_sd.diffusion.prediction import add_noise
-from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
-from keras_sd.models.pixels import images_from_unit, images_to_unit, resized
-from keras_sd.pipeline.upscaler import Upscaler
+from keras_sd import (
+    NoiseSchedule,
+    StableDiffusion,
+    Upscaler,
+    add_noise,
+    evenly,
+    images_from_unit,
+    images_to_unit,
+    load_source,
+    peak_signal_to_noise_ratio,
+    presets,
+    resized,
+)
+from keras_sd.metrics.reconstruction import edge_error
 from keras_sd.training.super_resolution import measure_upscaling, upscaling_example
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)

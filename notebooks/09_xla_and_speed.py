@@ -53,11 +53,8 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
-from keras_sd import StableDiffusion
-from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd import AdamW, DiffusionObjective, NoiseSchedule, StableDiffusion
 from keras_sd.training import architectures
-from keras_sd.training.losses import DiffusionObjective
-from keras_sd.training.optimizer import AdamW
 
 plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 11})
 notebooks = Path.cwd()

@@ -49,18 +49,24 @@ import numpy as np
 from keras import ops
 
 import keras_sd.keras_cv as keras_cv
-from keras_sd import StableDiffusion, presets
-from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
-from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.errors import UserError
-from keras_sd.models.text_encoder import TextEncoder
-from keras_sd.models.tokenizer import Tokenizer
-from keras_sd.models.unet import UNet
-from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.lora import add_lora, save_lora
-from keras_sd.weights.formats import read_safetensors
-from keras_sd.weights.loading import load_part
-from keras_sd.weights.readers import read_checkpoint
+from keras_sd import (
+    AutoencoderKL,
+    SchedulerConfig,
+    StableDiffusion,
+    TextEncoder,
+    TextEncoderConfig,
+    Tokenizer,
+    UNet,
+    UNetConfig,
+    UserError,
+    VAEConfig,
+    add_lora,
+    load_part,
+    presets,
+    read_checkpoint,
+    read_safetensors,
+    save_lora,
+)
 from keras_sd.weights.torch_pickle import read_torch
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from benchmark import report
 from benchmark.worker import SAMPLING_CASES
+from keras_sd import UserError
 from keras_sd.cli.outputs import check_output, overwrite_option
 from keras_sd.cli.program import run_command
-from keras_sd.errors import UserError
 from machine import accelerator, description, peak_gflops
 
 TOOLS = Path(__file__).resolve().parent

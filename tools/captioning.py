@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from keras_sd import load_emoji
 from keras_sd.captions.dataset import JOURNALS
 from keras_sd.captions.journal import count_lines, read_journal
 from keras_sd.captions.ranking import top_k
 from keras_sd.cli.outputs import check_output, output_option
 from keras_sd.cli.program import run_command
-from keras_sd.data.emoji.source import load_emoji
 from keras_sd.files.writing import write_json
 from machine import description
 

@@ -23,17 +23,20 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_sd import backend, config
+from keras_sd import (
+    AdamW,
+    DiffusionObjective,
+    NoiseSchedule,
+    SchedulerConfig,
+    UNet,
+    UserError,
+    add_lora,
+    backend,
+    config,
+)
 from keras_sd.cli.program import run_command
 from keras_sd.data.emoji import architecture
-from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.errors import UserError
 from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing
-from keras_sd.models.unet import UNet
-from keras_sd.training.lora import add_lora
-from keras_sd.training.losses import DiffusionObjective
-from keras_sd.training.optimizer import AdamW
 from keras_sd.training.settings import PRECISIONS
 from machine import description
 

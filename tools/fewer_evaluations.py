@@ -15,9 +15,9 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from keras_sd import UserError
 from keras_sd.cli.outputs import check_output, output_option
 from keras_sd.cli.program import run_command
-from keras_sd.errors import UserError
 from keras_sd.files.writing import write_json
 from machine import description
 
@@ -68,10 +68,8 @@ class Bench:
     """
 
     def __init__(self, lora, count):
-        from keras_sd import StableDiffusion
+        from keras_sd import ClipFeatures, StableDiffusion, extract, load_emoji
         from keras_sd.data.emoji.evaluation import IMAGE_SIZE, by_hash
-        from keras_sd.data.emoji.source import load_emoji
-        from keras_sd.metrics.features import ClipFeatures, extract
 
         self.pipeline = StableDiffusion.from_preset("emoji", batch_size=BATCH)
         if lora is not None:
@@ -114,10 +112,9 @@ class Bench:
         Args:
             reference: images of the held-out prompts to compare with; None for the way's own.
         """
+        from keras_sd import extract, paired_kernel_inception_distance
         from keras_sd.data.emoji.evaluation import held_out_rates
         from keras_sd.data.emoji.retrieval import top1
-        from keras_sd.metrics.features import extract
-        from keras_sd.metrics.kid import paired_kernel_inception_distance
 
         with self.adapted(way):
             of_training, images = self.draw(way, self.prompted), self.draw(way, self.held_out)

@@ -40,8 +40,8 @@ def images(folder, overwrite):
     """Write FOLDER/subject, four views of a new symbol, and FOLDER/word, one image that is held out."""
     from PIL import Image
 
-    from keras_sd.data.emoji.source import draw_openmoji, load_emoji
-    from keras_sd.files.image_files import save_png
+    from keras_sd import load_emoji, save_png
+    from keras_sd.data.emoji.source import draw_openmoji
 
     subject, word = Path(folder) / "subject", Path(folder) / "word"
     for place in (subject / "0.png", word / f"{UNSEEN}.png"):
@@ -65,9 +65,7 @@ def images(folder, overwrite):
 @output_option
 def style(folder, lora, output):
     """KID to the held-out OpenMoji images of the bundled model and of the one in FOLDER."""
-    from keras_sd.data.sources import load_source
-    from keras_sd.metrics.features import ClipFeatures, extract
-    from keras_sd.metrics.kid import paired_kernel_inception_distance
+    from keras_sd import ClipFeatures, extract, load_source, paired_kernel_inception_distance
 
     held_out = load_source("openmoji", "validation", 64)
     examples = [held_out[index] for index in range(len(held_out))]
@@ -95,9 +93,7 @@ def style(folder, lora, output):
 @output_option
 def subject(subject_folder, with_prior, without_prior, instance_prompt, output):
     """Likeness to the subject, and what happens to its class, with and without prior preservation."""
-    from keras_sd.data.sources import load_source
-    from keras_sd.metrics.features import ClipFeatures, extract
-    from keras_sd.metrics.kid import paired_kernel_inception_distance
+    from keras_sd import ClipFeatures, extract, load_source, paired_kernel_inception_distance
 
     source = load_source(subject_folder, "train", 64, need_captions=False)
     models = {"before": _bundled(), "with_prior": _tuned(with_prior), "without_prior": _tuned(without_prior)}
@@ -123,8 +119,8 @@ def subject(subject_folder, with_prior, without_prior, instance_prompt, output):
 @output_option
 def word(embeddings, placeholder_token, output):
     """How often an image of the learned word is nearest to the one that it was learned from."""
+    from keras_sd import load_emoji
     from keras_sd.data.emoji.retrieval import top1
-    from keras_sd.data.emoji.source import load_emoji
 
     model = _bundled()
     model.load_textual_inversion(embeddings)
@@ -145,10 +141,7 @@ def upscaler(model, num_inference_steps, output):
     """Held-out images made small and large again, against bicubic and Lanczos."""
     from PIL import Image
 
-    from keras_sd import presets
-    from keras_sd.data.sources import load_source
-    from keras_sd.files.image_files import image_grid
-    from keras_sd.pipeline.upscaler import Upscaler
+    from keras_sd import Upscaler, image_grid, load_source, presets
     from keras_sd.training.super_resolution import measure_upscaling
 
     model = Upscaler.load(presets.find(model))
@@ -189,7 +182,7 @@ def _unit(vectors):
 
 def _sheet(output, name, models, prompts, count=1):
     """An image for the documentation: a row for each model, the same seeds in all."""
-    from keras_sd.files.image_files import image_grid
+    from keras_sd import image_grid
 
     rows = [model.text_to_image(prompts, num_images=count, seed=0, **SAMPLING) for model in models]
     labels = [prompt for _ in models for prompt in prompts for _ in range(count)]
@@ -199,7 +192,7 @@ def _sheet(output, name, models, prompts, count=1):
 
 
 def _save(output, name, image):
-    from keras_sd.files.image_files import save_png
+    from keras_sd import save_png
 
     folder = Path(output).parent / "finetuning"
     save_png(image, folder / f"{name}.png")

@@ -19,9 +19,9 @@ import pdoc
 from pdoc.render_helpers import formatter, to_html
 
 import keras_sd
+from keras_sd import UserError
 from keras_sd.cli.main import cli
 from keras_sd.cli.program import run_command
-from keras_sd.errors import UserError
 from keras_sd.files.writing import write_text
 
 ROOT = Path(__file__).resolve().parents[1]

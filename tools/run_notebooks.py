@@ -20,8 +20,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
+from keras_sd import UserError
 from keras_sd.cli.program import run_command
-from keras_sd.errors import UserError
 from keras_sd.files.writing import replaced
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
@@ -39,12 +39,12 @@ SMALLEST = {
     },
     "03_sampling_methods": {"STEP_COUNTS": (2, 3), "REFERENCE_STEPS": 6, "NUM_SEEDS": 2},
     "04_random_walks": {"NUM_STEPS": 3, "GRID_SIDE": 4},  # all in batches of 8, compiled once
-    "05_create_captions": {"IMAGES": 20},
+    "05_create_captions": {"PICTURES": 20},
     "06_fine_tune": {
         "TRAINING_STEPS": 2,
         "TRAIN_BATCH_SIZE": 4,
-        "TRAINING_IMAGES": 16,
-        "KID_IMAGES": 6,
+        "TRAINING_PICTURES": 16,
+        "KID_PICTURES": 6,
         "NUM_STEPS": 2,
     },
     "07_dreambooth_and_textual_inversion": {
@@ -56,7 +56,7 @@ SMALLEST = {
         "NUM_STEPS": 2,
     },
     "08_super_resolution": {
-        "TEST_IMAGES": 4,
+        "TEST_PICTURES": 4,
         "NUM_STEPS": 2,
         "STEP_COUNTS": (1, 2),
         "NOISE_LEVELS": (0, 40),

@@ -7,9 +7,9 @@ import click
 import numpy as np
 from PIL import Image
 
+from keras_sd import SAMPLERS
 from keras_sd.cli.outputs import check_output, output_option
 from keras_sd.cli.program import run_command
-from keras_sd.diffusion.samplers import SAMPLERS
 
 
 @click.command(context_settings={"show_default": True})
@@ -22,8 +22,7 @@ from keras_sd.diffusion.samplers import SAMPLERS
 def sampler_grid(output, overwrite, model, prompt, steps, guidance_scale, seed):
     """One row for each sampler, one column for each number of steps."""
     output = check_output(output, ".png", default="docs/images/samplers.png", overwrite=overwrite)
-    from keras_sd import StableDiffusion
-    from keras_sd.files.image_files import image_grid, save_png
+    from keras_sd import StableDiffusion, image_grid, save_png
 
     pipeline = StableDiffusion.from_preset(model)
     images, labels = [], []

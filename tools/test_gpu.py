@@ -18,9 +18,9 @@ from pathlib import Path
 
 import click
 
+from keras_sd import UserError
 from keras_sd.cli.outputs import check_output, overwrite_option
 from keras_sd.cli.program import run_command
-from keras_sd.errors import UserError
 from machine import description
 
 TOOLS = Path(__file__).resolve().parent

@@ -216,6 +216,12 @@ def batches(
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
 
 
+def evenly(sequence: Sequence, count: int) -> list:
+    """Return up to `count` elements of a source or another sequence, at equal distances."""
+    count = min(count, len(sequence))
+    return [sequence[index * len(sequence) // count] for index in range(count)]
+
+
 def fingerprint_of(source) -> str | int:
     """Return what identifies a source's examples: its fingerprint, or its length if it has none."""
     fingerprint = getattr(source, "fingerprint", None)

@@ -8,14 +8,17 @@ functions are in `discrete`, `k_diffusion` and `solvers`).
 This module needs no backend.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras_sd.arguments import shown
 from keras_sd.diffusion import discrete, k_diffusion, solvers, spacing
-from keras_sd.diffusion.rows import Run
+from keras_sd.diffusion.rows import Row, Run
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.scheduler_options import complete
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.diffusion.spacing import Step
 from keras_sd.errors import UserError
 
 
@@ -32,21 +35,23 @@ class Method(NamedTuple):
         more: options of `steps` that no file has.
     """
 
-    steps: Callable
-    rows: Callable
+    steps: Callable[[NoiseSchedule, int, dict[str, Any]], list[Step]]
+    rows: Callable[[list[Step], Run], Iterable[Row]]
     starts_at_sigma: bool = False
     takes_eta: bool = False
     clips: bool = False
     thresholds: bool = False
-    more: dict = {}
+    more: dict[str, Any] = {}
 
 
-def _k_diffusion(rows, rounds_karras_timesteps=False, **limits):
+def _k_diffusion(rows: Callable, rounds_karras_timesteps: bool = False, **limits: bool) -> Method:
     more = {"rounds_karras_timesteps": rounds_karras_timesteps}
     return Method(spacing.k_diffusion_steps, rows, starts_at_sigma=True, more=more, **limits)
 
 
-def _solver(rows, *, keeps_cosine_timesteps=False, ends_at_last_sigma=False, **more):
+def _solver(
+    rows: Callable, *, keeps_cosine_timesteps: bool = False, ends_at_last_sigma: bool = False, **more: Any
+) -> Method:
     more |= {
         "keeps_cosine_timesteps": keeps_cosine_timesteps,
         "ends_at_last_sigma": ends_at_last_sigma,
@@ -86,32 +91,49 @@ class Tables(NamedTuple):
     """
 
     start: float
-    rows: list
-    limits: dict
+    rows: list[Row]
+    limits: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampling method.
+    """A sampling method. One of your own is given to the tasks as `sampler=`, in place of a name.
 
     Attributes:
         name: as in A1111's web UI and in the parameters of a PNG.
         purpose: what it is for, in one line.
-        scheduler: the scheduler class in diffusers.
+        scheduler: the scheduler class in diffusers, whose options the sampler has.
         fixed: dictionary of options that override those of the model's file.
+        method: the `Method` that it computes; by default that of the scheduler class.
+
+    Example:
+        ```python
+        def rows(steps, run):  # DDIM without fresh noise (Song et al., 2021, equation 12)
+            for timestep, level, end in steps:
+                yield Row(timestep, level, end, end.signal_rate * SAMPLE + end.noise_rate * NOISE)
+
+
+        mine = Sampler("Mine", "for the example", method=METHODS["DDIMScheduler"]._replace(rows=rows))
+        sd.text_to_image("red heart", sampler=mine)
+        ```
     """
 
     name: str
     purpose: str
-    scheduler: str
-    fixed: dict = field(default_factory=dict, hash=False)
+    scheduler: str = "DDIMScheduler"
+    fixed: dict[str, Any] = field(default_factory=dict, hash=False)
+    method: Method | None = None
 
     @property
-    def takes_eta(self):
-        """Whether the sampler has a parameter eta, the share of fresh noise."""
-        return METHODS[self.scheduler].takes_eta
+    def _method(self) -> Method:
+        return self.method or METHODS[self.scheduler]
 
-    def options(self, config):
+    @property
+    def takes_eta(self) -> bool:
+        """Whether the sampler has a parameter eta, the share of fresh noise."""
+        return self._method.takes_eta
+
+    def options(self, config: SchedulerConfig) -> dict[str, Any]:
         """Return all options of the scheduler class, for a model with that `SchedulerConfig`.
 
         Raises:
@@ -119,7 +141,9 @@ class Sampler:
         """
         return complete(self.scheduler, config.options() | self.fixed)
 
-    def tables(self, schedule, num_inference_steps, eta=0.0, first_step=0):
+    def tables(
+        self, schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0, first_step: int = 0
+    ) -> Tables:
         """Return the `Tables` of a sampling run.
 
         Args:
@@ -131,7 +155,7 @@ class Sampler:
         Raises:
             UserError: a number is out of range, or as `options`.
         """
-        method = METHODS[self.scheduler]
+        method = self._method
         if not 0 <= eta <= 1:
             raise UserError(f"eta {eta}: out of range; use 0 (deterministic) to 1")
         if eta and not method.takes_eta:
@@ -147,7 +171,7 @@ class Sampler:
         return Tables(float(start), rows, _limits(method, options))
 
 
-def _limits(method, options):
+def _limits(method: Method, options: dict[str, Any]) -> dict[str, float]:
     if method.thresholds and options["thresholding"] and options.get("predict_x0", True):
         return {"ratio": options["dynamic_thresholding_ratio"], "largest": options["sample_max_value"]}
     if method.clips and options["clip_sample"]:
@@ -155,11 +179,11 @@ def _limits(method, options):
     return {}
 
 
-_PLAIN = {"use_karras_sigmas": False}
+_PLAIN: dict[str, Any] = {"use_karras_sigmas": False}
 _KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _EVEN_LATE = "the same with more of the steps where little noise is left"
-_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
-_2M_SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+_2M: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+_2M_SDE: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
 
 SAMPLERS = {
     "ddim": Sampler("DDIM", "plain and deterministic, 30 to 50 steps", "DDIMScheduler"),
@@ -215,16 +239,18 @@ SAMPLERS = {
 OF_THE_MODEL = " of the model"
 
 
-def find_sampler(name, config=None):
+def find_sampler(name: str | Sampler | None, config: SchedulerConfig | None = None) -> Sampler:
     """Return the sampler of that name, or for None the one of the model's own file.
 
     Args:
-        name: a key of `SAMPLERS`, or None.
+        name: a key of `SAMPLERS`, a `Sampler`, or None.
         config: the model's `SchedulerConfig`, for its own sampler.
 
     Raises:
         UserError: the name is unknown, or the model's file has a value that is not supported.
     """
+    if isinstance(name, Sampler):
+        return name
     if name is None:
         return _own_sampler(config)
     if not isinstance(name, str) or name not in SAMPLERS:
@@ -232,7 +258,7 @@ def find_sampler(name, config=None):
     return SAMPLERS[name]
 
 
-def _own_sampler(config):
+def _own_sampler(config: SchedulerConfig) -> Sampler:
     """Return the sampler that a model's file describes: a named one, if it is equivalent."""
     class_name = config.class_name
     own = Sampler(class_name + OF_THE_MODEL, "what the model's file describes", class_name)

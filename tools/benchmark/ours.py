@@ -8,14 +8,17 @@ import numpy as np
 
 from benchmark.counting import PASSES, multiplications
 from benchmark.worker import GUIDANCE_SCALE, LORA_RANK, PROMPT
-from keras_sd import StableDiffusion, backend
-from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.diffusion.schedules import NoiseSchedule
-from keras_sd.errors import UserError
-from keras_sd.training.lora import add_lora
-from keras_sd.training.losses import DiffusionObjective
-from keras_sd.training.optimizer import AdamW
-from keras_sd.weights.loading import load_part
+from keras_sd import (
+    AdamW,
+    DiffusionObjective,
+    NoiseSchedule,
+    SchedulerConfig,
+    StableDiffusion,
+    UserError,
+    add_lora,
+    backend,
+    load_part,
+)
 
 _STORED_IN = {"text-encoder": "text_encoder", "unet": "unet", "vae-encode": "vae", "vae-decode": "vae"}
 

@@ -5,13 +5,17 @@ import sys
 import keras
 import numpy as np
 
-from keras_sd import StableDiffusion
-from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
-from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.models.text_encoder import TextEncoder
-from keras_sd.models.tokenizer import Tokenizer
-from keras_sd.models.unet import UNet
-from keras_sd.models.vae import AutoencoderKL
+from keras_sd import (
+    AutoencoderKL,
+    SchedulerConfig,
+    StableDiffusion,
+    TextEncoder,
+    TextEncoderConfig,
+    Tokenizer,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
 
 CONFIGS = {
     "sd15": (TextEncoderConfig(), UNetConfig()),

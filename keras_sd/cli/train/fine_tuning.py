@@ -7,7 +7,6 @@ from keras_sd.cli.train.options import (
     SMALL_IMAGE,
     decorated,
     evaluation_options,
-    evenly,
     example_sets,
     image_size_of,
     inference_steps_option,
@@ -109,6 +108,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
         )
 
     def make_evaluation(trainer):
+        from keras_sd.data.sources import evenly
         from keras_sd.files.image_files import image_grid
         from keras_sd.metrics.clip_score import ClipScore
         from keras_sd.metrics.features import ClipFeatures

@@ -415,16 +415,12 @@ def _tell(method, settings, source, options):
 
 def example_sets(source, held_out, count):
     """The examples that KID is measured on, spread evenly over each split that has enough of them."""
+    from keras_sd.data.sources import evenly
+
     splits = {"train": source, "held_out": held_out}
     return {
         name: evenly(split, count) for name, split in splits.items() if count and len(split) >= FEWEST_FOR_KID
     }
-
-
-def evenly(sequence, count):
-    """Up to `count` elements at equal distances."""
-    count = min(count, len(sequence))
-    return [sequence[index * len(sequence) // count] for index in range(count)]
 
 
 def extractor_of(name, jit_compile=True):

@@ -8,7 +8,6 @@ from keras_sd.cli.train.options import (
     COUNT,
     FILE,
     defaults_from,
-    evenly,
     inference_steps_option,
     prepare,
     read_config,
@@ -45,6 +44,7 @@ def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, 
     )
     import numpy as np
 
+    from keras_sd.data.sources import evenly
     from keras_sd.files.image_files import image_grid
     from keras_sd.models.unet import UNet
     from keras_sd.pipeline.upscaler import Upscaler
