@@ -5,13 +5,14 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020. The attribute tree is
 ``CLIPVisionModelWithProjection``, its spelling ``pre_layrnorm`` included.
 """
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.initializers import normal, uniform
 from keras_sd.models.layers import Layer, LayerNormalization, dense, embedding
+from keras_sd.models.precision import ConfiguredModel
 from keras_sd.models.transformer import Transformer
 
 # Mean and standard deviation of the RGB values in [0, 1] over CLIP's training images, published with it.
@@ -66,7 +67,7 @@ class ImageEmbeddings(Layer):
         return hidden + self.position_embedding(np.arange(self.positions))
 
 
-class ImageEncoder(keras.Model):
+class ImageEncoder(ConfiguredModel):
     """A vision transformer with a projection into the space that it shares with the text tower.
 
     Called on float `(n, image_size, image_size, channels)` in [-1, 1]; returns the embeddings, float32
@@ -76,7 +77,9 @@ class ImageEncoder(keras.Model):
         UserError: the images have another size.
     """
 
-    def __init__(self, config, **kwargs):
+    config_class = ImageEncoderConfig
+
+    def __init__(self, config: ImageEncoderConfig, **kwargs):
         # Images are normalised before they are cast.
         super().__init__(autocast=False, **kwargs)
         if config.image_size % config.patch_size:

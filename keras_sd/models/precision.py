@@ -1,9 +1,12 @@
 """In which floating-point type a model keeps its weights and computes."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import keras
 
+from keras_sd.config import Config
 from keras_sd.errors import UserError
 
 # "mixed" computes in half precision with weights in float32, as training needs.
@@ -11,7 +14,7 @@ POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
 
 @contextlib.contextmanager
-def dtype_policy(policy):
+def dtype_policy(policy: Any) -> Iterator[None]:
     """Makes models built inside it keep their weights, and compute, in a precision.
 
     What a half precision would spoil is computed in float32 under every policy: the moments of
@@ -31,6 +34,24 @@ def dtype_policy(policy):
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+class ConfiguredModel(keras.Model):
+    """A model made from the config of its part, which Keras can describe and make again."""
+
+    config: Any
+    config_class: ClassVar[type[Config]]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments as JSON values; `config` is the dictionary of the part's `config.json`."""
+        return super().get_config() | {"config": self.config.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """Return a new model, with random weights, of what `get_config` returned."""
+        options = {**config, "config": cls.config_class.from_dict(config["config"])}
+        with dtype_policy(keras.dtype_policies.get(options.pop("dtype"))):
+            return cls(**options)
 
 
 class _InFloat32(keras.DTypePolicy):

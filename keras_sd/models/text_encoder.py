@@ -11,11 +11,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sd.config import LEGACY_END_TOKEN_ID
+from keras_sd.config import LEGACY_END_TOKEN_ID, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.initializers import normal
 from keras_sd.models.layers import Layer, LayerNormalization, embedding
-from keras_sd.models.precision import dtype_policy
+from keras_sd.models.precision import ConfiguredModel, dtype_policy
 from keras_sd.models.transformer import Transformer
 
 
@@ -58,7 +58,7 @@ class TextEmbeddings(Layer):
         self._tracker.lock()
 
 
-class TextEncoder(keras.Model):
+class TextEncoder(ConfiguredModel):
     """A causal transformer over token ids.
 
     Called on int32 `(n, tokens)`; returns the last hidden state after the final layer normalisation,
@@ -69,7 +69,9 @@ class TextEncoder(keras.Model):
             as they are outside a compiled function) an id outside of the vocabulary.
     """
 
-    def __init__(self, config, **kwargs):
+    config_class = TextEncoderConfig
+
+    def __init__(self, config: TextEncoderConfig, **kwargs):
         super().__init__(**kwargs)
         self.config = config
         self.embeddings = TextEmbeddings(config)

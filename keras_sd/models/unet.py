@@ -4,9 +4,9 @@ The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level atten
 its block type says so, and does not otherwise; what differs between models stands in the config.
 """
 
-import keras
 from keras import ops
 
+from keras_sd.config import UNetConfig
 from keras_sd.models.attention import SpatialTransformer
 from keras_sd.models.gradient_checkpointing import RecomputingLayer
 from keras_sd.models.initializers import normal
@@ -20,6 +20,7 @@ from keras_sd.models.layers import (
     embedding,
     sinusoidal_features,
 )
+from keras_sd.models.precision import ConfiguredModel
 
 
 def _resnet(config, inputs, outputs):
@@ -139,7 +140,7 @@ def _joined(resnet, hidden, skip, time_embedding):
     return resnet(ops.concatenate([hidden, skip], axis=-1), time_embedding)
 
 
-class UNet(keras.Model):
+class UNet(ConfiguredModel):
     """Predicts the noise, velocity or image in noisy latents.
 
     Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
@@ -153,7 +154,9 @@ class UNet(keras.Model):
     place of all that leads to it, and only the outermost level is computed.
     """
 
-    def __init__(self, config, **kwargs):
+    config_class = UNetConfig
+
+    def __init__(self, config: UNetConfig, **kwargs):
         # Timesteps in half precision would be rounded: inputs are cast where they are used.
         super().__init__(autocast=False, **kwargs)
         self.config = config

@@ -3,13 +3,16 @@
 The attribute tree is that of diffusers' ``AutoencoderKL``.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_sd.config import VAEConfig
 from keras_sd.errors import UserError
 from keras_sd.models.attention import AttentionBlock
 from keras_sd.models.layers import Downsample, GroupNormalization, Layer, ResnetBlock, Upsample, convolution
-from keras_sd.models.precision import dtype_policy, in_float32
+from keras_sd.models.precision import ConfiguredModel, dtype_policy, in_float32
 
 EPSILON = 1e-6
 
@@ -139,7 +142,7 @@ class Decoder(Layer):
         return self.conv_out(self.conv_norm_out(hidden))
 
 
-class AutoencoderKL(keras.Model):
+class AutoencoderKL(ConfiguredModel):
     """Encoder and decoder between images in [-1, 1] and latents.
 
     Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`. Where
@@ -150,7 +153,9 @@ class AutoencoderKL(keras.Model):
         has_encoder: False for published files that hold the decoder alone, which make images of latents.
     """
 
-    def __init__(self, config, has_encoder=True, **kwargs):
+    config_class = VAEConfig
+
+    def __init__(self, config: VAEConfig, has_encoder=True, **kwargs):
         policy = keras.config.dtype_policy()
         if config.force_upcast and policy.compute_dtype == "float16":
             policy = in_float32(policy)
@@ -164,6 +169,9 @@ class AutoencoderKL(keras.Model):
             self.quant_conv = convolution(2 * latents, 2 * latents, 1) if has_quant_conv else None
             self.post_quant_conv = convolution(latents, latents, 1) if config.use_post_quant_conv else None
         self.built = True
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"has_encoder": self.encoder is not None}
 
     def encode(self, images):
         """Encodes `(n, h, w, 3)` images in [-1, 1] to a `DiagonalGaussian` over latents.
