@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
+from keras_sd.metrics.features import extract
 
 DEGREE = 3
 
@@ -119,6 +120,15 @@ class KernelInceptionDistance(keras.metrics.Metric):
     def result(self):
         """Return the mean over the batches so far, a scalar."""
         return self.total / ops.maximum(self.batches, 1.0)
+
+    def of_pairs(self, real_features, generated_images):
+        """Return the `KID` of whole sets, outside a compiled step, as `paired_kernel_inception_distance`.
+
+        Args:
+            real_features: `extract(extractor, real_images)`, (n, d), computed once.
+            generated_images: uint8 (n, h, w, 3); image i was made for the caption of real image i.
+        """
+        return paired_kernel_inception_distance(real_features, extract(self.extractor, generated_images))
 
     def get_config(self):
         raise NotImplementedError("KernelInceptionDistance holds a feature extractor; build it anew")

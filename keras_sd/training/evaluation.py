@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_sd import interruption
 from keras_sd.metrics.features import extract
-from keras_sd.metrics.kid import paired_kernel_inception_distance
+from keras_sd.metrics.kid import KernelInceptionDistance
 
 
 class SampleEvaluation:
@@ -26,7 +26,7 @@ class SampleEvaluation:
         self.grid = grid
         self.sets = sets or {}
         self.generate = generate
-        self.extractor = extractor
+        self.kid = KernelInceptionDistance(extractor, name=extractor.name) if self.sets else None
         self.score = score
         self.real_features = {
             name: extract(extractor, np.stack([example["image"] for example in examples]))
@@ -49,9 +49,8 @@ class SampleEvaluation:
     def _figures(self, name, examples, weights):
         """KID, and the CLIP score, of one set with the weights of the moment."""
         images = self.generate(examples)
-        features = extract(self.extractor, images)
-        kid = paired_kernel_inception_distance(self.real_features[name], features)
-        figures = {f"{self.extractor.name}_{name}_{weights}": kid.mean}
+        kid = self.kid.of_pairs(self.real_features[name], images)
+        figures = {f"{self.kid.name}_{name}_{weights}": kid.mean}
         if self.score is not None:
             figures[f"clip_score_{name}_{weights}"] = self.score(name, images)
         return figures

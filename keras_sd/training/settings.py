@@ -62,6 +62,32 @@ class Settings:
     """How to train, whatever is trained. Names are those of diffusers' training scripts.
 
     A step is one update of the weights, made of `gradient_accumulation_steps` batches.
+
+    Attributes:
+        output_dir: the run's folder: checkpoints, logs, samples and, at the end, the exported model.
+        max_train_steps: number of steps of the whole run.
+        train_batch_size: examples in a batch, over all devices.
+        gradient_accumulation_steps: batches whose mean gradient makes one step.
+        learning_rate: the highest, reached at the end of the warm-up.
+        lr_scheduler: what follows the warm-up: "cosine" (down to 0 at the last step) or "constant".
+        lr_warmup_steps: number of steps in which the learning rate rises linearly from 0.
+        adam_beta1, adam_beta2: decay rates of AdamW's first and second moments, 0 to just below 1.
+        adam_weight_decay: AdamW's decoupled weight decay (Loshchilov and Hutter, 2019).
+        adam_epsilon: what is added to the root of the second moment.
+        max_grad_norm: norm to which the gradient of all weights together is clipped; 0 does not clip.
+        ema_decay: decay rate of the EMA weights for each step, 0 to just below 1.
+        mixed_precision: "no" (float32), "fp16" or "bf16", of the computation; weights stay float32.
+        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+        gradient_checkpointing: whether the backward pass recomputes activations: less memory, more time.
+        offload_ema: whether the EMA weights are in the host's memory and not in the device's.
+        seed: of the order of examples, noise, timesteps and initial weights, 0 to 2**32 - 1.
+        checkpointing_steps: number of steps from one checkpoint to the next.
+        checkpoints_total_limit: number of newest checkpoints to keep; None keeps all.
+        resume_from_checkpoint: a checkpoint folder's name, or "latest"; None begins a new run.
+        evaluation_steps: number of steps from one evaluation to the next; 0 evaluates at no step.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     output_dir: Path
@@ -75,7 +101,7 @@ class Settings:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0  # 0: gradients are not clipped
+    max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
     mixed_precision: str = "no"
     jit_compile: bool = True
@@ -85,7 +111,7 @@ class Settings:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
-    evaluation_steps: int = 1000  # 0: no evaluations
+    evaluation_steps: int = 1000
 
     def __post_init__(self):
         object.__setattr__(self, "output_dir", Path(self.output_dir))
