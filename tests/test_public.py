@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import keras_sd
+from keras_sd import Method, Sampler
+from keras_sd.diffusion.rows import NOISE, SAMPLE, Row
+from keras_sd.diffusion.spacing import ddim_steps
+from tests import tiny
 from tests.programs import run_python
 
 PACKAGE = Path(keras_sd.__file__).parent
@@ -42,3 +47,42 @@ def test_type_checkers_see_the_same_names():
     (listed,) = (node.value for node in stub.body if isinstance(node, ast.Assign))
     assert ast.literal_eval(listed) == keras_sd.__all__
     assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny.pipeline()
+
+
+OPTIONS = {"num_inference_steps": 4, "guidance_scale": 3.0, "progress": False}
+
+
+def test_sampler_of_ones_own_is_computed(pipeline):
+    """As CONTRIBUTING.md shows it: DDIM, defined outside of the package."""
+
+    def rows(steps, run):
+        for timestep, level, end in steps:
+            yield Row(timestep, level, end, end.signal_rate * SAMPLE + end.noise_rate * NOISE)
+
+    mine = Sampler("Mine", "DDIM without fresh noise", method=Method(ddim_steps, rows, clips=True))
+    made, expected = (
+        pipeline.text_to_image("red heart", sampler=sampler, **OPTIONS) for sampler in (mine, "ddim")
+    )
+    np.testing.assert_array_equal(made, expected)
+    assert (made != pipeline.text_to_image("red heart", sampler="euler", **OPTIONS)).any()
+
+
+def test_former_names_still_work_and_warn_at_the_callers_line(pipeline):
+    former = {**OPTIONS, "num_steps": 4}
+    del former["num_inference_steps"]
+    with pytest.warns(DeprecationWarning, match="num_steps is now called num_inference_steps") as told:
+        image = pipeline.text_to_image("red heart", **former)
+    assert told[0].filename == __file__
+    np.testing.assert_array_equal(image, pipeline.text_to_image("red heart", **OPTIONS))
+    for function in (pipeline.reconstruct, pipeline.encode_image):
+        with pytest.warns(DeprecationWarning, match="images is now called image") as told:
+            by_former_name = function(images=image)
+        assert told[0].filename == __file__
+        np.testing.assert_array_equal(by_former_name, function(image))
+    with pytest.raises(TypeError, match="former name"):
+        pipeline.encode_image(image=image, images=image)

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend, interruption, presets
-from keras_sd.arguments import LONGEST_SIDE, shown, whole_number
+from keras_sd.arguments import LONGEST_SIDE, formerly, shown, whole_number
 from keras_sd.diffusion.denoiser import Denoiser
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -309,10 +309,12 @@ class Primitives:
             encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
         return weighted_encoding(encodings.reshape(count, chunks, tokens, -1), weights)
 
-    def encode_image(self, images):
+    @formerly(images="image")
+    def encode_image(self, image):
         """Encodes images to latents as the UNet takes them, float32 `(n, h, w, c)`."""
-        return self._encode_unit(images_to_unit(self._checked(images)))
+        return self._encode_unit(images_to_unit(self._checked(image)))
 
+    @formerly(num_steps="num_inference_steps")
     def denoise(self, latents, context, negative=None, *, on_step=None, **options):
         """Turns noise into latents.
 
@@ -373,6 +375,7 @@ class Primitives:
             sides.append(side // factor)
         return (*sides, self.vae.config.latent_channels)
 
+    @formerly(num_steps="num_inference_steps")
     def parameters(self, prompt, negative_prompt=None, **settings):
         """What an image's file says about how it was made, for `keras_sd.files.image_files.save_png`.
 

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 from tqdm import tqdm
 
-from keras_sd.arguments import MOST_IMAGES, checked_seed, first_step, image_seeds, whole_number
+from keras_sd.arguments import MOST_IMAGES, checked_seed, first_step, formerly, image_seeds, whole_number
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -67,6 +67,7 @@ class StableDiffusion(Primitives):
     channels-last.
     """
 
+    @formerly(num_steps="num_inference_steps")
     @_with_loras
     def text_to_image(
         self,
@@ -131,6 +132,7 @@ class StableDiffusion(Primitives):
             progress=progress,
         )
 
+    @formerly(num_steps="num_inference_steps")
     @_with_loras
     def image_to_image(
         self, image, prompt, negative_prompt=None, num_images=1, *, strength=0.8, seed=0, **options
@@ -156,6 +158,7 @@ class StableDiffusion(Primitives):
             context, negative, seeds, latents.shape[1:], begin=begin, strength=strength, **options
         )
 
+    @formerly(num_steps="num_inference_steps")
     @_with_loras
     def inpaint(
         self, image, mask, prompt, negative_prompt=None, num_images=1, *, strength=1.0, seed=0, **options
@@ -205,6 +208,7 @@ class StableDiffusion(Primitives):
         )
         return np.where(mask, made, images)
 
+    @formerly(num_steps="num_inference_steps")
     @_with_loras
     def upscale(
         self, image, prompt="", negative_prompt=None, num_images=1, *, noise_level=20, seed=0, **options
@@ -237,6 +241,7 @@ class StableDiffusion(Primitives):
 
         return self._sample(context, negative, seeds, shape, begin=begin, **options)
 
+    @formerly(num_steps="num_inference_steps")
     @_with_loras
     def random_walk(
         self, prompts, num_frames=24, negative_prompt=None, *, seed=0, height=None, width=None, **options
@@ -280,9 +285,10 @@ class StableDiffusion(Primitives):
         seeds = np.full(num_frames, seed, "uint64")
         return self._sample(context, negative, seeds, shape, begin=begin, **options)
 
-    def reconstruct(self, images):
+    @formerly(images="image")
+    def reconstruct(self, image):
         """What the VAE makes of images: the best that any latents could give. uint8, of the same shape."""
-        return self.decode(self.encode_image(images))
+        return self.decode(self.encode_image(image))
 
     @property
     def _extra_channels(self):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_sd.arguments import image_seeds, whole_number
+from keras_sd.arguments import formerly, image_seeds, whole_number
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -78,9 +78,10 @@ class Upscaler:
             write_scheduler(folder / SCHEDULER, self.scheduler_config.to_dict())
             write_scheduler(folder / LOW_RES_SCHEDULER, self.low_res_scheduler_config.to_dict())
 
+    @formerly(images="image", num_steps="num_inference_steps")
     def upscale(
         self,
-        images,
+        image,
         factor=2,
         *,
         noise_level=0,
@@ -93,7 +94,7 @@ class Upscaler:
         """Makes images larger.
 
         Args:
-            images: uint8 `(height, width, 3)` or `(n, height, width, 3)`.
+            image: uint8 `(height, width, 3)` or `(n, height, width, 3)`.
             factor: how much longer the sides get; what the UNet was trained for is best.
             noise_level: 0 stays close to the image, more lets the model invent more.
             num_inference_steps, sampler, options: as `Denoiser.steps` takes them. Few steps come closer to
@@ -109,7 +110,7 @@ class Upscaler:
         """
         whole_number("noise_level", noise_level, 0, self.unet.config.num_class_embeds - 1)
         whole_number("factor", factor, 1)
-        images = as_images(images)
+        images = as_images(image)
         seeds = image_seeds(seed, len(images))
         height, width = (side * factor for side in images.shape[1:3])
         enlarged = np.stack([resized(image, (height, width)) for image in images])
