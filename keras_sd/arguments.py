@@ -1,4 +1,4 @@
-"""Arguments that people give: their types, checks of numbers and seeds, and names that they had before."""
+"""Arguments: their types, checks of numbers, shares and seeds, and deprecated names."""
 
 import functools
 import math
@@ -24,13 +24,13 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 LARGEST_SEED = 2**64 - 1
-"""As others have it; image i has the seed plus i, and 0 follows the largest one."""
+"""The largest seed, as in other programs. Image i has the seed plus i; 0 follows the largest seed."""
 
 MOST_IMAGES = 10**5
-"""More of one call are a slip: a list of as many names would fill the memory before anything is made."""
+"""The largest number of images of one call; more are a mistake and would exhaust the memory at once."""
 
 LONGEST_SIDE = 16384
-"""Pixels of a side; more are a slip, and would fill the memory."""
+"""The largest side of an image in pixels; more are a mistake and would exhaust the memory."""
 
 _LONGEST_SHOWN = 100
 
@@ -39,7 +39,7 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
     """Return the value as an int.
 
     Raises:
-        UserError: it is no whole number (3.0 and True are none), or out of range.
+        UserError: it is not an int (3.0 and True are not accepted), or out of range.
     """
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
     if not is_whole or value < least or (most is not None and value > most):
@@ -49,10 +49,10 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
 
 
 def shown(value: object) -> str:
-    """Return a value on one line, its end left out where it is long."""
+    """Return a representation of a value on one line, truncated if it is long."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python writes out no number of thousands of digits
+    except ValueError:  # Python does not print numbers with thousands of digits
         text = "of thousands of digits"
     return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
 
@@ -61,10 +61,10 @@ def share(name: str, value: object, meaning: str = "0 to 1") -> float:
     """Return the value as a float.
 
     Args:
-        meaning: what is said that the ends stand for.
+        meaning: the range in the message, with the meaning of its ends.
 
     Raises:
-        UserError: it is no number from 0 to 1.
+        UserError: it is not a number from 0 to 1.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
     if not is_number or not 0 <= value <= 1:
@@ -76,7 +76,7 @@ def checked_seed(seed: object) -> int:
     """Return the seed as an int.
 
     Raises:
-        UserError: it is no whole number from 0 to `LARGEST_SEED`.
+        UserError: it is not an int from 0 to `LARGEST_SEED`.
     """
     return whole_number("seed", seed, 0, LARGEST_SEED)
 
@@ -91,10 +91,10 @@ def image_seeds(seed: object, count: int) -> npt.NDArray[np.uint64]:
 
 
 def checked_interval(interval: Any) -> tuple[float, float]:
-    """Return the two shares of the steps between which there is guidance.
+    """Return the guidance interval (start, end), as shares of the steps.
 
     Raises:
-        UserError: they are no two shares, or no step lies between them.
+        UserError: it is not a pair of shares with start < end.
     """
     try:
         start, end = (share("guidance_interval", each) for each in interval)
@@ -108,10 +108,10 @@ def checked_interval(interval: Any) -> tuple[float, float]:
 
 
 def first_step(strength: Any, num_inference_steps: int) -> int:
-    """Return how many of the steps a strength leaves out.
+    """Return the number of steps that a strength skips at the beginning.
 
     Raises:
-        UserError: the strength is no number above 0 up to 1, or makes no step.
+        UserError: the strength is not a number above 0 and up to 1, or leaves no step.
     """
     whole_number("num_inference_steps", num_inference_steps, 1)
     if not isinstance(strength, numbers.Real) or isinstance(strength, bool) or not 0 < strength <= 1:

@@ -1,4 +1,4 @@
-"""The exception for input that a person can mend, and the command line's way of telling it."""
+"""`UserError`, the exception for input that the user can correct, and helpers that raise it."""
 
 import contextlib
 import errno
@@ -19,33 +19,33 @@ _EXTRAS = {
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: the thing, the fault and the remedy.
+    """Invalid input. The message is one line: the thing, the fault and the remedy.
 
-    The command line prints the line and leaves with exit code 2.
+    The command line prints it and exits with code 2.
     """
 
 
 def require(*packages, instead=None):
-    """Makes sure, before long work, that packages of an extra are installed; imports none of them.
+    """Check, before long work, that packages of an extra are installed, without importing them.
 
     Args:
-        packages: names as they are imported.
-        instead: what else can be done, in a few words.
+        packages: import names.
+        instead: an alternative for the message, in a few words.
 
     Raises:
-        UserError: one is not; the line names the command that installs it.
+        UserError: a package is missing; the message names the command that installs it.
     """
     for package in packages:
         try:
             found = importlib.util.find_spec(package) is not None
-        except (ImportError, ValueError):  # so has somebody seen to it that it is not there
+        except (ImportError, ValueError):  # a program has blocked the import on purpose
             found = False
         if not found:
             raise UserError(missing_package(package, instead))
 
 
 def missing_package(package, instead=None):
-    """The line for a package that is not installed, or None for one that no extra brings."""
+    """Return the message for a package that is not installed, or None if it belongs to no extra."""
     extra = _EXTRAS.get((package or "").partition(".")[0])
     if extra is None:
         return None
@@ -64,10 +64,10 @@ _REMEDIES = {
 
 
 def os_fault(error, path=None):
-    """Return the line for an `OSError`: the place, the fault and the remedy.
+    """Return the message for an `OSError`: the place, the fault and the remedy.
 
     Args:
-        path: the place, where the error does not tell it.
+        path: the place, if the error does not name it.
     """
     place = error.filename if error.filename is not None else path
     where = "" if place is None else f"{os.fsdecode(place) if isinstance(place, bytes) else place}: "
@@ -76,12 +76,12 @@ def os_fault(error, path=None):
 
 @contextlib.contextmanager
 def os_errors_in_one_line(path):
-    """Turn the operating system's errors about a place, of reading and of looking, into a `UserError`.
+    """Turn `OSError` inside the block into a `UserError`, for users of the library.
 
-    The command line tells such errors in one line as it is; this is for those who call the library.
+    The command line prints such errors in one line anyway.
 
     Args:
-        path: the place, where an error does not tell it.
+        path: the place, if the error does not name it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The models that go by a name: where each is found, and under which licence."""
+"""Model presets: the source and the licence of each, and the lookup of a model by name."""
 
 import hashlib
 from pathlib import Path
@@ -9,21 +9,22 @@ from keras_sd.weights.diffusers_folder import has_weights, weights_path
 
 _BUNDLED = Path(__file__).parent / "bundled"
 
-# What a folder in diffusers' layout needs; hubs keep the same weights in other formats beside them.
+# The files of a diffusers folder; repositories on the hub hold the same weights in other formats too.
 _HUB_FILES = [
     "model_index.json",
     *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "low_res_scheduler")),
 ]
-# What is tried one after the other until there are weights: plain ones, half precision, torch's own files.
+# Patterns to leave out, tried one after the other until weights are found: first safetensors without a
+# variant, then half precision, then torch files.
 _HUB_LEFT_OUT = ["*.msgpack", "*.onnx*", "*non_ema*"]
 _HUB_TRIES = [["*.bin", "*fp16*"], ["*.bin"], []]
 
-# A name that ends so means a file, which no hub has for a model's name.
+# A name with one of these suffixes means a file; no hub id ends so.
 _FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5")
 
 
 class Preset(NamedTuple):
-    """A model's source, a folder or a hub id, its licence and the SHA-256 of its UNet's file, if pinned."""
+    """A model's source (a folder or a hub id), its licence and, if pinned, the SHA-256 of its UNet's file."""
 
     source: Path | str
     licence: str
@@ -102,7 +103,7 @@ def _from_hub(repository, title):
 
     Args:
         repository: a hub id.
-        title: what to call it in an error.
+        title: the model's name in messages.
     """
     from huggingface_hub import snapshot_download  # here, as importing it takes long
 
@@ -118,7 +119,7 @@ def _from_hub(repository, title):
 
 
 def _hub_fault(repository, error):
-    """Why a model could not be downloaded, and what to do."""
+    """Return the fault and the remedy for a failed download."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     page = f"https://huggingface.co/{repository}"

@@ -1,1 +1,7 @@
-"""Files: whole or not at all, JSON within limits, images and what they say of their making."""
+"""Files: atomic writing, JSON within limits, images with their generation parameters.
+
+writing      writes a file or a folder atomically
+json_files   reads untrusted JSON, with limits and declared shapes
+image_files  PNG and GIF with A1111's `parameters`, contact sheets
+cache        the folder for everything that is kept between processes
+"""

@@ -1,14 +1,14 @@
-"""Where things are kept that can be made again: compiled programs, and vectors of long lists of phrases."""
+"""The cache folder, for compiled programs and the embeddings of long lists of phrases."""
 
 import os
 from pathlib import Path
 
 VARIABLE = "KERAS_SD_CACHE"
-"""The environment variable that names the folder; empty, nothing is kept."""
+"""The environment variable that names the folder; an empty value turns the cache off."""
 
 
 def cache_root():
-    """Return the folder for everything that this package keeps, or None where it keeps nothing."""
+    """Return the cache folder of this package, or None if the cache is off."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "keras_sd")
     root = os.environ.get(VARIABLE, str(default))
     return Path(root).expanduser() if root else None

@@ -1,4 +1,4 @@
-"""Image files: PNGs that say how they were made, and contact sheets."""
+"""Image files: PNGs and GIFs that hold their generation parameters, and contact sheets."""
 
 import math
 import re
@@ -17,8 +17,8 @@ _CHUNK = "parameters"
 _LONGEST_TEXT = 2**20
 _OTHER_FORMATS = ("JPEG", "WEBP", "BMP", "GIF")
 _NEGATIVE = "Negative prompt: "
-# What stands between commas: a name and a value, which is quoted, as JSON quotes, where it holds a comma or a
-# colon. It matches at every place where it is tried, so that the time is as the length of the text.
+# An item between commas: a name and a value, which is quoted as in JSON if it holds a comma or a colon. The
+# pattern matches wherever it is tried, so the time is linear in the length of the text.
 _PIECE = re.compile(r'([^,:]*)(?::\s*("(?:\\.|[^\\"])*"(?=,|$)|[^,]*))?(?:,|$)')
 _NAME = re.compile(r"\w[\w \-/]*")
 
@@ -31,8 +31,8 @@ def format_parameters(parameters):
     """Return the text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
 
     Args:
-        parameters: a dictionary with "prompt", optionally "negative_prompt", and the settings under the names
-            that they are shown by ("Steps", "Sampler", ...), in order.
+        parameters: dictionary with "prompt", optionally "negative_prompt", and the settings under their
+            displayed names ("Steps", "Sampler", ...), in order.
     """
     settings = dict(parameters)
     lines = [settings.pop("prompt")]
@@ -57,7 +57,7 @@ def _unquoted(value):
 
 
 def parse_parameters(text):
-    """Return the dictionary that `format_parameters` wrote as this text, its settings as strings."""
+    """Parse a text of `format_parameters` into a dictionary; the settings are strings."""
     *lines, last = text.split("\n")
     pieces = [(match[1].strip(), match[2]) for match in _PIECE.finditer(last)]
     settings = [(name, value) for name, value in pieces if value is not None and _NAME.fullmatch(name)]
@@ -75,8 +75,8 @@ def save_png(image, path, parameters=None):
 
     Args:
         image: uint8 `(h, w, 3)`, or `(h, w)` in grey.
-        path: the file; its folder is made if there is none. An earlier one is replaced once this is on disk.
-        parameters: how it was made, as `format_parameters` takes it.
+        path: the file. Its folder is created if necessary; an existing file is replaced atomically.
+        parameters: the generation parameters, as `format_parameters` takes them.
     """
     information = PngInfo()
     if parameters is not None:
@@ -86,13 +86,13 @@ def save_png(image, path, parameters=None):
 
 
 def save_gif(frames, path, frame_rate=10.0, parameters=None):
-    """Write images as an endless GIF; how they were made stands in its comment, as in the web interface.
+    """Write images as an endless GIF; its comment holds the parameters, as in A1111's web UI.
 
     Args:
         frames: uint8 `(n, h, w, 3)`.
-        path: the file; its folder is made if there is none.
-        frame_rate: images a second; a GIF counts in hundredths of a second.
-        parameters: how they were made, as `format_parameters` takes it.
+        path: the file; its folder is created if necessary.
+        frame_rate: images per second; a GIF rounds the duration to hundredths of a second.
+        parameters: the generation parameters, as `format_parameters` takes them.
     """
     first, *others = (Image.fromarray(frame) for frame in frames)
     options = {"append_images": others, "duration": round(1000 / frame_rate), "loop": 0}
@@ -103,14 +103,14 @@ def save_gif(frames, path, frame_rate=10.0, parameters=None):
 
 
 def check_plain(path, title):
-    """Refuse what is there and no plain file, such as a pipe or a device: reading it may never end.
+    """Check that a path is a regular file; reading a pipe or a device might never end.
 
     Args:
-        title: what it should be.
+        title: the kind of file, for the message.
 
     Raises:
-        UserError: it is none.
-        FileNotFoundError: nothing is there.
+        UserError: it is not a regular file.
+        FileNotFoundError: there is no such file.
     """
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
@@ -119,16 +119,16 @@ def check_plain(path, title):
 
 
 def read_parameters(path):
-    """How the image in a PNG file, or a GIF, was made; an empty dictionary if the file does not say.
+    """Return the generation parameters in a PNG or GIF; an empty dictionary if it holds none.
 
     Raises:
-        UserError: there is no such image, or it is no plain file.
+        UserError: there is no such image, or it is not a regular file.
     """
     try:
         check_plain(path, "image")
         with open(path, "rb") as file:
             is_png = file.read(8) == b"\x89PNG\r\n\x1a\n"
-        # This reads what stands before the pixels, and none of those. Pillow limits texts that are packed.
+        # This reads the chunks before the pixels only. Pillow limits the size of compressed texts.
         with PngImageFile(path) if is_png else Image.open(path, formats=_OTHER_FORMATS) as image:
             text = image.info.get(_CHUNK) or image.info.get("comment") or ""
             text = text.decode(errors="replace") if isinstance(text, bytes) else text
@@ -147,8 +147,8 @@ def image_grid(images, labels=None, columns=None, scale=1):
     Args:
         images: uint8 `(n, h, w, 3)`, or a list of such images of one size.
         labels: a text for each image, wrapped to its width and cut after three lines.
-        columns: images in a row; by default about as many as there are rows.
-        scale: enlarges each pixel to a square of this side, as small images leave no room for a label.
+        columns: images per row; by default about as many as there are rows.
+        scale: enlarges each pixel to a square of this side, so that small images have room for a label.
 
     Returns:
         The sheet, uint8 `(height, width, 3)`.

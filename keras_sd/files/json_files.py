@@ -1,8 +1,8 @@
-"""JSON that comes from outside: read by one function, within limits, and checked against a declared shape.
+"""Reads untrusted JSON files, within limits, and checks them against a declared shape.
 
-A shape is a type as `pydantic` reads it: `dict`, `dict[str, str]`, or a `TypedDict` with the keys that are
-used; other keys may be there. Checks are strict: no text stands for a number. pydantic is imported when the
-first file is read, as the package has to start fast.
+A shape is a type that `pydantic` understands: `dict`, `dict[str, str]`, or a `TypedDict` with the keys that
+are used; other keys are allowed. Checks are strict: a string is not accepted for a number. pydantic is
+imported when the first file is read, to keep the import of this package fast.
 """
 
 import functools
@@ -15,21 +15,21 @@ from keras_sd.errors import UserError
 
 MIB = 2**20
 LARGEST_FILE = 4 * MIB
-"""Bytes of a file; configs take a few thousand. One byte of JSON takes up to 30 in memory."""
+"""Largest size of a file in bytes; configs have a few thousand. One byte of JSON takes up to 30 in memory."""
 
 LARGEST_LINE = MIB
-"""Bytes of a line in a file of JSON lines."""
+"""Largest size of a line of a JSON Lines file, in bytes."""
 
 LONGEST_NUMBER = 100
-"""Characters of a number. Tokenizers' files have one of 31 digits."""
+"""Largest number of characters of a number. Tokenizer files have one of 31 digits."""
 
 DEEPEST = 32
-"""Lists and dictionaries in each other; configs have 4."""
+"""Largest nesting of lists and dictionaries; configs have 4."""
 
 _LONGEST_SHOWN = 200
 _NO_DICTIONARY = "no JSON dictionary"
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
-# Python keeps the bytes of file names that are no UTF-8 as these halves of pairs (`surrogateescape`).
+# Python represents bytes of file names that are not UTF-8 as lone surrogates (`surrogateescape`).
 _NO_TEXT_BUT_NAMES = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
 
 _REQUIRED = object()
@@ -45,20 +45,23 @@ def read_json(
     largest=LARGEST_FILE,
     error=UserError,
 ):
-    """Read a JSON file that may be anyone's.
+    """Read an untrusted JSON file.
 
     Args:
         path: the file.
-        shape: the type of its content, which is returned as it stands in the file.
-        default: what is returned where there is no such file; without it, that is an error.
-        absent: the remedy where there is no such file.
-        remedy: what to do about a damaged one.
-        largest: most bytes of the file.
-        error: the class of what is raised, a `UserError`.
+        shape: the type that its content must have.
+        default: the result if there is no such file; without a default, that is an error.
+        absent: the remedy in the message for a missing file.
+        remedy: the remedy in the message for a damaged file.
+        largest: the largest size of the file in bytes.
+        error: the exception class, a `UserError`.
+
+    Returns:
+        The content, unchanged.
 
     Raises:
-        UserError: the file is missing, cannot be read, is larger than `largest`, is no JSON in UTF-8, goes
-            beyond a limit of this module, or has another shape.
+        UserError: the file is missing, cannot be read, is larger than `largest`, is no JSON in UTF-8, exceeds
+            a limit of this module, or has another shape.
     """
     path = Path(path)
     try:
@@ -86,10 +89,10 @@ def parse_json(
 
     Args:
         content: the text, as bytes in UTF-8 or as a string.
-        place: what an error calls it: the file, or the file and the line.
-        shape, remedy, error: as `read_json` takes them.
-        file_names: strings may hold file names that are no UTF-8, as Python has them.
-        damaged: what an error says of a text that is none.
+        place: the place in messages: the file, or the file and the line.
+        shape, remedy, error: as in `read_json`.
+        file_names: allow strings with file names that are not UTF-8, as Python represents them.
+        damaged: the fault in the message for invalid JSON.
 
     Raises:
         UserError: as `read_json`.
@@ -101,7 +104,7 @@ def parse_json(
         _check_limits(value, _NO_TEXT_BUT_NAMES if file_names else _NO_TEXT)
     except RecursionError as fault:
         raise error(f"{place}: {damaged} (lists in lists in lists); {remedy}") from fault
-    except ValueError as fault:  # no UTF-8, no JSON, beyond a limit
+    except ValueError as fault:  # not UTF-8, not JSON, or beyond a limit
         raise error(f"{place}: {damaged} ({fault}); {remedy}") from fault
     fault = shape_fault(value, shape)
     if fault:
@@ -110,19 +113,19 @@ def parse_json(
 
 
 def read_json_lines(path, shape=dict, *, remedy="correct it", file_names=False):
-    """Yield `(line, value)` for each line of a file of JSON lines; empty ones are passed over.
+    """Yield `(line, value)` for each line of a JSON Lines file; empty lines are skipped.
 
     The file is read line by line, so it may have any size.
 
     Args:
-        path, shape, remedy, file_names: as `parse_json` takes them.
+        path, shape, remedy, file_names: as in `parse_json`.
 
     Yields:
-        The text of the line without its end, and its value.
+        The text of the line without its line ending, and its value.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: as `parse_json`; the error tells the line's number.
+        UserError: as `parse_json`; the message names the line.
     """
     for number, line in enumerate(read_lines(path, remedy), start=1):
         if line.strip():
@@ -131,11 +134,11 @@ def read_json_lines(path, shape=dict, *, remedy="correct it", file_names=False):
 
 
 def read_lines(path, remedy="correct it"):
-    """Yield the lines of a text file in UTF-8 one by one, without their ends.
+    """Yield the lines of a UTF-8 text file without their line endings.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it cannot be read, or a line is no UTF-8 or longer than `LARGEST_LINE`.
+        UserError: it cannot be read, or a line is not UTF-8 or longer than `LARGEST_LINE`.
     """
     with _opened(path, remedy) as file:
         number = 0
@@ -150,11 +153,11 @@ def read_lines(path, remedy="correct it"):
 
 
 def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
-    """Return the content of a file that is no larger than it may be.
+    """Return the content of a file of at most `largest` bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it cannot be read, is no plain file, or is larger.
+        UserError: it cannot be read, is not a regular file, or is larger.
     """
     with _opened(path, remedy) as file:
         content = file.read(largest + 1)
@@ -164,11 +167,11 @@ def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
 
 
 def read_text(path, largest=LARGEST_FILE, remedy="save it as UTF-8"):
-    """Return the text of a file in UTF-8 that is no larger than it may be.
+    """Return the text of a UTF-8 file of at most `largest` bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: as `read_bytes`, or it is no UTF-8.
+        UserError: as `read_bytes`, or it is not UTF-8.
     """
     content = read_bytes(path, largest, remedy)
     try:
@@ -179,22 +182,22 @@ def read_text(path, largest=LARGEST_FILE, remedy="save it as UTF-8"):
 
 def _opened(path, remedy):
     try:
-        # What is no plain file may never end, or wait for ever: a pipe, a device.
+        # Reading a pipe or a device might never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             kind = "a folder" if Path(path).is_dir() else "no plain file"
             raise UserError(f"{path}: cannot be read ({kind}, not a file); {remedy}")
         return open(path, "rb")
-    except UserError:  # which is a ValueError
+    except UserError:  # a subclass of ValueError, which is caught below
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
-    except (OSError, ValueError) as error:  # the latter of a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError for a name with a NUL
         fault = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({fault}); {remedy}") from error
 
 
 def shape_fault(value, shape):
-    """What differs first between a JSON value and a shape, in a few words; None where nothing does."""
+    """Return the first difference between a JSON value and a shape, in a few words; None if it fits."""
     if shape is dict:
         return None if isinstance(value, dict) else _NO_DICTIONARY
     from pydantic import ValidationError
@@ -221,10 +224,10 @@ def _adapter(shape):
 
 
 def shown(value):
-    """Return a value of a file as a message shows it: short, whatever it is."""
+    """Return a short representation of any value, for messages."""
     try:
         text = repr(value[: 2 * _LONGEST_SHOWN] if isinstance(value, str | bytes) else value)
-    except (ValueError, RecursionError):  # more digits than Python prints, lists in lists
+    except (ValueError, RecursionError):  # more digits than Python prints, or too many nested lists
         return "(too long to show)"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
@@ -245,7 +248,7 @@ def _check_length(text):
 
 
 def _check_limits(value, no_text):
-    """Raise a ValueError for what is too deep, and for strings that are no text."""
+    """Raise a ValueError for values nested too deeply, and for strings that are not valid text."""
     level = [value]
     for _ in range(DEEPEST):
         inner = []

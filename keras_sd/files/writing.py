@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all: each is written under a temporary name, and renamed once it is on
-the disk. A full disk, a kill or a fault leaves what was there before.
+"""Atomic writing: each file is written under a temporary name and renamed once it is on disk.
+
+A full disk, a kill or an exception leaves the previous file unchanged.
 """
 
 import contextlib
@@ -18,19 +19,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ENDING = ".partial"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(_ENDING))
 _ABANDONED_SECONDS = 24 * 60 * 60
-_tidied = set()  # folders that this process has looked through
+_tidied = set()  # folders in which this process has looked for abandoned files
 
 
 @contextlib.contextmanager
 def replaced(path):
-    """Yield a temporary path in the folder of a file; what is written there becomes the file at the end.
+    """Yield a temporary path beside a file; at the end, what was written there replaces the file.
 
     Args:
-        path: the file; its folder is made if there is none. A link stays, and what it names is replaced. The
-            permissions of an earlier file stay too.
+        path: the file. Its folder is created if necessary. A symbolic link is kept and its target replaced;
+            the permissions of an existing file are kept.
 
     Raises:
-        UserError: the file cannot be written. Then, and at any other exception, nothing has changed.
+        UserError: the file cannot be written. After any exception the file is unchanged.
     """
     place = Path(os.path.realpath(path))
     staging = _temporary(place.parent)
@@ -38,7 +39,7 @@ def replaced(path):
         with _told_in_one_line(path):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            # Some libraries give files of their own making other permissions.
+            # Some libraries create files with other permissions.
             mode = (place if place.exists() else staging).stat().st_mode
             yield staging
             os.chmod(staging, mode & 0o7777)
@@ -52,18 +53,18 @@ def replaced(path):
 
 @contextlib.contextmanager
 def replaced_folder(path, last=None):
-    """Yield an empty temporary folder; what is written there gets its place in the folder `path` at the end.
+    """Yield an empty temporary folder; at the end, its files are moved into the folder `path`.
 
-    Where there is no such folder yet, it appears at once. In an earlier one, files of these names are
-    replaced one after the other, and others stay.
+    A new folder appears in one rename. In an existing folder, files of the same names are replaced one after
+    the other, and other files stay.
 
     Args:
         path: the folder.
-        last: the name of the file that is replaced last, a table of contents.
+        last: the name of the file to replace last, such as an index.
 
     Raises:
-        UserError: it cannot be written. Then, and at any other exception before the first file has got its
-            place, nothing has changed.
+        UserError: it cannot be written. After any exception before the first file is moved, the folder is
+            unchanged.
     """
     place = Path(os.path.realpath(path))
     is_new = not place.exists()
@@ -89,7 +90,7 @@ def replaced_folder(path, last=None):
 
 
 def write_text(path, text):
-    """Write a text file in UTF-8, as `replaced` does."""
+    """Write a text file in UTF-8 atomically."""
     with replaced(path) as staging:
         staging.write_bytes(utf8(text))
 
@@ -100,7 +101,7 @@ def utf8(text):
 
 
 def write_json(path, values, indent=2):
-    """Write a JSON file, as `replaced` does."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
 
 
@@ -112,25 +113,25 @@ def _told_in_one_line(path):
     except OSError as error:
         raise UserError(f"{path}: {write_fault(error)}") from error
     except UserError as error:
-        # A file of a temporary folder, whose name nobody has given.
+        # The message names a file in a temporary folder, which means nothing to the user.
         if isinstance(error.__cause__, OSError) and _ENDING in str(error):
             raise UserError(f"{path}: {write_fault(error.__cause__)}") from error.__cause__
         raise
 
 
 def write_fault(error):
-    """Return the fault and the remedy of an `OSError` that a file could not be written for."""
+    """Return the fault and the remedy for an `OSError` while a file was written."""
     remedy = "free some space or choose another place" if error.errno in _FULL else "choose another place"
     return f"cannot be written ({error.strerror}); {remedy}"
 
 
 def sync(path):
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Sync a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot, for folders
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -145,12 +146,12 @@ def _temporary(folder):
 
 
 def _remove_abandoned(folder):
-    """Remove what processes have left that were killed while they wrote: gigabytes, for a model."""
+    """Remove temporary files of processes that were killed; those of a model take gigabytes."""
     with contextlib.suppress(OSError):
         for path in [Path(entry) for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]:
             latest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
             if time.time() - latest < _ABANDONED_SECONDS:
-                continue  # some other program may be at it
+                continue  # another process may still be writing it
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

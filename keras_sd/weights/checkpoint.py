@@ -1,4 +1,4 @@
-"""What a file or a folder of weights holds, whatever its format.
+"""A checkpoint of any format in memory: `Checkpoint` and its `Part`s.
 
 Readers of every format return a `Checkpoint` in the names, layout and config keys of the diffusers
 folder; writers take one. Tensors are in torch layout, as published, and may be mapped from disk.
@@ -26,14 +26,14 @@ class Part(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The parts of a model that were found, and what belongs to them.
+    """The parts of a model that a file or folder holds, with the files that belong to them.
 
     Attributes:
-        parts: `Part` by name: "text_encoder", "unet", "vae", "image_encoder"; those that are there.
+        parts: dictionary of name -> `Part`; names are "text_encoder", "unet", "vae" and "image_encoder".
         scheduler: dictionary of `scheduler_config.json`, or None.
         low_res_scheduler: the same for the noise on an upscaler's low-resolution image, or None.
-        tokenizer: folder of the tokenizer's files, or None where there are none beside the weights.
-        scheduler_repairs: values that hold in place of those in `scheduler`, or None.
+        tokenizer: folder of the tokenizer's files, or None if there are none beside the weights.
+        scheduler_repairs: values that replace those in `scheduler`, or None.
     """
 
     parts: dict[str, Part]

@@ -1,7 +1,7 @@
-"""The config of a model, told from the names and shapes of its tensors, for files that have none beside them.
+"""Derives the config of a model from the names and shapes of its tensors, for files without a config.
 
-Widths, depths and where there is attention can be seen. What cannot be seen follows from what can, by rules
-that give the published values for SD 1.x, SD 2.x and the x4 upscaler.
+Widths, depths and the places of attention follow from the tensors directly. Other values are inferred by
+rules that give the published values for SD 1.x, SD 2.x and the x4 upscaler.
 """
 
 import functools
@@ -26,9 +26,9 @@ _TEXT_KEY = "attentions.0.transformer_blocks.0.attn2.to_k.weight"
 def unet_config(tensors, sample_size):
     """Return the `config.json` of a UNet.
 
-    An SD 2.x (`is_sd2`) has heads of width 64 and scores in float32; others (SD 1.x, the x4 upscaler) have
-    8 heads. Without a block in the middle it is a distilled one (BK-SDM).
-    Normalisation has 32 groups, or as many as divide all widths.
+    SD 2.x (`is_sd2`) has heads of width 64 and computes attention scores in float32; other models (SD 1.x,
+    the x4 upscaler) have 8 heads. A model without a middle block is a distilled one (BK-SDM). Normalisation
+    has 32 groups, or as many as divide all widths.
 
     Args:
         tensors: dictionary of arrays by diffusers' names.
@@ -41,9 +41,9 @@ def unet_config(tensors, sample_size):
     levels = range(max(1, index_count(tensors, "down_blocks.")))
     channels = tuple(size(f"down_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)
     attends = [f"down_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
-    attends_on_way_up = [f"up_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
+    up_attends = [f"up_blocks.{level}.{_TEXT_KEY}" in tensors for level in levels]
     has_middle = any(name.startswith("mid_block.") for name in tensors)
-    attends_in_middle = f"mid_block.{_TEXT_KEY}" in tensors
+    middle_attends = f"mid_block.{_TEXT_KEY}" in tensors
     blocks = ["mid_block", *(f"down_blocks.{level}" for level in levels)]
     attending = next((block for block in blocks if f"{block}.{_TEXT_KEY}" in tensors), None)
     text_width = size(f"{attending}.{_TEXT_KEY}", 1) if attending else 0
@@ -52,7 +52,7 @@ def unet_config(tensors, sample_size):
     sd2 = is_sd2(
         {"cross_attention_dim": text_width, "use_linear_projection": is_linear, "num_class_embeds": classes}
     )
-    middle = "UNetMidBlock2DCrossAttn" if attends_in_middle else "UNetMidBlock2D"
+    middle = "UNetMidBlock2DCrossAttn" if middle_attends else "UNetMidBlock2D"
     return UNetConfig(
         sample_size=sample_size,
         in_channels=size("conv_in.weight", 1),
@@ -61,7 +61,7 @@ def unet_config(tensors, sample_size):
         layers_per_block=index_count(tensors, "down_blocks.0.resnets."),
         down_block_types=_chosen(attends, "CrossAttnDownBlock2D", "DownBlock2D"),
         mid_block_type=middle if has_middle else None,
-        up_block_types=_chosen(attends_on_way_up, "CrossAttnUpBlock2D", "UpBlock2D"),
+        up_block_types=_chosen(up_attends, "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text_width,
         attention_head_dim=tuple(map(_heads, channels)) if sd2 else _SD1_HEADS,
         upcast_attention=sd2,
@@ -73,11 +73,11 @@ def unet_config(tensors, sample_size):
 
 
 def is_sd2(config):
-    """Return whether a UNet is of Stable Diffusion 2.x, by the width of the text encodings that it takes.
+    """Return whether a UNet is of Stable Diffusion 2.x, by the width of its text encodings.
 
-    Both families come with linear layers and with 1 x 1 convolutions around the attention, which compute the
-    same. Only where the width is of neither, linear layers make an SD 2.x. The upscaler, which has class
-    labels, is none.
+    Both families exist with linear layers and with 1 x 1 convolutions around the attention, which compute the
+    same. If the width belongs to neither family, linear layers mean SD 2.x. The upscaler, which has class
+    labels, is not SD 2.x.
     """
     if config["num_class_embeds"]:
         return False
@@ -86,9 +86,9 @@ def is_sd2(config):
 
 
 def _only_cross_attention(tensors, channels, attends):
-    """False where all attention begins with attention to itself, otherwise whether a level does without it.
+    """Return False if all levels have self-attention, otherwise a tuple of whether each level lacks it.
 
-    A level as wide as the text could be either. It is taken to attend to itself, as the upscaler's coarsest.
+    A level as wide as the text is ambiguous. It counts as self-attention, like the upscaler's coarsest level.
     """
     attends_to_itself = [
         attends[level] and _size(tensors, f"down_blocks.{level}.{_SELF_KEY}", 1) == channels[level]
@@ -109,7 +109,7 @@ def vae_config(tensors, sample_size, scaling_factor):
         KeyError: a tensor that tells the shape is missing, or has too few axes.
     """
     size = functools.partial(_size, tensors)
-    # The decoder is there always, and counts from the coarsest level.
+    # There is always a decoder; its levels count from the coarsest one.
     levels = range(max(1, index_count(tensors, "decoder.up_blocks.")))
     channels = tuple(size(f"decoder.up_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)[::-1]
     has_encoder = any(name.startswith("encoder.") for name in tensors)
@@ -124,7 +124,7 @@ def vae_config(tensors, sample_size, scaling_factor):
         layers_per_block=index_count(tensors, "decoder.up_blocks.0.resnets.") - 1,
         norm_num_groups=math.gcd(_MOST_GROUPS, *channels),
         scaling_factor=scaling_factor,
-        force_upcast=True,  # as the published configs, which leave it out
+        force_upcast=True,  # the default of the published configs
         mid_block_add_attention=index_count(tensors, "decoder.mid_block.attentions.") > 0,
     ).to_dict()
 
@@ -132,7 +132,7 @@ def vae_config(tensors, sample_size, scaling_factor):
 def text_encoder_config(tensors, is_open_clip):
     """Return the `config.json` of a text encoder.
 
-    Heads are 64 wide. OpenCLIP has the exact GELU; the width of ViT-H is taken for OpenCLIP under any names.
+    Heads are 64 wide. OpenCLIP uses the exact GELU; a width of 1024 (ViT-H) always counts as OpenCLIP.
 
     Args:
         tensors: dictionary of arrays by transformers' names, each beginning with `text_model.` except for

@@ -1,7 +1,7 @@
 """The diffusers folder, the native format: a folder for each part, with its config and its weights.
 
-Read in every form in the wild: one file or shards, plain or of a variant ("fp16"), safetensors or torch's
-own. Written in one form: one safetensors file for each part.
+It is read in every published form: one file or shards, with or without a variant ("fp16"), safetensors or
+torch files. It is written in one form: one safetensors file for each part.
 """
 
 import difflib
@@ -25,11 +25,11 @@ LOW_RES_SCHEDULER = Path("low_res_scheduler") / "scheduler_config.json"
 PARTS = ("text_encoder", "unet", "vae", "image_encoder")
 
 _SINGLE_FILE = ".safetensors"
-# Files of weights that are read and not written, and `.sft`, another short name of safetensors.
+# Suffixes of weight files that are read but not written, and `.sft`, a short form of `.safetensors`.
 _FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".h5", ".hdf5", ".keras", ".onnx", ".gguf", ".zip", ".sft")
 _ALIKE = 0.75  # `.safetensor`, `.safetesnors`
 
-# The libraries that read a folder look for each part's weights under the names they would give it.
+# The names under which diffusers and transformers look for a part's weights: safetensors, torch.
 _STEMS = {
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
@@ -45,7 +45,7 @@ _LIBRARIES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-# Parts that a pipeline of diffusers may have, and that we have none of, or that it leaves alone.
+# Optional parts of a diffusers pipeline that we do not have, or that the pipeline does not use.
 _ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
 
 
@@ -91,7 +91,7 @@ def has_weights(folder, part):
 
 
 def _weights_by_variant(directory, part):
-    """Variant to path of the weights or of their index; safetensors go before torch's own files."""
+    """Return the path of the weights, or of their index, by variant; safetensors come before torch files."""
     found = {}
     for stem, suffix in zip(_STEMS[part], _SUFFIXES, strict=True):
         for path in sorted(directory.glob(f"{stem}*")):
@@ -116,8 +116,7 @@ def read_weights(path):
         A dictionary of read-only arrays that are mapped from disk.
 
     Raises:
-        UserError: a file is missing or damaged, or the index names files elsewhere or tensors that are not
-            where it says.
+        UserError: a file is missing or damaged, or the index names files outside the folder or wrong shards.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -226,8 +225,8 @@ def write_part(folder, part, config, tensors, dtype=None):
 def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=None):
     """Write a `Checkpoint` as a folder that diffusers opens too.
 
-    All files are on disk before the first one takes its place, so that an end in the middle of the work, or
-    weights that `dtype` cannot hold, leave an earlier folder as it was.
+    All files are on disk before the first one gets its final name. So a kill before that, or weights that
+    `dtype` cannot hold, leave an existing folder unchanged.
 
     Args:
         path: the folder; made if there is none. Files of those names in it are replaced.
@@ -260,7 +259,7 @@ def write_scheduler(path, config):
 
 
 def _model_index(checkpoint):
-    """Return the table of contents by which diffusers' pipelines open a folder."""
+    """Return the content of `model_index.json`, with which diffusers opens a folder."""
     latents = checkpoint.parts["unet"].config.get("out_channels", 4)
     index = {"_diffusers_version": "0.35.0"}
     if checkpoint.low_res_scheduler is not None:

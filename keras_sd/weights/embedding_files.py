@@ -1,7 +1,7 @@
-"""Files of learned words (textual inversion, Gal et al., 2023), in the dialects that people have.
+"""Textual inversion as a file format (Gal et al., 2023): reads and writes learned embeddings.
 
-diffusers keeps `{token: vectors}`; the web interface a pickle with `string_to_param` and the word's `name`;
-kohya's scripts `emb_params`, whose word is the file's name.
+There are three dialects. diffusers stores `{token: vectors}`. A1111's web UI stores a pickle with
+`string_to_param` and the token's `name`. kohya's scripts store `emb_params`; the token is the file's name.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ _SDXL_KEYS = {"clip_g", "clip_l"}
 
 
 def embedding_file(path):
-    """Return the file that holds the embeddings of a path: itself, or one in the folder that it names."""
+    """Return the path of an embedding file: the path itself, or the file in a folder."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -31,15 +31,15 @@ def embedding_file(path):
 
 
 def read_embeddings(path, width):
-    """Read a file, or a folder with diffusers' `learned_embeds.safetensors` or `.bin` in it.
+    """Read learned embeddings from a file, or a folder with `learned_embeds.safetensors` or `.bin`.
 
     Args:
-        path: a safetensors file, or torch's own (`.pt`, `.bin`).
-        width: that of the text encoder's vectors.
+        path: a safetensors file, a torch file (`.pt`, `.bin`) or a folder.
+        width: width of the text encoder's token embeddings.
 
     Returns:
-        A dictionary: token -> its vectors, float32 `(k, width)`. The token is None where the file has no
-        name for it.
+        A dictionary of token -> its vectors, float32 `(k, width)`. The token is None if the file does not
+        name it.
 
     Raises:
         UserError: the file is damaged or holds no embeddings, those of another kind of model, or NaN.
@@ -51,7 +51,7 @@ def read_embeddings(path, width):
 
 
 def _arrays(content, path):
-    """Token -> its array, as it stands in a file of any dialect."""
+    """Return the arrays of a file of any dialect by token."""
     if isinstance(content, np.ndarray):
         return {None: content}
     if not isinstance(content, dict):
@@ -60,7 +60,7 @@ def _arrays(content, path):
         raise UserError(f"{path}: embeddings of Stable Diffusion XL; use ones made for this kind of model")
     if "string_to_param" in content:
         parameters, name = content["string_to_param"], content.get("name")
-        # torch's own dictionary of parameters is an object that has them in an attribute.
+        # torch's ParameterDict is an object that keeps its parameters in an attribute.
         parameters = parameters.get("_parameters", parameters) if isinstance(parameters, dict) else {}
         found = [array for array in parameters.values() if isinstance(array, np.ndarray)]
         arrays = {name if isinstance(name, str) and name else None: array for array in found[:1]}
@@ -100,16 +100,16 @@ def _checked(array, width, path):
 
 
 def write_embeddings(path, embeddings, dialect="diffusers", dtype=None):
-    """Write learned words as a safetensors file.
+    """Write learned embeddings as a safetensors file.
 
     Args:
         path: the file.
         embeddings: dictionary from token to its vectors `(k, width)`.
-        dialect: "diffusers", or "kohya", which holds one word and calls it as the file is called.
+        dialect: "diffusers", or "kohya", which holds one token, named by the file's name.
         dtype: as in `write_safetensors`.
 
     Raises:
-        UserError: the dialect is unknown or has no place for several words, or as `write_safetensors`.
+        UserError: the dialect is unknown or cannot hold several tokens, or as `write_safetensors`.
     """
     if dialect not in DIALECTS:
         raise UserError(f"dialect {dialect!r} of embeddings: unknown; use {' or '.join(DIALECTS)}")

@@ -1,8 +1,8 @@
-"""The tensors that a config describes, with their shapes, found before anything is built.
+"""The names and shapes of the tensors that a config describes, computed before a model is built.
 
-A config may be anyone's. As a model, one with a width of 10^12 would take all memory; its names and shapes
-cost nothing, as long as nobody asks for more of them than a file has. The walks follow the models of
-`keras_sd.models` layer by layer, and a test holds them to those.
+Configs come from untrusted files. Building a model with a width of 10^12 would take all memory; listing its
+names and shapes costs nothing, as long as the list ends soon after the file's own. The generators follow the
+models of `keras_sd.models` layer by layer, and a test compares both.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from keras_sd.errors import UserError
 _NAMED_AT_MOST = 5
 _VAE_ENCODER = ("encoder.", "quant_conv.")
 _REMEDY = "use the config.json that belongs to these weights"
-# A file with less than a tenth of a model's numbers is rather another model's, unless both are small.
+# A file with less than a tenth of a model's numbers probably belongs to another model, unless both are small.
 _MOST_MISSING = 10
 _SMALL = 10_000_000
 
@@ -26,9 +26,9 @@ def check_config(config, shapes, source, partial=False):
     Args:
         config: as in `expected_shapes`.
         shapes: dictionary of the shapes in the file by canonical name.
-        source: what to call the file.
-        partial: a warning does for tensors that are missing, misshapen or left over, as long as what is
-            missing has a size that goes with the file.
+        source: the file's name in messages.
+        partial: only warn of tensors that are missing, misshapen or left over, unless the model is much
+            larger than the file.
     """
     most = 2 * len(shapes) + 1000
     walk = expected_shapes(config)
@@ -57,11 +57,11 @@ def is_decoder_alone(names):
 
 
 def account(model_name, wanted, shapes, source, partial=False):
-    """Raise a UserError, or warns, with all faults of a set of tensors counted and the first ones named.
+    """Compare two sets of shapes; raise a UserError, or warn, with the number of faults and the first ones.
 
     Args:
-        model_name: what they are for.
-        wanted, shapes: dictionaries of the shapes of the model and of the file by canonical name.
+        model_name: the model's name in messages.
+        wanted, shapes: dictionaries of the shapes of the model and of the file, by canonical name.
         source, partial: as in `check_config`.
     """
     missing = [
@@ -86,7 +86,7 @@ def account(model_name, wanted, shapes, source, partial=False):
 
 
 def _lost_parts(wanted, shapes):
-    """Name the modules at the top of a model of which no tensor is there, for a message."""
+    """Return a note for a message on the top modules of a model that have no tensor at all."""
     there = {name.partition(".")[0] for name in shapes}
     lost = dict.fromkeys(part for name in wanted if (part := name.partition(".")[0]) not in there)
     return f" (all of {', '.join(lost)} is missing)" if lost and shapes else ""

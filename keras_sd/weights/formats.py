@@ -1,4 +1,4 @@
-"""Files of weights and configs: safetensors, read with care and written whole or not at all, and JSON."""
+"""Safetensors files: reads them by memory mapping, with all checks, and writes them atomically."""
 
 import json
 import mmap
@@ -17,7 +17,7 @@ from keras_sd.files.writing import replaced
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
-_LARGEST_HEADER = 32 * 2**20  # that of a whole Stable Diffusion has 0.2 MiB
+_LARGEST_HEADER = 32 * 2**20  # the header of a whole Stable Diffusion has 0.2 MiB
 
 _NUMPY_DTYPES = {  # by safetensors' names
     "F64": np.float64,
@@ -35,15 +35,15 @@ def read_safetensors(path, any_type=False):
     """Read a safetensors file by mapping it into memory.
 
     Args:
-        any_type: gives tensors of types that no weights have, such as fp8, as `unreadable` arrays. They may
-            be there for another program; a model that needs one refuses it by name.
+        any_type: return tensors of unsupported types, such as fp8, as `unreadable` arrays. Another program
+            may use them; a model that needs one raises a UserError.
 
     Returns:
         A dictionary of read-only NumPy arrays; their bytes stay on disk until they are used.
 
     Raises:
-        UserError: the file is missing, truncated, no safetensors file or, without `any_type`, holds a type
-            that no weights have.
+        UserError: the file is missing, truncated, no safetensors file or, without `any_type`, holds a tensor
+            of an unsupported type.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,7 +52,7 @@ def read_safetensors(path, any_type=False):
         with safe_open(path, framework="np"):
             pass  # opening checks the header: its size, and that the offsets fill the file exactly
     except SafetensorError as error:
-        fault = shown(str(error))  # which quotes the file, at any length
+        fault = shown(str(error))  # the error quotes the file, at any length
         raise UserError(f"{path}: truncated or no safetensors file ({fault}); fetch it again") from error
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -64,30 +64,30 @@ def read_safetensors(path, any_type=False):
 
 
 def unreadable(dtype, shape):
-    """What stands for a tensor of a type that NumPy lacks or no weights have: its shape, and no values.
+    """Return a placeholder for a tensor of an unsupported type: it has the shape, but no values.
 
     Args:
-        dtype: the name of the type.
-        shape: the tensor's.
+        dtype: the name of the type; `type_name` returns it.
+        shape: the shape of the tensor.
 
     Returns:
-        An array that takes no memory, whose values cannot be used and whose type `type_name` tells.
+        An array that takes no memory and whose values cannot be used.
     """
     return np.broadcast_to(np.zeros((), np.dtype([(dtype, "V1")])), shape)
 
 
 def type_name(array):
-    """Return the name of an array's type, of `unreadable` ones too."""
+    """Return the name of an array's type, also of an `unreadable` array."""
     return array.dtype.names[0] if array.dtype.names else array.dtype.name
 
 
 def is_weight(array):
-    """Return whether an array is of a type that weights are kept in: a float of 16 bits or more."""
+    """Return whether an array has a type of weights: a float of 16 bits or more."""
     return array.dtype in (np.float64, *DTYPES.values())
 
 
 def read_metadata(path):
-    """Return the texts that a safetensors file has in its header, as a dictionary."""
+    """Return the metadata in the header of a safetensors file, a dictionary of strings."""
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}
@@ -104,12 +104,12 @@ def _view(data, name, entry, path, any_type):
         if entry["dtype"] not in _NUMPY_DTYPES:
             return unreadable(entry["dtype"], entry["shape"])
         return data[begin:end].view(_NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except ValueError as error:  # more axes, or a larger one beside an empty one, than arrays have
+    except ValueError as error:  # more axes than NumPy allows, or an axis that is too large
         raise UserError(f"{path}: {name[:200]} has no shape of an array; fetch it again") from error
 
 
 def release(array):
-    """Give back the memory that a mapped array's pages take; a later use reads them from disk again."""
+    """Release the memory of a mapped array's pages; a later use reads them from disk again."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -123,12 +123,12 @@ def release(array):
 
 
 def write_safetensors(path, tensors, dtype=None):
-    """Write arrays as a safetensors file that torch libraries accept, whole or not at all.
+    """Write arrays atomically as a safetensors file that torch libraries accept.
 
     Args:
-        path: the file; an earlier one is replaced by a rename once the new one is on disk.
+        path: the file; an existing one is replaced by a rename once the new one is on disk.
         tensors: a dictionary of NumPy arrays.
-        dtype: "float32", "float16" or "bfloat16" for all of them; None leaves them as they are.
+        dtype: "float32", "float16" or "bfloat16" for all of them; None keeps their types.
 
     Raises:
         UserError: `dtype` is unknown or cannot hold a value, or the file cannot be written.
@@ -140,7 +140,7 @@ def write_safetensors(path, tensors, dtype=None):
         try:
             save_file(arrays, staging, metadata={"format": "pt"})
         except SafetensorError as error:
-            # The library tells the operating system's error in its text only.
+            # The library gives the operating system's error number in its text only.
             number = re.search(r"\(os error (\d+)\)", str(error))
             if number is None:
                 raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
@@ -148,14 +148,14 @@ def write_safetensors(path, tensors, dtype=None):
 
 
 def check_dtype(dtype):
-    """Raise a UserError unless `dtype` names a type that weights are written in, or is None."""
+    """Raise a UserError unless `dtype` is None or names a type that weights can be written in."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
 
 
 def _convert(name, array, dtype):
-    # Contiguous, as the library writes a transposed view's memory in the order in which it lies.
-    with np.errstate(over="ignore"):  # told below
+    # Contiguous, as the library writes the memory of a transposed view without regard to its strides.
+    with np.errstate(over="ignore"):  # the check below reports it
         converted = np.asarray(array if dtype is None else array.astype(DTYPES[dtype]), order="C")
     if not np.isfinite(converted).all():
         raise UserError(f"{name}: holds values that are no finite {converted.dtype}; save as float32")

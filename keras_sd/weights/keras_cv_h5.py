@@ -1,8 +1,9 @@
-"""KerasCV's Stable Diffusion files: H5 of Keras 2, one for each of four models.
+"""KerasCV's Stable Diffusion files: H5 files of Keras 2, one for each of four models.
 
-Layers are named there by the order in which a process happened to make them (`padded_conv2d_17`), so they are
-told by their order, as Keras itself does: a walk through the same architecture that yields the published
-names of the weights. A file's datasets lie in one piece each, so they are mapped and not read.
+Their layer names depend on the order in which a process created the layers (`padded_conv2d_17`). So layers
+are
+identified by position, as Keras itself does: a generator walks through the same architecture and yields the
+published names of the weights. Datasets are contiguous in the file, so they are mapped instead of read.
 """
 
 import math
@@ -27,8 +28,8 @@ def _under(module, parameters):
     return tuple(f"{module}.{parameter}" for parameter in parameters)
 
 
-# The parameters of KerasCV's layers in their order there. Only residual blocks that change the number of
-# channels have the last of theirs.
+# The parameters of KerasCV's layers, in KerasCV's order. Only residual blocks that change the number of
+# channels have a shortcut.
 _SINGLE = ("weight", "bias")
 _SHORTCUT = _both("conv_shortcut")
 _CLIP_EMBEDDING = ("token_embedding.weight", "position_embedding.weight")
@@ -132,19 +133,19 @@ _WALKS = {
 def read_keras_cv(paths):
     """Read the files of KerasCV's `StableDiffusion` or `StableDiffusionV2`.
 
-    Which model a file holds is told by its first layer. Configs are derived from the tensors, and the noise
-    schedule is that of KerasCV: both of its models predict noise, at 512 pixels.
+    The first layer of a file shows which model it holds. Configs are derived from the tensors. The noise
+    schedule is KerasCV's: both of its models predict noise, at 512 pixels.
 
     Args:
-        paths: a file, a list of files, or a folder whose `.h5` files are taken. There may be a text encoder,
-            a diffusion model, a decoder, and a VAE encoder together with the decoder.
+        paths: a file, a list of files, or a folder with `.h5` files: a text encoder, a diffusion model, a
+            decoder, a VAE encoder, or several of these. A VAE encoder needs its decoder.
 
     Returns:
-        A `Checkpoint` with the parts among text_encoder, unet and vae that are there.
+        A `Checkpoint` with those of the parts text_encoder, unet and vae that the files hold.
 
     Raises:
-        UserError: a file is missing, damaged, not as KerasCV has it, or it refers to other files; or the
-            VAE's encoder is there without the decoder.
+        UserError: a file is missing, damaged, not KerasCV's, or refers to other files; or there is a VAE
+            encoder without the decoder.
     """
     tensors, files = {}, {}
     for path in _listed(paths):
@@ -188,7 +189,7 @@ def _config(part, tensors, path):
 
 
 def _kind(layers, path):
-    """Which model it is: only the text encoder begins with two tables, only the VAE with a convolution."""
+    """Return which model it is: the text encoder starts with two tables, the VAE with a convolution."""
     ranks = [array.ndim for array in layers[0]] if layers else []
     if ranks == [2, 2]:
         return "text encoder"
@@ -215,7 +216,7 @@ def _named(kind, layers, path):
 
 def _to_torch(parameter, array):
     if array.ndim == 4 and array.shape[:2] == (1, 1) and parameter.startswith("to_"):
-        array = array[0, 0]  # the VAE's attention, whose linear layers are convolutions in KerasCV
+        array = array[0, 0]  # KerasCV has convolutions in place of the linear layers of the VAE's attention
     if array.ndim == 4:
         return array.transpose(3, 2, 0, 1)
     return array if array.ndim < 2 or parameter in _CLIP_EMBEDDING else array.T
@@ -237,13 +238,13 @@ def _read_layers(path):
             layers = [_child(root, name, h5py.Group) for name in _names(root, "layer_names")]
             return [arrays for layer in layers if (arrays := _arrays(layer, data))]
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        # The text of these may quote the file, at any length.
+        # These errors may quote the file, at any length.
         fault = str(error).splitlines()[0][:200] if str(error) else "damaged"
         raise _damaged(path, f"no weights as Keras 2 writes them ({fault})") from error
 
 
 def _names(group, attribute):
-    """Return a list of names, which is kept in several attributes where it is long."""
+    """Return a list of names; Keras splits a long one over several attributes."""
     if attribute in group.attrs:
         chunks = [attribute]
     else:
@@ -264,11 +265,11 @@ def _arrays(layer, data):
 
 
 def _child(group, path, kind):
-    """Return the group or dataset at a path, of which no step may lead elsewhere."""
+    """Return the group or dataset at a path; a link on the way is an error."""
     for name in filter(None, path.split("/")):
         if not isinstance(group, h5py.Group) or not _has_link(group, name):
             raise ValueError(f"{name[:80]!r} is missing")
-        # h5py's own `Group.get` follows a link, even into another file, to see whether it leads anywhere.
+        # h5py's own `Group.get` follows a link, even into another file.
         if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
             raise ValueError(f"{name[:80]!r} is a link to another place")
         group = group[name]
@@ -284,9 +285,10 @@ def _has_link(group, name):
 def _array(dataset, data):
     """Return the dataset as a view of the file's bytes."""
     properties = dataset.id.get_create_plist()
-    # Virtual datasets and external storage are other files. Keras writes none of these, nor compressed ones.
-    in_one_piece = properties.get_layout() == h5py.h5d.CONTIGUOUS and not properties.get_external_count()
-    begin = dataset.id.get_offset() if in_one_piece else None
+    # Virtual datasets and external storage refer to other files. Keras writes neither, nor compressed
+    # datasets.
+    is_contiguous = properties.get_layout() == h5py.h5d.CONTIGUOUS and not properties.get_external_count()
+    begin = dataset.id.get_offset() if is_contiguous else None
     if begin is None or begin + dataset.nbytes > len(data):
         raise ValueError(f"{dataset.name[:80]!r} does not lie in the file in one piece")
     if dataset.dtype.kind != "f" or not dataset.dtype.isnative:

@@ -1,9 +1,8 @@
-"""The names of latent-diffusion's own files (CompVis, StabilityAI), as a rule on those of diffusers.
+"""Translates tensor names between latent-diffusion (CompVis, StabilityAI) and diffusers.
 
-Both name the same modules, one by a running number over all blocks, the other by level and layer. The rule
-is a dictionary of modules that is made for a number of levels and layers; inside of a module both use the
-same names, so a tensor is renamed by the longest beginning of its name that is a module. Keys and values
-exchanged, it leads back.
+latent-diffusion numbers all blocks consecutively; diffusers names them by level and layer. A dictionary of
+modules is built for the number of levels and layers. Names inside a module are the same in both, so a tensor
+is renamed by the longest prefix of its name that is a module. The inverted dictionary translates back.
 """
 
 import re
@@ -45,7 +44,7 @@ def index_count(names, prefix):
 
 
 def unet_to_diffusers(tensors):
-    """Return a UNet's tensors under diffusers' names; what has no place keeps its name.
+    """Return a UNet's tensors under diffusers' names; unknown tensors keep their names.
 
     Args:
         tensors: dictionary of arrays by latent-diffusion's names, without `model.diffusion_model.`.
@@ -54,7 +53,7 @@ def unet_to_diffusers(tensors):
     layers = index_count(tensors, "input_blocks.") // levels - 1
     starts = [level * (layers + 1) for level in range(levels)]
     attends = [f"output_blocks.{start}.1.norm.weight" in tensors for start in starts]
-    return _rename(tensors, _turned(_unet_modules(levels, layers, attends)))
+    return _rename(tensors, _inverted(_unet_modules(levels, layers, attends)))
 
 
 def unet_to_ldm(tensors, config):
@@ -69,9 +68,13 @@ def unet_to_ldm(tensors, config):
 
 
 def vae_to_diffusers(tensors):
-    """As `unet_to_diffusers`, for a VAE without `first_stage_model.`; its attention becomes linear layers."""
+    """Return a VAE's tensors under diffusers' names; the attention's 1 x 1 convolutions become linear layers.
+
+    Args:
+        tensors: dictionary of arrays by latent-diffusion's names, without `first_stage_model.`.
+    """
     levels, layers = index_count(tensors, "decoder.up."), index_count(tensors, "decoder.up.0.block.") - 1
-    renamed = _rename(tensors, _turned(_vae_modules(levels, layers)))
+    renamed = _rename(tensors, _inverted(_vae_modules(levels, layers)))
     return {
         name: array[..., 0, 0]
         if array.shape[2:] == (1, 1) and _VAE_PROJECTION_PATTERN.search(name)
@@ -81,7 +84,12 @@ def vae_to_diffusers(tensors):
 
 
 def vae_to_ldm(tensors, config):
-    """As `unet_to_ldm`, for a VAE without `first_stage_model.`; its attention becomes 1 x 1 convolutions."""
+    """Return a VAE's tensors under latent-diffusion's names; the attention becomes 1 x 1 convolutions.
+
+    Args:
+        tensors: dictionary of arrays by diffusers' names.
+        config: the dictionary of its `config.json`.
+    """
     convolutions = {
         name: array[:, :, None, None] if array.ndim == 2 and _VAE_PROJECTION_PATTERN.search(name) else array
         for name, array in tensors.items()
@@ -89,18 +97,18 @@ def vae_to_ldm(tensors, config):
     return _rename(convolutions, _vae_modules(len(config["block_out_channels"]), config["layers_per_block"]))
 
 
-def _unet_modules(levels, layers, attends_on_way_up):
-    """Diffusers' modules of a UNet to latent-diffusion's.
+def _unet_modules(levels, layers, up_attends):
+    """Return a dictionary from diffusers' modules of a UNet to latent-diffusion's.
 
     Args:
         levels: number of resolutions.
-        layers: residual blocks of a level on the way down; the way up has one more.
-        attends_on_way_up: for each level from the coarsest, whether it attends to the text.
+        layers: residual blocks per level of the down path; the up path has one more.
+        up_attends: for each level of the up path, from the coarsest, whether it has cross-attention.
     """
     modules = _UNET_ENDS | {"mid_block.attentions.0": "middle_block.1"}
     modules |= _inside("mid_block.resnets.0", "middle_block.0", _UNET_RESNET)
     modules |= _inside("mid_block.resnets.1", "middle_block.2", _UNET_RESNET)
-    for level, attends in enumerate(attends_on_way_up):
+    for level, attends in enumerate(up_attends):
         down, up = f"down_blocks.{level}", f"up_blocks.{level}"
         start = level * (layers + 1)
         for layer in range(layers):
@@ -119,7 +127,10 @@ def _unet_modules(levels, layers, attends_on_way_up):
 
 
 def _vae_modules(levels, layers):
-    """Diffusers' modules of a VAE to latent-diffusion's, whose decoder counts from the finest level."""
+    """Return a dictionary from diffusers' modules of a VAE to latent-diffusion's.
+
+    latent-diffusion's decoder counts from the finest level.
+    """
     modules = {}
     for half in ("encoder", "decoder"):
         modules[f"{half}.conv_norm_out"] = f"{half}.norm_out"
@@ -142,7 +153,7 @@ def _inside(module, ldm_module, children):
     return {f"{module}.{child}": f"{ldm_module}.{ldm_child}" for child, ldm_child in children.items()}
 
 
-def _turned(modules):
+def _inverted(modules):
     return {ldm_module: module for module, ldm_module in modules.items()}
 
 

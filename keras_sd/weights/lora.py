@@ -1,8 +1,8 @@
-"""Files of low-rank updates (LoRA, Hu et al., 2022), in the dialects that people have.
+"""LoRA as a file format (Hu et al., 2022): reads and writes low-rank updates in PEFT's and kohya's dialects.
 
-PEFT's, which diffusers writes, names layers as the models do (`unet.….to_q.lora_A.weight`); kohya's joins the
-names by underscores (`lora_unet_…_to_q.lora_down.weight`) and has latent-diffusion's names at times. Since a
-joined name cannot be taken apart, the names of the model are joined and compared.
+PEFT's dialect, which diffusers writes, names layers as the models do (`unet.….to_q.lora_A.weight`). kohya's
+joins the names by underscores (`lora_unet_…_to_q.lora_down.weight`) and sometimes has latent-diffusion's
+names. A joined name cannot be split again, so the names of the model are joined and compared.
 """
 
 import os
@@ -23,19 +23,19 @@ from keras_sd.weights.torch_pickle import read_torch
 PEFT_FILE = "pytorch_lora_weights.safetensors"
 PARTS = ("unet", "text_encoder")
 
-# What a folder may hold, in the order in which it is looked for: diffusers' names, and PEFT's own.
+# The files of a folder in the order in which they are looked for: diffusers' names, then PEFT's.
 _FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 _DORA = ("dora_scale", "magnitude_vector")
 _PEFT_PREFIX = "base_model.model."
 
 _KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
-# The last group but one is the name of the adapter, which PEFT puts in while it trains.
+# PEFT inserts the name of the adapter before ".weight" while it trains.
 _TENSOR_PATTERN = re.compile(
     r"(?P<layer>.+?)[._](?:lora_(?P<peft>A|B)(?:\.\w+)?\.weight"
     r"|lora(?:_linear_layer)?[._](?P<half>down|up)\.weight|(?P<alpha>alpha))"
 )
-# diffusers' first dialect has the updates of attention in a processor beside it.
+# diffusers' first dialect keeps the updates of attention in an attention processor.
 _PROCESSOR_PATTERN = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")
 
 
@@ -48,7 +48,7 @@ class LowRank(NamedTuple):
 
     @property
     def scaled_product(self):
-        """What is added to the layer's weight, in torch layout, float32."""
+        """The full update of the layer's weight, in torch layout, float32."""
         rank = len(self.down)
         down = np.asarray(self.down, "float32").reshape(rank, -1)
         product = np.asarray(self.up, "float32").reshape(-1, rank) @ down
@@ -56,12 +56,12 @@ class LowRank(NamedTuple):
 
 
 def holds_lora(folder):
-    """Return whether there is a folder of that path with the LoRA of diffusers or PEFT in it."""
+    """Return whether the path is a folder with a LoRA of diffusers or PEFT."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in _FOLDER_FILES)
 
 
 def lora_file(path):
-    """Return the file that holds the LoRA of a path: itself, or one in the folder that it names."""
+    """Return the path of a LoRA file: the path itself, or the file in a folder."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -69,22 +69,22 @@ def lora_file(path):
 
 
 def read_lora(path, models):
-    """Read a file, or a folder with `pytorch_lora_weights` or `adapter_model` in it.
+    """Read a LoRA file, or a folder with `pytorch_lora_weights` or `adapter_model`.
 
-    Strength is taken from the tensors named alpha, else from the `adapter_config.json` beside an
-    `adapter_model`, else from the file's header; without any of them an update counts once, as alpha is the
-    rank then.
+    Alpha comes from the tensors named alpha, otherwise from the `adapter_config.json` beside an
+    `adapter_model`, otherwise from the file's header. Without any of these alpha is the rank, so the scale is
+    1.
 
     Args:
-        path: a safetensors file, or torch's own.
-        models: part ("unet", "text_encoder") -> the model that the updates are for.
+        path: a safetensors file, a torch file or a folder.
+        models: dictionary of part ("unet", "text_encoder") -> the Keras model that the LoRA is for.
 
     Returns:
-        A dictionary: part -> layer -> `LowRank`.
+        A dictionary of part -> layer -> `LowRank`.
 
     Raises:
-        UserError: the file is damaged or no LoRA, or the LoRA of another model, or its config asks for what
-            is not supported; the line says what differs.
+        UserError: the file is damaged or no LoRA, is for another model, or its config has an unsupported
+            option; the message names the difference.
     """
     path = lora_file(path)
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
@@ -128,7 +128,7 @@ def read_lora(path, models):
 
 
 def _layer_shapes(model):
-    """Layer -> the shape of its weight in torch layout, of all layers that an update could be for."""
+    """Return the weight shape, in torch layout, of each layer that can have an update."""
     return {
         parameter.name.removesuffix(".weight"): _torch_shape(parameter.variable.shape)
         for parameter in parameter_paths(model)
@@ -142,7 +142,7 @@ def _torch_shape(shape):
 
 
 def _spellings(part, layers, config):
-    """Return every spelling of a layer's name that files have -> the layer."""
+    """Return a dictionary from every spelling of a layer's name in files to the layer."""
     spellings = {}
     for layer in layers:
         short = layer.removeprefix("text_model.")
@@ -198,13 +198,13 @@ def _single_alpha(name, array, path):
 
 
 def write_lora(path, lora, dialect="peft", dtype=None):
-    """Write updates as a safetensors file.
+    """Write low-rank updates as a safetensors file.
 
     Args:
         path: the file.
-        lora: part -> layer -> `LowRank`, as `read_lora` gives it.
-        dialect: "peft", which diffusers reads, or "kohya". The first has no place for alpha that all of its
-            readers know, so the scale goes into `up`.
+        lora: dictionary of part -> layer -> `LowRank`, as `read_lora` returns it.
+        dialect: "peft", which diffusers reads, or "kohya". PEFT's dialect has no entry for alpha that all
+            readers know, so the scale is multiplied into `up`.
         dtype: as in `write_safetensors`.
 
     Raises:
@@ -228,12 +228,13 @@ def write_lora(path, lora, dialect="peft", dtype=None):
 
 
 def _with_scale(down, up, scale, dtype):
-    """Return the halves of an update whose product holds `scale`, in the type that they are written in."""
+    """Return the two factors of an update with `scale` multiplied in, in the type to write."""
     kind = np.dtype(DTYPES[dtype] if dtype else up.dtype)
     scaled = np.asarray(up, "float32") * np.float32(scale)
     if kind != np.float16:
         return down, scaled.astype(kind)
-    # float16 loses its digits below 6e-5: a power of two, which is exact, makes both halves of one size.
+    # float16 loses precision below 6e-5. A power of two, which is exact, gives both factors the same
+    # magnitude.
     down = np.asarray(down, "float32")
     largest, own = np.abs(scaled).max(initial=0), np.abs(down).max(initial=0)
     share = np.float32(2.0 ** np.round(np.log2(largest / own) / 2)) if largest and own else np.float32(1)

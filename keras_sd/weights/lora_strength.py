@@ -1,9 +1,9 @@
-"""How strong a LoRA's updates are, as PEFT's config says: `adapter_config.json` beside the weights, or what
-diffusers writes into a safetensors header (`lora_adapter_metadata`).
+"""The scale of a LoRA's updates from PEFT's config.
 
-PEFT multiplies an update of rank r by alpha / r, and with rsLoRA (Kalajdzievski, 2023) by alpha / sqrt(r);
-`rank_pattern` and `alpha_pattern` give single layers others. What else a config may ask for changes the
-numbers in ways that are not done here, so it is refused by its name.
+The config is `adapter_config.json` beside the weights, or the entry `lora_adapter_metadata` that diffusers
+writes into a safetensors header. PEFT multiplies an update of rank r by alpha / r, and with rsLoRA
+(Kalajdzievski, 2023) by alpha / sqrt(r); `rank_pattern` and `alpha_pattern` set other values for single
+layers. Other options that change the result are not supported; they raise a UserError that names them.
 """
 
 import math
@@ -19,11 +19,11 @@ from keras_sd.weights.formats import read_metadata
 ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 
-# Names of PEFT's LoraConfig whose other values change what is computed -> those that do not.
+# Fields of PEFT's LoraConfig that may change the result -> their values that do not.
 _NEUTRAL = {
     "peft_type": ("LORA", None),
     "bias": ("none", None),
-    # The others are ways to begin; these move a part of the model's own weights into the update.
+    # Other initialisations move a part of the model's own weights into the update.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         [
@@ -37,7 +37,7 @@ _NEUTRAL = {
 
 
 class _Shape(TypedDict, total=False):
-    """The fields that say how strong updates are."""
+    """The fields that determine the scale of the updates."""
 
     r: int | None
     lora_alpha: float | None
@@ -46,7 +46,7 @@ class _Shape(TypedDict, total=False):
     alpha_pattern: dict[str, float] | None
 
 
-_USUAL_RANK = _USUAL_ALPHA = 8  # PEFT's own, where a config says none
+_USUAL_RANK = _USUAL_ALPHA = 8  # PEFT's defaults
 _LARGEST_ALPHA = 1e30
 _LONGEST_PATTERN = 300
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
@@ -59,14 +59,14 @@ _LARGEST_COST = 16
 
 
 class LoraStrength:
-    """The strengths of a LoRA's updates.
+    """The scales of a LoRA's updates.
 
     Args:
         config: the fields of PEFT's `LoraConfig`, as a dictionary.
-        source: where they come from, for messages.
+        source: the config's name in messages.
 
     Raises:
-        UserError: a field that cannot be honoured, or one of another type.
+        UserError: a field is not supported or has a wrong type.
     """
 
     def __init__(self, config, source):
@@ -85,22 +85,22 @@ class LoraStrength:
         self._rank_stabilized = bool(config.get("use_rslora"))
 
     def alpha(self, layer, rank):
-        """Return the alpha of a layer's update of this rank, so that alpha / rank is its strength.
+        """Return the alpha of a layer's update of this rank; alpha / rank is its scale.
 
         Raises:
-            UserError: the rank is not what the config says.
+            UserError: the config has another rank.
         """
-        said = _of_layer(self._ranks, layer, self._rank)
-        if said != rank:
+        expected = _of_layer(self._ranks, layer, self._rank)
+        if expected != rank:
             raise UserError(
-                f"{self._source}: says rank {said} for {layer}, whose update has {rank}; "
+                f"{self._source}: says rank {expected} for {layer}, whose update has {rank}; "
                 "use the config that was written with the weights"
             )
         alpha = _of_layer(self._alphas, layer, self._alpha)
         return alpha * math.sqrt(rank) if self._rank_stabilized else float(alpha)
 
     def _checked(self, name, value):
-        if value is not None and not abs(value) < _LARGEST_ALPHA:  # so put, it is true of NaN
+        if value is not None and not abs(value) < _LARGEST_ALPHA:  # also true for NaN
             raise UserError(f"{self._source}: {name} {shown(value)} is no number of use; fetch it again")
         return value
 
@@ -136,7 +136,7 @@ def _of_layer(patterns, layer, usual):
 
 
 def read_strengths(path, parts):
-    """What the files say about a LoRA's strength.
+    """Return the scales that the files of a LoRA specify.
 
     Args:
         path: the file of the weights.

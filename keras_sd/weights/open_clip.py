@@ -1,7 +1,7 @@
-"""The files of OpenCLIP and of OpenAI's CLIP, which both keep their towers under OpenAI's names.
+"""Reads and writes the files of OpenCLIP and of OpenAI's CLIP, which both use OpenAI's names.
 
-Names differ from transformers' by module, and by the queries', keys' and values' projections, which are one
-tensor here. The projections into the common space are products from the right here, so they are transposed.
+Module names differ from transformers', and the projections of queries, keys and values are one tensor here.
+The projections into the shared space are transposed, as they multiply from the right here.
 """
 
 import functools
@@ -57,13 +57,13 @@ _JOINT_PATTERN = re.compile(r"(.*)in_proj_(weight|bias)")
 _QUERY_PATTERN = re.compile(r"(.*)q_proj\.(weight|bias)")
 _JOINED = ("q_proj", "k_proj", "v_proj")
 
-# Buffers of some files that follow from the config.
+# Buffers in some files whose values follow from the config.
 _NO_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
 
 _HEAD_WIDTH, _MOST_IMAGE_HEADS = 64, 16
 _EPSILON = 1e-5
 
-# Config entries that change the computation and not the names or shapes, and their values computed here.
+# Config entries that change the computation but neither names nor shapes, and their supported values.
 _COMPUTED = {
     "text_cfg": {"pool_type": ("argmax", "eos"), "no_causal_mask": (False,), "act_kwargs": (None,)},
     "vision_cfg": {"pool_type": ("tok",), "act_kwargs": (None,)},
@@ -71,37 +71,37 @@ _COMPUTED = {
 
 
 def text_to_transformers(tensors):
-    """Return a text tower's tensors under transformers' names; what has no place keeps its name.
+    """Return a text tower's tensors under transformers' names; unknown tensors keep their names.
 
     Args:
         tensors: dictionary of arrays by OpenCLIP's names (`token_embedding.weight`, ...).
 
     Returns:
-        A dictionary of arrays, those of the tower under `text_model.`, beside `text_projection.weight`
-        `(projection, width)` and `logit_scale`. What is split or transposed is a view.
+        A dictionary of arrays: the tower under `text_model.`, `text_projection.weight` `(projection, width)`
+        and `logit_scale`. Split and transposed arrays are views.
     """
     return _to_transformers(tensors, _TEXT, _TEXT_HEAD, "text_model.")
 
 
 def text_to_open_clip(tensors):
-    """Return the inverse of `text_to_transformers`; takes names with and without `text_model.`."""
+    """Invert `text_to_transformers`; names may have the prefix `text_model.` or not."""
     return _to_open_clip(tensors, _TEXT, _TEXT_HEAD)
 
 
 def vision_to_transformers(tensors):
-    """As `text_to_transformers`, for a vision tower.
+    """Return a vision tower's tensors under transformers' names; unknown tensors keep their names.
 
     Args:
         tensors: dictionary of arrays by OpenCLIP's names, without `visual.`.
 
     Returns:
-        A dictionary of arrays, those of the tower under `vision_model.`, beside `visual_projection.weight`.
+        A dictionary of arrays: the tower under `vision_model.`, and `visual_projection.weight`.
     """
     return _to_transformers(tensors, _VISION, _VISION_HEAD, "vision_model.")
 
 
 def vision_to_open_clip(tensors):
-    """Return the inverse of `vision_to_transformers`; takes names with and without `vision_model.`."""
+    """Invert `vision_to_transformers`; names may have the prefix `vision_model.` or not."""
     return _to_open_clip(tensors, _VISION, _VISION_HEAD)
 
 
@@ -124,7 +124,7 @@ def _to_transformers(tensors, modules, head, prefix):
 def _to_open_clip(tensors, modules, head):
     tensors = {canonical_name(name): array for name, array in tensors.items()}
     tensors.pop(None, None)
-    modules, block, head = _turned(modules), _turned(_BLOCK), _turned(head)
+    modules, block, head = _inverted(modules), _inverted(_BLOCK), _inverted(head)
     renamed = {}
     for name, array in tensors.items():
         query = _QUERY_PATTERN.fullmatch(name)
@@ -139,7 +139,7 @@ def _to_open_clip(tensors, modules, head):
 
 
 def _renamed(name, modules, block_modules):
-    """Return the name with the modules at its beginning, and at its beginning inside of a block, renamed."""
+    """Return the name with its modules, and those inside a block, renamed."""
     block = _BLOCK_PATTERN.fullmatch(name)
     if block:
         return f"{modules[block[1]]}.{block[2]}.{_renamed(block[3], block_modules, {})}"
@@ -147,7 +147,7 @@ def _renamed(name, modules, block_modules):
     return name if known is None else modules[known] + name[len(known) :]
 
 
-def _turned(modules):
+def _inverted(modules):
     return {name: module for module, name in modules.items()}
 
 
@@ -160,21 +160,21 @@ def is_open_clip(path):
 
 
 def read_open_clip(path, activation=None):
-    """Read a CLIP of OpenCLIP's or OpenAI's.
+    """Read a CLIP model of OpenCLIP or OpenAI.
 
-    Shapes tell the config. Heads are 64 wide, but an image tower has 16 at the most, as all published ones
-    do (those of ViT-H/14 are 80 wide). An `open_clip_config.json` beside the weights, which OpenCLIP's models
-    on the hub have, goes before this.
+    An `open_clip_config.json` beside the weights takes precedence; OpenCLIP's models on the hub have one.
+    Otherwise the config is derived from the shapes. Heads are 64 wide, but an image tower has at most 16,
+    like all published ones (those of ViT-H/14 are 80 wide).
 
     Args:
-        path: a `.safetensors` file, or a torch file (`.bin`, `.pt`) of OpenCLIP's training or of OpenAI's.
-        activation: "gelu" or "quick_gelu", which the weights do not tell. None takes it from the config
-            beside them. Without one it is quick_gelu in OpenAI's own files, which hold an
-            `input_resolution`, and where the file's name has "quickgelu" or "openai" in it; otherwise gelu.
+        path: a `.safetensors` file, or a torch file (`.bin`, `.pt`) of OpenCLIP's training or of OpenAI.
+        activation: "gelu" or "quick_gelu", which does not follow from the weights. None takes it from the
+            config beside them. Without a config it is quick_gelu for OpenAI's own files, which hold an
+            `input_resolution`, and for file names with "quickgelu" or "openai"; otherwise gelu.
 
     Returns:
-        A `Checkpoint` with the parts text_encoder and image_encoder. `text_projection.weight`
-        `(projection, width)` and `logit_scale` are among the tensors of the latter.
+        A `Checkpoint` with the parts text_encoder and image_encoder. The latter holds
+        `text_projection.weight` `(projection, width)` and `logit_scale` too.
 
     Raises:
         UserError: the file is missing or damaged, or holds another model than a CLIP with a vision
@@ -205,12 +205,12 @@ def _read_tensors(path):
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no dictionary of weights; give a checkpoint of OpenCLIP")
-    # Training on several devices adds the first, OpenCLIP's class for text towers of any kind the second.
+    # Distributed training adds "module.", OpenCLIP's class for other text towers adds "text.".
     return {name.removeprefix("module.").removeprefix("text."): array for name, array in _flattened(state)}
 
 
 def _flattened(values, path=""):
-    """Yield tensors by their dotted names; OpenAI's own files hold a module inside of a module."""
+    """Yield (dotted name, tensor) for nested dictionaries, which OpenAI's own files hold."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flattened(value, f"{path}{name}.")
@@ -268,7 +268,7 @@ def _is_quick(config, path, tensors):
 
 
 def _towers(tensors, path):
-    """Return the tensors of the text tower and of the vision tower, in transformers' names."""
+    """Return the tensors of the text tower and of the vision tower under transformers' names."""
     vision = {n.removeprefix("visual."): array for n, array in tensors.items() if n.startswith("visual.")}
     text = {n: a for n, a in tensors.items() if not n.startswith("visual.") and n not in _NO_WEIGHTS}
     text, vision = text_to_transformers(text), vision_to_transformers(vision)
@@ -334,13 +334,13 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
         checkpoint: a `Checkpoint` with the parts text_encoder and image_encoder, the latter with
             `text_projection.weight` and `logit_scale` among its tensors.
         dtype: as in `write_safetensors`.
-        save_tokenizer: writes transformers' tokenizer files into the folder that it is given. None where the
+        save_tokenizer: function that writes transformers' tokenizer files into a folder. None if the
             vocabulary is CLIP's own, which OpenCLIP has.
 
     Raises:
-        UserError: something of a CLIP is missing, or the file cannot be written.
+        UserError: a part of a CLIP model is missing, or the file cannot be written.
     """
-    # It loads a backend, which readers do without.
+    # Imported here, as it loads a backend, which reading does not need.
     from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
 
     path = Path(path)
@@ -357,7 +357,7 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
     config = open_clip_config(text.config, image.config)
     if save_tokenizer is not None:
         save_tokenizer(path.parent)
-        # OpenCLIP takes any name for a sign to look for the tokenizer beside the config.
+        # With any name here, OpenCLIP looks for the tokenizer beside the config.
         config["text_cfg"]["hf_tokenizer_name"] = "tokenizer"
     write_safetensors(path, open_clip_tensors(text, image), dtype)
     pixels = {"mean": PIXEL_MEAN.tolist(), "std": PIXEL_DEVIATION.tolist()}
@@ -383,7 +383,7 @@ def open_clip_config(text_config, image_config):
         text_config, image_config: dictionaries of the two `config.json`.
 
     Raises:
-        UserError: the towers have different activations or projections, which OpenCLIP has no place for.
+        UserError: the towers have different activations or projections, which OpenCLIP does not support.
     """
     text, image = TextEncoderConfig.from_dict(text_config), ImageEncoderConfig.from_dict(image_config)
     for name in ("hidden_act", "projection_dim"):

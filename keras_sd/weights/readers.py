@@ -23,20 +23,20 @@ _KERAS_CV_SUFFIXES = (".h5", ".hdf5")
 
 
 def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
-    """Read a model, or the parts of one, of any format.
+    """Read a model, or some parts of one, in any format.
 
     Args:
-        path: a folder in diffusers' layout or with KerasCV's H5 files; or a single file with the names of
-            latent-diffusion, of one part, of a CLIP of OpenCLIP's, or of KerasCV.
-        weights: "ema" or "raw", where a single file holds both.
-        variant: which of a folder's sets of files, such as "fp16".
-        prediction_type: "epsilon", "v_prediction" or "sample", in place of what the model's schedule says.
+        path: a diffusers folder, a folder of KerasCV's H5 files, or a single file: of a whole model in
+            latent-diffusion's names, of one part, of an OpenCLIP model, or of KerasCV.
+        weights: "ema" or "raw", if a single file holds both.
+        variant: variant of a folder's files, such as "fp16".
+        prediction_type: "epsilon", "v_prediction" or "sample"; replaces that of the model's schedule.
 
     Returns:
         A `Checkpoint`.
 
     Raises:
-        UserError: it is missing, damaged, not what its suffix says, or nothing of Stable Diffusion.
+        UserError: it is missing, damaged, not what its suffix says, or not of Stable Diffusion.
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights {shown(weights)}: unknown; use ema or raw")
@@ -93,7 +93,7 @@ def _read_directory(folder, variant):
 
 
 def _part_of(path):
-    """Which part a `config.json` describes."""
+    """Return the part that a `config.json` describes."""
     config = read_json(path)
     for key, names in _PART_NAMES.items():
         part = names.get(config.get(key)) if isinstance(config.get(key), str) else None
@@ -106,8 +106,8 @@ def read_part(path, part, variant=None):
     """Read one part of a model.
 
     Args:
-        path: a folder in diffusers' layout, a folder of the part alone by any name (its `config.json` and its
-            weights), or a file that holds the part.
+        path: a diffusers folder, a folder of the part alone (`config.json` and weights), or a file that holds
+            the part.
         part: "text_encoder", "image_encoder", "unet" or "vae".
         variant: as in `read_checkpoint`.
 
@@ -115,7 +115,7 @@ def read_part(path, part, variant=None):
         A `Part`.
 
     Raises:
-        UserError: it is not there, or as `read_checkpoint`.
+        UserError: the part is not found, or as `read_checkpoint`.
     """
     with os_errors_in_one_line(path):
         return _read_part(Path(path), part, variant)

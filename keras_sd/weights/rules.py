@@ -155,28 +155,28 @@ def _to_keras(parameter, array):
 
 
 def from_torch(parameter, array):
-    """Return an array in torch layout as the `Parameter`'s variable has it, float32."""
+    """Return an array in torch layout transposed to the layout of the `Parameter`'s variable, float32."""
     return np.asarray(_to_keras(parameter, array), "float32")
 
 
 def _is_finite(array):
     array = np.asarray(array)
-    # A sum is finite only if all of its terms are, and takes no array of its own.
+    # A finite sum proves that all terms are finite, and needs no temporary array.
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(array.sum(dtype="float32")) or np.isfinite(array).all())
 
 
 def load_weights(model, tensors, *, prefix="", source="weights"):
-    """Put published tensors into a model, accounting for every one of them.
+    """Load published tensors into a model.
 
-    Nothing is assigned unless every tensor has its variable, every variable its tensor, all shapes
-    agree and all values are finite.
+    Nothing is assigned unless every tensor has a variable, every variable has a tensor, all shapes agree and
+    all values are finite.
 
     Args:
         model: the built Keras model.
         tensors: a mapping of published names to arrays in torch layout; any float precision.
-        prefix: takes only the names that begin with it, and without it.
-        source: what to call the tensors' origin in an error, usually the file.
+        prefix: load only tensors whose names begin with it; the prefix is removed.
+        source: the tensors' origin in messages, usually the file.
 
     Raises:
         UserError: tensors are missing, left over, misshapen or not finite.
@@ -200,7 +200,7 @@ def _given(tensors):
 
 
 def _matched(model, tensors, source, partial=False):
-    """Pair of each `Parameter` and the name of its tensor, all accounted for unless `partial`."""
+    """Return pairs of a `Parameter` and the name of its tensor; without `partial`, all must match."""
     given, shapes = _given(tensors)
     wanted = {canonical_name(parameter.name): parameter for parameter in parameter_paths(model)}
     if not partial:
@@ -229,7 +229,7 @@ def weights_fingerprint(model, left_out=()):
     """Return the SHA-256 of a model's weights with their names, in hexadecimal; None if there are none.
 
     Args:
-        left_out: variables that do not count.
+        left_out: variables to ignore.
     """
     ignored = {id(variable) for variable in left_out}
     parameters = [parameter for parameter in parameter_paths(model) if id(parameter.variable) not in ignored]

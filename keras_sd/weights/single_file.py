@@ -1,7 +1,7 @@
-"""Whole models in one file, as latent-diffusion (CompVis, StabilityAI) and most user interfaces keep them.
+"""Single-file checkpoints, the format of latent-diffusion (CompVis, StabilityAI) and of most user interfaces.
 
-A single file holds tensors and no config: which model it is follows from the tensors themselves. The same
-readers take files of one part, under latent-diffusion's or diffusers' names.
+A single file holds tensors and no config, so the config is derived from the tensors. The same reader accepts
+files of one part, under latent-diffusion's or diffusers' names.
 """
 
 import re
@@ -27,14 +27,14 @@ from keras_sd.weights.open_clip import text_to_open_clip, text_to_transformers
 from keras_sd.weights.stored_zip import ZIP_MAGIC
 from keras_sd.weights.torch_pickle import LEGACY_MAGIC, read_torch
 
-# What a model's names begin with where a program has put it into a module of its own.
+# Prefixes of programs that wrap a model in another module.
 _WRAPPERS = ("", "module.", "model.", "state_dict.")
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
 
-# Each part's prefixes, those of whole files first; and a tensor of it by which a file without one is known.
+# The prefixes of each part, those of whole files first, and tensors that identify a part without a prefix.
 _UNET_PREFIXES = (UNET_PREFIX, "diffusion_model.", "unet.", "")
 _VAE_PREFIXES = (VAE_PREFIX, "vae.", "")
 _CLIP_PREFIXES = (CLIP_PREFIX, "text_encoder.", "")
@@ -58,7 +58,7 @@ _SIGNATURES = {
 
 _VAE_PATTERN = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
 
-# Models that keep their parts under the same prefixes but are built otherwise.
+# Other architectures that use the same prefixes.
 _OTHER_MODELS = {
     "Stable Diffusion XL or unCLIP": r"conditioner\.embedders\.|.*label_emb\.0\.|add_embedding\.linear_1\.",
     "Stable Diffusion 3": r".*joint_blocks\.0\.",
@@ -72,11 +72,11 @@ _OTHER_FILES = {
     "a CLIP with its image tower": _IMAGE_TOWER,
 }
 
-# What compares texts with images, which Stable Diffusion does not.
+# CLIP's head, which compares texts with images; Stable Diffusion does not use it.
 _CLIP_HEAD = ("text_projection", "logit_scale")
 
-# Config entries that change what a model computes and that its tensors do not show.
-_TOLD = {
+# Config entries that change the computation and do not follow from the tensors.
+_NOT_IN_TENSORS = {
     "attention_head_dim",
     "norm_num_groups",
     "norm_eps",
@@ -98,31 +98,31 @@ _UPSCALER_NOISE = SchedulerConfig(
     **_UPSCALER_BETAS, clip_sample=True, steps_offset=0, set_alpha_to_one=True
 ).to_dict("DDPMScheduler")
 
-# SD 2.x takes what the last but one of OpenCLIP-H's 24 blocks gives, so the last one is never run.
+# SD 2.x uses the output of the last but one of OpenCLIP-H's 24 blocks, so the last one is never run.
 _OPEN_CLIP_BLOCKS = 23
 
-# The step at which the 512-pixel base model of SD 2.0 was published. It is the one that predicts the noise.
+# The training step of the published 512-pixel base model of SD 2.0, which predicts noise.
 _SD2_BASE_STEP = 875000
 
 
 def read_single_file(path, weights="ema", prediction_type=None):
-    """Read a file of Stable Diffusion 1.x, 2.x or of the x4 upscaler, or of one of their parts.
+    """Read a file of Stable Diffusion 1.x, 2.x or the x4 upscaler, or of one of their parts.
 
-    Configs are derived from the tensors (`derived_config`), and the noise schedule is the published one of
-    the model's kind. What SD 2.x predicts cannot be seen. It is taken to be the velocity, at 768 pixels; and
-    noise, at 512 pixels, for inpainting and for the base model if the file tells its training step.
+    Configs are derived from the tensors (`derived_config`), and the noise schedule is the published one. The
+    prediction type of SD 2.x does not follow from the tensors. The default is velocity at 768 pixels; it is
+    noise at 512 pixels for inpainting, and for the base model if the file holds its training step.
 
     Args:
         path: a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file.
-        weights: "ema" takes the UNet's averaged weights where the file has them, "raw" those being trained.
-        prediction_type: "epsilon" or "v_prediction", where the above does not hold.
+        weights: "ema" for the UNet's EMA weights, if the file has them; "raw" for the weights without EMA.
+        prediction_type: "epsilon" or "v_prediction", if the default is wrong.
 
     Returns:
-        A `Checkpoint` in diffusers' and transformers' names, with the parts among text_encoder, unet and vae
-        that are there, and with the schedules if there is a UNet.
+        A `Checkpoint` in diffusers' and transformers' names, with those of the parts text_encoder, unet and
+        vae that the file holds, and with the schedules if it holds a UNet.
 
     Raises:
-        UserError: the file is missing, damaged, not what its suffix says or nothing of Stable Diffusion.
+        UserError: the file is missing, damaged, not what its suffix says or not of Stable Diffusion.
     """
     path = Path(path)
     if weights not in ("ema", "raw"):
@@ -133,7 +133,7 @@ def read_single_file(path, weights="ema", prediction_type=None):
         checkpoint = _checkpoint(path, tensors, step, weights, prediction_type)
     except KeyError as error:
         raise UserError(
-            f"{path}: {error.args[0]} is missing or has too few axes, so the model's shape cannot be told; "
+            f"{path}: {error.args[0]} is missing or has too few axes, so the config cannot be derived; "
             "use an undamaged file, or a diffusers folder"
         ) from error
     if not checkpoint.parts:
@@ -145,7 +145,7 @@ def read_single_file(path, weights="ema", prediction_type=None):
 
 
 def _read_tensors(path):
-    """Return the file's tensors by name, and the training step that it tells or None."""
+    """Return the file's tensors by name, and its training step or None."""
     found, expected = _kind(path), _SUFFIXES.get(path.suffix.lower())
     if found and expected and found != expected:
         remedy = _RENAMING.get(found, "fetch the weights themselves")
@@ -173,7 +173,7 @@ def _torch_tensors(path):
 
 
 def _kind(path):
-    """What the file is by its first bytes, or None."""
+    """Return the file's format by its first bytes, or None."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -190,7 +190,7 @@ def _refuse_other_models(path, tensors):
     found = _matching(_OTHER_MODELS, tensors)
     if found:
         raise UserError(
-            f"{path}: this is {found}, which is built otherwise; give Stable Diffusion 1.x, 2.x or x4"
+            f"{path}: this is {found}, another architecture; give Stable Diffusion 1.x, 2.x or x4"
         )
 
 
@@ -210,7 +210,7 @@ def _checkpoint(path, tensors, step, weights, prediction_type):
     parts, scheduler, side = {}, None, 256 if is_upscaler else 512
     if text:
         config = derived_config.text_encoder_config(text, is_open_clip)
-        # The projection belongs to OpenCLIP's comparison with images.
+        # Without the text projection, which only CLIP's comparison with images needs.
         own = {name: array for name, array in text.items() if name.startswith("text_model.")}
         parts["text_encoder"] = Part(config, own, path)
     if unet:
@@ -226,9 +226,9 @@ def _checkpoint(path, tensors, step, weights, prediction_type):
 
 
 def _prefix(tensors, prefixes, signs):
-    """What the names of a part begin with, or None where the file does not hold the part.
+    """Return the prefix of a part's names, or None if the file does not hold the part.
 
-    The prefix of whole files is enough by itself, so that a damaged one is told as what it is.
+    The prefix of whole files is sufficient, so that a damaged whole file gets a fitting message.
     """
     if any(name.startswith(prefixes[0]) for name in tensors):
         return prefixes[0]
@@ -249,7 +249,7 @@ def _unet_tensors(tensors, weights):
     if "time_embedding.linear_1.weight" in unet:
         return unet
     if weights == "ema" and prefix is not None:
-        # The averages are buffers, and a buffer's name has no dots.
+        # The EMA weights are buffers, whose names have no dots.
         outer = f"{prefix.removesuffix(UNET_PREFIX)}model_ema.diffusion_model"
         averages = {name: f"{outer}{name.replace('.', '')}" for name in unet}
         unet = {name: tensors.get(averages[name], array) for name, array in unet.items()}
@@ -265,12 +265,12 @@ def _vae_tensors(tensors):
 
 
 def _is_upscaler_vae(vae):
-    """Return whether it has three levels, four pixels to a latent, as that of the x4 upscaler."""
+    """Return whether a VAE has three levels, like that of the x4 upscaler."""
     return index_count(vae, "decoder.up_blocks.") == 3
 
 
 def _text_tensors(tensors):
-    """Return the text encoder's tensors in transformers' names, and whether it is OpenCLIP's."""
+    """Return the text encoder's tensors under transformers' names, and whether it is OpenCLIP's."""
     if any(re.match(_IMAGE_TOWER, name) for name in tensors):
         return {}, False  # not a part of Stable Diffusion
     open_clip = _below(tensors, _prefix(tensors, (OPEN_CLIP_PREFIX, ""), _OPEN_CLIP_SIGNS))
@@ -288,7 +288,7 @@ def _text_tensors(tensors):
 
 
 def _is_unused(name):
-    """Return whether it is of a block that is not run, or a constant."""
+    """Return whether a tensor belongs to a block that is never run, or is a constant."""
     match = re.match(r"transformer\.resblocks\.(\d{1,4})\.", name)
     return name == "attn_mask" or (match is not None and int(match[1]) >= _OPEN_CLIP_BLOCKS)
 
@@ -307,10 +307,10 @@ def _scheduler(unet_config, step, prediction_type):
 
 
 def write_single_file(path, checkpoint, dtype=None):
-    """Write a model as a `.safetensors` file in latent-diffusion's names, whole or not at all.
+    """Write a model atomically as a `.safetensors` file in latent-diffusion's names.
 
-    It has a place for the text encoder, the UNet and the VAE, and for no config: a warning names what a
-    reader would take otherwise than it is. The image encoder and the tokenizer are left out.
+    The format holds the text encoder, the UNet and the VAE, but no config: a warning names the values that a
+    reader would derive wrongly. The image encoder and the tokenizer are left out.
 
     Args:
         path: the file, a `.safetensors`.
@@ -328,14 +328,14 @@ def write_single_file(path, checkpoint, dtype=None):
         tensors |= _ldm_tensors(name, part)
     if not tensors:
         raise UserError(f"{path}: no text encoder, UNet or VAE to write; give a Stable Diffusion model")
-    lost = _not_told(checkpoint, _checkpoint(path, tensors, None, "raw", None))
+    lost = _lost_values(checkpoint, _checkpoint(path, tensors, None, "raw", None))
     if lost:
-        warnings.warn(f"{path}: cannot tell {'; '.join(lost)}: keep the config beside it", stacklevel=2)
+        warnings.warn(f"{path}: cannot hold {'; '.join(lost)}: keep the config beside it", stacklevel=2)
     write_safetensors(path, tensors, dtype)
 
 
 def _ldm_tensors(name, part):
-    """Return the tensors of a part in a single file."""
+    """Return the tensors of a part under their names in a single file."""
     if name == "unet":
         return _under(UNET_PREFIX, unet_to_ldm(part.tensors, part.config))
     names = {given: canonical_name(given) for given in part.tensors}
@@ -354,8 +354,8 @@ def _under(prefix, tensors):
     return {prefix + name: array for name, array in tensors.items()}
 
 
-def _not_told(checkpoint, derived):
-    """What a reader derives otherwise than it is given: a list of descriptions."""
+def _lost_values(checkpoint, derived):
+    """Return descriptions of the values that a reader would derive wrongly."""
     pairs = [
         (name, part.config, derived.parts[name].config)
         for name, part in checkpoint.parts.items()
@@ -368,7 +368,7 @@ def _not_told(checkpoint, derived):
         f"{name} {key} {given[key]} (read as {value})"
         for name, given, read in pairs
         for key, value in read.items()
-        if key in _TOLD and key in given and not _same(given[key], value)
+        if key in _NOT_IN_TENSORS and key in given and not _same(given[key], value)
     ]
     sampler = (checkpoint.scheduler or {}).get("_class_name", "DDIMScheduler")
     if sampler != "DDIMScheduler":
@@ -377,7 +377,7 @@ def _not_told(checkpoint, derived):
 
 
 def _same(value, other):
-    """Return whether two config values are equal, where one value stands for as many as there are levels."""
+    """Return whether two config values are equal; a single value stands for the same value at each level."""
     lists = [list(v) for v in (value, other) if isinstance(v, list | tuple)]
     if len(lists) == 1:
         return all(item == (other if isinstance(value, list | tuple) else value) for item in lists[0])

@@ -1,7 +1,7 @@
-"""Zip files whose entries are stored as they are, read in place.
+"""Reads zip files with uncompressed entries in place, such as torch's.
 
-Python's own reader copies what it reads, and keeps about 1 kB for each of the 46 bytes that an entry of the
-directory needs, which a file could abuse.
+Python's own reader copies the data. It also needs about 1 kB of memory for each directory entry of 46 bytes,
+which a malicious file could abuse.
 """
 
 import struct
@@ -14,16 +14,16 @@ _END_MAGIC = b"PK\x05\x06"
 _END64_MAGIC = b"PK\x06\x06"
 _END64_LOCATOR_MAGIC = b"PK\x06\x07"
 _LONGEST_COMMENT = 2**16
-_ELSEWHERE = 2**32 - 1  # stands for a value of 8 bytes in the zip64 extra field
+_IN_ZIP64 = 2**32 - 1  # placeholder: the value has 8 bytes and is in the zip64 extra field
 _MOST_ENTRIES = 100_000
 
 
 class DamagedFile(ValueError):
-    """The fault of a file, in a few words."""
+    """A fault in a file, described in a few words."""
 
 
 class _Entry(NamedTuple):
-    """Where an entry's own header begins, how many bytes of content follow it, and whether they are plain."""
+    """The offset of an entry's local header, the size of its content, and whether it is uncompressed."""
 
     header: int
     size: int
@@ -104,12 +104,12 @@ class StoredZip:
         extra_end = name_end + extra_length
         wide = iter(_zip64_values(self._data[name_end:extra_end].tobytes()))
         size, compressed, header = (
-            next(wide, _ELSEWHERE) if value == _ELSEWHERE else value for value in (size, compressed, header)
+            next(wide, _IN_ZIP64) if value == _IN_ZIP64 else value for value in (size, compressed, header)
         )
         is_stored = not method and not flags & 1
         if (is_stored and size != compressed) or header + 30 + compressed > len(self._data):
             raise DamagedFile(f"its entry {name!r:.60} does not lie inside of the file")
-        # What TorchScript compresses is its code, which nobody here asks for.
+        # TorchScript compresses its code entries, which are never read here.
         return name, _Entry(header, size, is_stored), extra_end + comment_length
 
 

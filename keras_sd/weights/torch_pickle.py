@@ -49,7 +49,7 @@ _STORAGE_DTYPES = {
     "UntypedStorage": "uint8",
 }
 
-# What a pickle can lead to that is not as torch writes it.
+# The errors that reading a pickle can raise if torch did not write it.
 _PICKLE_FAULTS = (
     ValueError,
     IndexError,
@@ -103,7 +103,7 @@ def read_torch(path, any_type=False):
     except DamagedFile as error:
         raise UserError(f"{path}: no readable torch file, {error}; fetch it again") from error
     except _PICKLE_FAULTS as error:
-        # The text of these may quote the file, at any length.
+        # These errors may quote the file, at any length.
         raise UserError(f"{path}: no readable torch file, its pickle is damaged; fetch it again") from error
     raise UserError(f"{path}: neither a zip nor a pickle of torch.save; fetch it again")
 
@@ -144,7 +144,7 @@ def _read_legacy(data):
     for _ in range(3):
         _Machine(note_dtype, len(data)).run(stream)
     start = stream.tell()
-    # Where the storages begin is known only behind the content that refers to them: it is read twice.
+    # The list of storages comes after the content that refers to them, so the content is read twice.
     _Machine(note_dtype, len(data)).run(stream)
     keys = _Machine(note_dtype, len(data)).run(stream)
     storages, begin = {}, stream.tell()
@@ -337,7 +337,7 @@ class _Machine:
         return self._open_storage(key, np.dtype(_DTYPES[dtype]), _count(count))
 
     def _make(self, function, arguments):
-        """What a call or a new object stands for: a tensor, a container, or else an empty dictionary."""
+        """Return the result of a call or a new object: a tensor, a container, or else an empty dictionary."""
         name = function.name if isinstance(function, _Global) else None
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             return self._tensor(*arguments[:4])
@@ -381,7 +381,7 @@ def _global(module, name):
 
 
 def _unreadable(kind, shape):
-    """Return a tensor of a type that no weights have, named by a class of torch's."""
+    """Return an `unreadable` tensor, whose type a class of torch names."""
     shape = tuple(map(_count, shape))
     if len(shape) > _MOST_AXES or math.prod(shape) >= _COUNT_END:
         raise DamagedFile("a tensor whose shape is no shape")
@@ -396,13 +396,13 @@ def _count(value):
 
 
 def _extend(target, items):
-    """Append items; on what is no list they are lost."""
+    """Append items to a list; ignore them for other objects."""
     if isinstance(target, list):
         target.extend(items)
 
 
 def _set_items(target, items):
-    """Set items that are given as keys and values in turn; on what is no dictionary they are lost."""
+    """Set items of a dictionary, given as alternating keys and values; ignore them for other objects."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             # A nested tuple would be hashed by recursion in C, as deep as the file likes.

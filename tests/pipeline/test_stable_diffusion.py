@@ -387,7 +387,7 @@ def test_bad_input_is_one_line(plain, task, change, line):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot tell")
+@pytest.mark.filterwarnings("ignore:.*cannot hold")
 def test_bad_input_of_primitives_is_one_line(plain, tmp_path):
     context = plain.encode_text("a cat")
     with pytest.raises(UserError, match=r"text encoding of shape \(1, 2\): does not fit the model; give"):
