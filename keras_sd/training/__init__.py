@@ -1,0 +1,19 @@
+"""Training: one module per method, and the loop, losses and callbacks that all methods share.
+
+trainer            the training loop around Keras' `fit()`
+settings           the settings that all methods share
+losses             the objectives: a network with its loss
+optimizer          AdamW with EMA weights
+offloaded_average  EMA weights in host memory
+callbacks          checkpoints, signals, progress, non-finite losses
+checkpoints        training checkpoints that survive a kill
+resuming           adapts a checkpoint to changed settings
+run_folder         the lock, records and exports of a run folder
+logs               metrics.jsonl, TensorBoard, sample images
+evaluation         samples, KID and CLIP score during training
+encodings          images and captions encoded once before training
+distribution       several devices and processes; rendezvous connects them
+
+text_to_image, lora, consistency (LCM), dreambooth, textual_inversion, autoencoder, contrastive (CLIP),
+pixel_ddim, super_resolution: the methods; architectures holds their default networks
+"""

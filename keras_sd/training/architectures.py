@@ -27,8 +27,8 @@ PIXEL_SCHEDULER = SchedulerConfig(
 )
 
 
-# The bundled upscaler of images to twice the side. It predicts the image itself, whose errors then
-# count alike at all levels of noise, as what is seen beside the noise says nearly all.
+# The bundled upscaler to twice the side. It predicts the image itself, so that errors count equally at all
+# noise levels: the low-resolution input determines most of the image.
 UPSCALER_UNET = UNetConfig(
     sample_size=128,
     in_channels=6,
@@ -46,5 +46,5 @@ UPSCALER_UNET = UNetConfig(
 UPSCALER_SCHEDULER = dataclasses.replace(PIXEL_SCHEDULER, prediction_type="sample")
 
 
-# The noise on the small image: that of SD's x4 upscaler.
+# The noise on the low-resolution image, as in SD's x4 upscaler.
 LOW_RES_SCHEDULER = SchedulerConfig(beta_start=0.0001, beta_end=0.02)

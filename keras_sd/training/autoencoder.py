@@ -18,18 +18,18 @@ from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
 
-_SHOWN = 50  # training images that are measured where none are held out
-_PIXELS = 4 * 512**2  # of the images that go through the network at once, as its memory grows with them
+_SHOWN = 50  # number of training images to measure on if there are no held-out ones
+_PIXELS = 4 * 512**2  # pixels per batch, as memory grows with them
 
 
 def latent_shape(config, image_size):
-    """Shape (height, width, channels) of the latents of square images."""
+    """Return the shape (height, width, channels) of the latents of square images."""
     side = image_size // config.downsampling
     return side, side, config.latent_channels
 
 
 def measure_reconstruction(vae, examples):
-    """Mean peak signal-to-noise ratio (dB) of the images of examples, encoded and decoded."""
+    """Return the mean peak signal-to-noise ratio (dB) of the reconstructed images of examples."""
     ratios, count = 0.0, 0
     for images in _image_batches(vae, examples):
         outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_network(images))))
@@ -56,7 +56,7 @@ def measure_scale(vae, examples):
 
 
 def _image_batches(vae, examples):
-    """Yield the images of examples, uint8 `(n, h, w, 3)`, as many at once as there is memory for."""
+    """Yield the images of examples in batches, uint8 `(n, h, w, 3)`, of a size that fits into memory."""
     size = min(50, max(1, _PIXELS // vae.config.sample_size**2))
     for start in range(0, len(examples), size):
         indices = range(start, min(start + size, len(examples)))
@@ -70,19 +70,17 @@ def train_autoencoder(
 
     Args:
         settings: `trainer.Settings`.
-        vae: the autoencoder; the scaling factor of its latents is measured at the end, unless they stay as
-            they are.
+        vae: the autoencoder; unless `decoder_only`, the scaling factor of its latents is measured at the end.
         source: examples with an `image` of `config.sample_size`.
         held_out: examples on which the reconstruction is measured; without any, some training examples.
         repeats: how often an epoch shows each example.
         kl_weight: weight of the divergence, per latent number.
-        decoder_only: leaves the latents as they are and learns to decode their means more faithfully, as
-            the decoders were that followed Stable Diffusion 1.
-        random_crop: side of the squares, cut at random from the images, that are trained on; None trains
-            on whole images.
+        decoder_only: freeze the encoder, and train the decoder to decode the means of the latents, like the
+            decoders published after Stable Diffusion 1.
+        random_crop: side in pixels of random square crops to train on; None trains on whole images.
 
     Raises:
-        UserError: the squares are larger than the images, or no latents' size makes them.
+        UserError: `random_crop` is larger than the images, or no multiple of the downsampling factor.
 
     Returns:
         The trained model, or None when it was stopped before the end.

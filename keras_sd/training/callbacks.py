@@ -1,9 +1,9 @@
 """Keras callbacks of a training run, on TensorFlow and on JAX.
 
 A step is one update of the weights: one batch, or several whose gradients are accumulated. `fit()` may be
-called once or several times in a run: steps are counted on from `initial_step`. Reading a loss waits for the
-device, so the callbacks keep the logs of several steps as they come and read them together;
-`StepCallbackList` sees to it that Keras does not read them before.
+called several times in a run; steps are counted from `initial_step`. Reading a loss waits for the device, so
+the callbacks collect the logs of several steps and read them together. `StepCallbackList` keeps Keras from
+reading them earlier.
 
 Order in the list: `StopOnSignal`, `logs.MetricsLog`, `StopOnNonFiniteLoss`, `CheckpointCallback`, the rest.
 """
@@ -39,9 +39,9 @@ def sync_state(model) -> None:
 
 
 class StepCallbackList(keras.callbacks.CallbackList):
-    """Callbacks that get the logs of a step as they are, still on the device.
+    """A callback list that passes the logs of a step on without copying them from the device.
 
-    Keras' own list turns every log into a float after every step, which waits for the device. Use:
+    Keras' own list converts every log to a float after every step, which waits for the device. Use:
     `model.fit(..., callbacks=StepCallbackList(callbacks, model=model))`.
     """
 
@@ -83,15 +83,15 @@ class StepCallback(keras.callbacks.Callback):
 
 
 class ProgressCallback(StepCallback):
-    """A bar on the terminal with images per second, smoothed loss and time left.
+    """A progress bar with images per second, smoothed loss and time left.
 
-    Where standard error is no terminal, the same as a line every `line_seconds`, and one of the first step.
-    Compiling does not count in the rate, nor does what is done within `paused()`.
+    If standard error is not a terminal, it prints a line after the first step and then every `line_seconds`.
+    The rate excludes compilation and the time inside `paused()`.
 
     Args:
-        total_steps: steps of the whole run.
-        initial_step: steps done before.
-        batch_size: images of a step.
+        total_steps: number of steps of the whole run.
+        initial_step: number of steps done before.
+        batch_size: images per step.
         line_seconds: seconds between two lines.
     """
 
@@ -116,7 +116,7 @@ class ProgressCallback(StepCallback):
 
     @contextmanager
     def paused(self):
-        """For an evaluation: its time does not count in the rate."""
+        """Exclude the time inside the block from the rate, for an evaluation."""
         paused = time.monotonic()
         yield
         if self._since:
@@ -131,16 +131,16 @@ class ProgressCallback(StepCallback):
                 print(f"step {self.step}/{self.total_steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
             self._since = time.monotonic(), self.step
         elif time.monotonic() - self._since[0] >= (self.bar_seconds if self._bar else self.line_seconds):
-            self._tell()
+            self._report()
 
     def on_train_end(self, logs=None):
         if self._since and self.step > self._since[1]:
-            self._tell()
+            self._report()
         if self._bar:
             self._bar.close()
             self._bar = None
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._loss = self._smooth(self._loss, float(self._logs.get("loss", math.nan)))
         now = time.monotonic()  # after the loss, whose reading has waited for the steps to end
         began, step = self._since
@@ -159,22 +159,22 @@ class ProgressCallback(StepCallback):
 
 
 class CheckpointCallback(StepCallback):
-    """Saves a checkpoint every `every` steps, when the training is stopped, and at its end.
+    """Saves a checkpoint every `every` steps, when training is stopped, and at its end.
 
-    Of several processes the first one writes it.
+    Of several processes only the first one writes.
 
     Args:
-        checkpoints: where to.
-        gather_state: () -> (groups, position), see `Checkpoints.save`; called when the variables have their
-            present values.
+        checkpoints: `Checkpoints` of the run.
+        gather_state: () -> (groups, position), see `Checkpoints.save`; called when the variables are up to
+            date.
         every: steps between two checkpoints.
-        initial_step: steps done before.
-        total_steps: the step after which a checkpoint is due in any case.
-        flush_before: callbacks that hold logs back, flushed before each save: then the log never lacks a step
-            of a checkpoint, and no checkpoint follows a loss that was not finite.
+        initial_step: number of steps done before.
+        total_steps: the last step, after which a checkpoint is always saved.
+        flush_before: callbacks with collected logs, flushed before each save, so that the log is complete up
+            to every checkpoint, and no checkpoint is saved after a loss that is not finite.
 
     Raises:
-        UserError: the state is not finite, or the disk is full; earlier checkpoints stay as they are.
+        UserError: the state is not finite, or the disk is full; earlier checkpoints stay unchanged.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class CheckpointCallback(StepCallback):
             self.save()
 
     def save(self) -> None:
-        """Save the present state."""
+        """Save the current state."""
         with interruption.phase(f"saving checkpoint-{self.step}"):
             self._save()
 
@@ -215,7 +215,7 @@ class CheckpointCallback(StepCallback):
         groups, position = self.gather_state()
         for group, tensors in groups.items():
             for name, tensor in tensors.items():
-                # A loss is of the weights before its step: the step itself can still have broken them.
+                # A loss belongs to the weights before its step; the step itself may have broken them.
                 if not np.isfinite(tensor).all():
                     raise diverged(f"{group}/{name} is not finite after step {self.step}", self.checkpoints)
         if backend.process_index() == 0:
@@ -224,12 +224,12 @@ class CheckpointCallback(StepCallback):
 
 
 class StopOnNonFiniteLoss(StepCallback):
-    """Ends the run with a UserError naming the step of a NaN or infinite loss and the last good checkpoint.
+    """Stops at a NaN or infinite loss, with a UserError that names the step and the last good checkpoint.
 
     Args:
-        checkpoints: of the run.
-        initial_step: steps done before.
-        every: steps whose losses are read together.
+        checkpoints: `Checkpoints` of the run.
+        initial_step: number of steps done before.
+        every: number of steps whose losses are read together.
     """
 
     def __init__(self, checkpoints: Checkpoints, initial_step: int = 0, every: int = 10):
@@ -247,7 +247,7 @@ class StopOnNonFiniteLoss(StepCallback):
         self.flush()
 
     def flush(self) -> None:
-        """Read the losses still held back."""
+        """Read the losses collected so far."""
         pending, self._pending = self._pending, []
         for step, loss in pending:
             if not math.isfinite(float(loss)):
@@ -262,15 +262,15 @@ def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
 
 
 class StopOnSignal(StepCallback):
-    """SIGTERM and Ctrl-C finish the step and stop the training; a second Ctrl-C aborts at once.
+    """Stops training after the current step on SIGTERM or Ctrl-C; a second Ctrl-C aborts at once.
 
-    The old handlers are back when `fit()` ends. Used as a context manager around one or several `fit()`, they
-    are back at its end, also after an exception. In other threads than the main one it does nothing, since
-    Python hands signals to the main thread only. Of several processes one that is told to stop tells the
-    others, and all stop after the same step, some steps later.
+    The previous signal handlers are restored when `fit()` ends or, if this is used as a context manager
+    around one or several `fit()`, at the end of the block, also after an exception. In other threads than the
+    main one it does nothing, since Python delivers signals to the main thread only. With several processes,
+    one that gets a signal notifies the others, and all stop after the same step, some steps later.
 
-    In a command, `interruption` ends the process if it does not come to that soon: while the first step is
-    compiled, but never within a step.
+    In a command, `interruption` ends the process if stopping takes too long, as during the compilation of the
+    first step, but never inside a step.
 
     Attributes:
         signal_received: the signal's number, or None.
@@ -298,7 +298,7 @@ class StopOnSignal(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._install()
-        # Without XLA TensorFlow still traces it. JAX compiles always.
+        # Without XLA, TensorFlow still traces the step. JAX always compiles it.
         is_compiled = self.model.jit_compile or keras.backend.backend() == "jax"
         work = "compiling" if is_compiled else "tracing"
         self._compiling.enter_context(interruption.phase(f"{work} the training step"))
@@ -322,7 +322,7 @@ class StopOnSignal(StepCallback):
             self.model.stop_training = True
 
     def on_train_end(self, logs=None):
-        # The last checkpoint is still to come: `__exit__` has the process interrupted again.
+        # The last checkpoint is still to be saved; `__exit__` restores the handlers after it.
         if not self._entered:
             self._restore()
 
@@ -337,8 +337,8 @@ class StopOnSignal(StepCallback):
             raise KeyboardInterrupt
         self._note(number)
         if self._has_peers:
-            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the other processes
-        # Keras stops after any batch. Within a step, whose other batches are to come, `on_step` tells it.
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX notifies the other processes
+        # Keras stops after any batch. Inside a step with further batches, `on_step` stops it later.
         elif self.model is not None and not self._within_step:
             self.model.stop_training = True
         when = " after this step" if interruption.has_to_finish() else ""
@@ -346,7 +346,7 @@ class StopOnSignal(StepCallback):
 
     def _install(self) -> None:
         if not self._old_handlers and threading.current_thread() is threading.main_thread():
-            # Of several processes SIGTERM is JAX's.
+            # With several processes, JAX handles SIGTERM.
             signals = self.signals[1:] if self._has_peers else self.signals
             self._old_handlers = {number: signal.signal(number, self._handle) for number in signals}
             interruption.set_has_to_finish(self._has_peers)
@@ -362,15 +362,16 @@ class StopOnSignal(StepCallback):
 class EMACallback(keras.callbacks.Callback):
     """Swaps in the EMA weights: `with ema.applied(): ...` evaluates, samples or exports with them.
 
-    Both ways are exact copies, so the raw weights come back bit for bit. (Keras' `SwapEMAWeights` adds and
-    subtracts on TensorFlow, which rounds.) Within the block the model must not be trained.
+    The weights are copied in both directions, so the raw weights are restored bit for bit. (Keras'
+    `SwapEMAWeights` adds and subtracts on TensorFlow, which rounds.) The model must not be trained inside the
+    block.
 
     Args:
-        optimizer: has `ema_variables`, parallel to `trainable_variables`.
-        trainable_variables: of the model.
+        optimizer: has `ema_variables`, in the order of `trainable_variables`.
+        trainable_variables: the model's.
 
     Attributes:
-        swapped_in: whether the model has them now.
+        swapped_in: whether the model currently has the EMA weights.
     """
 
     _copy = staticmethod(ops.copy)
@@ -383,7 +384,7 @@ class EMACallback(keras.callbacks.Callback):
 
     @property
     def averages(self):
-        """The averages, parallel to the trainable variables."""
+        """The EMA weights, in the order of the trainable variables."""
         return self._optimizer.ema_variables
 
     @contextmanager

@@ -1,9 +1,9 @@
-"""Checkpoints that survive a kill at any moment.
+"""Training checkpoints that survive a kill at any moment.
 
-A checkpoint is a folder `checkpoint-N` (N is the step) of one safetensors file per group of tensors,
-`config.json`, `position.json` and `manifest.json`. It is written under a hidden name and renamed when it is
-complete and on the disk, so a folder of that name is whole, or was damaged afterwards, which the manifest
-tells: it holds the size and the SHA-256 of every file, and one of itself.
+A checkpoint is a folder `checkpoint-N` (N is the step) with one safetensors file per group of tensors,
+`config.json`, `position.json` and `manifest.json`. It is written under a hidden name, and renamed when it is
+complete and on disk. The manifest holds the size and the SHA-256 of every file and a digest of itself, so
+later damage is detected.
 """
 
 import errno
@@ -52,7 +52,7 @@ class Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What `Checkpoints.load` returns: step, group → name → array, position in the data, config."""
+    """A loaded checkpoint: the step, arrays by group and name, the position in the data, the config."""
 
     step: int
     groups: dict[str, dict[str, np.ndarray]]
@@ -61,16 +61,16 @@ class TrainingState:
 
 
 class InvalidCheckpoint(Exception):
-    """Why a folder is not a whole checkpoint; never leaves this module."""
+    """The reason why a folder is not a complete checkpoint; used inside this module only."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        run_folder: holds the `checkpoint-N` folders; made at the first save.
-        config: what the run is, as JSON values; a checkpoint of another config is refused by `resolve`.
-        total_limit: how many checkpoints to keep, or None for all.
+        run_folder: holds the `checkpoint-N` folders; created at the first save.
+        config: JSON values that identify the run; `resolve` rejects a checkpoint with another config.
+        total_limit: number of checkpoints to keep, or None for all.
         may_change: names in the config whose values may differ.
     """
 
@@ -86,22 +86,22 @@ class Checkpoints:
         self._resumed = None  # (step, folder) of what this run goes on from, until it has saved
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, np.ndarray]], position: dict) -> Path:
-        """Write `checkpoint-{step}` whole or not at all, then remove the oldest beyond the limit.
+        """Write `checkpoint-{step}` atomically, then remove the oldest checkpoints beyond the limit.
 
         Args:
             step: number of steps taken.
             groups: file name (`weights`, `ema`, ...) → tensor name → array of any shape; bool, integer,
                 float16, float32, float64 or bfloat16. Order is kept.
-            position: JSON values from which the data pipeline goes on.
+            position: JSON values from which the data pipeline resumes.
 
         Returns:
             The folder.
 
         Raises:
-            UserError: no space left or the folder is not writable. Older checkpoints are untouched.
+            UserError: no space is left or the folder is not writable. Older checkpoints stay unchanged.
 
-        The first one after `resolve` sets checkpoints aside that are newer than what was resumed: `latest`
-        shall not lead to the branch that was given up. They are renamed, and stay.
+        The first save after `resolve` renames checkpoints that are newer than the resumed one, so that
+        `latest` does not return a checkpoint of the abandoned branch. They are not deleted.
         """
         target = self.run_folder / f"checkpoint-{step}"
         staging = self.run_folder / f".{target.name}.staging-{os.getpid()}"
@@ -130,7 +130,7 @@ class Checkpoints:
         return self._resumed[1] if self._resumed else self.latest()
 
     def latest(self) -> Path | None:
-        """Return the folder of the newest whole checkpoint. Damaged newer ones are each told in a warning."""
+        """Return the folder of the newest complete checkpoint; warn of each damaged newer one."""
         self._recover()
         for step, folder in reversed(self._folders()):
             try:
@@ -157,7 +157,7 @@ class Checkpoints:
         return TrainingState(manifest["step"], groups, position, config)
 
     def resolve(self, request: str) -> Path:
-        """Return the folder meant by `resume_from_checkpoint`, verified and of this run's config.
+        """Return the verified folder that `resume_from_checkpoint` means; it must have this run's config.
 
         Args:
             request: "latest", the path of a checkpoint, or its name in the run folder.
@@ -218,13 +218,12 @@ class Checkpoints:
         _sync(staging)
 
     def _set_aside(self, staging: Path, target: Path) -> None:
-        """Rename what must not be taken for this run's, and must not be lost: newer checkpoints of another
-        branch, and a folder at the place of the new checkpoint that is none."""
+        """Rename newer checkpoints of an abandoned branch, and a foreign folder with the new one's name."""
         for step, folder in self._folders():
             if folder == target and not (folder / MANIFEST).is_file():
                 why = "is no checkpoint"
             elif self._resumed is None or step <= self._resumed[0] or not _is_valid(folder):
-                continue  # damaged ones are skipped anyway, and replaced
+                continue  # damaged ones are skipped and replaced anyway
             elif folder == target and _same_checkpoint(staging, target):
                 continue
             else:
@@ -236,14 +235,14 @@ class Checkpoints:
             warnings.warn(f"{folder}: {why}; set aside as {kept.name}", stacklevel=2)
 
     def _publish(self, staging: Path, target: Path) -> None:
-        """Give the complete folder its name. One of that name is replaced, or kept if it is the same."""
+        """Rename the complete folder to its final name; replace an existing one unless it is identical."""
         replaced = None
         if target.exists():
             if _same_checkpoint(staging, target):
                 shutil.rmtree(staging)
                 return
-            # A folder cannot be renamed onto another in one go. Between the two renames the old one waits
-            # under a name that `_recover` turns back.
+            # A folder cannot be renamed onto another one. Between the two renames the old one has a name that
+            # `_recover` restores.
             replaced = self.run_folder / f".{target.name}.replaced"
             target.rename(replaced)
         staging.rename(target)
@@ -252,12 +251,12 @@ class Checkpoints:
             shutil.rmtree(replaced, ignore_errors=True)
 
     def _rotate(self, written: int) -> None:
-        # A folder of that name without a manifest is somebody else's.
+        # A folder without a manifest is not a checkpoint of ours.
         folders = [(step, folder) for step, folder in self._folders() if (folder / MANIFEST).is_file()]
         if self.total_limit is None or len(folders) <= self.total_limit:
             return
         keep = {written}
-        # Newer ones are there when an older one was resumed by name. The newest valid one stays, too.
+        # There are newer checkpoints if an older one was resumed by name. Keep the newest valid one, too.
         for step, folder in reversed(folders):
             if step == written or _is_valid(folder):
                 keep.add(step)
@@ -265,11 +264,11 @@ class Checkpoints:
         surplus = len(folders) - self.total_limit
         for _, folder in [(step, folder) for step, folder in folders if step not in keep][:surplus]:
             hidden = self.run_folder / f".{folder.name}.removed"
-            folder.rename(hidden)  # a half-removed folder shall not look like a checkpoint
+            folder.rename(hidden)  # so that a half-removed folder does not look like a checkpoint
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _folders(self) -> list[tuple[int, Path]]:
-        """(step, folder), the oldest first."""
+        """Return (step, folder) of all checkpoints, the oldest first."""
         found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in _children(self.run_folder)]
         return sorted((int(name[1]), path) for name, path in found if name)
 
@@ -286,18 +285,18 @@ class Checkpoints:
 
 
 def disk_fault(thing, error: OSError) -> str:
-    """Return one line for a failed write: the thing, the fault and the remedy."""
+    """Return the message for a failed write: the thing, the fault and the remedy."""
     remedy = "free some space" if error.errno in FULL_DISK_ERRORS else "make the folder writable"
     return f"{thing}: cannot be saved: {error.strerror}; {remedy} or choose another folder"
 
 
 def _write_group(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    # The library writes a strided array's memory as it lies: make every array contiguous.
+    # The library ignores the strides of an array, so make every array contiguous.
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     try:
         save_file(arrays, path, metadata={"format": "np"})
     except SafetensorError as error:
-        # The library tells the operating system's error in its text only.
+        # The library gives the operating system's error number in its text only.
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
@@ -330,7 +329,7 @@ def _verify(folder: Path) -> dict:
                 there = set(file.keys())
             if there != set(names):
                 raise InvalidCheckpoint(f"{group} holds other tensors than {MANIFEST} says")
-    except (UserError, SafetensorError, OSError) as error:  # as if it had been written so
+    except (UserError, SafetensorError, OSError) as error:  # the file was written like this
         raise InvalidCheckpoint(str(error)) from None
     return manifest
 
@@ -348,7 +347,7 @@ def _read_manifest(folder: Path) -> dict:
     if version != FORMAT_VERSION:
         raise InvalidCheckpoint(f"format version {shown(version)} is not supported, only {FORMAT_VERSION}")
     digest = manifest.pop("digest", None)
-    # Compared as text, in which no damage hides.
+    # Compared as text, so that no damage goes unnoticed.
     if digest is None or text != _manifest_text(manifest).encode():
         raise InvalidCheckpoint(f"{MANIFEST} is damaged (its digest differs)")
     fault = shape_fault(manifest, Manifest)
@@ -363,7 +362,7 @@ def _read_manifest(folder: Path) -> dict:
 def _load_group(folder: Path, group: str) -> dict[str, np.ndarray]:
     try:
         return load_file(_group_file(folder, group))
-    except (SafetensorError, OSError, KeyError, TypeError) as error:  # the latter of types NumPy has not
+    except (SafetensorError, OSError, KeyError, TypeError) as error:  # TypeError for types unknown to NumPy
         fault = shown(str(error))
         raise UserError(f"{_group_file(folder, group)}: cannot be read ({fault}); {_ANOTHER}") from error
 
@@ -377,7 +376,7 @@ def _verify_for_user(folder: Path) -> dict:
 
 
 def check_manifest(folder) -> None:
-    """Raise UserError if a folder is no checkpoint by its manifest; its other files are not looked at."""
+    """Raise a UserError if a folder has no valid manifest; its other files are not checked."""
     try:
         _read_manifest(Path(folder))
     except InvalidCheckpoint as fault:
@@ -386,15 +385,15 @@ def check_manifest(folder) -> None:
 
 
 def check_same_run(folder, values: Mapping) -> None:
-    """Raise UserError for the first of these values that is another one in a checkpoint's config.
+    """Raise a UserError if one of these values differs from a checkpoint's config.
 
-    Names that the config lacks are left to `Checkpoints.resolve`, which compares all.
+    Names that the config lacks are ignored; `Checkpoints.resolve` compares everything.
     """
     folder = Path(folder)
     try:
         config = read_json(folder / CONFIG, largest=_LARGEST_FILE)
     except UserError:
-        return  # damaged, which `Checkpoints` tells
+        return  # damaged; `Checkpoints` raises the error
     for name, value in json.loads(_json_text(values)).items():
         if config.get(name, value) != value:
             raise UserError(_another_run(folder, {name: config[name]}, {name: value}))
@@ -417,7 +416,7 @@ def _same_checkpoint(staging: Path, target: Path) -> bool:
     return _is_valid(target) and _read_text(staging / MANIFEST) == _read_text(target / MANIFEST)
 
 
-# What a user knows that by which a run is told apart.
+# The user's words for the keys of a run's config.
 _WORDS = {
     "method": "training method",
     "model": "config of the network",
@@ -441,14 +440,14 @@ _HASHES = {"frozen", "unet", "vae", "text_encoder", "data"}
 
 
 def _words(key: str) -> str:
-    """What a user knows a key of the config as."""
+    """Return the user's words for a key of the config."""
     name, _, rest = key.partition(".")
     words = _WORDS.get(name, name)
     return f"{words} ({rest})" if rest else words
 
 
 def _difference(there: dict, here: dict) -> str:
-    """What differs first between two configs, for people."""
+    """Return the first difference between two configs, for a message."""
     key, *values = _first_difference(there, here)
     if key.partition(".")[0] in _HASHES:
         remedy = " (of another base model, VAE or text encoder?)" if "weights" in _words(key) else ""

@@ -1,4 +1,4 @@
-"""Latent consistency distillation (LCM, Luo et al., 2023): images in a few steps, by low-rank updates."""
+"""Latent consistency distillation (LCM, Luo et al., 2023) of LoRA weights: sampling in a few steps."""
 
 import numpy as np
 from keras import ops
@@ -15,22 +15,23 @@ from keras_sd.training.trainer import Trainer
 
 
 class ConsistencyObjective(DiffusionObjective):
-    """Has a network give the same sample at both ends of a step (Luo et al., 2023, algorithm 1).
+    """Trains a network to predict the same sample at both ends of a step (Luo et al., 2023, algorithm 1).
 
-    The step is DDIM's, with guidance, by the network without its low-rank updates: the teacher. With them it
-    learns to give at the step's noisy end what it gives at the other one, where no gradient flows. So what
-    many guided steps would lead to becomes the prediction of one (LCM-LoRA, Luo et al., 2023b).
+    The teacher is the network without its low-rank updates; it takes a guided DDIM step. The student is the
+    network with them. Its prediction at the start of the step is trained to match its prediction at the end,
+    through which no gradient flows. So one step learns the result of many guided steps (LCM-LoRA, Luo et al.,
+    2023b).
 
-    A batch is that of `DiffusionObjective` with `context`, and holds the `negative` context beside it.
+    A batch is that of `DiffusionObjective` with `context`, and also holds the `negative` context.
 
     Args:
-        unet: with low-rank updates (`training.lora`).
+        unet: the network with low-rank updates (`training.lora`).
         schedule: `NoiseSchedule`.
-        num_ddim_timesteps: how many such steps lead from noise to a sample. With fewer, what is learned of
-            little noise gets to pure noise sooner.
-        guidance_scale: of the teacher; up to 1 it is not guided.
-        huber_c: where the pseudo-Huber loss (Song and Dhariwal, 2024, section 3.3) turns from squared to
-            absolute error; None for squared error.
+        num_ddim_timesteps: number of teacher steps from pure noise to a sample. Fewer steps carry what is
+            learned at low noise levels to high ones faster.
+        guidance_scale: guidance scale of the teacher; up to 1 there is no guidance.
+        huber_c: scale of the pseudo-Huber loss (Song and Dhariwal, 2024, section 3.3), which changes from
+            squared to absolute error there; None for squared error.
     """
 
     def __init__(self, unet, schedule, *, num_ddim_timesteps, guidance_scale, huber_c=None, **kwargs):
@@ -63,7 +64,7 @@ class ConsistencyObjective(DiffusionObjective):
         return at_timesteps(self.signal_rates, timesteps), at_timesteps(self.noise_rates, timesteps)
 
     def _consistent_sample(self, noisy, timesteps, context):
-        """Return the consistency function: the sample that the network finds in a noisy one."""
+        """Return the consistency function: the sample that the network predicts from a noisy one."""
         prediction = self.unet([noisy, timesteps, context])
         sample, _ = to_sample_and_noise(self.prediction_type, prediction, noisy, *self._rates(timesteps))
         of_noisy, of_sample = (
@@ -73,11 +74,11 @@ class ConsistencyObjective(DiffusionObjective):
 
 
 def consistency_example(example, generator, timesteps):
-    """Draw what one training example needs: that of `diffusion_example`, and the empty caption beside it.
+    """Draw the arrays of one training example: those of `diffusion_example` and the empty caption.
 
     Args:
-        example: of an `encodings.EncodedSource`.
-        timesteps: those that may be drawn, int `(n,)`.
+        example: an example of an `encodings.EncodedSource`.
+        timesteps: the timesteps to draw from, int `(n,)`.
     """
     drawn = diffusion_example(example, generator, num_train_timesteps=len(timesteps))
     return drawn | {
@@ -111,7 +112,7 @@ def train_consistency(
         identity, repeats, make_evaluation, export: as `text_to_image.train_text_to_image` takes them.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
     """
     schedule = NoiseSchedule(scheduler_config)
     timesteps = spacing.distilled_timesteps(schedule)

@@ -17,7 +17,7 @@ _SEEN = 500  # training examples that are measured beside those held out
 
 
 def embed_images(image_encoder, examples, batch_size=100):
-    """Unit vectors `(n, projection_dim)` of the images of examples."""
+    """Return the embeddings of the images of examples: unit vectors `(n, projection_dim)`."""
     embeddings = []
     for start in range(0, len(examples), batch_size):
         indices = range(start, min(start + batch_size, len(examples)))
@@ -27,7 +27,7 @@ def embed_images(image_encoder, examples, batch_size=100):
 
 
 def embed_captions(objective, token_ids, batch_size=200):
-    """Unit vectors `(n, projection_dim)` of captions given as token ids."""
+    """Return the embeddings of captions, given as token ids: unit vectors `(n, projection_dim)`."""
     embeddings = [
         ops.convert_to_numpy(
             objective.text_projection(objective.text_encoder.pooled(token_ids[start : start + batch_size]))
@@ -42,7 +42,7 @@ def _normalized(vectors):
 
 
 def shifted(image, generator, largest=3):
-    """Move an image by up to `largest` pixels each way on a white ground."""
+    """Shift an image at random by up to `largest` pixels in each direction, filling with white."""
     down, right = generator.integers(0, 2 * largest + 1, 2)
     padded = np.pad(image, ((largest, largest), (largest, largest), (0, 0)), constant_values=255)
     height, width = image.shape[:2]
@@ -52,15 +52,15 @@ def shifted(image, generator, largest=3):
 def train_contrastive(settings, text_encoder, image_config, tokenizer, source, held_out, *, repeats=None):
     """Train the two encoders and write them and the tokenizer under `output_dir/model`.
 
-    A text encoder that is not `trainable` stays as it is and a new image encoder learns to meet it
-    (Zhai et al., 2022, the other way round): a UNet that was trained on it goes on to understand it.
+    A text encoder that is not `trainable` stays frozen, and the image encoder is trained to match it (Zhai et
+    al., 2022, with the roles exchanged). So a UNet that was trained on the text encoder stays usable.
 
-    The text projection and the logit scale, which only contrastive training and captioning need,
-    lie beside the image encoder's weights.
+    The text projection and the logit scale, which only contrastive training and captioning need, are stored
+    with the image encoder's weights.
 
     Args:
         settings: `trainer.Settings`.
-        text_encoder: `TextEncoder`, freshly made to be trained, or a trained one that is kept.
+        text_encoder: `TextEncoder`: a new one to train, or a trained and frozen one.
         image_config: `ImageEncoderConfig` with the text encoder's `projection_dim`.
         tokenizer: `Tokenizer` of the text encoder's vocabulary.
         source: examples with an `image` of `image_config.image_size` and `captions`.
@@ -68,7 +68,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         repeats: how often an epoch shows each example.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
     """
     text_config, image_encoder = text_encoder.config, ImageEncoder(image_config)
     objective = ContrastiveObjective(text_encoder, image_encoder)
@@ -89,7 +89,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         return {"images": shifted(example["image"], generator), "token_ids": tokenizer(caption)[0]}
 
     def matching_rate(examples, captions):
-        """Share of images whose own caption is the most similar one of all these examples'."""
+        """Return the share of images whose own caption is the most similar one among all captions."""
         images = embed_images(image_encoder, examples)
         texts = embed_captions(objective, tokenizer(captions))
         return float(np.mean(np.argmax(images @ texts.T, axis=1) == np.arange(len(captions))))
@@ -104,7 +104,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
             "sub-folder `validation`",
             stacklevel=2,
         )
-    # Held-out images are read again at each evaluation, their captions are kept.
+    # Held-out images are read again at each evaluation; their captions stay in memory.
     captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
 
     def evaluate(step):
@@ -122,7 +122,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
 
 
 def save_clip(folder, objective, tokenizer):
-    """Write both encoders, what lies beside the image encoder's weights, and the tokenizer."""
+    """Write both encoders, the projection head (with the image encoder's weights) and the tokenizer."""
     text_encoder, image_encoder = objective.text_encoder, objective.image_encoder
     write_part(folder, "text_encoder", text_encoder.config.to_dict(), torch_state(text_encoder))
     beside = {

@@ -1,9 +1,9 @@
 """Training on several devices and hosts: under JAX, through `keras.distribution`.
 
-With data parallelism every device has all weights and its share of each batch. With model parallelism the
-devices of a process share the large kernels of attention and feed-forward layers among them, and processes
-share the batch. Gradients are summed by XLA either way, so that the numbers are those of one device but for
-rounding.
+With data parallelism every device holds all weights and processes its share of each batch. With model
+parallelism the large kernels of attention and feed-forward layers are split over the devices of a process,
+and the batch is split over the processes. XLA sums the gradients in both cases, so the results are those of
+one device, apart from rounding.
 """
 
 import re
@@ -18,13 +18,14 @@ from keras_sd.training import rendezvous
 KINDS = ("auto", "data", "model")
 BATCH, MODEL = "batch", "model"
 
-# Layers whose outputs are split, and those that take these as inputs (Shoeybi et al., 2019, section 3).
+# Layers whose outputs are split, and layers that take these outputs as inputs (Shoeybi et al., 2019, section
+# 3).
 _SPLIT_OUTPUTS = re.compile(r"\.(to_q|to_k|to_v|q_proj|k_proj|v_proj|net\.0\.proj|fc1)\.(weight|bias)$")
 _SPLIT_INPUTS = re.compile(r"\.(to_out\.0|out_proj|net\.2|fc2)\.weight$")
 
 
 def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=None, timeout=300):
-    """Spread what is made from now on over the devices; call it before anything touches JAX.
+    """Distribute everything that is created from now on over the devices; call it before any use of JAX.
 
     Args:
         kind: "data", "model", "auto" (data parallelism over all devices that there are) or None for one
@@ -110,14 +111,14 @@ def _distribution(kind):
 
 
 def split_weights(model):
-    """Under model parallelism, splits the weights of attention and feed-forward layers over the devices.
+    """Split the weights of attention and feed-forward layers over the devices, under model parallelism.
 
-    Keras' layout map goes by paths of variables, which here have no names of attributes in them; these are
-    split by their published names. Call it before an optimizer is built on the model, as moments are laid out
-    like their weights. Low-rank updates stay whole.
+    Keras' layout map uses variable paths, which lack the attribute names here, so the weights are selected by
+    their published names. Call this before an optimizer is built, as the moments take the layout of their
+    weights. Low-rank updates are not split.
 
     Raises:
-        UserError: there are none, or they do not divide among the devices.
+        UserError: the model has no such layers, or their features cannot be divided by the number of devices.
     """
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, keras.distribution.ModelParallel):
@@ -146,8 +147,8 @@ def split_weights(model):
 
 
 def _split_axis(parameter):
-    """Return the axis of a weight that is split, or None. Kernels are (inputs, outputs)."""
+    """Return the axis along which a weight is split, or None. Kernels are (inputs, outputs)."""
     if _SPLIT_OUTPUTS.search(parameter.name):
         return len(parameter.variable.shape) - 1
-    # Where transformers' projections are 1x1 convolutions, inputs come last but one as well.
+    # In a 1x1 convolution, inputs are the last but one axis, too.
     return len(parameter.variable.shape) - 2 if _SPLIT_INPUTS.search(parameter.name) else None

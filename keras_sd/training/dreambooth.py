@@ -1,4 +1,4 @@
-"""DreamBooth: a few images of one subject teach a model a word for it (Ruiz et al., 2023)."""
+"""DreamBooth training (Ruiz et al., 2023): a model learns a subject from a few images."""
 
 import numpy as np
 from tqdm import tqdm
@@ -18,25 +18,25 @@ def read_images(folder, prompt, image_size):
     """Return all images below a folder, with one prompt as the caption of each.
 
     Returns:
-        A `FolderSource`, which reads an image when it is asked for.
+        A `FolderSource`, which reads each image on access.
 
     Raises:
-        UserError: there are none, or one of them cannot be trained on.
+        UserError: there are no images, or one of them cannot be used for training.
     """
     return FolderSource(folder, image_size, need_captions=False).with_captions((prompt,))
 
 
 def generate_class_images(pipeline, folder, prompt, count, *, num_inference_steps, guidance_scale, seed):
-    """Draw images of a class until a folder holds `count`; training shall not forget what they show.
+    """Generate images of the class until a folder holds `count`, for prior preservation.
 
-    Image i is drawn from `seed` + i and stands whole in `class-i.png` or not at all, so that a run that was
-    killed goes on with those that are there. Several processes of a run draw together, as each has a part of
-    the devices only, and each writes what its folder lacks: the folder may be the same for all, or be each
-    host's own.
+    Image i is generated from `seed` + i and written atomically as `class-i.png`, so a killed run can resume.
+    All processes of a run generate together, as each has only a part of the devices. Each process writes the
+    images
+    that its folder lacks: the folder may be shared or separate for each host.
 
     Args:
-        pipeline: the `StableDiffusion` that is to be trained, before that.
-        folder: made if there is none; other images in it count too.
+        pipeline: the `StableDiffusion`, before training.
+        folder: created if necessary; other images in it count too.
         prompt: the class prompt.
         num_inference_steps, guidance_scale: as in `text_to_image`.
     """
@@ -45,18 +45,18 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_inference_step
         return folder / f"class-{index:05}.png"
 
     missing = max(count - count_images(folder), 0)
-    # There are fewer than `count` images, so that these are below it.
+    # There are fewer than `count` images, so enough indices below it are free.
     free = [index for index in range(count) if not place(index).exists()][:missing]
     is_wanted = np.zeros(count, bool)
     is_wanted[free] = True
-    # Before anyone has written: all draw the same ones.
+    # Determined before any process writes, so that all processes generate the same images.
     wanted = set(np.flatnonzero(backend.any_process(is_wanted)).tolist())
     sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     is_silent = not wanted or backend.process_index() > 0
     with tqdm(total=len(wanted), desc="class images", unit="image", disable=is_silent) as bar:
         while wanted:
             first = min(wanted)
-            # Always a whole batch, as each size is compiled for itself.
+            # Always a whole batch, as each batch size would be compiled separately.
             images = pipeline.text_to_image(
                 prompt, num_images=pipeline.batch_size, seed=seed + first, progress=False, **sampling
             )
@@ -72,16 +72,16 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_inference_step
 
 
 def dreambooth_example(example, generator, class_examples=(), **options):
-    """Draw what one training example needs: for an image of the subject, and for any one of its class.
+    """Draw the arrays of one training example: an image of the subject and a random one of the class.
 
     Args:
-        example: an image of the subject, encoded (`encodings.EncodedSource`).
-        class_examples: such images of the class, of which one is drawn; none without prior preservation.
-        options: num_train_timesteps and condition, as `text_to_image.diffusion_example` takes them.
+        example: an encoded image of the subject (`encodings.EncodedSource`).
+        class_examples: encoded images of the class; empty without prior preservation.
+        options: num_train_timesteps and condition, as in `text_to_image.diffusion_example`.
 
     Returns:
-        A dictionary of arrays; with a class each is a pair `(2, ...)` of subject and class, whose latents,
-        noise and timesteps are drawn independently.
+        A dictionary of arrays. With class images each array is a pair `(2, ...)` of subject and class, whose
+        latents, noise and timesteps are drawn independently.
     """
     subject = diffusion_example(example, generator, **options)
     if not len(class_examples):
@@ -104,23 +104,23 @@ def train_dreambooth(
     make_evaluation=None,
     export=None,
 ):
-    """Train what is trainable of a model's UNet, and of its text encoder, on a subject.
+    """Train the trainable weights of a model's UNet, and of its text encoder, on a subject.
 
     Args:
         settings: `trainer.Settings`; a batch holds `train_batch_size` images of the subject and, with prior
-            preservation, as many of its class.
-        pipeline: the `StableDiffusion`, its networks loaded or with low-rank updates (`training.lora`).
-        instances: examples of the subject, as `read_images` gives them.
-        class_images: those of its class; with any, its prior is preserved.
-        train_text_encoder: whether the text encoder is trained along.
+            preservation, as many of the class.
+        pipeline: the `StableDiffusion`, with or without low-rank updates (`training.lora`).
+        instances: examples of the subject, from `read_images`.
+        class_images: examples of the class for prior preservation; empty for none.
+        train_text_encoder: whether to train the text encoder, too.
         prior_loss_weight: the weight of the class in the loss, lambda in equation 2.
-        identity: JSON values that, beside those of this function, must be a checkpoint's too.
+        identity: further JSON values that a checkpoint must share with the run that resumes it.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
-        export: called at the end with the folder `output_dir/model`, while the EMA weights are in.
+        make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
+        export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
     """
     encoded = EncodedSource(
         JoinedSource(instances, class_images),

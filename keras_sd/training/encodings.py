@@ -1,4 +1,4 @@
-"""Latents and text encodings made once before a run, since the networks that make them stay frozen."""
+"""Encodes all images and captions once before training, as the VAE and the text encoder stay frozen."""
 
 import concurrent.futures
 import copy
@@ -15,28 +15,29 @@ from keras_sd.training.losses import images_to_network
 from keras_sd.training.progress import Progress
 
 BATCH_SIZE = 4
-"""Images encoded at a time; each of 512 px takes 0.6 GiB in Stable Diffusion's encoder."""
+"""Images per encoding batch; each image of 512 px takes 0.6 GiB in Stable Diffusion's encoder."""
 
 
 class EncodedSource:
-    """A source of examples whose images and captions are encoded already, all in memory.
+    """A source of encoded images and captions, all in memory.
 
-    Each image is read and decoded once, while those before it are encoded; the pixels of a few batches, and
-    not all, are in memory. Equal captions are encoded once.
+    Each image is read once, while earlier ones are encoded, so only the pixels of a few batches are in
+    memory. Equal captions are encoded once.
 
     Args:
-        source: examples with `image` uint8 and, if they have any, `captions`.
-        vae, text_encoder, tokenizer: the frozen parts; without a text encoder (None), as when it is trained,
-            captions stay token ids.
-        batch_size: most images encoded at a time.
-        jit_compile: whether XLA compiles on TensorFlow.
-        progress: whether to show how far it is, on standard error.
+        source: examples with `image` uint8 and optionally `captions`.
+        vae, text_encoder, tokenizer: the frozen parts. If the text encoder is None, because it is trained,
+            captions are stored as token ids.
+        batch_size: the largest number of images per batch.
+        jit_compile: whether to compile with XLA on TensorFlow.
+        progress: whether to show progress on standard error.
 
     Attributes:
-        condition: what `contexts` holds for the batch: "context", or "token_ids" without a text encoder.
+        condition: the key of `contexts` in a training batch: "context", or "token_ids" without a text
+            encoder.
 
     Raises:
-        UserError: there are no examples, or an image cannot be read or encoded in finite numbers.
+        UserError: there are no examples, or an image cannot be read or has latents that are not finite.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class EncodedSource:
     ):
         if not len(source):
             raise UserError("data set: no examples to encode; give one with images")
-        # Taken before the files are read: a file that changes meanwhile makes the next run another one.
+        # Computed before the files are read, so that a change meanwhile is noticed by the next run.
         self._fingerprint = _fingerprint_of(source)
         show = progress and backend.process_index() == 0
         batch_size = min(batch_size, len(source))
@@ -62,7 +63,7 @@ class EncodedSource:
             jit_compile,
             Progress("encoding images", len(source), "images", disable=not show),
         )
-        # The empty caption comes first: what the network learns when a caption is dropped.
+        # The empty caption comes first; it replaces dropped captions.
         rows = {"": 0}
         self._rows = [
             _as_slice([rows.setdefault(caption, len(rows)) for caption in of_image]) for of_image in captions
@@ -77,7 +78,7 @@ class EncodedSource:
             self.condition = "context"
 
     def _encode_images(self, source, vae, batch_size, jit_compile, bar):
-        """Means and deviations of all latents, and the captions."""
+        """Return the means and the standard deviations of all latents, and the captions."""
         posterior = backend.jit(
             lambda images: _scaled_moments(vae, images_to_network(images)), vae.variables, jit_compile
         )
@@ -108,9 +109,9 @@ class EncodedSource:
         return means, deviations, captions
 
     def fingerprint(self):
-        """Return the SHA-256, in hexadecimal, of what was encoded.
+        """Return a SHA-256, in hexadecimal, that identifies the encoded data.
 
-        It is the source's own fingerprint or, where it has none (as a list), that of pixels and captions.
+        It is the source's own fingerprint or, for a source without one, that of pixels and captions.
         """
         return self._fingerprint
 

@@ -1,4 +1,4 @@
-"""What a generating run measures on its way: a grid of samples, KID and CLIP score of raw and EMA weights."""
+"""Evaluation during training: a grid of samples, KID and CLIP score, with raw and EMA weights."""
 
 import contextlib
 
@@ -10,15 +10,15 @@ from keras_sd.metrics.kid import KernelInceptionDistance
 
 
 class SampleEvaluation:
-    """Draws samples with the weights of the moment and compares them with real images.
+    """Generates samples with the current weights and compares them with real images.
 
     Args:
         trainer: the `Trainer` of the run.
-        grid: `grid()` gives one uint8 image that shows the validation prompts.
-        sets: name of a set, such as "train" or "held_out" -> its examples, with `image`.
-        generate: called with the examples of a set; gives as many images, made for them.
-        extractor: what KID looks through (`metrics.features`); needed where there are sets.
-        score: `metrics.clip_score.ClipScore` of the sets' captions, or None to leave it out.
+        grid: `grid()` returns one uint8 image with samples for the validation prompts.
+        sets: dictionary of set name, such as "train" or "held_out", -> its examples, with `image`.
+        generate: function from the examples of a set to generated images, one for each.
+        extractor: the feature extractor of KID (`metrics.features`); needed if there are sets.
+        score: `metrics.clip_score.ClipScore` of the sets' captions, or None for no score.
     """
 
     def __init__(self, trainer, grid, *, sets=None, generate=None, extractor=None, score=None):
@@ -47,7 +47,7 @@ class SampleEvaluation:
         self.trainer.log.log_scalars(step, figures)
 
     def _figures(self, name, examples, weights):
-        """KID, and the CLIP score, of one set with the weights of the moment."""
+        """Return KID and the CLIP score of one set with the current weights."""
         images = self.generate(examples)
         kid = self.kid.of_pairs(self.real_features[name], images)
         figures = {f"{self.kid.name}_{name}_{weights}": kid.mean}

@@ -1,4 +1,4 @@
-"""Numbers and images of a run: `logs/metrics.jsonl`, TensorBoard events beside it, and a folder of images."""
+"""Logs of a training run: `logs/metrics.jsonl`, TensorBoard events beside it, and folders of images."""
 
 import io
 import json
@@ -27,17 +27,17 @@ class LogRecord(TypedDict):
 
 
 class MetricsLog(StepCallback):
-    """Numbers and images of a run: `logs/metrics.jsonl`, and TensorBoard events beside it.
+    """Writes the numbers of a run to `logs/metrics.jsonl` and to TensorBoard, and its images.
 
-    As a callback it logs what every step returns. Let the model return figures of the step's own batch
-    (`compute_metrics`), not Keras' mean since the epoch began: then the file of a resumed run equals that of
-    an uninterrupted one apart from the times.
+    As a callback it logs the results of every step. The model should return figures of the step's own batch
+    (`compute_metrics`), not Keras' mean over the epoch: then the file of a resumed run equals that of an
+    uninterrupted one, apart from the times.
 
     Args:
-        run_folder: of the run.
-        initial_step: the step resumed from; later lines, of a run killed since, are cut away. With 0 the file
-            starts anew.
-        every: steps that are read and written together.
+        run_folder: the run folder.
+        initial_step: the step to resume from; later lines, of a run that was killed, are removed. With 0 the
+            file starts empty.
+        every: number of steps that are read and written together.
     """
 
     def __init__(self, run_folder, initial_step: int = 0, every: int = 10):
@@ -50,13 +50,13 @@ class MetricsLog(StepCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
-        # Names that the resumed step has on record, for instance from the evaluation after its checkpoint.
-        # They are not written again.
+        # Names that are already logged for the resumed step, for instance by the evaluation after its
+        # checkpoint. They are not written again.
         try:
             self.resumed_names = self._cut(initial_step)
         except OSError as error:
             raise UserError(disk_fault(self.path, error)) from error
-        # At the second event TensorBoard drops what earlier files have from this step on.
+        # The second event makes TensorBoard drop later steps of earlier files.
         now = time.time()
         start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._write([], [Event(wall_time=now, file_version="brain.Event:2"), start])
@@ -80,7 +80,7 @@ class MetricsLog(StepCallback):
         self._log([(step, values)])
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Keep a uint8 (height, width, 3) image in TensorBoard and in the run folder: `name/step-N.png`."""
+        """Write a uint8 (height, width, 3) image to TensorBoard and to `name/step-N.png`."""
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, "PNG")
         folder = self._run_folder / name
@@ -108,7 +108,7 @@ class MetricsLog(StepCallback):
         self._write(lines, events)
 
     def _write(self, lines: list[str], events: list[Event]) -> None:
-        # The files are opened for each write, so that none is left open and nothing waits in a buffer.
+        # The files are opened for each write, so that none stays open and no buffer holds data back.
         try:
             if lines:
                 with self.path.open("a", encoding="utf-8") as file:
@@ -122,14 +122,14 @@ class MetricsLog(StepCallback):
             raise UserError(disk_fault(self.path.parent, error)) from error
 
     def _cut(self, initial_step: int) -> set[str]:
-        """Drop lines after the step, and a half-written one; return the names on record for the step."""
+        """Drop lines after the step and an incomplete line; return the names that are logged for the step."""
         lines, names = [], set()
         if initial_step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
                 try:
                     record = parse_json(line, self.path, LogRecord)
                 except UserError:
-                    break  # written in part as the run was killed; what follows is written again
+                    break  # incomplete, as the run was killed; later steps are written again
                 if record["step"] <= initial_step and line.endswith("\n"):
                     lines.append(line)
                 if record["step"] == initial_step:
@@ -141,13 +141,13 @@ class MetricsLog(StepCallback):
 
 
 class SilentLog(StepCallback):
-    """A `MetricsLog` that keeps nothing, for the processes beside the one that writes the files."""
+    """A `MetricsLog` that writes nothing, for all processes but the one that writes the files."""
 
     def flush(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Does nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al., 2022): which layers of a model learn an update, and what it holds."""
+"""Training of LoRA (Hu et al., 2022): adds low-rank updates to the layers of a model and saves them."""
 
 import contextlib
 
@@ -9,10 +9,10 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights.lora import PEFT_FILE, LowRank, write_lora
 from keras_sd.weights.rules import torch_state
 
-# The ends of layers' names. Attention is where LoRA was published and where it is most used.
+# Suffixes of layer names. LoRA was published for attention, and is mostly used there.
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-# With these, all that is linear in a transformer and all convolutions of a residual block.
+# All linear layers of a transformer and all convolutions of a residual block.
 UNET_ALL = (
     *(*UNET_ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
@@ -21,15 +21,16 @@ TEXT_ALL = (*TEXT_ATTENTION, "fc1", "fc2")
 
 
 def add_lora(model, rank, alpha, *, everywhere=False):
-    """Give layers of a UNet or a text encoder low-rank updates, and make only those trainable.
+    """Add low-rank updates to layers of a UNet or a text encoder, and freeze all other weights.
 
-    The updates begin at zero. Do it before anything is compiled with the model.
+    The updates are zero at first. Call this before anything is compiled with the model.
 
     Args:
         model: a `UNet` or a `TextEncoder`.
-        rank: of every update; alpha / rank scales it.
-        everywhere: whether all linear layers and the convolutions of residual blocks get one, or only the
-            projections of attention.
+        rank: the rank of every update.
+        alpha: every update is scaled by alpha / rank.
+        everywhere: add updates to all linear layers and the convolutions of residual blocks; False adds them
+            to the projections of attention only.
 
     Raises:
         UserError: the rank or alpha is not positive, or the model has no such layer.
@@ -57,7 +58,7 @@ def add_lora(model, rank, alpha, *, everywhere=False):
 
 @contextlib.contextmanager
 def without_updates(model):
-    """Has a model compute as it would without its low-rank updates, for what is called inside the block."""
+    """Disable the low-rank updates of a model inside the block."""
     layers = {
         parameter.layer for parameter in parameter_paths(model) if isinstance(parameter.layer, LowRankUpdate)
     }
@@ -72,8 +73,8 @@ def without_updates(model):
 
 
 def freeze(model):
-    """Has training leave all the weights that a model has now as they are."""
-    # Variable by variable: a layer that is not trainable hides those that it will get.
+    """Freeze all weights that a model has now."""
+    # Variable by variable: a layer that is not trainable would hide weights that are added later.
     for variable in model.weights:
         variable.trainable = False
 
@@ -91,10 +92,10 @@ def save_lora(folder, models, alpha):
     """Write the updates of models in both dialects: PEFT's, which diffusers loads, and kohya's.
 
     Args:
-        folder: made if there is none; the files are `pytorch_lora_weights.safetensors` and
+        folder: created if necessary; the files are `pytorch_lora_weights.safetensors` and
             `lora_kohya.safetensors`.
-        models: name of a part ("unet", "text_encoder") -> the model.
-        alpha: as `add_lora` was given.
+        models: dictionary of part ("unet", "text_encoder") -> the model.
+        alpha: the value given to `add_lora`.
     """
     lora = {part: _layers(lora_tensors(model), alpha) for part, model in models.items()}
     folder.mkdir(parents=True, exist_ok=True)

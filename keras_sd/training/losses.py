@@ -1,7 +1,7 @@
-"""Objectives: a network and the loss it minimises, as Keras models for `fit()`.
+"""Training objectives: a network with its loss, as Keras models for `fit()`.
 
-An objective's `call` turns a batch, a dictionary of arrays, into one loss per example; that is the
-only hook. Batches carry their own noise and timesteps, so the compiled step is a pure function.
+An objective's `call` maps a batch, a dictionary of arrays, to one loss per example. A batch holds its own
+noise and timesteps, so the compiled step is a pure function.
 """
 
 import keras
@@ -15,20 +15,20 @@ from keras_sd.models.layers import dense
 
 
 class Objective(keras.Model):
-    """Base of all objectives: the model's output is its loss `(n,)`, in float32 in every precision."""
+    """Base of all objectives: the model's output is the loss `(n,)`, float32 in every precision."""
 
     def __init__(self, **kwargs):
-        # Noise and targets stay in float32: only the networks are to run in half precision.
+        # Noise and targets stay in float32; only the networks run in half precision.
         super().__init__(autocast=False, **kwargs)
-        # Its networks are; Keras would trace the whole once more to find out, on JAX at each start.
+        # The networks are built. Otherwise Keras on JAX would trace the forward pass once more at each start.
         self.built = True
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return ops.mean(y_pred)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        # The loss of this batch alone: Keras' own tracker is a mean since the epoch began, which
-        # would differ between a resumed run and an uninterrupted one.
+        # The loss of this batch alone: Keras' own mean over the epoch would differ between a resumed run and
+        # an uninterrupted one.
         return {"loss": ops.mean(y_pred)}
 
     def make_train_function(self, force=False):
@@ -43,29 +43,29 @@ def images_to_network(images):
 
 
 def at_timesteps(table, timesteps):
-    """Each example's entry of a table `(T,)`, to be multiplied with samples: `(n, 1, 1, 1)`."""
+    """Return each example's entry of a table `(T,)`, with the shape `(n, 1, 1, 1)` for broadcasting."""
     return ops.take(table, timesteps)[:, None, None, None]
 
 
 class DiffusionObjective(Objective):
-    """Weighted squared error of what a UNet predicts in noisy samples (Ho et al., 2020).
+    """Weighted squared error of a UNet's prediction from noisy samples (Ho et al., 2020).
 
-    A batch holds `samples` (scaled latents, or uint8 images for a pixel-space model), `noise` of
-    the same shape and `timesteps (n,)`. What it holds beside them, the UNet is given as well:
+    A batch holds `samples` (scaled latents, or uint8 images for a pixel-space model), `noise` of the same
+    shape and `timesteps (n,)`. It may also hold:
 
-    - `context (n, tokens, features)`, or `token_ids (n, tokens)` if the text encoder is trained along;
-    - `channels (n, h, w, c)`, seen beside the noisy samples, and `class_labels (n,)`: an upscaler has both;
-    - `input_noise`, which goes onto the samples in place of the noise that stays the target (input
-      perturbation, Ning et al., 2023).
+    - `context (n, tokens, features)`, or `token_ids (n, tokens)` if the text encoder is trained, too;
+    - `channels (n, h, w, c)`, additional input channels, and `class_labels (n,)`: an upscaler has both;
+    - `input_noise`, which is added to the samples in place of `noise`, the target (input perturbation, Ning
+      et al., 2023).
 
     Args:
         unet: the network.
         schedule: `NoiseSchedule`.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        text_encoder: the one that turns `token_ids` into the context, or None.
+        text_encoder: encodes `token_ids`; None if batches hold `context`.
 
     Raises:
-        UserError: what is predicted cannot be learned with this schedule, or gamma is out of range.
+        UserError: the prediction type cannot be trained with this schedule, or gamma is out of range.
     """
 
     def __init__(self, unet, schedule, min_snr_gamma=None, text_encoder=None, **kwargs):
@@ -111,10 +111,9 @@ class DiffusionObjective(Objective):
 
 
 class PriorPreservationObjective(DiffusionObjective):
-    """DreamBooth's loss of a subject and of its class (Ruiz et al., 2023, equation 2).
+    """DreamBooth's loss with prior preservation (Ruiz et al., 2023, equation 2).
 
-    Every array of a batch has a second axis of two: what is drawn for an image of the subject, and for one
-    of its class.
+    Every array of a batch has a second axis of two: an image of the subject and an image of the class.
     """
 
     def __init__(self, *arguments, prior_loss_weight=1.0, **options):
@@ -132,10 +131,10 @@ def _one_axis(pairs):
 
 
 class AutoencoderObjective(Objective):
-    """Reconstruction error of a KL autoencoder, with its divergence from the standard normal.
+    """Reconstruction error of a KL autoencoder plus the divergence from the standard normal distribution.
 
-    A batch holds uint8 `images` and the `noise` of the latents' shape. Squared and absolute errors
-    are means over the pixels of [-1, 1] images, the divergence is in nats per latent number.
+    A batch holds uint8 `images` and `noise` of the latents' shape. Squared and absolute errors are means over
+    the pixels of images in [-1, 1]; the divergence is in nats per latent number.
     """
 
     def __init__(self, vae, kl_weight=3e-4, **kwargs):
@@ -174,7 +173,7 @@ class ContrastiveObjective(Objective):
         images, captions = (
             ops.normalize(ops.cast(vectors, "float32"), axis=-1) for vectors in (images, captions)
         )
-        # The cap of 100 is CLIP's own, against a scale that runs away.
+        # CLIP limits the scale to 100, too, to keep training stable.
         logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * (images @ ops.transpose(captions))
         own = ops.diagonal(logits)
         by_image = ops.logsumexp(logits, axis=1) - own

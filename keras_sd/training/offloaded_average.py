@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of the weights in host memory, where the device has no room for it."""
+"""Keeps the EMA weights in host memory, for devices without room for them."""
 
 import numpy as np
 from keras import ops
@@ -12,13 +12,13 @@ def _host_copy(values):
 
 
 class OffloadedEMACallback(EMACallback, StepCallback):
-    """Averages the weights after each step as `optimizer.AdamW` does, in NumPy arrays.
+    """Updates the EMA weights after each step like `optimizer.AdamW`, but in NumPy arrays.
 
-    Every step copies the trained weights to the host, which takes its time.
+    Every step copies the trained weights to the host, which is slow.
 
     Args:
-        optimizer: an `AdamW` without averages of its own.
-        trainable_variables: of the model; the averages begin as copies of them.
+        optimizer: an `AdamW` without EMA weights.
+        trainable_variables: the model's; the EMA weights start as copies of them.
         decay: the largest decay.
     """
 
@@ -40,7 +40,7 @@ class OffloadedEMACallback(EMACallback, StepCallback):
     def on_step(self, logs):
         sync_state(self.model)
         before, self._updates = self._updates, int(self._optimizer.iterations)
-        if self._updates == before:  # gradients that overflow in float16 leave the weights as they are
+        if self._updates == before:  # a step whose float16 gradients overflowed has changed no weight
             return
         change = np.float32(1.0 - min(self._decay, young_decay(before)))
         for average, variable in zip(self._averages, self._variables, strict=True):

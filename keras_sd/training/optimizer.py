@@ -8,13 +8,12 @@ from keras import ops
 class AdamW(keras.optimizers.AdamW):
     """AdamW (Loshchilov and Hutter, 2019) with EMA copies of the weights.
 
-    The average decays by min(`ema_decay`, (1 + n) / (10 + n)) at update n, counted from 0: it follows a
-    young run closely and smooths an old one. Keras' own `use_ema` starts from zeros and has a fixed decay.
-    The average moves with each update, not with each accumulated micro-batch. An `ema_decay` of None makes
-    no average.
+    The decay is min(`ema_decay`, (1 + n) / (10 + n)) at update n, counted from 0, so the average soon forgets
+    the initial weights. Keras' own `use_ema` starts from zeros and has a fixed decay. The average changes
+    with each update, not with each accumulated micro-batch. An `ema_decay` of None keeps no EMA weights.
 
-    `epsilon` is added to the corrected root of the second moment, as torch and the paper's algorithm 1 do;
-    Keras adds it before the correction, where the same number weighs up to thirty times as much.
+    `epsilon` is added to the bias-corrected root of the second moment, as in torch and in the paper's
+    algorithm 1; Keras adds it before the correction, where it has up to thirty times the effect.
     """
 
     def __init__(self, learning_rate, ema_decay=0.9999, epsilon=1e-8, name="adamw", **options):
@@ -23,7 +22,7 @@ class AdamW(keras.optimizers.AdamW):
         self.ema_variables = []
 
     def build(self, variables):
-        """Make the moments and the averages, which begin as exact copies of the weights."""
+        """Create the moments and the EMA weights, which start as exact copies of the weights."""
         if self.built:
             return
         super().build(variables)
@@ -35,13 +34,14 @@ class AdamW(keras.optimizers.AdamW):
             average.assign(ops.copy(variable))
 
     def _apply_weight_decay(self, variables):
-        """Leave the decay to the update: Keras traces the schedule anew for each variable here."""
+        """Do nothing: the update applies the decay. Keras would trace the schedule once for each variable."""
 
     def _backend_update_step(self, gradients, variables, learning_rate):
         """One update of all variables (Kingma and Ba, 2015, algorithm 1).
 
-        What variables share is computed once, and vectors, of which a network has most, are updated as one:
-        Keras traces an update for each variable, which takes most of the time to a small model's first step.
+        Common factors are computed once, and all vectors, the majority of variables, are updated as one
+        array. Keras traces an update for each variable, which takes most of the time before a small model's
+        first step.
         """
         update = ops.cast(self.iterations + 1, "float32")
         rate = ops.cast(learning_rate, "float32")
@@ -69,32 +69,32 @@ class AdamW(keras.optimizers.AdamW):
                 _assign_parts(state, values)
 
     def _state(self, variable):
-        """What an update changes: both moments, the variable and, if there is one, its average."""
+        """Return the variables that an update changes: both moments, the weight and, if any, its average."""
         index = self._get_variable_index(variable)
         average = [] if self.ema_decay is None else [self.ema_variables[index]]
         return self._momentums[index], self._velocities[index], variable, *average
 
 
 def _bias_correction(beta, update):
-    """1 - beta ** update, without the rounding of a beta next to 1."""
+    """Return 1 - beta ** update, without rounding errors for beta close to 1."""
     return -ops.expm1(update * float(np.log(beta))) if beta else 1.0
 
 
 def _with_joined_vectors(variables):
-    """Return the places of all vectors as one group, and each other variable's as one of its own."""
+    """Return groups of indices: all vectors in one group, each other variable in its own."""
     vectors = [place for place, variable in enumerate(variables) if variable.ndim == 1]
     others = [[place] for place, variable in enumerate(variables) if variable.ndim != 1]
     return [vectors, *others] if vectors else others
 
 
 def _joined(arrays):
-    """Return one array, or several vectors one behind the other, in float32."""
+    """Return one array, or several vectors concatenated, in float32."""
     arrays = [ops.cast(array, "float32") for array in arrays]  # reads a variable once
     return ops.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
 def _assign_parts(variables, values):
-    """Give variables their parts of what `_joined` has joined."""
+    """Assign to variables their parts of an array from `_joined`."""
     if len(variables) > 1:
         ends = np.cumsum([variable.shape[0] for variable in variables])
         parts = ops.split(values, ends[:-1])
@@ -110,9 +110,9 @@ def young_decay(updates):
 
 
 class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):
-    """Counts a schedule's steps in updates when each takes several batches.
+    """Counts the steps of a learning-rate schedule in updates, when each update takes several batches.
 
-    Keras asks a schedule for the rate at the number of batches, also when gradients are accumulated.
+    Keras passes the number of batches to a schedule, also when gradients are accumulated.
 
     Args:
         schedule: the schedule over updates.

@@ -14,7 +14,7 @@ from keras_sd.weights.rules import torch_state
 
 
 def sample_images(denoiser, count, *, num_inference_steps=20, seed=0, batch_size=50):
-    """Make `count` uint8 images of an unconditional pixel-space model; image i has seed + i."""
+    """Generate `count` uint8 images with an unconditional pixel-space model; image i has seed + i."""
     config = denoiser.unet.config
     shape = (config.sample_size, config.sample_size, config.in_channels)
     images = []
@@ -38,11 +38,11 @@ def train_pixel_ddim(
             `beta_schedule="squaredcos_cap_v2"`.
         source: examples with an `image` of `config.sample_size`.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        flip: mirrors half of the images.
-        make_evaluation: `make_evaluation(trainer, denoiser)` gives what is called with the step.
+        flip: mirror half of the images.
+        make_evaluation: `make_evaluation(trainer, denoiser)` returns a function of the step.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
     """
     settings.use_precision()
     unet = UNet(config)

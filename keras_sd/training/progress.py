@@ -36,7 +36,7 @@ class Progress:
     def __enter__(self):
         self._began = time.monotonic()
         self._next_line = self._began + FIRST_LINE_SECONDS
-        self._told = -1  # how many were done at the last line
+        self._reported = -1  # how many were done at the last line
         if not self.disable and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total,
@@ -51,8 +51,8 @@ class Progress:
     def __exit__(self, kind, *_):
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and 0 <= self._told < self.done:
-            self._tell()
+        elif kind is None and 0 <= self._reported < self.done:
+            self._report()
 
     def update(self, count):
         """Count `count` more as done."""
@@ -62,10 +62,10 @@ class Progress:
             self._bar.update(count)
         elif not self.disable and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self.line_seconds
-            self._tell()
+            self._report()
 
-    def _tell(self):
-        self._told = self.done
+    def _report(self):
+        self._reported = self.done
         line = f"{self.description} {self.done}/{self.total}, {self._figures()}"
         print(line, file=sys.stderr, flush=True)
 

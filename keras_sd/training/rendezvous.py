@@ -1,7 +1,7 @@
-"""Where the processes of a run find each other, before JAX connects them.
+"""Waits until all processes of a run are present, before JAX connects them.
 
-JAX aborts a process whose peers do not come in time. Here each tells process 0 over TCP that it is there, and
-what is wrong is told in one line.
+JAX aborts a process whose peers do not connect in time. Here each process announces itself to process 0 over
+TCP first, and a fault becomes a one-line error.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _LONGEST_LINE = 200
 
 
 def parse_address(text):
-    """Read `HOST:PORT` as `(host, port)`; an IPv6 address stands in brackets."""
+    """Parse `HOST:PORT` into `(host, port)`; an IPv6 address is in brackets."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
@@ -27,12 +27,12 @@ def meet(address, process_count, process_index, timeout):
     """Wait until all processes of a run are there.
 
     Args:
-        address: `(host, port)` of process 0, where all others reach it.
-        process_count, process_index: how many processes there are, and which this one is.
+        address: `(host, port)` at which all others can reach process 0.
+        process_count, process_index: the number of processes, and the index of this one.
         timeout: seconds to wait.
 
     Raises:
-        UserError: some process does not come, comes twice or expects another number of them.
+        UserError: a process does not connect, connects twice or expects another number of processes.
     """
     deadline = time.monotonic() + timeout
     if process_index == 0:
@@ -42,7 +42,7 @@ def meet(address, process_count, process_index, timeout):
 
 
 def _receive_all(address, process_count, deadline, timeout):
-    """Process 0's part: takes the others' announcements and tells them when all are there."""
+    """Run process 0's part: receive the announcements, and answer when all processes are present."""
     place = "{}:{}".format(*address)
     with contextlib.ExitStack() as stack:
         try:
@@ -78,8 +78,8 @@ def _receive_all(address, process_count, deadline, timeout):
 
 
 def _read_announcement(connection, process_count, present):
-    """Return the index of the process that announces itself, or None, and what is wrong with it, or None."""
-    # What is no process of ours shall not hold up those that are.
+    """Return the index of the announced process, or None, and its fault, or None."""
+    # A short timeout, so that other programs that connect cannot block the run.
     connection.settimeout(5)
     try:
         words = _read_line(connection).split(" of ")
@@ -94,7 +94,7 @@ def _read_announcement(connection, process_count, present):
 
 
 def _announce(address, announcement, deadline, timeout):
-    """What every process but 0 does."""
+    """Run the part of all other processes: announce this one, and wait for the answer."""
     place = "{}:{}".format(*address)
     absent = UserError(
         f"coordinator {place}: process 0 cannot be reached within {timeout:g} s; start it there, and see "
@@ -130,12 +130,12 @@ def _announce(address, announcement, deadline, timeout):
 
 
 def _send(connection, line):
-    with contextlib.suppress(OSError):  # whoever has left is told nothing
+    with contextlib.suppress(OSError):  # the peer may have disconnected
         connection.sendall(f"{line}\n".encode())
 
 
 def _read_line(connection):
-    """Return one line, without its end; what comes before the connection is closed if there is none."""
+    """Return one line without its line ending, or what was received before the connection closed."""
     received = b""
     while not received.endswith(b"\n") and len(received) < _LONGEST_LINE:
         part = connection.recv(_LONGEST_LINE)

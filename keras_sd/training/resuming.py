@@ -1,23 +1,23 @@
-"""What a checkpoint is to the run that resumes it, which may have other settings."""
+"""Adapts a checkpoint to the run that resumes it, which may have other settings."""
 
 from keras_sd.errors import UserError
 from keras_sd.training.settings import MAY_CHANGE
 
-_SUMS = "gradients/"  # those of the batches since the last update
+_SUMS = "gradients/"  # prefix of gradient sums over the batches since the last update
 
 
 def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
-    """Bring the groups of a checkpoint and of a run's state to the same names, or refuse the checkpoint.
+    """Give the groups of a checkpoint and of a run's state the same names; check that they fit.
 
-    The optimizer's variables get names that do not depend on the accumulation. Sums of gradients from another
-    accumulation are left out: they are zero between two updates, but for those around float16 batches that
-    have overflowed.
+    The optimizer's variables get names that do not depend on gradient accumulation. Gradient sums of another
+    accumulation are dropped: they are zero between two updates, except after float16 batches that overflowed.
 
     Args:
-        path: of the checkpoint, for the errors.
-        checkpoint: `checkpoints.TrainingState`, whose groups are changed.
-        state: group -> name -> variable, which is changed.
-        optimizer: the compiled one; in float16 one that scales the loss, around `inner_optimizer`.
+        path: path of the checkpoint, for messages.
+        checkpoint: `checkpoints.TrainingState`; its groups are changed in place.
+        state: dictionary of group -> name -> variable; changed in place.
+        optimizer: the compiled optimizer; in float16 it scales the loss and wraps `inner_optimizer`.
+        inner_optimizer: the optimizer without loss scaling.
         settings: `Settings` of the run.
 
     Raises:
@@ -47,12 +47,12 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
 
 
 def _optimizer_names(scaling, trained, accumulates):
-    """Names of an optimizer's variables in Keras' order.
+    """Return the names of an optimizer's variables in Keras' order.
 
     Args:
-        scaling: how many variables scale the loss.
-        trained: how many variables are trained.
-        accumulates: whether gradients are summed over several batches.
+        scaling: number of variables for loss scaling.
+        trained: number of trained variables.
+        accumulates: whether gradients are accumulated over several batches.
     """
     return [
         *(f"loss scale/{index}" for index in range(scaling)),
@@ -82,7 +82,7 @@ def _misfit(place, fault):
 
 
 def _before(checkpoint, settings):
-    """Return the values that those settings had that may change."""
+    """Return the checkpoint's values of the settings that may change."""
     return {name: checkpoint.config.get(name, getattr(settings, name)) for name in MAY_CHANGE}
 
 
@@ -96,7 +96,7 @@ def _examples(checkpoint, settings):
 
 
 def first_batch(checkpoint, settings):
-    """Return the number of the batch to go on with, in batches of the size of now."""
+    """Return the number of the batch to resume with, in batches of the current size."""
     return -(-_examples(checkpoint, settings) // settings.train_batch_size)
 
 

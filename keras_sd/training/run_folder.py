@@ -1,4 +1,4 @@
-"""The folder of a training run: who may use it, what is done in it, and folders that are whole or absent."""
+"""The folder of a training run: its lock, its records, and atomic writing of sub-folders."""
 
 import atexit
 import contextlib
@@ -23,19 +23,19 @@ _locks = {}  # folder -> the descriptor of its lock, which this process holds
 
 
 def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
-    """Take a run folder for this process until its end, before any long work; imports no backend.
+    """Create and lock a run folder for this process, before any long work; imports no backend.
 
-    Called at the very start of a command, and again by `Trainer`, which does no harm. The folder is made.
+    A command calls this at its very start, and `Trainer` calls it again, which is harmless.
 
     Args:
         output_dir: the run folder.
-        resume_from_checkpoint: None for a new run, "latest", or the path or name of a checkpoint, of which
-            the manifest alone is read here.
-        lock: False checks the folder only: of several processes the first one alone holds it.
+        resume_from_checkpoint: None for a new run, "latest", or the path or name of a checkpoint; only its
+            manifest is read here.
+        lock: False only checks the folder: of several processes only the first one locks it.
 
     Raises:
-        UserError: another process uses the folder, it cannot be written to, it holds an earlier run that is
-            not to be resumed, or there is nothing to resume.
+        UserError: another process uses the folder, it is not writable, it holds an earlier run although
+            `resume_from_checkpoint` is None, or there is nothing to resume.
     """
     if resume_from_checkpoint is not None and not str(resume_from_checkpoint).strip():
         raise UserError(
@@ -59,19 +59,19 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
 
 
 def is_checkpoint_name(name):
-    """Return whether a folder of that name in a run folder is, or would be taken for, a checkpoint."""
+    """Return whether a name in a run folder is that of a checkpoint."""
     return _CHECKPOINT.fullmatch(name) is not None
 
 
 def release_output_dir(output_dir):
-    """Give a run folder free; a folder in which nothing was written goes."""
+    """Unlock a run folder, and remove it if it is empty."""
     folder = Path(output_dir).resolve()
     descriptor = _locks.pop(folder, None)
     if descriptor is None:
         return
     with contextlib.suppress(OSError):
         (folder / LOCK).unlink()
-        folder.rmdir()  # which only an empty one lets be done
+        folder.rmdir()  # fails unless the folder is empty
     os.close(descriptor)
 
 
@@ -97,7 +97,7 @@ def _check_new(folder):
 
 
 def find_checkpoint(output_dir, request):
-    """Return the checkpoint's folder that `resume_from_checkpoint` means, by the manifests alone.
+    """Return the checkpoint folder that `resume_from_checkpoint` means; only manifests are read.
 
     Raises:
         UserError: there is none.
@@ -131,7 +131,7 @@ def _children(folder):
 
 
 def _lock(folder):
-    """Lock the folder's lock file, which holds this process' id; a dead process holds no lock."""
+    """Lock the folder's lock file and write this process id into it; the lock ends with the process."""
     place = folder.resolve()
     if place in _locks:
         return
@@ -146,7 +146,7 @@ def _lock(folder):
                 f"{folder}: in use by process {owner}; wait for it or choose another `output_dir`"
             ) from None
         with contextlib.suppress(FileNotFoundError):
-            # The one before may have removed the file between our two calls.
+            # The previous owner may have removed the file between our two calls.
             if os.fstat(descriptor).st_ino == os.stat(place / LOCK).st_ino:
                 break
         os.close(descriptor)
@@ -160,11 +160,11 @@ _description = None  # of the run that the command of this process starts
 
 @contextlib.contextmanager
 def described(method, options):
-    """Within the block, a run that begins or goes on keeps how it was started, in `run.json`.
+    """Inside the block, a run that starts or resumes records its command in `run.json`.
 
     Args:
         method: the training command's name.
-        options: of the command, as JSON values and tuples.
+        options: the command's options, as JSON values and tuples.
     """
     global _description
     _description = {"version": 1, "method": method, "directory": os.getcwd(), "options": options}
@@ -175,22 +175,22 @@ def described(method, options):
 
 
 def is_described():
-    """Return whether a training command of this process has said how its run is started."""
+    """Return whether a training command of this process has described its run."""
     return _description is not None
 
 
 def write_description(run_folder):
-    """Write how the run was started, if a command has done so."""
+    """Write the description of the run, if a command started it."""
     if _description is not None:
         write_json(Path(run_folder) / DESCRIPTION, _description)
 
 
 class RunRecord:
-    """Which step of a run was last evaluated and exported, so that a run that was killed makes up for it.
+    """Records the step at which a run was last evaluated and exported; a resumed run does what is missing.
 
     Args:
-        run_folder: of the run.
-        initial_step: the step resumed from: what was done later is to be done again. With 0 it starts anew.
+        run_folder: the run folder.
+        initial_step: the step to resume from; later records are ignored. With 0 all records are.
     """
 
     def __init__(self, run_folder, initial_step=0):
@@ -202,17 +202,17 @@ class RunRecord:
                 self._steps = {name: min(step, initial_step) for name, step in written.items()}
 
     def last(self, name):
-        """Return the last step at which that was done, -1 for none."""
+        """Return the last step at which something was done, -1 for none."""
         return self._steps.get(name, -1)
 
     def write(self, name, step):
-        """Remember that something was done at a step."""
+        """Record that something was done at a step."""
         self._steps[name] = step
         write_json(self._path, self._steps)
 
 
 def write_whole_folder(target, write):
-    """Has `write(folder)` make a folder that is there whole or not at all, in place of one of that name."""
+    """Create a folder atomically by `write(folder)`, replacing an existing one."""
     target = Path(target)
     restore_folder(target)
     staging = target.with_name(f".{target.name}.staging")
@@ -236,7 +236,7 @@ def write_whole_folder(target, write):
 
 
 def restore_folder(target):
-    """Give a folder its name back that a process was killed while it replaced."""
+    """Restore a folder whose replacement was interrupted by a kill."""
     if _replaced(target).is_dir() and not target.exists():
         _replaced(target).rename(target)
 

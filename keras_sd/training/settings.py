@@ -1,4 +1,4 @@
-"""How to train, whatever is trained, and which of it may change when a run is resumed."""
+"""The training settings that all methods share, and which of them may change when a run is resumed."""
 
 import dataclasses
 import numbers
@@ -12,7 +12,7 @@ from keras_sd.errors import UserError
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
 SCHEDULES = ("cosine", "constant")
 
-# Settings that may differ between a run and its resumption, which goes on with the new ones and says so.
+# Settings that may change when a run is resumed; the run prints the changes and uses the new values.
 MAY_CHANGE = (
     "learning_rate",
     "max_grad_norm",
@@ -20,7 +20,7 @@ MAY_CHANGE = (
     "train_batch_size",
     "gradient_accumulation_steps",
 )
-# Those that change no number in a run but by rounding.
+# Settings that change no result of a run, apart from rounding.
 _CHANGES_NOTHING = {
     "output_dir",
     "resume_from_checkpoint",
@@ -32,7 +32,7 @@ _CHANGES_NOTHING = {
     "offload_ema",
 }
 
-# The least and the greatest number of a float32 of full precision.
+# The smallest and the largest normal float32.
 _SMALLEST, _LARGEST = (float(getattr(np.finfo("float32"), name)) for name in ("tiny", "max"))
 
 _COUNT = (lambda value: value >= 1), "1 or more"
@@ -125,7 +125,7 @@ class Settings:
             if not _is_computed(value, _WHOLE[name]):
                 held = "of 64 bits" if _WHOLE[name] else "that float32 holds (0, or 1.2e-38 to 3.4e38)"
                 raise UserError(f"{name} {shown}: out of range; give {range_}, {held}")
-            # A share that is just below 1 may be 1 in float32.
+            # A share just below 1 may round to 1 in float32.
             if not fits(value if _WHOLE[name] else float(np.float32(value))):
                 raise UserError(f"{name} {shown}: out of range; give {range_}")
         if self.mixed_precision not in PRECISIONS:
@@ -138,7 +138,7 @@ class Settings:
         keras.config.set_dtype_policy(PRECISIONS[self.mixed_precision])
 
     def identity(self):
-        """What a checkpoint must share with the run that resumes it, as JSON values."""
+        """Return the settings that a checkpoint must share with the run that resumes it, as JSON values."""
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in _CHANGES_NOTHING
         }

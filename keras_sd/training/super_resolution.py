@@ -1,7 +1,7 @@
-"""Training of a diffusion upscaler on pixels, which sees a degraded image beside the noise.
+"""Training of the pixel-space diffusion upscaler, which is conditioned on a degraded image.
 
-Saharia et al., "Image Super-Resolution via Iterative Refinement" (SR3), 2022; the noise on the degraded
-image, with its level as a label, is that of Ho et al., "Cascaded Diffusion Models", 2022.
+The method is that of Saharia et al., "Image Super-Resolution via Iterative Refinement" (SR3), 2022. The noise
+on the degraded image, with its level as a label, follows Ho et al., "Cascaded Diffusion Models", 2022.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ from keras_sd.models.pixels import images_to_unit, resized
 from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.trainer import Trainer
 
-# Ways in which images have become small; what comes from elsewhere has gone through any of them.
+# Filters by which images from any source may have been shrunk.
 _FILTERS = (
     *(Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.HAMMING),
     *(Image.Resampling.BICUBIC, Image.Resampling.LANCZOS),
 )
-_BLURRED = 0.25  # share of images that are blurred before they are made small
+_BLURRED = 0.25  # share of images that are blurred before they are shrunk
 _LARGEST_BLUR = 0.7  # standard deviation in pixels of the large image
 
 
@@ -37,14 +37,14 @@ def degraded(image, factor, generator):
 
 
 def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_levels, factor, crop):
-    """Draw a square of an image, its degraded version with noise of a random level, noise and timestep.
+    """Draw the arrays of one training example: a random crop, its degraded version, noise and timestep.
 
     Args:
         example: with an `image`.
-        schedule, low_res_schedule: `NoiseSchedule` of the image and of the degraded one.
-        noise_levels: levels that the upscaler knows, from 0; small ones are drawn more often.
-        factor: how much larger images are made.
-        crop: side of the square in pixels.
+        schedule, low_res_schedule: `NoiseSchedule` of the image and of the degraded image.
+        noise_levels: number of noise levels of the degraded image; low levels are drawn more often.
+        factor: the upscaling factor.
+        crop: side of the square crop in pixels.
     """
     height, width = example["image"].shape[:2]
     top, left = generator.integers((height - crop + 1, width - crop + 1))
@@ -68,7 +68,7 @@ def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_l
 
 
 def measure_upscaling(upscaler, images, *, factor=2, **options):
-    """Make images small (bicubic) and large again, and compare with what they were.
+    """Shrink images (bicubic), upscale them again, and compare with the originals.
 
     Args:
         upscaler: `keras_sd.pipeline.upscaler.Upscaler`.
@@ -76,8 +76,8 @@ def measure_upscaling(upscaler, images, *, factor=2, **options):
         options: as `Upscaler.upscale` takes them.
 
     Returns:
-        The images made large, uint8 `(n, h, w, 3)`, and a dictionary of figures: `psnr` in dB and
-        `edge_error` in levels, and the same of bicubic and Lanczos enlargement.
+        The upscaled images, uint8 `(n, h, w, 3)`, and a dictionary of figures: `psnr` in dB and `edge_error`
+        in levels, and the same for bicubic and Lanczos upscaling.
     """
     size = images.shape[1:3]
     small = np.stack([resized(image, [side // factor for side in size]) for image in images])
@@ -102,17 +102,17 @@ def train_super_resolution(
         settings: `trainer.Settings`.
         upscaler: `keras_sd.pipeline.upscaler.Upscaler`, whose UNet is trained.
         source: examples with an `image`.
-        factor: how much larger images are made.
-        crop: side in pixels of the squares that are trained on.
+        factor: the upscaling factor.
+        crop: side in pixels of the square crops to train on.
         repeats: how often an epoch shows each example.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
+        make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
 
     Raises:
-        UserError: the squares do not fit the images or the UNet.
+        UserError: the crops do not fit the images or the UNet.
     """
     unet, schedule = upscaler.unet, NoiseSchedule(upscaler.scheduler_config)
     halvings = 2 ** (len(unet.config.block_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""Training of the text-to-image UNet on latents (Rombach et al., 2022): whole, or by low-rank updates."""
+"""Training of the text-to-image UNet on latents (Rombach et al., 2022): all weights, or LoRA."""
 
 import numpy as np
 
@@ -18,17 +18,20 @@ def diffusion_example(
     noise_offset=0.0,
     input_perturbation=0.0,
 ):
-    """Draw what one training example needs: latents, noise, timestep and the encoding of a caption.
+    """Draw the arrays of one training example: latents, noise, timestep and the encoding of a caption.
 
-    Half of the draws take the first caption, which is the canonical one, the others any of them;
-    `caption_dropout` of all take the empty one, for classifier-free guidance (Ho and Salimans, 2022).
+    Half of the draws take the first caption, the canonical one; the others take any caption. The share
+    `caption_dropout` of all takes the empty caption, for classifier-free guidance (Ho and Salimans, 2022).
 
     Args:
-        example: of an `encodings.EncodedSource`, whose `condition` is to be given too.
-        num_train_timesteps: timesteps are drawn from 0 up to it.
-        noise_offset: how much noise is added that is the same all over a channel, which lets a model change
-            the brightness of whole images.
-        input_perturbation: how much more noise goes onto the latents than is the target (Ning et al., 2023).
+        example: an example of an `encodings.EncodedSource`.
+        num_train_timesteps: timesteps are drawn from 0 to this number, exclusive.
+        caption_dropout: the share of empty captions, 0 to 1.
+        condition: the source's `condition`, the key of the encoding.
+        noise_offset: scale of additional noise that is constant over a channel, which lets a model learn to
+            change the brightness of whole images.
+        input_perturbation: scale of additional noise on the latents that is not part of the target (Ning et
+            al., 2023).
     """
     contexts = example["contexts"]
     choice = generator.integers(len(contexts)) if generator.random() < 0.5 else 0
@@ -65,23 +68,23 @@ def train_text_to_image(
     export=None,
     **drawing,
 ):
-    """Train what is trainable of a UNet, and of a text encoder, on encoded examples.
+    """Train the trainable weights of a UNet, and of a text encoder, on encoded examples.
 
     Args:
         settings: `trainer.Settings`.
-        unet: the network, freshly made or loaded, or with low-rank updates (`training.lora`).
+        unet: the network: a new or a loaded one, with or without low-rank updates (`training.lora`).
         scheduler_config: `SchedulerConfig`: noise schedule and prediction type.
         source: `encodings.EncodedSource`, without a text encoder if one is trained.
-        text_encoder: the one that is trained along, or None.
-        identity: JSON values that, beside those of this function, must be a checkpoint's too.
+        text_encoder: the text encoder to train, too, or None.
+        identity: further JSON values that a checkpoint must share with the run that resumes it.
         repeats: how often an epoch shows each example.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
-        export: called at the end with the folder `output_dir/model`, while the EMA weights are in.
+        make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
+        export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
         drawing: caption_dropout, noise_offset and input_perturbation, as in `diffusion_example`.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
     """
     schedule = NoiseSchedule(scheduler_config)
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""Textual inversion: a few images teach a text encoder a new word, and nothing else (Gal et al., 2023)."""
+"""Training of textual inversion (Gal et al., 2023): learns the embedding of a new token from a few images."""
 
 import numpy as np
 from keras import ops
@@ -28,19 +28,19 @@ TEMPLATES = {
     ),
 }
 
-# Vectors that begin as the mean of the table are put apart by so much of its deviation.
+# Noise on vectors that start as the mean of the embedding table, as a share of its standard deviation.
 _SPREAD = 0.1
 
 
 def initial_vectors(pipeline, count, words=None, seed=0):
-    """Return the vectors that a new word begins with.
+    """Return the initial vectors of a new token.
 
     Args:
         pipeline: the `StableDiffusion`.
         count: the number of vectors.
-        words: text whose tokens' vectors are taken, from the first on and over again where it has fewer. By
-            default the mean of all vectors, with a little noise.
-        seed: of that noise.
+        words: text whose token embeddings are used, repeated if there are fewer than `count`. None uses the
+            mean of all embeddings, with a little noise.
+        seed: seed of that noise.
 
     Returns:
         float32 `(count, width)`.
@@ -61,12 +61,12 @@ def initial_vectors(pipeline, count, words=None, seed=0):
 
 
 def inversion_example(example, generator, captions, **options):
-    """Draw what one training example needs: latents, noise, timestep and any one of the captions.
+    """Draw the arrays of one training example: latents, noise, timestep and a random caption.
 
     Args:
-        example: of an `encodings.EncodedSource`, whose own captions are left aside.
+        example: an example of an `encodings.EncodedSource`; its own captions are ignored.
         captions: token ids `(n, tokens)`.
-        options: num_train_timesteps and condition, as `text_to_image.diffusion_example` takes them.
+        options: num_train_timesteps and condition, as in `text_to_image.diffusion_example`.
     """
     chosen = captions[generator.integers(len(captions))]
     return diffusion_example({**example, "contexts": chosen[None]}, generator, **options)
@@ -85,30 +85,30 @@ def train_textual_inversion(
     min_snr_gamma=None,
     make_evaluation=None,
 ):
-    """Add a word to a model's vocabulary and trains its vectors; all other weights are frozen.
+    """Add a token to a model's vocabulary and train its vectors; all other weights are frozen.
 
-    At the end `output_dir/model` has them in `learned_embeds.safetensors`, which diffusers and the web
-    interface load, and in `embedding_kohya.safetensors`. They are the averaged ones, as in every run here: a
-    few vectors learned from small batches never come to rest, and the average is where they move about.
+    At the end `output_dir/model` holds the EMA vectors in `learned_embeds.safetensors`, which diffusers and
+    A1111's web UI load, and in `embedding_kohya.safetensors`. A few vectors trained on small batches keep
+    fluctuating, and the average removes that.
 
     Args:
         settings: `trainer.Settings`.
-        pipeline: the `StableDiffusion`, which knows the word from then on.
+        pipeline: the `StableDiffusion`; the token is added to it.
         source: examples with `image` uint8 `(h, w, 3)`; captions are not used.
-        placeholder_token: the new word, such as "<my-cat>".
-        initializer_token: known words that it begins as, or None, as `initial_vectors` takes them.
-        num_vectors: how many vectors it has, and tokens it takes of a prompt.
+        placeholder_token: the new token, such as "<my-cat>".
+        initializer_token: known words to initialise the vectors with, or None, as in `initial_vectors`.
+        num_vectors: number of vectors, and of tokens in a prompt.
         learnable_property: "object" or "style": what the images have in common.
-        identity: JSON values that, beside those of this function, must be a checkpoint's too.
+        identity: further JSON values that a checkpoint must share with the run that resumes it.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        make_evaluation: `make_evaluation(trainer)` gives what is called with the step at each evaluation.
+        make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
 
     Returns:
-        Whether training got to its end.
+        Whether training reached its end.
 
     Raises:
-        UserError: the token is no new word, has more vectors than a prompt has room for, or the model has
-            other words that are not in its table yet.
+        UserError: the token exists already, has more vectors than a prompt can hold, or the model has other
+            added tokens that are not saved yet.
     """
     if learnable_property not in TEMPLATES:
         raise UserError(f"learnable_property {learnable_property!r}: unknown; use {' or '.join(TEMPLATES)}")
@@ -162,19 +162,19 @@ def encode_examples(settings, pipeline, source, token, learnable_property):
     """Return the latents as an `EncodedSource`, and the token ids `(templates, tokens)` of the captions."""
     encoded = EncodedSource(source, pipeline.vae, None, pipeline.tokenizer, jit_compile=settings.jit_compile)
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
-    # One that is cut might lose what is to be learned. The word alone always fits.
+    # Leave out captions that would be truncated, as they might lose the token. The token alone always fits.
     lengths = map(len, pipeline.tokenizer.encode(captions))
     whole = [text for text, length in zip(captions, lengths, strict=True) if length <= _room(pipeline)]
     return encoded, pipeline.tokenizer(whole)
 
 
 def _room(pipeline):
-    """Tokens of a text that the text encoder takes."""
+    """Return the largest number of tokens in a prompt."""
     return pipeline.tokenizer.max_length - 2
 
 
 def save_embedding(folder, token, vectors):
-    """Write a learned word in both dialects into a folder, which is made if there is none."""
+    """Write a learned token in both dialects into a folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     write_embeddings(folder / DIFFUSERS_FILE, {token: vectors})
     write_embeddings(folder / KOHYA_FILE, {token: vectors}, "kohya")

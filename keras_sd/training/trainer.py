@@ -1,4 +1,4 @@
-"""The training loop: Keras' `fit()` on an objective, resumable to the bit, measured on the way."""
+"""The training loop: Keras' `fit()` on an objective, with checkpoints, exact resumption and evaluations."""
 
 import contextlib
 import functools
@@ -45,9 +45,9 @@ __all__ = ["PRECISIONS", "Settings", "Trainer"]
 
 
 class EvaluationCallback(StepCallback):
-    """Calls `evaluate(step)` every `every` steps but the last, with all variables in place.
+    """Calls `evaluate(step)` every `every` steps, except at the last step, with all variables up to date.
 
-    A training that is told to stop is not evaluated before it does: that comes when it is resumed.
+    A run that was signalled to stop is not evaluated first; the evaluation follows when it is resumed.
     """
 
     def __init__(self, evaluate, progress, *, every, initial_step, total_steps):
@@ -71,7 +71,7 @@ class Trainer:
     Args:
         objective: the network and its loss (`training.losses`).
         settings: `Settings`.
-        identity: JSON values that say what is trained on what; a checkpoint of another is refused.
+        identity: JSON values that identify the run; a checkpoint with other values is rejected.
     """
 
     def __init__(self, objective, settings, identity):
@@ -79,10 +79,10 @@ class Trainer:
         self.settings = settings
         self.is_writer = backend.process_index() == 0
         claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
-        if is_described():  # a command that can be given again
+        if is_described():  # started by a command that can be repeated
             interruption.set_run_folder(settings.output_dir, settings.resume_from_checkpoint)
         distribution.split_weights(objective)
-        # The weights that stay frozen, which a checkpoint does not hold.
+        # A checkpoint does not hold the frozen weights, only their fingerprint.
         frozen = weights_fingerprint(objective, left_out=objective.trainable_variables)
         identity = {**identity, **settings.identity(), "frozen": frozen}
         self.checkpoints = Checkpoints(
@@ -96,7 +96,7 @@ class Trainer:
         # In float16 Keras wraps the optimizer in one that scales the loss.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
         with self._with_memory_advice():
-            # Variables born inside the first traced step would make TensorFlow trace it twice.
+            # Variables created inside the first traced step would make TensorFlow trace it twice.
             objective.optimizer.build(objective.trainable_variables)
             self.ema = self._make_average()
         self.step = self._first_batch = 0
@@ -113,7 +113,7 @@ class Trainer:
         settings = self.settings
         warmup = min(settings.lr_warmup_steps, settings.max_train_steps)
         decay = settings.max_train_steps - warmup
-        # The constant schedule is the cosine one that ends where it began.
+        # The constant schedule is a cosine schedule that ends at its initial value.
         learning_rate = keras.optimizers.schedules.CosineDecay(
             initial_learning_rate=0.0 if warmup else settings.learning_rate,
             decay_steps=max(decay, 1),
@@ -140,12 +140,14 @@ class Trainer:
         return EMACallback(self.optimizer, variables)
 
     def _state(self):
-        """What the run changes as groups of name -> variable (or, of averages in host memory, array), named
-        alike in every process."""
+        """Return all variables that the run changes as groups of name -> variable.
+
+        Names are the same in every process. EMA weights in host memory are arrays.
+        """
         names = {id(parameter.variable): parameter.name for parameter in parameter_paths(self.objective)}
         averages = {id(variable) for variable in self.optimizer.ema_variables}
         trained = [names[id(variable)] for variable in self.objective.trainable_variables]
-        # Keras numbers an optimizer's variables after the layers of its process, so they go by position.
+        # Keras' names of an optimizer's variables depend on the process, so they are named by position.
         others = [variable for variable in self.objective.optimizer.variables if id(variable) not in averages]
         return {
             "weights": dict(zip(trained, self.objective.trainable_variables, strict=True)),
@@ -154,7 +156,7 @@ class Trainer:
         }
 
     def gather_state(self):
-        """Copy the state to the host: `(groups, position)` as a checkpoint takes them."""
+        """Copy the state to the host; return `(groups, position)` for a checkpoint."""
         groups = {
             group: {name: backend.to_numpy(variable) for name, variable in variables.items()}
             for group, variables in self._state().items()
@@ -165,7 +167,7 @@ class Trainer:
         return groups, {"batch": batch, "examples": batch * settings.train_batch_size}
 
     def _resume(self):
-        """Take over the state of a checkpoint, and tells which settings are others than its."""
+        """Load the state of a checkpoint, and print which settings have changed."""
         path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)
         checkpoint = self.checkpoints.load(path)
         state = self._state()
@@ -184,22 +186,25 @@ class Trainer:
             print(changes, file=sys.stderr, flush=True)
 
     def run(self, source, draw, *, repeats=None, make_evaluation=None, prepare_export=None, export=None):
-        """Train to `max_train_steps` and return whether it got there.
+        """Train to `max_train_steps`.
 
-        The last step is followed by a checkpoint, the export and an evaluation, in this order, so that a
-        failure loses as little as possible. What an earlier process has not come to is made up for.
+        After the last step come a checkpoint, the export and an evaluation, in this order, so that a failure
+        loses as little as possible. A resumed run makes up for an export or evaluation that is missing.
 
         Args:
-            source, draw, repeats: examples and what is drawn for each, as `data.datasets.batches` takes them.
-            make_evaluation: `make_evaluation(trainer)` gives `evaluate(step)`, called with the weights in
-                place every `evaluation_steps` and at the end. It is made for the first evaluation; with
-                `evaluation_steps` 0 there is none. One that fails is a warning.
+            source, draw, repeats: as in `data.sources.batches`.
+            make_evaluation: `make_evaluation(trainer)` returns `evaluate(step)`, which is called every
+                `evaluation_steps` and at the end. It is called before the first evaluation; with
+                `evaluation_steps` 0 there is none. A failing evaluation is a warning.
             prepare_export: called in every process before the export, with the EMA weights swapped in.
-            export: `export(folder)` writes the model, with the EMA weights swapped in, in one process; the
+            export: `export(folder)` writes the model in one process, with the EMA weights swapped in; the
                 folder becomes `output_dir/model` once it is complete.
 
+        Returns:
+            Whether training reached `max_train_steps`.
+
         Raises:
-            UserError: the loss is not finite, no checkpoint can be written, or memory is not enough.
+            UserError: the loss is not finite, no checkpoint can be written, or memory is not sufficient.
         """
         settings = self.settings
         try:
@@ -238,7 +243,7 @@ class Trainer:
         self.step = self.log.step
 
     def _finish(self, make_evaluation, prepare_export, export):
-        """What follows the last step and its checkpoint, as far as it has not been done."""
+        """Export and evaluate after the last step, unless that was done before."""
         if export is not None and not self._is_exported():
             with interruption.may_be_cut(), interruption.phase("exporting the model"), self.ema.applied():
                 if prepare_export is not None:
@@ -257,13 +262,13 @@ class Trainer:
         return self._record.last("exported") == self.step and model.is_dir()
 
     def _is_evaluated_at(self, step):
-        """Return whether an evaluation at this step, at which the run begins or ends, is still to be made."""
+        """Return whether an evaluation at this step, the first or last of the process, is still due."""
         every, last = self.settings.evaluation_steps, self.settings.max_train_steps
         due = every and step and (step % every == 0 or step >= last)
         return bool(due) and self._record.last("evaluated") < step
 
     def _evaluate(self, make_evaluation, step):
-        """Evaluates, if the method does; a failure is told, and the training goes on."""
+        """Evaluate, if the method has an evaluation; warn of a failure and continue."""
         if make_evaluation is None:
             return
         try:
@@ -272,7 +277,7 @@ class Trainer:
                     self._evaluation = make_evaluation(self)
                 self._evaluation(step)
         except Exception as error:
-            if self.ema.swapped_in:  # the weights to go on with could not be brought back
+            if self.ema.swapped_in:  # the raw weights could not be restored, so training cannot continue
                 raise
             fault = "out of memory" if backend.is_out_of_memory(error) else _first_line(error)
             warnings.warn(
@@ -286,7 +291,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _with_memory_advice(self):
-        """Turn what is raised inside for want of memory into a line that names the arguments that help."""
+        """Turn out-of-memory errors inside the block into a UserError that names the arguments that help."""
         try:
             yield
         except Exception as error:
@@ -296,7 +301,7 @@ class Trainer:
             raise UserError(f"training: out of memory; take {', or '.join(savers)}") from error
 
     def _memory_savers(self):
-        """Yield the arguments that are off and spare memory on the device, the cheapest ones first."""
+        """Yield further arguments that save device memory, those with the least cost first."""
         settings = self.settings
         if settings.mixed_precision == "no":
             yield "`mixed_precision='bf16'`"
@@ -350,6 +355,6 @@ class Trainer:
 
 
 def _first_line(error):
-    """What an exception says, in one line."""
+    """Return the type and the message of an exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
