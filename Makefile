@@ -60,6 +60,7 @@ test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers, t
 
 # With the interpreter as it is: where there is a GPU, it has JAX for it already.
 test-gpu:  ## Fine-tune at full size on a GPU under JAX (12 minutes); ARGS="--parts lora"
+	KERAS_BACKEND=jax $(PYTHON) -m pytest -q -m gpu tests/backend
 	$(PYTHON) tools/test_gpu.py $(ARGS)
 
 test-notebooks: $(VENV)/installed-test $(VENV)/installed-notebooks  ## Execute notebooks at their smallest setting

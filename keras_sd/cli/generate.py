@@ -177,7 +177,9 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
     with interruption.phase(f"opening {options['model']}"):
         from keras_sd.pipeline.upscaler import Upscaler
 
-        upscaler = Upscaler.load(folder, dtype=options["dtype"], batch_size=options["batch_size"])
+        upscaler = Upscaler.load(
+            folder, **{name: options[name] for name in ("dtype", "batch_size", "jit_compile")}
+        )
     seed = options["seed"]
     turns = -(-num_images // options["batch_size"])
     settings = {name: options[name] for name in ("num_inference_steps", "sampler", "eta", "reuse_interval")}
@@ -274,7 +276,7 @@ def _check_images(options, num_images=1):
 
 def _open(options):
     """Opens the model that options name: the pipeline, and the options of a task."""
-    names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings")
+    names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings", "jit_compile")
     model = {name: options.pop(name) for name in names}
     check_steps(model["model"], options["num_inference_steps"])
     checked_interval(options["guidance_interval"])

@@ -1,6 +1,7 @@
 """Options of commands that say which model, and opening what they name before long work."""
 
 import math
+import os
 from pathlib import Path
 
 import click
@@ -43,7 +44,19 @@ def model_options(default="emoji"):
         ),
         click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
         click.option("--batch-size", default=8, type=click.IntRange(1), help="Images made at a time."),
+        click.option(
+            "--jit-compile/--no-jit-compile",
+            default=True,
+            callback=_compiled,
+            help="Compile by XLA; a few small images are faster without. JAX always compiles.",
+        ),
     )
+
+
+def _compiled(context, parameter, value):
+    if not value and os.environ.get("KERAS_BACKEND") == "jax":
+        raise click.BadParameter("JAX always compiles; leave it out, or use TensorFlow.")
+    return value
 
 
 def check_steps(model, num_inference_steps):

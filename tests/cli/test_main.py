@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_sd.cli import generate
 from keras_sd.cli import main as cli
 from keras_sd.cli.demo import run_demo
 from keras_sd.files.image_files import read_parameters
@@ -34,9 +34,18 @@ def run_python(code, *arguments, **options):
 
 
 @pytest.fixture
-def keras_sd_command(run_program, without_xla):
-    """Runs the command in this process, which has its backend loaded, with the same three results."""
-    return functools.partial(run_program, cli.main)
+def keras_sd_command(run_program):
+    """Runs a command in this process, which has its backend loaded, with the same three results.
+
+    Images are made without XLA, which those that are made once or twice do not pay for.
+    """
+    makes_images = {command.name for command in generate.COMMANDS}
+
+    def run(command, *arguments):
+        option = ["--no-jit-compile"] if command in makes_images else []
+        return run_program(cli.main, command, *option, *arguments)
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import socket
 import threading
@@ -23,7 +22,7 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 def start(arguments, flags=""):
     """Starts a program on JAX with these flags for XLA."""
-    return Program(arguments, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}")
+    return Program(arguments, XLA_FLAGS=flags)
 
 
 def finish(program):
