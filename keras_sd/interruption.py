@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: a program ends soon, without a traceback, and with exit code 130 or 143.
+"""Ctrl-C and SIGTERM: a program ends soon, without a traceback, with exit code 130 or 143.
 
-Python calls a signal's handler between two of its own instructions, so not while XLA compiles, which may take
-minutes. A thread hears of signals as well (`signal.set_wakeup_fd`) and ends the process `GRACE` seconds
-later, unless it is about what has to be finished: a step of a training, or the saving of a checkpoint.
+Python calls signal handlers between two bytecode instructions only, so not while XLA compiles, which may take
+minutes. So a thread receives the signals as well (`signal.set_wakeup_fd`) and ends the process after `GRACE`
+seconds, unless it is in a section that has to finish: a training step, or the saving of a checkpoint.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _TELL_AFTER = 2.0  # seconds after which a phase is told
 
 
 class _State:
-    """What the main thread does, as the watching thread sees it."""
+    """The state of the main thread, shared with the watching thread."""
 
     def __init__(self):
         self.program = None  # its name, while it is watched
@@ -41,7 +41,7 @@ _state = _State()
 
 
 def received():
-    """Return the number of the signal that the program was told to end by, or None."""
+    """Return the number of the signal that asked the program to end, or None."""
     return _state.received
 
 
@@ -56,18 +56,18 @@ def exit_code(number):
 
 
 def has_to_finish():
-    """Return whether the program is about something that a signal must not cut off."""
+    """Return whether the program is in a section that a signal must not interrupt."""
     return _state.has_to_finish
 
 
 def set_has_to_finish(has_to_finish):
-    """Say whether the program is about something that a signal must not cut off."""
+    """Set whether the program is in a section that a signal must not interrupt."""
     _state.has_to_finish, _state.endable_since = has_to_finish, time.monotonic()
 
 
 @contextlib.contextmanager
 def may_be_cut():
-    """Within the block a signal ends the process after a while, whatever it does."""
+    """Allow a signal to end the process inside the block, after the grace period."""
     before = _state.has_to_finish
     set_has_to_finish(False)
     try:
@@ -87,7 +87,7 @@ def set_run_folder(folder, resumed=None):
 
 
 def _checkpoints():
-    """(name, number on the disk) of each: one that was replaced is another."""
+    """Return (name, inode) of each checkpoint; a replaced one has another inode."""
     if not _state.run_folder.is_dir():
         return set()
     with os.scandir(_state.run_folder) as entries:
@@ -95,7 +95,7 @@ def _checkpoints():
 
 
 def before_sudden_end(function):
-    """Has a function called where the process ends without Python's own clearing up."""
+    """Register a function to call before the process ends without Python's cleanup."""
     _before_sudden_end.append(function)
 
 
@@ -104,10 +104,10 @@ _before_sudden_end = []
 
 @contextlib.contextmanager
 def phase(name, *, in_commands=False):
-    """Tell on stderr what the program is about, if that takes more than two seconds.
+    """Print the name of a phase on standard error if it takes more than two seconds.
 
     Args:
-        in_commands: whether only a command tells it, and nobody's own Python program.
+        in_commands: print it in commands only, not in users' Python programs.
     """
     if in_commands and _state.program is None:
         yield
@@ -148,7 +148,7 @@ def _tell(name):
 
 
 def last_words():
-    """Return one line on how a training that was told to end goes on, or None where there is none."""
+    """Return one line on how to resume an interrupted training, or None if there is no training."""
     if _state.run_folder is None:
         return None
     name = signal.Signals(_state.received).name
@@ -166,13 +166,15 @@ def last_words():
 
 @contextlib.contextmanager
 def watching(program, command):
-    """Within the block, Ctrl-C raises `KeyboardInterrupt` and SIGTERM `SystemExit`, as far as nothing else
-    handles them; where neither comes through, the thread ends the process. Only the main thread can do this.
+    """Raise `KeyboardInterrupt` on Ctrl-C and `SystemExit` on SIGTERM inside the block.
+
+    If such an exception cannot be raised in time, the watching thread ends the process. This works in the
+    main thread only.
 
     Args:
-        program: its name as typed.
-        command: `command(from_latest)` gives the text of a command that goes on with this one's training:
-            from the latest checkpoint, or as this one did.
+        program: the program's name as typed.
+        command: `command(from_latest)` returns a command that resumes this training: from the latest
+            checkpoint, or in the same way as this process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -217,7 +219,7 @@ def _is_importing(frame):
 
 
 def _pass_over(unraisable, show=sys.unraisablehook):
-    """Has a handler's exception raised once more that came up in a callback of the garbage collector."""
+    """Raise a handler's exception again if it was lost in a callback of the garbage collector."""
     if _state.received is not None and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
         _state.is_lost = True
     else:
@@ -225,7 +227,7 @@ def _pass_over(unraisable, show=sys.unraisablehook):
 
 
 def _watch(reader):
-    """What the thread does: waits for signals, and for the end that they ask for."""
+    """Run the watching thread: wait for signals, and end the process after the grace period."""
     first = second = None  # (number, time) of the first signal, and the time of a second Ctrl-C
     repeated = 0  # signals that come from here
     while True:
@@ -267,7 +269,7 @@ def _end_at_once(number):
 
 
 def _forget_in_child():
-    # A child has no such thread, and must not tell its signals to its parent's.
+    # A child process has no such thread, and must not write its signals into the parent's pipe.
     if _state.program is not None:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)

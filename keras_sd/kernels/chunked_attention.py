@@ -1,8 +1,8 @@
-"""Attention whose memory grows with the tokens and not with their square, in every backend.
+"""Chunked attention: memory grows linearly with the number of tokens, on every backend.
 
-Slices of the queries are attended one after the other (Rabe and Staats, 2021). For the backward pass
-nothing is kept but the inputs, the outputs and one number for each query, from which each slice's weights are
-computed again (Dao et al., 2022).
+Chunks of the queries are processed one after the other (Rabe and Staats, 2021). The backward pass keeps the
+inputs, the outputs and one number for each query, and recomputes the weights of each chunk (Dao et al.,
+2022).
 """
 
 import functools
@@ -45,7 +45,7 @@ def attention(query, key, value, heads, *, upcast=False):
         def gradient(upstream):
             queries, keys, values = split_inputs(query, key, value)
             upstream = split(upstream)
-            # What all weights of a query lose together, as they add up to one.
+            # The gradient of a softmax subtracts this from the gradient of each weight.
             shared = ops.sum(ops.cast(upstream, "float32") * ops.cast(split(outputs), "float32"), axis=-1)
             slopes = _gradients(queries, keys, values, upstream, shared, normalizers, count)
             slopes = [_join(slope) for slope in slopes]
@@ -60,7 +60,7 @@ def attention(query, key, value, heads, *, upcast=False):
 
 
 def slices(query, key):
-    """Into how many slices the queries `(n, heads, tokens, head_size)` go."""
+    """Return the number of chunks of the queries `(n, heads, tokens, head_size)`."""
     batch, heads, queries, _ = query.shape
     # A batch of unknown size counts as one example.
     fitting = LARGEST_SCORES // (4 * (batch or 1) * heads * key.shape[2])
@@ -89,19 +89,19 @@ def _sliced(array, count):
 
 
 def _whole(array):
-    """What `_sliced` has taken apart."""
+    """Invert `_sliced`."""
     count, _, heads, size, *rest = array.shape
     array = ops.transpose(array, (1, 2, 0, *range(3, len(array.shape))))
     return ops.reshape(array, (-1, heads, count * size, *rest))
 
 
 def _scores(query, key):
-    # The softmax of many terms needs more digits than half precision has.
+    # The softmax of many terms needs more precision than float16 or bfloat16 has.
     return ops.cast(ops.einsum("nhqd,nhkd->nhqk", query, key), "float32")
 
 
 def _outputs(query, key, value, count):
-    """What the queries get, and the logarithm of the sum of exponentials of each one's scores."""
+    """Return the outputs and, for each query, the log-sum-exp of its scores."""
 
     def attend(query):
         scores = _scores(query, key)
@@ -131,15 +131,15 @@ def _gradients(query, key, value, upstream, shared, normalizers, count):
         return tuple(sum_ + slope for sum_, slope in zip(carry, found, strict=True)), (of_query,)
 
     arrays = [query, upstream, shared, normalizers]
-    # Turned, as a processor would turn the weights otherwise, which are many more.
-    zeros = tuple(ops.zeros_like(_turned(array), dtype="float32") for array in (key, value))
+    # Transposed sums: otherwise a CPU would transpose the weights, which are much larger.
+    zeros = tuple(ops.zeros_like(_transposed(array), dtype="float32") for array in (key, value))
     if count == 1:
         sums, (of_query,) = step(zeros, arrays)
     else:
         sums, (of_query,) = backend.scan(step, zeros, [_sliced(array, count) for array in arrays])
         of_query = _whole(of_query)
-    return of_query, *map(_turned, sums)
+    return of_query, *map(_transposed, sums)
 
 
-def _turned(array):
+def _transposed(array):
     return ops.transpose(array, (0, 1, 3, 2))

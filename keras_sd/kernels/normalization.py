@@ -1,7 +1,7 @@
 """Group and layer normalisation with gradients in closed form.
 
-What automatic differentiation makes of the moments takes twice the operations, to trace and to compile, and
-keeps centred inputs beside the inputs. Here the inputs alone are kept, and the gradient is two sums over
+Automatic differentiation of the moments has twice the operations to trace and compile, and keeps the centred
+inputs in memory as well. The closed form keeps the inputs alone, and computes the gradient by two sums over
 them, a scale and a shift (Wu and He, 2018; Ba et al., 2016).
 """
 
@@ -40,8 +40,8 @@ def group_normalization(inputs, gamma, beta, groups, epsilon, *, silu=False):
         values = ops.cast(inputs, "float32")
         take_moments = _moments if inputs.dtype == "float32" else _moments_in_one_pass
         mean, variance = take_moments(values, grouped, spread)
-        deviation = ops.rsqrt(variance + epsilon)  # its inverse, (n, groups, 1)
-        scale = spread(deviation * ops.reshape(gamma, shape))
+        inverse_std = ops.rsqrt(variance + epsilon)  # (n, groups, 1)
+        scale = spread(inverse_std * ops.reshape(gamma, shape))
 
         def gradient(upstream):
             # From the inputs again, which costs XLA nothing where it fuses: no other large tensor is kept.
@@ -53,12 +53,12 @@ def group_normalization(inputs, gamma, beta, groups, epsilon, *, silu=False):
             product = grouped(ops.sum(upstream * centred, axis=(1, 2)))
             # Of the mean and of the variance, per group.
             weights = ops.reshape(gamma, shape) / (height * width * shape[1])
-            along = ops.sum(product * weights, axis=-1, keepdims=True) * ops.square(deviation)
+            along = ops.sum(product * weights, axis=-1, keepdims=True) * ops.square(inverse_std)
             shift = ops.sum(total * weights, axis=-1, keepdims=True)
-            slope = upstream * scale - centred * spread(along * deviation) - spread(shift * deviation)
+            slope = upstream * scale - centred * spread(along * inverse_std) - spread(shift * inverse_std)
             return (
                 ops.cast(slope, inputs.dtype),
-                ops.reshape(ops.sum(product * deviation, axis=0), (channels,)),
+                ops.reshape(ops.sum(product * inverse_std, axis=0), (channels,)),
                 ops.reshape(ops.sum(total, axis=0), (channels,)),
             )
 
@@ -80,7 +80,7 @@ def _moments(values, grouped, spread):
 def _moments_in_one_pass(values, grouped, spread):
     """Return the same from the moments of the channels (Chan, Golub and LeVeque, 1983), in a single pass.
 
-    It is meant for a GPU, which waits for memory. On a processor XLA is slower at it than at two passes.
+    It is meant for GPUs, where memory bandwidth is the bottleneck. On a CPU, XLA is faster with two passes.
     """
     # Squares of numbers far from zero would lose those differences in float32 too.
     origin = values[:, :1, :1]
@@ -109,19 +109,19 @@ def layer_normalization(inputs, gamma, beta, epsilon):
         values = ops.cast(inputs, "float32")
         mean = ops.mean(values, axis=-1, keepdims=True)
         variance = ops.mean(ops.square(values - mean), axis=-1, keepdims=True)
-        deviation = ops.rsqrt(variance + epsilon)  # its inverse
+        inverse_std = ops.rsqrt(variance + epsilon)
 
         def gradient(upstream):
-            normal = (ops.cast(inputs, "float32") - mean) * deviation
+            normal = (ops.cast(inputs, "float32") - mean) * inverse_std
             upstream = ops.cast(upstream, "float32")
             product = upstream * normal
             scaled = upstream * gamma
             along = ops.mean(scaled * normal, axis=-1, keepdims=True)
-            slope = (scaled - ops.mean(scaled, axis=-1, keepdims=True) - normal * along) * deviation
+            slope = (scaled - ops.mean(scaled, axis=-1, keepdims=True) - normal * along) * inverse_std
             examples = tuple(range(len(inputs.shape) - 1))
             return ops.cast(slope, inputs.dtype), ops.sum(product, examples), ops.sum(upstream, examples)
 
-        outputs = (values - mean) * deviation * gamma + beta
+        outputs = (values - mean) * inverse_std * gamma + beta
         return ops.cast(outputs, inputs.dtype), gradient
 
     return normalize(inputs, gamma, beta)

@@ -1,4 +1,4 @@
-"""How far a long task before or after training has got, on standard error."""
+"""Progress of long tasks before or after training, on standard error."""
 
 import sys
 import time
