@@ -40,7 +40,7 @@ def _masked(query, key, value, mask, upcast):
         query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
     scale = query.shape[-1] ** -0.5
     scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
-    # The softmax of many terms needs more digits than half precision has.
+    # The softmax of many terms needs more precision than float16 or bfloat16 has.
     scores = ops.where(mask, ops.cast(scores, "float32"), -float("inf"))
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     return ops.einsum("nhqk,nkhd->nqhd", weights, value)

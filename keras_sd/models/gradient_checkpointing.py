@@ -30,7 +30,7 @@ def recomputing_layers(model):
 
 
 def enable_gradient_checkpointing(model, recomputes=True):
-    """Has all blocks of a model computed again in the backward pass, or kept again.
+    """Set whether all blocks of a model are recomputed in the backward pass.
 
     Gradients stay what they were. Do it before anything is compiled with the model.
     """

@@ -23,7 +23,7 @@ PIXEL_DEVIATION = np.array((0.26862954, 0.26130258, 0.27577711))
 class PatchEmbedding(Layer):
     """One vector for each patch: a convolution without bias whose stride is its kernel size.
 
-    It is computed as a matrix product, since XLA's CPU backend has no fast path for the weight
+    It is computed as a matrix multiplication, since XLA's CPU backend has no fast path for the weight
     gradient of a strided convolution. The kernel keeps the convolution's shape.
     """
 

@@ -57,7 +57,7 @@ class LowRankUpdate:
 
 
 class Dense(LowRankUpdate, keras.layers.Dense):
-    """Keras' linear layer, with a place for a low-rank update."""
+    """Keras' linear layer with an optional low-rank update."""
 
     def _low_rank_pair(self, rank, initializer):
         inputs, outputs = self.kernel.shape
@@ -68,7 +68,7 @@ class Dense(LowRankUpdate, keras.layers.Dense):
 
 
 class Conv2D(LowRankUpdate, keras.layers.Conv2D):
-    """Keras' convolution, with a place for a low-rank update: a window as large, then one of 1x1."""
+    """Keras' convolution with an optional low-rank update: a kernel of the same size, then one of 1x1."""
 
     def convolution_op(self, inputs, kernel):
         is_plain = (self.kernel_size, self.strides, self.padding) == ((3, 3), (1, 1), "same")
@@ -208,8 +208,8 @@ class Downsample(Layer):
 class Upsample(Layer):
     """Doubles height and width by nearest neighbours, then convolves.
 
-    With `size` `(height, width)`, the last row or column is left out where that size is odd: the way up
-    meets the size that the way down had before it was rounded up to half.
+    With `size` `(height, width)`, the last row or column is cut off where that side is odd, so that the up
+    path returns to the size that the down path started from.
     """
 
     def __init__(self, channels, **kwargs):

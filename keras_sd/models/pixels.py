@@ -6,7 +6,7 @@ from PIL import Image
 from keras_sd.errors import UserError
 
 WHITE = 128
-"""The least value of a mask that counts as white."""
+"""The smallest value of a mask that counts as white."""
 
 
 def as_images(images):
@@ -70,7 +70,7 @@ def as_masks(mask):
 
 
 def any_white(masks, factor):
-    """Masks made `factor` times smaller: what is white anywhere in a cell is white, so that no line is lost.
+    """Shrink masks by `factor`: a cell is white if any of its pixels is, so that thin lines survive.
 
     Args:
         masks: bool `(n, height, width, 1)`; the sides are multiples of `factor`.

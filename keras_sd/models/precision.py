@@ -1,4 +1,4 @@
-"""In which floating-point type a model keeps its weights and computes."""
+"""Precision policies: the floating-point types of a model's weights and computations."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""How far a written model is from its source, tensor by tensor and in what its parts compute."""
+"""Parity reports: compares a written model with its source, by tensors and by the outputs of its parts."""

@@ -1,4 +1,4 @@
-"""What a parity report says, as data, as tables and as JSON."""
+"""Parity reports as data, as Markdown tables and as JSON."""
 
 from typing import NamedTuple
 
