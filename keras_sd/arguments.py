@@ -32,7 +32,7 @@ MOST_IMAGES = 10**5
 LONGEST_SIDE = 16384
 """The largest side of an image in pixels; more are a mistake and would exhaust the memory."""
 
-_LONGEST_SHOWN = 100
+_LONGEST_SHOWN = 200
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
@@ -49,12 +49,13 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
 
 
 def shown(value: object) -> str:
-    """Return a representation of a value on one line, truncated if it is long."""
+    """Return a representation of any value on one line, truncated if it is long."""
     try:
-        text = " ".join(repr(value).split())
-    except ValueError:  # Python does not print numbers with thousands of digits
-        text = "of thousands of digits"
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+        text = repr(value[: 2 * _LONGEST_SHOWN] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # more digits than Python prints, or too many nested lists
+        return "(too long to show)"
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def share(name: str, value: object, meaning: str = "0 to 1") -> float:

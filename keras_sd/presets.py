@@ -50,17 +50,24 @@ _DELETED, _COPIES = "stabilityai/stable-diffusion-2", "sd2-community/stable-diff
 
 
 def find(name):
-    """Return the diffusers folder of a preset, a hub id ("owner/model") or a path.
+    """Find what a model's name means: the one function for all commands, and for the library.
+
+    In this order: a preset's name; a file or folder that exists, in any format (write `./emoji` for one that
+    is called as a preset is); the id of a model on the Hugging Face hub ("owner/model"), which is downloaded
+    unless it is in the hub's cache. A `pathlib.Path` is never a preset.
+
+    Returns:
+        The `Path` of a file, or of a folder.
 
     Raises:
-        UserError: there is no such preset, or it is neither on this machine nor could be downloaded.
+        UserError: there is no such model, or it is neither on this machine nor could be downloaded.
     """
     with os_errors_in_one_line(name):
         return _find(name)
 
 
 def _find(name):
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         preset = PRESETS[name]
         if isinstance(preset.source, Path):
             folder = preset.source
@@ -68,20 +75,20 @@ def _find(name):
             folder = _from_hub(preset.source, f"preset {name!r}, {preset.source}")
         _check(name, folder, preset.sha256)
         return folder
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() and not Path(name).is_file():
-        raise UserError(f"{str(name)!r}: no plain file; give a folder, a file, or a preset")
-    if Path(name).suffix.lower() in _FILE_SUFFIXES:
+    path, name = Path(name), str(name)
+    if path.is_dir() or path.is_file():
+        return path
+    if path.exists():
+        raise UserError(f"{name!r}: no plain file; give a folder, a file, or a preset")
+    known = ", ".join(PRESETS)
+    if path.suffix.lower() in _FILE_SUFFIXES:
         raise UserError(
-            f"{str(name)!r}: no such file; check its path, or give a hub id (owner/model) or a preset: "
-            f"{', '.join(PRESETS)}"
+            f"{name!r}: no such file; check its path, or give a hub id (owner/model) or a preset: {known}"
         )
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return _from_hub(str(name), str(name))
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name, name)
     raise UserError(
-        f"{str(name)!r}: no such model; give a folder, a file, a hub id (owner/model) or a preset: "
-        f"{', '.join(PRESETS)}"
+        f"{name!r}: no such model; give a folder, a file, a hub id (owner/model) or a preset: {known}"
     )
 
 

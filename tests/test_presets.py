@@ -23,6 +23,20 @@ def test_a_folder_is_found_where_it_is(tmp_path):
     assert presets.find(tmp_path) == presets.find(str(tmp_path)) == tmp_path
 
 
+def test_a_name_is_a_preset_then_a_path_then_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("emoji", "owner/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "model.safetensors").touch()
+    assert presets.find("emoji") == presets.PRESETS["emoji"].source
+    assert presets.find("./emoji") == presets.find(Path("emoji")) == Path("emoji")
+    for place in ("owner/model", "model.safetensors"):
+        assert presets.find(place) == Path(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="^owner/other: no folder here, not in the hub's cache"):
+        presets.find("owner/other")
+
+
 def test_a_damaged_preset_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     path.parent.mkdir()

@@ -37,6 +37,17 @@ class Command(click.Command):
             raise
 
 
+def decorated(*options):
+    """One decorator that adds all of these options, in this order."""
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def in_flags(text):
     """A line of the library as the running command says it: with its flags for their arguments.
 

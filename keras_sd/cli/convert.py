@@ -44,7 +44,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     OUTPUT becomes a folder in diffusers' layout or, if it ends in .safetensors, a single file with the names
     of latent-diffusion. --verify leaves with exit code 1 if something is farther from SOURCE than it may be.
     """
-    place = Path(source) if Path(source).exists() else presets.find(source)
+    place = presets.find(source)
     output = _check_place(output, place, overwrite)
     if open_clip and (verify or report is not None or _is_single_file(output)):
         raise UserError("--open-clip: writes a folder and compares nothing; leave out --verify and --report")

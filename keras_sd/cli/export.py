@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from typing_extensions import TypedDict
 
-from keras_sd import config, interruption
+from keras_sd import config, interruption, presets
 from keras_sd.cli.command import Command
 from keras_sd.cli.model_options import DTYPES
 from keras_sd.cli.outputs import check_output_folder, overwrite_option
@@ -214,7 +214,7 @@ def _cast(folder, dtype):
 
 def _open(options, identity, trained=(), adapt=None):
     """The pretrained pipeline of a run, after a comparison of its parts with those that the run has had."""
-    from keras_sd.cli.train.options import Run, find_model, open_pipeline
+    from keras_sd.cli.train.preparation import Run, open_pipeline
     from keras_sd.training.settings import Settings
     from keras_sd.weights.rules import weights_fingerprint
 
@@ -222,7 +222,7 @@ def _open(options, identity, trained=(), adapt=None):
     if name is None:
         raise _damaged("option pretrained_model_name_or_path is null")
     options = _Options({**options, "unet_config": None, "jit_compile": False})
-    run = Run(Settings("unused", train_batch_size=1), None, None, find_model(name), options)
+    run = Run(Settings("unused", train_batch_size=1), None, None, presets.find(name), options)
     if trained:
         from keras_sd.cli.train.lora import open_with_loras
 

@@ -8,8 +8,8 @@ from keras_sd import interruption, presets
 from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
-from keras_sd.cli.command import Command
-from keras_sd.cli.model_options import check_size, check_steps, decorated, model_options, open_model
+from keras_sd.cli.command import Command, decorated
+from keras_sd.cli.model_options import check_size, check_steps, model_options, open_model
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.cli.outputs import check_output, output_option
 from keras_sd.diffusion.samplers import SAMPLERS
@@ -156,7 +156,7 @@ def upscale(image, prompt, num_images, noise_level, **options):
     """
     pixels = _read_image(image)
     output = _check_images(options, num_images)
-    folder = Path(options["model"]) if Path(options["model"]).exists() else presets.find(options["model"])
+    folder = presets.find(options["model"])
     more = {} if noise_level is None else {"noise_level": noise_level}
     check_steps(folder, options["num_inference_steps"])
     if holds_pixel_upscaler(folder):

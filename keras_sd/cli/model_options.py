@@ -8,20 +8,10 @@ import click
 
 # Whatever loads a backend is imported inside, after the options have been checked.
 from keras_sd import interruption, presets
+from keras_sd.cli.command import decorated
 from keras_sd.errors import UserError
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def decorated(*options):
-    """One decorator that adds all of these options, in this order."""
-
-    def decorate(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 def model_options(default="emoji"):
@@ -61,9 +51,7 @@ def _compiled(context, parameter, value):
 
 def check_steps(model, num_inference_steps):
     """Refuses more steps than a model's schedule has, where that can be read before a backend is loaded."""
-    if Path(model).is_file():
-        return  # tells it once it is open
-    folder = Path(presets.find(model))
+    folder = presets.find(model)
     from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.weights.diffusers_folder import SCHEDULER
 
@@ -81,10 +69,7 @@ def check_size(options, height, width, title="", remedy=""):
         height, width: in pixels; None is the model's own.
         title, remedy: what the line says before and behind.
     """
-    source = options.get("vae") or options["model"]
-    if Path(source).is_file():
-        return  # tells it once it is open
-    folder = Path(source) if options.get("vae") else Path(presets.find(source))
+    folder = Path(options["vae"]) if options.get("vae") else presets.find(options["model"])
     config = folder / "vae" / "config.json"
     if options.get("vae") and not config.is_file():
         config = folder / "config.json"
@@ -108,7 +93,7 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
         lora_folder: where prompts find LoRAs by their names.
         embeddings: paths of textual inversions, each with ":token" behind it to call its word otherwise.
     """
-    source = model if Path(model).is_file() else presets.find(model)
+    source = presets.find(model)
     updates = [_path_and_weight(text) for text in loras]
     for path in [path for path, _ in updates] + ([lora_folder] if lora_folder else []):
         if not Path(path).exists():

@@ -11,6 +11,7 @@ import re
 import stat
 from pathlib import Path
 
+from keras_sd.arguments import shown
 from keras_sd.errors import UserError
 
 MIB = 2**20
@@ -26,7 +27,6 @@ LONGEST_NUMBER = 100
 DEEPEST = 32
 """Largest nesting of lists and dictionaries; configs have 4."""
 
-_LONGEST_SHOWN = 200
 _NO_DICTIONARY = "no JSON dictionary"
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 # Python represents bytes of file names that are not UTF-8 as lone surrogates (`surrogateescape`).
@@ -221,15 +221,6 @@ def _adapter(shape):
     from pydantic import TypeAdapter
 
     return TypeAdapter(shape)
-
-
-def shown(value):
-    """Return a short representation of any value, for messages."""
-    try:
-        text = repr(value[: 2 * _LONGEST_SHOWN] if isinstance(value, str | bytes) else value)
-    except (ValueError, RecursionError):  # more digits than Python prints, or too many nested lists
-        return "(too long to show)"
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _integer(text):

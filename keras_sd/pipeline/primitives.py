@@ -103,7 +103,7 @@ class Primitives:
 
         Args:
             path: a folder in diffusers' layout, a single file (`.safetensors`, `.ckpt`) with LDM's names, a
-                folder of KerasCV's H5 files, or a hub id ("owner/model").
+                folder of KerasCV's H5 files, a preset or a hub id, as `keras_sd.presets.find` tells apart.
             weights: "ema", or "raw" for those that training goes on from, where a file holds both.
             variant: which of a folder's sets of files, such as "fp16"; by default the plain ones.
             dtype: "float32", "float16" or "bfloat16", of the weights in memory and of the computation.
@@ -120,8 +120,7 @@ class Primitives:
                 raise UserError(f"{name} {shown(given)}: no path; give a file or a folder")
         if not isinstance(partial, bool):
             raise UserError(f"partial {shown(partial)}: give True or False")
-        with os_errors_in_one_line(path):
-            source = Path(path) if Path(path).exists() else presets.find(str(path))
+        source = presets.find(path)
         checkpoint = readers.read_checkpoint(
             source, weights=weights, variant=variant, prediction_type=prediction_type
         )

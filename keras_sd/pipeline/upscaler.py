@@ -1,9 +1,8 @@
 """A diffusion upscaler on pixels (SR3): one UNet that sees the enlarged small image beside the noise."""
 
-from pathlib import Path
-
 import numpy as np
 
+from keras_sd import presets
 from keras_sd.arguments import formerly, image_seeds, whole_number
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
@@ -56,11 +55,11 @@ class Upscaler:
         """Opens the folder of a `super-resolution` run's model.
 
         Args:
-            path: the folder.
+            path: the folder, or another name of it (`keras_sd.presets.find`).
             dtype: "float32", "float16" or "bfloat16".
             options: batch_size and jit_compile, as in the constructor.
         """
-        folder = Path(path)
+        folder = presets.find(path)
         schedules = (
             SchedulerConfig.from_dict(read_json(folder / place)) for place in (SCHEDULER, LOW_RES_SCHEDULER)
         )

@@ -33,6 +33,9 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
             manifest is read here.
         lock: False only checks the folder: of several processes only the first one locks it.
 
+    Returns:
+        The folder of the checkpoint to resume from, or None.
+
     Raises:
         UserError: another process uses the folder, it is not writable, it holds an earlier run although
             `resume_from_checkpoint` is None, or there is nothing to resume.
@@ -44,10 +47,11 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another `output_dir`")
+    checkpoint = None
     if resume_from_checkpoint is None:
         _check_new(folder)
     else:
-        find_checkpoint(folder, resume_from_checkpoint)
+        checkpoint = find_checkpoint(folder, resume_from_checkpoint)
     if lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,7 @@ def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
             raise UserError(
                 f"{folder}: cannot be written to: {error.strerror}; choose another `output_dir`"
             ) from error
+    return checkpoint
 
 
 def is_checkpoint_name(name):

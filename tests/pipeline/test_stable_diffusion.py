@@ -369,7 +369,7 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
         ("image_to_image", {"prompt": np.array(0.5)}, r"prompt array\(0.5\): no text"),
         ("image_to_image", {"negative_prompt": np.array(0.5)}, r"negative_prompt array\(0.5\): no text"),
         ("image_to_image", {"num_images": 10**30}, "num_images 10{30}: out of range"),
-        ("image_to_image", {"num_images": 10**5000}, "num_images of thousands of digits: out of range"),
+        ("image_to_image", {"num_images": 10**5000}, "num_images .too long to show.: out of range"),
         ("random_walk", {"prompts": "a", "height": 10**30}, "height 10{30}: out of range"),
         ("random_walk", {"prompts": "a", "width": 2**24}, "width 16777216: out of range"),
         ("random_walk", {"prompts": "a", "num_frames": 10**30}, "num_frames 10{30}: out of range"),

@@ -4,15 +4,8 @@ import click
 
 from keras_sd import config
 from keras_sd.cli.command import Command
-from keras_sd.cli.train.options import (
-    FILE,
-    FILE_OR_FOLDER,
-    defaults_from,
-    prepare,
-    read_config,
-    refuse_unused,
-    run_options,
-)
+from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, refuse_unused, run_options
+from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.data.emoji import architecture
 
 

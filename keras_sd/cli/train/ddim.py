@@ -7,16 +7,12 @@ from keras_sd.cli.command import Command
 from keras_sd.cli.train.options import (
     COUNT,
     FILE,
-    defaults_from,
     evaluation_options,
-    example_sets,
-    extractor_of,
-    prepare,
-    read_config,
     refuse_unused,
     run_options,
     snr_gamma_option,
 )
+from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
 from keras_sd.training import architectures
 
 

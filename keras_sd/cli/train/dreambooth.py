@@ -4,26 +4,17 @@ from pathlib import Path
 
 import click
 
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import Command, decorated
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
-    base_parts,
-    frozen_parts,
+    part_fingerprints,
     pretrained_option,
     subject_evaluation,
     subject_options,
 )
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options
-from keras_sd.cli.train.options import (
-    COUNT,
-    decorated,
-    image_size_of,
-    open_pipeline,
-    prepare,
-    refuse_unused,
-    run_options,
-    snr_gamma_option,
-)
+from keras_sd.cli.train.options import COUNT, refuse_unused, run_options, snr_gamma_option
+from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
 
 _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
@@ -91,11 +82,11 @@ def dreambooth(**options):
         pipeline, alpha, identity = open_with_loras(run, trained)
     else:
         pipeline = open_pipeline(run)
-        identity = base_parts(pipeline, trained)
+        identity = part_fingerprints(pipeline, *trained)
     pipeline.batch_size = options["sample_batch_size"]
     models = {name: getattr(pipeline, name) for name in trained}
     instances, class_images = _images(pipeline, options, class_folder)
-    frozen_text_encoder = None if options["train_text_encoder"] else pipeline.text_encoder
+    frozen = ["vae", *(["text_encoder"] if "text_encoder" not in trained else [])]
     train_dreambooth(
         run.settings,
         pipeline,
@@ -103,7 +94,7 @@ def dreambooth(**options):
         class_images,
         train_text_encoder=options["train_text_encoder"],
         prior_loss_weight=options["prior_loss_weight"],
-        identity=frozen_parts(pipeline, frozen_text_encoder) | identity,
+        identity=part_fingerprints(pipeline, *frozen) | identity,
         min_snr_gamma=options["snr_gamma"],
         make_evaluation=subject_evaluation(run, pipeline, options["instance_prompt"]),
         export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,

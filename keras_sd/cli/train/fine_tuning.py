@@ -2,17 +2,15 @@
 
 import click
 
+from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE
 from keras_sd.cli.train.options import (
-    SMALL_IMAGE,
-    decorated,
     evaluation_options,
-    example_sets,
-    image_size_of,
     inference_steps_option,
     model_option,
     snr_gamma_option,
 )
+from keras_sd.cli.train.preparation import SMALL_IMAGE, example_sets, image_size_of
 
 pretrained_option = click.option(
     "--pretrained-model-name-or-path",
@@ -153,7 +151,8 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         pipeline.scheduler_config,
         encoded,
         text_encoder=None if frozen_text_encoder else pipeline.text_encoder,
-        identity=frozen_parts(pipeline, frozen_text_encoder) | (identity or {}),
+        identity=part_fingerprints(pipeline, "vae", *(["text_encoder"] if frozen_text_encoder else []))
+        | (identity or {}),
         repeats=repeats,
         min_snr_gamma=options["snr_gamma"],
         make_evaluation=make_evaluation,
@@ -164,18 +163,8 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
     )
 
 
-def frozen_parts(pipeline, frozen_text_encoder):
-    """Fingerprints of the parts that a run depends on and that are no part of its objective."""
-    from keras_sd.weights.rules import weights_fingerprint
-
-    parts = {"vae": pipeline.vae}
-    if frozen_text_encoder:
-        parts["text_encoder"] = frozen_text_encoder
-    return {name: weights_fingerprint(part) for name, part in parts.items()}
-
-
-def base_parts(pipeline, names):
-    """Fingerprints of the parts that are trained whole, as they were before."""
+def part_fingerprints(pipeline, *names):
+    """Return fingerprints of parts of a pipeline as they are before training, which a resumed run shares."""
     from keras_sd.weights.rules import weights_fingerprint
 
     return {name: weights_fingerprint(getattr(pipeline, name)) for name in names}

@@ -6,18 +6,13 @@ from keras_sd.cli.command import Command
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
-    frozen_parts,
+    part_fingerprints,
     pretrained_option,
     validation_option,
 )
 from keras_sd.cli.train.lora import low_rank_identity, low_rank_options, open_with_loras
-from keras_sd.cli.train.options import (
-    evaluation_options,
-    model_option,
-    prepare,
-    refuse_unused,
-    run_options,
-)
+from keras_sd.cli.train.options import evaluation_options, model_option, refuse_unused, run_options
+from keras_sd.cli.train.preparation import prepare
 
 
 @click.command(cls=Command)
@@ -69,7 +64,7 @@ def lcm(**options):
         num_ddim_timesteps=options["num_ddim_timesteps"],
         guidance_scale=options["guidance_scale"],
         huber_c=options["huber_c"] if is_huber else None,
-        identity=frozen_parts(pipeline, pipeline.text_encoder) | identity,
+        identity=part_fingerprints(pipeline, "vae", "text_encoder") | identity,
         repeats=repeats,
         make_evaluation=make_evaluation,
         export=lambda folder: save_lora(folder, {"unet": pipeline.unet}, alpha),

@@ -2,15 +2,11 @@
 
 import click
 
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import Command, decorated
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import captioned_options, train_on_captions
-from keras_sd.cli.train.options import (
-    decorated,
-    open_pipeline,
-    prepare,
-    run_options,
-)
+from keras_sd.cli.train.options import run_options
+from keras_sd.cli.train.preparation import open_pipeline, prepare
 
 RANK = click.IntRange(1, 16_384)
 

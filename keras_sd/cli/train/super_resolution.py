@@ -4,16 +4,8 @@ import click
 
 from keras_sd import config
 from keras_sd.cli.command import Command
-from keras_sd.cli.train.options import (
-    COUNT,
-    FILE,
-    defaults_from,
-    inference_steps_option,
-    prepare,
-    read_config,
-    run_options,
-    snr_gamma_option,
-)
+from keras_sd.cli.train.options import COUNT, FILE, inference_steps_option, run_options, snr_gamma_option
+from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.training import architectures
 
 

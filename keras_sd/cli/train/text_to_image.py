@@ -3,15 +3,9 @@
 import click
 
 from keras_sd.cli.command import Command
-from keras_sd.cli.train.fine_tuning import base_parts, captioned_options, train_on_captions
-from keras_sd.cli.train.options import (
-    FILE,
-    FILE_OR_FOLDER,
-    open_pipeline,
-    prepare,
-    refuse_unused,
-    run_options,
-)
+from keras_sd.cli.train.fine_tuning import captioned_options, part_fingerprints, train_on_captions
+from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, refuse_unused, run_options
+from keras_sd.cli.train.preparation import open_pipeline, prepare
 
 
 @click.command("text-to-image", cls=Command)
@@ -39,6 +33,5 @@ def text_to_image(**options):
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
     run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
     pipeline = open_pipeline(run)
-    whole = () if options["from_scratch"] else ("unet",)
-    identity = base_parts(pipeline, whole)
+    identity = part_fingerprints(pipeline, *([] if options["from_scratch"] else ["unet"]))
     train_on_captions(run, pipeline, pipeline.text_encoder, identity=identity, export=pipeline.save)

@@ -4,18 +4,13 @@ import click
 
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.fine_tuning import (
-    frozen_parts,
+    part_fingerprints,
     pretrained_option,
     subject_evaluation,
     subject_options,
 )
-from keras_sd.cli.train.options import (
-    image_size_of,
-    open_pipeline,
-    prepare,
-    run_options,
-    snr_gamma_option,
-)
+from keras_sd.cli.train.options import run_options, snr_gamma_option
+from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
 
 
@@ -65,7 +60,7 @@ def textual_inversion(**options):
         initializer_token=options["initializer_token"],
         num_vectors=options["num_vectors"],
         learnable_property=options["learnable_property"],
-        identity=frozen_parts(pipeline, None),
+        identity=part_fingerprints(pipeline, "vae"),
         min_snr_gamma=options["snr_gamma"],
         make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
     )

@@ -5,16 +5,8 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command
 from keras_sd.cli.option_types import NOT_NEGATIVE
-from keras_sd.cli.train.options import (
-    COUNT,
-    FILE,
-    FILE_OR_FOLDER,
-    defaults_from,
-    prepare,
-    read_config,
-    refuse_unused,
-    run_options,
-)
+from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, refuse_unused, run_options
+from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
 

@@ -47,7 +47,7 @@ def make_part(part, model, published, download_weights, **changes):
     if model is None:
         config = config_class(**values)
     else:
-        config = config_class.from_dict(read_json(Path(presets.find(model)) / part / "config.json"))
+        config = config_class.from_dict(read_json(presets.find(model) / part / "config.json"))
     with dtype_policy(policy):
         return model_class(dataclasses.replace(config, **changes))
 

@@ -1,0 +1,286 @@
+"""How a training command begins: the checks of a run, its settings, its images and its model.
+
+`prepare` checks a run before it loads a backend: its options, its folder, its images, its model's place. What
+is at fault is told within seconds.
+"""
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+
+from keras_sd import config, interruption, presets
+from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS, refuse_unused
+from keras_sd.data.emoji import architecture
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError, require
+from keras_sd.pipeline.defaults import ModelDefaults
+
+SMALL_IMAGE = 128  # pixels; of images up to this size, evaluations draw more and show them enlarged
+
+
+@dataclasses.dataclass
+class Run:
+    """What `prepare` has found.
+
+    Attributes:
+        settings: `trainer.Settings`.
+        source, held_out: the images to train on and those held out (empty if there are none), checked, but
+            not yet of the size that they are trained at (`source.at_size`); None where a method has its own.
+        model: path of the pretrained model, or None.
+        options: of the command, with all values.
+    """
+
+    settings: object
+    source: object
+    held_out: object
+    model: Path | None
+    options: dict
+
+    def sources(self, image_size):
+        """The training images and the held-out ones at a size, and how often an epoch shows each."""
+        source = self.source.at_size(image_size)
+        held_out = self.held_out.at_size(image_size) if self.held_out else ()
+        return source, held_out, source.repeats() if hasattr(source, "repeats") else None
+
+
+def prepare(
+    method,
+    options,
+    *,
+    variant=None,
+    defaults_from=None,
+    need_captions=True,
+    scheduler_config=None,
+    used=(),
+    identity=None,
+):
+    """Checks a run and starts its backend; whatever a user can mend is told before long work.
+
+    Args:
+        method, variant: in `keras_sd.pipeline.defaults`.
+        options: of the command. Those that follow the model are filled in.
+        defaults_from: folder of the model whose values the options follow; that of the pretrained model, for
+            methods that open one, unless its UNet begins anew by another config.
+        need_captions: whether images need captions.
+        scheduler_config: of the noise schedule, where it is not the pretrained model's.
+        used: options of evaluations that the method also uses otherwise.
+        identity: JSON values that follow from the options and that a checkpoint to resume must share.
+
+    Returns:
+        `Run`.
+    """
+    from keras_sd.training.run_folder import claim_output_dir
+
+    require("grain", "tensorboard")
+    idle = [name for name in OF_EVALUATIONS if name not in used]
+    refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
+    # Of several processes the first one takes the folder, once they know which that is.
+    checkpoint = claim_output_dir(
+        options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
+    )
+    source, held_out = _check_sources(options, need_captions)
+    model = None
+    if options.get("pretrained_model_name_or_path"):
+        model = presets.find(options["pretrained_model_name_or_path"])
+        scheduler_config = _scheduler_of(model)
+        if options.get("unet_config") is None:
+            defaults_from = model
+    defaults = ModelDefaults.load(defaults_from) if defaults_from else ModelDefaults()
+    for name, value in defaults.training(method, variant).items():
+        if name in options and options[name] is None:
+            options[name] = value
+    _check_warmup(options)
+    if scheduler_config is not None:
+        _check_schedule(scheduler_config, options)
+    with interruption.phase("starting the backend"):
+        settings = settings_of(options)
+    if checkpoint is not None:
+        _check_resumed(checkpoint, settings, identity or {})
+    _tell(method, settings, source, options)
+    return Run(settings, source, held_out, model, options)
+
+
+def _check_resumed(checkpoint, settings, identity):
+    """Refuse a checkpoint of other options before images are encoded; the run itself compares all."""
+    from keras_sd.training.checkpoints import check_same_run
+    from keras_sd.training.settings import MAY_CHANGE
+
+    known = {name: value for name, value in settings.identity().items() if name not in MAY_CHANGE}
+    check_same_run(checkpoint, identity | known)
+
+
+def _scheduler_of(model):
+    """The noise schedule's config of a model's folder; the usual one of a single file, which brings none."""
+    path = model / "scheduler" / "scheduler_config.json"
+    return SchedulerConfig.load(path) if path.is_file() else SchedulerConfig()
+
+
+def _check_schedule(scheduler_config, options):
+    if options.get("prediction_type"):
+        scheduler_config = dataclasses.replace(scheduler_config, prediction_type=options["prediction_type"])
+    NoiseSchedule(scheduler_config).check_learnable()
+    steps, most = options["num_inference_steps"], scheduler_config.num_train_timesteps
+    if steps > most:
+        raise UserError(f"--num-inference-steps {steps}: the model has {most} timesteps; give fewer")
+
+
+def _check_warmup(options):
+    warmup, steps = options["lr_warmup_steps"], options["max_train_steps"]
+    if warmup > steps / 2:
+        warnings.warn(
+            f"the learning rate rises over {warmup} of {steps} steps; give a shorter --lr-warmup-steps",
+            stacklevel=3,
+        )
+
+
+def _check_sources(options, need_captions):
+    """The checked sources of training and held-out images; none where a method reads its own."""
+    if "train_data_dir" not in options:
+        return None, None
+    from keras_sd.data.images import MINIMUM_SIDE
+    from keras_sd.data.sources import available_splits, load_source
+
+    folder, name = options["train_data_dir"], options.get("dataset_name")
+    if folder and name:
+        raise UserError(f"--train-data-dir {folder}: --dataset-name {name} is given too; leave one out")
+    if not folder and not name:
+        if options.get("pretrained_model_name_or_path", "emoji") != "emoji":
+            raise UserError("--train-data-dir: missing; give a folder of images, or --dataset-name")
+        options["dataset_name"] = name = "emoji"  # what the bundled model was trained on
+    place = Path(folder) if folder else name
+    source = load_source(place, "train", MINIMUM_SIDE, need_captions)
+    held_out = ()
+    if "validation" in available_splits(place):
+        held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions)
+    return source, held_out
+
+
+def settings_of(options):
+    """Makes the `Settings` of a command's options, spreads models over the devices and seeds the weights."""
+    import random
+
+    from keras_sd import backend
+    from keras_sd.training import distribution
+    from keras_sd.training.run_folder import claim_output_dir
+    from keras_sd.training.trainer import Settings
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in options.items() if name in names}
+    automatic = given["mixed_precision"] == "auto"
+    settings = Settings(**given | ({"mixed_precision": "no"} if automatic else {}))
+    distribution.start(
+        options["distribution"],
+        settings.train_batch_size,
+        coordinator=options["coordinator"],
+        num_processes=options["num_processes"],
+        process_id=options["process_id"],
+        timeout=options["coordinator_timeout"],
+    )
+    if not backend.process_index():
+        claim_output_dir(options["output_dir"], options["resume_from_checkpoint"])
+    if automatic and backend.multiplies_bfloat16():
+        settings = dataclasses.replace(settings, mixed_precision="bf16")
+    settings.use_precision()
+    # Keras' initialisers take their seeds from this generator. `keras.utils.set_random_seed` sets it too,
+    # but imports TensorFlow, where it is installed, under every backend.
+    random.seed(settings.seed)
+    return settings
+
+
+def _tell(method, settings, source, options):
+    """Tells the values that decide a run, whoever has chosen them, in one line."""
+    from keras_sd import backend
+
+    if backend.process_index():
+        return
+    of_model = options.get("pretrained_model_name_or_path")
+    told = [method + (f" of {of_model}" if of_model else "")]
+    if source is not None:
+        told.append(f"{len(source)} images of {options['train_data_dir'] or options['dataset_name']}")
+    batch = f"batch size {settings.train_batch_size}"
+    if settings.gradient_accumulation_steps > 1:
+        batch += f" x {settings.gradient_accumulation_steps}"
+    rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}"
+    told += [f"{settings.max_train_steps} steps", batch, f"{rate}, warm-up {settings.lr_warmup_steps})"]
+    told += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
+    print(f"training: {', '.join([*told, str(settings.output_dir)])}", file=sys.stderr, flush=True)
+
+
+def example_sets(source, held_out, count):
+    """The examples that KID is measured on, spread evenly over each split that has enough of them."""
+    from keras_sd.data.sources import evenly
+
+    splits = {"train": source, "held_out": held_out}
+    return {
+        name: evenly(split, count) for name, split in splits.items() if count and len(split) >= FEWEST_FOR_KID
+    }
+
+
+def extractor_of(name, jit_compile=True):
+    """The feature extractor of that KID; the choice offers no other names."""
+    from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
+    from keras_sd.weights.loading import load_part
+
+    if name == "kid_inception":
+        return InceptionFeatures(75, jit_compile=jit_compile)
+    return ClipFeatures(load_part(presets.find("emoji"), "image_encoder"), jit_compile=jit_compile)
+
+
+PARTS = ("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae", "scheduler_config")
+
+
+def open_pipeline(run, adapt=None):
+    """The pretrained model, with those parts replaced that the options name or begin anew.
+
+    Args:
+        run: what `prepare` has found.
+        adapt: called with the parts, as a dictionary, before anything is compiled with them.
+    """
+    from keras_sd.models.unet import UNet
+    from keras_sd.pipeline.stable_diffusion import StableDiffusion
+    from keras_sd.training.trainer import PRECISIONS
+    from keras_sd.weights.loading import load_clip, load_part
+
+    options = run.options
+    vae_folder, clip_folder = options.get("pretrained_vae"), options.get("pretrained_clip")
+    dtype = PRECISIONS[run.settings.mixed_precision]
+    parts, defaults = {}, None
+    if not (vae_folder and clip_folder and options["from_scratch"]):
+        with interruption.phase(f"opening {options['pretrained_model_name_or_path']}"):
+            pretrained = StableDiffusion.load(run.model, dtype=dtype)
+        parts = {name: getattr(pretrained, name) for name in PARTS}
+        defaults = pretrained.defaults
+    if vae_folder:
+        parts["vae"] = load_part(vae_folder, "vae", dtype)
+    if clip_folder:
+        parts |= load_clip(clip_folder)
+    if options.get("from_scratch"):
+        parts["unet"] = UNet(read_config(options["unet_config"], config.UNetConfig, architecture.EMOJI_UNET))
+        parts.setdefault("scheduler_config", architecture.EMOJI_SCHEDULER)
+    if options.get("prediction_type"):
+        parts["scheduler_config"] = dataclasses.replace(
+            parts["scheduler_config"], prediction_type=options["prediction_type"]
+        )
+    if adapt is not None:
+        adapt(parts)
+    pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])
+    # Samples are drawn while all that training needs stays in memory.
+    largest = 64 if image_size_of(pipeline) <= SMALL_IMAGE else 4
+    pipeline.batch_size = min(run.settings.train_batch_size, largest)
+    return pipeline
+
+
+def image_size_of(pipeline):
+    """The side of the images that a model is trained at."""
+    return pipeline.unet.config.sample_size * pipeline.vae.config.downsampling
+
+
+def read_config(path, config_class, default):
+    return config_class.load(path) if path else default
+
+
+def defaults_from(config_path):
+    """The model whose values a small built-in network is trained with; None for one of a user's config."""
+    return None if config_path else presets.find("emoji")
