@@ -25,14 +25,14 @@ _SINGLE_FILE = ".safetensors"
 @click.argument("source")
 @click.argument("output")
 @click.option("--weights", default="ema", type=click.Choice(("ema", "raw")), help="If a file holds both.")
-@click.option("--variant", help="Which of a folder's sets of files, such as fp16.")
+@click.option("--variant", help="Variant of a folder's weight files, such as fp16.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Precision to write; by default the source's.")
 @click.option(
     "--prediction-type",
     type=click.Choice(("epsilon", "v_prediction")),
     help="What the UNet predicts, where a single file does not tell.",
 )
-@click.option("--partial", is_flag=True, help="Take weights of which some are missing or left over.")
+@click.option("--partial", is_flag=True, help="Accept weights of which some are missing or unknown.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at OUTPUT; other files of a folder stay.")
 @click.option("--open-clip", is_flag=True, help="Write both CLIP towers as a folder that open_clip opens.")
 @click.option("--verify", is_flag=True, help="Compare the result with SOURCE and with diffusers.")

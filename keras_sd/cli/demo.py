@@ -48,7 +48,7 @@ def run_demo(
     num_inference_steps=20,
     jit_compile=True,
 ):
-    """Generates, fine-tunes on grey emoji images, and compares loss and KID on held-out ones.
+    """Generate, fine-tune on grey emoji images, and compare loss and KID on held-out ones.
 
     Args:
         folder: where everything is written; made if there is none.
@@ -119,7 +119,7 @@ def run_demo(
 
 
 def report(folder, figures, seconds, say):
-    """Tells the figures and the files."""
+    """Report the figures and the files."""
     say(f"\n{'held-out grey images':<24}{'before':>10}{'after':>10}")
     for name, title in (("loss", "loss"), ("kid", "KID (kid_emoji)")):
         say(f"{title:<24}{figures['before'][name]:>10.4f}{figures['after'][name]:>10.4f}")
@@ -179,7 +179,7 @@ def examples_of(images, split):
 
 
 def save_grid(pipeline, path, num_inference_steps):
-    """Writes one image of each prompt with its caption."""
+    """Write one image of each prompt with its caption."""
     images = pipeline.text_to_image(
         list(PROMPTS), num_inference_steps=num_inference_steps, seed=0, progress=False
     )
@@ -187,7 +187,7 @@ def save_grid(pipeline, path, num_inference_steps):
 
 
 def write_grey_images(folder, training_images, held_out_images):
-    """Writes base emoji without their colours, as anyone's own images would lie in a folder.
+    """Write base emoji in grey with captions, as a folder of one's own images is laid out.
 
     The held-out ones go to the sub-folder `validation`.
     """

@@ -22,38 +22,38 @@ sampling_options = decorated(
         "--guidance-scale",
         type=NOT_NEGATIVE,
         show_default="the model's own; usually 7.5",
-        help="How much the prompt is followed; up to 1 there is no guidance.",
+        help="Strength of classifier-free guidance; 1 or less: none.",
     ),
     click.option(
         "--guidance-interval",
         default=(0.0, 1.0),
         type=(SHARE, SHARE),
         metavar="START END",
-        help="Share of the steps from which and to which there is guidance; the others take half the time.",
+        help="Part of the steps that are guided, as two shares; the others take half the time.",
     ),
     click.option(
         "--reuse-interval",
         default=1,
         type=click.IntRange(1),
-        help="Every which step runs the whole UNet; the others reuse its deep features.",
+        help="Run the whole UNet every so many steps; the others reuse its deep features.",
     ),
     click.option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help="Image i uses seed + i."),
 )
 
 prompt_options = decorated(
-    click.option("--negative-prompt", help="What to stay away from."),
+    click.option("--negative-prompt", help="What the images must not show."),
     sampling_options,
     click.option(
         "--sampler",
         type=click.Choice(tuple(SAMPLERS)),
-        help="Way of denoising; by default the one that the model's own files describe.",
+        help="Sampler; by default the one that the model's files name.",
     ),
-    click.option("--eta", default=0.0, type=SHARE, help="Fresh noise of DDIM, 0 to 1."),
+    click.option("--eta", default=0.0, type=SHARE, help="Fresh noise in each step of DDIM and TCD, 0 to 1."),
     click.option(
         "--guidance-rescale",
         default=0.0,
         type=SHARE,
-        help="Against overexposure by strong guidance.",
+        help="0 to 1; reduces overexposure by strong guidance.",
     ),
 )
 
@@ -102,12 +102,17 @@ def generate(prompt, num_images, height, width, **options):
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option("--strength", default=0.8, type=STRENGTH, help="How much is made new.")
+@click.option(
+    "--strength",
+    default=0.8,
+    type=STRENGTH,
+    help="Share of the denoising that is done again: 1 keeps nothing of IMAGE.",
+)
 @image_size_options
 @prompt_options
 @model_options()
 def image_to_image(image, prompt, num_images, strength, height, width, **options):
-    """Make images of PROMPT that begin from the image IMAGE."""
+    """Make images of PROMPT that start from IMAGE."""
     first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
     output = _check_images(options, num_images)
@@ -122,15 +127,20 @@ def image_to_image(image, prompt, num_images, strength, height, width, **options
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option("--strength", default=1.0, type=STRENGTH, help="How much is made new.")
+@click.option(
+    "--strength",
+    default=1.0,
+    type=STRENGTH,
+    help="Share of the denoising that is done again: 1 keeps nothing of IMAGE.",
+)
 @image_size_options
 @prompt_options
 @model_options()
 def inpaint(image, mask, prompt, num_images, strength, height, width, **options):
-    """Make anew what is white in MASK, an image of IMAGE's size, as PROMPT says.
+    """Replace what is white in MASK, an image of IMAGE's size, by PROMPT.
 
     What is transparent in MASK is kept. Where no opaque part of it is white, as in a layer that was painted
-    on in another colour, all that is opaque is made anew.
+    on in another colour, all that is opaque is replaced.
     """
     first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
@@ -146,7 +156,11 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
 @click.argument("prompt", default="")
 @output_option("image.png")
 @num_images_option
-@click.option("--noise-level", type=click.IntRange(0), help="0 stays close to IMAGE; the model's usual one.")
+@click.option(
+    "--noise-level",
+    type=click.IntRange(0),
+    help="Noise added to IMAGE; 0 stays close to it. The model's own by default.",
+)
 @prompt_options
 @model_options("emoji-upscaler")
 def upscale(image, prompt, num_images, noise_level, **options):
@@ -224,7 +238,7 @@ def _refuse_text_options(options):
 @prompt_options
 @model_options()
 def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
-    """Walk from prompt to prompt; with one PROMPTS, round a circle of noises."""
+    """Interpolate between prompts; with one PROMPTS, along a circle of noise."""
     output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
     check_size(options, height, width)
     pipeline, sampling = _open(options)
