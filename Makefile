@@ -66,9 +66,10 @@ test-gpu:  ## Fine-tune at full size on a GPU under JAX (12 minutes); ARGS="--pa
 test-notebooks: $(VENV)/installed-test $(VENV)/installed-notebooks  ## Execute notebooks at their smallest setting
 	$(BIN)/python -m pytest -q -n 2 --maxschedchunk 1 tests/notebooks $(ARGS)
 
-lint: $(VENV)/installed-test  ## Check style and formatting
+lint: $(VENV)/installed-test  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 bench: $(VENV)/installed-bench  ## Time XLA on and off, on TensorFlow and JAX (15 minutes)
 	$(BIN)/python tools/bench.py $(ARGS)

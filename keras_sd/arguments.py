@@ -35,7 +35,7 @@ LONGEST_SIDE = 16384
 _LONGEST_SHOWN = 200
 
 
-def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """Return the value as an int.
 
     Raises:
@@ -58,7 +58,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def share(name: str, value: object, meaning: str = "0 to 1") -> float:
+def share(name: str, value: Any, meaning: str = "0 to 1") -> float:
     """Return the value as a float.
 
     Args:
@@ -115,7 +115,8 @@ def first_step(strength: Any, num_inference_steps: int) -> int:
         UserError: the strength is not a number above 0 and up to 1, or leaves no step.
     """
     whole_number("num_inference_steps", num_inference_steps, 1)
-    if not isinstance(strength, numbers.Real) or isinstance(strength, bool) or not 0 < strength <= 1:
+    is_number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
+    if not is_number or not 0 < strength <= 1:
         raise UserError(f"strength {strength!r}: out of range; use more than 0, up to 1")
     made = int(num_inference_steps * strength)
     if made < 1:

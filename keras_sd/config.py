@@ -7,7 +7,8 @@ read as it is, and one written here is read by those libraries.
 
 import dataclasses
 import sys
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json, shown
@@ -77,7 +78,7 @@ class Config:
         return _LARGEST_SIDE if name in ("sample_size", "image_size") else _LARGEST_SIZE
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Any) -> Self:
         """Build the config from the dictionary of a `config.json`.
 
         A key that is missing has the value that the library which published the file gives it. Keys that
@@ -116,17 +117,17 @@ class Config:
     def _error(cls, fault, remedy="use the config.json that belongs to the weights"):
         return ConfigError(f"{cls.__name__.removesuffix('Config')} config: {fault}; {remedy}")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Return the JSON dictionary, headed by what other libraries look for."""
         return {**self.json_header, **dataclasses.asdict(self)}
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> Self:
         """Read the config from a JSON file."""
         absent = "a diffusers folder has one per part"
         return cls.from_dict(read_json(path, absent=absent, error=ConfigError))
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the config as a JSON file."""
         write_json(path, self.to_dict())
 
@@ -176,7 +177,7 @@ class TextEncoderConfig(Config):
     pad_token_id: int = 1
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Any) -> Self:
         """As of every config; takes the dictionary of a whole CLIP (``CLIPModel``) too."""
         return super().from_dict(_tower_values(values, "text"))
 
@@ -215,7 +216,7 @@ class ImageEncoderConfig(Config):
     projection_dim: int = 768
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Any) -> Self:
         """As of every config; takes the dictionary of a whole CLIP (``CLIPModel``) too."""
         return super().from_dict(_tower_values(values, "vision"))
 
@@ -316,7 +317,7 @@ class UNetConfig(Config):
                 )
 
     @property
-    def heads_per_level(self):
+    def heads_per_level(self) -> tuple[int, ...]:
         """Number of attention heads at each level, from the finest resolution to the coarsest."""
         if isinstance(self.attention_head_dim, tuple):
             return self.attention_head_dim
@@ -376,6 +377,6 @@ class VAEConfig(Config):
         _check_levels(self, ("down_block_types", "up_block_types"), types)
 
     @property
-    def downsampling(self):
+    def downsampling(self) -> int:
         """Pixels per latent position along one side."""
         return 2 ** (len(self.block_out_channels) - 1)

@@ -1,6 +1,7 @@
 """What the package offers as its own: the names, and that they cost nothing before they are used."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import keras_sd
 from keras_sd import Method, Sampler
 from keras_sd.diffusion.rows import NOISE, SAMPLE, Row
 from keras_sd.diffusion.spacing import ddim_steps
+from keras_sd.pipeline.stable_diffusion import SamplingOptions
 from tests import tiny
 from tests.programs import run_python
 
@@ -86,3 +88,42 @@ def test_former_names_still_work_and_warn_at_the_callers_line(pipeline):
         np.testing.assert_array_equal(by_former_name, function(image))
     with pytest.raises(TypeError, match="former name"):
         pipeline.encode_image(image=image, images=image)
+
+
+def public_callables():
+    """Title -> function, of the public functions and of the public methods and properties of the classes."""
+    found = {}
+    for value in (getattr(keras_sd, name) for name in keras_sd.__all__):
+        if inspect.isfunction(value):
+            found[f"{value.__module__}.{value.__name__}"] = value
+        own = [c for c in getattr(value, "__mro__", ()) if c.__module__.startswith("keras_sd")]
+        for class_, (name, member) in ((c, item) for c in own for item in vars(c).items()):
+            for wrapper in ("__func__", "fget", "func"):
+                member = getattr(member, wrapper, member)
+            is_ours = inspect.isfunction(member) and member.__module__.startswith("keras_sd")
+            if is_ours and (not name.startswith("_") or name in ("__init__", "__call__")):
+                found[f"{class_.__module__}.{class_.__name__}.{name}"] = member
+    return found
+
+
+def test_every_public_callable_has_all_hints():
+    without = {}
+    for title, function in public_callables().items():
+        signature = inspect.signature(function)
+        hints = {name: each.annotation for name, each in signature.parameters.items()}
+        hints["return"] = signature.return_annotation
+        missing = [name for name in hints if hints[name] is signature.empty and name not in ("self", "cls")]
+        if missing:
+            without[title] = missing
+    assert len(public_callables()) > 150 and not without
+
+
+@pytest.mark.parametrize("task", ["image_to_image", "inpaint", "upscale", "random_walk"])
+def test_help_names_every_argument_of_a_task(task):
+    """What a task passes on is what the others have too, with the same default."""
+    shared = inspect.signature(keras_sd.StableDiffusion.text_to_image).parameters
+    signature = inspect.signature(getattr(keras_sd.StableDiffusion, task))
+    for name in SamplingOptions.__annotations__:
+        assert signature.parameters[name].default == shared[name].default
+    assert not any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+    assert set(shared) <= {*signature.parameters, "height", "width", "prompt", "num_images"}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -44,7 +46,7 @@ class CaptionSettings:
             raise UserError("mode caption: is the captioner's sentence alone; name a captioner")
 
     @functools.cached_property
-    def lists(self):
+    def lists(self) -> Vocabulary:
         """The `Vocabulary`, read at the first access and checked for the mode.
 
         Raises:
@@ -56,9 +58,9 @@ class CaptionSettings:
         check_vocabulary(vocabulary, self.mode)
         return vocabulary
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """Return the settings that all captions of one data set must share, as a JSON dictionary."""
-        identity = {"mode": self.mode, "captioner": self.captioner}
+        identity: dict[str, Any] = {"mode": self.mode, "captioner": self.captioner}
         if self.mode != "caption":
             identity |= {"clip": self.clip, "vocabulary": self.lists.digest()}
             identity |= {"maximum_phrases": self.maximum_phrases}
@@ -85,7 +87,7 @@ class CleaningSettings:
     keywords: int = 5
     maximum_tokens: int | None = None
 
-    def prepare(self):
+    def prepare(self) -> Callable[[str, str], Any]:
         """Return the cleaning function: (file name, caption) -> `Cleaned`.
 
         Raises:

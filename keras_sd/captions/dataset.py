@@ -11,7 +11,7 @@ import gc
 import json
 import os
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired
 
 from PIL import Image
 from typing_extensions import TypedDict
@@ -262,7 +262,12 @@ class CaptionedFolder:
             raise UserError(f"{place}: would be the caption of {count} images; rename all but one of them")
 
 
-def caption_folder(folder, settings=None, cleaning=None, **options):
+def caption_folder(
+    folder: str | Path,
+    settings: CaptionSettings | None = None,
+    cleaning: CleaningSettings | None = None,
+    **options: Any,
+) -> Summary:
     """Caption a folder in this process, cleans the captions and write `metadata.jsonl`.
 
     Args:

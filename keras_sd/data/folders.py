@@ -68,12 +68,12 @@ class FolderSource:
         UserError: names the first faulty file.
     """
 
-    def __init__(self, folder: str | Path, image_size: int, need_captions: bool = True):
+    def __init__(self, folder: str | Path, image_size: int, need_captions: bool = True) -> None:
         self.folder = Path(folder)
         self.image_size = image_size
         images = image_paths(self.folder)
         if not need_captions:
-            captions = dict.fromkeys(images, ())
+            captions: dict[Path, tuple[str, ...]] = dict.fromkeys(images, ())
         elif (self.folder / METADATA).exists():
             captions = _metadata_captions(self.folder, images)
         else:
@@ -148,7 +148,7 @@ def no_folder(path: Path) -> UserError:
     return UserError(f"{path}: no such folder; give a folder with images")
 
 
-def digest(value) -> str:
+def digest(value: object) -> str:
     """Return the SHA-256, in hexadecimal, of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -336,7 +336,7 @@ def _read_text(path: Path) -> str:
 def _metadata_captions(folder: Path, images: list[Path]) -> dict[Path, tuple[str, ...]]:
     metadata = folder / METADATA
     by_place = {path.resolve(): path for path in images}
-    captions = {}
+    captions: dict[Path, tuple[str, ...]] = {}
     for number, line in enumerate(json_files.read_lines(metadata), start=1):
         if not line.strip():
             continue

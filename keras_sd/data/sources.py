@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +38,14 @@ class EmojiSource:
         style: "twemoji" or "openmoji".
     """
 
-    def __init__(self, split: str = "train", image_size: int = 64, style: str = "twemoji"):
+    def __init__(self, split: str = "train", image_size: int = 64, style: str = "twemoji") -> None:
         self.emoji = [emoji for emoji in load_emoji() if emoji.split == split]
         if not self.emoji:
             raise UserError(f"data set emoji: no split {split!r}; it has train, validation")
         self.split = split
         self.image_size = image_size
         self.style = style
-        self._images = [None] * len(self.emoji)
+        self._images: list = [None] * len(self.emoji)
 
     def __len__(self) -> int:
         return len(self.emoji)
@@ -120,7 +121,7 @@ def available_splits(name: str | Path) -> tuple[str, ...]:
         return ("train", "validation") if (folder / "validation").is_dir() else ("train",)
     if name in _EMOJI:
         return ("train", "validation")
-    return tuple(prepared_builder(name).info.splits)
+    return tuple(prepared_builder(str(name)).info.splits)
 
 
 def load_source(
@@ -144,11 +145,11 @@ def load_source(
         return FolderSource(split_folder(folder, split), image_size, need_captions)
     if name in _EMOJI:
         return EmojiSource(split, image_size, _EMOJI[name])
-    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name):  # not of the form of a TFDS name
+    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", str(name)):  # not of the form of a TFDS name
         raise UserError(
             f"{name}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
         )
-    return TFDSSource(name, split, image_size, need_captions)
+    return TFDSSource(str(name), split, image_size, need_captions)
 
 
 def batches(
@@ -222,7 +223,7 @@ def evenly(sequence: Sequence, count: int) -> list:
     return [sequence[index * len(sequence) // count] for index in range(count)]
 
 
-def fingerprint_of(source) -> str | int:
+def fingerprint_of(source: Any) -> str | int:
     """Return what identifies a source's examples: its fingerprint, or its length if it has none."""
     fingerprint = getattr(source, "fingerprint", None)
     return (fingerprint() if fingerprint else None) or len(source)

@@ -1,19 +1,21 @@
 """The sampling loop that all samplers share, around one compiled step."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
 from keras_sd import backend, interruption
-from keras_sd.arguments import checked_interval, share, whole_number
+from keras_sd.arguments import Floats, Tensor, checked_interval, share, whole_number
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.limits import limited
 from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
 from keras_sd.diffusion.rows import MEMORY_SIZE
-from keras_sd.diffusion.samplers import find_sampler
+from keras_sd.diffusion.samplers import Sampler, find_sampler
+from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 
 
@@ -24,10 +26,10 @@ class NoiseStreams:
     depend on the rest of the batch or on the backend.
     """
 
-    def __init__(self, seeds):
+    def __init__(self, seeds: Iterable[int]) -> None:
         self._streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
 
-    def draw(self, shape):
+    def draw(self, shape: tuple[int, ...]) -> Floats:
         """Return the next noise of every image, float32 `(n, *shape)`."""
         return np.stack([stream.standard_normal(shape, dtype="float32") for stream in self._streams])
 
@@ -66,7 +68,7 @@ class Denoiser:
         jit_compile: whether to compile with XLA on TensorFlow; JAX always does.
     """
 
-    def __init__(self, unet, schedule, jit_compile=True):
+    def __init__(self, unet: Any, schedule: NoiseSchedule, jit_compile: bool = True) -> None:
         self.unet = unet
         self.schedule = schedule
         self._program, self._giving_program, self._reusing_program = (
@@ -76,23 +78,23 @@ class Denoiser:
 
     def steps(
         self,
-        latents,
-        context=None,
-        negative=None,
+        latents: Tensor,
+        context: Tensor = None,
+        negative: Tensor = None,
         *,
-        guidance_scale=1.0,
-        guidance_rescale=0.0,
-        guidance_interval=(0.0, 1.0),
-        reuse_interval=1,
-        sampler=None,
-        num_inference_steps=30,
-        eta=0.0,
-        streams=None,
-        first_step=0,
-        channels=None,
-        class_labels=None,
-        known=None,
-    ):
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        reuse_interval: int = 1,
+        sampler: str | Sampler | None = None,
+        num_inference_steps: int = 30,
+        eta: float = 0.0,
+        streams: NoiseStreams | None = None,
+        first_step: int = 0,
+        channels: Tensor = None,
+        class_labels: Tensor = None,
+        known: Known | None = None,
+    ) -> Iterator[Denoised]:
         """Return an iterator over `Denoised(step, latents)`, one per step; the last one is the result.
 
         Args:
@@ -161,7 +163,15 @@ class Denoiser:
         steps = self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
         return interruption.first_is_phase("compiling a sampling step", steps)
 
-    def noisy(self, sample, noise, *, sampler=None, num_inference_steps=30, first_step=0):
+    def noisy(
+        self,
+        sample: Tensor,
+        noise: Tensor,
+        *,
+        sampler: str | Sampler | None = None,
+        num_inference_steps: int = 30,
+        first_step: int = 0,
+    ) -> Tensor:
         """Return initial latents for `steps` that start from a noisy `sample`, as image-to-image needs.
 
         Args:

@@ -2,9 +2,11 @@
 
 import math
 import numbers
+from collections.abc import Callable
 
 from keras import ops
 
+from keras_sd.arguments import Tensor
 from keras_sd.errors import UserError
 
 LARGEST_SCALE = 1e30  # float32 holds its product with a few more factors
@@ -28,8 +30,15 @@ def gives_guidance(scale):
 
 
 def guided_prediction(
-    unet, latents, timesteps, context=None, negative=None, scale=None, rescale=0.0, class_labels=None
-):
+    unet: Callable,
+    latents: Tensor,
+    timesteps: Tensor,
+    context: Tensor = None,
+    negative: Tensor = None,
+    scale: Tensor = None,
+    rescale: Tensor = 0.0,
+    class_labels: Tensor = None,
+) -> Tensor:
     """Return the UNet's prediction with classifier-free guidance.
 
     The UNet is called once: on the doubled batch if there is a negative context, otherwise on the batch

@@ -8,8 +8,10 @@ network may predict the noise ("epsilon", Ho et al., 2020), the velocity
 
 import numpy as np
 
+from keras_sd.arguments import Tensor
 
-def add_noise(sample, noise, signal_rate, noise_rate):
+
+def add_noise(sample: Tensor, noise: Tensor, signal_rate: Tensor, noise_rate: Tensor) -> Tensor:
     """Return the noisy sample of the forward process."""
     return signal_rate * sample + noise_rate * noise
 
@@ -23,7 +25,9 @@ def target(kind, sample, noise, signal_rate, noise_rate):
     return sample
 
 
-def to_sample_and_noise(kind, prediction, noisy, signal_rate, noise_rate):
+def to_sample_and_noise(
+    kind: str, prediction: Tensor, noisy: Tensor, signal_rate: Tensor, noise_rate: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the predicted `(sample, noise)` of a noisy sample, from a prediction of type `kind`."""
     if kind == "epsilon":
         return (noisy - noise_rate * prediction) / signal_rate, prediction

@@ -1,7 +1,7 @@
 """The noise schedule and the sampler's options, as the public ``scheduler_config.json`` holds them."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from keras_sd.config import Config, ConfigError
 from keras_sd.diffusion.scheduler_options import OPTIONS
@@ -52,7 +52,7 @@ class SchedulerConfig(Config):
     repairs: dict | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def from_dict(cls, values, repairs=None):
+    def from_dict(cls, values: Any, repairs: dict[str, Any] | None = None) -> Self:
         """Build the config from a dictionary; a missing key has the default of the class in `_class_name`.
 
         Args:
@@ -76,7 +76,7 @@ class SchedulerConfig(Config):
             return dataclasses.replace(config, published=published)
         return dataclasses.replace(config, published=dict(values), repairs=repairs)
 
-    def to_dict(self, class_name="DDIMScheduler"):
+    def to_dict(self, class_name: str = "DDIMScheduler") -> dict[str, Any]:
         """Return the JSON dictionary: the one that was read, with later changes.
 
         Args:
@@ -88,22 +88,22 @@ class SchedulerConfig(Config):
         changed = {name: value for name, value in self._values().items() if value != getattr(read, name)}
         return self.published | changed
 
-    def noise_schedule(self):
+    def noise_schedule(self) -> dict[str, Any]:
         """Return a dictionary of all values, for a training checkpoint."""
         betas = {} if self.trained_betas is None else {"trained_betas": self.trained_betas}
         return self.json_header | self._values() | betas
 
     @property
-    def trained_betas(self):
+    def trained_betas(self) -> list[float] | None:
         """The betas of all timesteps as a list, or None if they follow from `beta_schedule`."""
         return (self.published or {}).get("trained_betas")
 
     @property
-    def class_name(self):
+    def class_name(self) -> str:
         """The scheduler class of diffusers in the file."""
         return (self.published or {}).get("_class_name") or self.json_header["_class_name"]
 
-    def options(self):
+    def options(self) -> dict[str, Any]:
         """Return the options for a scheduler of diffusers: the file's dictionary with the repairs."""
         return self.to_dict() | (self.repairs or {})
 

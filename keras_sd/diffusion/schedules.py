@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import shown
 
@@ -39,7 +40,7 @@ class NoiseSchedule:
     `alphas_cumprod`, the squared signal rates, is float64.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.num_train_timesteps = config.num_train_timesteps
         self.prediction_type = config.prediction_type
@@ -50,7 +51,7 @@ class NoiseSchedule:
         self.signal_rates = signal_rates.astype("float32")
         self.noise_rates = np.sqrt(1.0 - self.alphas_cumprod).astype("float32")
 
-    def check_learnable(self):
+    def check_learnable(self) -> None:
         """Check that the prediction type can be trained with this schedule.
 
         Raises:

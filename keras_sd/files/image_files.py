@@ -4,12 +4,15 @@ import math
 import re
 import stat
 import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from keras_sd.arguments import Images
 from keras_sd.errors import UserError
 from keras_sd.files.writing import replaced
 
@@ -70,7 +73,7 @@ def parse_parameters(text):
     return parameters | {name: _unquoted(value.strip()) for name, value in settings}
 
 
-def save_png(image, path, parameters=None):
+def save_png(image: Images, path: str | Path, parameters: dict[str, Any] | None = None) -> None:
     """Write an image as PNG.
 
     Args:
@@ -85,7 +88,9 @@ def save_png(image, path, parameters=None):
         Image.fromarray(np.asarray(image)).save(staging, format="PNG", pnginfo=information)
 
 
-def save_gif(frames, path, frame_rate=10.0, parameters=None):
+def save_gif(
+    frames: Images, path: str | Path, frame_rate: float = 10.0, parameters: dict[str, Any] | None = None
+) -> None:
     """Write images as an endless GIF; its comment holds the parameters, as in A1111's web UI.
 
     Args:
@@ -118,7 +123,7 @@ def check_plain(path, title):
         raise UserError(f"{path}: is {kind}; name the {title}'s own file")
 
 
-def read_parameters(path):
+def read_parameters(path: str | Path) -> dict[str, str]:
     """Return the generation parameters in a PNG or GIF; an empty dictionary if it holds none.
 
     Raises:
@@ -141,7 +146,9 @@ def read_parameters(path):
     return parse_parameters(text) if text else {}
 
 
-def image_grid(images, labels=None, columns=None, scale=1):
+def image_grid(
+    images: Iterable[Images], labels: Sequence[str] | None = None, columns: int | None = None, scale: int = 1
+) -> Images:
     """Lay images out as a contact sheet on white, each above its label.
 
     Args:

@@ -1,13 +1,14 @@
 """CLIP score: how well images fit their captions according to CLIP (Hessel et al., 2021)."""
 
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import FeatureExtractor, extract
 
 
-def clip_score(image_embeddings, text_embeddings):
+def clip_score(image_embeddings: npt.ArrayLike, text_embeddings: npt.ArrayLike) -> float:
     """Return the mean over pairs of 100 * max(cosine, 0), from 0 to 100.
 
     Both arguments are `(n, d)`; their rows need not be normalised.

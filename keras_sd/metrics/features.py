@@ -5,6 +5,7 @@ An extractor maps images in [0, 255] (uint8 or float, (n, h, w, 3)) to float32 f
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -12,7 +13,9 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
+from keras_sd.arguments import Floats, Images, Tensor
 from keras_sd.errors import UserError
+from keras_sd.models.image_encoder import ImageEncoder
 
 
 class FeatureExtractor:
@@ -25,19 +28,19 @@ class FeatureExtractor:
         jit_compile: whether to compile with XLA on TensorFlow; JAX always does.
     """
 
-    def __init__(self, network, image_size, name, jit_compile=True):
+    def __init__(self, network: keras.Model, image_size: int, name: str, jit_compile: bool = True) -> None:
         self.network, self.image_size, self.name = network, image_size, name
         self._jit_compile = jit_compile
 
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> Tensor:
         return ops.cast(self.features(to_unit_range(images, self.image_size)), "float32")
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """Return the features `(n, d)` of images in [-1, 1] of the network's size."""
         raise NotImplementedError
 
     @functools.cached_property
-    def compiled(self):
+    def compiled(self) -> Callable:
         """The extractor as a compiled function, for use outside of a compiled step."""
         return backend.jit(self.__call__, self.network.variables, self._jit_compile)
 
@@ -51,10 +54,12 @@ class ClipFeatures(FeatureExtractor):
         jit_compile: as in `FeatureExtractor`.
     """
 
-    def __init__(self, image_encoder, name="kid_emoji", jit_compile=True):
+    def __init__(
+        self, image_encoder: ImageEncoder, name: str = "kid_emoji", jit_compile: bool = True
+    ) -> None:
         super().__init__(image_encoder, image_encoder.config.image_size, name, jit_compile)
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         return self.network.features(images)
 
 
@@ -72,16 +77,22 @@ class InceptionFeatures(FeatureExtractor):
         UserError: the weights are not available or not InceptionV3's, or `image_size` is too small.
     """
 
-    def __init__(self, image_size=299, weights="imagenet", name="kid_inception", jit_compile=True):
+    def __init__(
+        self,
+        image_size: int = 299,
+        weights: str | Path | None = "imagenet",
+        name: str = "kid_inception",
+        jit_compile: bool = True,
+    ) -> None:
         if image_size < 75:
             raise UserError(f"InceptionV3 at {image_size} pixels: too small; use 75 or more (299 is its own)")
         super().__init__(_inception(image_size, weights), image_size, name, jit_compile)
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         return self.network(images, training=False)
 
 
-def extract(extractor, images, batch_size=64):
+def extract(extractor: FeatureExtractor, images: Images, batch_size: int = 64) -> Floats:
     """Return the features of all images as a NumPy array, float32 (n, d), computed in batches.
 
     The last batch is padded, so that all calls have one shape and the extractor is compiled once.

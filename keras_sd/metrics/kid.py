@@ -5,12 +5,14 @@ discrepancy (MMD²) of the features under the kernel k(x, y) = (x·y / d + 1)³.
 small sample scores no worse on average than a large one, and an estimate may be slightly below zero.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 
+from keras_sd.arguments import Images, Tensor
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import extract
 
@@ -25,8 +27,13 @@ class KID(NamedTuple):
 
 
 def kernel_inception_distance(
-    real_features, generated_features, *, num_subsets=100, subset_size=1000, seed=0
-):
+    real_features: npt.ArrayLike,
+    generated_features: npt.ArrayLike,
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> KID:
     """Return the KID of two sets of features, (n, d) and (m, d), computed in float64.
 
     The estimate is repeated over `num_subsets` pairs of subsets of `subset_size` rows, each drawn without
@@ -54,7 +61,9 @@ def kernel_inception_distance(
     return KID(float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def paired_kernel_inception_distance(real_features, generated_features, *, num_subsets=100, seed=0):
+def paired_kernel_inception_distance(
+    real_features: npt.ArrayLike, generated_features: npt.ArrayLike, *, num_subsets: int = 100, seed: int = 0
+) -> KID:
     """Return the KID of paired sets: generated row i was generated from the caption of real row i.
 
     The estimator is unbiased for independent sets only. Here an image resembles its counterpart, which pulls
@@ -102,13 +111,13 @@ class KernelInceptionDistance(keras.metrics.Metric):
             are neither trained nor saved with the metric.
     """
 
-    def __init__(self, extractor, name="kid", **kwargs):
+    def __init__(self, extractor: Any, name: str = "kid", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
         self.extractor = extractor
         self.total = self.add_variable(shape=(), initializer="zeros", name="total")
         self.batches = self.add_variable(shape=(), initializer="zeros", name="batches")
 
-    def update_state(self, real_images, generated_images):
+    def update_state(self, real_images: Tensor, generated_images: Tensor) -> None:
         """Add a batch of images in [0, 255], (n, h, w, 3) and (m, h, w, 3)."""
         real = ops.cast(self.extractor(real_images), self.dtype)
         generated = ops.cast(self.extractor(generated_images), self.dtype)
@@ -117,11 +126,11 @@ class KernelInceptionDistance(keras.metrics.Metric):
         self.total.assign_add(ops.cast(estimate, self.dtype))
         self.batches.assign_add(ops.cast(enough, self.dtype))
 
-    def result(self):
+    def result(self) -> Tensor:
         """Return the mean over the batches so far, a scalar."""
         return self.total / ops.maximum(self.batches, 1.0)
 
-    def of_pairs(self, real_features, generated_images):
+    def of_pairs(self, real_features: npt.ArrayLike, generated_images: Images) -> KID:
         """Return the `KID` of whole sets, outside a compiled step, as `paired_kernel_inception_distance`.
 
         Args:
@@ -130,7 +139,7 @@ class KernelInceptionDistance(keras.metrics.Metric):
         """
         return paired_kernel_inception_distance(real_features, extract(self.extractor, generated_images))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         raise NotImplementedError("KernelInceptionDistance holds a feature extractor; build it anew")
 
 

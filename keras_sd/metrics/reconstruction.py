@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from keras_sd.arguments import Images
 from keras_sd.errors import UserError
 
 
-def peak_signal_to_noise_ratio(images, reconstructions):
+def peak_signal_to_noise_ratio(images: Images, reconstructions: Images) -> float:
     """Return the mean over the images of the peak signal-to-noise ratio (PSNR), in dB.
 
     Both are uint8 of shape (n, h, w, c). For each image PSNR = 10 log10(255² / MSE), where MSE is the mean

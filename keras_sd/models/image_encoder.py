@@ -5,9 +5,12 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020. The attribute tree is
 ``CLIPVisionModelWithProjection``, its spelling ``pre_layrnorm`` included.
 """
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
+from keras_sd.arguments import Tensor
 from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.initializers import normal, uniform
@@ -79,7 +82,7 @@ class ImageEncoder(ConfiguredModel):
 
     config_class = ImageEncoderConfig
 
-    def __init__(self, config: ImageEncoderConfig, **kwargs):
+    def __init__(self, config: ImageEncoderConfig, **kwargs: Any) -> None:
         # Images are normalised before they are cast.
         super().__init__(autocast=False, **kwargs)
         if config.image_size % config.patch_size:
@@ -102,15 +105,15 @@ class ImageEncoder(ConfiguredModel):
         )
         self.built = True
 
-    def __call__(self, images, **kwargs):
+    def __call__(self, images: Tensor, **kwargs: Any) -> Tensor:
         # Keras adds lines to the message of an error that is raised inside `call`.
         self._check(images)
         return super().__call__(images, **kwargs)
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         return ops.cast(self.visual_projection(self.features(images)), "float32")
 
-    def features(self, images):
+    def features(self, images: Tensor) -> Tensor:
         """Returns the last block's class vector after its layer normalisation, float32 `(n, hidden_size)`.
 
         Takes images as a call does.

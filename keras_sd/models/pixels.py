@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from keras_sd.arguments import Floats, Images, Tensor
 from keras_sd.errors import UserError
 
 WHITE = 128
@@ -26,12 +27,12 @@ def as_images(images):
     return images
 
 
-def images_to_unit(images):
+def images_to_unit(images: Images) -> Floats:
     """Brings uint8 images to float32 in [-1, 1]."""
     return images.astype("float32") / np.float32(127.5) - np.float32(1)
 
 
-def images_from_unit(images):
+def images_from_unit(images: Tensor) -> Images:
     """Rounds images in [-1, 1] to uint8.
 
     Raises:
@@ -80,6 +81,8 @@ def any_white(masks, factor):
     return cells.any(axis=(2, 4))
 
 
-def resized(image, size, method=Image.Resampling.BICUBIC):
+def resized(
+    image: Images, size: tuple[int, int], method: Image.Resampling = Image.Resampling.BICUBIC
+) -> Images:
     """A uint8 image `(h, w, 3)` interpolated to the size `(height, width)`."""
     return np.asarray(Image.fromarray(image).resize(tuple(size)[::-1], method))

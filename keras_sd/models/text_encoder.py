@@ -6,11 +6,14 @@ that of transformers' ``CLIPTextModel``.
 """
 
 import dataclasses
+from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 
+from keras_sd.arguments import Tensor
 from keras_sd.config import LEGACY_END_TOKEN_ID, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.initializers import normal
@@ -71,7 +74,7 @@ class TextEncoder(ConfiguredModel):
 
     config_class = TextEncoderConfig
 
-    def __init__(self, config: TextEncoderConfig, **kwargs):
+    def __init__(self, config: TextEncoderConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
         self.embeddings = TextEmbeddings(config)
@@ -79,15 +82,15 @@ class TextEncoder(ConfiguredModel):
         self.final_layer_norm = LayerNormalization(config.hidden_size, config.layer_norm_eps)
         self.built = True
 
-    def __call__(self, ids, **kwargs):
+    def __call__(self, ids: Tensor, **kwargs: Any) -> Tensor:
         # Keras adds lines to the message of an error that is raised inside `call`.
         self._check(ids)
         return super().__call__(ids, **kwargs)
 
-    def call(self, ids):
+    def call(self, ids: Tensor) -> Tensor:
         return self._hidden_states(ids, depth=None)
 
-    def add_tokens(self, vectors):
+    def add_tokens(self, vectors: npt.ArrayLike) -> None:
         """Gives the encoder more token ids, which go on from `config.vocab_size`, with these vectors.
 
         They are a variable of their own, `embeddings.learned_embedding`, so that they can be trained while
@@ -110,7 +113,7 @@ class TextEncoder(ConfiguredModel):
         self.embeddings.add_tokens(vectors)
         self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + len(vectors))
 
-    def hidden_states(self, ids, layer=-1):
+    def hidden_states(self, ids: Tensor, layer: int = -1) -> Tensor:
         """Returns the output of one block, with the final layer normalisation applied.
 
         Args:
@@ -132,11 +135,11 @@ class TextEncoder(ConfiguredModel):
         self._check(ids)
         return self._hidden_states(ids, depth=blocks + 1 + layer)
 
-    def pooled(self, ids):
+    def pooled(self, ids: Tensor) -> Tensor:
         """Returns the vector of each text, `(n, hidden_size)`: the last hidden state at its end token."""
         return self.pool(self(ids), ids)
 
-    def pool(self, hidden_states, ids):
+    def pool(self, hidden_states: Tensor, ids: Tensor) -> Tensor:
         """Picks from `(n, tokens, hidden_size)` the vector at the first end token of each text.
 
         A text without an end token gets the vector of its first position, as in transformers.

@@ -11,10 +11,12 @@ import itertools
 import json
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, NotRequired, Self
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 from annotated_types import Interval, Len
 from tokenizers import decoders, normalizers, pre_tokenizers, trainers
@@ -109,8 +111,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, vocabulary, merges, max_length=DEFAULT_MAX_LENGTH, pad_token=END_TOKEN, added_tokens=None
-    ):
+        self,
+        vocabulary: dict[str, int],
+        merges: Sequence[tuple[str, ...]],
+        max_length: int = DEFAULT_MAX_LENGTH,
+        pad_token: str = END_TOKEN,
+        added_tokens: dict[str, int] | None = None,
+    ) -> None:
         for token in (BEGIN_TOKEN, END_TOKEN, pad_token):
             if token not in vocabulary:
                 raise UserError(f"tokenizer: the vocabulary has no token {token!r}; CLIP's has")
@@ -155,7 +162,7 @@ class Tokenizer:
             self.added_tokens[name] for name in itertools.takewhile(self.added_tokens.__contains__, names)
         ]
 
-    def add_tokens(self, names):
+    def add_tokens(self, names: Iterable[str]) -> Self:
         """Returns a tokenizer with more added tokens, whose ids go on from the last one.
 
         Raises:
@@ -177,12 +184,12 @@ class Tokenizer:
                 )
             taken.add(word)
         ids = {name: self.vocab_size + index for index, name in enumerate(names)}
-        return Tokenizer(
+        return type(self)(
             self.vocabulary, self.merges, self.max_length, self.pad_token, self.added_tokens | ids
         )
 
     @classmethod
-    def train(cls, texts, vocab_size, max_length=DEFAULT_MAX_LENGTH):
+    def train(cls, texts: str | Iterable[str], vocab_size: int, max_length: int = DEFAULT_MAX_LENGTH) -> Self:
         """Learns the vocabulary of a collection of texts; the same texts give the same vocabulary.
 
         The ids are in CLIP's order: 256 bytes, 256 bytes that end a word, merges, begin, end.
@@ -212,7 +219,7 @@ class Tokenizer:
         return cls(_clip_vocabulary(merges), merges, max_length)
 
     @classmethod
-    def clip(cls, pad_token=END_TOKEN):
+    def clip(cls, pad_token: str = END_TOKEN) -> Self:
         """CLIP's own tokenizer, of Stable Diffusion 1.x and 2.x, whose merges come with the package.
 
         Args:
@@ -222,7 +229,7 @@ class Tokenizer:
         return cls(_clip_vocabulary(merges), merges, pad_token=pad_token)
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> Self:
         """Reads the ``tokenizer`` folder of a pipeline, in the files of any release of transformers.
 
         Raises:
@@ -255,7 +262,7 @@ class Tokenizer:
         _check_merges_make(vocabulary, merges, special | {tokenizer.pad_token} | added_tokens.keys(), folder)
         return tokenizer
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Writes the ``tokenizer`` folder of a pipeline."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -281,15 +288,15 @@ class Tokenizer:
         write_text(folder / "merges.txt", "#version: 0.2\n" + merges)
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """Number of tokens, the added ones included."""
         return len(self.vocabulary) + len(self.added_tokens)
 
-    def encode(self, texts):
+    def encode(self, texts: str | Iterable[str]) -> list[list[int]]:
         """Returns the tokens of each text as a list of ids, whole, without begin, end and padding."""
         return [[token_id for token_id, _ in tokens] for tokens in self._tokens(texts)]
 
-    def __call__(self, texts):
+    def __call__(self, texts: str | Iterable[str]) -> npt.NDArray[np.int32]:
         """Encodes texts to one length.
 
         A text that is too long loses its end; a warning shows what.
@@ -314,7 +321,7 @@ class Tokenizer:
             row[: len(kept)] = kept
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: npt.ArrayLike) -> str:
         """Returns the text of one sequence of ids, up to its end token, lower-cased and with plain spaces."""
         ids = [int(token_id) for token_id in np.ravel(ids)]
         if ids[:1] == [self.begin_token_id]:

@@ -4,8 +4,12 @@ The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level atten
 its block type says so, and does not otherwise; what differs between models stands in the config.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from keras import ops
 
+from keras_sd.arguments import Tensor
 from keras_sd.config import UNetConfig
 from keras_sd.models.attention import SpatialTransformer
 from keras_sd.models.gradient_checkpointing import RecomputingLayer
@@ -156,7 +160,7 @@ class UNet(ConfiguredModel):
 
     config_class = UNetConfig
 
-    def __init__(self, config: UNetConfig, **kwargs):
+    def __init__(self, config: UNetConfig, **kwargs: Any) -> None:
         # Timesteps in half precision would be rounded: inputs are cast where they are used.
         super().__init__(autocast=False, **kwargs)
         self.config = config
@@ -189,7 +193,13 @@ class UNet(ConfiguredModel):
             embedded = embedded + self.class_embedding(class_labels)
         return ops.silu(embedded)
 
-    def call(self, inputs, class_labels=None, deep=None, returns_deep=False):
+    def call(
+        self,
+        inputs: Sequence[Tensor],
+        class_labels: Tensor = None,
+        deep: Tensor = None,
+        returns_deep: bool = False,
+    ) -> Tensor:
         latents, timesteps, context = inputs if len(inputs) == 3 else (*inputs, None)
         time_embedding = self._embed_time(timesteps, class_labels)
         if context is not None:

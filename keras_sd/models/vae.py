@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_sd.arguments import Tensor
 from keras_sd.config import VAEConfig
 from keras_sd.errors import UserError
 from keras_sd.models.attention import AttentionBlock
@@ -155,7 +156,7 @@ class AutoencoderKL(ConfiguredModel):
 
     config_class = VAEConfig
 
-    def __init__(self, config: VAEConfig, has_encoder=True, **kwargs):
+    def __init__(self, config: VAEConfig, has_encoder: bool = True, **kwargs: Any) -> None:
         policy = keras.config.dtype_policy()
         if config.force_upcast and policy.compute_dtype == "float16":
             policy = in_float32(policy)
@@ -173,7 +174,7 @@ class AutoencoderKL(ConfiguredModel):
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"has_encoder": self.encoder is not None}
 
-    def encode(self, images):
+    def encode(self, images: Tensor) -> DiagonalGaussian:
         """Encodes `(n, h, w, 3)` images in [-1, 1] to a `DiagonalGaussian` over latents.
 
         Raises:
@@ -185,19 +186,19 @@ class AutoencoderKL(ConfiguredModel):
             moments = self.quant_conv(moments)
         return DiagonalGaussian(ops.cast(moments, "float32"))
 
-    def check_encoder(self):
+    def check_encoder(self) -> None:
         """Raises a UserError where there is a decoder alone."""
         if self.encoder is None:
             raise UserError(
                 "the VAE has a decoder only, which takes no images in; use a model or a VAE with an encoder"
             )
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         """Decodes unscaled latents `(n, h, w, c)` to images, float32, about [-1, 1]."""
         latents = ops.cast(latents, self.compute_dtype)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return ops.cast(self.decoder(latents), "float32")
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         return self.decode(self.encode(images).mode())

@@ -5,19 +5,26 @@ The tasks for people are on top of it, in `keras_sd.pipeline.stable_diffusion`.
 
 import functools
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from keras import ops
 
 from keras_sd import backend, interruption, presets
-from keras_sd.arguments import LONGEST_SIDE, formerly, shown, whole_number
-from keras_sd.diffusion.denoiser import Denoiser
+from keras_sd.arguments import LONGEST_SIDE, Floats, Images, Tensor, formerly, shown, whole_number
+from keras_sd.diffusion.denoiser import Denoised, Denoiser
 from keras_sd.diffusion.finite import check_inputs, check_result
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
-from keras_sd.models.tokenizer import vector_names
+from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.tokenizer import Tokenizer, vector_names
+from keras_sd.models.unet import UNet
+from keras_sd.models.vae import AutoencoderKL
 from keras_sd.pipeline.batches import equal_batches
 from keras_sd.pipeline.defaults import ModelDefaults
 from keras_sd.pipeline.image_parameters import image_parameters, model_hash
@@ -43,26 +50,28 @@ class Primitives:
 
     def __init__(
         self,
-        tokenizer,
-        text_encoder,
-        unet,
-        vae,
-        scheduler_config,
-        image_encoder=None,
-        clip_head=None,
-        low_res_scheduler_config=None,
-        defaults=None,
-        name="keras_sd",
-        batch_size=8,
-        jit_compile=True,
-    ):
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        vae: AutoencoderKL,
+        scheduler_config: SchedulerConfig,
+        image_encoder: ImageEncoder | None = None,
+        clip_head: dict[str, Any] | None = None,
+        low_res_scheduler_config: SchedulerConfig | None = None,
+        defaults: ModelDefaults | None = None,
+        name: str = "keras_sd",
+        batch_size: int = 8,
+        jit_compile: bool = True,
+    ) -> None:
         check_fit(tokenizer, text_encoder, unet, vae)
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
         self.image_encoder, self.clip_head = image_encoder, clip_head
         self.defaults = defaults or ModelDefaults()
         self.name, self.batch_size = name, whole_number("batch_size", batch_size, 1)
-        self._weights_file, self.vae_source, self.embedding_files = None, (None, None), {}
+        self._weights_file: Any = None
+        self.vae_source: tuple[str | None, Path | None] = (None, None)
+        self.embedding_files: dict[str, Path] = {}
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
         self._jit_compile = jit_compile
@@ -73,7 +82,7 @@ class Primitives:
     # Files
 
     @classmethod
-    def from_preset(cls, name, **options):
+    def from_preset(cls, name: str, **options: Any) -> Self:
         """Opens a bundled model by its name, or one of a hub by its id ("owner/model").
 
         Args:
@@ -89,16 +98,16 @@ class Primitives:
     @classmethod
     def load(
         cls,
-        path,
+        path: str | Path,
         *,
-        weights="ema",
-        variant=None,
-        dtype="float32",
-        prediction_type=None,
-        partial=False,
-        vae=None,
-        **options,
-    ):
+        weights: str = "ema",
+        variant: str | None = None,
+        dtype: str = "float32",
+        prediction_type: str | None = None,
+        partial: bool = False,
+        vae: str | Path | None = None,
+        **options: Any,
+    ) -> Self:
         """Opens a model of any format: what it is, is found from the files themselves.
 
         Args:
@@ -142,7 +151,7 @@ class Primitives:
             model.vae_source = Path(vae).name, checkpoint.parts["vae"].source
         return model
 
-    def save(self, path, dtype=None):
+    def save(self, path: str | Path, dtype: str | None = None) -> None:
         """Writes the model: a folder in diffusers' layout, or a single file with LDM's names.
 
         Args:
@@ -158,6 +167,7 @@ class Primitives:
         if not is_name:  # an empty one would be the folder where the program runs
             raise UserError(f"path {shown(path)}: no name; name a folder, or a .safetensors file")
         models = {name: getattr(self, name) for name in _SAVED_PARTS}
+        low_res = self.low_res_scheduler_config
         checkpoint = Checkpoint(
             {
                 name: model_part(name, model, self.clip_head)
@@ -165,7 +175,7 @@ class Primitives:
                 if model is not None
             },
             self.scheduler_config.to_dict(),
-            self.low_res_scheduler_config and self.low_res_scheduler_config.to_dict("DDPMScheduler"),
+            low_res.to_dict("DDPMScheduler") if low_res else None,
         )
         if Path(path).suffix == ".safetensors":
             if self.tokenizer.added_tokens:
@@ -179,13 +189,13 @@ class Primitives:
                 )
 
     @functools.cached_property
-    def model_hash(self):
+    def model_hash(self) -> str | None:
         """The first ten digits of the SHA-256 of the UNet's file; None if the model came from none."""
         return self._weights_file and model_hash(self._weights_file)
 
     # Low-rank updates
 
-    def load_lora(self, path, name=None, weight=1.0):
+    def load_lora(self, path: str | Path, name: str | None = None, weight: float = 1.0) -> str:
         """Adds a LoRA in diffusers', PEFT's or kohya's dialect to the model; several add up.
 
         Updates go into the kernels, so that sampling costs no more; `save` writes the sum. Prompts may ask
@@ -209,15 +219,15 @@ class Primitives:
         """
         return self.adapters.load(path, name, weight)
 
-    def set_lora_weights(self, weights):
+    def set_lora_weights(self, weights: dict[str, float]) -> None:
         """Sets how much of each loaded LoRA, name -> weight, is in the model; those not named go out."""
         self.adapters.set(weights)
 
-    def unload_lora(self, name=None):
+    def unload_lora(self, name: str | None = None) -> None:
         """Takes a LoRA off the model, or all of them; without any it is bit for bit what it was."""
         self.adapters.unload(name)
 
-    def find_lora(self, name):
+    def find_lora(self, name: str) -> bool:
         """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded.
 
         There it is the file `NAME.safetensors`, or the folder `NAME` as PEFT and diffusers write one.
@@ -234,7 +244,7 @@ class Primitives:
 
     # Learned words
 
-    def load_textual_inversion(self, path, token=None):
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
         """Adds the learned words of a file in diffusers', A1111's or kohya's dialect.
 
         Args:
@@ -256,7 +266,7 @@ class Primitives:
         self.add_tokens(embeddings)
         self.embedding_files |= dict.fromkeys(embeddings, embedding_file(path))
 
-    def add_tokens(self, embeddings):
+    def add_tokens(self, embeddings: dict[str, Any]) -> None:
         """Adds words to the vocabulary, each of one or several vectors.
 
         Args:
@@ -280,7 +290,7 @@ class Primitives:
 
     # Primitives
 
-    def encode_text(self, prompts, chunks=None):
+    def encode_text(self, prompts: str | Sequence[str], chunks: int | None = None) -> Floats:
         """Encodes a prompt or a list of them: float32 `(n, chunks * tokens, width)`.
 
         Prompts are in the language of `keras_sd.pipeline.prompts`: weights, BREAK, any length.
@@ -291,7 +301,7 @@ class Primitives:
         """
         return self._encode_chunks(*chunk_prompts(self.tokenizer, as_texts("prompts", prompts), chunks))
 
-    def encode_each(self, prompts):
+    def encode_each(self, prompts: Sequence[str]) -> list[Floats]:
         """Encodes a list of prompts as `encode_text`, each of its own length: a list of `(tokens, width)`."""
         chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in prompts]
         ids, weights = (np.concatenate(parts, axis=1) for parts in zip(*chunked, strict=True))
@@ -309,12 +319,20 @@ class Primitives:
         return weighted_encoding(encodings.reshape(count, chunks, tokens, -1), weights)
 
     @formerly(images="image")
-    def encode_image(self, image):
+    def encode_image(self, image: Images) -> Floats:
         """Encodes images to latents as the UNet takes them, float32 `(n, h, w, c)`."""
         return self._encode_unit(images_to_unit(self._checked(image)))
 
     @formerly(num_steps="num_inference_steps")
-    def denoise(self, latents, context, negative=None, *, on_step=None, **options):
+    def denoise(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        negative: Tensor = None,
+        *,
+        on_step: Callable[[Denoised], object] | None = None,
+        **options: Any,
+    ) -> Floats:
         """Turns noise into latents.
 
         Args:
@@ -342,7 +360,7 @@ class Primitives:
                 on_step(denoised)
         return ops.convert_to_numpy(denoised.latents)
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Images:
         """Decodes latents as the UNet gives them to images.
 
         Raises:
@@ -358,7 +376,7 @@ class Primitives:
 
     # Help for the above
 
-    def latent_shape(self, height=None, width=None):
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """The shape `(h, w, c)` of the latents of images `height` by `width` pixels.
 
         Raises:
@@ -375,7 +393,9 @@ class Primitives:
         return (*sides, self.vae.config.latent_channels)
 
     @formerly(num_steps="num_inference_steps")
-    def parameters(self, prompt, negative_prompt=None, **settings):
+    def parameters(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None, **settings: Any
+    ) -> dict[str, Any]:
         """What an image's file says about how it was made, for `keras_sd.files.image_files.save_png`.
 
         Args:

@@ -7,14 +7,28 @@ import contextlib
 import functools
 import inspect
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 from tqdm import tqdm
 
-from keras_sd.arguments import MOST_IMAGES, checked_seed, first_step, formerly, image_seeds, whole_number
+from keras_sd.arguments import (
+    MOST_IMAGES,
+    Images,
+    Parameters,
+    Tensor,
+    checked_seed,
+    first_step,
+    formerly,
+    image_seeds,
+    whole_number,
+)
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.samplers import Sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.pixels import any_white, as_images, as_masks, images_to_unit
@@ -22,8 +36,23 @@ from keras_sd.pipeline.batches import batches_of_lengths
 from keras_sd.pipeline.primitives import Primitives
 from keras_sd.pipeline.prompts import as_texts, repeated, take_loras
 
+Progress: TypeAlias = bool | Callable[[int, int, Tensor], object]
 
-def _with_loras(task):
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of every task; `StableDiffusion.text_to_image` documents them."""
+
+    num_inference_steps: int
+    guidance_scale: float | None
+    sampler: str | Sampler | None
+    eta: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    reuse_interval: int
+    progress: Progress
+
+
+def _with_loras(task: Callable[Parameters, Images]) -> Callable[Parameters, Images]:
     """Adds the LoRAs that a task's prompts ask for by tags, for that call."""
     signature = inspect.signature(task)
     title = "prompts" if "prompts" in signature.parameters else "prompt"
@@ -43,7 +72,7 @@ def _with_loras(task):
         with self.adapters.temporarily(asked[0]):
             return task(**given, **more)
 
-    return run
+    return cast(Callable[Parameters, Images], run)
 
 
 class StableDiffusion(Primitives):
@@ -71,21 +100,21 @@ class StableDiffusion(Primitives):
     @_with_loras
     def text_to_image(
         self,
-        prompt,
-        negative_prompt=None,
-        num_images=1,
-        num_inference_steps=30,
-        guidance_scale=None,
-        sampler=None,
-        seed=0,
-        height=None,
-        width=None,
-        eta=0.0,
-        guidance_rescale=0.0,
-        guidance_interval=(0.0, 1.0),
-        reuse_interval=1,
-        progress=True,
-    ):
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        num_inference_steps: int = 30,
+        guidance_scale: float | None = None,
+        sampler: str | Sampler | None = None,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        reuse_interval: int = 1,
+        progress: Progress = True,
+    ) -> Images:
         """Makes images of a text.
 
         Args:
@@ -135,14 +164,22 @@ class StableDiffusion(Primitives):
     @formerly(num_steps="num_inference_steps")
     @_with_loras
     def image_to_image(
-        self, image, prompt, negative_prompt=None, num_images=1, *, strength=0.8, seed=0, **options
-    ):
+        self,
+        image: Images,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        *,
+        strength: float = 0.8,
+        seed: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> Images:
         """Makes images of a text that begin from an image (SDEdit, Meng et al., 2022).
 
         Args:
             image: one image for all, `(height, width, 3)`, or one for each that is made.
             strength: above 0 up to 1, the share of the steps that is made, and so of what is made new.
-            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+            prompt, negative_prompt, num_images, seed, and what follows them: as in `text_to_image`.
 
         Raises:
             UserError: as `text_to_image`; or the images' number or size does not fit.
@@ -161,8 +198,17 @@ class StableDiffusion(Primitives):
     @formerly(num_steps="num_inference_steps")
     @_with_loras
     def inpaint(
-        self, image, mask, prompt, negative_prompt=None, num_images=1, *, strength=1.0, seed=0, **options
-    ):
+        self,
+        image: Images,
+        mask: npt.NDArray[Any],
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        *,
+        strength: float = 1.0,
+        seed: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> Images:
         """Makes the masked part of an image anew; what the mask leaves is kept to the pixel.
 
         A model that was trained for it (9 channels) is shown the mask and the rest of the image. With
@@ -175,7 +221,7 @@ class StableDiffusion(Primitives):
                 Where there is white within a latent position (8 x 8 pixels), all of the position is made
                 anew, and what the mask leaves of it is put back at the end.
             strength: as in `image_to_image`; 1 begins from noise alone.
-            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+            prompt, negative_prompt, num_images, seed, and what follows them: as in `text_to_image`.
 
         Raises:
             UserError: as `image_to_image`; or the mask has another size than the image, or no white.
@@ -211,8 +257,16 @@ class StableDiffusion(Primitives):
     @formerly(num_steps="num_inference_steps")
     @_with_loras
     def upscale(
-        self, image, prompt="", negative_prompt=None, num_images=1, *, noise_level=20, seed=0, **options
-    ):
+        self,
+        image: Images,
+        prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        *,
+        noise_level: int = 20,
+        seed: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> Images:
         """Makes a larger image of a small one, with a model that was trained for it (SD x4 upscaler).
 
         Args:
@@ -220,7 +274,7 @@ class StableDiffusion(Primitives):
                 says how much larger the results are.
             noise_level: the timestep whose noise is put on the image: 0 stays close to it, more lets the
                 model invent more.
-            prompt, negative_prompt, num_images, seed, options: as in `text_to_image`.
+            prompt, negative_prompt, num_images, seed, and what follows them: as in `text_to_image`.
 
         Raises:
             UserError: the model is no upscaler; or as `image_to_image`.
@@ -244,8 +298,16 @@ class StableDiffusion(Primitives):
     @formerly(num_steps="num_inference_steps")
     @_with_loras
     def random_walk(
-        self, prompts, num_frames=24, negative_prompt=None, *, seed=0, height=None, width=None, **options
-    ):
+        self,
+        prompts: str | Sequence[str],
+        num_frames: int = 24,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Images:
         """Makes the frames of a walk through what the model can draw.
 
         Several prompts: the text encoding goes from one to the next in equal steps, with the same noise.
@@ -257,7 +319,7 @@ class StableDiffusion(Primitives):
             negative_prompt: a text for all frames, or a list with one for each prompt, between which the walk
                 goes too.
             seed: of the noise; a circle uses `seed` and `seed` + 1.
-            height, width, options: as in `text_to_image`.
+            height, width, and what follows them: as in `text_to_image`.
 
         Returns:
             uint8 `(num_frames, height, width, 3)`.
@@ -286,7 +348,7 @@ class StableDiffusion(Primitives):
         return self._sample(context, negative, seeds, shape, begin=begin, **options)
 
     @formerly(images="image")
-    def reconstruct(self, image):
+    def reconstruct(self, image: Images) -> Images:
         """What the VAE makes of images: the best that any latents could give. uint8, of the same shape."""
         return self.decode(self.encode_image(image))
 
@@ -412,3 +474,14 @@ def _reporter(progress, total):
     else:
         done = iter(range(1, total + 1))
         yield lambda denoised: progress(next(done), total, denoised.latents)
+
+
+# For `help` and tab completion: what a task passes on has the names and defaults of `text_to_image`.
+_SHARED = inspect.signature(StableDiffusion.text_to_image).parameters
+for _name in ("image_to_image", "inpaint", "upscale", "random_walk"):
+    _given = inspect.signature(_task := getattr(StableDiffusion, _name))
+    _own = [each for each in _given.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    _more = [
+        _SHARED[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SamplingOptions.__annotations__
+    ]
+    _task.__signature__ = _given.replace(parameters=[*_own, *_more])

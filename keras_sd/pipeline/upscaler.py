@@ -1,17 +1,23 @@
 """A diffusion upscaler on pixels (SR3): one UNet that sees the enlarged small image beside the noise."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
 import numpy as np
 
 from keras_sd import presets
-from keras_sd.arguments import formerly, image_seeds, whole_number
-from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
+from keras_sd.arguments import Images, formerly, image_seeds, whole_number
+from keras_sd.diffusion.denoiser import Denoised, Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import add_noise
+from keras_sd.diffusion.samplers import Sampler
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json
 from keras_sd.files.writing import replaced_folder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit, resized
+from keras_sd.models.unet import UNet
 from keras_sd.pipeline.batches import equal_batches
 from keras_sd.weights.diffusers_folder import (
     LOW_RES_SCHEDULER,
@@ -41,7 +47,15 @@ class Upscaler:
         UserError: the UNet is none of an upscaler.
     """
 
-    def __init__(self, unet, scheduler_config, low_res_scheduler_config, *, batch_size=8, jit_compile=True):
+    def __init__(
+        self,
+        unet: UNet,
+        scheduler_config: SchedulerConfig,
+        low_res_scheduler_config: SchedulerConfig,
+        *,
+        batch_size: int = 8,
+        jit_compile: bool = True,
+    ) -> None:
         config = unet.config
         if config.in_channels != 6 or config.out_channels != 3 or not config.num_class_embeds:
             raise UserError("upscaler: the UNet has not 6 channels in, 3 out and noise levels; use another")
@@ -51,7 +65,7 @@ class Upscaler:
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
 
     @classmethod
-    def load(cls, path, *, dtype="float32", **options):
+    def load(cls, path: str | Path, *, dtype: str = "float32", **options: Any) -> Self:
         """Opens the folder of a `super-resolution` run's model.
 
         Args:
@@ -66,11 +80,11 @@ class Upscaler:
         return cls(load_part(folder, "unet", dtype), *schedules, **options)
 
     @staticmethod
-    def is_in(path):
+    def is_in(path: str | Path) -> bool:
         """Whether a folder holds an upscaler of this kind, and not a whole Stable Diffusion."""
         return holds_pixel_upscaler(path)
 
-    def save(self, path, dtype=None):
+    def save(self, path: str | Path, dtype: str | None = None) -> None:
         """Writes a folder with `unet/`, `scheduler/` and `low_res_scheduler/` in diffusers' layout."""
         with replaced_folder(path) as folder:
             write_part(folder, "unet", self.unet.config.to_dict(), torch_state(self.unet), dtype)
@@ -80,16 +94,16 @@ class Upscaler:
     @formerly(images="image", num_steps="num_inference_steps")
     def upscale(
         self,
-        image,
-        factor=2,
+        image: Images,
+        factor: int = 2,
         *,
-        noise_level=0,
-        num_inference_steps=10,
-        sampler=None,
-        seed=0,
-        on_step=None,
-        **options,
-    ):
+        noise_level: int = 0,
+        num_inference_steps: int = 10,
+        sampler: str | Sampler | None = None,
+        seed: int = 0,
+        on_step: Callable[[Denoised], object] | None = None,
+        **options: Any,
+    ) -> Images:
         """Makes images larger.
 
         Args:

@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import keras
 import numpy as np
@@ -28,7 +29,7 @@ from keras_sd.errors import UserError
 from keras_sd.training.checkpoints import Checkpoints
 
 
-def sync_state(model) -> None:
+def sync_state(model: keras.Model) -> None:
     """Give the variables of model and optimizer their present values.
 
     During an epoch on JAX the values live in Keras' training loop and the variables are empty; on TensorFlow
@@ -105,8 +106,9 @@ class ProgressCallback(StepCallback):
         self.line_seconds = line_seconds
         self._bar = None
         self._logs = {}
-        self._loss = self._rate = None
-        self._since = None  # (time, step) of the last reading
+        self._loss: Any = None
+        self._rate: Any = None
+        self._since: Any = None  # (time, step) of the last reading
 
     def on_train_begin(self, logs=None):
         self._since = None
@@ -326,11 +328,11 @@ class StopOnSignal(StepCallback):
         if not self._entered:
             self._restore()
 
-    def _note(self, number) -> None:
+    def _note(self, number: int) -> None:
         self.signal_received = number
         interruption.note(number)
 
-    def _handle(self, number, frame) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if self.signal_received is not None and number == signal.SIGINT:
             self._note(number)
             self._restore()
@@ -376,19 +378,19 @@ class EMACallback(keras.callbacks.Callback):
 
     _copy = staticmethod(ops.copy)
 
-    def __init__(self, optimizer, trainable_variables):
+    def __init__(self, optimizer: Any, trainable_variables: Iterable[Any]) -> None:
         super().__init__()
         self._optimizer = optimizer
         self._variables = list(trainable_variables)
         self.swapped_in = False
 
     @property
-    def averages(self):
+    def averages(self) -> list[Any]:
         """The EMA weights, in the order of the trainable variables."""
         return self._optimizer.ema_variables
 
     @contextmanager
-    def applied(self):
+    def applied(self) -> Iterator[None]:
         sync_state(self.model)
         raw = [self._copy(variable) for variable in self._variables]
         before, self.swapped_in = self.swapped_in, True

@@ -5,12 +5,16 @@ import copy
 import hashlib
 import itertools
 import os
+from typing import Any, Self
 
 import numpy as np
 from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
+from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.tokenizer import Tokenizer
+from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training.losses import images_to_network
 from keras_sd.training.progress import Progress
 
@@ -42,14 +46,14 @@ class EncodedSource:
 
     def __init__(
         self,
-        source,
-        vae,
-        text_encoder,
-        tokenizer,
-        batch_size=BATCH_SIZE,
-        jit_compile=True,
-        progress=True,
-    ):
+        source: Any,
+        vae: AutoencoderKL,
+        text_encoder: TextEncoder | None,
+        tokenizer: Tokenizer,
+        batch_size: int = BATCH_SIZE,
+        jit_compile: bool = True,
+        progress: bool = True,
+    ) -> None:
         if not len(source):
             raise UserError("data set: no examples to encode; give one with images")
         # Computed before the files are read, so that a change meanwhile is noticed by the next run.
@@ -108,14 +112,14 @@ class EncodedSource:
             self._fingerprint = hashlib.sha256(f"{pixels.hexdigest()} {captions}".encode()).hexdigest()
         return means, deviations, captions
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Return a SHA-256, in hexadecimal, that identifies the encoded data.
 
         It is the source's own fingerprint or, for a source without one, that of pixels and captions.
         """
         return self._fingerprint
 
-    def split(self, count):
+    def split(self, count: int) -> tuple[Self, ...]:
         """Return two sources: the first `count` examples, and the others."""
         parts = copy.copy(self), copy.copy(self)
         for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
@@ -125,10 +129,10 @@ class EncodedSource:
             part._fingerprint = hashlib.sha256(described.encode()).hexdigest()
         return parts
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.means)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Keys: mean and deviation of the scaled latents `(h, w, c)`, contexts `(n, tokens, width)` of the
         captions and empty_context; `(n, tokens)` without a text encoder."""
         return {

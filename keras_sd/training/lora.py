@@ -1,11 +1,14 @@
 """Training of LoRA (Hu et al., 2022): adds low-rank updates to the layers of a model and saves them."""
 
 import contextlib
+from pathlib import Path
+from typing import Any
 
 from keras_sd.errors import UserError
 from keras_sd.models.layers import LowRankUpdate
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.unet import UNet
 from keras_sd.weights.lora import PEFT_FILE, LowRank, write_lora
 from keras_sd.weights.rules import torch_state
 
@@ -20,7 +23,7 @@ UNET_ALL = (
 TEXT_ALL = (*TEXT_ATTENTION, "fc1", "fc2")
 
 
-def add_lora(model, rank, alpha, *, everywhere=False):
+def add_lora(model: UNet | TextEncoder, rank: int, alpha: float, *, everywhere: bool = False) -> None:
     """Add low-rank updates to layers of a UNet or a text encoder, and freeze all other weights.
 
     The updates are zero at first. Call this before anything is compiled with the model.
@@ -88,7 +91,7 @@ def _suffixes(targets):
     return tuple(f".{target}" for target in targets)
 
 
-def save_lora(folder, models, alpha):
+def save_lora(folder: Path, models: dict[str, Any], alpha: float) -> None:
     """Write the updates of models in both dialects: PEFT's, which diffusers loads, and kohya's.
 
     Args:

@@ -4,34 +4,47 @@ An objective's `call` maps a batch, a dictionary of arrays, to one loss per exam
 noise and timesteps, so the compiled step is a pure function.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_sd import backend
+from keras_sd.arguments import Tensor
 from keras_sd.diffusion import prediction
+from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.layers import dense
+from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.unet import UNet
 
 
 class Objective(keras.Model):
     """Base of all objectives: the model's output is the loss `(n,)`, float32 in every precision."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         # Noise and targets stay in float32; only the networks run in half precision.
         super().__init__(autocast=False, **kwargs)
         # The networks are built. Otherwise Keras on JAX would trace the forward pass once more at each start.
         self.built = True
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
         return ops.mean(y_pred)
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         # The loss of this batch alone: Keras' own mean over the epoch would differ between a resumed run and
         # an uninterrupted one.
         return {"loss": ops.mean(y_pred)}
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         if self.train_function is None or force:
             super().make_train_function(force=True)
             self.train_function = backend.with_eager_input(self.train_function)
@@ -68,7 +81,14 @@ class DiffusionObjective(Objective):
         UserError: the prediction type cannot be trained with this schedule, or gamma is out of range.
     """
 
-    def __init__(self, unet, schedule, min_snr_gamma=None, text_encoder=None, **kwargs):
+    def __init__(
+        self,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        min_snr_gamma: float | None = None,
+        text_encoder: TextEncoder | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         schedule.check_learnable()
         if min_snr_gamma is not None and not 0 < min_snr_gamma < float("inf"):
@@ -85,7 +105,7 @@ class DiffusionObjective(Objective):
             weight = prediction.min_snr_weight(self.prediction_type, ratio, min_snr_gamma)
             self.weights_by_timestep = weight.astype("float32")
 
-    def call(self, batch):
+    def call(self, batch: dict[str, Any]) -> Tensor:
         samples = batch["samples"]
         if keras.backend.standardize_dtype(samples.dtype) == "uint8":
             samples = images_to_network(samples)

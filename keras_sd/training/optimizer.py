@@ -1,5 +1,7 @@
 """AdamW that keeps an exponential moving average (EMA) of the weights inside the compiled step."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -16,12 +18,19 @@ class AdamW(keras.optimizers.AdamW):
     algorithm 1; Keras adds it before the correction, where it has up to thirty times the effect.
     """
 
-    def __init__(self, learning_rate, ema_decay=0.9999, epsilon=1e-8, name="adamw", **options):
+    def __init__(
+        self,
+        learning_rate: Any,
+        ema_decay: float | None = 0.9999,
+        epsilon: float = 1e-08,
+        name: str = "adamw",
+        **options: Any,
+    ) -> None:
         super().__init__(learning_rate, epsilon=epsilon, name=name, **options)
         self.ema_decay = ema_decay
         self.ema_variables = []
 
-    def build(self, variables):
+    def build(self, variables: Any) -> None:
         """Create the moments and the EMA weights, which start as exact copies of the weights."""
         if self.built:
             return

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from keras_sd.arguments import Images
 from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -13,7 +14,9 @@ from keras_sd.weights.diffusers_folder import SCHEDULER, write_part, write_sched
 from keras_sd.weights.rules import torch_state
 
 
-def sample_images(denoiser, count, *, num_inference_steps=20, seed=0, batch_size=50):
+def sample_images(
+    denoiser: Denoiser, count: int, *, num_inference_steps: int = 20, seed: int = 0, batch_size: int = 50
+) -> Images:
     """Generate `count` uint8 images with an unconditional pixel-space model; image i has seed + i."""
     config = denoiser.unet.config
     shape = (config.sample_size, config.sample_size, config.in_channels)

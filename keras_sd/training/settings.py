@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -133,11 +134,11 @@ class Settings:
         if self.lr_scheduler not in SCHEDULES:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
 
-    def use_precision(self):
+    def use_precision(self) -> None:
         """Set Keras' precision policy; call it before the models are made."""
         keras.config.set_dtype_policy(PRECISIONS[self.mixed_precision])
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """Return the settings that a checkpoint must share with the run that resumes it, as JSON values."""
         return {
             name: value for name, value in dataclasses.asdict(self).items() if name not in _CHANGES_NOTHING

@@ -1,10 +1,19 @@
 """Training of the text-to-image UNet on latents (Rombach et al., 2022): all weights, or LoRA."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from keras_sd.data.sources import fingerprint_of
+from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.models.text_encoder import TextEncoder
+from keras_sd.models.unet import UNet
+from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.settings import Settings
 from keras_sd.training.trainer import Trainer
 
 
@@ -55,19 +64,19 @@ def diffusion_example(
 
 
 def train_text_to_image(
-    settings,
-    unet,
-    scheduler_config,
-    source,
+    settings: Settings,
+    unet: UNet,
+    scheduler_config: SchedulerConfig,
+    source: EncodedSource,
     *,
-    text_encoder=None,
-    identity=None,
-    repeats=None,
-    min_snr_gamma=None,
-    make_evaluation=None,
-    export=None,
-    **drawing,
-):
+    text_encoder: TextEncoder | None = None,
+    identity: dict[str, Any] | None = None,
+    repeats: int | None = None,
+    min_snr_gamma: float | None = None,
+    make_evaluation: Callable[[Trainer], Callable[[int], object]] | None = None,
+    export: Callable[[Path], object] | None = None,
+    **drawing: Any,
+) -> bool:
     """Train the trainable weights of a UNet, and of a text encoder, on encoded examples.
 
     Args:

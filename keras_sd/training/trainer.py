@@ -4,6 +4,9 @@ import contextlib
 import functools
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -74,7 +77,7 @@ class Trainer:
         identity: JSON values that identify the run; a checkpoint with other values is rejected.
     """
 
-    def __init__(self, objective, settings, identity):
+    def __init__(self, objective: keras.Model, settings: Settings, identity: dict[str, Any]) -> None:
         self.objective = objective
         self.settings = settings
         self.is_writer = backend.process_index() == 0
@@ -155,7 +158,7 @@ class Trainer:
             "optimizer": {f"{index:05}": variable for index, variable in enumerate(others)},
         }
 
-    def gather_state(self):
+    def gather_state(self) -> tuple[dict[str, Any], dict[str, int]]:
         """Copy the state to the host; return `(groups, position)` for a checkpoint."""
         groups = {
             group: {name: backend.to_numpy(variable) for name, variable in variables.items()}
@@ -185,7 +188,16 @@ class Trainer:
         if changes and self.is_writer:
             print(changes, file=sys.stderr, flush=True)
 
-    def run(self, source, draw, *, repeats=None, make_evaluation=None, prepare_export=None, export=None):
+    def run(
+        self,
+        source: Any,
+        draw: Callable[..., dict[str, Any]],
+        *,
+        repeats: int | None = None,
+        make_evaluation: Callable[[Any], Callable[[int], object]] | None = None,
+        prepare_export: Callable[[], object] | None = None,
+        export: Callable[[Path], object] | None = None,
+    ) -> bool:
         """Train to `max_train_steps`.
 
         After the last step come a checkpoint, the export and an evaluation, in this order, so that a failure

@@ -5,9 +5,11 @@ import mmap
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -31,7 +33,7 @@ _NUMPY_DTYPES = {  # by safetensors' names
 }
 
 
-def read_safetensors(path, any_type=False):
+def read_safetensors(path: str | Path, any_type: bool = False) -> dict[str, npt.NDArray[Any]]:
     """Read a safetensors file by mapping it into memory.
 
     Args:

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def _clip_tokenizer(config):
     return tokenizer
 
 
-def load_part(path, part, dtype="float32"):
+def load_part(path: str | Path, part: str, dtype: str = "float32") -> Any:
     """Opens one part of a model.
 
     Args:

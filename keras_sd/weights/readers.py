@@ -22,7 +22,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _KERAS_CV_SUFFIXES = (".h5", ".hdf5")
 
 
-def read_checkpoint(path, *, weights="ema", variant=None, prediction_type=None):
+def read_checkpoint(
+    path: str | Path, *, weights: str = "ema", variant: str | None = None, prediction_type: str | None = None
+) -> Checkpoint:
     """Read a model, or some parts of one, in any format.
 
     Args:

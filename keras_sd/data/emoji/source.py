@@ -257,8 +257,8 @@ def _plain_name(raw: str, category: str) -> str:
     if category == "People & Body":
         name = name.removesuffix(" sign")
     if ": " in name:  # "family: man, woman, boy", "kiss: man, man"
-        kind, members = name.split(": ")
-        members = members.split(", ")
+        kind, listed = name.split(": ")
+        members = listed.split(", ")
         kind = {"kiss": "kiss between", "couple with heart": "couple with heart of"}.get(kind, f"{kind} of")
         return f"{kind} {', '.join(members[:-1])} and {members[-1]}"
     return name
