@@ -2,8 +2,10 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,12 @@ def test_help_names_every_argument_of_a_task(task):
         assert signature.parameters[name].default == shared[name].default
     assert not any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
     assert set(shared) <= {*signature.parameters, "height", "width", "prompt", "num_images"}
+
+
+def test_names_that_users_meet_first_show_an_example():
+    sd = keras_sd.StableDiffusion
+    first = [sd, sd.text_to_image, sd.load, sd.save, sd.load_lora, keras_sd.UNet, keras_sd.Upscaler]
+    first += [keras_sd.KernelInceptionDistance, keras_sd.EMACallback, keras_sd.Trainer, keras_sd.Sampler]
+    for shown in first:
+        code = re.search(r"Example:\n    ```python\n(.*?)    ```", inspect.getdoc(shown), re.DOTALL)[1]
+        compile(textwrap.dedent(code), shown.__name__, "exec")

@@ -109,6 +109,13 @@ class KernelInceptionDistance(keras.metrics.Metric):
         extractor: function from images in [0, 255], (n, h, w, 3), to features (n, d), made of `keras.ops`
             (see `keras_sd.metrics.features`). It must be built. Its weights are constants of the step; they
             are neither trained nor saved with the metric.
+
+    Example:
+        ```python
+        kid = keras_sd.KernelInceptionDistance(keras_sd.InceptionFeatures(75))
+        kid.update_state(real_images, generated_images)
+        print(float(kid.result()))
+        ```
     """
 
     def __init__(self, extractor: Any, name: str = "kid", **kwargs: Any) -> None:

@@ -156,6 +156,12 @@ class UNet(ConfiguredModel):
     (DeepCache, Ma et al., 2024). With `returns_deep` the call returns them beside the prediction, the feature
     map `(n, h, w, features)` that enters the outermost block of the way up. Given as `deep`, it takes the
     place of all that leads to it, and only the outermost level is computed.
+
+    Example:
+        ```python
+        unet = keras_sd.UNet(keras_sd.UNetConfig(sample_size=64))
+        noise = unet([np.zeros((1, 64, 64, 4)), np.array([500]), np.zeros((1, 77, 768))])
+        ```
     """
 
     config_class = UNetConfig

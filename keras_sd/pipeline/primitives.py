@@ -123,6 +123,11 @@ class Primitives:
 
         Raises:
             UserError: a file is missing or damaged, or the weights are not those of a Stable Diffusion.
+
+        Example:
+            ```python
+            sd = keras_sd.StableDiffusion.load("model.safetensors", dtype="bfloat16", batch_size=4)
+            ```
         """
         for name, given in (("path", path), ("vae", vae)):
             if not isinstance(given, str | Path) and not (name == "vae" and given is None):
@@ -161,6 +166,12 @@ class Primitives:
 
         Raises:
             UserError: `path` is no name, or cannot be written; or as the writers of both formats.
+
+        Example:
+            ```python
+            sd.save("my-model")  # a folder, which diffusers reads too
+            sd.save("my-model.safetensors", dtype="float16")
+            ```
         """
         formats.check_dtype(dtype)
         is_name = isinstance(path, str | os.PathLike) and str(path).strip() and "\0" not in str(path)
@@ -216,6 +227,12 @@ class Primitives:
         Raises:
             UserError: the file is damaged, or was made for another kind of model; its config asks for what
                 is not supported (DoRA, ...); or another LoRA has the name that is given.
+
+        Example:
+            ```python
+            sd.load_lora("watercolour.safetensors", weight=0.8)
+            sd.text_to_image("a lighthouse <lora:watercolour:0.5>")
+            ```
         """
         return self.adapters.load(path, name, weight)
 

@@ -94,6 +94,13 @@ class StableDiffusion(Primitives):
     of their making `vae_source`, the name and the file of another autoencoder, and `embedding_files`, token
     -> file. Images are uint8 `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's,
     channels-last.
+
+    Example:
+        ```python
+        sd = keras_sd.StableDiffusion.from_preset("emoji")
+        images = sd.text_to_image("a red heart", num_images=4, seed=1)
+        keras_sd.save_png(images[0], "heart.png")
+        ```
     """
 
     @formerly(num_steps="num_inference_steps")
@@ -143,6 +150,13 @@ class StableDiffusion(Primitives):
 
         Raises:
             UserError: a number out of range, an unknown sampler, or lists of unequal length.
+
+        Example:
+            ```python
+            images = sd.text_to_image(
+                ["a red heart", "a (blue:1.3) heart"], "blurry", num_images=2, sampler="dpmpp_2m", seed=7
+            )  # uint8 (4, 64, 64, 3)
+            ```
         """
         self._refuse_more_channels("text_to_image")
         context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)

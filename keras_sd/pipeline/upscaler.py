@@ -45,6 +45,12 @@ class Upscaler:
 
     Raises:
         UserError: the UNet is none of an upscaler.
+
+    Example:
+        ```python
+        upscaler = keras_sd.Upscaler.load("runs/upscaler/model")
+        larger = upscaler.upscale(images, factor=2, seed=1)
+        ```
     """
 
     def __init__(

@@ -374,6 +374,14 @@ class EMACallback(keras.callbacks.Callback):
 
     Attributes:
         swapped_in: whether the model currently has the EMA weights.
+
+    Example:
+        ```python
+        ema = keras_sd.EMACallback(optimizer, objective.trainable_variables)
+        objective.fit(batches, steps_per_epoch=1000, callbacks=[ema])
+        with ema.applied():
+            images = keras_sd.sample_images(denoiser, 16)
+        ```
     """
 
     _copy = staticmethod(ops.copy)

@@ -75,6 +75,14 @@ class Trainer:
         objective: the network and its loss (`training.losses`).
         settings: `Settings`.
         identity: JSON values that identify the run; a checkpoint with other values is rejected.
+
+    Example:
+        ```python
+        objective = keras_sd.DiffusionObjective(unet, keras_sd.NoiseSchedule(scheduler_config))
+        settings = keras_sd.Settings("runs/mine", max_train_steps=1000, train_batch_size=8)
+        trainer = keras_sd.Trainer(objective, settings, {"data": "my images, version 1"})
+        trainer.run(source, draw)  # `draw(example, generator)` makes one of a batch
+        ```
     """
 
     def __init__(self, objective: keras.Model, settings: Settings, identity: dict[str, Any]) -> None:
