@@ -99,11 +99,11 @@ def checked_interval(interval: Any) -> tuple[float, float]:
     """
     try:
         start, end = (share("guidance_interval", each) for each in interval)
-    except (TypeError, ValueError):  # no pair, or none of shares
+    except (TypeError, ValueError):  # not a pair, or not of numbers
         start = end = 0
     if not start < end:
         raise UserError(
-            f"guidance_interval {interval!r}: no part of the steps; use two shares such as (0, 0.75)"
+            f"guidance_interval {interval!r}: not a part of the steps; use two fractions such as (0, 0.75)"
         )
     return start, end
 
@@ -122,7 +122,7 @@ def first_step(strength: Any, num_inference_steps: int) -> int:
     if made < 1:
         least = math.ceil(1000 / num_inference_steps) / 1000
         raise UserError(
-            f"strength {strength}: makes none of {num_inference_steps} steps; use {least:g} or more"
+            f"strength {strength}: leaves none of {num_inference_steps} steps; use {least:g} or more"
         )
     return num_inference_steps - made
 

@@ -1,8 +1,8 @@
 """Architecture configs: dataclasses that read and write the public ``config.json`` files.
 
 Field names are those of diffusers (``unet``, ``vae``, ``scheduler``) and transformers
-(``text_encoder``, ``image_encoder``), so a config file found beside any public checkpoint is
-read as it is, and one written here is read by those libraries.
+(``text_encoder``, ``image_encoder``), so a public checkpoint's config file can be read
+unchanged, and those libraries read the files written here.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from keras_sd.files.json_files import read_json, shown
 from keras_sd.files.writing import write_json
 
 _LARGEST = sys.float_info.max
-# No dimension of a model comes near these: vocabularies have 50,000 tokens, sides 1,024 pixels.
+# Far above any dimension of a model: vocabularies have 50,000 tokens, images 1,024 pixels.
 _LARGEST_SIZE = 2**20
 _LARGEST_SIDE = 4096
 _MOST_LEVELS = 16
 _LARGEST_SCALING = 1000  # published autoencoders have 0.08 to 1.5
 
-# Early public configs of CLIP say that the end token is 2, which it is not in CLIP's vocabulary. They are
-# read as their models were trained: the end token is the largest id.
+# Early public configs of CLIP give the end token as 2, which is wrong for CLIP's vocabulary. They are read as
+# their models were trained: the end token is the largest id.
 LEGACY_END_TOKEN_ID = 2
 
 
 class ConfigError(UserError):
-    """A config file or value that cannot describe a model."""
+    """A config file or value that does not describe a supported model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,17 @@ class Config:
     """Base of all configs: conversion to and from the JSON dictionary of one model part.
 
     Raises:
-        ConfigError: a value has another type than its field, or describes what is not computed here.
+        ConfigError: a value has the wrong type or is not supported.
     """
 
-    # Written so that other libraries recognise the part; its keys tell their files from bare dictionaries.
+    # Keys by which other libraries recognise the part; they also distinguish their files from bare
+    # dictionaries.
     json_header: ClassVar[dict] = {}
-    # Values that a public file means by leaving a key out, where they differ from the fields' defaults.
+    # The meaning of keys that a public file leaves out, where it differs from the fields' defaults.
     public_defaults: ClassVar[dict] = {}
-    # Keys of public files that change the computation without being a field, with the values computed here.
+    # Keys of public files that change the computation but are not fields -> their supported values.
     computed: ClassVar[dict] = {}
-    # Fields for which null means something of its own, and not the default.
+    # Fields for which null is a value of its own and does not mean the default.
     nullable: ClassVar[tuple] = ()
     # Fields that hold a whole number of at least 1, or a tuple of them.
     sizes: ClassVar[tuple] = ()
@@ -55,10 +56,10 @@ class Config:
             accepted = int | float if field.type is float else field.type
             if not isinstance(value, accepted) or (type(value) is bool and field.type in (int, float)):
                 kind = getattr(accepted, "__name__", accepted)
-                raise self._error(f"{field.name} {shown(value)} is no {kind}")
-            # Integers that no float holds are refused with those that are no number.
+                raise self._error(f"{field.name} {shown(value)} is not of type {kind}")
+            # Integers too large for a float are refused together with NaN.
             if field.type is float and not abs(value) <= _LARGEST:
-                raise self._error(f"{field.name} {shown(value)} is no finite number")
+                raise self._error(f"{field.name} {shown(value)} is not a finite number")
             if field.name.endswith("_eps") and not 0 < value < 1:
                 raise self._error(f"{field.name} {shown(value)} is not between 0 and 1")
             if isinstance(value, tuple) and len(value) > _MOST_LEVELS:
@@ -69,7 +70,7 @@ class Config:
             value = getattr(self, name)
             for size in value if isinstance(value, tuple) else [value]:
                 if type(size) is not int or size < 1:
-                    raise self._error(f"{name} {shown(value)} is no size")
+                    raise self._error(f"{name} {shown(value)} is not a size")
                 if size > self._largest(name):
                     raise self._error(f"{name} {shown(value)} is more than {self._largest(name)}")
 
@@ -81,11 +82,11 @@ class Config:
     def from_dict(cls, values: Any) -> Self:
         """Build the config from the dictionary of a `config.json`.
 
-        A key that is missing has the value that the library which published the file gives it. Keys that
-        are no field are ignored where they do not change what is computed.
+        A missing key has the default of the library that published the file. Unknown keys are ignored if they
+        do not change the computation.
 
         Raises:
-            ConfigError: the file describes a model that is not computed here.
+            ConfigError: the file describes an unsupported model.
         """
         cls._check_dictionary(values)
         for name, accepted in cls.computed.items():
@@ -111,7 +112,7 @@ class Config:
     @classmethod
     def _check_dictionary(cls, values):
         if not isinstance(values, dict):
-            raise cls._error(f"{shown(values)} is no JSON dictionary")
+            raise cls._error(f"{shown(values)} is not a JSON dictionary")
 
     @classmethod
     def _error(cls, fault, remedy="use the config.json that belongs to the weights"):
@@ -133,15 +134,15 @@ class Config:
 
 
 def _tower_values(values, tower):
-    """Return the values of one tower ("text" or "vision") of a config that may be that of a whole CLIP."""
+    """Return the values of one tower ("text" or "vision"); the config may be that of a whole CLIP."""
     if not isinstance(values, dict) or f"{tower}_config" not in values:
         return values
     shared = {name: values[name] for name in ("projection_dim",) if name in values}
-    # Early releases wrote the values that count into a second dictionary.
+    # Early releases wrote the effective values into a second dictionary.
     parts = [values[f"{tower}_config"], values.get(f"{tower}_config_dict") or {}]
     for part in parts:
         if not isinstance(part, dict):
-            raise ConfigError(f"{tower}_config {shown(part)}: no JSON dictionary; fetch the file again")
+            raise ConfigError(f"{tower}_config {shown(part)}: not a JSON dictionary; fetch the file again")
     nested = parts[0] | parts[1]
     return nested | shared | {"model_type": f"clip_{tower}_model"}
 
@@ -222,7 +223,7 @@ class ImageEncoderConfig(Config):
 
 
 def _check_levels(config, names, allowed):
-    """Raise a ConfigError unless each of the block types in the fields `names` has a level and is known."""
+    """Raise a ConfigError unless the fields `names` have one known block type for each level."""
     levels = len(config.block_out_channels)
     for name, types in zip(names, allowed, strict=True):
         blocks = getattr(config, name)
@@ -241,9 +242,9 @@ class UNetConfig(Config):
 
     ``attention_head_dim`` carries diffusers' historical meaning: the *number* of heads of each
     level for the cross-attention blocks, as in every published SD config.
-    ``cross_attention_dim`` of 0 makes an unconditional UNet out of attention-free blocks.
-    ``mid_block_type`` of None leaves out the block in the middle, as the distilled BK-SDM does.
-    ``upcast_attention`` compares queries and keys in float32, where half precision would overflow.
+    ``cross_attention_dim`` 0 means an unconditional UNet without cross-attention.
+    ``mid_block_type`` None leaves out the middle block, as in the distilled BK-SDM.
+    ``upcast_attention`` computes attention scores in float32, where half precision would overflow.
     """
 
     json_header: ClassVar[dict] = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.35.0"}
@@ -328,7 +329,7 @@ class UNetConfig(Config):
 class VAEConfig(Config):
     """The KL autoencoder (``diffusers.AutoencoderKL``). Defaults: SD 1.x.
 
-    ``force_upcast`` says that float16 has too small a range for the model, which then computes in float32.
+    ``force_upcast`` computes in float32 where float16 would overflow.
     """
 
     json_header: ClassVar[dict] = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.35.0"}

@@ -7,7 +7,7 @@ import os
 
 BACKENDS = ("tensorflow", "jax")
 
-# What a package is installed with, beside `keras_sd` itself.
+# The extra of `keras_sd` that installs each package.
 _EXTRAS = {
     **{backend: backend for backend in BACKENDS},
     **dict.fromkeys(("grain", "tensorboard"), "train"),
@@ -52,7 +52,7 @@ def missing_package(package, instead=None):
     return f"{package}: not installed; pip install 'keras_sd[{extra}]'{f', or {instead}' if instead else ''}"
 
 
-# What to do about an error of the operating system.
+# Remedies for errors of the operating system.
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free the space or choose another place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change permissions or choose another place"),

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 5.0  # seconds in which the process may end by itself
+GRACE = 5.0  # seconds for the process to end by itself
 _SECOND_GRACE = 1.0  # ... after a second Ctrl-C
-_TELL_AFTER = 2.0  # seconds after which a phase is told
+_TELL_AFTER = 2.0  # seconds after which a phase is printed
 
 
 class _State:
@@ -25,16 +25,16 @@ class _State:
 
     def __init__(self):
         self.program = None  # its name, while it is watched
-        self.command = None  # gives the command that starts it once more
+        self.command = None  # returns the command that resumes it
         self.received = None  # the last signal's number
-        self.is_lost = False  # whether a handler's exception came up where Python passes over it
+        self.is_lost = False  # whether Python ignored a handler's exception
         self.has_to_finish = False
         self.endable_since = time.monotonic()
         self.phase = None
-        self.told = set()  # phases that have been told
+        self.told = set()  # phases that have been printed
         self.timer = None
         self.run_folder = None
-        self.checkpoints_before = None  # where an older checkpoint may be resumed
+        self.checkpoints_before = None  # set if an older checkpoint was resumed
 
 
 _state = _State()
@@ -46,12 +46,12 @@ def received():
 
 
 def note(number):
-    """Remember a signal, for a handler that lets the program go on for a while."""
+    """Remember a signal, for a handler that lets the program continue for a while."""
     _state.received = number
 
 
 def exit_code(number):
-    """Return the exit code of a program that a signal has ended, as shells have it."""
+    """Return the exit code of a program ended by a signal, as in shells."""
     return 128 + number
 
 
@@ -77,10 +77,10 @@ def may_be_cut():
 
 
 def set_run_folder(folder, resumed=None):
-    """Name the run folder whose training can be resumed; None for no training.
+    """Set the run folder whose training can be resumed; None for no training.
 
     Args:
-        resumed: the request that the training itself has been resumed by, if it was.
+        resumed: the argument with which this training was resumed, if it was.
     """
     _state.run_folder = None if folder is None else Path(folder)
     _state.checkpoints_before = None if resumed in (None, "latest") else _checkpoints()
@@ -118,11 +118,11 @@ def phase(name, *, in_commands=False):
     try:
         yield
     finally:
-        _start_phase(before)  # which goes on
+        _start_phase(before)  # which continues
 
 
 def first_is_phase(name, elements):
-    """Yield from an iterator whose first element takes long; getting that one is a phase of commands."""
+    """Yield from an iterator whose first element takes long; computing that one is a phase of commands."""
     with phase(name, in_commands=True):
         first = next(elements)
     yield first
@@ -143,7 +143,7 @@ def _tell(name):
     from tqdm import tqdm
 
     _state.told.add(name)
-    tqdm.write(name, file=sys.stderr)  # above a bar, if there is one
+    tqdm.write(name, file=sys.stderr)  # above a progress bar, if there is one
     sys.stderr.flush()
 
 
@@ -156,11 +156,11 @@ def last_words():
     checkpoints = _checkpoints()
     if not checkpoints:
         return f"{name}: ended{during}; there is no checkpoint yet, start again"
-    # The latest one may be of another branch than the resumed one.
+    # The latest checkpoint may be of another branch than the resumed one.
     command = _state.command(checkpoints != _state.checkpoints_before)
     model = _state.run_folder / "model"
     if model.is_dir():
-        return f"{name}: ended{during}; the model is in {model}; what follows is made up for with: {command}"
+        return f"{name}: ended{during}; the model is in {model}; finish what is left with: {command}"
     return f"{name}: ended{during}; resume with: {command}"
 
 
@@ -203,7 +203,7 @@ def watching(program, command):
 def _raise(number, frame):
     _state.received = number
     if _is_importing(frame):
-        # Compiled modules abort the process at an exception from elsewhere, with a traceback.
+        # Compiled modules abort the process with a traceback at an unexpected exception.
         _end_at_once(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -229,9 +229,9 @@ def _pass_over(unraisable, show=sys.unraisablehook):
 def _watch(reader):
     """Run the watching thread: wait for signals, and end the process after the grace period."""
     first = second = None  # (number, time) of the first signal, and the time of a second Ctrl-C
-    repeated = 0  # signals that come from here
+    repeated = 0  # signals sent by this thread
     while True:
-        # A closed pipe is ready, too.
+        # A closed pipe is ready to read, too.
         if select.select([reader], [], [], None if first is None else 0.1)[0]:
             numbers = os.read(reader, 64)
             if not numbers:
@@ -260,7 +260,7 @@ def _end_at_once(number):
     _state.received = number
     words = last_words()
     if words is not None:
-        # Not through `sys.stderr`, which the main thread may be writing to.
+        # Not `sys.stderr`, which the main thread may be using.
         os.write(2, f"\n{_state.program}: {words}\n".encode())
     for function in _before_sudden_end:
         with contextlib.suppress(Exception):

@@ -112,7 +112,7 @@ def _from_hub(repository, title):
         repository: a hub id.
         title: the model's name in messages.
     """
-    from huggingface_hub import snapshot_download  # here, as importing it takes long
+    from huggingface_hub import snapshot_download  # imported here, as it is slow
 
     try:
         for left_out in _HUB_TRIES:
@@ -133,7 +133,7 @@ def _hub_fault(repository, error):
     if isinstance(error, GatedRepoError):
         return f"the hub asks for your consent; give it on {page}, and log in with: hf auth login"
     if isinstance(error, HFValidationError):
-        return "no such folder, and no name that a hub has; check it"
+        return "no such folder, and not a valid hub id; check it"
     if repository.startswith(_DELETED):
         copy = _COPIES + repository.removeprefix(_DELETED)
         return f"not in the cache, and Stability AI deleted it in November 2025; use the copy {copy}"

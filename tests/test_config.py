@@ -143,15 +143,15 @@ def test_vae_factor_follows_from_its_levels():
         (UNetConfig, {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256"),
         (UNetConfig, {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type .*Simple"),
         (UNetConfig, {"act_fn": "gelu"}, "use a model with 'silu' or 'swish'"),
-        (UNetConfig, {"layers_per_block": [2, 2, 1, 1]}, r"layers_per_block \(2, 2, 1, 1\) is no int"),
-        (UNetConfig, {"cross_attention_dim": "768"}, "cross_attention_dim '768' is no int"),
-        (UNetConfig, {"norm_num_groups": 0}, "norm_num_groups 0 is no size"),
+        (UNetConfig, {"layers_per_block": [2, 2, 1, 1]}, r"\(2, 2, 1, 1\) is not of type int"),
+        (UNetConfig, {"cross_attention_dim": "768"}, "cross_attention_dim '768' is not of type int"),
+        (UNetConfig, {"norm_num_groups": 0}, "norm_num_groups 0 is not a size"),
         (
             UNetConfig,
             {"attention_head_dim": [5, 0, 10, 10]},
-            r"attention_head_dim \(5, 0, 10, 10\) is no size",
+            r"attention_head_dim \(5, 0, 10, 10\) is not a size",
         ),
-        (UNetConfig, {"block_out_channels": ["8", 8, 8, 8]}, "block_out_channels .* is no size"),
+        (UNetConfig, {"block_out_channels": ["8", 8, 8, 8]}, "block_out_channels .* is not a size"),
         (UNetConfig, {"in_channels": 10**12}, "in_channels 1000000000000 is more than 1048576"),
         (UNetConfig, {"block_out_channels": [8] * 100}, "block_out_channels has 100 values, more than 16"),
         (
@@ -168,7 +168,7 @@ def test_vae_factor_follows_from_its_levels():
         (VAEConfig, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "use DownEncoderBlock2D"),
         (VAEConfig, {"up_block_types": ["UpDecoderBlock2D"] * 3}, "3 up_block_types"),
         (TextEncoderConfig, {"model_type": "t5"}, "model_type 't5'"),
-        (TextEncoderConfig, {"hidden_size": 76.8}, "hidden_size 76.8 is no int"),
+        (TextEncoderConfig, {"hidden_size": 76.8}, "hidden_size 76.8 is not of type int"),
         (ImageEncoderConfig, {"image_size": [224, 224]}, "image_size"),
         (SchedulerConfig, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "use a model with 'DDIM"),
         (SchedulerConfig, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
@@ -176,8 +176,8 @@ def test_vae_factor_follows_from_its_levels():
         (SchedulerConfig, {"prediction_type": "flow"}, "prediction_type 'flow'"),
         (SchedulerConfig, {"_class_name": ["DDIMScheduler"]}, "_class_name .* is not supported"),
         (SchedulerConfig, {"_class_name": {}}, "_class_name {} is not supported"),
-        (SchedulerConfig, {"beta_start": float("nan")}, "beta_start nan is no finite number"),
-        (SchedulerConfig, {"beta_end": 10**4000}, "beta_end 1000+... is no finite number"),
+        (SchedulerConfig, {"beta_start": float("nan")}, "beta_start nan is not a finite number"),
+        (SchedulerConfig, {"beta_end": 10**4000}, "beta_end 1000+... is not a finite number"),
         (SchedulerConfig, {"beta_end": None}, "beta_end None is no number"),
         (SchedulerConfig, {"beta_start": -0.1}, "beta_start -0.1 and beta_end 0.012 do not rise from 0 to 1"),
         (SchedulerConfig, {"beta_start": 0.02}, "do not rise"),
@@ -187,10 +187,10 @@ def test_vae_factor_follows_from_its_levels():
         (VAEConfig, {"scaling_factor": 1e308}, "scaling_factor 1e.308"),
         (VAEConfig, {"scaling_factor": 0}, "scaling_factor 0"),
         (UNetConfig, {"norm_eps": 1e300}, "norm_eps 1e.300 is not between"),
-        (SchedulerConfig, {"steps_offset": True}, "steps_offset True is no int"),
-        (UNetConfig, {"norm_eps": float("inf")}, "norm_eps inf is no finite number"),
+        (SchedulerConfig, {"steps_offset": True}, "steps_offset True is not of type int"),
+        (UNetConfig, {"norm_eps": float("inf")}, "norm_eps inf is not a finite number"),
         (UNetConfig, {"_class_name": ["UNet2DConditionModel"]}, "_class_name .* is not supported"),
-        (TextEncoderConfig, {"text_config": 3}, "text_config 3: no JSON dictionary"),
+        (TextEncoderConfig, {"text_config": 3}, "text_config 3: not a JSON dictionary"),
     ],
 )
 def test_what_is_not_computed_here_is_refused_in_one_line(config_class, changes, message):
@@ -213,9 +213,9 @@ def test_files_that_are_no_json_end_in_one_line(tmp_path, content):
 def test_files_that_are_no_dictionary_end_in_one_line(tmp_path, config_class, content):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="no JSON dictionary"):
+    with pytest.raises(ConfigError, match="not a JSON dictionary"):
         config_class.load(path)
-    with pytest.raises(ConfigError, match="no JSON dictionary"):
+    with pytest.raises(ConfigError, match="not a JSON dictionary"):
         config_class.from_dict(json.loads(content))
 
 

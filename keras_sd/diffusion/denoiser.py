@@ -151,7 +151,7 @@ class Denoiser:
             "class_labels": class_labels,
         }
         check_inputs(
-            {"latents to begin with": latents, "text encoding": context, "negative text encoding": negative}
+            {"initial latents": latents, "text encoding": context, "negative text encoding": negative}
             | {"channels": channels, "sample to keep": known and known.sample}
         )
         # A step has guidance if its start lies in the interval.

@@ -75,7 +75,7 @@ def pndm(steps, run):
 
 
 def _second_attempt(second, run):
-    """Return the first step again, corrected by the prediction at its end, where the second step begins."""
+    """Repeat the first step, corrected by the prediction at its end, where the second step begins."""
     mean = (MEMORY[0] + _predicted(run, second.level)) / 2
     stride = run.schedule.num_train_timesteps // run.num_inference_steps
     # As if the first step had started one stride above the second; with leading spacing it did.

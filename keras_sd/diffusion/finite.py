@@ -55,10 +55,9 @@ def check_result(values, model, title, *, guidance_scale=None):
     if damaged is not None:
         raise UserError(f"{what}; its weight {damaged} is not finite: load undamaged weights")
     if model.compute_dtype == "float16":
-        raise UserError(f"{what}; float16 overflows: take bfloat16 or float32")
+        raise UserError(f"{what}; float16 overflows; use bfloat16 or float32")
     if guidance_scale is not None and guidance_scale > _LARGEST_USUAL_GUIDANCE:
-        raise UserError(f"{what}; guidance_scale {guidance_scale:g} is large: take less")
+        raise UserError(f"{what}; guidance_scale {guidance_scale:g} is large; use less")
     raise UserError(
-        f"{what}; likely causes are a LoRA that is too strong, and a schedule or a prediction_type "
-        "of another model"
+        f"{what}; likely causes are a LoRA that is too strong, or another model's schedule or prediction_type"
     )

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans, 2022): a wrapper of the denoiser."""
+"""Classifier-free guidance (Ho and Salimans, 2022, equation 6), around the UNet's prediction."""
 
 import math
 import numbers
@@ -20,7 +20,7 @@ def checked_guidance_scale(scale):
     """
     is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
     if not is_number or not math.isfinite(scale) or not 0 <= scale < LARGEST_SCALE:
-        raise UserError(f"guidance_scale {scale!r}: out of range; use a number from 0; up to 1 is none")
+        raise UserError(f"guidance_scale {scale!r}: out of range; use 0 or more (up to 1: no guidance)")
     return float(scale)
 
 

@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
     @property
     def draws(self):
-        """Whether it uses fresh noise."""
+        """Whether the row uses fresh noise."""
         return bool(self.latents @ RANDOM)
 
 

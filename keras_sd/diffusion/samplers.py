@@ -32,7 +32,7 @@ class Method(NamedTuple):
         starts_at_sigma: whether the initial latents are `sigma * noise`, without a share of signal.
         takes_eta: whether `rows` uses `Run.eta`.
         clips, thresholds: whether the predicted sample may be clipped, or thresholded dynamically.
-        more: options of `steps` that no file has.
+        more: options of `steps` that are not in a model's file.
     """
 
     steps: Callable[[NoiseSchedule, int, dict[str, Any]], list[Step]]
@@ -240,7 +240,7 @@ OF_THE_MODEL = " of the model"
 
 
 def find_sampler(name: str | Sampler | None, config: SchedulerConfig | None = None) -> Sampler:
-    """Return the sampler of that name, or for None the one of the model's own file.
+    """Return the sampler with this name; None means the one of the model's own file.
 
     Args:
         name: a key of `SAMPLERS`, a `Sampler`, or None.

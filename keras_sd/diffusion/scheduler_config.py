@@ -19,7 +19,7 @@ _WITHOUT_OPTION = {
 _MOST_TIMESTEPS = 100_000
 
 
-_KEPT = ("published", "repairs")  # fields of `SchedulerConfig` that are no keys of a file
+_KEPT = ("published", "repairs")  # fields of `SchedulerConfig` that are not keys of the file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,10 +147,10 @@ _ANY = Rule(lambda value: True, "any value")
 _SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
 _POSITIVE = Rule(lambda value: _is_number(value) and 0 < value < 1e9, "above 0, below 10^9")
 _SIGMA = Rule(lambda value: value is None or _POSITIVE.accepts(value), "above 0, below 10^9, or null")
-_ORDER = _one_of(1, 2, 3, reason="no higher order is stable here")
+_ORDER = _one_of(1, 2, 3, reason="higher orders are not stable")
 _NO_FLOW = "flow matching is not supported"
 _ONLY_VALUE = "it is the only one; values of other classes are replaced by it, as in diffusers"
-_NO_VARIANCE = "the networks here predict no variance"
+_NO_VARIANCE = "the UNet predicts no variance"
 
 RULES = {
     # These are checked by `SchedulerConfig`, `NoiseSchedule` and `spacing`.

@@ -197,7 +197,7 @@ def _deis_shares(sigmas, end):
     """Return the integrals of the Lagrange polynomials in log sigma over sigma, from `sigmas[0]` to `end`."""
     if not end > 0:
         raise UserError(
-            "scheduler_config.json: the first timestep has no noise (beta_start), where DEIS has no limit; "
+            "scheduler_config.json: the first timestep has no noise (beta_start), where DEIS is not defined; "
             "use another sampler"
         )
     nodes, weights = _quadrature()

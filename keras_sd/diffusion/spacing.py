@@ -33,7 +33,7 @@ class Level(NamedTuple):
 
     @classmethod
     def of_alpha(cls, alpha):
-        """Return the level of a squared signal rate, `alphas_cumprod`."""
+        """Return the level with this squared signal rate, `alphas_cumprod`."""
         return cls(np.sqrt(alpha), np.sqrt(1 - alpha))
 
 

@@ -31,7 +31,7 @@ _MARGIN = 4
 
 
 def format_parameters(parameters):
-    """Return the text of the `parameters` chunk, in the convention of AUTOMATIC1111's web interface.
+    """Return the text of the `parameters` chunk, in the convention of AUTOMATIC1111's web UI.
 
     Args:
         parameters: dictionary with "prompt", optionally "negative_prompt", and the settings under their
@@ -77,7 +77,7 @@ def save_png(image: Images, path: str | Path, parameters: dict[str, Any] | None 
     """Write an image as PNG.
 
     Args:
-        image: uint8 `(h, w, 3)`, or `(h, w)` in grey.
+        image: uint8 `(h, w, 3)`, or greyscale `(h, w)`.
         path: the file. Its folder is created if necessary; an existing file is replaced atomically.
         parameters: the generation parameters, as `format_parameters` takes them.
     """
@@ -138,10 +138,10 @@ def read_parameters(path: str | Path) -> dict[str, str]:
             text = image.info.get(_CHUNK) or image.info.get("comment") or ""
             text = text.decode(errors="replace") if isinstance(text, bytes) else text
         if len(text) > _LONGEST_TEXT:
-            raise ValueError("no parameters are as long")
+            raise ValueError("too long for parameters")
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # damage has many types: SyntaxError, struct.error, ValueError, ...
+    except Exception as error:  # Pillow raises many types: SyntaxError, struct.error, ValueError, ...
         raise UserError(f"{path}: not an image that can be read; give a PNG file") from error
     return parse_parameters(text) if text else {}
 

@@ -85,7 +85,7 @@ def parse_json(
     error=UserError,
     damaged="not valid JSON",
 ):
-    """Return the value of a JSON text, within the limits of this module and of the given shape.
+    """Parse a JSON text within the limits of this module, and check its shape.
 
     Args:
         content: the text, as bytes in UTF-8 or as a string.
@@ -103,7 +103,7 @@ def parse_json(
         value = json.loads(content, parse_int=_integer, parse_float=_float)
         _check_limits(value, _NO_TEXT_BUT_NAMES if file_names else _NO_TEXT)
     except RecursionError as fault:
-        raise error(f"{place}: {damaged} (lists in lists in lists); {remedy}") from fault
+        raise error(f"{place}: {damaged} (nested too deeply); {remedy}") from fault
     except ValueError as fault:  # not UTF-8, not JSON, or beyond a limit
         raise error(f"{place}: {damaged} ({fault}); {remedy}") from fault
     fault = shape_fault(value, shape)
@@ -250,10 +250,10 @@ def _check_limits(value, no_text):
             elif isinstance(one, list):
                 inner.extend(one)
             elif isinstance(one, str) and not one.isascii() and no_text.search(one):
-                raise ValueError("half of a surrogate pair in a text")
+                raise ValueError("a lone surrogate in a text")
             elif isinstance(one, str) and "\0" in one:
                 raise ValueError("a NUL in a text")
         if not inner:
             return
         level = inner
-    raise ValueError(f"more than {DEEPEST} lists or dictionaries in each other")
+    raise ValueError(f"more than {DEEPEST} nested lists or dictionaries")

@@ -103,7 +103,7 @@ class Adapters:
         """Sets the weight of each LoRA by its name; those not named are taken off.
 
         Raises:
-            UserError: a name is unknown, the line lists those known; or a weight is no finite number, or
+            UserError: a name is unknown, the line lists those known; or a weight is not a finite number, or
                 makes the model's so. Nothing has changed then.
         """
         if not isinstance(weights, dict):
@@ -171,5 +171,5 @@ def _checked_weight(name, weight):
     except OverflowError:  # an integer of too many digits
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"LoRA {str(name)!r}: its weight {shown(weight)} is no finite number; use another")
+        raise UserError(f"LoRA {str(name)!r}: its weight {shown(weight)} is not a finite number; use another")
     return number

@@ -1,4 +1,4 @@
-"""The networks and noise schedules that `ddim` and `super-resolution` train where no config is given."""
+"""Default architectures and noise schedules of the methods `ddim` and `super-resolution`."""
 
 import dataclasses
 

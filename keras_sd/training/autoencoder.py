@@ -1,4 +1,4 @@
-"""Training of the KL autoencoder that turns images into latents."""
+"""Training of the KL autoencoder (VAE) that maps images to latents."""
 
 import dataclasses
 import warnings
@@ -39,7 +39,7 @@ def measure_reconstruction(vae, examples):
 
 
 def measure_scale(vae, examples):
-    """Return the factor that gives the latents of the images of examples unit variance.
+    """Return the factor that gives the latents of the examples' images unit variance.
 
     Latents are centred over the data set first, as Rombach et al. (2022, appendix G) do.
     """
@@ -83,7 +83,7 @@ def train_autoencoder(
         UserError: `random_crop` is larger than the images, or no multiple of the downsampling factor.
 
     Returns:
-        The trained model, or None when it was stopped before the end.
+        The trained model, or None if training was stopped before the end.
     """
     vae.check_encoder()
     config = vae.config

@@ -32,8 +32,8 @@ from keras_sd.training.checkpoints import Checkpoints
 def sync_state(model: keras.Model) -> None:
     """Give the variables of model and optimizer their present values.
 
-    During an epoch on JAX the values live in Keras' training loop and the variables are empty; on TensorFlow
-    there is nothing to do.
+    During an epoch on JAX, Keras' training loop holds the values and the variables are empty; on TensorFlow
+    nothing is done.
     """
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
@@ -54,7 +54,7 @@ class StepCallbackList(keras.callbacks.CallbackList):
 class StepCallback(keras.callbacks.Callback):
     """Counts steps across epochs and calls `on_step` after each; `self.step` is the number of steps done."""
 
-    batches_per_step = 1  # more when gradients are accumulated
+    batches_per_step = 1  # more if gradients are accumulated
 
     def __init__(self, initial_step: int = 0):
         super().__init__()
@@ -63,10 +63,10 @@ class StepCallback(keras.callbacks.Callback):
 
     @property
     def model(self):
-        """The model, whose variables are empty on JAX until `sync_state`.
+        """The model; on JAX its variables are empty until `sync_state`.
 
-        Keras' own property does that at each reading: time lost in every step and, when a signal interrupts
-        one, with the values of before it, whose memory the step has been given.
+        Keras' own property synchronises at each access. That takes time in every step, and it fails if a
+        signal interrupts a step, whose inputs have been donated.
         """
         return self._model
 
@@ -80,7 +80,7 @@ class StepCallback(keras.callbacks.Callback):
             self.on_step(logs or {})
 
     def on_step(self, logs: Mapping) -> None:
-        """For subclasses. `logs`: name → number, or scalar on the device."""
+        """Handle the end of a step (for subclasses). `logs`: name → number, or scalar on the device."""
 
 
 class ProgressCallback(StepCallback):
@@ -144,7 +144,7 @@ class ProgressCallback(StepCallback):
 
     def _report(self) -> None:
         self._loss = self._smooth(self._loss, float(self._logs.get("loss", math.nan)))
-        now = time.monotonic()  # after the loss, whose reading has waited for the steps to end
+        now = time.monotonic()  # after reading the loss, which waits until the steps are done
         began, step = self._since
         self._rate = self._smooth(self._rate, (self.step - step) / (now - began))
         self._since = now, self.step
@@ -257,7 +257,7 @@ class StopOnNonFiniteLoss(StepCallback):
 
 
 def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
-    """Return the error for a run whose numbers are not finite; it names the last good checkpoint."""
+    """Return the error for a run with non-finite numbers; it names the last good checkpoint."""
     last = checkpoints.last_good()
     remedy = f"resume from the last good checkpoint, {last}," if last else "start anew (no checkpoint yet)"
     return UserError(f"training: {fault}; {remedy} with a lower `learning_rate` or `max_grad_norm`")
@@ -315,7 +315,7 @@ class StopOnSignal(StepCallback):
 
     def on_step(self, logs):
         self._within_step = False
-        # Several processes must take the same number of steps, or they wait for each other for ever.
+        # All processes must take the same number of steps, or they deadlock.
         if self._has_peers and backend.processes_stop_at(self.step):
             self._note(self.signal_received or signal.SIGTERM)
         elif self._has_peers:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors then reads)
+import ml_dtypes  # noqa: F401  (registers bfloat16 in NumPy, for safetensors)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
@@ -42,7 +42,7 @@ class _File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The shape of `manifest.json`: its files, and the tensors of each group in their order."""
+    """The schema of `manifest.json`: the files, and each group's tensors in order."""
 
     version: int
     step: int
@@ -83,7 +83,7 @@ class Checkpoints:
         self.total_limit = total_limit
         self.may_change = may_change
         self._config_text = _json_text(config, sort_keys=True)
-        self._resumed = None  # (step, folder) of what this run goes on from, until it has saved
+        self._resumed = None  # (step, folder) of the resumed checkpoint, until the first save
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, np.ndarray]], position: dict) -> Path:
         """Write `checkpoint-{step}` atomically, then remove the oldest checkpoints beyond the limit.
@@ -188,7 +188,7 @@ class Checkpoints:
         for name in self.may_change:
             there.pop(name, None), here.pop(name, None)
         unknown = here.keys() - there.keys()
-        if unknown:  # what earlier versions did not keep
+        if unknown:  # not stored by earlier versions
             known = ", ".join(map(_words, sorted(unknown)))
             warnings.warn(f"{folder}: cannot be compared with this run in: {known}", stacklevel=2)
             here = {name: value for name, value in here.items() if name in there}
@@ -201,7 +201,7 @@ class Checkpoints:
         (staging / POSITION).write_text(_json_text(position), encoding="utf-8")
         for group, tensors in groups.items():
             _write_group(_group_file(staging, group), tensors)
-            # The library makes its files readable to their owner only.
+            # safetensors makes its files readable only for their owner.
             shutil.copymode(staging / CONFIG, _group_file(staging, group))
         files = sorted(staging.iterdir())
         for file in files:
@@ -210,7 +210,7 @@ class Checkpoints:
             "version": FORMAT_VERSION,
             "step": step,
             "files": {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files},
-            # The library sorts the tensors of a file; their order is kept here.
+            # safetensors sorts the tensors of a file; the order is stored here.
             "tensors": {group: list(tensors) for group, tensors in groups.items()},
         }
         (staging / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
@@ -318,7 +318,7 @@ def _verify(folder: Path) -> dict:
                 raise InvalidCheckpoint(f"{name} is damaged (its SHA-256 differs)")
         except FileNotFoundError:
             raise InvalidCheckpoint(f"{name} is missing") from None
-        except (OSError, ValueError) as error:  # the latter of a name with a NUL
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             fault = getattr(error, "strerror", None) or error
             raise InvalidCheckpoint(f"{name} cannot be read ({fault})") from None
     try:
@@ -475,7 +475,7 @@ def _json_text(value, **options) -> str:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8")  # without newline translation, which would hide damage
+    return path.read_bytes().decode("utf-8")  # no newline translation, which would hide damage
 
 
 def _group_file(folder: Path, group: str) -> Path:
@@ -488,7 +488,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -101,11 +101,11 @@ def train_consistency(
     make_evaluation=None,
     export=None,
 ):
-    """Train the low-rank updates of a UNet on encoded examples, so that `lcm` samples with them.
+    """Train the LoRA updates of a UNet on encoded examples for the sampler `lcm`.
 
     Args:
         settings: `trainer.Settings`.
-        unet: with low-rank updates (`training.lora`).
+        unet: with LoRA updates (`training.lora`).
         scheduler_config: `SchedulerConfig`: noise schedule and prediction type.
         source: `encodings.EncodedSource` with encoded captions.
         num_ddim_timesteps, guidance_scale, huber_c: as `ConsistencyObjective` takes them.

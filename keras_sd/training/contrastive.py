@@ -13,7 +13,7 @@ from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
 
-_SEEN = 500  # training examples that are measured beside those held out
+_SEEN = 500  # training examples that are measured besides the held-out ones
 
 
 def embed_images(image_encoder, examples, batch_size=100):
@@ -64,7 +64,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         image_config: `ImageEncoderConfig` with the text encoder's `projection_dim`.
         tokenizer: `Tokenizer` of the text encoder's vocabulary.
         source: examples with an `image` of `image_config.image_size` and `captions`.
-        held_out: examples on which the right caption is looked for among all of theirs; may be empty.
+        held_out: examples on which matching of images and captions is measured; may be empty.
         repeats: how often an epoch shows each example.
 
     Returns:

@@ -28,11 +28,10 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     """Distribute everything that is created from now on over the devices; call it before any use of JAX.
 
     Args:
-        kind: "data", "model", "auto" (data parallelism over all devices that there are) or None for one
-            device.
+        kind: "data", "model", "auto" (data parallelism over all devices) or None for one device.
         batch_size: examples in a batch over all devices.
         coordinator, num_processes, process_id: `HOST:PORT` of process 0, the number of processes and this
-            one's, from 0. Without them JAX looks for what starts processes: TPU pods, Slurm, Open MPI.
+            one's index, from 0. Without them JAX detects TPU pods, Slurm and Open MPI.
         timeout: seconds to wait for the other processes.
 
     Raises:
@@ -88,7 +87,7 @@ def _check_processes(kind, processes):
 
 
 def _distribution(kind):
-    """Return the `keras.distribution` of that kind over all devices; None for "auto" on one device."""
+    """Return the `keras.distribution` over all devices; None for "auto" on one device."""
     devices, processes = backend.devices(), backend.process_count()
     remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave it out"
     if kind == "model":
@@ -103,7 +102,7 @@ def _distribution(kind):
             layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name=BATCH, auto_shard_dataset=False
         )
     if len(devices) > 1:
-        # The pipeline gives each process its share of a batch.
+        # The data pipeline gives each process its part of a batch.
         return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
     if kind == "data":
         raise UserError(f"distribution data: one device was found, {devices[0]}; {remedy}")

@@ -15,7 +15,7 @@ from keras_sd.training.trainer import Trainer
 
 
 def read_images(folder, prompt, image_size):
-    """Return all images below a folder, with one prompt as the caption of each.
+    """Return all images in a folder and its sub-folders, each with the prompt as its caption.
 
     Returns:
         A `FolderSource`, which reads each image on access.

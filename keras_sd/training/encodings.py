@@ -103,7 +103,7 @@ class EncodedSource:
                 if not all(np.isfinite(array).all() for array in moments):
                     name = names[index] or f"image {index}"
                     raise UserError(
-                        f"{name}: its latents are not finite numbers; take another precision (bf16 or "
+                        f"{name}: its latents are not finite numbers; use another precision (bf16 or "
                         "none), or another VAE"
                     )
 
@@ -144,21 +144,21 @@ class EncodedSource:
 
 
 def _as_slice(rows):
-    """Return an index of these rows that copies nothing where they follow each other, as new captions' do."""
+    """Return an index of these rows: a slice, which copies nothing, if they are consecutive."""
     start = rows[0] if rows else 0
     end = start + len(rows)
     return slice(start, end) if rows == list(range(start, end)) else np.array(rows)
 
 
 def _scaled_moments(vae, images):
-    """Mean and standard deviation of the latents of these images, scaled as the UNet takes them."""
+    """Return mean and standard deviation of the images' latents, scaled as the UNet takes them."""
     posterior = vae.encode(images)
     scale = vae.config.scaling_factor
     return posterior.mean * scale, ops.exp(0.5 * posterior.log_variance) * scale
 
 
 def _read_ahead(source, batch_size):
-    """Yield lists of examples in their order; threads read the next list while one is in use."""
+    """Yield lists of examples in order; threads read the next list while one is in use."""
     threads = min(batch_size, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         reading = (pool.submit(source.__getitem__, index) for index in range(len(source)))
@@ -174,14 +174,14 @@ def _read_ahead(source, batch_size):
 
 
 def _in_batches(function, batches, batch_size, count, progress, check=None):
-    """Call a compiled function batch by batch; the last one is filled up, so that it compiles once.
+    """Call a compiled function batch by batch; the last batch is padded, so that it compiles once.
 
     Args:
-        function: takes an array of `batch_size` rows and gives a tuple of arrays with as many.
-        batches: arrays, of which the last may have fewer rows.
-        count: rows in all of them.
-        progress: `Progress` of the rows.
-        check: called with the number of a batch's first row and the arrays made of it.
+        function: takes an array of `batch_size` rows and returns a tuple of arrays with as many rows.
+        batches: arrays; the last may have fewer rows.
+        count: total number of rows.
+        progress: `Progress` over the rows.
+        check: called with the index of a batch's first row and the batch's results.
 
     Returns:
         List of arrays with `count` rows.
@@ -220,7 +220,7 @@ class JoinedSource:
         raise IndexError("out of range")
 
     def fingerprint(self):
-        """Return the SHA-256 of those of the sources; None if one has none."""
+        """Return a SHA-256 over the sources' fingerprints; None if one has none."""
         parts = [_fingerprint_of(source) for source in self.sources if len(source)]
         return None if None in parts else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

@@ -21,7 +21,7 @@ from keras_sd.training.checkpoints import disk_fault
 
 
 class LogRecord(TypedDict):
-    """The shape of a line of `logs/metrics.jsonl`."""
+    """The schema of a line of `logs/metrics.jsonl`."""
 
     step: int
 
@@ -70,7 +70,7 @@ class MetricsLog(StepCallback):
         self.flush()
 
     def flush(self) -> None:
-        """Write the steps still held back."""
+        """Write the buffered steps."""
         pending, self._pending = self._pending, []
         self._log(pending)
 

@@ -51,7 +51,7 @@ class Objective(keras.Model):
 
 
 def images_to_network(images):
-    """Turn uint8 images into float32 in [-1, 1]."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return ops.cast(images, "float32") / 127.5 - 1.0
 
 
@@ -154,7 +154,7 @@ class AutoencoderObjective(Objective):
     """Reconstruction error of a KL autoencoder plus the divergence from the standard normal distribution.
 
     A batch holds uint8 `images` and `noise` of the latents' shape. Squared and absolute errors are means over
-    the pixels of images in [-1, 1]; the divergence is in nats per latent number.
+    the pixels of images in [-1, 1]; the divergence is in nats per latent element.
     """
 
     def __init__(self, vae, kl_weight=3e-4, **kwargs):

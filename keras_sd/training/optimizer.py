@@ -39,7 +39,7 @@ class AdamW(keras.optimizers.AdamW):
             return
         self.ema_variables = self.add_optimizer_variables(variables, "ema")
         for average, variable in zip(self.ema_variables, variables, strict=True):
-            # A copy: JAX donates the buffers of both to the compiled step, so they may not be one.
+            # A copy: JAX donates the buffers of both to the compiled step, so they must not be shared.
             average.assign(ops.copy(variable))
 
     def _apply_weight_decay(self, variables):
@@ -114,7 +114,7 @@ def _assign_parts(variables, values):
 
 
 def young_decay(updates):
-    """Return the largest EMA decay after that many updates: small at first, to forget the initial weights."""
+    """Return the largest EMA decay after `updates` updates: small at first, to forget the initial weights."""
     return (1.0 + updates) / (10.0 + updates)
 
 

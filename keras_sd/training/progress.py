@@ -6,21 +6,21 @@ import time
 from tqdm import tqdm
 
 FIRST_LINE_SECONDS = 2.0
-"""What is done sooner than that needs no line."""
+"""A task that takes less time prints no line."""
 
 
 class Progress:
-    """A bar on the terminal with the rate and the time left; elsewhere the same as a line now and then.
+    """A progress bar with the rate and the time left; without a terminal, lines at intervals.
 
-    Use it as a context manager and call `update` whenever some are done.
+    Use it as a context manager and call `update` after each part.
 
     Args:
-        description: what is done, such as "encoding images".
-        total: how many there are.
-        unit: what is counted, in the plural.
-        delay: seconds after which a bar appears.
+        description: the task, such as "encoding images".
+        total: number of items.
+        unit: name of the items, in the plural.
+        delay: seconds after which the bar appears.
         line_seconds: seconds between two lines.
-        disable: shows nothing, as in all processes but one.
+        disable: show nothing, as in all processes but one.
     """
 
     def __init__(self, description, total, unit, *, delay=0.0, line_seconds=30.0, disable=False):
@@ -36,7 +36,7 @@ class Progress:
     def __enter__(self):
         self._began = time.monotonic()
         self._next_line = self._began + FIRST_LINE_SECONDS
-        self._reported = -1  # how many were done at the last line
+        self._reported = -1  # items done at the last line
         if not self.disable and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total,

@@ -24,7 +24,7 @@ def parse_address(text):
 
 
 def meet(address, process_count, process_index, timeout):
-    """Wait until all processes of a run are there.
+    """Wait until all processes of a run have arrived.
 
     Args:
         address: `(host, port)` at which all others can reach process 0.
@@ -47,7 +47,7 @@ def _receive_all(address, process_count, deadline, timeout):
     with contextlib.ExitStack() as stack:
         try:
             family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-            # JAX listens on all interfaces, too.
+            # Like JAX, listen on all interfaces.
             server = stack.enter_context(
                 socket.create_server(
                     ("", address[1]), family=family, dualstack_ipv6=family == socket.AF_INET6

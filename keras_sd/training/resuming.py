@@ -91,7 +91,7 @@ def _examples(checkpoint, settings):
     position = checkpoint.position
     if "examples" in position:
         return position["examples"]
-    # Earlier versions kept the number of batches alone.
+    # Earlier versions stored only the number of batches.
     return position["batch"] * _before(checkpoint, settings)["train_batch_size"]
 
 
@@ -101,7 +101,7 @@ def first_batch(checkpoint, settings):
 
 
 def describe_changes(checkpoint, settings):
-    """Return one line on the settings that have changed and on the consequences; None if none has changed."""
+    """Return one line about changed settings and their consequences; None if nothing has changed."""
     before = _before(checkpoint, settings)
     changed = {name: value for name, value in before.items() if value != getattr(settings, name)}
     if not changed:
@@ -112,5 +112,5 @@ def describe_changes(checkpoint, settings):
     if changed.keys() & {"train_batch_size", "gradient_accumulation_steps"}:
         size = settings.train_batch_size * settings.gradient_accumulation_steps
         seen = _examples(checkpoint, settings)
-        parts.append(f"updates are now of {size} images, and their order goes on after the {seen} seen")
+        parts.append(f"updates are now of {size} images, and their order continues after the {seen} seen")
     return f"resuming after step {checkpoint.step} with changes: {'; '.join(parts)}"

@@ -19,7 +19,7 @@ DESCRIPTION = "run.json"
 RECORD = Path("logs") / "record.json"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
-_locks = {}  # folder -> the descriptor of its lock, which this process holds
+_locks = {}  # folder -> file descriptor of the lock that this process holds
 
 
 def claim_output_dir(output_dir, resume_from_checkpoint=None, *, lock=True):
@@ -93,7 +93,7 @@ def _check_new(folder):
     if any(_CHECKPOINT.fullmatch(path.name) for path in _children(folder)):
         raise UserError(
             f"{folder}: holds checkpoints of an earlier run; "
-            "go on with `resume_from_checkpoint='latest'` or choose another `output_dir`"
+            "continue with `resume_from_checkpoint='latest'` or choose another `output_dir`"
         )
     if (folder / MODEL).exists():
         raise UserError(
@@ -160,7 +160,7 @@ def _lock(folder):
     _locks[place] = descriptor
 
 
-_description = None  # of the run that the command of this process starts
+_description = None  # description of the run that this process' command starts
 
 
 @contextlib.contextmanager
@@ -201,7 +201,7 @@ class RunRecord:
     def __init__(self, run_folder, initial_step=0):
         self._path = Path(run_folder) / RECORD
         self._steps = {}
-        with contextlib.suppress(UserError):  # then all of it is done again
+        with contextlib.suppress(UserError):  # without a record everything is done again
             if initial_step:
                 written = read_json(self._path, dict[str, int])
                 self._steps = {name: min(step, initial_step) for name, step in written.items()}
@@ -221,7 +221,7 @@ def write_whole_folder(target, write):
     target = Path(target)
     restore_folder(target)
     staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
     try:
         staging.mkdir(parents=True)
         write(staging)

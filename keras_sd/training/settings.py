@@ -60,7 +60,7 @@ _RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to train, whatever is trained. Names are those of diffusers' training scripts.
+    """Training settings of all methods, named as in diffusers' training scripts.
 
     A step is one update of the weights, made of `gradient_accumulation_steps` batches.
 
@@ -121,7 +121,7 @@ class Settings:
             if value is None:
                 continue
             if not isinstance(value, numbers.Real):
-                raise UserError(f"{name} {value!r}: no number; give {range_}")
+                raise UserError(f"{name} {value!r}: not a number; give {range_}")
             shown = value if abs(value) < 2**64 or isinstance(value, float) else "of so many digits"
             if not _is_computed(value, _WHOLE[name]):
                 held = "of 64 bits" if _WHOLE[name] else "that float32 holds (0, or 1.2e-38 to 3.4e38)"

@@ -16,7 +16,7 @@ from keras_sd.weights.embedding_files import DIFFUSERS_FILE, write_embeddings
 
 KOHYA_FILE = "embedding_kohya.safetensors"
 
-# In each the word is put in the place of {}. The first ones are as the captions of emoji are.
+# The token replaces {}. The first templates are like the captions of `emoji`.
 TEMPLATES = {
     "object": (
         *("{}", "{} emoji", "picture of {}", "small icon of {}", "an image of {}", "a picture of one {}"),
@@ -46,7 +46,7 @@ def initial_vectors(pipeline, count, words=None, seed=0):
         float32 `(count, width)`.
 
     Raises:
-        UserError: the words have no token.
+        UserError: the text has no tokens.
     """
     embeddings = pipeline.text_encoder.embeddings
     if words is None:
@@ -159,7 +159,7 @@ def train_textual_inversion(
 
 
 def encode_examples(settings, pipeline, source, token, learnable_property):
-    """Return the latents as an `EncodedSource`, and the token ids `(templates, tokens)` of the captions."""
+    """Return the latents as an `EncodedSource`, and the captions' token ids `(templates, tokens)`."""
     encoded = EncodedSource(source, pipeline.vae, None, pipeline.tokenizer, jit_compile=settings.jit_compile)
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
     # Leave out captions that would be truncated, as they might lose the token. The token alone always fits.

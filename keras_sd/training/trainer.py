@@ -104,7 +104,7 @@ class Trainer:
             if not recomputing_layers(objective):
                 raise UserError("gradient_checkpointing: this model has no blocks for it; leave it out")
             enable_gradient_checkpointing(objective)
-        # In float16 Keras wraps the optimizer in one that scales the loss.
+        # In float16 Keras wraps the optimizer in a loss-scaling one.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
         with self._with_memory_advice():
             # Variables created inside the first traced step would make TensorFlow trace it twice.
@@ -257,7 +257,7 @@ class Trainer:
             training_batches,
             steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,
             verbose=0,
-            shuffle=False,  # Grain has done it
+            shuffle=False,  # Grain has shuffled already
             callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
         )
         self.step = self.log.step
@@ -301,8 +301,8 @@ class Trainer:
                 raise
             fault = "out of memory" if backend.is_out_of_memory(error) else _first_line(error)
             warnings.warn(
-                f"evaluation at step {step}: failed ({fault}); the training goes on, `evaluation_steps=0` "
-                "leaves evaluations out",
+                f"evaluation at step {step}: failed ({fault}); training continues, `evaluation_steps=0` "
+                "turns evaluations off",
                 stacklevel=2,
             )
         else:
@@ -318,7 +318,7 @@ class Trainer:
             if not backend.is_out_of_memory(error):
                 raise
             savers = list(self._memory_savers()) or ["a smaller model or smaller images"]
-            raise UserError(f"training: out of memory; take {', or '.join(savers)}") from error
+            raise UserError(f"training: out of memory; use {', or '.join(savers)}") from error
 
     def _memory_savers(self):
         """Yield further arguments that save device memory, those with the least cost first."""

@@ -103,7 +103,7 @@ def vae_config(tensors, sample_size, scaling_factor):
     Args:
         tensors: dictionary of arrays by diffusers' names.
         sample_size: side of the images that it was trained on.
-        scaling_factor: what its latents are multiplied by for the UNet.
+        scaling_factor: factor of the latents that the UNet works on.
 
     Raises:
         KeyError: a tensor that tells the shape is missing, or has too few axes.

@@ -50,13 +50,13 @@ _ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker")
 
 
 class ShardIndex(TypedDict):
-    """The shape of `*.index.json`: the file that each tensor is in."""
+    """The schema of `*.index.json`: the file of each tensor."""
 
     weight_map: dict[str, str]
 
 
 def holds_pixel_upscaler(folder):
-    """Return whether a folder holds an upscaler that works on pixels, and not a whole Stable Diffusion."""
+    """Return whether a folder holds an upscaler that works on pixels, not on latents."""
     return (Path(folder) / LOW_RES_SCHEDULER).is_file() and not (Path(folder) / "vae").is_dir()
 
 
@@ -68,7 +68,7 @@ def weights_path(folder, part, variant=None):
         variant: such as "fp16". None takes the files without a variant or, if there are none, a variant.
 
     Raises:
-        UserError: there is no such file; the message names the variants that exist.
+        UserError: there is no such file; the message lists the variants that exist.
     """
     return _weights_in(Path(folder) / part, part, variant)
 
@@ -86,7 +86,7 @@ def _weights_in(directory, part, variant):
 
 
 def has_weights(folder, part):
-    """Return whether a folder has any weights of a part."""
+    """Return whether a folder has weights of a part, in any form."""
     return bool(_weights_by_variant(Path(folder) / part, part))
 
 
@@ -110,7 +110,7 @@ def _weights_by_variant(directory, part):
 
 
 def read_weights(path):
-    """Read a file of weights, or all the shards that an index names.
+    """Read a weight file, or all shards that an index lists.
 
     Returns:
         A dictionary of read-only arrays that are mapped from disk.
@@ -130,13 +130,15 @@ def read_weights(path):
     shards = {}
     for name in sorted(set(shard_of.values())):
         if Path(name).name != name or not name.endswith(_SUFFIXES):
-            raise UserError(f"{path}: names the file {shown(name)}, which is not beside it; do not use it")
+            raise UserError(
+                f"{path}: names the file {shown(name)}, which is not in its folder; do not use it"
+            )
         shards[name] = read_weights(path.with_name(name))
     lost = [tensor for tensor, shard in shard_of.items() if tensor not in shards[shard]]
     if lost:
         raise UserError(
             f"{path}: {len(lost)} tensors are not in the files it names, the first is {lost[0]}; "
-            "fetch all again"
+            "download the folder again"
         )
     return {tensor: shards[shard][tensor] for tensor, shard in shard_of.items()}
 
@@ -151,7 +153,7 @@ def read_part(folder, part, variant=None):
 
 
 def read_part_folder(directory, part, variant=None):
-    """As `read_part`, of the part's own folder, by whatever name."""
+    """Read one part from the part's own folder, whatever its name, as `read_part` does."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
     source = _weights_in(directory, part, variant)
@@ -159,11 +161,11 @@ def read_part_folder(directory, part, variant=None):
 
 
 def read_folder(folder, variant=None):
-    """Read a folder as a `Checkpoint`, with configs of early releases set right (`old_models`).
+    """Read a folder as a `Checkpoint`; configs of early diffusers releases are corrected (`old_models`).
 
     Args:
-        variant: as in `weights_path`; parts without that variant give their plain weights, as long as one
-            part has it.
+        variant: as in `weights_path`; at least one part must have it, and the others give their plain
+            weights.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -173,19 +175,18 @@ def read_folder(folder, variant=None):
     present = [part for part in PARTS if os.path.lexists(folder / part / "config.json")]
     with_variant = [part for part in present if variant in _weights_by_variant(folder / part, part)]
     if variant is not None and present and not with_variant:
-        weights_path(folder, present[0], variant)  # raises, and names the variants
+        weights_path(folder, present[0], variant)  # raises an error that lists the variants
     parts = {part: read_part(folder, part, variant if part in with_variant else None) for part in present}
-    read_json(folder / SCHEDULER)  # a whole model has one
+    read_json(folder / SCHEDULER)  # required in a whole model
     checkpoint = Checkpoint(parts, *read_companions(folder))
     return repaired(checkpoint, pipeline if isinstance(pipeline, str) else None)
 
 
 def read_companions(folder):
-    """What belongs to the parts of a folder, as `Checkpoint` has it; None for what is not there.
+    """Read the schedules and the tokenizer's folder that belong to a folder's parts; None if missing.
 
     Returns:
-        The dictionaries of the schedule and of the one for the noise on low-resolution images, and the
-        tokenizer's folder.
+        `(scheduler, low_res_scheduler, tokenizer)` as in `Checkpoint`.
     """
     paths = (folder / SCHEDULER, folder / LOW_RES_SCHEDULER)
     schedulers = (read_json(path) if os.path.lexists(path) else None for path in paths)
@@ -194,7 +195,7 @@ def read_companions(folder):
 
 
 def check_folder_name(path):
-    """Raise a UserError for a folder whose name ends as a file's; other dots may well be in it."""
+    """Raise a UserError for a folder whose name has the suffix of a weight file."""
     suffix = Path(path).suffix.lower()
     if suffix in _FILE_SUFFIXES:
         raise UserError(
@@ -202,7 +203,7 @@ def check_folder_name(path):
         )
     if suffix != _SINGLE_FILE and difflib.get_close_matches(suffix, [_SINGLE_FILE], cutoff=_ALIKE):
         raise UserError(
-            f"{path}: {suffix} is like {_SINGLE_FILE}, for a single file, but is not; correct it, or give "
+            f"{path}: {suffix} resembles {_SINGLE_FILE}, the suffix of a single file; correct it, or give "
             "the folder another name"
         )
 
@@ -211,7 +212,7 @@ def write_part(folder, part, config, tensors, dtype=None):
     """Write one part of a folder: its `config.json` and its weights.
 
     Args:
-        folder: the diffusers folder; made if there is none.
+        folder: the diffusers folder; created if it does not exist.
         part: "unet", "vae", "text_encoder" or "image_encoder".
         config: a JSON dictionary.
         tensors, dtype: as in `write_safetensors`.
@@ -229,8 +230,8 @@ def write_folder(path, checkpoint, save_tokenizer=None, dtype=None, write_more=N
     `dtype` cannot hold, leave an existing folder unchanged.
 
     Args:
-        path: the folder; made if there is none. Files of those names in it are replaced.
-        checkpoint: what to write. Without a UNet it becomes a folder of single parts.
+        path: the folder; created if it does not exist. Files with the same names in it are replaced.
+        checkpoint: the model. Without a UNet the folder holds single parts, not a pipeline.
         save_tokenizer: called with the folder of the tokenizer's files to write them, or None.
         dtype: as in `write_safetensors`.
         write_more: called with the folder to write further files at its top, or None.

@@ -42,7 +42,7 @@ def read_embeddings(path, width):
         name it.
 
     Raises:
-        UserError: the file is damaged or holds no embeddings, those of another kind of model, or NaN.
+        UserError: the file is damaged, or holds no embeddings, embeddings of another model family, or NaN.
     """
     with os_errors_in_one_line(path):
         path = embedding_file(path)
@@ -73,7 +73,7 @@ def _arrays(content, path):
         arrays = content
     if not arrays or not all(_is_embedding(array) for array in arrays.values()):
         raise UserError(
-            f"{path}: holds no embeddings; give a textual inversion in diffusers', A1111's or kohya's way"
+            f"{path}: holds no embeddings; give a textual inversion in diffusers', A1111's or kohya's format"
         )
     return arrays
 

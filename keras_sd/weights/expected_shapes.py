@@ -21,7 +21,7 @@ _SMALL = 10_000_000
 
 
 def check_config(config, shapes, source, partial=False):
-    """Raise a UserError unless a config describes the tensors that a file holds; builds nothing.
+    """Raise a UserError unless a config describes the tensors of a file; does not build the model.
 
     Args:
         config: as in `expected_shapes`.
@@ -50,7 +50,7 @@ def check_config(config, shapes, source, partial=False):
 
 
 def is_decoder_alone(names):
-    """Return whether the names of a VAE's tensors are those of a decoder without an encoder."""
+    """Return whether a VAE's tensors are those of a decoder without an encoder, by their names."""
     return any(name.startswith("decoder.") for name in names) and not any(
         name.startswith(_VAE_ENCODER) for name in names
     )
@@ -93,7 +93,7 @@ def _lost_parts(wanted, shapes):
 
 
 def same_shape(given, wanted):
-    """Return whether shapes agree; a 1x1 convolution and a linear layer count as the same."""
+    """Return whether shapes agree; a 1x1 convolution and a linear layer count as equal."""
     return given == wanted or given == wanted + (1, 1) or given + (1, 1) == wanted
 
 
@@ -107,7 +107,7 @@ def expected_shapes(config):
 
 
 def values_count(shapes):
-    """Return how many numbers tensors of these shapes hold."""
+    """Return the number of elements of tensors with these shapes."""
     return sum(map(math.prod, shapes))
 
 

@@ -201,7 +201,7 @@ def _kind(layers, path):
 
 
 def _named(kind, layers, path):
-    """Return the arrays of the layers in torch layout under their published names."""
+    """Return the layers' arrays in torch layout by their published names."""
     walk = list(_WALKS[kind](len(layers)))
     if len(walk) != len(layers):
         raise _damaged(path, f"{len(layers)} layers with weights, KerasCV's {kind} has {len(walk)}")
@@ -233,7 +233,7 @@ def _read_layers(path):
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     try:
         with h5py.File(path, "r") as file:
-            # A file of the whole model has the weights in a group.
+            # A file of a whole model has its weights in a group.
             root = _child(file, "model_weights", h5py.Group) if _has_link(file, "model_weights") else file
             layers = [_child(root, name, h5py.Group) for name in _names(root, "layer_names")]
             return [arrays for layer in layers if (arrays := _arrays(layer, data))]
@@ -271,10 +271,10 @@ def _child(group, path, kind):
             raise ValueError(f"{name[:80]!r} is missing")
         # h5py's own `Group.get` follows a link, even into another file.
         if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-            raise ValueError(f"{name[:80]!r} is a link to another place")
+            raise ValueError(f"{name[:80]!r} is a link")
         group = group[name]
     if not isinstance(group, kind):
-        raise ValueError(f"{path[:80]!r} is no {kind.__name__}")
+        raise ValueError(f"{path[:80]!r} is not a {kind.__name__}")
     return group
 
 
@@ -290,7 +290,7 @@ def _array(dataset, data):
     is_contiguous = properties.get_layout() == h5py.h5d.CONTIGUOUS and not properties.get_external_count()
     begin = dataset.id.get_offset() if is_contiguous else None
     if begin is None or begin + dataset.nbytes > len(data):
-        raise ValueError(f"{dataset.name[:80]!r} does not lie in the file in one piece")
+        raise ValueError(f"{dataset.name[:80]!r} is not contiguous in the file")
     if dataset.dtype.kind != "f" or not dataset.dtype.isnative:
         raise ValueError(f"{dataset.name[:80]!r} is of type {dataset.dtype}")
     return data[begin : begin + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)

@@ -38,7 +38,7 @@ _VAE_PROJECTION_PATTERN = re.compile(r"\.mid_block\.attentions\.0\.to_(q|k|v|out
 
 
 def index_count(names, prefix):
-    """Return the number of distinct indices after a prefix; at most 100, as a damaged file may hold any."""
+    """Return the number of distinct indices after a prefix; at most 100, as a file may be damaged."""
     indices = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
     return min(len(indices), _MOST_INDICES)
 
@@ -121,7 +121,7 @@ def _unet_modules(levels, layers, up_attends):
             modules |= _inside(f"{up}.resnets.{layer}", f"{block}.0", _UNET_RESNET)
             if attends:
                 modules[f"{up}.attentions.{layer}"] = f"{block}.1"
-        # The last block of a level ends in the upsampler: a third part, or the second without attention.
+        # The last block of a level ends with the upsampler: module 2, or 1 without attention.
         modules[f"{up}.upsamplers.0"] = f"output_blocks.{start + layers}.{2 if attends else 1}"
     return modules
 

@@ -1,4 +1,4 @@
-"""Opens the parts of a model, whatever format they come in, and checks that they fit."""
+"""Opens the parts of a model from any format, and checks that they fit together."""
 
 import functools
 import warnings
@@ -21,11 +21,11 @@ from keras_sd.weights import readers, rules
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.expected_shapes import is_decoder_alone
 
-# Stored with the image tower, since the text tower's own file has no place for them in diffusers:
-# what makes the two towers a CLIP.
+# What makes the two towers a CLIP. Stored with the image tower, since the text tower's file has no place for
+# them in diffusers.
 CLIP_HEAD = ("text_projection.weight", "logit_scale")
 
-# OpenCLIP, the text encoder of SD 2, was trained with id 0, "!", behind the end of a text.
+# OpenCLIP, the text encoder of SD 2, was trained with padding id 0, "!".
 _OPEN_CLIP_PAD_TOKEN = "!"
 
 _TOKENS, _LEARNED_TOKENS = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "learned"))
@@ -39,21 +39,21 @@ _MODELS = {
 
 
 def open_parts(checkpoint, dtype="float32", partial=False):
-    """Makes the parts of a `Checkpoint`, as `StableDiffusion` takes them.
+    """Build the models of a `Checkpoint`, as `StableDiffusion` takes them.
 
     Args:
         dtype: precision of the weights and of the computation, as `rules.open_model` takes it.
-        partial: also takes weights of which some are missing or left over, with a warning.
+        partial: accept missing or left-over weights, with a warning.
 
     Returns:
-        A dictionary of those that are there: text_encoder, unet, vae, image_encoder, clip_head, tokenizer,
+        A dictionary of those found among text_encoder, unet, vae, image_encoder, clip_head, tokenizer,
         scheduler_config, low_res_scheduler_config.
 
     Raises:
         UserError: the weights are not those of the config.
     """
     for name, part in checkpoint.parts.items() if not partial else ():
-        # All of them before the first one is built.
+        # Check all parts before the first one is built.
         rules.check_tensors(*_contents(name, part), part.source)
     parts = {name: _open_model(name, part, dtype, partial) for name, part in checkpoint.parts.items()}
     if "image_encoder" in parts:
@@ -76,14 +76,14 @@ def open_parts(checkpoint, dtype="float32", partial=False):
 
 def _warn_of_unknown_options(scheduler):
     names = unknown_keys(scheduler)
-    if scheduler.get("_class_name") is None:  # read as of the usual class, which has not all options
+    if scheduler.get("_class_name") is None:  # read as the default class, which lacks some options
         usual = SchedulerConfig.json_header["_class_name"]
         complete(usual, scheduler)
         names += [key for key in scheduler if key[:1] != "_" and key not in {*OPTIONS[usual], *names}]
     if names:
         more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
         warnings.warn(
-            f"scheduler_config.json: {shown(names[0])} is unknown here and has no effect{more}", stacklevel=3
+            f"scheduler_config.json: {shown(names[0])} is unknown and has no effect{more}", stacklevel=3
         )
 
 
@@ -96,14 +96,14 @@ def _open_model(name, part, dtype="float32", partial=False):
 
 
 def _contents(name, part):
-    """The config of a `Part`, and those of its tensors that are a model's own."""
+    """Return the config of a `Part`, and its tensors without those that belong to no model."""
     _, config_class = _MODELS[name]
     tensors = {key: tensor for key, tensor in part.tensors.items() if key not in CLIP_HEAD}
     return config_class.from_dict(part.config), tensors
 
 
 def _clip_tokenizer(config):
-    """The tokenizer of CLIP itself, which is not stored beside single files."""
+    """Return CLIP's tokenizer, which single files do not include."""
     tokenizer = Tokenizer.clip(_OPEN_CLIP_PAD_TOKEN if config.hidden_act == "gelu" else END_TOKEN)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -117,20 +117,20 @@ def load_part(path: str | Path, part: str, dtype: str = "float32") -> Any:
     """Opens one part of a model.
 
     Args:
-        path: a folder in diffusers' layout, or a file that holds that part.
+        path: a folder in diffusers' layout, or a file that holds the part.
         part: "text_encoder", "image_encoder", "unet" or "vae".
 
     Raises:
-        UserError: a file is missing or damaged, or the weights are not those of the config.
+        UserError: a file is missing or damaged, or the weights do not match the config.
     """
     return _open_model(part, readers.read_part(path, part), dtype)
 
 
 def load_clip(path):
-    """Opens the CLIP of a folder or a file, as `StableDiffusion` takes it.
+    """Open the CLIP of a folder or a file, as `StableDiffusion` takes it.
 
     Returns:
-        A dictionary of tokenizer and text_encoder, and of image_encoder and clip_head where they are there.
+        A dictionary of tokenizer and text_encoder, and of image_encoder and clip_head if present.
     """
     checkpoint = readers.read_checkpoint(path)
     towers = {
@@ -142,18 +142,18 @@ def load_clip(path):
 
 
 def model_part(name, model, clip_head=None):
-    """The `Part` that a model is written as."""
+    """Return the `Part` as which a model is written."""
     tensors = rules.torch_state(model)
     if name == "image_encoder":
         tensors |= clip_head or {}
     if _LEARNED_TOKENS in tensors:
-        # Other readers know one table only.
+        # Other readers know only one embedding table.
         tensors[_TOKENS] = np.concatenate([tensors[_TOKENS], tensors.pop(_LEARNED_TOKENS)])
     return Part(model.config.to_dict(), tensors, Path(name))
 
 
 def check_fit(tokenizer, text_encoder, unet, vae):
-    """Raises a UserError where one part's output is not the next one's input."""
+    """Raise a UserError if one part's output does not fit the next one's input."""
     text, image = text_encoder.config, vae.config
     if tokenizer.vocab_size > text.vocab_size:
         raise UserError(
@@ -171,7 +171,7 @@ def check_fit(tokenizer, text_encoder, unet, vae):
             "use parts of one model"
         )
     latents = image.latent_channels
-    # Beside the latents: nothing; a mask and a masked image's latents; a low-resolution image.
+    # Latents alone; with a mask and a masked image's latents; with a low-resolution image.
     accepted = (latents, 2 * latents + 1, latents + image.in_channels)
     if unet.config.out_channels != latents or unet.config.in_channels not in accepted:
         raise UserError(

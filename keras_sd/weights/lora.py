@@ -96,10 +96,10 @@ def read_lora(path, models):
     for key, array in tensors.items():
         match = _TENSOR_PATTERN.fullmatch(key) if isinstance(key, str) else None
         if match is None and str(key).endswith(_DORA):
-            raise UserError(f"{path}: {key} is of DoRA, which is not supported; use a plain LoRA")
+            raise UserError(f"{path}: {key} belongs to DoRA, which is not supported; use a plain LoRA")
         if match is None or not isinstance(array, np.ndarray):
             raise UserError(
-                f"{path}: {key} is no tensor of a LoRA; give one in diffusers', PEFT's or kohya's way"
+                f"{path}: {key} is not a tensor of a LoRA; give one in diffusers', PEFT's or kohya's format"
             )
         part, layer = _resolve(match["layer"], names, path)
         half = _HALVES.get(match["peft"] or match["half"], "alpha")
@@ -114,7 +114,7 @@ def read_lora(path, models):
     strengths = read_strengths(path, PARTS)
     if not strengths and any(key.startswith(_PEFT_PREFIX) for key in tensors):
         warnings.warn(
-            f"{path}: PEFT's weights without {ADAPTER_CONFIG}, so each update counts once; put that file "
+            f"{path}: PEFT's weights without {ADAPTER_CONFIG}, so each update has scale 1; put that file "
             "beside adapter_model.safetensors, or set the weight",
             stacklevel=4,
         )
@@ -158,7 +158,7 @@ def _spellings(part, layers, config):
 
 
 def _resolve(name, names, path):
-    """Return the part and the layer that a name in a file means."""
+    """Return the part and the layer for a name in a file."""
     plain = _PROCESSOR_PATTERN.sub(lambda match: f".{match[1]}" + (".0" * (match[1] == "to_out")), name)
     for part, spellings in names.items():
         if plain in spellings:
@@ -176,7 +176,7 @@ def _checked(part, layer, halves, strength, shape, path):
         raise UserError(f"{path}: {name} has a half that is empty; fetch the file again")
     if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1]:
         raise UserError(f"{path}: {name} has halves {down.shape} and {up.shape} that do not fit together")
-    # A 1x1 convolution and a linear layer hold the same numbers; files have either.
+    # A 1x1 convolution and a linear layer hold the same numbers; files use either shape.
     own = (up.shape[0], *down.shape[1:])
     if np.prod(own) != np.prod(shape) or own[:2] != shape[:2]:
         raise UserError(
@@ -193,7 +193,7 @@ def _checked(part, layer, halves, strength, shape, path):
 def _single_alpha(name, array, path):
     alpha = np.asarray(array, "float32")
     if alpha.size != 1 or not np.isfinite(alpha).all():
-        raise UserError(f"{path}: {name} has an alpha that is no finite number; use an undamaged file")
+        raise UserError(f"{path}: {name} has an alpha that is not a finite number; use an undamaged file")
     return float(alpha.item())
 
 

@@ -53,7 +53,7 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _CLASS = re.compile(r"\[\^?\]?[^\]]*\]")
 _QUANTIFIERS = re.compile(r"[*+?{]\??")
 _QUANTIFIED_GROUP = re.compile(r"\)[*+{]")
-# What a search may cost, as a power of two: a quantifier tries each place of a name, some 2^6 of them.
+# Cost of a regular expression, as a power of two: a quantifier tries each position of a name, about 2^6.
 _QUANTIFIER_COST = 6
 _LARGEST_COST = 16
 
@@ -101,32 +101,32 @@ class LoraStrength:
 
     def _checked(self, name, value):
         if value is not None and not abs(value) < _LARGEST_ALPHA:  # also true for NaN
-            raise UserError(f"{self._source}: {name} {shown(value)} is no number of use; fetch it again")
+            raise UserError(f"{self._source}: {name} {shown(value)} is not a usable number; fetch it again")
         return value
 
     def _patterns(self, name, config):
-        """Compiled patterns of layers' names and their values, in their order."""
+        """Return the compiled patterns of layers' names with their values, in order."""
         patterns = config.get(name) or {}
         return [
             (self._compiled(name, pattern), self._checked(name, value)) for pattern, value in patterns.items()
         ]
 
     def _compiled(self, name, pattern):
-        """PEFT takes the patterns for regular expressions of how a name ends; a few could search for ever."""
+        """Compile a pattern for the end of a layer's name, as in PEFT; refuse one that could run forever."""
         try:
             if len(pattern) > _LONGEST_PATTERN or _could_hang(pattern):
                 raise ValueError
             return re.compile(rf"(.*\.)?({pattern})$")
         except (ValueError, re.error, RecursionError, OverflowError) as error:
             raise UserError(
-                f"{self._source}: {name} has {shown(pattern)}, too involved a pattern; write layers' names"
+                f"{self._source}: {name} has {shown(pattern)}, too complex a pattern; write layers' names"
             ) from error
 
 
 def _could_hang(pattern):
-    """Return whether a search for a regular expression may try too many ways."""
+    """Return whether a regular expression may need too many attempts."""
     plain = _CLASS.sub("_", _ESCAPED.sub("_", pattern)).replace("(?", "(")
-    choices = plain.count("|") if "(" in plain else 0  # without groups, one is tried after the other
+    choices = plain.count("|") if "(" in plain else 0  # without groups, alternatives only add up
     cost = choices + _QUANTIFIER_COST * len(_QUANTIFIERS.findall(plain))
     return cost > _LARGEST_COST or _QUANTIFIED_GROUP.search(plain) is not None
 
@@ -143,10 +143,10 @@ def read_strengths(path, parts):
         parts: the parts that updates may be for ("unet", "text_encoder").
 
     Returns:
-        Part -> its `LoraStrength`, of those of which something is said.
+        Part -> its `LoraStrength`, for the parts that have a config.
 
     Raises:
-        UserError: the config is damaged, or asks for what cannot be honoured.
+        UserError: the config is damaged, or asks for something unsupported.
     """
     beside = path.with_name(ADAPTER_CONFIG)
     if path.stem == "adapter_model" and os.path.lexists(beside):
@@ -156,15 +156,15 @@ def read_strengths(path, parts):
         return {}
     source = f"{path}: {_METADATA}"
     config = parse_json(written, source)
-    if config.keys() & {*_Shape.__annotations__, *_NEUTRAL}:  # as one model by itself writes it
+    if config.keys() & {*_Shape.__annotations__, *_NEUTRAL}:  # written for a single model
         return dict.fromkeys(parts, LoraStrength(config, source))
     configs = {part: {} for part in parts}
     for name, value in config.items():
         part, _, field = name.partition(".")
-        own = {field: value} if field else value  # by dotted names, or one dictionary in another
+        own = {field: value} if field else value  # dotted names, or nested dictionaries
         if part not in configs or not isinstance(own, dict):
             raise UserError(
-                f"{source}: {shown(name)} tells nothing of {' or '.join(parts)}; "
+                f"{source}: {shown(name)} does not belong to {' or '.join(parts)}; "
                 "use a LoRA that was made for this kind of model"
             )
         configs[part] |= own

@@ -1,8 +1,8 @@
-"""Configs of early releases of diffusers, set right as its pipelines do when they open a folder.
+"""Corrects configs of early diffusers releases, as diffusers' pipelines do when they open a folder.
 
-The files say something else than what models were trained with, and diffusers' `__init__` of each pipeline
-overrules them (0.42: `pipeline_stable_diffusion.py`, `..._img2img.py`, `..._inpaint.py`, `..._upscale.py`).
-Schedulers' files stay as they are; what holds in their place goes beside them.
+Some files differ from what the models were trained with, and the `__init__` of each diffusers pipeline
+overrides them (0.42: `pipeline_stable_diffusion.py`, `..._img2img.py`, `..._inpaint.py`, `..._upscale.py`).
+The dictionaries of schedulers stay unchanged; the corrected values are kept beside them.
 """
 
 import re
@@ -13,17 +13,17 @@ _FIRST_RELEASE_WITH_SIZES = (0, 9)
 _SMALLEST_SIDE = 64
 _UPSCALER_SCALE = 0.08333
 
-# The values of scheduler files that each pipeline overrules. Those of text to image and image to image are
-# the same, and are taken for a folder that names another pipeline, which is opened as one of these here.
+# The values of scheduler files that each pipeline overrides. Text-to-image and image-to-image override the
+# same ones, which also apply to a folder of an unknown pipeline.
 _TEXT_TO_IMAGE_REPAIRS = {"steps_offset": 1, "clip_sample": False}
 _REPAIRS = {INPAINT: {"steps_offset": 1, "skip_prk_steps": True}, UPSCALE: {}}
 
 
 def repaired(checkpoint, pipeline):
-    """Return the `Checkpoint` of a folder as diffusers' pipeline would take it.
+    """Return the `Checkpoint` of a folder with the corrections of its diffusers pipeline.
 
     Args:
-        checkpoint: as the files of the folder have it; a whole model.
+        checkpoint: the folder's contents; a whole model.
         pipeline: the name of the class in the folder's `model_index.json`.
     """
     parts = dict(checkpoint.parts)
@@ -41,7 +41,7 @@ def _set(parts, name, **values):
 
 
 def _is_too_small(config):
-    """Return whether a UNet's config is of a release that wrote a side of 32 for models of 64."""
+    """Return whether a UNet's config is from a release that wrote sample_size 32 for models of 64."""
     side, release = config.get("sample_size"), config.get("_diffusers_version")
     numbers = re.match(r"(\d{1,4})\.(\d{1,4})", release) if isinstance(release, str) else None
     is_early = numbers is not None and (int(numbers[1]), int(numbers[2])) < _FIRST_RELEASE_WITH_SIZES

@@ -152,7 +152,7 @@ def _inverted(modules):
 
 
 def is_open_clip(path):
-    """Return whether a file holds a CLIP with an image tower under OpenCLIP's names; False if unreadable."""
+    """Return whether a file holds a CLIP with an image tower in OpenCLIP's names; False if unreadable."""
     try:
         return any(name.startswith("visual.") for name in _read_tensors(Path(path)))
     except UserError:
@@ -240,7 +240,7 @@ class _Towers(TypedDict):
 
 
 class OpenClipConfig(TypedDict):
-    """The shape of `open_clip_config.json`."""
+    """The schema of `open_clip_config.json`."""
 
     model_cfg: _Towers
 
@@ -390,7 +390,7 @@ def open_clip_config(text_config, image_config):
         values = getattr(text, name), getattr(image, name)
         if values[0] != values[1]:
             raise UserError(
-                f"{name} is {values[0]} of the texts, {values[1]} of the images; OpenCLIP has one"
+                f"{name} is {values[0]} in the text tower, {values[1]} in the image tower; OpenCLIP has one"
             )
     config = {"embed_dim": image.projection_dim}
     if image.hidden_act == "quick_gelu":
@@ -406,7 +406,7 @@ def open_clip_config(text_config, image_config):
 
 def _tower_config(config):
     ratio = config.intermediate_size / config.hidden_size
-    # OpenCLIP rounds the product down, so the ratio is rounded up, as in its own configs.
+    # OpenCLIP rounds width * ratio down, so the ratio is rounded up, as in its own configs.
     tower = {"layers": config.num_hidden_layers, "width": config.hidden_size}
     tower["mlp_ratio"] = math.ceil(ratio * 1e4) / 1e4
     if config.layer_norm_eps != _EPSILON:

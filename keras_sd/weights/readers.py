@@ -1,4 +1,4 @@
-"""One way in for all formats: what a file or a folder is, is found from itself."""
+"""Reads models of every format; the format is detected from the file or folder itself."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from keras_sd.weights.open_clip import is_open_clip, read_open_clip
 from keras_sd.weights.single_file import read_single_file
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-# What a `config.json` calls itself.
+# Class names in `config.json`.
 _PART_NAMES = {
     "_class_name": {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"},
     "model_type": {"clip_text_model": "text_encoder", "clip_vision_model": "image_encoder"},
@@ -60,7 +60,7 @@ def _read_checkpoint(path, weights, variant, prediction_type):
         return _read_directory(path, variant)
     if not path.is_file():
         if os.path.lexists(path):
-            raise UserError(f"{path}: no plain file (a pipe, a device or a broken link); give a model")
+            raise UserError(f"{path}: not a plain file (a pipe, a device or a broken link); give a model")
         raise UserError(f"{path}: no such file or folder; give a model")
     with path.open("rb") as file:
         is_hdf5 = file.read(len(_HDF5_MAGIC)) == _HDF5_MAGIC
@@ -131,5 +131,5 @@ def _read_part(path, part, variant):
     checkpoint = _read_checkpoint(path, "ema", variant, None)
     if part not in checkpoint.parts:
         there = ", ".join(checkpoint.parts)
-        raise UserError(f"{path}: holds no {part} but {there}; give one that does")
+        raise UserError(f"{path}: holds {there}, not the {part}; give one that holds it")
     return checkpoint.parts[part]

@@ -1,9 +1,9 @@
-"""The weight map: a rule between Keras variables and the public checkpoints' tensors.
+"""The weight map: one rule between Keras variables and the tensors of public checkpoints.
 
 The attribute trees of the models mirror the published parameter trees, so a tensor's name is the
 path of attributes and list indices that leads to its variable. Only the leaf is renamed (`kernel`
-is torch's `weight`) and only kernels are transposed, by their rank. No table of tensors exists, and
-the rule is read in both directions.
+is torch's `weight`) and only kernels are transposed, by their rank. There is no table of tensors, and
+the rule works in both directions.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ from keras_sd.weights.expected_shapes import account, check_config, same_shape
 from keras_sd.weights.formats import is_weight, release, type_name
 from keras_sd.weights.names import canonical_name
 
-# By rank: torch has a kernel's outputs first, (out, in) and OIHW, Keras last, (in, out) and HWIO.
+# By rank: torch has a kernel's outputs first, (out, in) or OIHW, Keras last, (in, out) or HWIO.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _TO_KERAS = {2: (1, 0), 4: (2, 3, 1, 0)}
 
@@ -50,7 +50,7 @@ def torch_state(model):
 
 
 class _Born:
-    """The initialiser of a variable that is born from what is loaded; its own initial value without that."""
+    """Initializer that gives a variable its loaded value, or its usual initial value if none was loaded."""
 
     def __init__(self, initializer):
         self.initializer = keras.initializers.get(initializer) or _zeros
@@ -59,21 +59,20 @@ class _Born:
     def __call__(self, shape, dtype=None):
         if self.loaded is None:
             return self.initializer(shape, dtype=dtype)
-        copy, self.loaded = self.loaded, None  # a backend with memory of its own needs it no longer
+        copy, self.loaded = self.loaded, None  # free it early: a device has its own copy
         return backend.to_tensor(copy)
 
 
 def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
-    """Make a model whose variables are born from published tensors, with no other value before.
+    """Build a model whose variables are initialised with published tensors.
 
-    Random initial values would take longer than reading the file, and zeros as long. Not for several
-    threads at once.
+    Random initial values would take longer than reading the file, and zeros as long. Not thread-safe.
 
     Args:
         model_class, config: the model and its config.
         tensors, source: as in `load_weights`.
         dtype: a precision, as `keras_sd.models.precision.dtype_policy` takes it.
-        partial: takes what fits, with a warning of what does not; what is missing gets its initial value.
+        partial: load the tensors that fit and warn of the others; missing ones get their initial values.
 
     Raises:
         UserError: as `load_weights`.
@@ -81,7 +80,7 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
     check_tensors(config, tensors, source, partial)
     born = []
     with dtype_policy(dtype), keras.StatelessScope(), _collecting(born):
-        # The scope puts off the variables' values to its end.
+        # In this scope variables get their values only at its end.
         try:
             model = model_class(config)
             found = _matched(model, tensors, source, partial)
@@ -97,7 +96,7 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
 
 
 def check_tensors(config, tensors, source="weights", partial=False):
-    """Raise a UserError unless a config describes these tensors; `open_model` asks this before it builds.
+    """Raise a UserError unless a config describes these tensors; `open_model` checks this before building.
 
     Args:
         config, tensors, source, partial: as in `open_model`.
@@ -106,9 +105,9 @@ def check_tensors(config, tensors, source="weights", partial=False):
 
 
 def _hand_out(found, tensors, initializers):
-    """Give each variable's initialiser its array; return the names of those that are not finite."""
+    """Give each variable's initializer its array; return the names of arrays that are not finite."""
     bad = []
-    # NumPy lets other threads run while it copies.
+    # NumPy releases the GIL while it copies.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         copies = threads.map(lambda pair: _take(pair[0], tensors[pair[1]]), found)
         for (parameter, name), (copy, is_finite) in zip(found, copies, strict=True):
@@ -119,7 +118,7 @@ def _hand_out(found, tensors, initializers):
 
 @contextlib.contextmanager
 def _collecting(born):
-    """Has every weight made inside it start from a `_Born`, listed with its variable."""
+    """Give every weight made in this context a `_Born` initializer; list it with its variable."""
     add_weight = keras.layers.Layer.add_weight
 
     def add_born(layer, shape=None, initializer=None, *arguments, **options):
@@ -140,14 +139,14 @@ def _zeros(shape, dtype=None):
 
 
 def _take(parameter, array):
-    """Return a published array in its variable's layout and precision, and whether all of it is finite."""
+    """Return a published array in its variable's layout and precision, and whether it is finite."""
     copy = _to_keras(parameter, array)
     release(array)
     return copy, _is_finite(copy)
 
 
 def _to_keras(parameter, array):
-    # A 1x1 convolution and a linear layer hold the same numbers; files have either.
+    # A 1x1 convolution and a linear layer hold the same numbers; files use either shape.
     shaped = np.reshape(array, _torch_shape(parameter))
     is_kernel = parameter.variable.name == "kernel"
     axes = _TO_KERAS[shaped.ndim] if is_kernel else tuple(range(shaped.ndim))
@@ -193,7 +192,7 @@ def load_weights(model, tensors, *, prefix="", source="weights"):
 
 
 def _given(tensors):
-    """Return the names and the shapes of tensors, each by canonical name."""
+    """Return the names and the shapes of tensors, both by canonical name."""
     given = {canonical_name(name): name for name in tensors}
     given.pop(None, None)
     return given, {name: tuple(tensors[key].shape) for name, key in given.items()}

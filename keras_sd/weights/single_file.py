@@ -52,7 +52,7 @@ _SIGNATURES = {
     b"\x89HDF": "an HDF5 file",
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
-    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
     b"\x80": "a plain pickle",
 }
 
@@ -93,7 +93,7 @@ _NOT_IN_TENSORS = {
 }
 
 _UPSCALER_BETAS = {"beta_start": 0.0001, "beta_end": 0.02}
-# The noise on its low-resolution image.
+# The noise schedule of the upscaler's low-resolution image.
 _UPSCALER_NOISE = SchedulerConfig(
     **_UPSCALER_BETAS, clip_sample=True, steps_offset=0, set_alpha_to_one=True
 ).to_dict("DDPMScheduler")
@@ -277,7 +277,7 @@ def _text_tensors(tensors):
     if open_clip:
         return text_to_transformers({n: a for n, a in open_clip.items() if not _is_unused(n)}), True
     clip = _below(tensors, _prefix(tensors, _CLIP_PREFIXES, _CLIP_SIGNS))
-    if any(name.startswith("text_model.") for name in clip):  # others belong to no text encoder
+    if any(name.startswith("text_model.") for name in clip):  # the others do not belong to the text encoder
         clip = {name: array for name, array in clip.items() if name.startswith("text_model.")}
     names = {name: canonical_name(name) for name in clip}
     return {

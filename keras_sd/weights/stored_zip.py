@@ -40,7 +40,7 @@ class StoredZip:
         names: the names of all entries.
 
     Raises:
-        DamagedFile, struct.error: the directory is damaged, or an entry is outside of the file.
+        DamagedFile, struct.error: the directory is damaged, or an entry lies outside the file.
     """
 
     def __init__(self, data):
@@ -61,14 +61,14 @@ class StoredZip:
         """Return the bytes of an entry, as a view.
 
         Raises:
-            DamagedFile: there is no such entry, or it is compressed, encrypted or outside of the file.
+            DamagedFile: there is no such entry, or it is compressed, encrypted or outside the file.
         """
         if name not in self._entries:
             raise DamagedFile(f"its entry {name!r:.60} is missing")
         header, size, is_stored = self._entries[name]
         if not is_stored:
             raise DamagedFile(
-                f"its entry {name!r:.60} is compressed or encrypted, as no tensors of torch are"
+                f"its entry {name!r:.60} is compressed or encrypted, which torch's tensors never are"
             )
         magic, name_length, extra_length = struct.unpack_from("<4s22xHH", self._data, header)
         begin = header + 30 + name_length + extra_length
@@ -77,7 +77,7 @@ class StoredZip:
         return self._data[begin : begin + size]
 
     def _directory(self):
-        """Return the number of entries, and where the directory begins."""
+        """Return the number of entries and the position of the directory."""
         tail = max(0, len(self._data) - 22 - _LONGEST_COMMENT)
         end = self._data[tail:].tobytes().rfind(_END_MAGIC) + tail
         if end < tail or end + 22 > len(self._data):
@@ -93,7 +93,7 @@ class StoredZip:
         return count, offset
 
     def _entry(self, position):
-        """Return one record of the directory: name, `_Entry` and the position behind the record."""
+        """Return one record of the directory: name, `_Entry` and the position after the record."""
         magic, flags, method, compressed, size, name_length, extra_length, comment_length, header = (
             struct.unpack_from("<4s4xHH8xLLHHH8xL", self._data, position)
         )
@@ -114,7 +114,7 @@ class StoredZip:
 
 
 def _zip64_values(extra):
-    """Return the values of 8 bytes in an entry's extra fields."""
+    """Return the 8-byte values in an entry's extra fields."""
     position = 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)

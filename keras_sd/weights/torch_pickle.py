@@ -1,10 +1,10 @@
-"""Torch's `.ckpt`, `.pt`, `.pth` and `.bin` files, read without torch and without running anything in them.
+"""Reads torch's `.ckpt`, `.pt`, `.pth` and `.bin` files without torch and without executing anything in them.
 
 Such a file is a pickle, a program for a stack machine, beside the raw bytes of the tensors. The machine
 here knows lists, tuples, dictionaries, strings, numbers and tensors, and it has no operation that looks up
 or calls anything else: a global is only its name, an object of an unknown class is the dictionary of what
-is set on it. The tensors are views of the mapped file, so neither they nor what the file claims about
-them takes memory.
+is set on it. The tensors are views of the mapped file, so neither they nor false claims about their size
+take memory.
 """
 
 import io
@@ -60,8 +60,8 @@ _PICKLE_FAULTS = (
     struct.error,
 )
 
-# What Python needs for the pickle itself, at most about 100 bytes for each of its operations, stays small
-# beside the file. One of SD 1.5 with its averages has 1,816 tensors, 0.3 MB and 58,000 operations.
+# Bounds on the pickle's size: Python needs up to about 100 bytes for each of its operations. The pickle of SD
+# 1.5 with its EMA weights has 1,816 tensors, 0.3 MB and 58,000 operations.
 _PICKLE_BYTES, _PICKLE_SHARE = 2**22, 8
 _OPERATIONS, _OPERATION_SHARE = 100_000, 1024
 
@@ -71,22 +71,23 @@ _MOST_AXES = 32
 
 
 def read_torch(path, any_type=False):
-    """Read a file of `torch.save`, of today's zip format or the one before torch 1.6.
+    """Read a file of `torch.save`, in today's zip format or in the format before torch 1.6.
 
-    Nothing in the file is executed. Objects of classes that are no tensors or containers are given as
-    dictionaries of the attributes and items that the file sets on them.
+    Nothing in the file is executed. Objects that are neither tensors nor containers become dictionaries of
+    the attributes and items that the file sets on them.
 
     Args:
         path: the file.
         any_type: as in `formats.read_safetensors`; only today's format can hold such types.
 
     Returns:
-        What was saved, usually a dictionary: tensors as read-only NumPy arrays whose bytes stay on disk until
+        The saved object, usually a dictionary: tensors as read-only NumPy arrays whose bytes stay on disk
+            until
         they are used; dictionaries, lists, strings and numbers as they are. Keys other than strings and
         integers are left out.
 
     Raises:
-        UserError: the file is missing, damaged, compressed or no torch file, or it claims more than it holds.
+        UserError: the file is missing, damaged, compressed, not a torch file, or claims more than it holds.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,10 +102,12 @@ def read_torch(path, any_type=False):
         if magic == LEGACY_MAGIC:
             return _read_legacy(data)
     except DamagedFile as error:
-        raise UserError(f"{path}: no readable torch file, {error}; fetch it again") from error
+        raise UserError(f"{path}: not a readable torch file, {error}; fetch it again") from error
     except _PICKLE_FAULTS as error:
         # These errors may quote the file, at any length.
-        raise UserError(f"{path}: no readable torch file, its pickle is damaged; fetch it again") from error
+        raise UserError(
+            f"{path}: not a readable torch file, its pickle is damaged; fetch it again"
+        ) from error
     raise UserError(f"{path}: neither a zip nor a pickle of torch.save; fetch it again")
 
 
@@ -131,7 +134,7 @@ def _read_zip(data, any_type):
 
 
 def _read_legacy(data):
-    """Read torch's format before 1.6: five pickles, and then the bytes of the storages.
+    """Read torch's format before 1.6: five pickles, then the bytes of the storages.
 
     The pickles hold a magic number, the version, facts about the machine, the content and the storages' keys.
     """
@@ -164,7 +167,7 @@ def _largest_pickle(data):
 
 
 class _Global(NamedTuple):
-    """A class or function that the pickle names. It is never looked up."""
+    """A class or function that the pickle names. It is never imported."""
 
     name: str
 
@@ -187,11 +190,12 @@ _IGNORED = frozenset(["PROTO", "FRAME", "STOP"])
 
 
 class _Machine:
-    """The stack machine of one pickle (opcodes of `pickletools`), without the power to call.
+    """The stack machine of one pickle (opcodes of `pickletools`), which cannot call anything.
 
     Args:
-        open_storage: gives the `_Storage` for (key, dtype, number of elements); None makes its tensors None.
-        file_size: bytes of the whole file, which bound the work and what the tensors may claim.
+        open_storage: returns the `_Storage` for (key, dtype, number of elements); None makes its tensors
+            None.
+        file_size: bytes of the whole file, which limit the work and the tensors' total size.
         any_type: as in `read_torch`.
     """
 
@@ -203,7 +207,7 @@ class _Machine:
         self._stack, self._marks, self._memo = [], [], {}
 
     def run(self, stream):
-        """Run the pickle at the stream's position and return what it makes."""
+        """Run the pickle at the stream's position and return its result."""
         for opcode, argument, _ in pickletools.genops(stream):
             self._spend(1)
             self._step(opcode.name, argument)
@@ -248,7 +252,7 @@ class _Machine:
         items, self._stack = self._stack, self._marks.pop()
         return items
 
-    # The other operations, each in a method of its name; all of them take the operation's argument.
+    # The other operations, each a method with its name that takes the operation's argument.
 
     def _do_mark(self, _):
         self._marks.append(self._stack)
@@ -328,7 +332,7 @@ class _Machine:
 
     def _storage(self, kind, storage_type, key, location, count, view=None):
         if kind != "storage" or not isinstance(storage_type, _Global) or not isinstance(key, str) or view:
-            raise DamagedFile("it refers to something that is no storage")
+            raise DamagedFile("it refers to something that is not a storage")
         dtype = _STORAGE_DTYPES.get(storage_type.name.rpartition(".")[2])
         if dtype is None and self._any_type:
             return storage_type
@@ -341,7 +345,7 @@ class _Machine:
         name = function.name if isinstance(function, _Global) else None
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
             return self._tensor(*arguments[:4])
-        if name == "torch._utils._rebuild_tensor_v3":  # for types that have no storage of their own
+        if name == "torch._utils._rebuild_tensor_v3":  # for types without a storage class
             if self._any_type:
                 return _unreadable(arguments[6], arguments[2])
             raise DamagedFile(f"a tensor of {arguments[6].name[:60]!r}, a type that no weights have")
@@ -384,14 +388,14 @@ def _unreadable(kind, shape):
     """Return an `unreadable` tensor, whose type a class of torch names."""
     shape = tuple(map(_count, shape))
     if len(shape) > _MOST_AXES or math.prod(shape) >= _COUNT_END:
-        raise DamagedFile("a tensor whose shape is no shape")
+        raise DamagedFile("a tensor with an invalid shape")
     return unreadable(kind.name.rpartition(".")[2][:60], shape)
 
 
 def _count(value):
     """Return a number of elements, small enough that products of them stay cheap."""
     if not isinstance(value, int) or not 0 <= value < _COUNT_END:
-        raise DamagedFile("a tensor whose shape is no shape")
+        raise DamagedFile("a tensor with an invalid shape")
     return value
 
 

@@ -127,7 +127,7 @@ def check_descriptions(output):
 
     cases = [
         ("[" * 100_000, "run.json: not a JSON file"),
-        ("[1]", "run.json: no JSON dictionary"),
+        ("[1]", "run.json: not a JSON dictionary"),
         *((json.dumps({**run, **change}), told) for change, told in (
             ({"version": 2}, "run.json: version 2 is not supported"),
             ({"version": None}, "run.json: version None is not supported"),

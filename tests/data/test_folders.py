@@ -145,7 +145,7 @@ def test_empty_folder(tmp_path):
         ([{"file_name": "a.png"}], "line 1: has no text"),
         ([{"file_name": "a.png", "text": " "}], 'line 1: no "text"'),
         ([{"text": "x"}], "line 1: has no file_name"),
-        (["3"], "line 1: no JSON dictionary"),
+        (["3"], "line 1: not a JSON dictionary"),
         ([{"file_name": "a.png", "text": "x"}] * 2, "line 2: second caption for 'a.png'"),
         ([{"file_name": "c.png", "text": "x"}], "line 1: no image 'c.png'"),
         ([{"file_name": "../a.png", "text": "x"}], "file '../a.png' lies outside the folder"),

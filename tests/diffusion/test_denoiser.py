@@ -226,7 +226,7 @@ def test_bad_settings_end_in_one_line_before_the_first_step(denoiser):
         ({"eta": 1.5}, "eta 1.5: out of range"),
         ({"sampler": "heun", "eta": 0.5}, "eta 0.5: Heun takes none"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: out of range; use 0 .none. to 1"),
-        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval .0.5, 0.5.: no part of the steps"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval .0.5, 0.5.: not a part of the steps"),
     ]:
         with pytest.raises(UserError, match=line):
             denoiser.steps(noise, **options)

@@ -431,7 +431,7 @@ def test_bad_numbers_end_in_one_line():
 @pytest.mark.parametrize(
     ("class_name", "changes", "line"),
     [
-        ("DEISMultistepScheduler", {"beta_start": 0}, "no noise .beta_start., where DEIS has no limit"),
+        ("DEISMultistepScheduler", {"beta_start": 0}, "no noise .beta_start., where DEIS is not defined"),
         ("LCMScheduler", {"timestep_scaling": 2**64}, "timestep_scaling 18446744073709551616 of LCM"),
         ("EulerDiscreteScheduler", {"timestep_spacing": "x" * 70_000}, "timestep_spacing 'xxx"),
         ("DDIMScheduler", {"beta_schedule": "x" * 70_000}, "beta_schedule 'xxx"),

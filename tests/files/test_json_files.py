@@ -54,7 +54,7 @@ def test_a_file_is_returned_as_it_stands(tmp_path):
         (b"", "not a JSON file"),
         (b"{", "not a JSON file"),
         (b'{"a": "\xff"}', "not a JSON file"),
-        (b"[" * 100_000, "lists in lists"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"[" * 40 + b"]" * 40, "more than 32 lists"),
         (b'{"a":' * 40 + b"1" + b"}" * 40, "more than 32 lists"),
         (b'{"a": ' + b"9" * 4301 + b"}", "a number of 4301 characters"),
@@ -62,7 +62,7 @@ def test_a_file_is_returned_as_it_stands(tmp_path):
         (b'{"a": 1e' + b"9" * 4301 + b"}", "a number of 4303 characters"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\u0000": 1}', "NUL"),
-        (b"[1]", "no JSON dictionary"),
+        (b"[1]", "not a JSON dictionary"),
         (b" " * (json_files.LARGEST_FILE + 1), "larger than 4 MiB"),
     ],
     ids=str,
@@ -79,7 +79,7 @@ def test_damaged_files_end_in_one_line(tmp_path, content, fault):
         ({"name": 3}, "name 3: input should be a valid string"),
         ({"ages": {"then": "36"}}, "ages.then '36': input should be a valid integer"),
         ({"ages": {"then": True}}, "ages.then True: input should be a valid integer"),
-        ({"ages": []}, "ages: no JSON dictionary"),
+        ({"ages": []}, "ages: not a JSON dictionary"),
         ({"ages": {"x" * 100_000: None}}, "input should be a valid integer"),
     ],
     ids=["text", "number", "boolean", "dictionary", "long"],
@@ -91,7 +91,7 @@ def test_other_shapes_end_in_one_line(tmp_path, changes, fault):
 
 def test_missing_keys_are_named():
     assert shape_fault({"name": "Ada"}, Person) == "has no ages"
-    assert shape_fault([], Person) == "no JSON dictionary"
+    assert shape_fault([], Person) == "not a JSON dictionary"
 
 
 def test_what_is_no_file_ends_in_one_line(tmp_path):

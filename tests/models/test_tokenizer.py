@@ -297,7 +297,7 @@ def test_older_file_leads_on_padding(tmp_path, tokenizers):
     ("name", "content", "message"),
     [
         ("vocab.json", b"{", "vocab.json: not a JSON file"),
-        ("vocab.json", b"[]", "vocab.json: no JSON dictionary"),
+        ("vocab.json", b"[]", "vocab.json: not a JSON dictionary"),
         ("vocab.json", b'{"a": 0}', "has no token '<|startoftext|>'"),
         ("merges.txt", b"\xff\xfe", "merges.txt: not UTF-8"),
         ("merges.txt", b"#version: 0.2\na b c\n", "merges.txt: 'a b c' is no pair"),

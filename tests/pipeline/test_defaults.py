@@ -54,7 +54,7 @@ def test_a_part_of_the_values_is_enough(tmp_path):
     "text, fault",
     [
         ("{", "JSON"),
-        ("[]", "no JSON dictionary"),
+        ("[]", "not a JSON dictionary"),
         ('{"smapling": {}}', "'smapling'"),
         ('{"training": {"lara": {}}}', "'lara'"),
         ('{"training": {"lora": {"rate": 1}}}', "'rate'"),
@@ -65,7 +65,7 @@ def test_a_part_of_the_values_is_enough(tmp_path):
         ('{"sampling": {"guidance_scale": 1e999}}', "guidance_scale is out of range"),
         ('{"sampling": {"guidance_scale": -5}}', "guidance_scale is out of range"),
         ('{"training": {"lora": {"max_train_steps": ' + "9" * 99 + "}}}", "max_train_steps is out of range"),
-        ("null", "no JSON dictionary"),
+        ("null", "not a JSON dictionary"),
         ("[" * 100_000, "JSON"),
         ("\xff", "JSON"),
     ],

@@ -300,7 +300,7 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
     if fault == "context":
         context[0, 0, 1, 2], line = np.nan, "text encoding: holds NaN or infinity"
     if fault == "noise":
-        noise[0, 0, 0, 0], line = np.inf, "latents to begin with: holds NaN or infinity"
+        noise[0, 0, 0, 0], line = np.inf, "initial latents: holds NaN or infinity"
     if fault == "weights":
         bias = model.unet.conv_out.bias
         bias.assign(np.full(bias.shape, np.nan))
@@ -310,7 +310,7 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
         kernel.assign(np.full(kernel.shape, 60_000))
         model.save(tmp_path / "model")
         model = StableDiffusion.load(tmp_path / "model", dtype="float16", jit_compile=False)
-        line = "UNet: .* float16 overflows: take bfloat16 or float32"
+        line = "UNet: .* float16 overflows; use bfloat16 or float32"
     if fault == "vae":
         kernel = model.vae.decoder.conv_out.kernel
         kernel.assign(np.full(kernel.shape, np.inf))
@@ -332,7 +332,7 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
         ("image_to_image", {"guidance_scale": -0.5}, "guidance_scale -0.5: out of range"),
         ("image_to_image", {"guidance_scale": "7"}, "guidance_scale '7': out of range"),
         ("image_to_image", {"guidance_rescale": float("nan")}, "guidance_rescale nan: out of range"),
-        ("image_to_image", {"guidance_interval": 0.5}, "guidance_interval 0.5: no part of the steps"),
+        ("image_to_image", {"guidance_interval": 0.5}, "guidance_interval 0.5: not a part of the steps"),
         ("image_to_image", {"seed": 2**64}, "seed 18446744073709551616: out of range"),
         ("random_walk", {"seed": 2**64, "prompts": "a"}, "seed 18446744073709551616: out of range"),
         ("random_walk", {"seed": 1.0, "prompts": "a"}, "seed 1.0: out of range"),
@@ -345,7 +345,7 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
         ("image_to_image", {"num_images": True}, "num_images True: out of range"),
         ("image_to_image", {"strength": "0.5"}, "strength '0.5': out of range"),
         ("image_to_image", {"strength": 1.1}, "strength 1.1: out of range"),
-        ("image_to_image", {"strength": 0.01}, "strength 0.01: makes none of 20 steps; use 0.05 or more"),
+        ("image_to_image", {"strength": 0.01}, "strength 0.01: leaves none of 20 steps; use 0.05 or more"),
         (
             "image_to_image",
             {"image": np.zeros((22, 24, 3), "uint8")},

@@ -158,7 +158,10 @@ def rewritten(name, content):
     [
         (lambda folder: resealed(folder, lambda manifest: manifest.update(step="2")), "step '2'"),
         (lambda folder: resealed(folder, lambda manifest: manifest.pop("files")), "has no files"),
-        (lambda folder: resealed(folder, lambda manifest: manifest.update(files=[])), "no JSON dictionary"),
+        (
+            lambda folder: resealed(folder, lambda manifest: manifest.update(files=[])),
+            "not a JSON dictionary",
+        ),
         (lambda folder: resealed(folder, lambda manifest: manifest["tensors"].update(ema=["a"])), "ema"),
         (
             lambda folder: resealed(folder, lambda manifest: manifest["tensors"]["weights"].pop()),
@@ -171,7 +174,7 @@ def rewritten(name, content):
             "not in its folder",
         ),
         (rewritten("position.json", b"[" * 100_000), "position.json: not a JSON file"),
-        (rewritten("config.json", b"[]"), "config.json: no JSON dictionary"),
+        (rewritten("config.json", b"[]"), "config.json: not a JSON dictionary"),
         (rewritten("weights.safetensors", b"no tensors"), "header"),
     ],
 )

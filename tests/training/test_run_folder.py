@@ -73,7 +73,7 @@ def test_folder_that_cannot_be_used_is_refused_at_once(tmp_path):
         (
             "run",
             None,
-        ): "run: holds checkpoints of an earlier run; go on with `resume_from_checkpoint='latest'`",
+        ): "run: holds checkpoints of an earlier run; continue with `resume_from_checkpoint='latest'`",
         ("exported", None): "model: is the model of an earlier run; choose another `output_dir`",
         (
             "run",

@@ -198,7 +198,7 @@ def test_settings_that_may_change_are_told_and_honoured(tmp_path, whole_run, cap
         "max_train_steps is 5, it was 6; train_batch_size is 5, it was 4; "
         "gradient_accumulation_steps is 2, it was 1; "
         "the cosine schedule of the learning rate ends at the new last step; "
-        "updates are now of 10 images, and their order goes on after the 12 seen\n"
+        "updates are now of 10 images, and their order continues after the 12 seen\n"
     ) in capsys.readouterr().err
     # Twelve examples are two batches of five and a part of the third.
     position = json.loads((run / "checkpoint-5" / "position.json").read_text())
@@ -297,7 +297,7 @@ def test_numbers_out_of_range_are_refused(tmp_path, name, values):
 def test_numbers_that_a_step_has_none_for_are_refused(tmp_path, name, value):
     with pytest.raises(UserError, match=f"^{name} .*: out of range; give .{{1,90}}$"):
         Settings(output_dir=tmp_path, **{name: value})
-    with pytest.raises(UserError, match=f"{name} 'many': no number"):
+    with pytest.raises(UserError, match=f"{name} 'many': not a number"):
         Settings(output_dir=tmp_path, **{name: "many"})
 
 

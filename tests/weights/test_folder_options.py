@@ -46,7 +46,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a plain file"):
         StableDiffusion.load(folder)
-    with pytest.raises(UserError, match="no plain file"):
+    with pytest.raises(UserError, match="not a plain file"):
         StableDiffusion.load(folder / name)

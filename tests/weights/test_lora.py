@@ -196,16 +196,16 @@ def peft_folder(folder, tmp_path, **changes):
         ({"use_qalora": True}, "use_qalora"),
         ({"r": 8}, "says rank 8 for .* whose update has 4"),
         ({"r": "4"}, "r '4': input should be a valid integer"),
-        ({"lora_alpha": float("nan")}, "lora_alpha nan is no number of use"),
-        ({"lora_alpha": 10**90}, "lora_alpha 1000.* is no number of use"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan is not a usable number"),
+        ({"lora_alpha": 10**90}, "lora_alpha 1000.* is not a usable number"),
         ({"alpha_pattern": {"to_q": 1.5, "to_k": "x"}}, "alpha_pattern.to_k 'x'"),
-        ({"alpha_pattern": [1]}, "alpha_pattern: no JSON dictionary"),
-        ({"alpha_pattern": {"(a+)+": 1}}, "too involved a pattern"),
-        ({"rank_pattern": {"(": 4}}, "too involved a pattern"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: not a JSON dictionary"),
+        ({"alpha_pattern": {"(a+)+": 1}}, "too complex a pattern"),
+        ({"rank_pattern": {"(": 4}}, "too complex a pattern"),
         ({"use_rslora": "yes"}, "use_rslora 'yes'"),
-        ({"alpha_pattern": {".?" * 60 + "!": 3}}, "too involved a pattern"),
-        ({"alpha_pattern": {r"\(?" * 60 + "!": 3}}, "too involved a pattern"),
-        ({"rank_pattern": {"(.|.)" * 50 + "!": 3}}, "too involved a pattern"),
+        ({"alpha_pattern": {".?" * 60 + "!": 3}}, "too complex a pattern"),
+        ({"alpha_pattern": {r"\(?" * 60 + "!": 3}}, "too complex a pattern"),
+        ({"rank_pattern": {"(.|.)" * 50 + "!": 3}}, "too complex a pattern"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_name(
@@ -264,14 +264,14 @@ def test_a_scale_is_multiplied_in_float32(pipeline, tmp_path):
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None, True])
 def test_weights_and_alphas_that_are_no_numbers_are_refused(pipeline, folder, tmp_path, weight):
-    with pytest.raises(UserError, match="is no finite number"):
+    with pytest.raises(UserError, match="is not a finite number"):
         pipeline.load_lora(folder / "ours_kohya.safetensors", weight=weight)
     assert not pipeline.adapters.names
     if isinstance(weight, float):
         tensors = load_file(folder / "ours_kohya.safetensors")
         name = next(name for name in tensors if name.endswith("alpha"))
         save_file(tensors | {name: np.float32([weight])}, tmp_path / "bad.safetensors")
-        with pytest.raises(UserError, match="alpha that is no finite number"):
+        with pytest.raises(UserError, match="alpha that is not a finite number"):
             pipeline.load_lora(tmp_path / "bad.safetensors")
 
 
@@ -362,7 +362,7 @@ def test_bad_files_are_told_in_one_line(pipeline, folder, tmp_path):
         "do not fit together": tensors | {down: np.ones((3, 8), "float32")},
         "NaN": tensors | {up: np.full_like(tensors[up], np.nan)},
         "no layer unet.elsewhere": tensors | {"unet.elsewhere.lora_A.weight": tensors[down]},
-        "no tensor of a LoRA": {"conv_in.weight": tensors[down]},
+        "is not a tensor of a LoRA": {"conv_in.weight": tensors[down]},
     }
     for fault, changed in faults.items():
         save_file(changed, tmp_path / "bad.safetensors")
@@ -435,8 +435,8 @@ def test_a_config_that_is_no_file_is_refused(pipeline, tmp_path, kind):
         ({"unet": {"r": 2, "lora_alpha": 8}}, 4),
         ({"unet.r": 2, "unet.lora_alpha": 8}, 4),
         ({"alpha_pattern": {"to_q": 6}, "rank_pattern": {"to_q": 2}}, 3),
-        ({"transformer.r": 2, "transformer.lora_alpha": 8}, "'transformer.r' tells nothing of unet"),
-        ({"unet": 5}, "'unet' tells nothing of unet"),
+        ({"transformer.r": 2, "transformer.lora_alpha": 8}, "'transformer.r' does not belong to unet"),
+        ({"unet": 5}, "'unet' does not belong to unet"),
     ],
 )
 def test_a_headers_config_is_honoured_or_refused_by_name(pipeline, tmp_path, config, strength):

@@ -371,7 +371,7 @@ def test_only_a_whole_clip_is_written(own, tmp_path):
     with pytest.raises(UserError, match="no logit_scale"):
         write_open_clip(path, Checkpoint(checkpoint.parts | {"image_encoder": headless}))
     wider = image._replace(config=image.config | {"projection_dim": 13})
-    with pytest.raises(UserError, match="projection_dim is 12 of the texts, 13 of the images"):
+    with pytest.raises(UserError, match="projection_dim is 12 in the text tower, 13 in the image tower"):
         write_open_clip(path, Checkpoint(checkpoint.parts | {"image_encoder": wider}))
     with pytest.raises(UserError, match="safetensors"):
         write_open_clip(tmp_path / "clip.bin", checkpoint)

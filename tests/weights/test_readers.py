@@ -109,7 +109,7 @@ def test_single_parts_come_from_folders_and_files(model, folders, tmp_path):
     text = load_part(folders / "text_encoder.ckpt", "text_encoder")
     name = "text_model.final_layer_norm.weight"
     np.testing.assert_array_equal(torch_state(text)[name], torch_state(model.text_encoder)[name])
-    with pytest.raises(UserError, match="holds no unet but text_encoder; give one that does"):
+    with pytest.raises(UserError, match="holds text_encoder, not the unet; give one that holds it"):
         load_part(folders / "text_encoder.ckpt", "unet")
     with pytest.raises(UserError, match="has no unet and no vae; give a whole model"):
         StableDiffusion.load(folders / "text_encoder.ckpt")
@@ -173,7 +173,7 @@ def misname(weight_map):
 @pytest.mark.parametrize(
     "change, line",
     [
-        (escape, "names the file '../../secret.safetensors', which is not beside it"),
+        (escape, "names the file '../../secret.safetensors', which is not in its folder"),
         (lose, "1 tensors are not in the files it names, the first is conv_lost.weight"),
         (misname, "00009-of-00009.safetensors: no such file"),
         (

@@ -171,7 +171,7 @@ BAD_TENSORS = {
     "a storage that is not there": tensor(source=storage(key="1")),
     "a storage outside of its folder": tensor(source=storage(key="../data.pkl")),
     "an unknown storage": tensor(source=storage(kind="QInt8Storage")),
-    "no storage": tensor(source=b"}"),
+    "not a storage": tensor(source=b"}"),
     "too few arguments": call("torch._utils", "_rebuild_tensor_v2", storage()),
     "no arguments": name_of("torch._utils", "_rebuild_parameter") + b"NR",
 }
@@ -179,7 +179,7 @@ BAD_TENSORS = {
 
 @pytest.mark.parametrize("name", BAD_TENSORS)
 def test_tensors_that_their_storage_does_not_hold(tmp_path, name):
-    assert "no readable torch file" in fault_of(
+    assert "not a readable torch file" in fault_of(
         archive(tmp_path / "a.ckpt", program(weight=BAD_TENSORS[name]))
     )
 
@@ -227,7 +227,7 @@ BAD_PICKLES = {
 @pytest.mark.parametrize("name", BAD_PICKLES)
 def test_damaged_pickles(tmp_path, name):
     fault = fault_of(archive(tmp_path / "a.ckpt", BAD_PICKLES[name]))
-    assert "no readable torch file" in fault
+    assert "not a readable torch file" in fault
     assert "copied" not in name or "far more than weights" in fault or "names no class" in fault
 
 
