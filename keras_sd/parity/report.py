@@ -159,7 +159,7 @@ def _figure(value):
 
 
 def _outputs_table(outputs):
-    titles = ["output", "compared with", "largest difference", "deviation", "ratio", "verdict"]
+    titles = ["output", "compared with", "largest difference", "standard deviation", "ratio", "verdict"]
     rows = [
         [o.output, o.against, _figure(o.difference), _figure(o.deviation), _figure(o.ratio), o.verdict]
         for o in outputs
