@@ -27,7 +27,7 @@ LONGEST_NUMBER = 100
 DEEPEST = 32
 """Largest nesting of lists and dictionaries; configs have 4."""
 
-_NO_DICTIONARY = "no JSON dictionary"
+_NO_DICTIONARY = "not a JSON dictionary"
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 # Python represents bytes of file names that are not UTF-8 as lone surrogates (`surrogateescape`).
 _NO_TEXT_BUT_NAMES = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
