@@ -119,7 +119,7 @@ def check_plain(path, title):
     """
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no plain file"
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
         raise UserError(f"{path}: is {kind}; name the {title}'s own file")
 
 

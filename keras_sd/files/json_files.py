@@ -184,7 +184,7 @@ def _opened(path, remedy):
     try:
         # Reading a pipe or a device might never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            kind = "a folder" if Path(path).is_dir() else "no plain file"
+            kind = "a folder" if Path(path).is_dir() else "not a plain file"
             raise UserError(f"{path}: cannot be read ({kind}, not a file); {remedy}")
         return open(path, "rb")
     except UserError:  # a subclass of ValueError, which is caught below

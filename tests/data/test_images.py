@@ -310,7 +310,7 @@ def test_transparency_is_laid_on_white_strip_by_strip(monkeypatch):
 def test_what_is_no_plain_file_is_told_from_nothing(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
-    faults = {"pipe.png": "is no plain file", "loop.png": "cannot be read", "x": "no such image file"}
+    faults = {"pipe.png": "is not a plain file", "loop.png": "cannot be read", "x": "no such image file"}
     for name, line in faults.items():
         with pytest.raises(UserError, match=f"{name}: {line}"):
             read_image(tmp_path / name)

@@ -131,7 +131,7 @@ def test_what_is_no_setting_is_passed_over():
 
 def test_what_is_no_plain_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match="pipe.png: is no plain file; name the image's own file"):
+    with pytest.raises(UserError, match="pipe.png: is not a plain file; name the image's own file"):
         read_parameters(tmp_path / "pipe.png")
     with pytest.raises(UserError, match="a folder; name the image's own file"):
         read_parameters(tmp_path)

@@ -98,7 +98,7 @@ def test_what_is_no_file_ends_in_one_line(tmp_path):
     assert "not found; look again" in fault_of(read_json, tmp_path / "none", absent="look again")
     assert "a folder" in fault_of(read_json, tmp_path)
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
-    assert "no plain file" in fault_of(read_json, tmp_path / "pipe")
+    assert "not a plain file" in fault_of(read_json, tmp_path / "pipe")
     assert "not found" in fault_of(read_json, write(tmp_path / "a", "") / "b")
     assert "cannot be read" in fault_of(read_json, tmp_path / ("x" * 300))
     assert "cannot be read" in fault_of(read_json, "a\0b")
