@@ -79,7 +79,7 @@ def _find(name):
     if path.is_dir() or path.is_file():
         return path
     if path.exists():
-        raise UserError(f"{name!r}: no plain file; give a folder, a file, or a preset")
+        raise UserError(f"{name!r}: not a plain file; give a folder, a file, or a preset")
     known = ", ".join(PRESETS)
     if path.suffix.lower() in _FILE_SUFFIXES:
         raise UserError(
