@@ -47,7 +47,7 @@ import numpy as np
 from IPython.display import Image, display
 
 from keras_sd import NoiseStreams, StableDiffusion, image_grid, resized, save_gif
-from keras_sd.pipeline.batches import equal_batches
+from keras_sd.models.batches import equal_batches
 
 plt.rcParams.update(
     {

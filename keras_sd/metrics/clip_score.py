@@ -2,10 +2,10 @@
 
 import numpy as np
 import numpy.typing as npt
-from keras import ops
 
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import FeatureExtractor, extract
+from keras_sd.models.batches import in_batches
 
 
 def clip_score(image_embeddings: npt.ArrayLike, text_embeddings: npt.ArrayLike) -> float:
@@ -39,11 +39,7 @@ def embed_captions(text_encoder, tokenizer, text_projection, captions, batch_siz
         captions: a list of texts.
     """
     ids = tokenizer(list(captions))
-    pooled = [
-        ops.convert_to_numpy(text_encoder.pooled(ids[start : start + batch_size]))
-        for start in range(0, len(ids), batch_size)
-    ]
-    return np.concatenate(pooled) @ np.asarray(text_projection, "float32").T
+    return in_batches(text_encoder.pooled, ids, batch_size) @ np.asarray(text_projection, "float32").T
 
 
 class ClipScore:

@@ -15,6 +15,7 @@ from keras import ops
 from keras_sd import backend
 from keras_sd.arguments import Floats, Images, Tensor
 from keras_sd.errors import UserError
+from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
 
 
@@ -95,18 +96,12 @@ class InceptionFeatures(FeatureExtractor):
 def extract(extractor: FeatureExtractor, images: Images, batch_size: int = 64) -> Floats:
     """Return the features of all images as a NumPy array, float32 (n, d), computed in batches.
 
-    The last batch is padded, so that all calls have one shape and the extractor is compiled once.
+    All batches are of one size, so that the extractor is compiled once.
     """
     images = np.asarray(images)
     if len(images) == 0:
         raise UserError("features of no images: the set is empty; give at least one")
-    batch_size = min(batch_size, len(images))
-    features = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        filled = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        features.append(ops.convert_to_numpy(extractor.compiled(filled))[: len(batch)])
-    return np.concatenate(features)
+    return in_batches(extractor.compiled, images, batch_size)
 
 
 def to_unit_range(images, size):

@@ -19,13 +19,13 @@ from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer, vector_names
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.pipeline.batches import equal_batches
 from keras_sd.pipeline.defaults import ModelDefaults
 from keras_sd.pipeline.image_parameters import image_parameters, model_hash
 from keras_sd.pipeline.lora import Adapters
@@ -457,9 +457,7 @@ class Primitives:
         return self.vae.decode(latents / self.vae.config.scaling_factor)
 
     def _in_batches(self, function, inputs, limit=None):
-        batches = equal_batches(len(inputs), limit or self.batch_size)
-        outputs = [ops.convert_to_numpy(function(inputs[batch])) for batch in batches]
-        return np.concatenate(outputs)[: len(inputs)]
+        return in_batches(function, inputs, limit or self.batch_size)
 
 
 def _check_shape(title, array, expected):

@@ -31,8 +31,8 @@ from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.samplers import Sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
+from keras_sd.models.batches import batches_of_lengths
 from keras_sd.models.pixels import any_white, as_images, as_masks, images_to_unit
-from keras_sd.pipeline.batches import batches_of_lengths
 from keras_sd.pipeline.primitives import Primitives
 from keras_sd.pipeline.prompts import as_texts, repeated, take_loras
 

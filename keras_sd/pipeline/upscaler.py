@@ -16,9 +16,9 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json
 from keras_sd.files.writing import replaced_folder
+from keras_sd.models.batches import equal_batches
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit, resized
 from keras_sd.models.unet import UNet
-from keras_sd.pipeline.batches import equal_batches
 from keras_sd.weights.diffusers_folder import (
     LOW_RES_SCHEDULER,
     SCHEDULER,

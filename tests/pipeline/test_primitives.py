@@ -11,9 +11,9 @@ from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import parse_parameters, read_parameters, save_png
+from keras_sd.models.batches import batches_of_lengths, equal_batches
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
-from keras_sd.pipeline.batches import batches_of_lengths, equal_batches
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.programs import run_python

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from keras import ops
 
 # The most chunks of tokens that prompts of several lengths are repeated to, so that one program draws them
 # all: 12 are the least common multiple of 1 to 4. Beyond it each length has a program of its own.
@@ -16,6 +17,12 @@ def equal_batches(count, limit):
     """
     size = -(-count // -(-count // limit))
     return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+
+
+def in_batches(function, inputs, limit):
+    """Return what a compiled function makes of an array, as NumPy's, computed in `equal_batches` of it."""
+    batches = equal_batches(len(inputs), limit)
+    return np.concatenate([ops.convert_to_numpy(function(inputs[batch])) for batch in batches])[: len(inputs)]
 
 
 def batches_of_lengths(lengths, limit, chunk):
