@@ -295,7 +295,7 @@ print("average over raw:", ratio.min(), "to", ratio.max())
 model = keras_cv.models.StableDiffusion(
     img_height=sd.latent_shape()[0] * 8, img_width=sd.latent_shape()[1] * 8, model=sd
 )
-drawn = model.text_to_image(PROMPTS[0], batch_size=len(PROMPTS), num_inference_steps=NUM_STEPS, seed=0)
+drawn = model.text_to_image(PROMPTS[0], batch_size=len(PROMPTS), num_steps=NUM_STEPS, seed=0)
 print(drawn.shape, drawn.dtype)
 
 # %% [markdown]
