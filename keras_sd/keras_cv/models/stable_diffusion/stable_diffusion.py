@@ -129,7 +129,7 @@ class StableDiffusion:
             self.encode_text(prompt),
             negative_prompt=negative_prompt,
             batch_size=batch_size,
-            num_inference_steps=num_steps,
+            num_steps=num_steps,
             unconditional_guidance_scale=unconditional_guidance_scale,
             seed=seed,
         )
