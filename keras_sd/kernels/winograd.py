@@ -15,8 +15,10 @@ _FEWEST_POSITIONS = 16384
 _LEAST_WIDTH = 80
 
 
-def pays(inputs, kernel):
-    """Return whether `convolve` is the faster way for inputs `(n, h, w, c)` and a kernel `(3, 3, c, k)`."""
+def pays(inputs, kernel, strides, padding):
+    """Return whether `convolve` takes these arguments, as those of `im2col.convolve`, and is the faster way."""
+    if tuple(kernel.shape[:2]) != (3, 3) or strides != (1, 1) or padding != "same":
+        return False
     height, width = inputs.shape[1:3]
     channels, outputs = kernel.shape[2:]
     if height is None or width is None or height % 2 or width % 2 or height * width < _FEWEST_POSITIONS:

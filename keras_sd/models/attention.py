@@ -3,9 +3,8 @@
 import keras
 from keras import ops
 
-from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.kernels.chunked_attention import attention
+from keras_sd.kernels import chunked_attention, flash_attention
 from keras_sd.models.layers import GroupNormalization, Layer, LayerNormalization, convolution, dense
 
 
@@ -13,7 +12,7 @@ def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     """Attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
 
     Scores are never held all at once where there are many: a GPU has kernels for that, and elsewhere slices
-    of the queries go in turns (`kernels.attention`), with the same result.
+    of the queries go in turns (`kernels.chunked_attention`), with the same result.
 
     Args:
         mask: None, or a boolean that broadcasts to `(n, heads, queries, keys)`: which keys a query sees.
@@ -25,13 +24,13 @@ def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
     """
     if mask is not None:
         return _masked(query, key, value, mask, upcast)
-    if backend.has_flash_attention(query):
-        return backend.flash_attention(query, key, value)
+    if flash_attention.is_available(query):
+        return flash_attention.attention(query, key, value)
     heads = query.shape[2]
     query, key, value = (
         ops.reshape(array, (-1, array.shape[1], heads * array.shape[3])) for array in (query, key, value)
     )
-    attended = attention(query, key, value, heads, upcast=upcast)
+    attended = chunked_attention.attention(query, key, value, heads, upcast=upcast)
     return ops.reshape(attended, (-1, query.shape[1], heads, value.shape[-1] // heads))
 
 

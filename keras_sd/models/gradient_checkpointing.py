@@ -6,7 +6,7 @@ Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. It takes abo
 import functools
 
 from keras_sd import backend
-from keras_sd.models.layers import Layer
+from keras_sd.models.layers import Layer, sublayers
 
 
 class RecomputingLayer(Layer):
@@ -26,7 +26,8 @@ class RecomputingLayer(Layer):
 
 def recomputing_layers(model):
     """The layers of a model that can compute their parts again, wherever they are nested."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, RecomputingLayer)]
+    own = [model] if isinstance(model, RecomputingLayer) else []
+    return own + [found for _, layer in sublayers(model) for found in recomputing_layers(layer)]
 
 
 def enable_gradient_checkpointing(model, recomputes=True):

@@ -10,12 +10,27 @@ import re
 import keras
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.kernels import im2col, normalization, winograd
-from keras_sd.models.initializers import glorot_uniform, uniform
+from keras_sd.kernels import convolution as kernels, normalization
+from keras_sd.models.initializers import Deferred, deferred_weights, glorot_uniform, uniform
 
 
-class Layer(keras.layers.Layer):
+class Weights:
+    """How layers make their weights: with the values of a file where one is being opened."""
+
+    def add_weight(self, shape=None, initializer=None, **options):
+        backend.keep_programs()  # TensorFlow reads its flags when it makes the first one
+        deferred = deferred_weights()
+        if deferred is None:
+            return super().add_weight(shape, initializer, **options)
+        initializer = Deferred(initializer)
+        variable = super().add_weight(shape, initializer, **options)
+        deferred[id(variable)] = initializer
+        return variable
+
+
+class Layer(Weights, keras.layers.Layer):
     """A layer that has all of its weights and layers once it is made.
 
     Where Keras has to find out, it traces a layer before its first call, and the layers inside it again.
@@ -29,7 +44,7 @@ class Layer(keras.layers.Layer):
         self.built = True
 
 
-class LowRankUpdate:
+class LowRankUpdate(Weights):
     """What a linear layer or a convolution needs to learn a low-rank update (LoRA, Hu et al., 2022).
 
     With one, the layer gives `base(x) + lora_scale * lora_B(lora_A(x))`.
@@ -43,10 +58,8 @@ class LowRankUpdate:
         Its initial values are those of Hu et al.'s code: uniform in +-1 / sqrt(inputs), and zeros.
         """
         inputs = math.prod(self.kernel.shape[:-1])
-        # Keras lets no layer be added to one that is built.
-        self._tracker.unlock()
-        self.lora_A, self.lora_B = self._low_rank_pair(rank, uniform(inputs**-0.5))
-        self._tracker.lock()
+        with backend.unlocked(self):
+            self.lora_A, self.lora_B = self._low_rank_pair(rank, uniform(inputs**-0.5))
         self.lora_scale = alpha / rank
 
     def call(self, inputs):
@@ -71,12 +84,8 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
     """Keras' convolution with an optional low-rank update: a kernel of the same size, then one of 1x1."""
 
     def convolution_op(self, inputs, kernel):
-        is_plain = (self.kernel_size, self.strides, self.padding) == ((3, 3), (1, 1), "same")
-        if is_plain and winograd.pays(inputs, kernel):
-            return winograd.convolve(inputs, ops.convert_to_tensor(kernel))
-        if im2col.pays(inputs, kernel, self.strides, self.padding):
-            return im2col.convolve(inputs, ops.convert_to_tensor(kernel), self.strides, self.padding)
-        return super().convolution_op(inputs, kernel)
+        outputs = kernels.convolve(inputs, kernel, self.strides, self.padding)
+        return super().convolution_op(inputs, kernel) if outputs is None else outputs
 
     def _low_rank_pair(self, rank, initializer):
         inputs, outputs = self.kernel.shape[2:]
@@ -94,6 +103,19 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
         )
 
 
+def sublayers(layer):
+    """Yields `(path, sublayer)` for each layer in a public attribute or in a list that is one."""
+    for attribute, value in vars(layer).items():
+        if attribute.startswith("_"):
+            continue
+        if isinstance(value, keras.layers.Layer):
+            yield attribute, value
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, keras.layers.Layer):
+                    yield f"{attribute}.{index}", item
+
+
 def dense(inputs, outputs, *, use_bias=True, kernel_initializer=glorot_uniform):
     """A linear layer from `inputs` to `outputs` features on the last axis."""
     layer = Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer, name="dense")
@@ -101,9 +123,13 @@ def dense(inputs, outputs, *, use_bias=True, kernel_initializer=glorot_uniform):
     return layer
 
 
+class Embedding(Weights, keras.layers.Embedding):
+    """Keras' table of vectors."""
+
+
 def embedding(entries, width, initializer):
     """A table of `entries` learned vectors."""
-    layer = keras.layers.Embedding(entries, width, initializer, name="embedding")
+    layer = Embedding(entries, width, initializer, name="embedding")
     layer.build()
     return layer
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import keras
 
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.layers import sublayers
 from keras_sd.models.text_encoder import TextEncoder
 
 _LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
@@ -56,19 +57,6 @@ def _walk(layer, path):
         for variable in layer.weights
         if id(variable) in own
     ]
-    for name, child in _children(layer):
+    for name, child in sublayers(layer):
         parameters += _walk(child, f"{path}{name}.")
     return parameters
-
-
-def _children(layer):
-    """Yields `(path, sublayer)` for each layer in a public attribute or in a list that is one."""
-    for attribute, value in vars(layer).items():
-        if attribute.startswith("_"):
-            continue
-        if isinstance(value, keras.layers.Layer):
-            yield attribute, value
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                if isinstance(item, keras.layers.Layer):
-                    yield f"{attribute}.{index}", item

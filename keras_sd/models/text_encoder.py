@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.arguments import Tensor
 from keras_sd.config import LEGACY_END_TOKEN_ID, TextEncoderConfig
 from keras_sd.errors import UserError
@@ -50,15 +51,12 @@ class TextEmbeddings(Layer):
 
     def add_tokens(self, vectors):
         """Gives the next token ids their vectors, float32 `(k, width)`."""
-        # Keras lets no layer be added to one that is built.
-        self._tracker.unlock()
         if self.learned_embedding is not None:
             earlier = ops.convert_to_numpy(self.learned_embedding.embeddings)
             vectors = np.concatenate([earlier, vectors])
-            self._tracker.untrack(self.learned_embedding)
-        with dtype_policy(self.token_embedding.dtype_policy):
+            backend.forget(self, self.learned_embedding)
+        with dtype_policy(self.token_embedding.dtype_policy), backend.unlocked(self):
             self.learned_embedding = embedding(*vectors.shape, keras.initializers.Constant(vectors))
-        self._tracker.lock()
 
 
 class TextEncoder(ConfiguredModel):

@@ -29,16 +29,6 @@ from keras_sd.errors import UserError
 from keras_sd.training.checkpoints import Checkpoints
 
 
-def sync_state(model: keras.Model) -> None:
-    """Give the variables of model and optimizer their present values.
-
-    During an epoch on JAX, Keras' training loop holds the values and the variables are empty; on TensorFlow
-    nothing is done.
-    """
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
-
-
 class StepCallbackList(keras.callbacks.CallbackList):
     """A callback list that passes the logs of a step on without copying them from the device.
 
@@ -55,6 +45,7 @@ class StepCallback(keras.callbacks.Callback):
     """Counts steps across epochs and calls `on_step` after each; `self.step` is the number of steps done."""
 
     batches_per_step = 1  # more if gradients are accumulated
+    _trained = None
 
     def __init__(self, initial_step: int = 0):
         super().__init__()
@@ -63,12 +54,16 @@ class StepCallback(keras.callbacks.Callback):
 
     @property
     def model(self):
-        """The model; on JAX its variables are empty until `sync_state`.
+        """The model; on JAX its variables are empty until `backend.sync_state`.
 
         Keras' own property synchronises at each access. That takes time in every step, and it fails if a
         signal interrupts a step, whose inputs have been donated.
         """
-        return self._model
+        return self._trained
+
+    def set_model(self, model):
+        super().set_model(model)
+        self._trained = model
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch_start = self.step
@@ -213,7 +208,7 @@ class CheckpointCallback(StepCallback):
     def _save(self) -> None:
         for callback in self.flush_before:
             callback.flush()
-        sync_state(self.model)
+        backend.sync_state(self.model)
         groups, position = self.gather_state()
         for group, tensors in groups.items():
             for name, tensor in tensors.items():
@@ -399,7 +394,7 @@ class EMACallback(keras.callbacks.Callback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        sync_state(self.model)
+        backend.sync_state(self.model)
         raw = [self._copy(variable) for variable in self._variables]
         before, self.swapped_in = self.swapped_in, True
         try:
@@ -409,7 +404,7 @@ class EMACallback(keras.callbacks.Callback):
                 variable.assign(self._copy(average))
             yield
         finally:
-            sync_state(self.model)
+            backend.sync_state(self.model)
             for variable, value in zip(self._variables, raw, strict=True):
                 variable.assign(value)
             self.swapped_in = before

@@ -88,7 +88,7 @@ def _check_processes(kind, processes):
 
 def _distribution(kind):
     """Return the `keras.distribution` over all devices; None for "auto" on one device."""
-    devices, processes = backend.devices(), backend.process_count()
+    devices, processes = backend.device_names(), backend.process_count()
     remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave it out"
     if kind == "model":
         own = len(devices) // processes

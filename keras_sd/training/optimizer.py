@@ -6,8 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sd.backend.compat import JointAdamW
 
-class AdamW(keras.optimizers.AdamW):
+
+class AdamW(JointAdamW):
     """AdamW (Loshchilov and Hutter, 2019) with EMA copies of the weights.
 
     The decay is min(`ema_decay`, (1 + n) / (10 + n)) at update n, counted from 0, so the average soon forgets
@@ -42,10 +44,7 @@ class AdamW(keras.optimizers.AdamW):
             # A copy: JAX donates the buffers of both to the compiled step, so they must not be shared.
             average.assign(ops.copy(variable))
 
-    def _apply_weight_decay(self, variables):
-        """Do nothing: the update applies the decay. Keras would trace the schedule once for each variable."""
-
-    def _backend_update_step(self, gradients, variables, learning_rate):
+    def update_all(self, gradients, variables, learning_rate):
         """One update of all variables (Kingma and Ba, 2015, algorithm 1).
 
         Common factors are computed once, and all vectors, the majority of variables, are updated as one
@@ -79,9 +78,9 @@ class AdamW(keras.optimizers.AdamW):
 
     def _state(self, variable):
         """Return the variables that an update changes: both moments, the weight and, if any, its average."""
-        index = self._get_variable_index(variable)
+        index, momentum, velocity = self.slots(variable)
         average = [] if self.ema_decay is None else [self.ema_variables[index]]
-        return self._momentums[index], self._velocities[index], variable, *average
+        return momentum, velocity, variable, *average
 
 
 def _bias_correction(beta, update):

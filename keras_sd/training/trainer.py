@@ -25,7 +25,6 @@ from keras_sd.training.callbacks import (
     StepCallbackList,
     StopOnNonFiniteLoss,
     StopOnSignal,
-    sync_state,
 )
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.logs import MetricsLog, SilentLog
@@ -63,7 +62,7 @@ class EvaluationCallback(StepCallback):
     def on_step(self, logs):
         if self.step % self.every or self.step == self.total_steps or self.model.stop_training:
             return
-        sync_state(self.model)
+        backend.sync_state(self.model)
         with self.progress.paused():
             self.evaluate(self.step)
 

@@ -7,7 +7,7 @@ the rule works in both directions.
 """
 
 import concurrent.futures
-import contextlib
+import functools
 import hashlib
 import os
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_sd import backend
 from keras_sd.errors import UserError
+from keras_sd.models.initializers import deferring
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.precision import dtype_policy
 from keras_sd.weights.expected_shapes import account, check_config, same_shape
@@ -49,24 +50,10 @@ def torch_state(model):
     }
 
 
-class _Born:
-    """Initializer that gives a variable its loaded value, or its usual initial value if none was loaded."""
-
-    def __init__(self, initializer):
-        self.initializer = keras.initializers.get(initializer) or _zeros
-        self.loaded = None
-
-    def __call__(self, shape, dtype=None):
-        if self.loaded is None:
-            return self.initializer(shape, dtype=dtype)
-        copy, self.loaded = self.loaded, None  # free it early: a device has its own copy
-        return backend.to_tensor(copy)
-
-
 def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
     """Build a model whose variables are initialised with published tensors.
 
-    Random initial values would take longer than reading the file, and zeros as long. Not thread-safe.
+    Random initial values would take longer than reading the file, and zeros as long.
 
     Args:
         model_class, config: the model and its config.
@@ -78,17 +65,15 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
         UserError: as `load_weights`.
     """
     check_tensors(config, tensors, source, partial)
-    born = []
-    with dtype_policy(dtype), keras.StatelessScope(), _collecting(born):
+    with dtype_policy(dtype), keras.StatelessScope(), deferring() as initializers:
         # In this scope variables get their values only at its end.
         try:
             model = model_class(config)
             found = _matched(model, tensors, source, partial)
         except UserError:
-            for _, initializer in born:
+            for initializer in initializers.values():
                 initializer.initializer = _zeros
             raise
-        initializers = {id(variable): initializer for variable, initializer in born}
         bad = _hand_out(found, tensors, initializers)
     if bad:
         raise _non_finite(bad, source)
@@ -111,27 +96,9 @@ def _hand_out(found, tensors, initializers):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         copies = threads.map(lambda pair: _take(pair[0], tensors[pair[1]]), found)
         for (parameter, name), (copy, is_finite) in zip(found, copies, strict=True):
-            initializers[id(parameter.variable)].loaded = copy
+            initializers[id(parameter.variable)].load = functools.partial(backend.to_tensor, copy)
             bad += [] if is_finite else [name]
     return bad
-
-
-@contextlib.contextmanager
-def _collecting(born):
-    """Give every weight made in this context a `_Born` initializer; list it with its variable."""
-    add_weight = keras.layers.Layer.add_weight
-
-    def add_born(layer, shape=None, initializer=None, *arguments, **options):
-        initializer = _Born(initializer)
-        variable = add_weight(layer, shape, initializer, *arguments, **options)
-        born.append((variable, initializer))
-        return variable
-
-    keras.layers.Layer.add_weight = add_born
-    try:
-        yield
-    finally:
-        keras.layers.Layer.add_weight = add_weight
 
 
 def _zeros(shape, dtype=None):

@@ -1,0 +1,44 @@
+"""Between NumPy's arrays and the tensors and variables of the backend."""
+
+import keras
+import numpy as np
+
+from keras_sd.backend import compat
+
+# What TensorFlow's kernels take for granted of memory that is not their own.
+_ALIGNMENT = 64
+
+
+def to_numpy(variable):
+    """The whole of a variable or tensor, of which this process has all parts."""
+    value = keras.ops.convert_to_tensor(variable)
+    if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
+        return keras.ops.convert_to_numpy(value)
+    whole = np.empty(value.shape, value.dtype)
+    for shard in value.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
+
+
+def aligned_copy(array, axes, dtype):
+    """A contiguous copy of a NumPy array with its axes in another order, fit for `to_tensor`."""
+    transposed, dtype = array.transpose(axes), np.dtype(dtype)
+    memory = np.empty(transposed.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = memory[start : start + transposed.size * dtype.itemsize].view(dtype).reshape(transposed.shape)
+    # 64 columns at a time stay in the processor's cache, which makes it two to three times as fast.
+    is_reordered = not transposed.flags.c_contiguous
+    parts = (
+        [np.s_[..., start : start + 64] for start in range(0, copy.shape[-1], 64)] if is_reordered else [...]
+    )
+    with np.errstate(over="ignore"):  # infinity, which whoever wants finite numbers will find
+        for part in parts:
+            np.copyto(copy[part], transposed[part], casting="unsafe")
+    return copy
+
+
+def to_tensor(copy):
+    """A tensor of what `aligned_copy` gave, on the same memory where the backend allows it."""
+    if keras.backend.backend() == "tensorflow" and copy.dtype.kind == "f" and copy.size:
+        return compat.shared_tensor(copy)
+    return keras.ops.convert_to_tensor(copy)

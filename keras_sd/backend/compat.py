@@ -1,0 +1,226 @@
+"""Everything that is private or experimental in Keras, TensorFlow and JAX, and used here all the same.
+
+No other module touches such a thing (a test holds that). Each function says why no public one will do. At
+import all of it is looked for, and what is missing is told in one line, as a later version may change it
+without notice: `setup.cfg` allows the versions of `SUPPORTED` only.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import secrets
+from pathlib import Path
+
+import keras
+
+from keras_sd.errors import UserError
+
+SUPPORTED = {"keras": ">=3.15.1,<3.16", "tensorflow": ">=2.21,<2.22", "jax": ">=0.10,<0.12"}
+"""Package -> the versions whose private functions are those used here."""
+
+
+# Keras
+
+
+def stored_value(variable):
+    """A variable's tensor. `value` asks whether it is to be cast: for a thousand variables longer than a step."""
+    return variable._value
+
+
+def current_value(variable):
+    """A variable's tensor, or what stands for it in a `StatelessScope`; `value` casts it to half precision."""
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    scope = get_stateless_scope()
+    value = None if scope is None else scope.get_current_value(variable)
+    return variable._value if value is None else value
+
+
+def lay_out(variable, layout):
+    """Spreads a variable over devices as a `keras.distribution.TensorLayout` says.
+
+    Keras asks for a variable's layout only when it is made, by paths that have no names of attributes here.
+    """
+    variable._layout = layout
+    variable.assign(variable.value)
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets layers be added to one that is built, inside the block; Keras refuses that."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+def forget(layer, child):
+    """Takes a layer out of another one's weights, which replacing the attribute does not do."""
+    layer._tracker.untrack(child)
+
+
+def sync_state(model):
+    """Gives the variables of model and optimizer their present values.
+
+    During an epoch on JAX the values live in Keras' training loop and the variables are empty; on TensorFlow
+    there is nothing to do.
+    """
+    if keras.backend.backend() == "jax" and isinstance(model, keras.Model):
+        model.jax_state_sync()
+
+
+class JointAdamW(keras.optimizers.AdamW):
+    """AdamW whose subclass updates all variables in one call, of `update_all`, the weight decay included.
+
+    The public hook, `update_step`, is called for each variable: most of the time to trace a small model.
+    """
+
+    def _apply_weight_decay(self, variables):
+        """Nothing: the decay is part of the update. Keras traces the schedule again for each variable."""
+
+    def _backend_update_step(self, gradients, variables, learning_rate):
+        self.update_all(gradients, variables, learning_rate)
+
+    def slots(self, variable):
+        """The position of a variable among the optimizer's own, and its first and second moment."""
+        index = self._get_variable_index(variable)
+        return index, self._momentums[index], self._velocities[index]
+
+
+# TensorFlow
+
+
+def shared_tensor(array):
+    """A tensor on the memory of a NumPy array; `tf.convert_to_tensor` copies it."""
+    import tensorflow as tf
+
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def is_traced_for_xla():
+    """Whether the graph that TensorFlow traces is one that XLA compiles, which nothing public tells."""
+    import tensorflow as tf
+    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def compute_capability(device):
+    """The compute capability of one of TensorFlow's GPUs, as (8, 0); (0, 0) of what has none."""
+    import tensorflow as tf
+
+    return tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
+
+
+# JAX
+
+
+def outputs_first(variable):
+    """The layout that has a convolution's outputs first in memory; its kernel is `(height, width, in, out)`.
+
+    JAX has no other way to say how an array lies in memory.
+    """
+    from jax.experimental.layout import Format, Layout
+
+    return Format(Layout(major_to_minor=(3, 0, 1, 2)), variable.value.sharding)
+
+
+def gathered(array):
+    """The arrays of all processes, stacked; public collectives work inside a compiled function only."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array)
+
+
+def processes_stop_at(step):
+    """Whether all processes stop after this step, as one of them has got SIGTERM; asked at every step.
+
+    Nothing public hands a signal to the other processes.
+    """
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def write_programs_whole(folder):
+    """Has JAX write the programs of its cache in `folder` under a temporary name, and over damaged ones.
+
+    It writes them straight onto their names and leaves alone what is there: a program that was cut off by a
+    kill or a full disk would be a warning, and be compiled, at each start. No option changes that.
+    """
+    from jax._src import lru_cache
+
+    put = lru_cache.LRUCache.put
+
+    def put_whole(cache, key, value):
+        if cache.eviction_enabled or Path(os.fspath(cache.path)) != folder:  # someone else's
+            return put(cache, key, value)
+        staging = folder / f".{secrets.token_hex(8)}.partial"
+        try:
+            staging.write_bytes(value)
+            os.replace(staging, folder / f"{key}{lru_cache._CACHE_SUFFIX}")
+        finally:
+            staging.unlink(missing_ok=True)
+
+    lru_cache.LRUCache.put = put_whole
+
+
+# What is looked for, by package: module, class or function in it (dotted, or empty), names there.
+_KERAS = (
+    ("keras", "Variable", "_value", "_layout"),
+    ("keras.src.backend.common.stateless_scope", "", "get_stateless_scope"),
+    ("keras.src.utils.tracking", "Tracker", "lock", "unlock", "untrack"),
+    ("keras", "layers.Layer", "_tracker"),
+    ("keras", "optimizers.AdamW", "_apply_weight_decay", "_backend_update_step", "_get_variable_index"),
+    ("keras", "optimizers.AdamW", "_momentums", "_velocities"),
+)
+_BACKENDS = {
+    "tensorflow": (
+        ("tensorflow", "experimental.dlpack", "from_dlpack"),
+        ("tensorflow", "config.experimental", "get_device_details"),
+        ("tensorflow.python.ops.control_flow_util", "", "GraphOrParentsInXlaContext"),
+    ),
+    "jax": (
+        ("keras", "Model", "jax_state_sync"),
+        ("jax.experimental.layout", "", "Format", "Layout"),
+        ("jax.experimental.multihost_utils", "", "process_allgather", "reached_preemption_sync_point"),
+        ("jax._src.lru_cache", "", "_CACHE_SUFFIX"),
+        ("jax._src.lru_cache", "LRUCache", "put", "path", "eviction_enabled"),
+    ),
+}
+
+
+def check(needed):
+    """Raises a UserError unless all private names that are needed are there.
+
+    Args:
+        needed: entries as those of `_KERAS`.
+    """
+    for module, place, *names in needed:
+        for name in names:
+            if not _is_there(module, place, name):
+                package = module.split(".")[0]
+                missing = ".".join(part for part in (module, place, name) if part)
+                raise UserError(
+                    f"{package} {importlib.metadata.version(package)}: has no {missing}, which keras_sd needs; "
+                    f"install '{package}{SUPPORTED[package]}'"
+                )
+
+
+def _is_there(module, place, name):
+    """Whether a module, or a class in it, has a name; a class may also assign it in one of its methods."""
+    try:
+        found = importlib.import_module(module)
+        for part in place.split(".") if place else ():
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return False
+    if hasattr(found, name) or not isinstance(found, type):
+        return hasattr(found, name)
+    methods = (method for kind in found.__mro__ for method in vars(kind).values())
+    return any(name in method.__code__.co_names for method in methods if hasattr(method, "__code__"))
+
+
+check(_KERAS + _BACKENDS.get(keras.backend.backend(), ()))

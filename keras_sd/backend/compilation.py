@@ -1,0 +1,179 @@
+"""Functions compiled by XLA: whole programs, loops inside them, and what is computed again."""
+
+import functools
+
+import keras
+
+from keras_sd.backend import compat, devices
+from keras_sd.backend.program_cache import keep_programs
+
+
+def jit(function, variables=(), jit_compile=True):
+    """Compiles a pure function of tensors by XLA; it is traced once for each set of input shapes.
+
+    Args:
+        function: takes and returns nests of tensors (or NumPy arrays); None stands for itself.
+        variables: the Keras variables that it reads. Their values are inputs of the program, not
+            constants in it: an assignment is seen by the next call and compiles nothing. One that is
+            missing here is a RuntimeError.
+        jit_compile: False leaves XLA out on TensorFlow; JAX always compiles by it.
+    """
+    keep_programs()
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Variables are captured by reference.
+        return tf.function(function, jit_compile=jit_compile, autograph=False)
+
+    import jax
+
+    variables = list(variables)
+    kernels = [place for place, variable in enumerate(variables) if _lies_otherwise(variable)]
+    # Every process has the whole of what comes out, however the variables are split.
+    options = {"out_shardings": devices.replicated()}
+    if kernels:
+        layouts = [None] * len(variables)
+        for place in kernels:
+            layouts[place] = compat.outputs_first(variables[place])
+        options["in_shardings"] = (layouts, None)
+
+    @functools.partial(jax.jit, **options)
+    def program(values, inputs):
+        with _GivenValues(variables, values):
+            return function(*inputs)
+
+    laid_out = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
+
+    def call(*inputs):
+        # A GPU is done with a step in less than Keras takes to ask each variable whether it is cast.
+        values = [compat.stored_value(variable) for variable in variables]
+        for place in kernels:
+            value, copy = laid_out[place]  # at once, as another thread may replace both
+            if values[place] is not value:
+                copy = jax.device_put(values[place], layouts[place])
+                laid_out[place] = values[place], copy
+            values[place] = copy
+        return program(values, inputs)
+
+    return call
+
+
+def _lies_otherwise(variable):
+    """Whether programs of one NVIDIA GPU want this variable as `compat.outputs_first` lays it out.
+
+    So cuDNN wants it. XLA would transpose a kernel from Keras' layout in each call of a program, which takes
+    up to an eighth of a UNet's time.
+    """
+    is_kernel = len(variable.shape) == 4
+    return is_kernel and devices.jax_platform() == "gpu" and keras.distribution.distribution() is None
+
+
+def with_eager_input(train_function):
+    """Keras' train function, which is handed each batch; it is about to be compiled.
+
+    From its own kind of iterator TensorFlow would read in a second function around the step, which it traces
+    and optimises too, though XLA is to compile what is inside: up to two fifths of the time to a first step.
+    """
+    keep_programs()
+    if keras.backend.backend() == "tensorflow":
+        return lambda iterator: train_function(iter([next(iterator)]))
+    return train_function
+
+
+def recomputed(function, variables):
+    """`function`, of floating-point tensors, with a backward pass that computes it again from its inputs.
+
+    What it needs gradients for must be among its arguments or its variables. `keras.remat` is the same, but
+    XLA drops JAX's barriers on a CPU, merges both computations and so keeps everything. Here, as in
+    TensorFlow's version, the second one waits for the gradient that it is for.
+
+    Args:
+        variables: all the Keras variables that it reads. It may not assign to them.
+    """
+    if keras.backend.backend() == "tensorflow":
+        return keras.remat(function)
+
+    import jax
+
+    variables = list(variables)
+
+    def pure(values, inputs):
+        with _GivenValues(variables, values):
+            return function(*inputs)
+
+    def call(*inputs):
+        # A program that JAX keeps for a function and its shapes would hold the values of its first trace.
+        @jax.custom_vjp
+        def run(values, inputs):
+            return pure(values, inputs)
+
+        def forward(values, inputs):
+            return run(values, inputs), (values, inputs)
+
+        def backward(kept, gradient):
+            values, inputs = kept
+            first = gradient.ravel()[0]
+            # XLA cannot know that this is zero.
+            zero = jax.numpy.where(first == first, 0.0, jax.numpy.nan)
+            inputs = tuple(array + zero.astype(array.dtype) for array in inputs)
+            return jax.vjp(pure, values, inputs)[1](gradient)
+
+        run.defvjp(forward, backward)
+        return run([compat.current_value(variable) for variable in variables], inputs)
+
+    return call
+
+
+class _GivenValues(keras.StatelessScope):
+    """In which the variables that are named have the values that are given, and no others can be read.
+
+    Those would silently be constants in the program that is traced inside, whatever they become later.
+    """
+
+    def __init__(self, variables, values):
+        super().__init__(state_mapping=list(zip(variables, values, strict=True)))
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None:
+            raise RuntimeError(f"{variable.path}: read by a compiled function that does not name it")
+        return value
+
+    def add_update(self, update):
+        raise RuntimeError(f"{update[0].path}: assigned by a compiled function, where it would be lost")
+
+
+def scan(step, carry, arrays):
+    """Calls `step(carry, [array[i] ...])` for each i of the arrays' first axis, in turns.
+
+    Args:
+        step: takes a tuple of tensors, the carry, and a list of tensors; returns a tuple like the carry and
+            a tuple of outputs.
+        carry: the tuple that the first step gets.
+        arrays: a list of tensors of equal and known length.
+
+    Returns:
+        The last carry, and the outputs of all steps stacked.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.lax.scan(step, carry, arrays)
+    import tensorflow as tf
+
+    count = arrays[0].shape[0]
+    shapes = tf.nest.map_structure(tf.TensorSpec.from_tensor, step(carry, [array[0] for array in arrays])[1])
+    outputs = tuple(tf.TensorArray(spec.dtype, count, element_shape=spec.shape) for spec in shapes)
+
+    def body(index, carry, outputs):
+        carry, found = step(carry, [array[index] for array in arrays])
+        return (
+            index + 1,
+            carry,
+            tuple(array.write(index, one) for array, one in zip(outputs, found, strict=True)),
+        )
+
+    _, carry, outputs = tf.while_loop(
+        lambda index, *_: index < count, body, (0, carry, outputs), parallel_iterations=1
+    )
+    return carry, tuple(array.stack() for array in outputs)

@@ -1,0 +1,42 @@
+"""Flash attention (Dao et al., 2022) by cuDNN, for JAX on NVIDIA's GPUs."""
+
+import keras
+
+from keras_sd import backend
+
+# Features of a head that cuDNN's attention takes, before and since NVIDIA's Hopper.
+_LARGEST_HEAD, _LARGEST_HEAD_ON_HOPPER = 128, 256
+
+
+def is_available(query):
+    """Whether there is `attention` for this query `(n, tokens, heads, head_size)`.
+
+    That is in half precision on NVIDIA's Ampere and later, which JAX gives to cuDNN.
+    """
+    half = keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
+    if keras.backend.backend() != "jax" or not half or backend.jax_platform() != "gpu":
+        return False
+    import jax
+
+    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    largest = _LARGEST_HEAD_ON_HOPPER if capability >= 9 else _LARGEST_HEAD
+    return capability >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= largest
+
+
+def attention(query, key, value):
+    """Attention that never holds all scores.
+
+    Args:
+        query, key, value: `(n, tokens, heads, head_size)` in the same half precision. Scores are added up in
+            float32, so that large ones do no harm.
+    """
+    import jax
+
+    keys, lengths = key.shape[1], None
+    if keys % 2:
+        # The backward pass takes even numbers of keys; what is added here is left out by the length.
+        key, value = (keras.ops.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in (key, value))
+        lengths = jax.numpy.full((key.shape[0],), keys, "int32")
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
