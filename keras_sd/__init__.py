@@ -55,7 +55,15 @@ __all__ = ["__version__", *sorted(_MODULES)]
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        from keras_sd.errors import UserError, missing_package
+
+        instead = "set KERAS_BACKEND=jax where JAX is installed"
+        raise UserError(missing_package("tensorflow", instead)) from error
     return value
 
 

@@ -36,12 +36,16 @@ def require(*packages, instead=None):
         UserError: a package is missing; the message names the command that installs it.
     """
     for package in packages:
-        try:
-            found = importlib.util.find_spec(package) is not None
-        except (ImportError, ValueError):  # a program has blocked the import on purpose
-            found = False
-        if not found:
+        if not is_installed(package):
             raise UserError(missing_package(package, instead))
+
+
+def is_installed(package):
+    """Return whether a package is installed, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a program has blocked the import on purpose
+        return False
 
 
 def missing_package(package, instead=None):

@@ -1,4 +1,4 @@
-"""Imports run one way, and only ``backend`` knows which backend there is."""
+"""Imports run one way, and only ``backend`` and ``kernels`` know which backend there is."""
 
 import ast
 import graphlib
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import keras_sd
+from keras_sd.backend import compat
+from keras_sd.errors import UserError
 
 PACKAGE = Path(keras_sd.__file__).parent
 
@@ -74,10 +76,15 @@ def test_no_cycles():
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_backends_are_imported_by_backend_only(path):
+def test_backends_are_imported_by_backend_and_kernels_only(path):
     roots = {name.split(".")[0] for name in imported_names(path)}
     # What computes the reference of a parity report is a program of its own; captions are torch's models'.
-    allowed = {"backend": {"tensorflow", "jax"}, "parity": {"torch"}, "captions": {"torch"}}
+    allowed = {
+        "backend": {"tensorflow", "jax"},
+        "kernels": {"jax"},
+        "parity": {"torch"},
+        "captions": {"torch"},
+    }
     assert roots & BACKENDS <= allowed.get(unit_of(path), set())
 
 
@@ -103,3 +110,128 @@ def test_everything_imports_under_jax_without_tensorflow_or_torch():
     assert done.returncode == 0, done.stderr
     backend, count = done.stdout.split()
     assert backend == "jax" and int(count) >= len(LAYERS)
+
+
+# Of Python's own library: public all the same.
+PUBLIC = {"_asdict", "_exit", "_replace"}
+
+
+def privates(tree, own):
+    """Private and experimental things of Keras, TensorFlow and JAX in a syntax tree.
+
+    Args:
+        own: private names that the package itself defines.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            root = {"tf": "tensorflow"}.get(parts[0], parts[0])
+            is_theirs = root in {"keras", "tensorflow", "jax"}
+            if is_theirs and {"src", "_src", "python", "experimental"} & set(parts[1:]):
+                yield name
+            elif parts[-1] == "jax_state_sync":
+                yield name
+            elif isinstance(node, ast.Attribute) and node.attr[0] == "_" and node.attr[:2] != "__":
+                if node.attr not in own | PUBLIC or node.attr in compat_names():
+                    yield name
+
+
+def compat_names():
+    entries = compat._KERAS + sum(compat._BACKENDS.values(), ())
+    return {name for entry in entries for name in entry[2:] if name.startswith("_")}
+
+
+def own_names(trees):
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # of `setattr`
+            yield node.value
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_private_functions_are_used_by_compat_only():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in modules()}
+    own = set(own_names(trees.values()))
+    del trees[PACKAGE / "backend" / "compat.py"]
+    found = {str(path.relative_to(PACKAGE)): sorted(set(privates(tree, own))) for path, tree in trees.items()}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "value = variable._value",
+        "layer._tracker.unlock()",
+        "layers = model._flatten_layers()",
+        "model.jax_state_sync()",
+        "from jax.experimental import multihost_utils",
+        "import jax._src.lru_cache",
+        "from tensorflow.python.ops import control_flow_util",
+        "tf.experimental.dlpack.from_dlpack(array)",
+        "from keras.src import tree",
+    ],
+)
+def test_a_private_function_is_found(line):
+    assert list(privates(ast.parse(line), set()))
+
+
+def test_a_version_without_a_private_function_is_one_line():
+    with pytest.raises(UserError, match=r"^keras [0-9.]+: has no keras.Variable._gone.*'keras>=.*,<.*'$"):
+        compat.check((("keras", "Variable", "_value", "_gone"),))
+
+
+ABSENT = """if True:
+    import sys
+    class Absent:
+        def find_spec(self, name, path, target=None):
+            if name == "tensorflow":
+                raise ModuleNotFoundError(name, name=name)
+    sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_without_tensorflow(code):
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    command = [sys.executable, "-c", ABSENT + code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_commands_choose_jax_where_tensorflow_is_not_installed(tmp_path):
+    image = tmp_path / "cat.png"
+    arguments = ["generate", "cat face", "--num-inference-steps", "1", "--output", str(image)]
+    code = f"    sys.argv = ['keras-sd', *{arguments}]\n    from keras_sd.__main__ import main\n    main()\n"
+    done = run_without_tensorflow(code)
+    assert done.returncode == 0, done.stderr
+    assert image.is_file()
+
+
+def test_bare_use_without_tensorflow_names_the_variable():
+    done = run_without_tensorflow("    import keras_sd\n    keras_sd.StableDiffusion\n")
+    last = done.stderr.splitlines()[-1]
+    assert "UserError: tensorflow: not installed" in last and "KERAS_BACKEND=jax" in last
+
+
+def test_import_leaves_environment_and_cache_alone(tmp_path):
+    code = """if True:
+        import os
+        before = dict(os.environ)
+        from keras_sd import StableDiffusion
+        # These are of Keras, TensorFlow and the like.
+        assert before.get("TF_XLA_FLAGS") == os.environ.get("TF_XLA_FLAGS")
+    """
+    environment = {**os.environ, "KERAS_SD_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache").exists()

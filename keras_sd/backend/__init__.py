@@ -1,7 +1,8 @@
 """What depends on the backend, TensorFlow or JAX: no other room imports them but `kernels`.
 
-`compilation` has functions compiled by XLA, `program_cache` keeps them, `devices` knows processes and devices,
-`arrays` takes NumPy's there and back, and `compat` is the only place for private and experimental functions.
+`compilation` compiles functions by XLA, `program_cache` keeps the programs, `devices` knows processes and
+devices, `arrays` takes NumPy's there and back, and `compat` is the only place for private and experimental
+functions.
 """
 
 from keras_sd.backend.arrays import aligned_copy, to_numpy, to_tensor

@@ -10,7 +10,7 @@ _ALIGNMENT = 64
 
 
 def to_numpy(variable):
-    """The whole of a variable or tensor, of which this process has all parts."""
+    """Return the whole of a variable or tensor, of which this process has all parts."""
     value = keras.ops.convert_to_tensor(variable)
     if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
         return keras.ops.convert_to_numpy(value)
@@ -21,7 +21,7 @@ def to_numpy(variable):
 
 
 def aligned_copy(array, axes, dtype):
-    """A contiguous copy of a NumPy array with its axes in another order, fit for `to_tensor`."""
+    """Return a contiguous copy of a NumPy array with its axes in another order, fit for `to_tensor`."""
     transposed, dtype = array.transpose(axes), np.dtype(dtype)
     memory = np.empty(transposed.size * dtype.itemsize + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -38,7 +38,7 @@ def aligned_copy(array, axes, dtype):
 
 
 def to_tensor(copy):
-    """A tensor of what `aligned_copy` gave, on the same memory where the backend allows it."""
+    """Return a tensor of what `aligned_copy` gave, on the same memory where the backend allows it."""
     if keras.backend.backend() == "tensorflow" and copy.dtype.kind == "f" and copy.size:
         return compat.shared_tensor(copy)
     return keras.ops.convert_to_tensor(copy)

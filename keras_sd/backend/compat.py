@@ -24,12 +24,15 @@ SUPPORTED = {"keras": ">=3.15.1,<3.16", "tensorflow": ">=2.21,<2.22", "jax": ">=
 
 
 def stored_value(variable):
-    """A variable's tensor. `value` asks whether it is to be cast: for a thousand variables longer than a step."""
+    """Return a variable's tensor.
+
+    The public `value` asks whether to cast it, which for a thousand variables takes longer than a step.
+    """
     return variable._value
 
 
 def current_value(variable):
-    """A variable's tensor, or what stands for it in a `StatelessScope`; `value` casts it to half precision."""
+    """Return a variable's tensor, or its value in a `StatelessScope`; `value` casts it to half precision."""
     from keras.src.backend.common.stateless_scope import get_stateless_scope
 
     scope = get_stateless_scope()
@@ -38,7 +41,7 @@ def current_value(variable):
 
 
 def lay_out(variable, layout):
-    """Spreads a variable over devices as a `keras.distribution.TensorLayout` says.
+    """Spread a variable over devices as a `keras.distribution.TensorLayout` says.
 
     Keras asks for a variable's layout only when it is made, by paths that have no names of attributes here.
     """
@@ -48,7 +51,7 @@ def lay_out(variable, layout):
 
 @contextlib.contextmanager
 def unlocked(layer):
-    """Lets layers be added to one that is built, inside the block; Keras refuses that."""
+    """Allow layers to be added to a built layer inside the block; Keras refuses that."""
     layer._tracker.unlock()
     try:
         yield
@@ -57,12 +60,12 @@ def unlocked(layer):
 
 
 def forget(layer, child):
-    """Takes a layer out of another one's weights, which replacing the attribute does not do."""
+    """Remove a layer from the weights of another one, which replacing the attribute does not do."""
     layer._tracker.untrack(child)
 
 
 def sync_state(model):
-    """Gives the variables of model and optimizer their present values.
+    """Give the variables of model and optimizer their present values.
 
     During an epoch on JAX the values live in Keras' training loop and the variables are empty; on TensorFlow
     there is nothing to do.
@@ -78,13 +81,13 @@ class JointAdamW(keras.optimizers.AdamW):
     """
 
     def _apply_weight_decay(self, variables):
-        """Nothing: the decay is part of the update. Keras traces the schedule again for each variable."""
+        """Do nothing: the update applies the decay. Keras would trace the schedule once for each variable."""
 
     def _backend_update_step(self, gradients, variables, learning_rate):
         self.update_all(gradients, variables, learning_rate)
 
     def slots(self, variable):
-        """The position of a variable among the optimizer's own, and its first and second moment."""
+        """Return the position of a variable among the optimizer's own, and its first and second moment."""
         index = self._get_variable_index(variable)
         return index, self._momentums[index], self._velocities[index]
 
@@ -93,14 +96,14 @@ class JointAdamW(keras.optimizers.AdamW):
 
 
 def shared_tensor(array):
-    """A tensor on the memory of a NumPy array; `tf.convert_to_tensor` copies it."""
+    """Return a tensor on the memory of a NumPy array; `tf.convert_to_tensor` copies it."""
     import tensorflow as tf
 
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def is_traced_for_xla():
-    """Whether the graph that TensorFlow traces is one that XLA compiles, which nothing public tells."""
+    """Return whether TensorFlow is tracing a graph that XLA compiles, which nothing public tells."""
     import tensorflow as tf
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
@@ -108,7 +111,7 @@ def is_traced_for_xla():
 
 
 def compute_capability(device):
-    """The compute capability of one of TensorFlow's GPUs, as (8, 0); (0, 0) of what has none."""
+    """Return the compute capability of one of TensorFlow's GPUs, as (8, 0); (0, 0) if it has none."""
     import tensorflow as tf
 
     return tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
@@ -118,7 +121,7 @@ def compute_capability(device):
 
 
 def outputs_first(variable):
-    """The layout that has a convolution's outputs first in memory; its kernel is `(height, width, in, out)`.
+    """Return the memory layout with outputs first of a convolution's kernel `(height, width, in, out)`.
 
     JAX has no other way to say how an array lies in memory.
     """
@@ -128,14 +131,14 @@ def outputs_first(variable):
 
 
 def gathered(array):
-    """The arrays of all processes, stacked; public collectives work inside a compiled function only."""
+    """Return the arrays of all processes, stacked; public collectives work in compiled functions only."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(array)
 
 
 def processes_stop_at(step):
-    """Whether all processes stop after this step, as one of them has got SIGTERM; asked at every step.
+    """Return whether all processes stop after this step, as one of them has got SIGTERM; asked at every step.
 
     Nothing public hands a signal to the other processes.
     """
@@ -145,7 +148,7 @@ def processes_stop_at(step):
 
 
 def write_programs_whole(folder):
-    """Has JAX write the programs of its cache in `folder` under a temporary name, and over damaged ones.
+    """Make JAX write the programs of its cache in `folder` under a temporary name, and over damaged ones.
 
     It writes them straight onto their names and leaves alone what is there: a program that was cut off by a
     kill or a full disk would be a warning, and be compiled, at each start. No option changes that.
@@ -193,7 +196,7 @@ _BACKENDS = {
 
 
 def check(needed):
-    """Raises a UserError unless all private names that are needed are there.
+    """Raise a UserError unless all private names that are needed are there.
 
     Args:
         needed: entries as those of `_KERAS`.
@@ -204,13 +207,13 @@ def check(needed):
                 package = module.split(".")[0]
                 missing = ".".join(part for part in (module, place, name) if part)
                 raise UserError(
-                    f"{package} {importlib.metadata.version(package)}: has no {missing}, which keras_sd needs; "
+                    f"{package} {importlib.metadata.version(package)}: has no {missing}; "
                     f"install '{package}{SUPPORTED[package]}'"
                 )
 
 
 def _is_there(module, place, name):
-    """Whether a module, or a class in it, has a name; a class may also assign it in one of its methods."""
+    """Return whether a module or class has a name; a class may also assign it in a method."""
     try:
         found = importlib.import_module(module)
         for part in place.split(".") if place else ():

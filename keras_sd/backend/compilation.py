@@ -1,4 +1,4 @@
-"""Functions compiled by XLA: whole programs, loops inside them, and what is computed again."""
+"""Functions compiled by XLA: whole programs, loops inside them, and recomputation for the gradient."""
 
 import functools
 
@@ -9,7 +9,7 @@ from keras_sd.backend.program_cache import keep_programs
 
 
 def jit(function, variables=(), jit_compile=True):
-    """Compiles a pure function of tensors by XLA; it is traced once for each set of input shapes.
+    """Compile a pure function of tensors by XLA; it is traced once for each set of input shapes.
 
     Args:
         function: takes and returns nests of tensors (or NumPy arrays); None stands for itself.
@@ -59,7 +59,7 @@ def jit(function, variables=(), jit_compile=True):
 
 
 def _lies_otherwise(variable):
-    """Whether programs of one NVIDIA GPU want this variable as `compat.outputs_first` lays it out.
+    """Return whether programs of one NVIDIA GPU want this variable as `compat.outputs_first` lays it out.
 
     So cuDNN wants it. XLA would transpose a kernel from Keras' layout in each call of a program, which takes
     up to an eighth of a UNet's time.
@@ -69,10 +69,10 @@ def _lies_otherwise(variable):
 
 
 def with_eager_input(train_function):
-    """Keras' train function, which is handed each batch; it is about to be compiled.
+    """Return Keras' train function, about to be compiled, with its batch read outside the compiled step.
 
-    From its own kind of iterator TensorFlow would read in a second function around the step, which it traces
-    and optimises too, though XLA is to compile what is inside: up to two fifths of the time to a first step.
+    TensorFlow would read its own iterator inside a second function around the step, and trace and optimise
+    that as well, though XLA compiles the step: up to two fifths of the time to a first step.
     """
     keep_programs()
     if keras.backend.backend() == "tensorflow":
@@ -81,7 +81,7 @@ def with_eager_input(train_function):
 
 
 def recomputed(function, variables):
-    """`function`, of floating-point tensors, with a backward pass that computes it again from its inputs.
+    """Return `function`, of floating-point tensors, with a backward pass that recomputes it from its inputs.
 
     What it needs gradients for must be among its arguments or its variables. `keras.remat` is the same, but
     XLA drops JAX's barriers on a CPU, merges both computations and so keeps everything. Here, as in
@@ -125,9 +125,9 @@ def recomputed(function, variables):
 
 
 class _GivenValues(keras.StatelessScope):
-    """In which the variables that are named have the values that are given, and no others can be read.
+    """A scope where the given variables have the given values, and no other variable can be read.
 
-    Those would silently be constants in the program that is traced inside, whatever they become later.
+    Others would silently be constants in the program that is traced inside, whatever they become later.
     """
 
     def __init__(self, variables, values):
@@ -144,7 +144,7 @@ class _GivenValues(keras.StatelessScope):
 
 
 def scan(step, carry, arrays):
-    """Calls `step(carry, [array[i] ...])` for each i of the arrays' first axis, in turns.
+    """Call `step(carry, [array[i] ...])` for each i of the arrays' first axis, in turns.
 
     Args:
         step: takes a tuple of tensors, the carry, and a list of tensors; returns a tuple like the carry and

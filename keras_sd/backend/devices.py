@@ -17,7 +17,7 @@ _platform = None  # what `compiling_for` says
 
 
 def join_processes(*arguments):
-    """Connects JAX with the other processes of the run, all of which are there.
+    """Connect JAX with the other processes of the run, all of which are there.
 
     Args:
         arguments: `HOST:PORT` of process 0, how many processes there are, and which this one is. Without them
@@ -33,7 +33,7 @@ def join_processes(*arguments):
 
 
 def process_count():
-    """How many processes train together."""
+    """Return how many processes train together."""
     if keras.backend.backend() == "tensorflow":
         return 1
     import jax
@@ -42,7 +42,7 @@ def process_count():
 
 
 def process_index():
-    """Which of them this one is; process 0 writes the files."""
+    """Return the number of this process; process 0 writes the files."""
     if keras.backend.backend() == "tensorflow":
         return 0
     import jax
@@ -51,14 +51,14 @@ def process_index():
 
 
 def any_process(flags):
-    """Where any process has True: a bool array `(n,)`, which each gives its own of; all have to ask."""
+    """Return where any process has True, given each one's own bool array `(n,)`; all have to ask."""
     if process_count() == 1:
         return flags
     return compat.gathered(flags).any(axis=0)
 
 
 def device_names():
-    """The names of JAX's devices in all processes, those of a process side by side."""
+    """Return the names of JAX's devices in all processes, those of a process side by side."""
     import jax
 
     ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -67,9 +67,9 @@ def device_names():
 
 @contextlib.contextmanager
 def compiling_for(platform):
-    """Has JAX's programs that are traced inside made for a platform, "cpu", "gpu" or "tpu", maybe not here.
+    """Trace JAX's programs inside the block for a platform, "cpu", "gpu" or "tpu", maybe not here.
 
-    What is the faster way there is asked while a program is traced, when JAX does not know for which it is.
+    Kernels are chosen while a program is traced, when JAX does not yet know its platform.
     """
     global _platform
     before, _platform = _platform, platform
@@ -80,14 +80,14 @@ def compiling_for(platform):
 
 
 def jax_platform():
-    """The platform that JAX compiles for: "cpu", "gpu" or "tpu"."""
+    """Return the platform that JAX compiles for: "cpu", "gpu" or "tpu"."""
     import jax
 
     return _platform or jax.default_backend()
 
 
 def compiles_for_processor(tensor):
-    """Whether `tensor` belongs to a program that XLA is about to compile for a CPU."""
+    """Return whether `tensor` belongs to a program that XLA is about to compile for a CPU."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -98,7 +98,7 @@ def compiles_for_processor(tensor):
 
 
 def multiplies_bfloat16():
-    """Whether the device that computes has units for bfloat16: TPUs, NVIDIA's GPUs since Ampere, AMD's."""
+    """Return whether the device that computes has units for bfloat16 (TPUs, NVIDIA since Ampere, AMD)."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -116,7 +116,7 @@ def multiplies_bfloat16():
 
 
 def has_accelerator():
-    """Whether what computes has memory of its own: a GPU or a TPU."""
+    """Return whether what computes has memory of its own: a GPU or a TPU."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -128,7 +128,7 @@ def has_accelerator():
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that an allocation failed, in host memory or on the device.
+    """Return whether an exception says that an allocation failed, in host memory or on the device.
 
     Keras, and generators of either backend, wrap exceptions of others, so those behind it count too.
     """
@@ -142,7 +142,7 @@ def is_out_of_memory(error):
 
 
 def _is_of_backend(error):
-    """Whether an exception comes from XLA or TensorFlow, or is Keras' copy of such a one."""
+    """Return whether an exception comes from XLA or TensorFlow, or is Keras' copy of such a one."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -153,7 +153,7 @@ def _is_of_backend(error):
 
 
 def replicated():
-    """The sharding of an array that every device has whole; None on one device."""
+    """Return the sharding of an array that every device holds whole; None on one device."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return None

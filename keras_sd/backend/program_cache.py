@@ -20,7 +20,7 @@ _FLAG = "--tf_xla_persistent_cache_directory="
 
 
 def cache_folder():
-    """Where compiled programs are kept, or None where they are not.
+    """Return the folder of compiled programs, or None where none are kept.
 
     Machine code fits the processor and the version that it was made for and no other: both name the folder.
     """
@@ -42,10 +42,10 @@ def cache_folder():
 
 @functools.cache
 def keep_programs():
-    """Has XLA look for a program in `cache_folder` before it compiles, and put it there afterwards.
+    """Make XLA look for a program in `cache_folder` before it compiles, and put it there afterwards.
 
-    Whoever has named a folder to the backend keeps it. TensorFlow reads its flags once, at the first operation
-    or look at its devices, so a program that computes something before has no cache there.
+    Whoever has named a folder to the backend keeps it. TensorFlow reads its flags once, when it computes or
+    lists its devices for the first time: a program that has done so before has no cache there.
     """
     folder = cache_folder()
     if folder is None:
@@ -80,7 +80,7 @@ def keep_programs():
 
 
 def _remove_oldest(folder):
-    """Removes the programs made first until those left take no more than `_CACHE_BYTES`."""
+    """Remove the programs made first until those left take no more than `_CACHE_BYTES`."""
     entries = []
     for entry in os.scandir(folder):
         status = entry.stat()

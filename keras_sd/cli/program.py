@@ -9,7 +9,7 @@ import warnings
 
 from keras_sd import interruption
 from keras_sd.cli.quiet import quiet_libraries
-from keras_sd.errors import BACKENDS, UserError, missing_package, os_fault
+from keras_sd.errors import BACKENDS, UserError, is_installed, missing_package, os_fault
 
 _RESUME = "--resume-from-checkpoint"
 
@@ -47,6 +47,8 @@ def _run(command, program):
     if hasattr(sys.stdout, "reconfigure"):  # names of files that are no UTF-8 leave as the bytes they are
         sys.stdout.reconfigure(errors="surrogateescape")
     quiet_libraries()
+    if not is_installed("tensorflow") and is_installed("jax"):
+        os.environ.setdefault("KERAS_BACKEND", "jax")
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend not in BACKENDS:
         _leave(program, f"KERAS_BACKEND {backend!r}: unknown; use {' or '.join(BACKENDS)}")

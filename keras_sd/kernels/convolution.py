@@ -6,7 +6,7 @@ from keras_sd.kernels import im2col, winograd
 
 
 def convolve(inputs, kernel, strides, padding):
-    """The convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)` by a faster way.
+    """Return the convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)` by a faster way.
 
     Args:
         strides: of rows and columns.

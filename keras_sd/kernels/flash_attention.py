@@ -9,7 +9,7 @@ _LARGEST_HEAD, _LARGEST_HEAD_ON_HOPPER = 128, 256
 
 
 def is_available(query):
-    """Whether there is `attention` for this query `(n, tokens, heads, head_size)`.
+    """Return whether there is `attention` for this query `(n, tokens, heads, head_size)`.
 
     That is in half precision on NVIDIA's Ampere and later, which JAX gives to cuDNN.
     """
@@ -24,7 +24,7 @@ def is_available(query):
 
 
 def attention(query, key, value):
-    """Attention that never holds all scores.
+    """Return attention, computed without holding all scores.
 
     Args:
         query, key, value: `(n, tokens, heads, head_size)` in the same half precision. Scores are added up in

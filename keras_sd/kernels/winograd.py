@@ -16,7 +16,7 @@ _LEAST_WIDTH = 80
 
 
 def pays(inputs, kernel, strides, padding):
-    """Return whether `convolve` takes these arguments, as those of `im2col.convolve`, and is the faster way."""
+    """Return whether `convolve` takes these arguments of `im2col.convolve` and is the faster way."""
     if tuple(kernel.shape[:2]) != (3, 3) or strides != (1, 1) or padding != "same":
         return False
     height, width = inputs.shape[1:3]

@@ -71,7 +71,7 @@ class Deferred:
 
 @contextlib.contextmanager
 def deferring():
-    """Has every weight of `models.layers` that is made inside start from a `Deferred`.
+    """Make every weight of `models.layers` that is made inside start from a `Deferred`.
 
     In a `keras.StatelessScope` initialisers are called at its end, so that there is time to set `load`. Other
     threads make their weights as ever.
@@ -87,5 +87,5 @@ def deferring():
 
 
 def deferred_weights():
-    """The dictionary of the `deferring()` that is open in this thread, or None."""
+    """Return the dictionary of the `deferring()` that is open in this thread, or None."""
     return _deferred.get()

@@ -12,7 +12,8 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.kernels import convolution as kernels, normalization
+from keras_sd.kernels import normalization
+from keras_sd.kernels.convolution import convolve
 from keras_sd.models.initializers import Deferred, deferred_weights, glorot_uniform, uniform
 
 
@@ -84,7 +85,7 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
     """Keras' convolution with an optional low-rank update: a kernel of the same size, then one of 1x1."""
 
     def convolution_op(self, inputs, kernel):
-        outputs = kernels.convolve(inputs, kernel, self.strides, self.padding)
+        outputs = convolve(inputs, kernel, self.strides, self.padding)
         return super().convolution_op(inputs, kernel) if outputs is None else outputs
 
     def _low_rank_pair(self, rank, initializer):
@@ -104,7 +105,7 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
 
 
 def sublayers(layer):
-    """Yields `(path, sublayer)` for each layer in a public attribute or in a list that is one."""
+    """Yield `(path, sublayer)` for each layer in a public attribute or in a list that is one."""
     for attribute, value in vars(layer).items():
         if attribute.startswith("_"):
             continue

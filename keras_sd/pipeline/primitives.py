@@ -5,6 +5,7 @@ The tasks for people are on top of it, in `keras_sd.pipeline.stable_diffusion`.
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -69,6 +70,7 @@ class Primitives:
         self.image_encoder, self.clip_head = image_encoder, clip_head
         self.defaults = defaults or ModelDefaults()
         self.name, self.batch_size = name, whole_number("batch_size", batch_size, 1)
+        self._turn = threading.RLock()  # of the thread whose task runs; tasks call each other
         self._weights_file: Any = None
         self.vae_source: tuple[str | None, Path | None] = (None, None)
         self.embedding_files: dict[str, Path] = {}

@@ -59,18 +59,19 @@ def _with_loras(task: Callable[Parameters, Images]) -> Callable[Parameters, Imag
 
     @functools.wraps(task)
     def run(self, *arguments, **options):
-        given = signature.bind(self, *arguments, **options).arguments
-        texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
-        if "<lora:" not in str(texts):
-            return task(self, *arguments, **options)
-        taken = [[take_loras(text, self.find_lora) for text in kind] for kind in texts]
-        asked = [positive | negative for (_, positive), (_, negative) in zip(*taken, strict=True)]
-        if any(weights != asked[0] for weights in asked):
-            raise UserError("prompts: ask for different LoRAs; make their images in calls of their own")
-        given[title], given["negative_prompt"] = ([text for text, _ in kind] for kind in taken)
-        more = given.pop("options", {})
-        with self.adapters.temporarily(asked[0]):
-            return task(**given, **more)
+        with self._turn:
+            given = signature.bind(self, *arguments, **options).arguments
+            texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
+            if "<lora:" not in str(texts):
+                return task(self, *arguments, **options)
+            taken = [[take_loras(text, self.find_lora) for text in kind] for kind in texts]
+            asked = [positive | negative for (_, positive), (_, negative) in zip(*taken, strict=True)]
+            if any(weights != asked[0] for weights in asked):
+                raise UserError("prompts: ask for different LoRAs; make their images in calls of their own")
+            given[title], given["negative_prompt"] = ([text for text, _ in kind] for kind in taken)
+            more = given.pop("options", {})
+            with self.adapters.temporarily(asked[0]):
+                return task(**given, **more)
 
     return cast(Callable[Parameters, Images], run)
 
@@ -94,6 +95,9 @@ class StableDiffusion(Primitives):
     of their making `vae_source`, the name and the file of another autoencoder, and `embedding_files`, token
     -> file. Images are uint8 `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's,
     channels-last.
+
+    Threads may share a model: its tasks take turns, as a LoRA in a prompt changes the weights for that
+    call. Load and set adapters and embeddings while no other thread generates.
 
     Example:
         ```python

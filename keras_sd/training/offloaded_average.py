@@ -3,7 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_sd.training.callbacks import EMACallback, StepCallback, sync_state
+from keras_sd import backend
+from keras_sd.training.callbacks import EMACallback, StepCallback
 from keras_sd.training.optimizer import young_decay
 
 
@@ -38,7 +39,7 @@ class OffloadedEMACallback(EMACallback, StepCallback):
         self._updates = int(self._optimizer.iterations)
 
     def on_step(self, logs):
-        sync_state(self.model)
+        backend.sync_state(self.model)
         before, self._updates = self._updates, int(self._optimizer.iterations)
         if self._updates == before:  # a step whose float16 gradients overflowed has changed no weight
             return

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from keras_sd import backend
+from keras_sd.backend import program_cache
 from keras_sd.files.cache import cache_root
 
 PROGRAM = """if True:
@@ -14,12 +14,13 @@ PROGRAM = """if True:
     import numpy as np
     import keras
     from keras_sd import backend
-    variable = keras.Variable(np.eye(64, dtype="float32"))
+    from keras_sd.models.layers import dense
+    layer = dense(64, 64, use_bias=False, kernel_initializer="ones")
     def function(x):
         for _ in range(int(sys.argv[1])):
-            x = keras.ops.softmax(x @ variable) * 2 + keras.ops.sin(x)
+            x = keras.ops.softmax(x @ layer.kernel) * 2 + keras.ops.sin(x)
         return x
-    call = backend.jit(function, [variable])
+    call = backend.jit(function, layer.variables)
     inputs = np.linspace(0, 1, 4096, dtype="float32").reshape(64, 64)
     print(float(keras.ops.sum(call(keras.ops.convert_to_tensor(inputs)))))
     print(backend.cache_folder())
@@ -93,6 +94,6 @@ def test_oldest_programs_go_first(monkeypatch, tmp_path):
     for age, name in enumerate(("new", "middle", "old")):
         (tmp_path / name).write_bytes(bytes(10))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(backend, "_CACHE_BYTES", 20)
-    backend._forget_oldest(tmp_path)
+    monkeypatch.setattr(program_cache, "_CACHE_BYTES", 20)
+    program_cache._remove_oldest(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["middle", "new"]

@@ -21,6 +21,7 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+from keras_sd import backend
 from keras_sd.errors import UserError
 from keras_sd.training.callbacks import (
     CheckpointCallback,
@@ -30,7 +31,6 @@ from keras_sd.training.callbacks import (
     StepCallbackList,
     StopOnNonFiniteLoss,
     StopOnSignal,
-    sync_state,
 )
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.logs import MetricsLog
@@ -290,7 +290,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     run = Run(tmp_path, every=2, eager=True)
 
     def break_weights():
-        sync_state(run.model)
+        backend.sync_state(run.model)
         run.model.out.bias.assign([np.inf])
 
     run.callbacks.insert(0, AtStep(4, break_weights))

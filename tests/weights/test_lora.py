@@ -1,5 +1,6 @@
 """LoRA files against diffusers' and PEFT's own, in every dialect; and LoRAs at work in a pipeline."""
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -342,6 +343,12 @@ def test_tags_of_prompts_hold_for_their_call(pipeline, folder):
     np.testing.assert_array_equal(tagged, wanted)
     assert (tagged != plain).any()
     np.testing.assert_array_equal(pipeline.text_to_image("red heart", **options), plain)
+    # Threads take turns: one's LoRA is not seen by the other.
+    prompts = ["red heart<lora:ours_peft:0.8>", "red heart"] * 3
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        images = threads.map(lambda prompt: pipeline.text_to_image(prompt, **options), prompts)
+        for made, expected in zip(images, [wanted, plain] * 3, strict=True):
+            np.testing.assert_array_equal(made, expected)
     with pytest.warns(UserWarning, match="unheard"):
         pipeline.text_to_image("red heart <lora:unheard:1>", **options)
     with pytest.raises(UserError, match="no number"):
