@@ -204,7 +204,7 @@ def test_step_without_enough_memory_names_the_arguments_that_help(tmp_path):
     command = [sys.executable, "-c", HUGE, str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stderr.splitlines()[-1] == (
-        "train: error: training: out of memory; take `mixed_precision='bf16'`, or "
+        "train: error: training: out of memory; use `mixed_precision='bf16'`, or "
         "`train_batch_size=2048` `gradient_accumulation_steps=2`"
     )
     assert done.returncode == 2
@@ -214,7 +214,7 @@ def test_arguments_that_are_on_already_are_not_named(objective, tmp_path):
     try:
         on = {"gradient_checkpointing": True, "mixed_precision": "bf16", "offload_ema": True}
         trainer = Trainer(objective, settings(tmp_path, train_batch_size=1, **on), {})
-        with pytest.raises(UserError, match="out of memory; take a smaller model"):
+        with pytest.raises(UserError, match="out of memory; use a smaller model"):
             with trainer._with_memory_advice():
                 np.ones(2**47)
     finally:
@@ -235,6 +235,6 @@ def test_command_without_enough_memory_ends_in_one_line(tmp_path, backend):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)),
     )
     assert done.returncode == 2, done.stderr[-3000:]
-    told = "keras-sd: error: out of memory; take half precision (--dtype bfloat16, in training --mixed-"
+    told = "keras-sd: error: out of memory; use half precision (--dtype bfloat16, in training --mixed-"
     assert done.stderr.splitlines()[-1].startswith(told), done.stderr
     assert "Traceback" not in done.stderr
