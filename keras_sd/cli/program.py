@@ -81,7 +81,7 @@ def _mendable_fault(error):
         return os_fault(error)
     if is_out_of_memory(error):
         return (
-            "out of memory; take half precision (--dtype bfloat16, in training --mixed-precision bf16), a "
+            "out of memory; use half precision (--dtype bfloat16, in training --mixed-precision bf16), a "
             "smaller batch size or smaller images"
         )
     return None
