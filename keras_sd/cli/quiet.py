@@ -31,7 +31,10 @@ class _QuietImport:
         if name != "tensorflow":
             return None
         sys.meta_path.remove(self)
-        specification = importlib.util.find_spec(name)
+        try:
+            specification = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # looking whether it is installed does not import it
         if specification is not None and specification.loader is not None:
             execute = specification.loader.exec_module
 
