@@ -86,7 +86,7 @@ class JointAdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, gradients, variables, learning_rate):
         self.update_all(gradients, variables, learning_rate)
 
-    def slots(self, variable):
+    def slots(self, variable: keras.Variable) -> tuple[int, keras.Variable, keras.Variable]:
         """Return the position of a variable among the optimizer's own, and its first and second moment."""
         index = self._get_variable_index(variable)
         return index, self._momentums[index], self._velocities[index]

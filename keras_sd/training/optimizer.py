@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sd.arguments import Tensor
 from keras_sd.backend.compat import JointAdamW
 
 
@@ -44,8 +45,10 @@ class AdamW(JointAdamW):
             # A copy: JAX donates the buffers of both to the compiled step, so they must not be shared.
             average.assign(ops.copy(variable))
 
-    def update_all(self, gradients, variables, learning_rate):
-        """One update of all variables (Kingma and Ba, 2015, algorithm 1).
+    def update_all(
+        self, gradients: list[Tensor], variables: list[keras.Variable], learning_rate: Tensor
+    ) -> None:
+        """Make one update of all variables (Kingma and Ba, 2015, algorithm 1).
 
         Common factors are computed once, and all vectors, the majority of variables, are updated as one
         array. Keras traces an update for each variable, which takes most of the time before a small model's
