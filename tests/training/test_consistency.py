@@ -94,7 +94,7 @@ def train(folder, output, resume=None, **options):
     pictures = read_images(folder / "images", "red heart", 16)
     encoded = EncodedSource(pictures, sd.vae, sd.text_encoder, sd.tokenizer, jit_compile=False)
     parts = (sd.unet, sd.scheduler_config, encoded)
-    return sd, train_consistency(settings, *parts, guidance_scale=5.0, **options)
+    return sd, train_consistency(settings, *parts, **{"guidance_scale": 5.0} | options)
 
 
 def test_resumes_to_the_bit_and_leaves_the_model_as_it_is(tmp_path, folder):

@@ -245,7 +245,7 @@ def test_command_writes_low_rank_updates_and_no_second_run_over_them(tmp_path, m
     assert not (tmp_path / "model" / "unet").exists()
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(UserError, match="earlier run.*resume_from_checkpoint='latest'"):
+    with pytest.raises(UserError, match="earlier run.*--resume-from-checkpoint latest"):
         command(model, subject, tmp_path, "--lora", "--rank", 2)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
