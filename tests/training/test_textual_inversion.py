@@ -192,7 +192,7 @@ def test_command_writes_a_word_that_the_model_reads(tmp_path, model, pictures, u
     assert ids[-2:] == list(sd.tokenizer.added_tokens.values())
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(UserError, match="earlier run.*resume_from_checkpoint='latest'"):
+    with pytest.raises(UserError, match="earlier run.*--resume-from-checkpoint latest"):
         command(model, pictures, tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
