@@ -1,4 +1,4 @@
-"""Attention: over text and over positions in the UNet, over positions in the VAE."""
+"""Attention to the text and between positions in the UNet, and between positions in the VAE."""
 
 import keras
 from keras import ops
@@ -9,15 +9,15 @@ from keras_sd.models.layers import GroupNormalization, Layer, LayerNormalization
 
 
 def scaled_dot_product(query, key, value, mask=None, *, upcast=False):
-    """Attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
+    """Return the attention of `(n, tokens, heads, head_size)` tensors (Vaswani et al., 2017).
 
-    Scores are never held all at once where there are many: a GPU has kernels for that, and elsewhere slices
-    of the queries go in turns (`kernels.chunked_attention`), with the same result.
+    Large matrices of scores are never held whole: a GPU has kernels for that, and other devices use chunked
+    attention (`kernels.chunked_attention`), with the same result.
 
     Args:
-        mask: None, or a boolean that broadcasts to `(n, heads, queries, keys)`: which keys a query sees.
-            Masked attention, which is that of short texts, is never sliced.
-        upcast: whether queries meet keys in float32, since the scores are too large for float16.
+        mask: None, or a boolean that broadcasts to `(n, heads, queries, keys)`: the keys that a query sees.
+            Masked attention is never chunked; texts are short.
+        upcast: compute scores in float32, for models whose scores are too large for float16.
 
     Returns:
         `(n, queries, heads, head_size)`.
@@ -39,14 +39,14 @@ def _masked(query, key, value, mask, upcast):
         query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
     scale = query.shape[-1] ** -0.5
     scores = ops.einsum("nqhd,nkhd->nhqk", query * ops.cast(scale, query.dtype), key)
-    # The softmax of many terms needs more precision than float16 or bfloat16 has.
+    # A softmax of many terms needs more precision than float16 or bfloat16 has.
     scores = ops.where(mask, ops.cast(scores, "float32"), -float("inf"))
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     return ops.einsum("nhqk,nkhd->nqhd", weights, value)
 
 
 class Attention(Layer):
-    """Multi-head attention of `(n, tokens, features)` to itself or to a context."""
+    """Multi-head attention of `(n, tokens, features)` to themselves or to a context."""
 
     def __init__(self, features, context_features, heads, *, upcast=False, **kwargs):
         super().__init__(**kwargs)
@@ -77,7 +77,7 @@ class Attention(Layer):
 
 
 class GEGLU(Layer):
-    """A linear layer gated by the GELU of a second one (Shazeer, 2020)."""
+    """A linear layer multiplied by the GELU of a second one (Shazeer, 2020)."""
 
     def __init__(self, inputs, outputs, **kwargs):
         super().__init__(**kwargs)
@@ -89,11 +89,11 @@ class GEGLU(Layer):
 
 
 class FeedForward(Layer):
-    """The transformer's position-wise network, four times as wide inside."""
+    """The position-wise network of a transformer; its hidden layer is four times as wide."""
 
     def __init__(self, features, **kwargs):
         super().__init__(**kwargs)
-        # The published trees have a dropout at index 1; its rate is 0 in all of Stable Diffusion.
+        # The published models have a dropout at index 1; its rate is 0 in all of Stable Diffusion.
         self.net = [GEGLU(features, 4 * features), keras.layers.Identity(), dense(4 * features, features)]
 
     def call(self, inputs):
@@ -103,7 +103,7 @@ class FeedForward(Layer):
 
 
 class BasicTransformerBlock(Layer):
-    """Self-attention, attention to the text, and a feed-forward network, each on a residual."""
+    """Self-attention, attention to the text and a feed-forward network, with residual connections."""
 
     def __init__(
         self, features, context_features, heads, *, only_cross_attention=False, upcast=False, **kwargs
@@ -185,6 +185,6 @@ class AttentionBlock(Layer):
         height, width = inputs.shape[1:3]
         hidden = ops.reshape(self.group_norm(inputs), (-1, height * width, self.channels))
         query, key, value = (project(hidden)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
-        # One head as wide as the features: its sums are the largest of the model.
+        # The only head is as wide as the features, so its scores are the largest of the model.
         attended = self.to_out[0](scaled_dot_product(query, key, value, upcast=True)[:, :, 0])
         return inputs + ops.reshape(attended, (-1, height, width, self.channels))

@@ -24,7 +24,7 @@ PIXEL_DEVIATION = np.array((0.26862954, 0.26130258, 0.27577711))
 
 
 class PatchEmbedding(Layer):
-    """One vector for each patch: a convolution without bias whose stride is its kernel size.
+    """A convolution without bias whose stride is its kernel size: one vector for each patch.
 
     It is computed as a matrix multiplication, since XLA's CPU backend has no fast path for the weight
     gradient of a strided convolution. The kernel keeps the convolution's shape.
@@ -64,7 +64,7 @@ class ImageEmbeddings(Layer):
 
     def call(self, images):
         patches = self.patch_embedding(images)
-        # Repeated by adding it to zeros, as the batch size may be unknown while tracing.
+        # Added to zeros, since the batch size may be unknown during tracing.
         class_vectors = ops.zeros_like(patches[:, :1]) + self.class_embedding
         hidden = ops.concatenate([class_vectors, patches], axis=1)
         return hidden + self.position_embedding(np.arange(self.positions))
@@ -73,7 +73,7 @@ class ImageEmbeddings(Layer):
 class ImageEncoder(ConfiguredModel):
     """A vision transformer with a projection into the space that it shares with the text tower.
 
-    Called on float `(n, image_size, image_size, channels)` in [-1, 1]; returns the embeddings, float32
+    Call it on float `(n, image_size, image_size, channels)` in [-1, 1]. It returns the embeddings, float32
     `(n, projection_dim)`, not scaled to unit length. All weights exist after construction.
 
     Raises:
@@ -114,9 +114,10 @@ class ImageEncoder(ConfiguredModel):
         return ops.cast(self.visual_projection(self.features(images)), "float32")
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the last block's class vector after its layer normalisation, float32 `(n, hidden_size)`.
+        """Return the last block's class vector after its layer normalisation, float32 `(n, hidden_size)`.
 
-        Takes images as a call does.
+        Args:
+            images: as in a call.
         """
         self._check(images)
         hidden = self.pre_layrnorm(self.embeddings(normalize_pixels(images)))
@@ -130,6 +131,6 @@ class ImageEncoder(ConfiguredModel):
 
 
 def normalize_pixels(images):
-    """Brings RGB images in [-1, 1] to mean 0 and deviation 1 over CLIP's training images."""
+    """Normalise RGB images in [-1, 1] to mean 0 and standard deviation 1 over CLIP's training images."""
     scale, offset = 0.5 / PIXEL_DEVIATION, (0.5 - PIXEL_MEAN) / PIXEL_DEVIATION
     return images * scale.astype("float32") + offset.astype("float32")

@@ -1,7 +1,7 @@
 """Random initial values, drawn by NumPy: a backend would compile a program for each shape of weight.
 
-Each draw takes its seed from Python's generator, as Keras' own initialisers do, so that
-`keras.utils.set_random_seed` or `random.seed` gives the same weights every time, on every backend.
+Each draw takes its seed from Python's generator, as Keras' own initialisers do. So after
+`keras.utils.set_random_seed` or `random.seed` the weights are always the same, on every backend.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def _generator():
 
 
 def uniform(limit):
-    """An initialiser of values between `-limit` and `limit`."""
+    """Return an initialiser of values between `-limit` and `limit`."""
 
     def draw(shape, dtype=None):
         values = _generator().random(shape, "float32")
@@ -33,7 +33,7 @@ def uniform(limit):
 
 
 def normal(standard_deviation):
-    """An initialiser of normally distributed values with mean 0."""
+    """Return an initialiser of normally distributed values with mean 0."""
 
     def draw(shape, dtype=None):
         values = _generator().standard_normal(shape, "float32")
@@ -44,17 +44,17 @@ def normal(standard_deviation):
 
 
 def glorot_uniform(shape, dtype=None):
-    """Uniform values of a kernel, of the size that Glorot and Bengio (2010) derive."""
+    """Return uniform values for a kernel, within the limit of Glorot and Bengio (2010)."""
     *window, inputs, outputs = shape
     limit = math.sqrt(6 / (math.prod(window) * (inputs + outputs)))
     return uniform(limit)(shape, dtype)
 
 
 class Deferred:
-    """An initialiser that gives the tensor that `load()` returns, or what another one draws.
+    """An initialiser that returns the tensor of `load()`, or the values of another initialiser.
 
     Attributes:
-        initializer: the other one.
+        initializer: the other initialiser.
         load: a function without arguments, or None.
     """
 
@@ -65,16 +65,16 @@ class Deferred:
     def __call__(self, shape, dtype=None):
         if self.load is None:
             return self.initializer(shape, dtype=dtype)
-        load, self.load = self.load, None  # a backend with memory of its own needs the array no longer
+        load, self.load = self.load, None  # frees the array, which the backend may have copied
         return load()
 
 
 @contextlib.contextmanager
 def deferring():
-    """Make every weight of `models.layers` that is made inside start from a `Deferred`.
+    """Give every weight of `models.layers` that is created inside the block a `Deferred`.
 
-    In a `keras.StatelessScope` initialisers are called at its end, so that there is time to set `load`. Other
-    threads make their weights as ever.
+    In a `keras.StatelessScope` initialisers are called at its end only, so `load` can be set before. Other
+    threads are not affected.
 
     Yields:
         A dictionary from the `id` of each variable to its `Deferred`.
@@ -87,5 +87,5 @@ def deferring():
 
 
 def deferred_weights():
-    """Return the dictionary of the `deferring()` that is open in this thread, or None."""
+    """Return the dictionary of this thread's `deferring()` block, or None outside of one."""
     return _deferred.get()

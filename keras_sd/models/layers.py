@@ -1,7 +1,7 @@
-"""Layers that every model part shares, built as soon as they are made.
+"""Layers that all models share. Each has its weights once it is constructed.
 
-All tensors are channels-last. The makers take input and output widths, so a weight exists once its
-layer does: nothing is traced to find shapes, and an optimizer can be built before the first step.
+All tensors are channels-last. The constructors take the widths of inputs and outputs. So nothing is traced to
+find shapes, and an optimizer can be built before the first step.
 """
 
 import math
@@ -18,10 +18,10 @@ from keras_sd.models.initializers import Deferred, deferred_weights, glorot_unif
 
 
 class Weights:
-    """How layers make their weights: with the values of a file where one is being opened."""
+    """The creation of weights, with values from a file while a model is being opened."""
 
     def add_weight(self, shape=None, initializer=None, **options):
-        backend.keep_programs()  # TensorFlow reads its flags when it makes the first one
+        backend.keep_programs()  # TensorFlow reads its flags when it creates the first weight
         deferred = deferred_weights()
         if deferred is None:
             return super().add_weight(shape, initializer, **options)
@@ -32,12 +32,12 @@ class Weights:
 
 
 class Layer(Weights, keras.layers.Layer):
-    """A layer that has all of its weights and layers once it is made.
+    """A layer that has all of its weights and sublayers once it is constructed.
 
-    Where Keras has to find out, it traces a layer before its first call, and the layers inside it again.
+    It sets `built`. Otherwise Keras traces a layer before its first call, and the layers inside it again.
 
-    Unless it is given a name, it has that of its class, without a number: TensorFlow takes a millisecond to
-    make the first variable of a name and a shape, a fifth of one for each after it.
+    The default name is that of the class, without a number: TensorFlow takes a millisecond to create the
+    first variable of a name and a shape, and 0.2 ms for each further one.
     """
 
     def __init__(self, name=None, **kwargs):
@@ -46,15 +46,15 @@ class Layer(Weights, keras.layers.Layer):
 
 
 class LowRankUpdate(Weights):
-    """What a linear layer or a convolution needs to learn a low-rank update (LoRA, Hu et al., 2022).
+    """The low-rank update (LoRA, Hu et al., 2022) of a linear layer or a convolution.
 
-    With one, the layer gives `base(x) + lora_scale * lora_B(lora_A(x))`.
+    With an update, the layer returns `base(x) + lora_scale * lora_B(lora_A(x))`.
     """
 
     lora_A = lora_B = None
 
     def add_low_rank(self, rank, alpha):
-        """Adds an update of that rank, scaled by `alpha / rank`, which changes nothing before it is trained.
+        """Add an update of that rank, scaled by `alpha / rank`. It has no effect before it is trained.
 
         Its initial values are those of Hu et al.'s code: uniform in +-1 / sqrt(inputs), and zeros.
         """
@@ -90,22 +90,15 @@ class Conv2D(LowRankUpdate, keras.layers.Conv2D):
 
     def _low_rank_pair(self, rank, initializer):
         inputs, outputs = self.kernel.shape[2:]
+        options = {"strides": self.strides, "padding": self.padding, "kernel_initializer": initializer}
         return (
-            convolution(
-                inputs,
-                rank,
-                self.kernel_size,
-                strides=self.strides,
-                padding=self.padding,
-                use_bias=False,
-                kernel_initializer=initializer,
-            ),
+            convolution(inputs, rank, self.kernel_size, use_bias=False, **options),
             convolution(rank, outputs, 1, use_bias=False, kernel_initializer="zeros"),
         )
 
 
 def sublayers(layer):
-    """Yield `(path, sublayer)` for each layer in a public attribute or in a list that is one."""
+    """Yield `(path, sublayer)` for each layer in a public attribute, or in a list in one."""
     for attribute, value in vars(layer).items():
         if attribute.startswith("_"):
             continue
@@ -117,9 +110,13 @@ def sublayers(layer):
                     yield f"{attribute}.{index}", item
 
 
-def dense(inputs, outputs, *, use_bias=True, kernel_initializer=glorot_uniform):
-    """A linear layer from `inputs` to `outputs` features on the last axis."""
-    layer = Dense(outputs, use_bias=use_bias, kernel_initializer=kernel_initializer, name="dense")
+def dense(inputs, outputs, *, kernel_initializer=glorot_uniform, **options):
+    """Return a linear layer from `inputs` to `outputs` features on the last axis, with its weights.
+
+    Args:
+        options: other options of `keras.layers.Dense`.
+    """
+    layer = Dense(outputs, kernel_initializer=kernel_initializer, name="dense", **options)
     layer.build((None, inputs))
     return layer
 
@@ -129,32 +126,20 @@ class Embedding(Weights, keras.layers.Embedding):
 
 
 def embedding(entries, width, initializer):
-    """A table of `entries` learned vectors."""
+    """Return a table of `entries` learned vectors."""
     layer = Embedding(entries, width, initializer, name="embedding")
     layer.build()
     return layer
 
 
-def convolution(
-    inputs,
-    outputs,
-    kernel_size=3,
-    *,
-    strides=1,
-    padding="same",
-    use_bias=True,
-    kernel_initializer=glorot_uniform,
-):
-    """A two-dimensional convolution from `inputs` to `outputs` channels."""
-    layer = Conv2D(
-        outputs,
-        kernel_size,
-        strides=strides,
-        padding=padding,
-        use_bias=use_bias,
-        kernel_initializer=kernel_initializer,
-        name="convolution",
-    )
+def convolution(inputs, outputs, kernel_size=3, *, padding="same", **options):
+    """Return a two-dimensional convolution from `inputs` to `outputs` channels, with its weights.
+
+    Args:
+        options: other options of `keras.layers.Conv2D`.
+    """
+    options = {"kernel_initializer": glorot_uniform} | options
+    layer = Conv2D(outputs, kernel_size, padding=padding, name="convolution", **options)
     layer.build((None, None, None, inputs))
     return layer
 
@@ -174,7 +159,7 @@ class LayerNormalization(Layer):
 
 
 class GroupNormalization(Layer):
-    """Group normalisation of `(n, height, width, channels)`; with `silu`, that unit follows."""
+    """Group normalisation of `(n, height, width, channels)`, followed by SiLU with `silu`."""
 
     def __init__(self, channels, groups=32, epsilon=1e-5, *, silu=False, **kwargs):
         super().__init__(**kwargs)
@@ -195,7 +180,7 @@ class GroupNormalization(Layer):
 
 
 class ResnetBlock(Layer):
-    """Residual block of two convolutions, shifted by the activated timestep embedding when there is one."""
+    """A residual block of two convolutions. A timestep embedding, if there is one, is added between them."""
 
     def __init__(self, inputs, outputs, *, time_features=None, groups=32, epsilon=1e-5, **kwargs):
         super().__init__(**kwargs)
@@ -203,7 +188,7 @@ class ResnetBlock(Layer):
         self.conv1 = convolution(inputs, outputs)
         self.time_emb_proj = dense(time_features, outputs) if time_features else None
         self.norm2 = GroupNormalization(outputs, groups, epsilon, silu=True)
-        # A branch that starts at zero makes the block start as its shortcut, which trains faster.
+        # The branch starts at zero, so the block starts as its shortcut, which trains faster.
         self.conv2 = convolution(outputs, outputs, kernel_initializer="zeros")
         self.conv_shortcut = convolution(inputs, outputs, 1) if inputs != outputs else None
 
@@ -217,10 +202,10 @@ class ResnetBlock(Layer):
 
 
 class Downsample(Layer):
-    """Halves height and width by a strided convolution.
+    """A strided convolution that halves height and width.
 
-    `padding` is the zero padding ((top, bottom), (left, right)): 1 all round in the UNet, only
-    bottom and right in the VAE, as the published weights expect.
+    `padding` is the zero padding ((top, bottom), (left, right)). As the published weights expect, it is 1 on
+    all sides in the UNet, and at the bottom and on the right in the VAE.
     """
 
     def __init__(self, channels, padding=((1, 1), (1, 1)), **kwargs):
@@ -233,10 +218,10 @@ class Downsample(Layer):
 
 
 class Upsample(Layer):
-    """Doubles height and width by nearest neighbours, then convolves.
+    """Nearest-neighbour interpolation to twice the height and width, then a convolution.
 
-    With `size` `(height, width)`, the last row or column is cut off where that side is odd, so that the up
-    path returns to the size that the down path started from.
+    With `size` `(height, width)`, the last row or column is cut off if that side is odd. So the up path
+    returns to the sizes of the down path.
     """
 
     def __init__(self, channels, **kwargs):
@@ -262,9 +247,9 @@ class TimestepEmbedding(Layer):
 
 
 def sinusoidal_features(timesteps, features, *, flip_sin_to_cos=True, frequency_shift=0):
-    """Sinusoids of `(n,)` timesteps at geometrically spaced frequencies: `(n, features)` float32.
+    """Return sinusoids of `(n,)` timesteps at geometrically spaced frequencies: `(n, features)` float32.
 
-    Vaswani et al. (2017), section 3.5; the published UNets put the cosines first.
+    Vaswani et al. (2017), section 3.5. The published UNets have the cosines first.
     """
     half = features // 2
     exponents = -ops.log(10000.0) * ops.arange(half, dtype="float32") / (half - frequency_shift)

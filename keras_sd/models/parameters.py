@@ -28,7 +28,7 @@ class Parameter(NamedTuple):
 
 
 def parameter_paths(model):
-    """Lists every weight of a model under its published name, in a fixed order.
+    """Return all weights of a model with their published names, in a fixed order.
 
     Args:
         model: a built Keras layer or model whose attributes mirror the published parameter tree.
@@ -50,7 +50,7 @@ def parameter_paths(model):
 
 
 def _walk(layer, path):
-    """Lists the parameters of a layer tree, the layer's own before those of its children."""
+    """Return the parameters of a layer tree, the layer's own before those of its children."""
     own = {id(value) for value in vars(layer).values()}
     parameters = [
         Parameter(path + _LEAVES.get(variable.name, variable.name), variable, layer)

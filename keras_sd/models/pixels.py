@@ -1,4 +1,4 @@
-"""uint8 images and masks, and the numbers in [-1, 1] that models take."""
+"""Conversion of uint8 images and masks to the range [-1, 1] of the models, and back."""
 
 import numpy as np
 from PIL import Image
@@ -11,10 +11,10 @@ WHITE = 128
 
 
 def as_images(images):
-    """Images, one `(height, width, 3)` or several, as uint8 `(n, height, width, 3)`.
+    """Return one image `(height, width, 3)`, or several, as uint8 `(n, height, width, 3)`.
 
     Raises:
-        UserError: they are of another type or shape.
+        UserError: the type or the shape is another one.
     """
     images = np.asarray(images)
     if images.ndim == 3:
@@ -28,15 +28,15 @@ def as_images(images):
 
 
 def images_to_unit(images: Images) -> Floats:
-    """Brings uint8 images to float32 in [-1, 1]."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return images.astype("float32") / np.float32(127.5) - np.float32(1)
 
 
 def images_from_unit(images: Tensor) -> Images:
-    """Rounds images in [-1, 1] to uint8.
+    """Round images in [-1, 1] to uint8.
 
     Raises:
-        UserError: there are numbers that are not finite, which would be black.
+        UserError: a value is not finite; it would become black.
     """
     images = np.asarray(images)
     if not np.isfinite(images).all():
@@ -47,10 +47,10 @@ def images_from_unit(images: Tensor) -> Images:
 
 
 def as_masks(mask):
-    """A mask, `(height, width)`, or several, as bool `(n, height, width, 1)`: white, from 128, is True.
+    """Return one mask `(height, width)`, or several, as bool `(n, height, width, 1)`; white is True.
 
     Raises:
-        UserError: it is of another type or shape, or has no white.
+        UserError: the type or the shape is another one, or a mask has no white.
     """
     mask = np.asarray(mask)
     if mask.dtype not in (np.uint8, np.bool_) or mask.ndim not in (2, 3) or not mask.size:
@@ -71,7 +71,7 @@ def as_masks(mask):
 
 
 def any_white(masks, factor):
-    """Shrink masks by `factor`: a cell is white if any of its pixels is, so that thin lines survive.
+    """Shrink masks by `factor`: a cell is white if any of its pixels is, so thin lines are kept.
 
     Args:
         masks: bool `(n, height, width, 1)`; the sides are multiples of `factor`.
@@ -84,5 +84,5 @@ def any_white(masks, factor):
 def resized(
     image: Images, size: tuple[int, int], method: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Images:
-    """A uint8 image `(h, w, 3)` interpolated to the size `(height, width)`."""
+    """Return a uint8 image `(h, w, 3)` interpolated to the size `(height, width)`."""
     return np.asarray(Image.fromarray(image).resize(tuple(size)[::-1], method))

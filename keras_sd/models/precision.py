@@ -15,10 +15,10 @@ POLICIES = ("float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
 @contextlib.contextmanager
 def dtype_policy(policy: Any) -> Iterator[None]:
-    """Makes models built inside it keep their weights, and compute, in a precision.
+    """Set the precision of the weights and of the computation of models that are built inside the block.
 
-    What a half precision would spoil is computed in float32 under every policy: the moments of
-    normalisations, softmax, the features of timesteps. Models take and return float32.
+    Under every policy, the moments of normalisations, softmax and the features of timesteps are computed in
+    float32, since half precision would lose too much. Models take and return float32.
 
     Args:
         policy: one of `POLICIES`, or a `keras.DTypePolicy`.
@@ -37,7 +37,7 @@ def dtype_policy(policy: Any) -> Iterator[None]:
 
 
 class ConfiguredModel(keras.Model):
-    """A model made from the config of its part, which Keras can describe and make again."""
+    """A model with the config of its part, which Keras can serialise."""
 
     config: Any
     config_class: ClassVar[type[Config]]
@@ -48,14 +48,14 @@ class ConfiguredModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Return a new model, with random weights, of what `get_config` returned."""
+        """Return a new model, with random weights, from the dictionary of `get_config`."""
         options = {**config, "config": cls.config_class.from_dict(config["config"])}
         with dtype_policy(keras.dtype_policies.get(options.pop("dtype"))):
             return cls(**options)
 
 
 class _InFloat32(keras.DTypePolicy):
-    """Keeps weights as the policy of that name does, and computes in float32."""
+    """A policy with the weights' precision of the policy of that name, which computes in float32."""
 
     @property
     def compute_dtype(self):
@@ -63,5 +63,5 @@ class _InFloat32(keras.DTypePolicy):
 
 
 def in_float32(policy):
-    """The policy that keeps weights as `policy` does and computes in float32."""
+    """Return a policy with the weights' precision of `policy`, which computes in float32."""
     return _InFloat32(policy.name)

@@ -1,4 +1,4 @@
-"""CLIP's text tower: token ids to the sequence of vectors that conditions the UNet.
+"""CLIP's text tower: turns token ids into the sequence of vectors that conditions the UNet.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
 Stable Diffusion 1.x uses the tower of ViT-L/14, 2.x that of OpenCLIP ViT-H/14. The attribute tree is
@@ -24,9 +24,9 @@ from keras_sd.models.transformer import Transformer
 
 
 class TextEmbeddings(Layer):
-    """Sum of a learned vector for each token and one for each position.
+    """The sum of a learned vector for each token and one for each position.
 
-    Token ids beyond the table `token_embedding` are those of `learned_embedding`, where there is one.
+    Token ids beyond the table `token_embedding` belong to `learned_embedding`, if there is one.
     """
 
     def __init__(self, config, **kwargs):
@@ -39,7 +39,7 @@ class TextEmbeddings(Layer):
         return self.token_vectors(ids) + self.position_embedding(np.arange(ids.shape[1]))
 
     def token_vectors(self, ids):
-        """The vectors `(..., width)` of token ids, without those of positions."""
+        """Return the vectors `(..., width)` of token ids, without those of positions."""
         if self.learned_embedding is None:
             return self.token_embedding(ids)
         last = self.token_embedding.input_dim - 1
@@ -50,7 +50,7 @@ class TextEmbeddings(Layer):
         )
 
     def add_tokens(self, vectors):
-        """Gives the next token ids their vectors, float32 `(k, width)`."""
+        """Add the vectors, float32 `(k, width)`, of the next token ids."""
         if self.learned_embedding is not None:
             earlier = ops.convert_to_numpy(self.learned_embedding.embeddings)
             vectors = np.concatenate([earlier, vectors])
@@ -62,12 +62,12 @@ class TextEmbeddings(Layer):
 class TextEncoder(ConfiguredModel):
     """A causal transformer over token ids.
 
-    Called on int32 `(n, tokens)`; returns the last hidden state after the final layer normalisation,
+    Call it on int32 `(n, tokens)`. It returns the last hidden state after the final layer normalisation,
     float32 `(n, tokens, hidden_size)`. All weights exist after construction.
 
     Raises:
-        UserError: a call has more tokens than there are positions, or (where the values are at hand,
-            as they are outside a compiled function) an id outside of the vocabulary.
+        UserError: there are more tokens than positions, or (outside of compiled functions) an id is not in
+            the vocabulary.
     """
 
     config_class = TextEncoderConfig
@@ -89,16 +89,16 @@ class TextEncoder(ConfiguredModel):
         return self._hidden_states(ids, depth=None)
 
     def add_tokens(self, vectors: npt.ArrayLike) -> None:
-        """Gives the encoder more token ids, which go on from `config.vocab_size`, with these vectors.
+        """Add tokens with these vectors; their ids continue from `config.vocab_size`.
 
-        They are a variable of their own, `embeddings.learned_embedding`, so that they can be trained while
-        the table stays as it is. Do it before anything is compiled with the encoder.
+        The vectors are a separate variable, `embeddings.learned_embedding`, so they can be trained while the
+        table of the other tokens is frozen. Add tokens before anything is compiled with the encoder.
 
         Args:
             vectors: `(k, hidden_size)`.
 
         Raises:
-            UserError: they are of another width, or not finite.
+            UserError: the vectors have another width, or are not finite.
         """
         vectors, width = np.asarray(vectors, "float32"), self.config.hidden_size
         if vectors.ndim != 2 or vectors.shape[1] != width:
@@ -112,7 +112,7 @@ class TextEncoder(ConfiguredModel):
         self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + len(vectors))
 
     def hidden_states(self, ids: Tensor, layer: int = -1) -> Tensor:
-        """Returns the output of one block, with the final layer normalisation applied.
+        """Return the output of one block, with the final layer normalisation applied.
 
         Args:
             ids: token ids, int32 `(n, tokens)`.
@@ -123,7 +123,7 @@ class TextEncoder(ConfiguredModel):
             float32 `(n, tokens, hidden_size)`.
 
         Raises:
-            UserError: there is no such layer, or as in a call.
+            UserError: there is no such layer; or as in a call.
         """
         blocks = self.config.num_hidden_layers
         if not -blocks <= layer <= -1:
@@ -134,13 +134,13 @@ class TextEncoder(ConfiguredModel):
         return self._hidden_states(ids, depth=blocks + 1 + layer)
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """Returns the vector of each text, `(n, hidden_size)`: the last hidden state at its end token."""
+        """Return the vector of each text, `(n, hidden_size)`: the last hidden state at its end token."""
         return self.pool(self(ids), ids)
 
     def pool(self, hidden_states: Tensor, ids: Tensor) -> Tensor:
-        """Picks from `(n, tokens, hidden_size)` the vector at the first end token of each text.
+        """Return the vector at the first end token of each text, from `(n, tokens, hidden_size)`.
 
-        A text without an end token gets the vector of its first position, as in transformers.
+        For a text without an end token it is the vector of the first position, as in transformers.
         """
         tokens = ids.shape[1]
         ids = ops.cast(ids, "int32")
@@ -172,7 +172,7 @@ class TextEncoder(ConfiguredModel):
 
 
 def _concrete(tensor):
-    """The tensor's values as a NumPy array, or None while a function is being traced."""
+    """Return the values of a tensor as a NumPy array, or None while a function is being traced."""
     try:
         return np.asarray(tensor)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):  # each backend has its own

@@ -3,7 +3,7 @@
 Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016; Radford et al.,
 "Learning Transferable Visual Models From Natural Language Supervision", 2021. The files are those of
 transformers' ``CLIPTokenizer``, which gives the same ids in its release 5. open_clip's tokenizer has the same
-merges and ids but first mends the text with ftfy and resolves HTML entities: there ``&amp;`` is ``&``.
+merges and ids, but first repairs the text with ftfy and decodes HTML entities: there ``&amp;`` is ``&``.
 """
 
 import gzip
@@ -32,25 +32,25 @@ END_TOKEN = "<|endoftext|>"
 WORD_END = "</w>"
 WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-# One printable symbol stands for each byte; in CLIP's vocabulary they come first, in this order.
+# A printable symbol for each byte. CLIP's vocabulary begins with these, in this order, and then has each of
+# them at the end of a word.
 BYTE_SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
+_ALPHABET = BYTE_SYMBOLS + [symbol + WORD_END for symbol in BYTE_SYMBOLS]
 SPACE_SYMBOL = "\u0120"
 
 DEFAULT_MAX_LENGTH = 77
 _CLIP_MERGES = Path(__file__).parents[1] / "bundled" / "clip" / "merges.txt.gz"
-# Configs without a limit hold a huge number in its place.
+# Configs without a limit have a huge number instead.
 LARGEST_MAX_LENGTH = 2**20
 
-# Prompts read these as syntax, so a token with one in it would never be found whole.
+# These characters are syntax in prompts, so a token with one of them would never be found.
 _SYNTAX_PATTERN = re.compile(r"[\s()\[\]\\:]")
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 _LARGEST_FILE = 16 * MIB
 _LARGEST_ID = 2**20
 _ABSENT = "a tokenizer folder has vocab.json and merges.txt, or tokenizer.json"
 
-# The shapes of a tokenizer's files. Longer tokens than these are no words.
+# The schemas of a tokenizer's files. Longer texts than these are no tokens.
 TokenText = Annotated[str, Len(1, 256)]
 TokenId = Annotated[int, Interval(ge=0, le=_LARGEST_ID)]
 Vocabulary = dict[TokenText, TokenId]
@@ -65,7 +65,7 @@ class _AddedToken(_Token):
 
 
 class SpecialTokens(TypedDict):
-    """The shape of `special_tokens_map.json`."""
+    """The schema of `special_tokens_map.json`."""
 
     bos_token: NotRequired[TokenText | _Token | None]
     eos_token: NotRequired[TokenText | _Token | None]
@@ -74,7 +74,7 @@ class SpecialTokens(TypedDict):
 
 
 class TokenizerConfig(SpecialTokens):
-    """The shape of `tokenizer_config.json`. Keys of the dictionary are ids, written as texts."""
+    """The schema of `tokenizer_config.json`. The keys of the dictionary are ids, as strings."""
 
     model_max_length: NotRequired[Annotated[float, Interval(ge=0, le=1e100)]]
     added_tokens_decoder: NotRequired[dict[str, TokenText | _Token]]
@@ -86,28 +86,27 @@ class _Model(TypedDict):
 
 
 class TokenizerFile(TypedDict):
-    """The shape of `tokenizer.json`."""
+    """The schema of `tokenizer.json`."""
 
     model: _Model
     added_tokens: NotRequired[list[_AddedToken]]
 
 
 def vector_names(token, count):
-    """The tokens of a learned word of several vectors: `<cat>`, `<cat>_1`, `<cat>_2`, as in diffusers."""
+    """Return the tokens of a learned word of several vectors: `<cat>`, `<cat>_1`, ..., as in diffusers."""
     return [token, *(f"{token}_{index}" for index in range(1, count))]
 
 
 class Tokenizer:
-    """Turns texts into the token ids of one vocabulary.
+    """CLIP's tokenizer for one vocabulary: turns texts into token ids.
 
     Args:
-        vocabulary: dictionary from token to id, with the begin, end and pad tokens in it.
-        merges: list of pairs of tokens, the first to be merged first.
+        vocabulary: dictionary from token to id; the begin, end and pad tokens are in it.
+        merges: list of pairs of tokens, in the order in which they are merged.
         max_length: tokens in a sequence, the begin and the end token included.
         pad_token: fills up short sequences: the end token in Stable Diffusion 1.x, ``!`` in 2.x.
-        added_tokens: dictionary from text to id of tokens beyond the merges, found in a text as a
-            whole, such as those of a textual inversion. Where `<cat>_1`, `<cat>_2`, ... are added too,
-            `<cat>` stands for all of them.
+        added_tokens: dictionary from text to id of tokens without merges, such as those of a textual
+            inversion. If `<cat>_1`, `<cat>_2`, ... are added too, `<cat>` in a text means all of them.
     """
 
     def __init__(
@@ -142,9 +141,8 @@ class Tokenizer:
         except Exception as error:  # the library raises the base class
             fault = shown(str(error))
             raise UserError(f"tokenizer: vocabulary and merges do not fit together ({fault})") from error
-        encoder = tokenizers.Tokenizer(model)
-        encoder.normalizer, encoder.pre_tokenizer = _normalizer(), _pre_tokenizer()
-        # The pad token is found in a text before words are, so with 2.x's files "!" is never a word.
+        encoder = _with_clip_words(model)
+        # A special token is found in a text before words are, so with 2.x's files "!" is never a word.
         encoder.add_special_tokens([BEGIN_TOKEN, END_TOKEN, self.pad_token])
         for token, token_id in sorted(self.added_tokens.items(), key=lambda item: item[1]):
             encoder.add_tokens([tokenizers.AddedToken(token, normalized=True)])
@@ -156,17 +154,17 @@ class Tokenizer:
         return encoder
 
     def _further_vectors(self, token):
-        """The ids of a learned word's vectors after the first."""
+        """Return the ids of a learned word's vectors after the first."""
         names = (f"{token}_{index}" for index in itertools.count(1))
         return [
             self.added_tokens[name] for name in itertools.takewhile(self.added_tokens.__contains__, names)
         ]
 
     def add_tokens(self, names: Iterable[str]) -> Self:
-        """Returns a tokenizer with more added tokens, whose ids go on from the last one.
+        """Return a tokenizer with more added tokens, whose ids continue from the last one.
 
         Raises:
-            UserError: a name is empty, in the vocabulary already, or would be taken apart in a prompt.
+            UserError: a name is empty, is in the vocabulary already, or would be split in a prompt.
         """
         taken = {token.lower() for token in self.added_tokens}
         for name in names:
@@ -190,7 +188,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int, max_length: int = DEFAULT_MAX_LENGTH) -> Self:
-        """Learns the vocabulary of a collection of texts; the same texts give the same vocabulary.
+        """Learn the vocabulary of a collection of texts; the same texts give the same vocabulary.
 
         The ids are in CLIP's order: 256 bytes, 256 bytes that end a word, merges, begin, end.
 
@@ -199,28 +197,26 @@ class Tokenizer:
             vocab_size: largest number of tokens; few texts give fewer.
             max_length: as in the constructor.
         """
-        alphabet = _alphabet()
-        smallest = len(alphabet) + 2
+        smallest = len(_ALPHABET) + 2
         if vocab_size < smallest:
             raise UserError(
                 f"tokenizer: vocab_size {vocab_size} is too small; bytes and special tokens take {smallest}"
             )
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
-            # Given as special tokens, all of the alphabet gets ids, in this order.
-            special_tokens=alphabet,
+            # As special tokens, all symbols get ids, in this order.
+            special_tokens=_ALPHABET,
             end_of_word_suffix=WORD_END,
             show_progress=False,
         )
-        learner = tokenizers.Tokenizer(BPE(end_of_word_suffix=WORD_END))
-        learner.normalizer, learner.pre_tokenizer = _normalizer(), _pre_tokenizer()
+        learner = _with_clip_words(BPE(end_of_word_suffix=WORD_END))
         learner.train_from_iterator(texts, trainer)
         merges = json.loads(learner.to_str())["model"]["merges"]
         return cls(_clip_vocabulary(merges), merges, max_length)
 
     @classmethod
     def clip(cls, pad_token: str = END_TOKEN) -> Self:
-        """CLIP's own tokenizer, of Stable Diffusion 1.x and 2.x, whose merges come with the package.
+        """Return CLIP's own tokenizer, that of Stable Diffusion 1.x and 2.x; the package has its merges.
 
         Args:
             pad_token: the end token for OpenAI's CLIP (1.x), "!" for OpenCLIP (2.x).
@@ -230,10 +226,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Reads the ``tokenizer`` folder of a pipeline, in the files of any release of transformers.
+        """Read the ``tokenizer`` folder of a pipeline, as any release of transformers writes it.
 
         Raises:
-            UserError: a file is missing or damaged, or it is not CLIP's kind of tokenizer.
+            UserError: a file is missing or damaged, or the tokenizer is not of CLIP's kind.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json", TokenizerConfig, default={})
@@ -247,10 +243,12 @@ class Tokenizer:
             added_tokens[_content(token)] = _checked_id(token_id, folder / "tokenizer_config.json")
         pad_token = config.get("pad_token")
         if "added_tokens_decoder" not in config:
-            # The older of the two files leads: 2.x has the end token in one and "!" in the other.
+            # The older of the two files takes precedence; in 2.x's files they differ.
             special_tokens = _read_json(folder / "special_tokens_map.json", SpecialTokens, default={})
             pad_token = special_tokens.get("pad_token", pad_token)
-        special = {_content(config[key]) for key in _SPECIAL_TOKENS if config.get(key) is not None}
+        special = {
+            _content(config[key]) for key in SpecialTokens.__annotations__ if config.get(key) is not None
+        }
         max_length = int(config.get("model_max_length", DEFAULT_MAX_LENGTH))
         tokenizer = cls(
             vocabulary,
@@ -263,7 +261,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, folder: str | Path) -> None:
-        """Writes the ``tokenizer`` folder of a pipeline."""
+        """Write the ``tokenizer`` folder of a pipeline."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         special_tokens = {
@@ -293,13 +291,13 @@ class Tokenizer:
         return len(self.vocabulary) + len(self.added_tokens)
 
     def encode(self, texts: str | Iterable[str]) -> list[list[int]]:
-        """Returns the tokens of each text as a list of ids, whole, without begin, end and padding."""
+        """Return all token ids of each text, without begin, end and padding."""
         return [[token_id for token_id, _ in tokens] for tokens in self._tokens(texts)]
 
     def __call__(self, texts: str | Iterable[str]) -> npt.NDArray[np.int32]:
-        """Encodes texts to one length.
+        """Encode texts to the length `max_length`.
 
-        A text that is too long loses its end; a warning shows what.
+        Texts that are too long are cut; a warning shows the part that is lost.
 
         Args:
             texts: a string or a list of strings.
@@ -322,7 +320,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """Returns the text of one sequence of ids, up to its end token, lower-cased and with plain spaces."""
+        """Return the text of one sequence of ids, up to its end token, lower-cased and with plain spaces."""
         ids = [int(token_id) for token_id in np.ravel(ids)]
         if ids[:1] == [self.begin_token_id]:
             ids = ids[1:]
@@ -334,60 +332,54 @@ class Tokenizer:
                 f"tokenizer: token id {ids[tokens.index(None)]} is outside of the vocabulary "
                 f"(0 to {self.vocab_size - 1})"
             )
-        # In the alphabet of bytes, where a word ends in what stands for a space.
+        # In the alphabet of bytes, with a space at the end of each word.
         symbols = [re.sub(f"{WORD_END}$", SPACE_SYMBOL, token) for token in tokens]
         return decoders.ByteLevel().decode(symbols).strip()
 
     def _tokens(self, texts):
-        """The (id, place in the text) of each token of each text; a learned word has all of its vectors."""
+        """Return (id, start in the text) of each token of each text; a learned word has all its vectors."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"tokenizer: {text!r} is a {type(text).__name__}; give texts as strings")
+        try:
+            encodings = self._encoder.encode_batch(texts, add_special_tokens=False)
+        except TypeError as error:  # all are strings, so one holds half of a surrogate pair
+            raise UserError("tokenizer: a text is not valid Unicode; remove the lone surrogate") from error
         return [
             [
                 (vector_id, start)
                 for token_id, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
                 for vector_id in (token_id, *self._further_ids.get(token_id, ()))
             ]
-            for encoding in self._encodings(texts)
+            for encoding in encodings
         ]
-
-    def _encodings(self, texts):
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for text in texts:
-            if not isinstance(text, str):
-                raise UserError(f"tokenizer: {text!r} is a {type(text).__name__}; give texts as strings")
-        try:
-            return self._encoder.encode_batch(texts, add_special_tokens=False)
-        except TypeError as error:  # all are strings, so one holds half of a surrogate pair
-            raise UserError("tokenizer: a text is not valid Unicode; remove the lone surrogate") from error
-
-
-def _alphabet():
-    return BYTE_SYMBOLS + [symbol + WORD_END for symbol in BYTE_SYMBOLS]
 
 
 def _clip_vocabulary(merges):
-    """Token to id in CLIP's order: the alphabet, what is merged, begin and end."""
-    tokens = [*_alphabet(), *("".join(pair) for pair in merges), BEGIN_TOKEN, END_TOKEN]
+    """Return a dictionary from token to id in CLIP's order: the alphabet, merged tokens, begin and end."""
+    tokens = [*_ALPHABET, *("".join(pair) for pair in merges), BEGIN_TOKEN, END_TOKEN]
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _normalizer():
-    return normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-
-
-def _pre_tokenizer():
-    split = pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True)
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+def _with_clip_words(model):
+    """Return a tokenizer of the library that normalises texts and splits them into words as CLIP does."""
+    encoder = tokenizers.Tokenizer(model)
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    return encoder
 
 
 def _content(token):
-    """The text of a token that a file gives as a string or as a dictionary of its properties."""
+    """Return the text of a token, which files give as a string or in a dictionary."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def _checked_id(text, path):
-    """A token's id, which a file gives as the key of a dictionary."""
+    """Return a token's id, which a file gives as the key of a dictionary."""
     if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_LARGEST_ID))):
         raise UserError(f"{path}: added_tokens_decoder has {shown(text)}, which is no id; fetch it again")
     return int(text)
@@ -411,7 +403,7 @@ def _parse_merges(text, path):
 
 
 def _checked_merges(pairs, path):
-    """Pairs of tokens as tuples; a UserError for what is none."""
+    """Return pairs of tokens as tuples; raise a UserError for anything else."""
     for pair in pairs:
         if len(pair) != 2 or not all(pair):
             raise UserError(f"{path}: {shown(' '.join(pair))} is no pair of tokens; fetch it again")
@@ -419,7 +411,7 @@ def _checked_merges(pairs, path):
 
 
 def _check_merges_make(vocabulary, merges, special, folder):
-    """Raises a UserError for a token that is never found in a text, as the merge that makes it is lost."""
+    """Raise a UserError for a token that no text can have, since its merge is missing."""
     made = {"".join(pair) for pair in merges} | special | {BEGIN_TOKEN, END_TOKEN}
     lost = [token for token in vocabulary if token not in made and len(token.removesuffix(WORD_END)) > 1]
     if lost:
@@ -430,7 +422,7 @@ def _check_merges_make(vocabulary, merges, special, folder):
 
 
 def _read_tokenizer_json(path):
-    """Vocabulary, merges and added tokens of the one file that newer releases write."""
+    """Return vocabulary, merges and added tokens of `tokenizer.json`, which newer releases write."""
     content = _read_json(path, dict)
     model = content.get("model")
     if not isinstance(model, dict) or model.get("end_of_word_suffix") != WORD_END:

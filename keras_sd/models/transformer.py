@@ -15,12 +15,12 @@ from keras_sd.models.layers import Layer, LayerNormalization, dense
 
 
 def quick_gelu(inputs):
-    """The sigmoid approximation of GELU in OpenAI's CLIP: ``x * sigmoid(1.702 x)``."""
+    """Return the sigmoid approximation of GELU in OpenAI's CLIP: ``x * sigmoid(1.702 x)``."""
     return inputs * ops.sigmoid(1.702 * inputs)
 
 
 def gelu(inputs):
-    """The exact GELU of OpenCLIP: ``x * Phi(x)``."""
+    """Return the exact GELU of OpenCLIP: ``x * Phi(x)``."""
     return ops.gelu(inputs, approximate=False)
 
 
@@ -61,7 +61,7 @@ class SelfAttention(Layer):
 
 
 class MultiLayerPerceptron(Layer):
-    """Two linear layers with an activation between them, on each position alone."""
+    """Two linear layers with an activation between them, for each position separately."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
@@ -79,7 +79,7 @@ class MultiLayerPerceptron(Layer):
 
 
 class TransformerBlock(Layer):
-    """Attention, then the perceptron, each on a normalised input and added to it."""
+    """Attention, then the perceptron, each with layer normalisation before it and a residual connection."""
 
     def __init__(self, config, *, causal, **kwargs):
         super().__init__(**kwargs)
@@ -106,7 +106,7 @@ class Transformer(RecomputingLayer):
         self.layers = [TransformerBlock(config, causal=causal) for _ in range(config.num_hidden_layers)]
 
     def call(self, hidden, depth=None):
-        """Runs the first `depth` blocks, or all of them."""
+        """Apply the first `depth` blocks, or all of them."""
         for layer in self.layers[:depth]:
             hidden = self._recomputed(layer)(hidden)
         return hidden

@@ -1,7 +1,7 @@
 """The denoising UNet (Rombach et al., 2022): one class for latent text-to-image and pixel DDIM.
 
-The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level attends to the text when
-its block type says so, and does not otherwise; what differs between models stands in the config.
+The attribute tree is that of diffusers' ``UNet2DConditionModel``. A level has attention to the text if its
+block type has it. Models differ in their config only.
 """
 
 from collections.abc import Sequence
@@ -53,9 +53,9 @@ def _transformer(config, level, channels, *, may_skip_self_attention=True):
 
 
 class DownBlock(RecomputingLayer):
-    """Residual blocks of the way down, each followed by attention to the text where it is asked for.
+    """Residual blocks of the down path, each followed by attention to the text if the block type has it.
 
-    Returns the last feature map and the list of all of them, which the way up takes in reverse.
+    A call returns the last feature map and the list of all feature maps, for the up path.
     """
 
     def __init__(self, config, level, **kwargs):
@@ -83,7 +83,7 @@ class DownBlock(RecomputingLayer):
 
 
 class MidBlock(RecomputingLayer):
-    """Residual block, attention and residual block at the coarsest level; one block without text."""
+    """Two residual blocks with attention between them at the coarsest level; without text, one block."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
@@ -104,9 +104,9 @@ class MidBlock(RecomputingLayer):
 
 
 class UpBlock(RecomputingLayer):
-    """Residual blocks of the way up, each joined with a feature map from the way down.
+    """Residual blocks of the up path; each takes a feature map of the down path as well.
 
-    All but the last block end at the `size` `(height, width)` of the next feature map to be joined.
+    All levels but the last then upsample to `size` `(height, width)`, that of the next such feature map.
     """
 
     def __init__(self, config, index, **kwargs):
@@ -114,20 +114,12 @@ class UpBlock(RecomputingLayer):
         channels = config.block_out_channels
         level = len(channels) - 1 - index
         outputs = channels[level]
-        previous = channels[min(level + 1, len(channels) - 1)]
-        skip_at_end = channels[max(level - 1, 0)]
-        count = config.layers_per_block + 1
-        self.resnets = [
-            _resnet(
-                config,
-                (previous if position == 0 else outputs)
-                + (skip_at_end if position == count - 1 else outputs),
-                outputs,
-            )
-            for position in range(count)
-        ]
+        same = [outputs] * config.layers_per_block
+        inputs = [channels[min(level + 1, len(channels) - 1)], *same]
+        skips = [*same, channels[max(level - 1, 0)]]
+        self.resnets = [_resnet(config, sum(both), outputs) for both in zip(inputs, skips, strict=True)]
         attends = config.up_block_types[index] == "CrossAttnUpBlock2D"
-        self.attentions = [_transformer(config, level, outputs) for _ in range(count)] if attends else []
+        self.attentions = [_transformer(config, level, outputs) for _ in inputs] if attends else []
         self.upsamplers = [Upsample(outputs)] if level else []
 
     def call(self, hidden, skips, time_embedding, context=None, size=(None, None)):
@@ -145,17 +137,17 @@ def _joined(resnet, hidden, skip, time_embedding):
 
 
 class UNet(ConfiguredModel):
-    """Predicts the noise, velocity or image in noisy latents.
+    """The network that predicts the noise, the velocity or the image in noisy latents.
 
-    Called on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the
-    first two for an unconditional model; returns float32 `(n, h, w, out_channels)`. In the place of the
-    timesteps may be their sinusoidal features `(n, k)`. A model with `num_class_embeds` takes
-    `class_labels (n,)` as well (the noise level, in the x4 upscaler).
+    Call it on `[latents (n, h, w, c), timesteps (n,), context (n, tokens, features)]`, or on the first two
+    for an unconditional model. It returns float32 `(n, h, w, out_channels)`. The sinusoidal features
+    `(n, k)` of the timesteps are accepted in their place. A model with `num_class_embeds` also takes
+    `class_labels (n,)` (the noise level, in the x4 upscaler).
 
-    What the levels below the outermost one find changes little from one step of sampling to the next
-    (DeepCache, Ma et al., 2024). With `returns_deep` the call returns them beside the prediction, the feature
-    map `(n, h, w, features)` that enters the outermost block of the way up. Given as `deep`, it takes the
-    place of all that leads to it, and only the outermost level is computed.
+    The output of the levels below the outermost one changes little from one sampling step to the next
+    (DeepCache, Ma et al., 2024). With `returns_deep`, a call also returns this output: the feature map
+    `(n, h, w, features)` that enters the outermost block of the up path. With that feature map as `deep`,
+    only the outermost level is computed.
 
     Example:
         ```python
@@ -167,7 +159,7 @@ class UNet(ConfiguredModel):
     config_class = UNetConfig
 
     def __init__(self, config: UNetConfig, **kwargs: Any) -> None:
-        # Timesteps in half precision would be rounded: inputs are cast where they are used.
+        # Without autocast, which would round timesteps in half precision; `call` casts the other inputs.
         super().__init__(autocast=False, **kwargs)
         self.config = config
         channels, levels = config.block_out_channels, range(len(config.block_out_channels))

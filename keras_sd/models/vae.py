@@ -3,6 +3,7 @@
 The attribute tree is that of diffusers' ``AutoencoderKL``.
 """
 
+import itertools
 from typing import Any
 
 import keras
@@ -26,29 +27,37 @@ class DiagonalGaussian:
         self.log_variance = ops.clip(log_variance, -30.0, 20.0)
 
     def sample(self, noise):
-        """Draws latents from standard-normal `noise` of the mean's shape."""
+        """Draw latents from standard-normal `noise` of the mean's shape."""
         return self.mean + ops.exp(0.5 * self.log_variance) * noise
 
     def mode(self):
-        """The most likely latents."""
+        """Return the most likely latents."""
         return self.mean
 
     def kl_divergence(self):
-        """Divergence from the standard normal in nats, summed over each latent: `(n,)`."""
+        """Return the divergence from the standard normal in nats, summed over each latent: `(n,)`."""
         terms = ops.square(self.mean) + ops.exp(self.log_variance) - 1.0 - self.log_variance
         return 0.5 * ops.sum(terms, axis=(1, 2, 3))
 
 
-class DownEncoderBlock(Layer):
-    """Residual blocks at one resolution, then half of it unless this is the last level."""
+def _resnets(config, widths):
+    """Return residual blocks from each width to the next one."""
+    return [
+        ResnetBlock(inputs, outputs, groups=config.norm_num_groups, epsilon=EPSILON)
+        for inputs, outputs in itertools.pairwise(widths)
+    ]
 
-    def __init__(self, inputs, outputs, *, layers, groups, downsample, **kwargs):
+
+class DownEncoderBlock(Layer):
+    """Residual blocks at one resolution. All levels but the last then halve it."""
+
+    def __init__(self, config, level, **kwargs):
         super().__init__(**kwargs)
-        self.resnets = [
-            ResnetBlock(outputs if index else inputs, outputs, groups=groups, epsilon=EPSILON)
-            for index in range(layers)
-        ]
-        self.downsamplers = [Downsample(outputs, padding=((0, 1), (0, 1)))] if downsample else []
+        channels = config.block_out_channels
+        outputs = channels[level]
+        self.resnets = _resnets(config, [channels[max(level - 1, 0)], *[outputs] * config.layers_per_block])
+        is_last = level == len(channels) - 1
+        self.downsamplers = [] if is_last else [Downsample(outputs, padding=((0, 1), (0, 1)))]
 
     def call(self, hidden):
         for layer in [*self.resnets, *self.downsamplers]:
@@ -57,15 +66,14 @@ class DownEncoderBlock(Layer):
 
 
 class UpDecoderBlock(Layer):
-    """Residual blocks at one resolution, then twice of it unless this is the last level."""
+    """Residual blocks at one resolution. All levels but the last then double it."""
 
-    def __init__(self, inputs, outputs, *, layers, groups, upsample, **kwargs):
+    def __init__(self, config, level, **kwargs):
         super().__init__(**kwargs)
-        self.resnets = [
-            ResnetBlock(outputs if index else inputs, outputs, groups=groups, epsilon=EPSILON)
-            for index in range(layers)
-        ]
-        self.upsamplers = [Upsample(outputs)] if upsample else []
+        channels = config.block_out_channels[::-1]
+        outputs, count = channels[level], config.layers_per_block + 1
+        self.resnets = _resnets(config, [channels[max(level - 1, 0)], *[outputs] * count])
+        self.upsamplers = [] if level == len(channels) - 1 else [Upsample(outputs)]
 
     def call(self, hidden):
         for layer in [*self.resnets, *self.upsamplers]:
@@ -76,10 +84,12 @@ class UpDecoderBlock(Layer):
 class MidBlock(Layer):
     """Two residual blocks around self-attention at the coarsest resolution."""
 
-    def __init__(self, channels, *, groups, add_attention=True, **kwargs):
+    def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
-        self.resnets = [ResnetBlock(channels, channels, groups=groups, epsilon=EPSILON) for _ in range(2)]
-        self.attentions = [AttentionBlock(channels, groups=groups, epsilon=EPSILON)] if add_attention else []
+        channels, groups = config.block_out_channels[-1], config.norm_num_groups
+        self.resnets = _resnets(config, [channels] * 3)
+        attends = config.mid_block_add_attention
+        self.attentions = [AttentionBlock(channels, groups=groups, epsilon=EPSILON)] if attends else []
 
     def call(self, hidden):
         for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
@@ -88,24 +98,15 @@ class MidBlock(Layer):
 
 
 class Encoder(Layer):
-    """Images `(n, h, w, 3)` to the posterior's moments at the latent resolution."""
+    """The network from images `(n, h, w, 3)` to the moments of the posterior at the latent resolution."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
-        channels, groups = config.block_out_channels, config.norm_num_groups
+        channels = config.block_out_channels
         self.conv_in = convolution(config.in_channels, channels[0])
-        self.down_blocks = [
-            DownEncoderBlock(
-                channels[max(level - 1, 0)],
-                channels[level],
-                layers=config.layers_per_block,
-                groups=groups,
-                downsample=level < len(channels) - 1,
-            )
-            for level in range(len(channels))
-        ]
-        self.mid_block = MidBlock(channels[-1], groups=groups, add_attention=config.mid_block_add_attention)
-        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON, silu=True)
+        self.down_blocks = [DownEncoderBlock(config, level) for level in range(len(channels))]
+        self.mid_block = MidBlock(config)
+        self.conv_norm_out = GroupNormalization(channels[-1], config.norm_num_groups, EPSILON, silu=True)
         self.conv_out = convolution(channels[-1], 2 * config.latent_channels)
 
     def call(self, images):
@@ -116,25 +117,16 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """Latents to images."""
+    """The network from latents to images."""
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
-        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = convolution(config.latent_channels, channels[0])
-        self.mid_block = MidBlock(channels[0], groups=groups, add_attention=config.mid_block_add_attention)
-        self.up_blocks = [
-            UpDecoderBlock(
-                channels[max(level - 1, 0)],
-                channels[level],
-                layers=config.layers_per_block + 1,
-                groups=groups,
-                upsample=level < len(channels) - 1,
-            )
-            for level in range(len(channels))
-        ]
-        self.conv_norm_out = GroupNormalization(channels[-1], groups, EPSILON, silu=True)
-        self.conv_out = convolution(channels[-1], config.out_channels)
+        channels = config.block_out_channels
+        self.conv_in = convolution(config.latent_channels, channels[-1])
+        self.mid_block = MidBlock(config)
+        self.up_blocks = [UpDecoderBlock(config, level) for level in range(len(channels))]
+        self.conv_norm_out = GroupNormalization(channels[0], config.norm_num_groups, EPSILON, silu=True)
+        self.conv_out = convolution(channels[0], config.out_channels)
 
     def call(self, latents):
         hidden = self.conv_in(latents)
@@ -146,12 +138,12 @@ class Decoder(Layer):
 class AutoencoderKL(ConfiguredModel):
     """Encoder and decoder between images in [-1, 1] and latents.
 
-    Latents are unscaled: whoever feeds them to a UNet multiplies by `config.scaling_factor`. Where
-    `config.force_upcast` stands, float16 weights are computed with in float32.
+    Latents are unscaled; multiply them by `config.scaling_factor` for a UNet. With `config.force_upcast`,
+    a model with float16 weights computes in float32.
 
     Args:
         config: a `VAEConfig`.
-        has_encoder: False for published files that hold the decoder alone, which make images of latents.
+        has_encoder: False for published files that hold the decoder alone.
     """
 
     config_class = VAEConfig
@@ -175,7 +167,7 @@ class AutoencoderKL(ConfiguredModel):
         return super().get_config() | {"has_encoder": self.encoder is not None}
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Encodes `(n, h, w, 3)` images in [-1, 1] to a `DiagonalGaussian` over latents.
+        """Encode `(n, h, w, 3)` images in [-1, 1] to a `DiagonalGaussian` over latents.
 
         Raises:
             UserError: as `check_encoder`.
@@ -187,14 +179,14 @@ class AutoencoderKL(ConfiguredModel):
         return DiagonalGaussian(ops.cast(moments, "float32"))
 
     def check_encoder(self) -> None:
-        """Raises a UserError where there is a decoder alone."""
+        """Raise a UserError if the model has a decoder only."""
         if self.encoder is None:
             raise UserError(
                 "the VAE has a decoder only, which takes no images in; use a model or a VAE with an encoder"
             )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes unscaled latents `(n, h, w, c)` to images, float32, about [-1, 1]."""
+        """Decode unscaled latents `(n, h, w, c)` to images, float32, roughly in [-1, 1]."""
         latents = ops.cast(latents, self.compute_dtype)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
