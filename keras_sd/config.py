@@ -133,24 +133,35 @@ class Config:
         write_json(path, self.to_dict())
 
 
-def _tower_values(values, tower):
-    """Return the values of one tower ("text" or "vision"); the config may be that of a whole CLIP."""
-    if not isinstance(values, dict) or f"{tower}_config" not in values:
-        return values
-    shared = {name: values[name] for name in ("projection_dim",) if name in values}
-    # Early releases wrote the effective values into a second dictionary.
-    parts = [values[f"{tower}_config"], values.get(f"{tower}_config_dict") or {}]
-    for part in parts:
-        if not isinstance(part, dict):
-            raise ConfigError(f"{tower}_config {shown(part)}: not a JSON dictionary; fetch the file again")
-    nested = parts[0] | parts[1]
-    return nested | shared | {"model_type": f"clip_{tower}_model"}
+class _TowerConfig(Config):
+    """Base of the configs of CLIP's two towers."""
+
+    tower: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Build the config from the dictionary of the tower, or of a whole CLIP (``CLIPModel``).
+
+        Raises:
+            ConfigError: as `Config.from_dict`.
+        """
+        key = f"{cls.tower}_config"
+        if isinstance(values, dict) and key in values:
+            # Early releases wrote the effective values into a second dictionary.
+            parts = [values[key], values.get(f"{key}_dict") or {}]
+            for part in parts:
+                if not isinstance(part, dict):
+                    raise ConfigError(f"{key} {shown(part)}: not a JSON dictionary; fetch the file again")
+            shared = {name: values[name] for name in ("projection_dim",) if name in values}
+            values = parts[0] | parts[1] | shared | {"model_type": f"clip_{cls.tower}_model"}
+        return super().from_dict(values)
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoderConfig(Config):
+class TextEncoderConfig(_TowerConfig):
     """CLIP's text transformer (``transformers.CLIPTextModel``). Defaults: SD 1.x (CLIP ViT-L/14)."""
 
+    tower: ClassVar[str] = "text"
     json_header: ClassVar[dict] = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     public_defaults: ClassVar[dict] = {
         "hidden_size": 512,
@@ -177,16 +188,12 @@ class TextEncoderConfig(Config):
     eos_token_id: int = 49407
     pad_token_id: int = 1
 
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """As of every config; takes the dictionary of a whole CLIP (``CLIPModel``) too."""
-        return super().from_dict(_tower_values(values, "text"))
-
 
 @dataclasses.dataclass(frozen=True)
-class ImageEncoderConfig(Config):
+class ImageEncoderConfig(_TowerConfig):
     """CLIP's vision transformer (``transformers.CLIPVisionModelWithProjection``)."""
 
+    tower: ClassVar[str] = "vision"
     json_header: ClassVar[dict] = {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
@@ -216,32 +223,33 @@ class ImageEncoderConfig(Config):
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
 
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """As of every config; takes the dictionary of a whole CLIP (``CLIPModel``) too."""
-        return super().from_dict(_tower_values(values, "vision"))
 
+class _LeveledConfig(Config):
+    """Base of the configs of models with several resolutions (levels)."""
 
-def _check_levels(config, names, allowed):
-    """Raise a ConfigError unless the fields `names` have one known block type for each level."""
-    levels = len(config.block_out_channels)
-    for name, types in zip(names, allowed, strict=True):
-        blocks = getattr(config, name)
-        if len(blocks) != levels:
-            raise config._error(
-                f"{levels} block_out_channels, {len(blocks)} {name}", "give one each per level"
-            )
-        unknown = [block for block in blocks if block not in types]
-        if unknown:
-            raise config._error(f"{name} {shown(unknown[0])} is not supported", f"use {' or '.join(types)}")
+    def _check_levels(self, *names):
+        """Raise a ConfigError unless each field has one value for each level; single values are accepted."""
+        levels = len(self.block_out_channels)
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                fault = f"{levels} block_out_channels, {len(value)} {name}"
+                raise self._error(fault, "give one each per level")
+
+    def _check_blocks(self, name, *types):
+        """Raise a ConfigError unless a field has one of these block types for each level."""
+        self._check_levels(name)
+        for block in getattr(self, name):
+            if block not in types:
+                raise self._error(f"{name} {shown(block)} is not supported", f"use {' or '.join(types)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig(Config):
+class UNetConfig(_LeveledConfig):
     """The denoising UNet (``diffusers.UNet2DConditionModel``). Defaults: SD 1.x.
 
-    ``attention_head_dim`` carries diffusers' historical meaning: the *number* of heads of each
-    level for the cross-attention blocks, as in every published SD config.
+    ``attention_head_dim`` is the *number* of attention heads at each level, for historical reasons, as in
+    diffusers and in every published SD config.
     ``cross_attention_dim`` 0 means an unconditional UNet without cross-attention.
     ``mid_block_type`` None leaves out the middle block, as in the distilled BK-SDM.
     ``upcast_attention`` computes attention scores in float32, where half precision would overflow.
@@ -253,30 +261,22 @@ class UNetConfig(Config):
         "_class_name": ("UNet2DConditionModel",),
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
         "act_fn": ("silu", "swish"),
-        "downsample_padding": (1,),
-        "mid_block_scale_factor": (1,),
-        "center_input_sample": (False, None),
-        "transformer_layers_per_block": (1,),
-        "reverse_transformer_layers_per_block": (None,),
-        "encoder_hid_dim": (None,),
-        "encoder_hid_dim_type": (None,),
-        "num_attention_heads": (None,),
-        "dual_cross_attention": (False, None),
-        "class_embed_type": (None,),
-        "class_embeddings_concat": (False, None),
-        "addition_embed_type": (None,),
-        "resnet_time_scale_shift": ("default",),
-        "resnet_skip_time_act": (False, None),
-        "resnet_out_scale_factor": (1,),
         "time_embedding_type": ("positional",),
-        "time_embedding_dim": (None,),
-        "time_embedding_act_fn": (None,),
-        "timestep_post_act": (None,),
-        "time_cond_proj_dim": (None,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
+        "resnet_time_scale_shift": ("default",),
         "attention_type": ("default",),
-        "cross_attention_norm": (None,),
+        **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), (1,)),
+        "transformer_layers_per_block": (1,),
+        **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
+        **dict.fromkeys(
+            [
+                *("reverse_transformer_layers_per_block", "num_attention_heads", "cross_attention_norm"),
+                *("encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "addition_embed_type"),
+                *("time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim"),
+            ],
+            (None,),
+        ),
+        **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False, None)),
+        **dict.fromkeys(("class_embeddings_concat", "resnet_skip_time_act"), (False, None)),
     }
     nullable: ClassVar[tuple] = ("mid_block_type",)
     sizes: ClassVar[tuple] = (
@@ -305,17 +305,9 @@ class UNetConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_levels(
-            self,
-            ("down_block_types", "up_block_types"),
-            (("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")),
-        )
-        for name in ("attention_head_dim", "only_cross_attention"):
-            value, levels = getattr(self, name), len(self.block_out_channels)
-            if isinstance(value, tuple) and len(value) != levels:
-                raise self._error(
-                    f"{levels} block_out_channels, {len(value)} {name}", "give one each per level"
-                )
+        self._check_blocks("down_block_types", "DownBlock2D", "CrossAttnDownBlock2D")
+        self._check_blocks("up_block_types", "UpBlock2D", "CrossAttnUpBlock2D")
+        self._check_levels("attention_head_dim", "only_cross_attention")
 
     @property
     def heads_per_level(self) -> tuple[int, ...]:
@@ -326,7 +318,7 @@ class UNetConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig(Config):
+class VAEConfig(_LeveledConfig):
     """The KL autoencoder (``diffusers.AutoencoderKL``). Defaults: SD 1.x.
 
     ``force_upcast`` computes in float32 where float16 would overflow.
@@ -374,8 +366,8 @@ class VAEConfig(Config):
             raise self._error(
                 f"scaling_factor {shown(self.scaling_factor)} is not above 0 and up to {_LARGEST_SCALING}"
             )
-        types = (("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
-        _check_levels(self, ("down_block_types", "up_block_types"), types)
+        self._check_blocks("down_block_types", "DownEncoderBlock2D")
+        self._check_blocks("up_block_types", "UpDecoderBlock2D")
 
     @property
     def downsampling(self) -> int:

@@ -95,7 +95,7 @@ def _find(name):
 def _check(name, folder, sha256):
     if not folder.is_dir():
         raise UserError(f"preset {name!r}: {folder} is missing; install keras_sd again")
-    if sha256 is not None and file_hash(weights_path(folder, "unet")) != sha256:
+    if sha256 is not None and file_hash(weights_path(folder / "unet", "unet")) != sha256:
         raise UserError(f"preset {name!r}: {folder} is damaged (its SHA-256 differs); install keras_sd again")
 
 
@@ -118,7 +118,7 @@ def _from_hub(repository, title):
         for left_out in _HUB_TRIES:
             ignored = [*_HUB_LEFT_OUT, *left_out]
             folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
-            if has_weights(folder, "unet"):
+            if has_weights(folder / "unet", "unet"):
                 break
         return folder
     except (OSError, ValueError) as error:

@@ -100,7 +100,7 @@ def parse_json(
     try:
         if isinstance(content, bytes):
             content = content.decode("utf-8-sig")
-        value = json.loads(content, parse_int=_integer, parse_float=_float)
+        value = json.loads(content, parse_int=_limited(int), parse_float=_limited(float))
         _check_limits(value, _NO_TEXT_BUT_NAMES if file_names else _NO_TEXT)
     except RecursionError as fault:
         raise error(f"{place}: {damaged} (nested too deeply); {remedy}") from fault
@@ -223,19 +223,15 @@ def _adapter(shape):
     return TypeAdapter(shape)
 
 
-def _integer(text):
-    _check_length(text)
-    return int(text)
+def _limited(convert):
+    """Return a function that converts the text of a number, unless the text is too long."""
 
+    def convert_short(text):
+        if len(text) > LONGEST_NUMBER:
+            raise ValueError(f"a number of {len(text)} characters")
+        return convert(text)
 
-def _float(text):
-    _check_length(text)
-    return float(text)
-
-
-def _check_length(text):
-    if len(text) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(text)} characters")
+    return convert_short
 
 
 def _check_limits(value, no_text):

@@ -110,6 +110,13 @@ def sublayers(layer):
                     yield f"{attribute}.{index}", item
 
 
+def sequential(layers, inputs):
+    """Return the result of layers that are applied one after the other."""
+    for layer in layers:
+        inputs = layer(inputs)
+    return inputs
+
+
 def dense(inputs, outputs, *, kernel_initializer=glorot_uniform, **options):
     """Return a linear layer from `inputs` to `outputs` features on the last axis, with its weights.
 

@@ -54,14 +54,9 @@ class ConfiguredModel(keras.Model):
             return cls(**options)
 
 
-class _InFloat32(keras.DTypePolicy):
+class ComputedInFloat32(keras.DTypePolicy):
     """A policy with the weights' precision of the policy of that name, which computes in float32."""
 
     @property
     def compute_dtype(self):
         return "float32"
-
-
-def in_float32(policy):
-    """Return a policy with the weights' precision of `policy`, which computes in float32."""
-    return _InFloat32(policy.name)

@@ -13,8 +13,16 @@ from keras_sd.arguments import Tensor
 from keras_sd.config import VAEConfig
 from keras_sd.errors import UserError
 from keras_sd.models.attention import AttentionBlock
-from keras_sd.models.layers import Downsample, GroupNormalization, Layer, ResnetBlock, Upsample, convolution
-from keras_sd.models.precision import ConfiguredModel, dtype_policy, in_float32
+from keras_sd.models.layers import (
+    Downsample,
+    GroupNormalization,
+    Layer,
+    ResnetBlock,
+    Upsample,
+    convolution,
+    sequential,
+)
+from keras_sd.models.precision import ComputedInFloat32, ConfiguredModel, dtype_policy
 
 EPSILON = 1e-6
 
@@ -60,9 +68,7 @@ class DownEncoderBlock(Layer):
         self.downsamplers = [] if is_last else [Downsample(outputs, padding=((0, 1), (0, 1)))]
 
     def call(self, hidden):
-        for layer in [*self.resnets, *self.downsamplers]:
-            hidden = layer(hidden)
-        return hidden
+        return sequential([*self.resnets, *self.downsamplers], hidden)
 
 
 class UpDecoderBlock(Layer):
@@ -76,9 +82,7 @@ class UpDecoderBlock(Layer):
         self.upsamplers = [] if level == len(channels) - 1 else [Upsample(outputs)]
 
     def call(self, hidden):
-        for layer in [*self.resnets, *self.upsamplers]:
-            hidden = layer(hidden)
-        return hidden
+        return sequential([*self.resnets, *self.upsamplers], hidden)
 
 
 class MidBlock(Layer):
@@ -92,9 +96,7 @@ class MidBlock(Layer):
         self.attentions = [AttentionBlock(channels, groups=groups, epsilon=EPSILON)] if attends else []
 
     def call(self, hidden):
-        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
-            hidden = layer(hidden)
-        return hidden
+        return sequential([self.resnets[0], *self.attentions, self.resnets[1]], hidden)
 
 
 class Encoder(Layer):
@@ -110,10 +112,8 @@ class Encoder(Layer):
         self.conv_out = convolution(channels[-1], 2 * config.latent_channels)
 
     def call(self, images):
-        hidden = self.conv_in(images)
-        for block in [*self.down_blocks, self.mid_block]:
-            hidden = block(hidden)
-        return self.conv_out(self.conv_norm_out(hidden))
+        layers = [self.conv_in, *self.down_blocks, self.mid_block, self.conv_norm_out, self.conv_out]
+        return sequential(layers, images)
 
 
 class Decoder(Layer):
@@ -129,10 +129,8 @@ class Decoder(Layer):
         self.conv_out = convolution(channels[0], config.out_channels)
 
     def call(self, latents):
-        hidden = self.conv_in(latents)
-        for block in [self.mid_block, *self.up_blocks]:
-            hidden = block(hidden)
-        return self.conv_out(self.conv_norm_out(hidden))
+        layers = [self.conv_in, self.mid_block, *self.up_blocks, self.conv_norm_out, self.conv_out]
+        return sequential(layers, latents)
 
 
 class AutoencoderKL(ConfiguredModel):
@@ -151,7 +149,7 @@ class AutoencoderKL(ConfiguredModel):
     def __init__(self, config: VAEConfig, has_encoder: bool = True, **kwargs: Any) -> None:
         policy = keras.config.dtype_policy()
         if config.force_upcast and policy.compute_dtype == "float16":
-            policy = in_float32(policy)
+            policy = ComputedInFloat32(policy.name)
         super().__init__(dtype=policy, **kwargs)
         self.config = config
         latents = config.latent_channels

@@ -39,8 +39,8 @@ from keras_sd.parity.report import (
     TensorParity,
 )
 from keras_sd.weights import readers
-from keras_sd.weights.checkpoint import Checkpoint
-from keras_sd.weights.loading import CLIP_HEAD, open_parts
+from keras_sd.weights.checkpoint import CLIP_HEAD, Checkpoint
+from keras_sd.weights.loading import open_parts
 from keras_sd.weights.names import canonical_name
 
 _OUTPUTS = {

@@ -10,6 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+CLIP_HEAD = ("text_projection.weight", "logit_scale")
+"""The tensors that make CLIP's two towers comparable.
+
+They are stored with the image tower, since the text tower's file has no place for them in diffusers.
+"""
+
 
 class Part(NamedTuple):
     """One model of a checkpoint.

@@ -31,10 +31,8 @@ _ALIKE = 0.75  # `.safetensor`, `.safetesnors`
 
 # The names under which diffusers and transformers look for a part's weights: safetensors, torch.
 _STEMS = {
-    "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
-    "text_encoder": ("model", "pytorch_model"),
-    "image_encoder": ("model", "pytorch_model"),
+    **dict.fromkeys(("unet", "vae"), ("diffusion_pytorch_model", "diffusion_pytorch_model")),
+    **dict.fromkeys(("text_encoder", "image_encoder"), ("model", "pytorch_model")),
 }
 _SUFFIXES = (".safetensors", ".bin")
 _LARGEST_INDEX = 16 * MIB
@@ -60,20 +58,18 @@ def holds_pixel_upscaler(folder):
     return (Path(folder) / LOW_RES_SCHEDULER).is_file() and not (Path(folder) / "vae").is_dir()
 
 
-def weights_path(folder, part, variant=None):
-    """Return the weight file of a part in a diffusers folder, or the index of its shards.
+def weights_path(directory, part, variant=None):
+    """Return the weight file of a part, or the index of its shards.
 
     Args:
+        directory: the part's own folder.
         part: "unet", "vae", "text_encoder" or "image_encoder".
         variant: such as "fp16". None takes the files without a variant or, if there are none, a variant.
 
     Raises:
         UserError: there is no such file; the message lists the variants that exist.
     """
-    return _weights_in(Path(folder) / part, part, variant)
-
-
-def _weights_in(directory, part, variant):
+    directory = Path(directory)
     found = _weights_by_variant(directory, part)
     if variant is None and found:
         return found.get(None) or found.get("fp16") or found[min(found)]
@@ -85,9 +81,9 @@ def _weights_in(directory, part, variant):
     return found[variant]
 
 
-def has_weights(folder, part):
-    """Return whether a folder has weights of a part, in any form."""
-    return bool(_weights_by_variant(Path(folder) / part, part))
+def has_weights(directory, part):
+    """Return whether a part's own folder has weights, in any form."""
+    return bool(_weights_by_variant(Path(directory), part))
 
 
 def _weights_by_variant(directory, part):
@@ -143,20 +139,17 @@ def read_weights(path):
     return {tensor: shards[shard][tensor] for tensor, shard in shard_of.items()}
 
 
-def read_part(folder, part, variant=None):
-    """Read one part of a folder as a `Part`.
+def read_part(directory, part, variant=None):
+    """Read one part as a `Part`.
+
+    Args:
+        directory, part, variant: as in `weights_path`.
 
     Raises:
         UserError: a file is missing or damaged.
     """
-    return read_part_folder(Path(folder) / part, part, variant)
-
-
-def read_part_folder(directory, part, variant=None):
-    """Read one part from the part's own folder, whatever its name, as `read_part` does."""
-    directory = Path(directory)
-    config = read_json(directory / "config.json")
-    source = _weights_in(directory, part, variant)
+    config = read_json(Path(directory) / "config.json")
+    source = weights_path(directory, part, variant)
     return Part(config, read_weights(source), source)
 
 
@@ -175,8 +168,10 @@ def read_folder(folder, variant=None):
     present = [part for part in PARTS if os.path.lexists(folder / part / "config.json")]
     with_variant = [part for part in present if variant in _weights_by_variant(folder / part, part)]
     if variant is not None and present and not with_variant:
-        weights_path(folder, present[0], variant)  # raises an error that lists the variants
-    parts = {part: read_part(folder, part, variant if part in with_variant else None) for part in present}
+        weights_path(folder / present[0], present[0], variant)  # raises an error that lists the variants
+    parts = {
+        part: read_part(folder / part, part, variant if part in with_variant else None) for part in present
+    }
     read_json(folder / SCHEDULER)  # required in a whole model
     checkpoint = Checkpoint(parts, *read_companions(folder))
     return repaired(checkpoint, pipeline if isinstance(pipeline, str) else None)

@@ -4,13 +4,11 @@ There are three dialects. diffusers stores `{token: vectors}`. A1111's web UI st
 `string_to_param` and the token's `name`. kohya's scripts store `emb_params`; the token is the file's name.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.files.json_files import shown
-from keras_sd.weights.formats import read_safetensors, write_safetensors
+from keras_sd.weights.formats import file_in, read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 DIFFUSERS_FILE = "learned_embeds.safetensors"
@@ -24,10 +22,7 @@ _SDXL_KEYS = {"clip_g", "clip_l"}
 
 def embedding_file(path):
     """Return the path of an embedding file: the path itself, or the file in a folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / DIFFUSERS_FILE)
+    return file_in(path, _FOLDER_FILES)
 
 
 def read_embeddings(path, width):

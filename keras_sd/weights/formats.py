@@ -1,5 +1,6 @@
 """Safetensors files: reads them by memory mapping, with all checks, and writes them atomically."""
 
+import contextlib
 import json
 import mmap
 import os
@@ -50,12 +51,8 @@ def read_safetensors(path: str | Path, any_type: bool = False) -> dict[str, npt.
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a safetensors file")
-    try:
-        with safe_open(path, framework="np"):
-            pass  # opening checks the header: its size, and that the offsets fill the file exactly
-    except SafetensorError as error:
-        fault = shown(str(error))  # the error quotes the file, at any length
-        raise UserError(f"{path}: truncated or no safetensors file ({fault}); fetch it again") from error
+    with _opened(path):
+        pass  # opening checks the header: its size, and that the offsets fill the file exactly
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if start > _LARGEST_HEADER:
@@ -90,12 +87,29 @@ def is_weight(array):
 
 def read_metadata(path):
     """Return the metadata in the header of a safetensors file, a dictionary of strings."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path):
     try:
         with safe_open(path, framework="np") as file:
-            return file.metadata() or {}
+            yield file
     except SafetensorError as error:
-        fault = shown(str(error))
+        fault = shown(str(error))  # the error quotes the file, at any length
         raise UserError(f"{path}: truncated or no safetensors file ({fault}); fetch it again") from error
+
+
+def file_in(path, names):
+    """Return the path itself or, if it is a folder, that of the first of `names` which is a file in it.
+
+    If a folder has none of these files, the result is the path of the first name.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in names if (path / name).is_file()), path / names[0])
 
 
 def _view(data, name, entry, path, any_type):

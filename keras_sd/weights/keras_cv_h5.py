@@ -1,133 +1,58 @@
 """KerasCV's Stable Diffusion files: H5 files of Keras 2, one for each of four models.
 
 Their layer names depend on the order in which a process created the layers (`padded_conv2d_17`). So layers
-are
-identified by position, as Keras itself does: a generator walks through the same architecture and yields the
-published names of the weights. Datasets are contiguous in the file, so they are mapped instead of read.
+are identified by position, as Keras itself does: our models have the same layers, nearly in the same order.
+Datasets are contiguous in the file, so they are mapped instead of read.
 """
 
+import itertools
 import math
+import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.expected_shapes import expected_shapes
 
-_LEVELS, _LAYERS = 4, 2
+# The models of the files. Only names and their order matter here, so any widths will do; where they differ,
+# a residual block may have a shortcut.
+_WIDTHS = (1, 2, 3, 4)
+_UNET, _VAE = UNetConfig(block_out_channels=_WIDTHS), VAEConfig(block_out_channels=_WIDTHS)
+_VAE_HALVES = {"decoder": ("decoder.", "post_quant_conv."), "VAE encoder": ("encoder.", "quant_conv.")}
+_SHORTCUT = ["conv_shortcut.weight", "conv_shortcut.bias"]
 
-
-def _both(*modules):
-    return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
-
-
-def _under(module, parameters):
-    return tuple(f"{module}.{parameter}" for parameter in parameters)
-
-
-# The parameters of KerasCV's layers, in KerasCV's order. Only residual blocks that change the number of
-# channels have a shortcut.
-_SINGLE = ("weight", "bias")
-_SHORTCUT = _both("conv_shortcut")
-_CLIP_EMBEDDING = ("token_embedding.weight", "position_embedding.weight")
-_CLIP_BLOCK = (
-    *_both("layer_norm1"),
-    *_under("self_attn", _both("q_proj", "k_proj", "v_proj", "out_proj")),
-    *_both("layer_norm2", "mlp.fc1", "mlp.fc2"),
-)
-_UNET_RESNET = _both("norm1", "conv1", "time_emb_proj", "norm2", "conv2") + _SHORTCUT
-_CROSS_ATTENTION = ("to_q.weight", "to_k.weight", "to_v.weight", *_both("to_out.0"))
-_TRANSFORMER_BLOCK = (
-    *_both("norm1"),
-    *_under("attn1", _CROSS_ATTENTION),
-    *_both("norm2"),
-    *_under("attn2", _CROSS_ATTENTION),
-    *_both("norm3", "ff.net.0.proj", "ff.net.2"),
-)
-_TRANSFORMER = (
-    *_both("norm", "proj_in"),
-    *_under("transformer_blocks.0", _TRANSFORMER_BLOCK),
-    *_both("proj_out"),
-)
-_VAE_RESNET = _both("norm1", "conv1", "norm2", "conv2") + _SHORTCUT
-_VAE_ATTENTION = _both("group_norm", "to_q", "to_k", "to_v", "to_out.0")
+# One layer of KerasCV is a residual block, a transformer, or else a single layer of ours.
+_LAYER_PATTERN = re.compile(r"(.*?(?:resnets|attentions|encoder\.layers)\.\d+|.*embeddings|.*)\.(.+)")
+# The layers that come first in KerasCV's files; the others are in the order of our models.
+_FIRST = ("time_embedding.linear_1", "post_quant_conv", "decoder.conv_in", "decoder.mid_block")
 
 
-def _text_encoder_layers(count):
-    yield "text_model.embeddings", _CLIP_EMBEDDING
-    for index in range(count - 2):
-        yield f"text_model.encoder.layers.{index}", _CLIP_BLOCK
-    yield "text_model.final_layer_norm", _SINGLE
+def _layers(kind, count):
+    """Return a dictionary from the name of each layer with weights to its parameters, in KerasCV's order.
 
-
-def _unet_layers(_):
-    yield "time_embedding.linear_1", _SINGLE
-    yield "conv_in", _SINGLE
-    yield "time_embedding.linear_2", _SINGLE
-    for level in range(_LEVELS):
-        is_last = level == _LEVELS - 1
-        yield from _unet_blocks(f"down_blocks.{level}", _LAYERS, attends=not is_last)
-        if not is_last:
-            yield f"down_blocks.{level}.downsamplers.0.conv", _SINGLE
-    yield "mid_block.resnets.0", _UNET_RESNET
-    yield "mid_block.attentions.0", _TRANSFORMER
-    yield "mid_block.resnets.1", _UNET_RESNET
-    for index in range(_LEVELS):
-        yield from _unet_blocks(f"up_blocks.{index}", _LAYERS + 1, attends=index > 0)
-        if index < _LEVELS - 1:
-            yield f"up_blocks.{index}.upsamplers.0.conv", _SINGLE
-    yield "conv_norm_out", _SINGLE
-    yield "conv_out", _SINGLE
-
-
-def _unet_blocks(module, layers, attends):
-    for layer in range(layers):
-        yield f"{module}.resnets.{layer}", _UNET_RESNET
-        if attends:
-            yield f"{module}.attentions.{layer}", _TRANSFORMER
-
-
-def _decoder_layers(_):
-    yield "post_quant_conv", _SINGLE
-    yield "decoder.conv_in", _SINGLE
-    yield from _vae_middle("decoder.mid_block")
-    for index in range(_LEVELS):
-        for layer in range(_LAYERS + 1):
-            yield f"decoder.up_blocks.{index}.resnets.{layer}", _VAE_RESNET
-        if index < _LEVELS - 1:
-            yield f"decoder.up_blocks.{index}.upsamplers.0.conv", _SINGLE
-    yield "decoder.conv_norm_out", _SINGLE
-    yield "decoder.conv_out", _SINGLE
-
-
-def _encoder_layers(_):
-    yield "encoder.conv_in", _SINGLE
-    for level in range(_LEVELS):
-        for layer in range(_LAYERS):
-            yield f"encoder.down_blocks.{level}.resnets.{layer}", _VAE_RESNET
-        if level < _LEVELS - 1:
-            yield f"encoder.down_blocks.{level}.downsamplers.0.conv", _SINGLE
-    yield from _vae_middle("encoder.mid_block")
-    yield "encoder.conv_norm_out", _SINGLE
-    yield "encoder.conv_out", _SINGLE
-    yield "quant_conv", _SINGLE
-
-
-def _vae_middle(module):
-    yield f"{module}.resnets.0", _VAE_RESNET
-    yield f"{module}.attentions.0", _VAE_ATTENTION
-    yield f"{module}.resnets.1", _VAE_RESNET
-
-
-_WALKS = {
-    "text encoder": _text_encoder_layers,
-    "diffusion model": _unet_layers,
-    "decoder": _decoder_layers,
-    "VAE encoder": _encoder_layers,
-}
+    Args:
+        kind: "text encoder", "diffusion model", "decoder" or "VAE encoder".
+        count: the number of layers in the file, which gives the depth of the text encoder.
+    """
+    if kind == "text encoder":
+        config = TextEncoderConfig(num_hidden_layers=max(count - 2, 1))
+        names = [f"text_model.{name}" for name, _ in expected_shapes(config)]
+    elif kind == "diffusion model":
+        names = [name for name, _ in expected_shapes(_UNET)]
+    else:
+        names = [name for name, _ in expected_shapes(_VAE) if name.startswith(_VAE_HALVES[kind])]
+    layers = {}
+    for name in names:
+        layer, parameter = _LAYER_PATTERN.fullmatch(name).groups()
+        layers.setdefault(layer, []).append(parameter)
+    first = [layer for prefix in _FIRST for layer in layers if layer.startswith(prefix)]
+    return {layer: layers[layer] for layer in dict.fromkeys([*first, *layers])}
 
 
 def read_keras_cv(paths):
@@ -202,12 +127,12 @@ def _kind(layers, path):
 
 def _named(kind, layers, path):
     """Return the layers' arrays in torch layout by their published names."""
-    walk = list(_WALKS[kind](len(layers)))
-    if len(walk) != len(layers):
-        raise _damaged(path, f"{len(layers)} layers with weights, KerasCV's {kind} has {len(walk)}")
+    published = _layers(kind, len(layers))
+    if len(published) != len(layers):
+        raise _damaged(path, f"{len(layers)} layers with weights, KerasCV's {kind} has {len(published)}")
     tensors = {}
-    for (module, parameters), arrays in zip(walk, layers, strict=True):
-        if parameters[len(arrays) :] not in ((), _SHORTCUT) or len(arrays) > len(parameters):
+    for (module, parameters), arrays in zip(published.items(), layers, strict=True):
+        if parameters[len(arrays) :] not in ([], _SHORTCUT) or len(arrays) > len(parameters):
             raise _damaged(path, f"{len(arrays)} weights for {module}, KerasCV has {len(parameters)}")
         for parameter, array in zip(parameters, arrays, strict=False):
             tensors[f"{module}.{parameter}"] = _to_torch(parameter, array)
@@ -219,7 +144,7 @@ def _to_torch(parameter, array):
         array = array[0, 0]  # KerasCV has convolutions in place of the linear layers of the VAE's attention
     if array.ndim == 4:
         return array.transpose(3, 2, 0, 1)
-    return array if array.ndim < 2 or parameter in _CLIP_EMBEDDING else array.T
+    return array if array.ndim < 2 or parameter.endswith("_embedding.weight") else array.T
 
 
 def _damaged(path, fault):
@@ -245,14 +170,10 @@ def _read_layers(path):
 
 def _names(group, attribute):
     """Return a list of names; Keras splits a long one over several attributes."""
-    if attribute in group.attrs:
-        chunks = [attribute]
-    else:
-        chunks = []
-        while f"{attribute}{len(chunks)}" in group.attrs:
-            chunks.append(f"{attribute}{len(chunks)}")
+    numbered = (f"{attribute}{index}" for index in itertools.count())
+    chunks = itertools.takewhile(group.attrs.__contains__, numbered)
     names = []
-    for chunk in chunks:
+    for chunk in [attribute] if attribute in group.attrs else chunks:
         claimed = group.attrs.get_id(chunk)
         if math.prod(claimed.shape) * claimed.dtype.itemsize > group.file.id.get_filesize():
             raise ValueError(f"{chunk} is larger than the file")

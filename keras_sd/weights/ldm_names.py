@@ -53,7 +53,7 @@ def unet_to_diffusers(tensors):
     layers = index_count(tensors, "input_blocks.") // levels - 1
     starts = [level * (layers + 1) for level in range(levels)]
     attends = [f"output_blocks.{start}.1.norm.weight" in tensors for start in starts]
-    return _rename(tensors, _inverted(_unet_modules(levels, layers, attends)))
+    return _rename(tensors, inverted(_unet_modules(levels, layers, attends)))
 
 
 def unet_to_ldm(tensors, config):
@@ -74,7 +74,7 @@ def vae_to_diffusers(tensors):
         tensors: dictionary of arrays by latent-diffusion's names, without `first_stage_model.`.
     """
     levels, layers = index_count(tensors, "decoder.up."), index_count(tensors, "decoder.up.0.block.") - 1
-    renamed = _rename(tensors, _inverted(_vae_modules(levels, layers)))
+    renamed = _rename(tensors, inverted(_vae_modules(levels, layers)))
     return {
         name: array[..., 0, 0]
         if array.shape[2:] == (1, 1) and _VAE_PROJECTION_PATTERN.search(name)
@@ -153,8 +153,9 @@ def _inside(module, ldm_module, children):
     return {f"{module}.{child}": f"{ldm_module}.{ldm_child}" for child, ldm_child in children.items()}
 
 
-def _inverted(modules):
-    return {ldm_module: module for module, ldm_module in modules.items()}
+def inverted(modules):
+    """Return the dictionary from values to keys."""
+    return {value: key for key, value in modules.items()}
 
 
 def _rename(tensors, modules):

@@ -18,12 +18,8 @@ from keras_sd.models.tokenizer import END_TOKEN, Tokenizer
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.weights import readers, rules
-from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.checkpoint import CLIP_HEAD, Checkpoint, Part
 from keras_sd.weights.expected_shapes import is_decoder_alone
-
-# What makes the two towers a CLIP. Stored with the image tower, since the text tower's file has no place for
-# them in diffusers.
-CLIP_HEAD = ("text_projection.weight", "logit_scale")
 
 # OpenCLIP, the text encoder of SD 2, was trained with padding id 0, "!".
 _OPEN_CLIP_PAD_TOKEN = "!"

@@ -8,7 +8,6 @@ names. A joined name cannot be split again, so the names of the model are joined
 import os
 import re
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +15,9 @@ import numpy as np
 from keras_sd.errors import UserError
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights import ldm_names
-from keras_sd.weights.formats import DTYPES, read_safetensors, write_safetensors
+from keras_sd.weights.formats import DTYPES, file_in, read_safetensors, write_safetensors
 from keras_sd.weights.lora_strength import ADAPTER_CONFIG, read_strengths
+from keras_sd.weights.rules import torch_shape
 from keras_sd.weights.torch_pickle import read_torch
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"
@@ -62,10 +62,7 @@ def holds_lora(folder):
 
 def lora_file(path):
     """Return the path of a LoRA file: the path itself, or the file in a folder."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    return next((path / name for name in _FOLDER_FILES if (path / name).is_file()), path / PEFT_FILE)
+    return file_in(path, _FOLDER_FILES)
 
 
 def read_lora(path, models):
@@ -130,15 +127,10 @@ def read_lora(path, models):
 def _layer_shapes(model):
     """Return the weight shape, in torch layout, of each layer that can have an update."""
     return {
-        parameter.name.removesuffix(".weight"): _torch_shape(parameter.variable.shape)
+        parameter.name.removesuffix(".weight"): torch_shape(parameter)
         for parameter in parameter_paths(model)
         if parameter.variable.name == "kernel" and ".lora_" not in parameter.name
     }
-
-
-def _torch_shape(shape):
-    *window, inputs, outputs = shape
-    return (outputs, inputs, *window)
 
 
 def _spellings(part, layers, config):

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, NamedTuple, NotRequired
 
 import numpy as np
 from annotated_types import Interval
@@ -19,29 +19,46 @@ from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json, shown
 from keras_sd.files.writing import write_json
 from keras_sd.weights import derived_config
-from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.checkpoint import CLIP_HEAD, Checkpoint, Part
 from keras_sd.weights.formats import read_safetensors, write_safetensors
-from keras_sd.weights.ldm_names import index_count
+from keras_sd.weights.ldm_names import index_count, inverted
 from keras_sd.weights.names import canonical_name
 from keras_sd.weights.torch_pickle import read_torch
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
-_TEXT = {
-    "token_embedding": "embeddings.token_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final": "final_layer_norm",
-    "transformer.resblocks": "encoder.layers",
-}
-_VISION = {
-    "class_embedding": "embeddings.class_embedding",
-    "conv1": "embeddings.patch_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_pre": "pre_layrnorm",
-    "ln_post": "post_layernorm",
-    "transformer.resblocks": "encoder.layers",
-}
+
+class TowerNames(NamedTuple):
+    """The names of a tower: dictionaries from OpenCLIP's names to transformers', and transformers' prefix."""
+
+    modules: dict[str, str]
+    head: dict[str, str]
+    prefix: str
+
+
+TEXT = TowerNames(
+    {
+        "token_embedding": "embeddings.token_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final": "final_layer_norm",
+        "transformer.resblocks": "encoder.layers",
+    },
+    {"text_projection": "text_projection.weight", "logit_scale": "logit_scale"},
+    "text_model.",
+)
+VISION = TowerNames(
+    {
+        "class_embedding": "embeddings.class_embedding",
+        "conv1": "embeddings.patch_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_pre": "pre_layrnorm",
+        "ln_post": "post_layernorm",
+        "transformer.resblocks": "encoder.layers",
+    },
+    {"proj": "visual_projection.weight"},
+    "vision_model.",
+)
 _BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -49,8 +66,6 @@ _BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-_TEXT_HEAD = {"text_projection": "text_projection.weight", "logit_scale": "logit_scale"}
-_VISION_HEAD = {"proj": "visual_projection.weight"}
 
 _BLOCK_PATTERN = re.compile(r"(transformer\.resblocks|encoder\.layers)\.(\d+)\.(.+)")
 _JOINT_PATTERN = re.compile(r"(.*)in_proj_(weight|bias)")
@@ -70,42 +85,18 @@ _COMPUTED = {
 }
 
 
-def text_to_transformers(tensors):
-    """Return a text tower's tensors under transformers' names; unknown tensors keep their names.
+def to_transformers(tensors, tower):
+    """Return a tower's tensors under transformers' names; unknown tensors keep their names.
 
     Args:
-        tensors: dictionary of arrays by OpenCLIP's names (`token_embedding.weight`, ...).
+        tensors: dictionary of arrays by OpenCLIP's names (`token_embedding.weight`, ...), without `visual.`.
+        tower: `TEXT` or `VISION`.
 
     Returns:
-        A dictionary of arrays: the tower under `text_model.`, `text_projection.weight` `(projection, width)`
-        and `logit_scale`. Split and transposed arrays are views.
+        A dictionary of arrays: those of the tower under `text_model.` or `vision_model.`, and those of the
+        head. Split and transposed arrays are views.
     """
-    return _to_transformers(tensors, _TEXT, _TEXT_HEAD, "text_model.")
-
-
-def text_to_open_clip(tensors):
-    """Invert `text_to_transformers`; names may have the prefix `text_model.` or not."""
-    return _to_open_clip(tensors, _TEXT, _TEXT_HEAD)
-
-
-def vision_to_transformers(tensors):
-    """Return a vision tower's tensors under transformers' names; unknown tensors keep their names.
-
-    Args:
-        tensors: dictionary of arrays by OpenCLIP's names, without `visual.`.
-
-    Returns:
-        A dictionary of arrays: the tower under `vision_model.`, and `visual_projection.weight`.
-    """
-    return _to_transformers(tensors, _VISION, _VISION_HEAD, "vision_model.")
-
-
-def vision_to_open_clip(tensors):
-    """Invert `vision_to_transformers`; names may have the prefix `vision_model.` or not."""
-    return _to_open_clip(tensors, _VISION, _VISION_HEAD)
-
-
-def _to_transformers(tensors, modules, head, prefix):
+    modules, head, prefix = tower
     renamed = {}
     for name, array in tensors.items():
         joint = _JOINT_PATTERN.fullmatch(name)
@@ -121,10 +112,11 @@ def _to_transformers(tensors, modules, head, prefix):
     return renamed
 
 
-def _to_open_clip(tensors, modules, head):
+def to_open_clip(tensors, tower):
+    """Invert `to_transformers`; names may have the tower's prefix or not."""
     tensors = {canonical_name(name): array for name, array in tensors.items()}
     tensors.pop(None, None)
-    modules, block, head = _inverted(modules), _inverted(_BLOCK), _inverted(head)
+    modules, block, head = inverted(tower.modules), inverted(_BLOCK), inverted(tower.head)
     renamed = {}
     for name, array in tensors.items():
         query = _QUERY_PATTERN.fullmatch(name)
@@ -145,10 +137,6 @@ def _renamed(name, modules, block_modules):
         return f"{modules[block[1]]}.{block[2]}.{_renamed(block[3], block_modules, {})}"
     known = next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
     return name if known is None else modules[known] + name[len(known) :]
-
-
-def _inverted(modules):
-    return {name: module for module, name in modules.items()}
 
 
 def is_open_clip(path):
@@ -195,7 +183,7 @@ def read_open_clip(path, activation=None):
         raise UserError(
             f"{path}: {error} is missing or has no shape of a CLIP's; give a whole CLIP"
         ) from error
-    vision |= {name: text.pop(name) for name in _TEXT_HEAD.values() if name in text}
+    vision |= {name: text.pop(name) for name in CLIP_HEAD if name in text}
     parts = {"text_encoder": Part(text_config, text, path), "image_encoder": Part(image_config, vision, path)}
     return Checkpoint(parts)
 
@@ -271,11 +259,10 @@ def _towers(tensors, path):
     """Return the tensors of the text tower and of the vision tower under transformers' names."""
     vision = {n.removeprefix("visual."): array for n, array in tensors.items() if n.startswith("visual.")}
     text = {n: a for n, a in tensors.items() if not n.startswith("visual.") and n not in _NO_WEIGHTS}
-    text, vision = text_to_transformers(text), vision_to_transformers(vision)
-    unknown = [name for name in text if not name.startswith(("text_model.", *_TEXT_HEAD.values()))]
-    unknown += [
-        f"visual.{name}" for name in vision if not name.startswith(("vision_model.", *_VISION_HEAD.values()))
-    ]
+    text, vision = to_transformers(text, TEXT), to_transformers(vision, VISION)
+    unknown = [name for name in text if not name.startswith((TEXT.prefix, *CLIP_HEAD))]
+    known = (VISION.prefix, *VISION.head.values())
+    unknown += [f"visual.{name}" for name in vision if not name.startswith(known)]
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} of its tensors have no place in a CLIP with a vision transformer and "
@@ -348,9 +335,7 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
         raise UserError(f"{path}: a CLIP is written as safetensors; let the name end in .safetensors")
     missing = [part for part in ("text_encoder", "image_encoder") if part not in checkpoint.parts]
     if not missing:
-        missing = [
-            name for name in _TEXT_HEAD.values() if name not in checkpoint.parts["image_encoder"].tensors
-        ]
+        missing = [name for name in CLIP_HEAD if name not in checkpoint.parts["image_encoder"].tensors]
     if missing:
         raise UserError(f"{path}: the model has no {' and no '.join(missing)}; give a whole CLIP")
     text, image = checkpoint.parts["text_encoder"], checkpoint.parts["image_encoder"]
@@ -370,10 +355,10 @@ def open_clip_tensors(text, image):
     Args:
         text, image: the `Part` of each, the latter with `text_projection.weight` and `logit_scale`.
     """
-    head = {name: image.tensors[name] for name in _TEXT_HEAD.values()}
+    head = {name: image.tensors[name] for name in CLIP_HEAD}
     vision = {name: array for name, array in image.tensors.items() if name not in head}
-    tensors = text_to_open_clip({**text.tensors, **head})
-    return tensors | {f"visual.{name}": array for name, array in vision_to_open_clip(vision).items()}
+    tensors = to_open_clip({**text.tensors, **head}, TEXT)
+    return tensors | {f"visual.{name}": array for name, array in to_open_clip(vision, VISION).items()}
 
 
 def open_clip_config(text_config, image_config):

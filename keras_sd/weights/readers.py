@@ -79,13 +79,13 @@ def _read_directory(folder, variant):
     if any(folder.glob("*.h5")):
         return read_keras_cv(folder)
     parts = {
-        part: diffusers_folder.read_part(folder, part, variant)
+        part: diffusers_folder.read_part(folder / part, part, variant)
         for part in diffusers_folder.PARTS
         if os.path.lexists(folder / part / "config.json")
     }
     if not parts and (folder / "config.json").is_file():
         part = _part_of(folder / "config.json")
-        parts[part] = diffusers_folder.read_part_folder(folder, part, variant)
+        parts[part] = diffusers_folder.read_part(folder, part, variant)
     if not parts:
         raise UserError(f"{folder}: no {diffusers_folder.INDEX} there; give a folder in diffusers' layout")
     checkpoint = Checkpoint(parts, *diffusers_folder.read_companions(folder))
@@ -125,9 +125,9 @@ def read_part(path, part, variant=None):
 
 def _read_part(path, part, variant):
     if (path / part).is_dir():
-        return diffusers_folder.read_part(path, part, variant)
+        return diffusers_folder.read_part(path / part, part, variant)
     if (path / "config.json").is_file() and not (path / diffusers_folder.INDEX).is_file():
-        return diffusers_folder.read_part_folder(path, part, variant)
+        return diffusers_folder.read_part(path, part, variant)
     checkpoint = _read_checkpoint(path, "ema", variant, None)
     if part not in checkpoint.parts:
         there = ", ".join(checkpoint.parts)

@@ -1,9 +1,9 @@
 """The weight map: one rule between Keras variables and the tensors of public checkpoints.
 
-The attribute trees of the models mirror the published parameter trees, so a tensor's name is the
-path of attributes and list indices that leads to its variable. Only the leaf is renamed (`kernel`
-is torch's `weight`) and only kernels are transposed, by their rank. There is no table of tensors, and
-the rule works in both directions.
+The attribute trees of the models mirror the published parameter trees, so the name of a tensor is the path of
+attributes and list indices to its variable. Only its last part is renamed (`kernel` is torch's `weight`), and
+only kernels are transposed, by their rank. There is no table of tensors, and the rule works in both
+directions.
 """
 
 import concurrent.futures
@@ -25,7 +25,6 @@ from keras_sd.weights.names import canonical_name
 
 # By rank: torch has a kernel's outputs first, (out, in) or OIHW, Keras last, (in, out) or HWIO.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
-_TO_KERAS = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def _torch_axes(parameter):
@@ -34,7 +33,8 @@ def _torch_axes(parameter):
     return _TO_TORCH[rank] if parameter.variable.name == "kernel" else tuple(range(rank))
 
 
-def _torch_shape(parameter):
+def torch_shape(parameter):
+    """Return the shape of a `Parameter`'s variable in torch layout."""
     return tuple(parameter.variable.shape[axis] for axis in _torch_axes(parameter))
 
 
@@ -72,9 +72,9 @@ def open_model(model_class, config, tensors, *, source="weights", dtype="float32
             found = _matched(model, tensors, source, partial)
         except UserError:
             for initializer in initializers.values():
-                initializer.initializer = _zeros
+                initializer.initializer = keras.initializers.Zeros()
             raise
-        bad = _hand_out(found, tensors, initializers)
+        bad = _set_initializers(found, tensors, initializers)
     if bad:
         raise _non_finite(bad, source)
     return model
@@ -89,8 +89,8 @@ def check_tensors(config, tensors, source="weights", partial=False):
     check_config(config, _given(tensors)[1], source, partial)
 
 
-def _hand_out(found, tensors, initializers):
-    """Give each variable's initializer its array; return the names of arrays that are not finite."""
+def _set_initializers(found, tensors, initializers):
+    """Set the array of each variable's initializer; return the names of arrays that are not finite."""
     bad = []
     # NumPy releases the GIL while it copies.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -99,10 +99,6 @@ def _hand_out(found, tensors, initializers):
             initializers[id(parameter.variable)].load = functools.partial(backend.to_tensor, copy)
             bad += [] if is_finite else [name]
     return bad
-
-
-def _zeros(shape, dtype=None):
-    return keras.ops.zeros(shape, dtype)
 
 
 def _take(parameter, array):
@@ -114,9 +110,8 @@ def _take(parameter, array):
 
 def _to_keras(parameter, array):
     # A 1x1 convolution and a linear layer hold the same numbers; files use either shape.
-    shaped = np.reshape(array, _torch_shape(parameter))
-    is_kernel = parameter.variable.name == "kernel"
-    axes = _TO_KERAS[shaped.ndim] if is_kernel else tuple(range(shaped.ndim))
+    shaped = np.reshape(array, torch_shape(parameter))
+    axes = np.argsort(_torch_axes(parameter))  # the inverse permutation
     return backend.aligned_copy(shaped, axes, parameter.variable.dtype)
 
 
@@ -170,7 +165,7 @@ def _matched(model, tensors, source, partial=False):
     given, shapes = _given(tensors)
     wanted = {canonical_name(parameter.name): parameter for parameter in parameter_paths(model)}
     if not partial:
-        expected = {name: _torch_shape(parameter) for name, parameter in wanted.items()}
+        expected = {name: torch_shape(parameter) for name, parameter in wanted.items()}
         account(type(model).__name__, expected, shapes, source)
     odd = [given[name] for name in wanted if name in given and not is_weight(tensors[given[name]])]
     if odd:
@@ -181,7 +176,7 @@ def _matched(model, tensors, source, partial=False):
     return [
         (parameter, given[name])
         for name, parameter in wanted.items()
-        if name in given and same_shape(shapes[name], _torch_shape(parameter))
+        if name in given and same_shape(shapes[name], torch_shape(parameter))
     ]
 
 

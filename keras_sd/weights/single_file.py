@@ -23,7 +23,7 @@ from keras_sd.weights.ldm_names import (
     vae_to_ldm,
 )
 from keras_sd.weights.names import canonical_name
-from keras_sd.weights.open_clip import text_to_open_clip, text_to_transformers
+from keras_sd.weights.open_clip import TEXT, to_open_clip, to_transformers
 from keras_sd.weights.stored_zip import ZIP_MAGIC
 from keras_sd.weights.torch_pickle import LEGACY_MAGIC, read_torch
 
@@ -275,7 +275,7 @@ def _text_tensors(tensors):
         return {}, False  # not a part of Stable Diffusion
     open_clip = _below(tensors, _prefix(tensors, (OPEN_CLIP_PREFIX, ""), _OPEN_CLIP_SIGNS))
     if open_clip:
-        return text_to_transformers({n: a for n, a in open_clip.items() if not _is_unused(n)}), True
+        return to_transformers({n: a for n, a in open_clip.items() if not _is_unused(n)}, TEXT), True
     clip = _below(tensors, _prefix(tensors, _CLIP_PREFIXES, _CLIP_SIGNS))
     if any(name.startswith("text_model.") for name in clip):  # the others do not belong to the text encoder
         clip = {name: array for name, array in clip.items() if name.startswith("text_model.")}
@@ -345,7 +345,7 @@ def _ldm_tensors(name, part):
     if name == "text_encoder":
         text = _under("text_model.", {n: a for n, a in tensors.items() if not n.startswith(_CLIP_HEAD)})
         if part.config["hidden_act"] == "gelu":
-            return _under(OPEN_CLIP_PREFIX, text_to_open_clip(text))
+            return _under(OPEN_CLIP_PREFIX, to_open_clip(text, TEXT))
         return _under(CLIP_PREFIX, text)
     return {}
 

@@ -1,10 +1,9 @@
 """Reads torch's `.ckpt`, `.pt`, `.pth` and `.bin` files without torch and without executing anything in them.
 
-Such a file is a pickle, a program for a stack machine, beside the raw bytes of the tensors. The machine
-here knows lists, tuples, dictionaries, strings, numbers and tensors, and it has no operation that looks up
-or calls anything else: a global is only its name, an object of an unknown class is the dictionary of what
-is set on it. The tensors are views of the mapped file, so neither they nor false claims about their size
-take memory.
+Such a file is a pickle, a program for a stack machine, beside the raw bytes of the tensors. The machine here
+supports lists, tuples, dictionaries, strings, numbers and tensors. It has no operation that looks up or calls
+anything else: a global is only a name, and an object of an unknown class is a dictionary of its attributes.
+Tensors are views of the mapped file, so neither they nor false claims about their size take memory.
 """
 
 import io
@@ -23,30 +22,18 @@ from keras_sd.weights.stored_zip import ZIP_MAGIC, DamagedFile, StoredZip
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch before 1.6
 
-_DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
-_STORAGE_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
+_DTYPES = {  # by torch's classes of storages
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "UntypedStorage": np.uint8,
 }
 
 # The errors that reading a pickle can raise if torch did not write it.
@@ -82,8 +69,7 @@ def read_torch(path, any_type=False):
 
     Returns:
         The saved object, usually a dictionary: tensors as read-only NumPy arrays whose bytes stay on disk
-            until
-        they are used; dictionaries, lists, strings and numbers as they are. Keys other than strings and
+        until they are used; dictionaries, lists, strings and numbers as they are. Keys other than strings and
         integers are left out.
 
     Raises:
@@ -333,12 +319,12 @@ class _Machine:
     def _storage(self, kind, storage_type, key, location, count, view=None):
         if kind != "storage" or not isinstance(storage_type, _Global) or not isinstance(key, str) or view:
             raise DamagedFile("it refers to something that is not a storage")
-        dtype = _STORAGE_DTYPES.get(storage_type.name.rpartition(".")[2])
+        dtype = _DTYPES.get(storage_type.name.rpartition(".")[2])
         if dtype is None and self._any_type:
             return storage_type
         if dtype is None:
             raise DamagedFile(f"its {storage_type.name[:60]!r} is of a type that no weights have")
-        return self._open_storage(key, np.dtype(_DTYPES[dtype]), _count(count))
+        return self._open_storage(key, np.dtype(dtype), _count(count))
 
     def _make(self, function, arguments):
         """Return the result of a call or a new object: a tensor, a container, or else an empty dictionary."""

@@ -8,7 +8,7 @@ from keras import ops
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.layers import GroupNormalization
-from keras_sd.models.precision import POLICIES, dtype_policy, in_float32
+from keras_sd.models.precision import POLICIES, ComputedInFloat32, dtype_policy
 from tests import tiny
 
 
@@ -31,7 +31,7 @@ def test_unknown_names(name):
 
 
 def test_half_precision_weights_in_a_float32_computation():
-    with dtype_policy(in_float32(keras.DTypePolicy("float16"))):
+    with dtype_policy(ComputedInFloat32("float16")):
         layer = keras.layers.Dense(1, kernel_initializer="ones")
     outputs = layer(np.full((1, 8), 60000.0, "float32"))
     assert layer.kernel.dtype == "float16" and ops.convert_to_numpy(outputs)[0, 0] == 480000.0

@@ -24,8 +24,7 @@ from keras_sd.weights.expected_shapes import check_config, expected_shapes
 from keras_sd.weights.loading import open_parts
 from keras_sd.weights.names import canonical_name
 from keras_sd.weights.readers import read_checkpoint
-from keras_sd.weights.rules import _torch_shape as torch_shape
-from keras_sd.weights.rules import torch_state
+from keras_sd.weights.rules import torch_shape, torch_state
 from tests import tiny
 
 EMOJI = Path(keras_sd.__file__).parent / "bundled" / "emoji"
