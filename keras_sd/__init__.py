@@ -4,26 +4,19 @@ The public names are listed in `__init__.pyi`. Each is imported when it is first
 `import keras_sd` waits for no backend.
 """
 
-from typing import Any
+import sys
 
 import lazy_loader
 
-from keras_sd.errors import UserError, missing_package
+from keras_sd.errors import PackageFinder
 
 __version__ = "0.1.0"
 
-_import_public, _, _names = lazy_loader.attach_stub(__name__, __file__)
+if PackageFinder not in sys.meta_path:
+    sys.meta_path.insert(0, PackageFinder)
+
+__getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__ = ["__version__", *_names]
-
-
-def __getattr__(name: str) -> Any:
-    try:
-        return _import_public(name)
-    except ModuleNotFoundError as error:
-        if error.name != "tensorflow":
-            raise
-        instead = "set KERAS_BACKEND=jax where JAX is installed"
-        raise UserError(missing_package("tensorflow", instead)) from error
 
 
 def __dir__() -> list[str]:

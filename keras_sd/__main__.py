@@ -1,12 +1,16 @@
 """`python -m keras_sd` is the command `keras-sd`."""
 
+import importlib
 
-def main():
-    """Runs the command line as a program: exit code 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+
+def main(commands="keras_sd.cli.main"):
+    """Run a command line as a program: exit code 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        commands: the module with its `main`.
+    """
     try:
-        from keras_sd.cli.main import main as run
-
-        run()
+        importlib.import_module(commands).main()
     except KeyboardInterrupt:  # before `run_command` deals with it
         raise SystemExit(130) from None
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import importlib.machinery
 import importlib.util
 import os
 
-BACKENDS = ("tensorflow", "jax")
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
+"""The supported backends of Keras, and their names in messages."""
 
 # The extra of `keras_sd` that installs each package.
 _EXTRAS = {
@@ -49,11 +51,45 @@ def is_installed(package):
 
 
 def missing_package(package, instead=None):
-    """Return the message for a package that is not installed, or None if it belongs to no extra."""
+    """Return the message for a package that is not installed, or None if it belongs to no extra.
+
+    Args:
+        instead: as in `require`; for a backend, by default, the other backend.
+    """
     extra = _EXTRAS.get((package or "").partition(".")[0])
     if extra is None:
         return None
+    other = {"tensorflow": "jax", "jax": "tensorflow"}.get(extra)
+    if instead is None and other and os.environ.get("KERAS_BACKEND") != other:
+        instead = f"set KERAS_BACKEND={other} where {BACKENDS[other]} is installed"
     return f"{package}: not installed; pip install 'keras_sd[{extra}]'{f', or {instead}' if instead else ''}"
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Imports a module of this package. If a package of an extra is missing, it raises a `UserError`."""
+
+    def exec_module(self, module):
+        try:
+            super().exec_module(module)
+        except ModuleNotFoundError as error:
+            message = missing_package(error.name)
+            if message is None:
+                raise
+            raise UserError(message) from error
+
+
+class PackageFinder(importlib.machinery.PathFinder):
+    """Finds the modules of this package for `import`, so that a missing backend is one line everywhere.
+
+    Keras imports its backend when it is imported itself, which most modules here do in their first lines.
+    """
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target) if name.startswith("keras_sd.") else None
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
 
 
 # Remedies for errors of the operating system.

@@ -75,8 +75,7 @@ def _run(command, program):
 def _mendable_fault(error):
     """The line for an exception that is no fault of the program, or None."""
     if isinstance(error, ModuleNotFoundError):
-        other = "set KERAS_BACKEND to another backend" if error.name in BACKENDS else None
-        return missing_package(error.name, other)
+        return missing_package(error.name)
     if isinstance(error, OSError) and error.errno is not None:
         return os_fault(error)
     if is_out_of_memory(error):
