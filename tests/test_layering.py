@@ -1,12 +1,16 @@
 """Imports run one way, and only ``backend`` and ``kernels`` know which backend there is."""
 
 import ast
+import dis
 import graphlib
+import importlib
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 import keras_sd
@@ -120,8 +124,10 @@ def privates(tree, own):
     """Private and experimental things of Keras, TensorFlow and JAX in a syntax tree.
 
     Args:
-        own: private names that the package itself defines.
+        own: private names that the package itself defines; a class may have those of its bases. All other
+            objects may be asked only for private names that the same file defines.
     """
+    defined = set(own_names([tree]))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -129,6 +135,9 @@ def privates(tree, own):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
             names = [ast.unparse(node)]
+        elif isinstance(node, ast.Constant) and node.value in compat_names():  # of `getattr`
+            yield node.value
+            continue
         else:
             continue
         for name in names:
@@ -139,9 +148,17 @@ def privates(tree, own):
                 yield name
             elif parts[-1] == "jax_state_sync":
                 yield name
-            elif isinstance(node, ast.Attribute) and node.attr[0] == "_" and node.attr[:2] != "__":
-                if node.attr not in own | PUBLIC or node.attr in compat_names():
+            elif isinstance(node, ast.Attribute) and is_private(node.attr):
+                is_of_itself = ast.unparse(node.value) in ("self", "cls", "super()")
+                if (
+                    node.attr not in (own if is_of_itself else defined) | PUBLIC
+                    or node.attr in compat_names()
+                ):
                     yield name
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
 
 
 def compat_names():
@@ -153,8 +170,8 @@ def own_names(trees):
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # of `setattr`
-            yield node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("__setattr__"):
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -181,10 +198,53 @@ def test_private_functions_are_used_by_compat_only():
         "from tensorflow.python.ops import control_flow_util",
         "tf.experimental.dlpack.from_dlpack(array)",
         "from keras.src import tree",
+        "layer._something()",
+        "model.layers[0]._ours_elsewhere()",
+        "getattr(variable, '_value')",
     ],
 )
 def test_a_private_function_is_found(line):
-    assert list(privates(ast.parse(line), set()))
+    assert list(privates(ast.parse(line), {"_ours_elsewhere"}))
+
+
+def names_of(cls):
+    """Private names that a class defines, or that its methods assign to."""
+    functions = [inspect.unwrap(getattr(value, "__func__", value)) for value in vars(cls).values()]
+    functions += [value.fget for value in vars(cls).values() if isinstance(value, property)]
+    codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
+    stored = {
+        step.argval for code in codes for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"
+    }
+    return {name for name in {*vars(cls), *stored} if is_private(name)}
+
+
+def private_overrides(cls):
+    """Private names of Keras, TensorFlow or JAX that a class defines anew, as a method or as an attribute."""
+    theirs = (base for base in cls.__mro__ if base.__module__.split(".")[0] in {"keras", "tensorflow", "jax"})
+    return names_of(cls) & {name for base in theirs for name in names_of(base)}
+
+
+def test_private_methods_are_overridden_by_compat_only():
+    files = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in modules()]
+    names = {".".join(parts).removesuffix(".__init__") for parts in files} - {
+        "keras_sd.data.emoji.tfds_builder"
+    }
+    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    classes = {value for value in found if isinstance(value, type) and value.__module__ in names}
+    overriding = {cls.__qualname__: private_overrides(cls) for cls in classes if private_overrides(cls)}
+    assert overriding == {"JointAdamW": {"_apply_weight_decay", "_backend_update_step"}}
+
+
+def test_an_overridden_private_method_is_found():
+    class Mine(keras.layers.Dense):
+        def __init__(self):
+            super().__init__(1)
+            self._inbound_nodes = []
+
+        def _assert_input_compatibility(self, *inputs):
+            pass
+
+    assert private_overrides(Mine) == {"_inbound_nodes", "_assert_input_compatibility"}
 
 
 def test_a_version_without_a_private_function_is_one_line():
@@ -202,8 +262,9 @@ ABSENT = """if True:
 """
 
 
-def run_without_tensorflow(code):
+def run_without_tensorflow(code, backend=None):
     environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    environment |= {"KERAS_BACKEND": backend} if backend else {}
     command = [sys.executable, "-c", ABSENT + code]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -217,10 +278,26 @@ def test_commands_choose_jax_where_tensorflow_is_not_installed(tmp_path):
     assert image.is_file()
 
 
-def test_bare_use_without_tensorflow_names_the_variable():
-    done = run_without_tensorflow("    import keras_sd\n    keras_sd.StableDiffusion\n")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import keras_sd; keras_sd.StableDiffusion",
+        "from keras_sd.models.unet import UNet",
+        "from keras_sd.keras_cv.models import StableDiffusion",
+        "import keras_sd.backend",
+    ],
+)
+def test_bare_use_without_tensorflow_names_the_variable(line):
+    done = run_without_tensorflow(f"    {line}\n")
     last = done.stderr.splitlines()[-1]
     assert "UserError: tensorflow: not installed" in last and "KERAS_BACKEND=jax" in last
+
+
+def test_a_missing_package_of_an_extra_is_one_line_at_import():
+    done = run_without_tensorflow("    sys.modules['jax'] = None\n    import keras_sd.models.vae\n", "jax")
+    last = done.stderr.splitlines()[-1]
+    assert "UserError: jax: not installed; pip install 'keras_sd[jax]'" in last
+    assert "KERAS_BACKEND=tensorflow where TensorFlow is installed" in last
 
 
 def test_import_leaves_environment_and_cache_alone(tmp_path):

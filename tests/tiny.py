@@ -8,6 +8,7 @@ import numpy as np
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.initializers import deferring
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.unet import UNet
@@ -117,17 +118,14 @@ def text_encoder_config(tokenizer):
 
 @contextlib.contextmanager
 def without_initial_values():
-    """Has models made inside it start from zeros, where random values would only cost time."""
-    add_weight = keras.layers.Layer.add_weight
+    """Start the models made inside from zeros, where random values would only cost time.
 
-    def add_zeros(layer, shape=None, initializer=None, *arguments, **options):
-        return add_weight(layer, shape, "zeros", *arguments, **options)
-
-    keras.layers.Layer.add_weight = add_zeros
-    try:
+    They have their values after the block only.
+    """
+    with keras.StatelessScope(), deferring() as initializers:
         yield
-    finally:
-        keras.layers.Layer.add_weight = add_weight
+        for initializer in initializers.values():
+            initializer.initializer = keras.initializers.Zeros()
 
 
 def randomize(model, seed=0, scale=0.1):

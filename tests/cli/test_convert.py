@@ -42,7 +42,8 @@ MODELS = {
 def random_part(name, dtype):
     model_class, config = MODELS[name]
     with tiny.without_initial_values():
-        state = torch_state(model_class(config))
+        model = model_class(config)
+    state = torch_state(model)
     generator = np.random.default_rng(len(state))
     return Part(
         config.to_dict(),

@@ -131,7 +131,8 @@ def sd15_unet():
     keras.config.set_dtype_policy("bfloat16")
     try:
         with tiny.without_initial_values():
-            return UNet(UNetConfig())
+            unet = UNet(UNetConfig())
+        return unet
     finally:
         keras.config.set_dtype_policy(policy)
 

@@ -99,7 +99,8 @@ MODELS = {
 def random_tensors(model, config, seed, dtype):
     """Random weights under the names and shapes that the model publishes."""
     with tiny.without_initial_values():
-        state = torch_state(model(config))
+        built = model(config)
+    state = torch_state(built)
     generator = np.random.default_rng(seed)
     return {name: generator.standard_normal(array.shape).astype(dtype) for name, array in state.items()}
 
