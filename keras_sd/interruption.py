@@ -17,7 +17,7 @@ from pathlib import Path
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5.0  # seconds for the process to end by itself
 _SECOND_GRACE = 1.0  # ... after a second Ctrl-C
-_TELL_AFTER = 2.0  # seconds after which a phase is printed
+_PRINT_AFTER = 2.0  # seconds after which a phase is printed
 
 
 class _State:
@@ -31,7 +31,7 @@ class _State:
         self.has_to_finish = False
         self.endable_since = time.monotonic()
         self.phase = None
-        self.told = set()  # phases that have been printed
+        self.printed = set()  # phases that have been printed
         self.timer = None
         self.run_folder = None
         self.checkpoints_before = None  # set if an older checkpoint was resumed
@@ -113,7 +113,7 @@ def phase(name, *, in_commands=False):
         yield
         return
     before = _state.phase
-    _state.told.discard(name)
+    _state.printed.discard(name)
     _start_phase(name)
     try:
         yield
@@ -133,16 +133,16 @@ def _start_phase(name):
     if _state.timer is not None:
         _state.timer.cancel()
     _state.phase, _state.timer = name, None
-    if name is not None and name not in _state.told:
-        _state.timer = threading.Timer(_TELL_AFTER, _tell, (name,))
+    if name is not None and name not in _state.printed:
+        _state.timer = threading.Timer(_PRINT_AFTER, _print_phase, (name,))
         _state.timer.daemon = True
         _state.timer.start()
 
 
-def _tell(name):
+def _print_phase(name):
     from tqdm import tqdm
 
-    _state.told.add(name)
+    _state.printed.add(name)
     tqdm.write(name, file=sys.stderr)  # above a progress bar, if there is one
     sys.stderr.flush()
 
@@ -183,7 +183,7 @@ def watching(program, command):
     os.set_blocking(writer, False)
     _state.__init__()
     _state.program, _state.command = program, command
-    old_hook, sys.unraisablehook = sys.unraisablehook, _pass_over
+    old_hook, sys.unraisablehook = sys.unraisablehook, _show_or_raise_again
     handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
     old_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
@@ -218,7 +218,7 @@ def _is_importing(frame):
     return False
 
 
-def _pass_over(unraisable, show=sys.unraisablehook):
+def _show_or_raise_again(unraisable, show=sys.unraisablehook):
     """Raise a handler's exception again if it was lost in a callback of the garbage collector."""
     if _state.received is not None and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
         _state.is_lost = True
@@ -269,7 +269,7 @@ def _end_at_once(number):
 
 
 def _forget_in_child():
-    # A child process has no such thread, and must not write its signals into the parent's pipe.
+    # A child process has no watching thread, and must not write its signals into the parent's pipe.
     if _state.program is not None:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)

@@ -1,8 +1,10 @@
-"""What depends on the backend, TensorFlow or JAX: no other room imports them but `kernels`.
+"""Code that depends on the backend, TensorFlow or JAX; besides it, only `kernels` imports a backend.
 
-`compilation` compiles functions by XLA, `program_cache` keeps the programs, `devices` knows processes and
-devices, `arrays` takes NumPy's there and back, and `compat` is the only place for private and experimental
-functions.
+compilation    functions compiled by XLA
+program_cache  keeps compiled programs for the next process
+devices        processes and devices
+arrays         conversion between NumPy arrays and tensors
+compat         all uses of private and experimental functions
 """
 
 from keras_sd.backend.arrays import aligned_copy, to_numpy, to_tensor

@@ -1,16 +1,16 @@
-"""Between NumPy's arrays and the tensors and variables of the backend."""
+"""Conversion between NumPy arrays and the tensors and variables of the backend."""
 
 import keras
 import numpy as np
 
 from keras_sd.backend import compat
 
-# What TensorFlow's kernels take for granted of memory that is not their own.
+# The alignment in bytes that TensorFlow's kernels require of memory that is not their own.
 _ALIGNMENT = 64
 
 
 def to_numpy(variable):
-    """Return the whole of a variable or tensor, of which this process has all parts."""
+    """Return a variable or tensor as a NumPy array; this process must have all of its shards."""
     value = keras.ops.convert_to_tensor(variable)
     if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
         return keras.ops.convert_to_numpy(value)
@@ -31,14 +31,14 @@ def aligned_copy(array, axes, dtype):
     parts = (
         [np.s_[..., start : start + 64] for start in range(0, copy.shape[-1], 64)] if is_reordered else [...]
     )
-    with np.errstate(over="ignore"):  # infinity, which whoever wants finite numbers will find
+    with np.errstate(over="ignore"):  # callers check for infinity
         for part in parts:
             np.copyto(copy[part], transposed[part], casting="unsafe")
     return copy
 
 
 def to_tensor(copy):
-    """Return a tensor of what `aligned_copy` gave, on the same memory where the backend allows it."""
+    """Return a tensor of an array from `aligned_copy`, on the same memory if the backend allows it."""
     if keras.backend.backend() == "tensorflow" and copy.dtype.kind == "f" and copy.size:
         return compat.shared_tensor(copy)
     return keras.ops.convert_to_tensor(copy)

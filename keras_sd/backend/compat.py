@@ -1,8 +1,8 @@
-"""Everything that is private or experimental in Keras, TensorFlow and JAX, and used here all the same.
+"""All uses of private and experimental functions of Keras, TensorFlow and JAX.
 
-No other module touches such a thing (a test holds that). Each function says why no public one will do. At
-import all of it is looked for, and what is missing is told in one line, as a later version may change it
-without notice: `setup.cfg` allows the versions of `SUPPORTED` only.
+No other module uses or overrides them (a test checks that). Each function here says why no public one will
+do. A later version may change them without notice. So `setup.cfg` allows only the versions of `SUPPORTED`,
+and importing this module checks that all of them exist; a missing one is an error of one line.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SUPPORTED = {"keras": ">=3.15.1,<3.16", "tensorflow": ">=2.21,<2.22", "jax": ">=
 def stored_value(variable):
     """Return a variable's tensor.
 
-    The public `value` asks whether to cast it, which for a thousand variables takes longer than a step.
+    The public `value` checks whether to cast it, which for a thousand variables takes longer than a step.
     """
     return variable._value
 
@@ -41,9 +41,9 @@ def current_value(variable):
 
 
 def lay_out(variable, layout):
-    """Spread a variable over devices as a `keras.distribution.TensorLayout` says.
+    """Shard a variable over devices as in a `keras.distribution.TensorLayout`.
 
-    Keras asks for a variable's layout only when it is made, by paths that have no names of attributes here.
+    Keras sets a layout only when it creates a variable, by a path that has no attribute names in our models.
     """
     variable._layout = layout
     variable.assign(variable.value)
@@ -75,9 +75,10 @@ def sync_state(model):
 
 
 class JointAdamW(keras.optimizers.AdamW):
-    """AdamW whose subclass updates all variables in one call, of `update_all`, the weight decay included.
+    """AdamW with one call, of `update_all` in a subclass, for all variables and the weight decay.
 
-    The public hook, `update_step`, is called for each variable: most of the time to trace a small model.
+    The public hook, `update_step`, is called for each variable, which takes most of the time to trace a small
+    model.
     """
 
     def _apply_weight_decay(self, variables):
@@ -103,7 +104,7 @@ def shared_tensor(array):
 
 
 def is_traced_for_xla():
-    """Return whether TensorFlow is tracing a graph that XLA compiles, which nothing public tells."""
+    """Return whether TensorFlow is tracing a graph for XLA; no public function says so."""
     import tensorflow as tf
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
@@ -138,9 +139,9 @@ def gathered(array):
 
 
 def processes_stop_at(step):
-    """Return whether all processes stop after this step, as one of them has got SIGTERM; asked at every step.
+    """Return whether all processes stop after this step, since one of them has received SIGTERM.
 
-    Nothing public hands a signal to the other processes.
+    All processes must call it at every step. No public function passes a signal on to the other processes.
     """
     from jax.experimental import multihost_utils
 
@@ -148,10 +149,10 @@ def processes_stop_at(step):
 
 
 def write_programs_whole(folder):
-    """Make JAX write the programs of its cache in `folder` under a temporary name, and over damaged ones.
+    """Make JAX write the programs of its cache in `folder` atomically, and replace damaged ones.
 
-    It writes them straight onto their names and leaves alone what is there: a program that was cut off by a
-    kill or a full disk would be a warning, and be compiled, at each start. No option changes that.
+    JAX writes under the final name and never replaces a file. So a program that was truncated by a kill or a
+    full disk would cause a warning and be compiled at each start. No option changes that.
     """
     from jax._src import lru_cache
 
@@ -170,7 +171,7 @@ def write_programs_whole(folder):
     lru_cache.LRUCache.put = put_whole
 
 
-# What is looked for, by package: module, class or function in it (dotted, or empty), names there.
+# The names to check: module, class or object in it (dotted, or empty), names there.
 _KERAS = (
     ("keras", "Variable", "_value", "_layout"),
     ("keras.src.backend.common.stateless_scope", "", "get_stateless_scope"),
@@ -196,10 +197,10 @@ _BACKENDS = {
 
 
 def check(needed):
-    """Raise a UserError unless all private names that are needed are there.
+    """Raise a UserError unless all private names exist.
 
     Args:
-        needed: entries as those of `_KERAS`.
+        needed: entries like those of `_KERAS`.
     """
     for module, place, *names in needed:
         for name in names:

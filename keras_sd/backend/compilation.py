@@ -16,7 +16,7 @@ def jit(function, variables=(), jit_compile=True):
         variables: the Keras variables that it reads. Their values are inputs of the program, not
             constants in it: an assignment is seen by the next call and compiles nothing. One that is
             missing here is a RuntimeError.
-        jit_compile: False leaves XLA out on TensorFlow; JAX always compiles by it.
+        jit_compile: False compiles without XLA on TensorFlow; JAX always uses XLA.
     """
     keep_programs()
     if keras.backend.backend() == "tensorflow":
@@ -28,8 +28,8 @@ def jit(function, variables=(), jit_compile=True):
     import jax
 
     variables = list(variables)
-    kernels = [place for place, variable in enumerate(variables) if _lies_otherwise(variable)]
-    # Every process has the whole of what comes out, however the variables are split.
+    kernels = [place for place, variable in enumerate(variables) if _takes_outputs_first(variable)]
+    # Every process gets whole outputs, however the variables are sharded.
     options = {"out_shardings": devices.replicated()}
     if kernels:
         layouts = [None] * len(variables)
@@ -45,7 +45,7 @@ def jit(function, variables=(), jit_compile=True):
     laid_out = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
 
     def call(*inputs):
-        # A GPU is done with a step in less than Keras takes to ask each variable whether it is cast.
+        # A step on a GPU takes less time than Keras' check, for each variable, whether to cast it.
         values = [compat.stored_value(variable) for variable in variables]
         for place in kernels:
             value, copy = laid_out[place]  # at once, as another thread may replace both
@@ -58,21 +58,21 @@ def jit(function, variables=(), jit_compile=True):
     return call
 
 
-def _lies_otherwise(variable):
-    """Return whether programs of one NVIDIA GPU want this variable as `compat.outputs_first` lays it out.
+def _takes_outputs_first(variable):
+    """Return whether programs take this variable in the memory layout of `compat.outputs_first`.
 
-    So cuDNN wants it. XLA would transpose a kernel from Keras' layout in each call of a program, which takes
-    up to an eighth of a UNet's time.
+    cuDNN needs convolution kernels in this layout. Otherwise XLA transposes them in each call, which takes up
+    to an eighth of a UNet's time (docs/results.md, "On a GPU").
     """
     is_kernel = len(variable.shape) == 4
     return is_kernel and devices.jax_platform() == "gpu" and keras.distribution.distribution() is None
 
 
 def with_eager_input(train_function):
-    """Return Keras' train function, about to be compiled, with its batch read outside the compiled step.
+    """Return Keras' train function with its batch read outside the compiled step.
 
-    TensorFlow would read its own iterator inside a second function around the step, and trace and optimise
-    that as well, though XLA compiles the step: up to two fifths of the time to a first step.
+    TensorFlow would read its iterator in a second function around the step, and trace and optimise that as
+    well, which takes up to two fifths of the time to the first step.
     """
     keep_programs()
     if keras.backend.backend() == "tensorflow":
@@ -83,12 +83,12 @@ def with_eager_input(train_function):
 def recomputed(function, variables):
     """Return `function`, of floating-point tensors, with a backward pass that recomputes it from its inputs.
 
-    What it needs gradients for must be among its arguments or its variables. `keras.remat` is the same, but
-    XLA drops JAX's barriers on a CPU, merges both computations and so keeps everything. Here, as in
-    TensorFlow's version, the second one waits for the gradient that it is for.
+    Only its arguments and variables get gradients. `keras.remat` does the same, but on a CPU XLA drops JAX's
+    barriers, merges both computations and so keeps all activations. Here, as in TensorFlow's version, the
+    recomputation depends on the incoming gradient, so it cannot be merged.
 
     Args:
-        variables: all the Keras variables that it reads. It may not assign to them.
+        variables: all the Keras variables that the function reads. It may not assign to them.
     """
     if keras.backend.backend() == "tensorflow":
         return keras.remat(function)
@@ -102,7 +102,7 @@ def recomputed(function, variables):
             return function(*inputs)
 
     def call(*inputs):
-        # A program that JAX keeps for a function and its shapes would hold the values of its first trace.
+        # A new function in each call: JAX would reuse the trace of an earlier one, with its values.
         @jax.custom_vjp
         def run(values, inputs):
             return pure(values, inputs)
@@ -127,7 +127,7 @@ def recomputed(function, variables):
 class _GivenValues(keras.StatelessScope):
     """A scope where the given variables have the given values, and no other variable can be read.
 
-    Others would silently be constants in the program that is traced inside, whatever they become later.
+    Other variables would silently become constants of the program that is traced inside.
     """
 
     def __init__(self, variables, values):
@@ -144,7 +144,7 @@ class _GivenValues(keras.StatelessScope):
 
 
 def scan(step, carry, arrays):
-    """Call `step(carry, [array[i] ...])` for each i of the arrays' first axis, in turns.
+    """Call `step(carry, [array[i] ...])` for each i of the arrays' first axis, in order.
 
     Args:
         step: takes a tuple of tensors, the carry, and a list of tensors; returns a tuple like the carry and

@@ -1,4 +1,4 @@
-"""Processes and devices: how many there are, what they can do, and whether their memory is enough."""
+"""Processes and devices: their number, their abilities, and errors about their memory."""
 
 import contextlib
 import re
@@ -8,20 +8,20 @@ import keras
 from keras_sd.backend import compat
 from keras_sd.backend.program_cache import keep_programs
 
-# XLA's status, its compilers' own words (TPUs count the memory of a program beforehand), and TensorFlow's.
+# The status of XLA, messages of its compilers (for TPUs they check memory in advance), and TensorFlow's.
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|ResourceExhausted|Ran out of memory|Out of memory|OOM when allocating", re.IGNORECASE
 )
 
-_platform = None  # what `compiling_for` says
+_platform = None  # set by `compiling_for`
 
 
 def join_processes(*arguments):
-    """Connect JAX with the other processes of the run, all of which are there.
+    """Connect JAX with the other processes of the run, all of which have to be running.
 
     Args:
-        arguments: `HOST:PORT` of process 0, how many processes there are, and which this one is. Without them
-            JAX looks for what has started it (a TPU pod, Slurm, Open MPI), which may be nothing of the kind.
+        arguments: `HOST:PORT` of process 0, the number of processes, and the number of this one. Without them
+            JAX detects a TPU pod, Slurm or Open MPI; if there is none, nothing happens.
     """
     import jax
 
@@ -33,7 +33,7 @@ def join_processes(*arguments):
 
 
 def process_count():
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     if keras.backend.backend() == "tensorflow":
         return 1
     import jax
@@ -51,7 +51,7 @@ def process_index():
 
 
 def any_process(flags):
-    """Return where any process has True, given each one's own bool array `(n,)`; all have to ask."""
+    """Return the logical or of all processes' bool arrays `(n,)`; all processes have to call this."""
     if process_count() == 1:
         return flags
     return compat.gathered(flags).any(axis=0)
@@ -67,9 +67,9 @@ def device_names():
 
 @contextlib.contextmanager
 def compiling_for(platform):
-    """Trace JAX's programs inside the block for a platform, "cpu", "gpu" or "tpu", maybe not here.
+    """Trace JAX's programs inside the block for a platform, "cpu", "gpu" or "tpu", which may be elsewhere.
 
-    Kernels are chosen while a program is traced, when JAX does not yet know its platform.
+    Kernels are chosen during tracing, when JAX does not yet know the platform.
     """
     global _platform
     before, _platform = _platform, platform
@@ -87,7 +87,7 @@ def jax_platform():
 
 
 def compiles_for_processor(tensor):
-    """Return whether `tensor` belongs to a program that XLA is about to compile for a CPU."""
+    """Return whether `tensor` belongs to a program that XLA will compile for a CPU."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -98,7 +98,7 @@ def compiles_for_processor(tensor):
 
 
 def multiplies_bfloat16():
-    """Return whether the device that computes has units for bfloat16 (TPUs, NVIDIA since Ampere, AMD)."""
+    """Return whether the device has units for bfloat16 (TPUs, NVIDIA since Ampere, AMD)."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -116,7 +116,7 @@ def multiplies_bfloat16():
 
 
 def has_accelerator():
-    """Return whether what computes has memory of its own: a GPU or a TPU."""
+    """Return whether the device is a GPU or a TPU, which have their own memory."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -128,10 +128,7 @@ def has_accelerator():
 
 
 def is_out_of_memory(error):
-    """Return whether an exception says that an allocation failed, in host memory or on the device.
-
-    Keras, and generators of either backend, wrap exceptions of others, so those behind it count too.
-    """
+    """Return whether an exception, or one of its causes, is a failed allocation on the host or the device."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,7 +1,7 @@
-"""Programs compiled by XLA are kept for the next process.
+"""The compilation cache: programs compiled by XLA are kept for the next process.
 
-Nothing happens when this is imported: `keep_programs` sets the cache up when the first weight is made or the
-first function is compiled, whichever comes first.
+Importing this module does nothing. `keep_programs` sets the cache up before the first weight is created or
+the first function is compiled.
 """
 
 import functools
@@ -20,9 +20,9 @@ _FLAG = "--tf_xla_persistent_cache_directory="
 
 
 def cache_folder():
-    """Return the folder of compiled programs, or None where none are kept.
+    """Return the folder of compiled programs, or None if there is no cache.
 
-    Machine code fits the processor and the version that it was made for and no other: both name the folder.
+    Machine code is valid for one processor and one version of the backend only, so both are in the name.
     """
     root = cache_root()
     if root is None:
@@ -42,10 +42,10 @@ def cache_folder():
 
 @functools.cache
 def keep_programs():
-    """Make XLA look for a program in `cache_folder` before it compiles, and put it there afterwards.
+    """Make XLA read and write its programs in `cache_folder`.
 
-    Whoever has named a folder to the backend keeps it. TensorFlow reads its flags once, when it computes or
-    lists its devices for the first time: a program that has done so before has no cache there.
+    A folder that the user has set for the backend is kept. TensorFlow reads its flags once, when it computes
+    or lists its devices for the first time; if that has happened before, there is no cache.
     """
     folder = cache_folder()
     if folder is None:
@@ -63,7 +63,7 @@ def keep_programs():
 
         os.environ["TF_XLA_FLAGS"] = f"{flags or ''} {_FLAG}{folder}".strip()
         tf.config.list_physical_devices()  # reads the flags
-        # What this process starts has an environment as it was, and sets up its own.
+        # Child processes get the unchanged environment, and set up their own cache.
         if flags is None:
             del os.environ["TF_XLA_FLAGS"]
         else:
@@ -80,7 +80,7 @@ def keep_programs():
 
 
 def _remove_oldest(folder):
-    """Remove the programs made first until those left take no more than `_CACHE_BYTES`."""
+    """Remove the oldest programs until the others take no more than `_CACHE_BYTES`."""
     entries = []
     for entry in os.scandir(folder):
         status = entry.stat()

@@ -1,4 +1,4 @@
-"""The cache folder, for compiled programs and the embeddings of long lists of phrases."""
+"""The cache folder, for compiled programs and for embeddings of long lists of phrases."""
 
 import os
 from pathlib import Path
