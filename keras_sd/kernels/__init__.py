@@ -1,1 +1,5 @@
-"""What only makes models fast or small; each has a plain reference beside it in a test."""
+"""Kernels: faster or smaller ways to compute what the models compute.
+
+Each one decides by a rule when it is used, and cites the measurement behind the rule. Tests compare each with
+a plain reference.
+"""

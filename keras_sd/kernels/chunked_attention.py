@@ -11,17 +11,20 @@ from keras import ops
 
 from keras_sd import backend
 
-# Bytes of scores (float32) that are held at a time, and the fewest queries of a slice: those of a large batch
-# are spread over several devices.
+# The bytes of scores (float32) that are held at a time. With one image of 4096 tokens and 8 heads, 64 MiB
+# take 0.95 of the processor time that all 512 MiB take, and 16 MiB take 1.15. With 16 images of 1024 tokens
+# 64 MiB take 1.19, and 256 MiB 1.07 (benchmarks/kernels.md, `python tools/bench_kernels.py`).
 LARGEST_SCORES = 2**26
+# The fewest queries of a chunk, whatever that takes: a batch so large is spread over several devices. It is a
+# guess, not a measurement.
 FEWEST_QUERIES = 128
 
 
 def attention(query, key, value, heads, *, upcast=False):
-    """Attention of `(n, tokens, features)` tensors, the features of all heads side by side.
+    """Return the attention of `(n, tokens, features)` tensors with the features of all heads side by side.
 
     Args:
-        upcast: whether queries meet keys in float32.
+        upcast: compute scores in float32.
 
     Returns:
         `(n, queries, features)` in the values' dtype.
@@ -45,7 +48,7 @@ def attention(query, key, value, heads, *, upcast=False):
         def gradient(upstream):
             queries, keys, values = split_inputs(query, key, value)
             upstream = split(upstream)
-            # The gradient of a softmax subtracts this from the gradient of each weight.
+            # The gradient of the softmax subtracts this from the gradient of each weight.
             shared = ops.sum(ops.cast(upstream, "float32") * ops.cast(split(outputs), "float32"), axis=-1)
             slopes = _gradients(queries, keys, values, upstream, shared, normalizers, count)
             slopes = [_join(slope) for slope in slopes]
@@ -68,7 +71,7 @@ def slices(query, key):
 
 
 def _split(array, heads):
-    """`(n, tokens, features)` to `(n, heads, tokens, head_size)`."""
+    """Transpose `(n, tokens, features)` to `(n, heads, tokens, head_size)`."""
     _, tokens, features = array.shape
     return ops.transpose(ops.reshape(array, (-1, tokens, heads, features // heads)), (0, 2, 1, 3))
 
@@ -79,7 +82,7 @@ def _join(array):
 
 
 def _sliced(array, count):
-    """`(n, heads, tokens, ...)` to `(count, n, heads, tokens of a slice, ...)`, with zeros at the end."""
+    """Split `(n, heads, tokens, ...)` into chunks `(count, n, heads, tokens, ...)`, padded with zeros."""
     _, heads, tokens, *rest = array.shape
     size = -(-tokens // count)
     if size * count > tokens:

@@ -1,4 +1,4 @@
-"""Which way of computing a convolution is the fastest: Winograd's, im2col, or the backend's own."""
+"""The choice between Winograd's algorithm, im2col and the backend's own convolution."""
 
 from keras import ops
 
@@ -6,17 +6,17 @@ from keras_sd.kernels import im2col, winograd
 
 
 def convolve(inputs, kernel, strides, padding):
-    """Return the convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)` by a faster way.
+    """Return the convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)` by a faster kernel.
 
     Args:
         strides: of rows and columns.
         padding: "same" or "valid".
 
     Returns:
-        `(n, h', w', k)`, or None where the backend's own way is the fastest, or the only one.
+        `(n, h', w', k)`, or None if the backend's own convolution is the fastest, or the only one possible.
     """
-    if winograd.pays(inputs, kernel, strides, padding):
+    if winograd.is_faster(inputs, kernel, strides, padding):
         return winograd.convolve(inputs, ops.convert_to_tensor(kernel))
-    if im2col.pays(inputs, kernel, strides, padding):
+    if im2col.is_faster(inputs, kernel, strides, padding):
         return im2col.convolve(inputs, ops.convert_to_tensor(kernel), strides, padding)
     return None

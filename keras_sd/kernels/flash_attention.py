@@ -4,14 +4,15 @@ import keras
 
 from keras_sd import backend
 
-# Features of a head that cuDNN's attention takes, before and since NVIDIA's Hopper.
+# The largest head size that cuDNN's attention accepts, before NVIDIA's Hopper and since. These are its
+# limits, not measurements: it is used wherever it can be.
 _LARGEST_HEAD, _LARGEST_HEAD_ON_HOPPER = 128, 256
 
 
 def is_available(query):
-    """Return whether there is `attention` for this query `(n, tokens, heads, head_size)`.
+    """Return whether `attention` accepts this query `(n, tokens, heads, head_size)`.
 
-    That is in half precision on NVIDIA's Ampere and later, which JAX gives to cuDNN.
+    It needs half precision, and JAX on an NVIDIA GPU since Ampere.
     """
     half = keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
     if keras.backend.backend() != "jax" or not half or backend.jax_platform() != "gpu":
@@ -24,17 +25,16 @@ def is_available(query):
 
 
 def attention(query, key, value):
-    """Return attention, computed without holding all scores.
+    """Return the attention, computed without holding all scores; sums of scores are float32.
 
     Args:
-        query, key, value: `(n, tokens, heads, head_size)` in the same half precision. Scores are added up in
-            float32, so that large ones do no harm.
+        query, key, value: `(n, tokens, heads, head_size)` in the same half precision.
     """
     import jax
 
     keys, lengths = key.shape[1], None
     if keys % 2:
-        # The backward pass takes even numbers of keys; what is added here is left out by the length.
+        # The backward pass needs an even number of keys. The lengths exclude the padding.
         key, value = (keras.ops.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in (key, value))
         lengths = jax.numpy.full((key.shape[0],), keys, "int32")
     return jax.nn.dot_product_attention(

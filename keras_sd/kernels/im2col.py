@@ -1,7 +1,7 @@
 """Convolution by im2col: one matrix multiplication (GEMM), for JAX on a CPU.
 
-On maps of 8x8 and less, convolutions in JAX's XLA reach 20 to 50 GFLOP/s, its GEMM 60 to 160 (two cores). In
-TensorFlow's XLA convolutions are as fast as GEMM. On larger maps, copying the patches costs what GEMM saves.
+In JAX's XLA, convolutions on maps of 8x8 and less are slower than GEMM; in TensorFlow's XLA they are as fast.
+On larger maps, copying the patches takes the time that GEMM saves.
 """
 
 import math
@@ -11,14 +11,19 @@ from keras import ops
 
 from keras_sd import backend
 
-# From measurements on two cores, on batches of 1 to 32.
-_SMALL_MAP = 64
+# Up to 1024 rows of the matrix from maps of up to 8x8, up to 256 rows from any map, and layers from 256
+# channels. With 1280 channels on maps of 8x8, GEMM reached 114 to 153 GFLOP/s where convolutions reached 33
+# to 52, and their gradients by the inputs 121 in place of 15 (2 cores of a Xeon, docs/results.md). On an EPYC
+# the forward pass takes 0.64 of the convolution's processor time with 64 rows, 0.80 with 256, 1.04 with 1024
+# and 1.18 with 2048; 0.99 with 256 rows from 16x16 and 1.29 with 1024; at 256 rows 1.00 with 512 channels,
+# 1.16 with 256 and 1.46 with 64 (benchmarks/kernels.md, `python tools/bench_kernels.py`).
+_SMALL_MAP = 8 * 8
 _FEW_ROWS, _MOST_ROWS = 256, 1024
 _LEAST_CHANNELS = 256
 
 
-def pays(inputs, kernel, strides, padding):
-    """Return whether `convolve` takes these arguments and is the faster way."""
+def is_faster(inputs, kernel, strides, padding):
+    """Return whether `convolve` accepts these arguments and is faster than the backend's convolution."""
     is_slow = keras.backend.backend() == "jax" and backend.compiles_for_processor(inputs)
     size, is_dense = kernel.shape[0], strides == (1, 1)
     if not is_slow or inputs.dtype != "float32":

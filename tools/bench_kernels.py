@@ -1,0 +1,113 @@
+"""Measures the kernels of `keras_sd.kernels` against what the backend computes by itself, on a processor.
+
+Each row is one shape near a threshold of a kernel: the processor time of the kernel over that of the backend,
+and whether the kernel is chosen there. Both are compiled by XLA, and run in turns; the ratio is that of the
+medians. The thresholds cite the table, benchmarks/kernels.md:
+
+    KERAS_BACKEND=tensorflow python tools/bench_kernels.py > tensorflow.md
+    KERAS_BACKEND=jax python tools/bench_kernels.py > jax.md
+"""
+
+import os
+import statistics
+import time
+
+import keras
+import numpy as np
+
+from keras_sd import backend
+from keras_sd.kernels import chunked_attention, im2col, winograd
+
+REPEATS = 9
+
+# Batch, side of the map, channels in, channels out, side of the kernel.
+WINOGRAD = [
+    *((1, 128, width, width, 3) for width in (64, 96, 128, 160, 256, 512)),
+    *((1, side, 512, 512, 3) for side in (32, 64)),
+    (1, 256, 128, 128, 3),
+    (1, 256, 256, 256, 3),
+]
+IM2COL = [
+    *((batch, 8, 1280, 1280, 3) for batch in (1, 4, 16, 32)),
+    *((batch, 16, 640, 640, 3) for batch in (1, 4)),
+    *((4, 8, width, width, 3) for width in (64, 128, 256, 512)),
+    (1, 32, 320, 320, 3),
+    *((1, side, 320, 320, 1) for side in (16, 64)),
+]
+# Batch, tokens, heads, size of a head; and MiB of scores that are held at a time.
+ATTENTION = [(1, 4096, 8, 40), (16, 1024, 8, 80)]
+SCORES = (4, 16, 64, 256)
+
+
+def main():
+    print(f"| kernel, {keras.backend.backend()} | shape | chosen | its time | backend's | ratio |")
+    print("|---|---|---|---|---|---|")
+    if keras.backend.backend() == "jax":
+        for shape in IM2COL:
+            measure_convolution(im2col, shape)
+    else:
+        for shape in WINOGRAD:
+            measure_convolution(winograd, shape)
+        for shape in ATTENTION:
+            measure_attention(*shape)
+
+
+def random(*shape):
+    return np.random.default_rng(0).standard_normal(shape, dtype="float32")
+
+
+def measure_convolution(kernel, shape):
+    batch, side, inputs, outputs, size = shape
+    arrays = random(batch, side, side, inputs), random(size, size, inputs, outputs) / np.float32(inputs**0.5)
+    options = ((1, 1), "same")
+    chosen = []
+
+    def ours(images, weights):
+        chosen.append(kernel.is_faster(images, weights, *options))
+        return kernel.convolve(images, weights, *(options if kernel is im2col else ()))
+
+    def plain(images, weights):
+        return keras.ops.conv(images, weights, padding="same")
+
+    title = f"{size}x{size}, {inputs} to {outputs} channels, {batch} of {side}x{side}"
+    report(kernel.__name__.rpartition(".")[2], title, ours, plain, arrays, chosen)
+
+
+def measure_attention(batch, tokens, heads, head_size):
+    arrays = [random(batch, tokens, heads * head_size) for _ in range(3)]
+    usual = chunked_attention.LARGEST_SCORES
+    for mebibytes in SCORES:
+
+        def ours(*arrays, mebibytes=mebibytes):
+            chunked_attention.LARGEST_SCORES = mebibytes * 2**20
+            try:
+                return chunked_attention.attention(*arrays, heads)
+            finally:
+                chunked_attention.LARGEST_SCORES = usual
+
+        def whole(*arrays):
+            return ours(*arrays, mebibytes=2**20)
+
+        title = f"{batch} x {tokens} tokens, {heads} heads of {head_size}, {mebibytes} MiB of scores"
+        report("chunked_attention", title, ours, whole, arrays, [mebibytes * 2**20 == usual])
+
+
+def report(name, title, ours, theirs, arrays, chosen):
+    ours, theirs = (backend.jit(function) for function in (ours, theirs))
+    times = {ours: [], theirs: []}
+    for repeat in range(REPEATS + 1):
+        for function, spent in times.items():
+            start = time.process_time()
+            keras.ops.convert_to_numpy(function(*arrays))
+            if repeat:  # the first call compiles
+                spent.append(1000 * (time.process_time() - start))
+    mine, plain = (statistics.median(spent) for spent in times.values())
+    marked = "yes" if chosen[0] else "no"
+    print(
+        f"| {name} | {title} | {marked} | {mine:.0f} ms | {plain:.0f} ms | {mine / plain:.2f} |", flush=True
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    main()
