@@ -4,14 +4,19 @@ import json
 
 import pytest
 
-from keras_sd import config
 from keras_sd.config import ConfigError, ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.data.emoji import architecture
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.training import architectures
 from tests.models import published
 from tests.reference import run_reference
 
-EVERY = [value for name, value in vars(config).items() if name.startswith(("EMOJI_", "PIXEL_"))]
+EVERY = [
+    value
+    for module in (architecture, architectures)
+    for name, value in vars(module).items()
+    if name.isupper() and hasattr(value, "save")
+]
 # diffusers makes no DPMSolverSDEScheduler where torchsde is not installed.
 SCHEDULERS = [name for name in SchedulerConfig.computed["_class_name"] if name != "DPMSolverSDEScheduler"]
 
