@@ -51,7 +51,7 @@ def keras_sd_command(run_program):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.pipeline().save(folder)
+    tiny.pipeline(unet=tiny.ONE_BLOCK_UNET).save(folder)
     return folder
 
 
