@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.5 with few channels: its four levels, blocks, eight heads and VAE, at 128 pixels."""
+"""Stable Diffusion 1.5 with few channels and one layer a block: its four levels, blocks, eight heads and VAE.
+
+Images have 128 pixels. A second layer of a block would only take longer to compile.
+"""
 
 import numpy as np
 
@@ -14,9 +17,13 @@ from tests.tiny import without_initial_values
 SIZE = 128
 
 UNET = UNetConfig(
-    sample_size=SIZE // 8, block_out_channels=(32, 32, 64, 64), cross_attention_dim=32, norm_num_groups=8
+    sample_size=SIZE // 8,
+    block_out_channels=(32, 32, 64, 64),
+    layers_per_block=1,
+    cross_attention_dim=32,
+    norm_num_groups=8,
 )
-VAE = VAEConfig(sample_size=SIZE, block_out_channels=(16, 16, 32, 32), norm_num_groups=8)
+VAE = VAEConfig(sample_size=SIZE, block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=8)
 TEXT_ENCODER = TextEncoderConfig(
     hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2
 )

@@ -34,7 +34,7 @@ def start(on_jax):
 
 
 def test_every_update_is_trained_and_the_same_on_both_backends(runs, on_jax, start):
-    attentions = 16 * 2 * 4  # transformers, attentions in each, projections
+    attentions = 10 * 2 * 4  # transformers, attentions in each, projections
     assert len(start) == 2 * attentions
     on_tensorflow = runs.train("tensorflow", "tensorflow")
     assert_all_trained(on_jax, start)
