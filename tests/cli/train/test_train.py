@@ -191,35 +191,39 @@ def test_text_to_image_writes_a_model_that_opens_and_samples(folder, text_to_ima
     assert images.shape == (2, 16, 16, 3)
 
 
-def test_loaded_model_is_fine_tuned_from_its_weights(folder, text_to_image):
-    options = ("--pretrained-model-name-or-path", folder / "t2i/model", "--kid-images", 0)
-    options += ("--snr-gamma", 5, "--num-inference-steps", 2, "--no-jit-compile")
-    figures = run(folder, "text-to-image", "tuned", *options, steps=5)
+def tuning_options(model):
+    options = ("--kid-images", 0, "--snr-gamma", 5, "--num-inference-steps", 2, "--no-jit-compile")
+    return (*options, "--pretrained-model-name-or-path", model)
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, text_to_image):
+    return run(folder, "text-to-image", "tuned", *tuning_options(folder / "t2i/model"), steps=5)
+
+
+def test_loaded_model_is_fine_tuned_from_its_weights(tuned, text_to_image):
     # It begins where the other run ended, not where a new network does.
-    assert np.mean(figures["loss"]) < 0.9 * text_to_image["loss"][0]
+    assert np.mean(tuned["loss"]) < 0.9 * text_to_image["loss"][0]
 
 
-def test_another_base_model_is_refused_at_resume(folder, text_to_image):
+def test_another_base_model_is_refused_at_resume(folder, tuned):
     """A full fine-tuning takes all its weights from the checkpoint, and yet it is not that of this model."""
     other = shutil.copytree(folder / "t2i/model", folder / "other-base")
     path = other / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: 2 * array for name, array in load_file(path).items()}, path, {"format": "pt"})
-    options = ("--snr-gamma", 5, "--no-jit-compile")
-    options += ("--evaluation-steps", 0, "--pretrained-model-name-or-path")
-    run(folder, "text-to-image", "base", *options, folder / "t2i/model", steps=1)
     with pytest.raises(UserError, match="made with other weights of the UNet .of another base model"):
         resume = ("--resume-from-checkpoint", "latest")
-        run(folder, "text-to-image", "base", *options, other, *resume, steps=2)
+        run(folder, "text-to-image", "tuned", *tuning_options(other), *resume, steps=6)
 
 
 def ddim_options(folder):
     options = ("--unet-config", folder / "pixel.json", "--kid-images", 0, "--num-inference-steps", 2)
-    return (*options, "--checkpointing-steps", 20, "--no-jit-compile")
+    return (*options, "--checkpointing-steps", 20)
 
 
 @pytest.fixture(scope="module")
 def ddim(folder):
-    return run(folder, "ddim", "ddim", *ddim_options(folder), steps=40)
+    return run(folder, "ddim", "ddim", *ddim_options(folder), "--no-jit-compile", steps=40)
 
 
 def test_pixel_ddim_learns_and_writes_its_unet(folder, ddim):
@@ -248,6 +252,7 @@ def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):
     shutil.copytree(folder / "ddim" / "checkpoint-20", folder / "other" / "checkpoint-20")
     options = (*ddim_options(folder), "--resume-from-checkpoint", "latest")
     arguments = map(str, method_arguments(folder, "ddim", "other", *options, steps=40))
+    # With XLA: without it, JAX would compile each operation on its own.
     other = "jax" if keras.backend.backend() == "tensorflow" else "tensorflow"
     run_python(["-m", "keras_sd.train", *arguments], other)
     resumed = curves_of(folder / "other")["loss"]
