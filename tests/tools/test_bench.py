@@ -1,5 +1,6 @@
 """The benchmark: every case and side runs, results are compared, and one that fails stops nothing."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -218,12 +219,24 @@ print(json.dumps(counts))
 """
 
 
+@pytest.fixture(scope="module")
+def one_level(tmp_path_factory):
+    """A folder of a model of one level, as that is counted as one of more is."""
+    folder = tmp_path_factory.mktemp("one_level")
+    levels = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = dataclasses.replace(tiny.ONE_BLOCK_UNET, **levels, mid_block_type="UNetMidBlock2DCrossAttn")
+    tiny.pipeline(unet=unet).save(folder)
+    return folder
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_training_is_counted_as_multiples_of_the_forward_pass(backend, specs):
+def test_training_is_counted_as_multiples_of_the_forward_pass(backend, specs, one_level):
     cases = ("unet", "training", "training-lora")
-    own = [specs[case] | {"implementation": backend} for case in cases]
+    # Without XLA, JAX would compile each operation of the step on its own.
+    options = {"implementation": backend, "folder": str(one_level), "xla": {"jax": "on"}.get(backend, "off")}
+    own = [specs[case] | options for case in cases]
     counts = json.loads(run_python(["-c", COUNT, ROOT / "tools", json.dumps(own)], backend).splitlines()[-1])
-    config = UNetConfig.load(Path(specs["unet"]["folder"], "unet", "config.json"))
+    config = UNetConfig.load(one_level / "unet" / "config.json")
     forward = 2 * multiplications_of_unet(config, side=4, tokens=12)  # two examples
     assert counts["unet"] == forward and counts["training"] == 3 * forward
     # Frozen kernels have no gradient of their own; the updates come beside.
