@@ -28,7 +28,7 @@ WRITERS = {
     "report.json": lambda path: write_json(path, {"values": list(range(5000))}),
     "lora.safetensors": lambda path: write_safetensors(path, {"weight": np.zeros(5000, "float32")}),
     "tokenizer": lambda path: Tokenizer.clip().save(path),
-    "model": lambda path: tiny.pipeline().save(path),
+    "model": lambda path: tiny.pipeline(unet=tiny.ONE_BLOCK_UNET).save(path),
     "model.safetensors": lambda path: tiny.pipeline().save(path),
 }
 
@@ -43,13 +43,13 @@ LITTLE_SPACE = """if True:
     from pathlib import Path
     from keras_sd.errors import UserError
     from tests.files.test_writing import WRITERS
-    writers = {name: WRITERS[name] for name in sys.argv[2:]}
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-    for name, write in writers.items():
-        try:
-            write(Path(sys.argv[1], name))
-        except UserError as error:
-            print(error)
+    for folder in sys.argv[1:]:
+        for name, write in WRITERS.items():
+            try:
+                write(Path(folder, name))
+            except UserError as error:
+                print(error)
 """
 
 
@@ -57,18 +57,18 @@ def test_what_was_there_outlives_a_disk_without_space(tmp_path):
     for name, write in WRITERS.items():
         write(tmp_path / "earlier" / name)
     (tmp_path / "none").mkdir()
-    for folder in ("earlier", "none"):
-        before = contents(tmp_path / folder)
-        command = [sys.executable, "-c", LITTLE_SPACE, tmp_path / folder, *WRITERS]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
-        for name, line in zip(WRITERS, lines, strict=True):
-            assert line.startswith(f"{tmp_path / folder / name}") and ".partial" not in line
-            assert "File too large" in line and "free some space" in line
-        after = contents(tmp_path / folder)
-        after.pop(tmp_path / "none" / "tokenizer", None)  # an empty folder
-        assert after == before
+    folders = [tmp_path / name for name in ("earlier", "none")]
+    before = [contents(folder) for folder in folders]
+    command = [sys.executable, "-c", LITTLE_SPACE, *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    paths = [folder / name for folder in folders for name in WRITERS]
+    for path, line in zip(paths, done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"{path}") and ".partial" not in line
+        assert "File too large" in line and "free some space" in line
+    after = [contents(folder) for folder in folders]
+    after[1].pop(tmp_path / "none" / "tokenizer", None)  # an empty folder
+    assert after == before
 
 
 def test_a_fault_leaves_nothing_behind(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from keras_sd.cli.train.main import train
 from tests import tiny
-from tests.cli.train.test_train import IMAGE, TEXT
+from tests.cli.train.test_train import IMAGE, TEXT, VAE
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
             pixels = generator.integers(0, 256, (20, 24 + index, 3), "uint8")
             Image.fromarray(pixels).save(folder / f"images{count}" / f"{index}.png")
             (folder / f"images{count}" / f"{index}.txt").write_text(f"red heart {index}")
-    for name, config in (("vae", tiny.VAE), ("text", TEXT), ("image", IMAGE)):
+    for name, config in (("vae", VAE), ("text", TEXT), ("image", IMAGE)):
         config.save(folder / f"{name}.json")
     tiny.pipeline(unet=tiny.ONE_BLOCK_UNET).save(folder / "model")
     return folder
