@@ -3,6 +3,7 @@
 Nothing else differs from what users have: XLA, TensorFlow and JAX run with their own settings.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ import warnings
 
 import pytest
 
+gc.disable()  # until everything is imported
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Many tests, and the processes that they start, compile the same programs: one fresh cache serves them all.
@@ -20,21 +22,24 @@ if CACHE:
 
 # Files that take longest go first, so that no process is left with one of them at the end.
 LONGEST = (
-    *("test_flags", "test_text_to_image", "test_lora", "test_bench", "test_gradient_checkpointing"),
-    *("test_distribution", "test_image_parameters", "test_train", "test_odd_files", "test_rules"),
-    *(
-        "test_keras_cv",
-        "test_interruption",
-        "test_campaign",
-        "test_main",
-        "test_readers",
-        "test_documentation",
-    ),
+    *("test_text_to_image", "test_flags", "test_bench", "test_distribution", "test_train", "test_main"),
+    *("test_keras_cv", "test_lora", "test_interruption", "test_stable_diffusion", "test_trainer"),
+    *("test_documentation", "test_gradient_checkpointing", "test_image_parameters", "test_small_folders"),
+    *("test_export", "test_program_cache", "test_quiet", "test_primitives", "test_scheduler_options"),
+    *("test_campaign", "test_dreambooth", "test_keras_cv_h5", "test_package", "test_gpu"),
 )
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    # What was imported stays. To look through it again and again would take a tenth of all time, which in a
+    # process of hundreds of tests is Python's own and no matter of what is tested.
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 def pytest_unconfigure():
