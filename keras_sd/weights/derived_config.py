@@ -35,7 +35,7 @@ def unet_config(tensors, sample_size):
         sample_size: side of the latents that it was trained on.
 
     Raises:
-        KeyError: a tensor that tells the shape is missing, or has too few axes.
+        KeyError: a tensor that determines the shape is missing, or has too few axes.
     """
     size = functools.partial(_size, tensors)
     levels = range(max(1, index_count(tensors, "down_blocks.")))
@@ -106,7 +106,7 @@ def vae_config(tensors, sample_size, scaling_factor):
         scaling_factor: factor of the latents that the UNet works on.
 
     Raises:
-        KeyError: a tensor that tells the shape is missing, or has too few axes.
+        KeyError: a tensor that determines the shape is missing, or has too few axes.
     """
     size = functools.partial(_size, tensors)
     # There is always a decoder; its levels count from the coarsest one.
@@ -140,7 +140,7 @@ def text_encoder_config(tensors, is_open_clip):
         is_open_clip: whether it comes from OpenCLIP (SD 2.x) and not from CLIP (SD 1.x).
 
     Raises:
-        KeyError: a tensor that tells the shape is missing, or has too few axes.
+        KeyError: a tensor that determines the shape is missing, or has too few axes.
     """
     size = functools.partial(_size, tensors)
     vocabulary, width = (size("text_model.embeddings.token_embedding.weight", axis) for axis in range(2))

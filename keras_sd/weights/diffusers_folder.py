@@ -44,7 +44,8 @@ _LIBRARIES = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 # Optional parts of a diffusers pipeline that we do not have, or that the pipeline does not use.
-_ABSENT = dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None])
+_NONE = [None, None]
+_ABSENT = dict.fromkeys(("feature_extractor", "safety_checker"), _NONE)
 
 
 class ShardIndex(TypedDict):
@@ -257,18 +258,17 @@ def write_scheduler(path, config):
 def _model_index(checkpoint):
     """Return the content of `model_index.json`, with which diffusers opens a folder."""
     latents = checkpoint.parts["unet"].config.get("out_channels", 4)
-    index = {"_diffusers_version": "0.35.0"}
+    index = {"_diffusers_version": "0.35.0"} | _LIBRARIES | _ABSENT
     if checkpoint.low_res_scheduler is not None:
         index |= {"_class_name": UPSCALE, "max_noise_level": 350}
-        index |= {"low_res_scheduler": _library(checkpoint.low_res_scheduler)} | _ABSENT
-        del index["image_encoder"]
+        index["low_res_scheduler"] = _library(checkpoint.low_res_scheduler)
     else:
         inpaints = checkpoint.parts["unet"].config.get("in_channels", latents) > latents
         kind = INPAINT if inpaints else "StableDiffusionPipeline"
-        index |= {"_class_name": kind, "requires_safety_checker": False} | _ABSENT
+        index |= {"_class_name": kind, "requires_safety_checker": False, "image_encoder": _NONE}
     if checkpoint.scheduler is not None:
         index["scheduler"] = _library(checkpoint.scheduler)
-    return dict(sorted((index | _LIBRARIES).items()))
+    return dict(sorted(index.items()))
 
 
 def _library(scheduler):

@@ -89,6 +89,27 @@ def read_lora(path, models):
         raise UserError(f"{path}: holds no tensors by name; give a LoRA")
     shapes = {part: _layer_shapes(model) for part, model in models.items()}
     names = {part: _spellings(part, shapes[part], model.config.to_dict()) for part, model in models.items()}
+    found = _by_layer(tensors, names, path)
+    if not found:
+        raise UserError(f"{path}: holds no tensors; give a LoRA")
+    strengths = read_strengths(path, PARTS)
+    if not strengths and any(key.startswith(_PEFT_PREFIX) for key in tensors):
+        warnings.warn(
+            f"{path}: PEFT's weights without {ADAPTER_CONFIG}, so each update has scale 1; put that file "
+            "beside adapter_model.safetensors, or set the weight",
+            stacklevel=4,
+        )
+    return {
+        part: {
+            layer: _checked(part, layer, halves, strengths.get(part), shapes[part][layer], path)
+            for layer, halves in layers.items()
+        }
+        for part, layers in found.items()
+    }
+
+
+def _by_layer(tensors, names, path):
+    """Return a dictionary of part -> layer -> "down", "up" or "alpha" -> array for the tensors of a file."""
     found = {}
     for key, array in tensors.items():
         match = _TENSOR_PATTERN.fullmatch(key) if isinstance(key, str) else None
@@ -106,22 +127,7 @@ def read_lora(path, models):
                 f"{path}: {key} is a second {half} for {part}.{layer}; give each update in a file of its own"
             )
         halves[half] = array
-    if not found:
-        raise UserError(f"{path}: holds no tensors; give a LoRA")
-    strengths = read_strengths(path, PARTS)
-    if not strengths and any(key.startswith(_PEFT_PREFIX) for key in tensors):
-        warnings.warn(
-            f"{path}: PEFT's weights without {ADAPTER_CONFIG}, so each update has scale 1; put that file "
-            "beside adapter_model.safetensors, or set the weight",
-            stacklevel=4,
-        )
-    return {
-        part: {
-            layer: _checked(part, layer, halves, strengths.get(part), shapes[part][layer], path)
-            for layer, halves in layers.items()
-        }
-        for part, layers in found.items()
-    }
+    return found
 
 
 def _layer_shapes(model):

@@ -125,8 +125,6 @@ def read_single_file(path, weights="ema", prediction_type=None):
         UserError: the file is missing, damaged, not what its suffix says or not of Stable Diffusion.
     """
     path = Path(path)
-    if weights not in ("ema", "raw"):
-        raise UserError(f"weights {weights!r}: unknown; use ema or raw")
     tensors, step = _read_tensors(path)
     _refuse_other_models(path, tensors)
     try:

@@ -15,6 +15,7 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.weights.checkpoint import Checkpoint, Part
+from keras_sd.weights.readers import read_checkpoint
 from keras_sd.weights.rules import torch_state
 from keras_sd.weights.single_file import read_single_file, write_single_file
 from tests import tiny
@@ -298,7 +299,7 @@ def test_averaged_and_raw_weights_of_a_ckpt(checkpoints, reference):
     for name in ("vae", "text_encoder"):
         assert_same_tensors(averaged.parts[name].tensors, expected[name].tensors)
     with pytest.raises(UserError, match="use ema or raw"):
-        read_single_file(folder / "plain.ckpt", weights="best")
+        read_checkpoint(folder / "plain.ckpt", weights="best")
 
 
 def test_what_sd2_predicts(reference):
