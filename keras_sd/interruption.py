@@ -66,7 +66,7 @@ def set_has_to_finish(has_to_finish):
 
 
 @contextlib.contextmanager
-def may_be_cut():
+def interruptible():
     """Allow a signal to end the process inside the block, after the grace period."""
     before = _state.has_to_finish
     set_has_to_finish(False)
@@ -94,12 +94,12 @@ def _checkpoints():
         return {(entry.name, entry.inode()) for entry in entries if entry.name.startswith("checkpoint-")}
 
 
-def before_sudden_end(function):
+def before_abrupt_exit(function):
     """Register a function to call before the process ends without Python's cleanup."""
-    _before_sudden_end.append(function)
+    _before_abrupt_exit.append(function)
 
 
-_before_sudden_end = []
+_before_abrupt_exit = []
 
 
 @contextlib.contextmanager
@@ -147,7 +147,7 @@ def _print_phase(name):
     sys.stderr.flush()
 
 
-def last_words():
+def how_to_resume():
     """Return one line on how to resume an interrupted training, or None if there is no training."""
     if _state.run_folder is None:
         return None
@@ -258,11 +258,11 @@ def _watch(reader):
 
 def _end_at_once(number):
     _state.received = number
-    words = last_words()
+    words = how_to_resume()
     if words is not None:
         # Not `sys.stderr`, which the main thread may be using.
         os.write(2, f"\n{_state.program}: {words}\n".encode())
-    for function in _before_sudden_end:
+    for function in _before_abrupt_exit:
         with contextlib.suppress(Exception):
             function()
     os._exit(exit_code(number))

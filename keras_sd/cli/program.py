@@ -33,7 +33,7 @@ def run_command(command, program):
             bad_input = isinstance(error, SystemExit) and error.code == 2
             if interruption.received() is None or bad_input:
                 raise
-            words = interruption.last_words()
+            words = interruption.how_to_resume()
             if words is not None:
                 print(f"{program}: {words}", file=sys.stderr)
             sys.exit(interruption.exit_code(interruption.received()))

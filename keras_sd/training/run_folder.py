@@ -86,7 +86,7 @@ def _release_all():
         release_output_dir(folder)
 
 
-interruption.before_sudden_end(_release_all)
+interruption.before_abrupt_exit(_release_all)
 
 
 def _check_new(folder):

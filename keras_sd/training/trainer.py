@@ -264,7 +264,7 @@ class Trainer:
     def _finish(self, make_evaluation, prepare_export, export):
         """Export and evaluate after the last step, unless that was done before."""
         if export is not None and not self._is_exported():
-            with interruption.may_be_cut(), interruption.phase("exporting the model"), self.ema.applied():
+            with interruption.interruptible(), interruption.phase("exporting the model"), self.ema.applied():
                 if prepare_export is not None:
                     prepare_export()
                 if self.is_writer:
@@ -291,7 +291,7 @@ class Trainer:
         if make_evaluation is None:
             return
         try:
-            with interruption.may_be_cut(), interruption.phase("evaluating"):
+            with interruption.interruptible(), interruption.phase("evaluating"):
                 if self._evaluation is None:
                     self._evaluation = make_evaluation(self)
                 self._evaluation(step)
