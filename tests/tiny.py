@@ -28,13 +28,13 @@ SD1_UNET = UNetConfig(
     norm_num_groups=4,
 )
 
-# One block with attention: gradients of more would only take longer to trace.
+# One block with attention, and none in the middle: gradients of more only take longer to compile.
 ONE_BLOCK_UNET = UNetConfig(
     sample_size=4,
     block_out_channels=(8,),
     layers_per_block=1,
     down_block_types=("CrossAttnDownBlock2D",),
-    mid_block_type="UNetMidBlock2D",
+    mid_block_type=None,
     up_block_types=("UpBlock2D",),
     cross_attention_dim=16,
     attention_head_dim=2,
@@ -64,6 +64,20 @@ PIXEL_UNET = UNetConfig(
     down_block_types=("DownBlock2D", "DownBlock2D"),
     mid_block_type="UNetMidBlock2D",
     up_block_types=("UpBlock2D", "UpBlock2D"),
+    cross_attention_dim=0,
+    norm_num_groups=4,
+)
+
+# Of one level, for tests of training: nearly all of their time is tracing and compiling the network.
+ONE_LEVEL_PIXEL_UNET = UNetConfig(
+    sample_size=8,
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=(8,),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D",),
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",),
     cross_attention_dim=0,
     norm_num_groups=4,
 )

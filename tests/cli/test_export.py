@@ -3,6 +3,7 @@
 The methods that train from the beginning are exported in `test_train`, which has their runs.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,6 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from keras_sd import config
 from keras_sd.cli.main import cli
 from keras_sd.cli.train.main import train
 from keras_sd.errors import UserError
@@ -52,8 +52,8 @@ def folder(tmp_path_factory):
     projection = generator.normal(size=pipeline.clip_head["text_projection.weight"].shape)
     pipeline.clip_head["text_projection.weight"] = projection.astype("float32")
     pipeline.save(folder / "base")
-    upscaler = {**tiny.PIXEL_UNET.to_dict(), "in_channels": 6, "sample_size": 16, "num_class_embeds": 10}
-    config.UNetConfig.from_dict(upscaler).save(folder / "upscaler.json")
+    upscaler = {"in_channels": 6, "sample_size": 16, "num_class_embeds": 10}
+    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, **upscaler).save(folder / "upscaler.json")
     return folder
 
 

@@ -1,5 +1,7 @@
 """Steps on the deep features of earlier ones, against a UNet and a loop written out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from keras import ops
@@ -113,9 +115,12 @@ def test_without_reuse_nothing_changes(denoiser, inputs, unet):
     np.testing.assert_array_equal(unet(whole, deep=deep), prediction)
 
 
-@pytest.mark.parametrize("config", [tiny.ONE_BLOCK_UNET, tiny.SD2_UNET, tiny.PIXEL_UNET])
+ONE_LEVEL = dataclasses.replace(tiny.ONE_BLOCK_UNET, mid_block_type="UNetMidBlock2D")
+
+
+@pytest.mark.parametrize("config", [ONE_LEVEL, tiny.ONE_BLOCK_UNET, tiny.SD2_UNET, tiny.PIXEL_UNET])
 def test_deep_features_of_other_unets(config):
-    """Of one level, of three, and without text."""
+    """Of one level, with and without a middle block, of three, and without text."""
     unet = tiny.randomize(UNet(config), 2, 0.2)
     generator = np.random.default_rng(0)
     latents = generator.standard_normal((1, 6, 5, config.in_channels)).astype("float32")

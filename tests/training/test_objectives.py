@@ -13,7 +13,7 @@ from keras_sd.training.losses import DiffusionObjective
 from keras_sd.training.optimizer import AdamW
 from tests import tiny
 
-objective = DiffusionObjective(UNet(tiny.PIXEL_UNET), NoiseSchedule(SchedulerConfig()))
+objective = DiffusionObjective(UNet(tiny.ONE_LEVEL_PIXEL_UNET), NoiseSchedule(SchedulerConfig()))
 optimizer = AdamW(1e-3)
 optimizer.build(objective.trainable_variables)
 objective.compile(optimizer=optimizer)
