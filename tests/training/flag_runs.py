@@ -31,8 +31,7 @@ RUNS = {
     "full, recomputed, accumulated, offloaded": RECOMPUTED | ACCUMULATED | {"offload_ema": True},
     "full, without XLA": {"jit_compile": False},
     "LoRA": {},
-    "LoRA, recomputed": RECOMPUTED,
-    "LoRA, accumulated": ACCUMULATED,
+    "LoRA, recomputed, accumulated": RECOMPUTED | ACCUMULATED,
     "LoRA, bf16": {"mixed_precision": "bf16"},
     "LoRA, bf16, recomputed": {"mixed_precision": "bf16"} | RECOMPUTED,
 }
