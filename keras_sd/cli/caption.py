@@ -1,4 +1,6 @@
-"""The command that makes a data set out of a folder of images."""
+"""The command that captions a folder of images."""
+
+import dataclasses
 
 import click
 
@@ -16,68 +18,91 @@ _SHEET_IMAGES = 48
 _SHEET_SIDE = 128
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+@click.command(cls=Command)
 @click.argument("folder")
-@click.option("--mode", default="best", type=click.Choice(MODES), help="From the slowest to the plainest.")
+@click.option(
+    "--mode",
+    default="best",
+    type=click.Choice(MODES),
+    help="How captions are made: `best` searches longest, `caption` is the captioner's sentence alone.",
+)
 @click.option(
     "--clip",
     default="ViT-L-14/openai",
-    help="open_clip model and weights, or a folder of its layout (keras-sd convert --open-clip).",
+    help="open_clip MODEL/WEIGHTS that ranks phrases, or a folder (of keras-sd convert --open-clip).",
 )
 @click.option(
     "--captioner",
     default="Salesforce/blip-image-captioning-large",
-    help="BLIP for the sentence: hub id, folder, or none.",
+    help="BLIP model for the sentence: hub id or folder; `none`: no sentence.",
 )
-@click.option("--flavors", help="File of phrases, one a line. Without any file, clip-interrogator's lists.")
-@click.option("--mediums", help="The same of media: an oil painting, an icon.")
-@click.option("--movements", help="The same of movements: de stijl.")
-@click.option("--artists", help="The same of artists' names.")
-@click.option("--negative", help="The same of what is unwanted, for --mode negative.")
-@click.option("--max-phrases", default=32, type=click.IntRange(1), help="Most phrases of a caption.")
-@click.option("--batch-size", default=16, type=click.IntRange(1), help="Images at a time.")
+@click.option(
+    "--flavors",
+    help="Text file of style phrases, one a line. Without any list file, clip-interrogator's lists.",
+)
+@click.option("--mediums", help="Text file of media, such as `an oil painting`.")
+@click.option("--movements", help="Text file of art movements, such as `de stijl`.")
+@click.option("--artists", help="Text file of artists' names, also for --remove-artists.")
+@click.option("--negative", help="Text file of unwanted things, for --mode negative.")
+@click.option(
+    "--max-phrases", "maximum_phrases", default=32, type=click.IntRange(1), help="Most phrases in a caption."
+)
+@click.option("--batch-size", default=16, type=click.IntRange(1), help="Images per batch.")
 @click.option("--low-memory", is_flag=True, help="Load the captioner and CLIP one after the other.")
 @click.option(
-    "--devices", default="auto", help="auto, all, or names with commas: cuda:0,cuda:1. One worker each."
+    "--devices", default="auto", help="`auto`, `all`, or a list such as cuda:0,cuda:1; one worker for each."
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of each worker on a CPU.")
-@click.option("--num-shards", default=1, type=click.IntRange(1), help="Parts of the folder, one a machine.")
-@click.option("--shard-index", default=0, type=int, help="Which of them this run does, from 0.")
-@click.option("--remove-artists", is_flag=True, help="Take artists' names out of the captions.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker.")
 @click.option(
-    "--remove", "patterns", multiple=True, metavar="REGEX", help="Take out what matches; may repeat."
+    "--num-shards",
+    default=1,
+    type=click.IntRange(1),
+    help="Split the folder into this many shards (machines).",
 )
-@click.option("--product-type", help='Stands in every caption, such as "whisky".')
-@click.option("--introductions", help="JSON lines with file_name and text, whose main words are added.")
-@click.option("--keywords", default=5, type=click.IntRange(1), help="How many words of an introduction.")
-@click.option("--max-tokens", type=click.IntRange(2), help="Longest caption in CLIP's tokens; cut at commas.")
-@click.option("--txt", is_flag=True, help="Write a .txt beside each image too.")
-@click.option("--contact-sheet", help="PNG file for images with their captions.")
+@click.option("--shard-index", default=0, type=int, help="Shard of this run, from 0.")
+@click.option("--remove-artists", is_flag=True, help="Remove artists' names from captions.")
+@click.option(
+    "--remove",
+    "patterns",
+    multiple=True,
+    metavar="REGEX",
+    help="Remove every match from captions; may be repeated.",
+)
+@click.option("--product-type", help='Word that every caption gets if it lacks it, such as "whisky".')
+@click.option(
+    "--introductions", help="JSON Lines file (file_name, text) whose keywords are added to the captions."
+)
+@click.option("--keywords", default=5, type=click.IntRange(1), help="Keywords added from an introduction.")
+@click.option(
+    "--max-tokens", "maximum_tokens", type=click.IntRange(2), help="Cut captions to this many CLIP tokens."
+)
+@click.option("--txt", is_flag=True, help="Also write a .txt file beside each image.")
+@click.option("--contact-sheet", help="PNG file to write, with images and their captions.")
 @click.option(
     "--overwrite",
     is_flag=True,
     help="Replace captions of another model, mode or vocabulary, and your own.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 def caption(
     folder, devices, threads, num_shards, shard_index, txt, contact_sheet, overwrite, dry_run, **options
 ):
-    """Describe the images in FOLDER and write metadata.jsonl, which training takes as it is.
+    """Caption the images in FOLDER and write metadata.jsonl, which training reads.
 
-    A run that was killed goes on where it was when the same command is given again. Cleaning
-    (--remove-artists to --max-tokens) can be changed afterwards without describing the images again.
-    Captions that were there before or have been changed by hand stay, unless --overwrite is given.
+    An interrupted run continues when the same command is given again. Cleaning (--remove-artists to
+    --max-tokens) can be changed afterwards without captioning again. Captions that existed before the first
+    run or were changed by hand are kept, unless --overwrite is given.
     """
     if contact_sheet is not None:
         contact_sheet = check_output(contact_sheet, ".png", overwrite=overwrite, remedy="remove it")
-    settings, cleaning = _caption_settings(options), _cleaning_settings(options)
+    settings, cleaning = _settings(options)
     clean = cleaning.prepare()
     captioned = CaptionedFolder(folder, settings, overwrite)
     missing = captioned.missing(shard_index, num_shards)
     if txt:
         captioned.check_text_files()
     if dry_run:
-        _tell_plan(captioned, missing, shard_index, num_shards)
+        _print_plan(captioned, missing, shard_index, num_shards)
         return
     if missing:
         names = workers.devices(devices)
@@ -93,36 +118,28 @@ def caption(
     summary = captioned.write(clean, txt)
     if contact_sheet is not None and summary.captions:
         _write_sheet(captioned, summary, contact_sheet.free())
-    _tell(captioned, summary)
+    _print_summary(captioned, summary)
 
 
-def _caption_settings(options):
-    captioner = options["captioner"]
-    return CaptionSettings(
-        mode=options["mode"],
-        clip=options["clip"],
-        captioner=None if captioner.lower() == "none" else captioner,
-        vocabulary={kind: options[kind] for kind in KINDS if options[kind] is not None},
-        maximum_phrases=options["max_phrases"],
-        batch_size=options["batch_size"],
-        low_memory=options["low_memory"],
-    )
-
-
-def _cleaning_settings(options):
-    artists = _artists(options["artists"]) if options["remove_artists"] else None
-    return CleaningSettings(
-        artists=artists,
-        patterns=options["patterns"],
-        product_type=options["product_type"],
-        introductions=options["introductions"],
-        keywords=options["keywords"],
-        maximum_tokens=options["max_tokens"],
-    )
+def _settings(options):
+    """Return `CaptionSettings` and `CleaningSettings`, whose fields have the names of the options."""
+    is_none = options["captioner"].lower() == "none"
+    values = options | {
+        "captioner": None if is_none else options["captioner"],
+        "vocabulary": {kind: options[kind] for kind in KINDS if options[kind] is not None},
+        "artists": _artists(options["artists"]) if options["remove_artists"] else None,
+    }
+    return [
+        kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+        for kind in (CaptionSettings, CleaningSettings)
+    ]
 
 
 def _artists(path):
-    """The names of a file, or clip-interrogator's where it is installed; `by` and a name are known anyway."""
+    """Return the names in a file, or clip-interrogator's if it is installed.
+
+    Without any names, those that follow "by" are removed all the same.
+    """
     try:
         return Vocabulary.read(artists=path).artists
     except UserError:
@@ -131,7 +148,7 @@ def _artists(path):
         return ()
 
 
-def _tell_plan(captioned, missing, shard_index, num_shards):
+def _print_plan(captioned, missing, shard_index, num_shards):
     faults = dict(captioned.outside)
     for name in missing:
         try:
@@ -147,8 +164,8 @@ def _tell_plan(captioned, missing, shard_index, num_shards):
         click.echo(f"{name.replace('_', ' ')}: {value}")
 
 
-def _tell(captioned, summary):
-    """The summary at the end, the file last."""
+def _print_summary(captioned, summary):
+    """Print the summary of a run, and last the written file."""
     for fault in summary.passed_over.values():
         click.echo(f"passed over: {fault}", err=True)
     if summary.missing:

@@ -1,4 +1,4 @@
-"""Commands whose errors and warnings name their options, where the library names its arguments."""
+"""Commands whose errors and warnings name options where the library's messages name arguments."""
 
 import re
 import warnings
@@ -7,15 +7,18 @@ import click
 
 from keras_sd.errors import UserError
 
-OLD_NAMES = {"--steps": "--num-inference-steps"}
-"""Options that were called otherwise once, which they may still be."""
+HELP_SETTINGS = {"show_default": True, "max_content_width": 110}
+"""Context settings of the groups, for the help of all their commands."""
 
-# At the beginning of a line, or marked: `name`, `name=value`.
+OLD_NAMES = {"--steps": "--num-inference-steps"}
+"""Former names of options, which are still accepted."""
+
+# An argument at the beginning of a line, or marked anywhere: `name`, `name=value`.
 _ARGUMENT = re.compile(r"^(?P<first>\w+)(?=[ :])|`(?P<marked>\w+)(?:=(?P<value>[^`]*))?`")
 
 
 class Command(click.Command):
-    """A command of this package; each is of this class."""
+    """The class of all commands of this package."""
 
     def parse_args(self, context, arguments):
         known = {flag for parameter in self.params for flag in parameter.opts}
@@ -38,7 +41,7 @@ class Command(click.Command):
 
 
 def decorated(*options):
-    """One decorator that adds all of these options, in this order."""
+    """Return one decorator that adds all of these options, in this order."""
 
     def decorate(command):
         for option in reversed(options):
@@ -48,12 +51,26 @@ def decorated(*options):
     return decorate
 
 
-def in_flags(text):
-    """A line of the library as the running command says it: with its flags for their arguments.
+def refuse_unused(names, has_effect, reason):
+    """Raise UserError if the user has given one of the named options although it has no effect.
 
-    `num_inference_steps 0: out of range` becomes `--num-inference-steps 0: ...`, and what is marked anywhere
-    in the line, such as `` `distribution='auto'` ``, becomes `--distribution auto`. A name that the command
-    has no option of stays.
+    Args:
+        reason: the cause, as the rest of the message "--name: has no effect ...".
+    """
+    context = click.get_current_context()
+    given = click.core.ParameterSource.COMMANDLINE
+    for parameter in context.command.params:
+        if not has_effect and parameter.name in names:
+            if context.get_parameter_source(parameter.name) is given:
+                raise UserError(f"{parameter.opts[0]}: has no effect {reason}; leave it out")
+
+
+def in_flags(text):
+    """Return a message of the library with the running command's flags in place of arguments.
+
+    `num_inference_steps 0: out of range` becomes `--num-inference-steps 0: ...`. An argument anywhere in the
+    line is marked: `` `distribution='auto'` `` becomes `--distribution auto`. A name that is no option of the
+    command is left as it is.
     """
     context = click.get_current_context(silent=True)
     if context is None:
@@ -66,7 +83,7 @@ def in_flags(text):
 
     def flag(match):
         name, value = match["first"] or match["marked"], match["value"]
-        # A file may be called as an option is.
+        # A file may have the name of an option.
         if name not in options or (match["first"] and name in context.params.values()):
             return match[0]
         option = options[name]

@@ -1,4 +1,4 @@
-"""The command that brings a model from one format into another, and proves that it is still the same."""
+"""The command that converts a model between formats, and verifies the result."""
 
 import contextlib
 import json
@@ -21,28 +21,35 @@ from keras_sd.weights.diffusers_folder import check_folder_name
 _SINGLE_FILE = ".safetensors"
 
 
-@click.command(cls=Command, context_settings={"show_default": True})
+@click.command(cls=Command)
 @click.argument("source")
 @click.argument("output")
-@click.option("--weights", default="ema", type=click.Choice(("ema", "raw")), help="If a file holds both.")
-@click.option("--variant", help="Variant of a folder's weight files, such as fp16.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Precision to write; by default the source's.")
+@click.option(
+    "--weights",
+    default="ema",
+    type=click.Choice(("ema", "raw")),
+    help="EMA or raw weights, if a file holds both.",
+)
+@click.option("--variant", help="Variant of a folder's weight files, such as fp16. By default none.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Precision of the written weights. By default the source's."
+)
 @click.option(
     "--prediction-type",
     type=click.Choice(("epsilon", "v_prediction")),
-    help="What the UNet predicts, where a single file does not tell.",
+    help="Quantity that the UNet predicts, if a single file does not say it.",
 )
-@click.option("--partial", is_flag=True, help="Accept weights of which some are missing or unknown.")
-@click.option("--overwrite", is_flag=True, help="Replace what is at OUTPUT; other files of a folder stay.")
-@click.option("--open-clip", is_flag=True, help="Write both CLIP towers as a folder that open_clip opens.")
-@click.option("--verify", is_flag=True, help="Compare the result with SOURCE and with diffusers.")
-@click.option("--report", help="File for the whole comparison, .json or .md; verifies.")
+@click.option("--partial", is_flag=True, help="Accept missing and unknown weights, with a warning.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT; other files of a folder are kept.")
+@click.option("--open-clip", is_flag=True, help="Write both CLIP encoders as a folder that open_clip opens.")
+@click.option("--verify", is_flag=True, help="Compare the outputs of the result, of SOURCE and of diffusers.")
+@click.option("--report", help="Verify, and write the whole comparison to this .json or .md file.")
 def convert(source, output, dtype, partial, overwrite, open_clip, verify, report, **reading):
-    """Write SOURCE, a model or some parts of one in any format, as OUTPUT.
+    """Convert SOURCE, a model or parts of one in any format, to OUTPUT.
 
     SOURCE is a preset, a hub id, a folder in diffusers' layout or of KerasCV's H5 files, or a single file.
-    OUTPUT becomes a folder in diffusers' layout or, if it ends in .safetensors, a single file with the names
-    of latent-diffusion. --verify leaves with exit code 1 if something is farther from SOURCE than it may be.
+    OUTPUT becomes a diffusers folder or, if it ends in .safetensors, a single file (as in A1111). With
+    --verify the exit code is 1 if a difference is larger than its tolerance.
     """
     place = presets.find(source)
     output = _check_place(output, place, overwrite)
@@ -57,7 +64,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
         from keras_sd.weights.readers import read_checkpoint
 
     notes = []
-    with _told(notes), interruption.phase(f"converting {source}"):
+    with _warnings_printed(notes), interruption.phase(f"converting {source}"):
         checkpoint = read_checkpoint(place, **reading)
         opened = open_parts(checkpoint, partial=partial)
         written = _checkpoint_of(opened, checkpoint, dtype)
@@ -93,7 +100,7 @@ def _is_single_file(output):
 
 
 def _check_place(output, source, overwrite):
-    """Makes sure, before any long work, that the output can be written, and over nothing that is needed."""
+    """Return the output's path, after checking that it can be written and replaces nothing that is needed."""
     path = Path(output)
     check_writable(path)
     if not path.is_dir():
@@ -112,8 +119,8 @@ def _check_place(output, source, overwrite):
 
 
 @contextlib.contextmanager
-def _told(notes):
-    """Tells warnings in one line each, and puts them into `notes`."""
+def _warnings_printed(notes):
+    """Print warnings in one line each, and append them to `notes`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -124,7 +131,7 @@ def _told(notes):
 
 
 def _checkpoint_of(opened, source, dtype):
-    """The `Checkpoint` of opened parts; without a `dtype`, each tensor is in the source's precision again."""
+    """Return the `Checkpoint` of opened parts; without a `dtype`, each tensor has the source's precision."""
     from keras_sd.weights.checkpoint import Checkpoint
     from keras_sd.weights.loading import model_part
 
@@ -148,14 +155,14 @@ def _in_types_of(source, tensors):
 
 
 def _summary(tensors, dtype):
-    """How many tensors and numbers there are, and in which precision they are written."""
+    """Return the number of tensors and parameters and the written precision, as text."""
     count = sum(array.size for array in tensors.values())
     types = [dtype] if dtype else sorted({array.dtype.name for array in tensors.values()})
     return f"{len(tensors)} tensors, {count:,} parameters, {' and '.join(types)}"
 
 
 def _held_parts(checkpoint, output):
-    """The names of the parts that the output has a place for."""
+    """Return the names of the parts that the output's format can hold."""
     return [name for name in checkpoint.parts if not (_is_single_file(output) and name == "image_encoder")]
 
 
@@ -172,7 +179,7 @@ def _write(output, checkpoint, tokenizer, dtype):
 
 
 def _write_configs(folder, checkpoint, tokenizer):
-    """Writes what a single file does not hold as a folder in diffusers' layout, without the weights."""
+    """Write a diffusers folder without weights: the configs and the tokenizer, which a single file lacks."""
     from keras_sd.weights.diffusers_folder import INDEX
 
     for name, part in checkpoint.parts.items():
@@ -180,7 +187,7 @@ def _write_configs(folder, checkpoint, tokenizer):
         write_json(folder / name / "config.json", part.config)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
-    # Diffusers opens a text encoder as a part of a pipeline only.
+    # diffusers opens a text encoder only as a part of a pipeline.
     index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
     write_json(folder / INDEX, index)
     return folder

@@ -1,4 +1,4 @@
-"""The demonstration: images from the bundled model, then the same model taught to draw in grey."""
+"""The demonstration: images of the bundled model, before and after fine-tuning on grey images."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ PROMPTS = (
     "blue circle",
 )
 IMAGE_SIZE = 64
-DRAWS = 4  # of noise for each held-out image, whose mean is the loss
+DRAWS = 4  # noise samples for each held-out image; the loss is their mean
 
 
 def run_demo(
@@ -51,9 +51,9 @@ def run_demo(
     """Generate, fine-tune on grey emoji images, and compare loss and KID on held-out ones.
 
     Args:
-        folder: where everything is written; made if there is none.
-        say: called with each line for the reader.
-        max_train_steps: updates of the weights.
+        folder: output folder; created if necessary.
+        say: called with each line of the report.
+        max_train_steps: optimizer updates.
         training_images, held_out_images: sizes of the two sets of grey images.
         num_inference_steps: denoising steps of each image.
         jit_compile: whether XLA compiles on TensorFlow.
@@ -63,7 +63,7 @@ def run_demo(
         `results.json`.
     """
     start = time.perf_counter()
-    # All sampling in batches of one size is compiled once.
+    # With one batch size, sampling is compiled once.
     pipeline = StableDiffusion.from_preset("emoji", batch_size=len(PROMPTS), jit_compile=jit_compile)
     save_grid(pipeline, folder / "before.png", num_inference_steps)
     say(f"{folder / 'before.png'}: {len(PROMPTS)} prompts, as the bundled model draws them")
@@ -72,7 +72,7 @@ def run_demo(
     write_grey_images(images, training_images, held_out_images)
     say(f"{images}: {training_images} grey images with captions to learn from, {held_out_images} held out")
     held_out, training = (examples_of(images, split) for split in ("validation", "train"))
-    # Encoded together, they are encoded by one program.
+    # Encoded together, they need one compilation.
     encoded_held_out, encoded_training = EncodedSource(
         [*held_out, *training],
         pipeline.vae,
@@ -112,7 +112,7 @@ def run_demo(
         export=pipeline.save,
     )
     if "after" not in figures:
-        return figures  # stopped by the reader
+        return figures  # interrupted by the user
     write_json(folder / "results.json", figures)
     report(folder, figures, time.perf_counter() - start, say)
     return figures
@@ -136,12 +136,12 @@ def report(folder, figures, seconds, say):
 
 
 class Measurement:
-    """Loss and KID of a pipeline on captioned images, from the same noise each time.
+    """Loss and KID of a pipeline on captioned images, with the same noise at each call.
 
     Args:
         pipeline: a `StableDiffusion`.
         examples: the images with their captions.
-        encoded: the same ones as an `EncodedSource`.
+        encoded: the same images as an `EncodedSource`.
         jit_compile: whether XLA compiles on TensorFlow.
     """
 
@@ -173,13 +173,13 @@ class Measurement:
 
 
 def examples_of(images, split):
-    """One split of a folder of images as a list."""
+    """Return one split of a folder of images as a list."""
     source = load_source(str(images), split, IMAGE_SIZE)
     return [source[index] for index in range(len(source))]
 
 
 def save_grid(pipeline, path, num_inference_steps):
-    """Write one image of each prompt with its caption."""
+    """Write a grid with one image of each prompt."""
     images = pipeline.text_to_image(
         list(PROMPTS), num_inference_steps=num_inference_steps, seed=0, progress=False
     )
@@ -187,10 +187,7 @@ def save_grid(pipeline, path, num_inference_steps):
 
 
 def write_grey_images(folder, training_images, held_out_images):
-    """Write base emoji in grey with captions, as a folder of one's own images is laid out.
-
-    The held-out ones go to the sub-folder `validation`.
-    """
+    """Write base emoji in grey with captions as a training folder, held-out ones in `validation`."""
     emoji = [one for one in load_emoji() if one.code == one.concept]
     order = np.random.default_rng(0).permutation(len(emoji))
     held_out, training = np.split(order[: training_images + held_out_images], [held_out_images])

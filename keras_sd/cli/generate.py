@@ -1,4 +1,4 @@
-"""The commands that make images: one for each task of `StableDiffusion`."""
+"""The commands that generate images: one for each task of `StableDiffusion`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from keras_sd import interruption, presets
 from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
-from keras_sd.cli.command import Command, decorated
+from keras_sd.cli.command import Command, decorated, refuse_unused
 from keras_sd.cli.model_options import check_size, check_steps, model_options, open_model
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.cli.outputs import check_output, output_option
@@ -17,78 +17,99 @@ from keras_sd.errors import UserError
 from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 
 sampling_options = decorated(
-    click.option("--num-inference-steps", default=30, type=click.IntRange(1), help="Denoising steps."),
+    click.option(
+        "--num-inference-steps",
+        default=30,
+        type=click.IntRange(1),
+        help="Denoising steps for an image; the time is proportional to them.",
+    ),
     click.option(
         "--guidance-scale",
         type=NOT_NEGATIVE,
         show_default="the model's own; usually 7.5",
-        help="Strength of classifier-free guidance; 1 or less: none.",
+        help="Strength of classifier-free guidance (CFG scale); 1 or less: no guidance, half the time.",
     ),
     click.option(
         "--guidance-interval",
         default=(0.0, 1.0),
         type=(SHARE, SHARE),
         metavar="START END",
-        help="Part of the steps that are guided, as two shares; the others take half the time.",
+        help="Fractions of the steps between which there is guidance; other steps take half the time.",
     ),
     click.option(
         "--reuse-interval",
         default=1,
         type=click.IntRange(1),
-        help="Run the whole UNet every so many steps; the others reuse its deep features.",
+        help="Run the whole UNet every N steps; steps between reuse its deep features (DeepCache).",
     ),
-    click.option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help="Image i uses seed + i."),
+    click.option(
+        "--seed",
+        default=0,
+        type=click.IntRange(0, LARGEST_SEED),
+        help="Seed of image 0; image i uses seed + i.",
+    ),
 )
 
 prompt_options = decorated(
-    click.option("--negative-prompt", help="What the images must not show."),
+    click.option("--negative-prompt", help="What the images must not show. By default nothing."),
     sampling_options,
     click.option(
         "--sampler",
         type=click.Choice(tuple(SAMPLERS)),
-        help="Sampler; by default the one that the model's files name.",
+        help="By default the sampler that the model's files name.",
     ),
-    click.option("--eta", default=0.0, type=SHARE, help="Fresh noise in each step of DDIM and TCD, 0 to 1."),
+    click.option(
+        "--eta",
+        default=0.0,
+        type=SHARE,
+        help="Fraction of fresh noise in each step of DDIM and TCD; 0: none.",
+    ),
     click.option(
         "--guidance-rescale",
         default=0.0,
         type=SHARE,
-        help="0 to 1; reduces overexposure by strong guidance.",
+        help="Reduce overexposure by a high guidance scale; 0: not, usually 0.7.",
     ),
 )
 
-
-STRENGTH = Number(0, 1, min_open=True)
 SIDE = click.IntRange(8, LONGEST_SIDE)
 
-size_options = decorated(
-    click.option("--height", type=SIDE, help="Pixels; the model's own by default."),
-    click.option("--width", type=SIDE, help="Pixels; the model's own by default."),
-)
 
-image_size_options = decorated(
-    click.option("--height", type=SIDE, help="Pixels that IMAGE is scaled to; its own by default."),
-    click.option("--width", type=SIDE, help="Pixels that IMAGE is scaled to; its own by default."),
-)
+def size_options(meaning):
+    """Return a decorator that adds --height and --width."""
+    return decorated(*(click.option(flag, type=SIDE, help=meaning) for flag in ("--height", "--width")))
+
+
+image_size_options = size_options("Scale IMAGE to this size, in pixels. By default its own size.")
+output_size_options = size_options("Size in pixels, a multiple of 8. By default the model's own.")
 
 num_images_option = click.option(
-    "--num-images", default=1, type=click.IntRange(1, MOST_IMAGES), help="Images to make."
+    "--num-images", default=1, type=click.IntRange(1, MOST_IMAGES), help="Number of images."
 )
+
+
+def strength_option(default):
+    return click.option(
+        "--strength",
+        default=default,
+        type=Number(0, 1, min_open=True),
+        help="Fraction of the denoising that is done again; 1: IMAGE is replaced completely.",
+    )
 
 
 @click.command(cls=Command)
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@size_options
+@output_size_options
 @prompt_options
 @model_options()
 def generate(prompt, num_images, height, width, **options):
-    """Make images of PROMPT.
+    """Generate images from PROMPT.
 
-    One image goes to the file named by --output. Of several, heart.png shows all side by side,
-    and heart-0.png, heart-1.png, ... are the single ones. Each file says how it was made.
-    Without --output, files that are there already stay: image.png, image-1.png, ...
+    One image is written to the file named by --output. Of several images, heart.png shows all side by side,
+    and heart-0.png, heart-1.png, ... are the single ones. Each file holds the parameters that made it.
+    Without --output no file is replaced: image.png, image-1.png, ...
     """
     output = _check_images(options, num_images)
     check_size(options, height, width)
@@ -102,17 +123,12 @@ def generate(prompt, num_images, height, width, **options):
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option(
-    "--strength",
-    default=0.8,
-    type=STRENGTH,
-    help="Share of the denoising that is done again: 1 keeps nothing of IMAGE.",
-)
+@strength_option(0.8)
 @image_size_options
 @prompt_options
 @model_options()
 def image_to_image(image, prompt, num_images, strength, height, width, **options):
-    """Make images of PROMPT that start from IMAGE."""
+    """Generate images from PROMPT that start from IMAGE."""
     first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
     output = _check_images(options, num_images)
@@ -127,20 +143,15 @@ def image_to_image(image, prompt, num_images, strength, height, width, **options
 @click.argument("prompt")
 @output_option("image.png")
 @num_images_option
-@click.option(
-    "--strength",
-    default=1.0,
-    type=STRENGTH,
-    help="Share of the denoising that is done again: 1 keeps nothing of IMAGE.",
-)
+@strength_option(1.0)
 @image_size_options
 @prompt_options
 @model_options()
 def inpaint(image, mask, prompt, num_images, strength, height, width, **options):
-    """Replace what is white in MASK, an image of IMAGE's size, by PROMPT.
+    """Replace the white part of MASK, an image of IMAGE's size, as PROMPT says.
 
-    What is transparent in MASK is kept. Where no opaque part of it is white, as in a layer that was painted
-    on in another colour, all that is opaque is replaced.
+    Transparent parts of MASK are kept. If no opaque part of it is white, as in a layer painted in another
+    colour, all opaque parts are replaced.
     """
     first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
@@ -159,12 +170,12 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
 @click.option(
     "--noise-level",
     type=click.IntRange(0),
-    help="Noise added to IMAGE; 0 stays close to it. The model's own by default.",
+    help="Noise added to IMAGE, in timesteps; more lets the model invent more. By default the model's own.",
 )
 @prompt_options
 @model_options("emoji-upscaler")
 def upscale(image, prompt, num_images, noise_level, **options):
-    """Make a larger image of IMAGE: twice as large, or as an upscaler of Stable Diffusion's kind does.
+    """Upscale IMAGE: 2x with the bundled model, 4x with Stable Diffusion's x4 upscaler.
 
     The bundled upscaler takes no PROMPT.
     """
@@ -176,7 +187,9 @@ def upscale(image, prompt, num_images, noise_level, **options):
     if holds_pixel_upscaler(folder):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
-        _refuse_text_options(options)
+        unused = {"guidance_scale", "guidance_interval", "guidance_rescale", "negative_prompt"}
+        unused |= {"vae", "loras", "lora_folder", "embeddings"}
+        refuse_unused(unused, False, f"on {options['model']}, which takes no text")
         _upscale_pixels(folder, pixels, output, num_images, more, options)
         return
     pipeline, sampling = _open(options)
@@ -185,7 +198,7 @@ def upscale(image, prompt, num_images, noise_level, **options):
 
 
 def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
-    """Writes images that an upscaler without text makes."""
+    """Upscale with a pixel upscaler, which has no text encoder, and write the images."""
     from tqdm import tqdm
 
     with interruption.phase(f"opening {options['model']}"):
@@ -215,30 +228,18 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
     _write(images, output, lambda index: sampling_parameters("", seed=_seed(seed, index), **settings) | more)
 
 
-def _refuse_text_options(options):
-    """Refuses what has no effect on an upscaler without text, by its name."""
-    usual = {"guidance_scale": None, "guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
-    usual |= {"negative_prompt": None, "vae": None, "loras": (), "lora_folder": None, "embeddings": ()}
-    for name, value in usual.items():
-        if options[name] != value:
-            flag = {"loras": "lora", "embeddings": "embedding"}.get(name, name).replace("_", "-")
-            raise UserError(
-                f"--{flag}: has no effect on {options['model']}, which takes no text; leave it out"
-            )
-
-
 @click.command(cls=Command)
 @click.argument("prompts", nargs=-1, required=True)
-@output_option("walk.gif", "GIF, or PNG for a contact sheet.")
+@output_option("walk.gif", "GIF file, or PNG file for a contact sheet.")
 @click.option(
     "--num-frames", default=24, type=click.IntRange(1, MOST_IMAGES), help="Frames of the whole walk."
 )
-@click.option("--frame-rate", default=10.0, type=Number(1, 50), help="Frames a second of a GIF.")
-@size_options
+@click.option("--frame-rate", default=10.0, type=Number(1, 50), help="Frames per second of a GIF.")
+@output_size_options
 @prompt_options
 @model_options()
 def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
-    """Interpolate between prompts; with one PROMPTS, along a circle of noise."""
+    """Interpolate between PROMPTS; with a single one, vary the noise along a circle."""
     output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
     check_size(options, height, width)
     pipeline, sampling = _open(options)
@@ -247,12 +248,11 @@ def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **op
     from keras_sd.pipeline.image_parameters import number
 
     path = output.free()
-    is_gif = path.suffix.lower() == ".gif"
-    said = _parameters(pipeline, prompts, sampling, frames.shape[1:3]) | {"Frames": num_frames}
-    if is_gif:
-        save_gif(frames, path, frame_rate, said | {"Frame rate": number(frame_rate)})
+    text = _parameters(pipeline, prompts, sampling, frames.shape[1:3]) | {"Frames": num_frames}
+    if path.suffix.lower() == ".gif":
+        save_gif(frames, path, frame_rate, text | {"Frame rate": number(frame_rate)})
     else:
-        save_png(image_grid(frames), path, said)
+        save_png(image_grid(frames), path, text)
     click.echo(path)
 
 
@@ -262,7 +262,7 @@ def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **op
 @image_size_options
 @model_options()
 def reconstruct(image, height, width, **options):
-    """Show what the autoencoder keeps of IMAGE."""
+    """Encode and decode IMAGE with the VAE, to show what it preserves."""
     pixels = _read_image(image, options, height, width)
     output = _check_images(options)
     pipeline = open_model(**options)
@@ -278,7 +278,7 @@ COMMANDS = (generate, image_to_image, inpaint, upscale, walk, reconstruct)
 
 
 def _check_images(options, num_images=1):
-    """Takes --output and --overwrite out of the options, and checks that the images can be written."""
+    """Remove --output and --overwrite from the options, and check that the images can be written."""
     output, overwrite = options.pop("output"), options.pop("overwrite")
 
     def singles(path):
@@ -289,7 +289,7 @@ def _check_images(options, num_images=1):
 
 
 def _open(options):
-    """Opens the model that options name: the pipeline, and the options of a task."""
+    """Open the model that the options name; return the pipeline and the remaining options of the task."""
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings", "jit_compile")
     model = {name: options.pop(name) for name in names}
     check_steps(model["model"], options["num_inference_steps"])
@@ -301,7 +301,7 @@ def _open(options):
 
 
 def _read_image(path, options=None, height=None, width=None):
-    """The pixels of an image; with the model's options, checked to be of a size that it can take."""
+    """Return the pixels of an image file; with a model's options, check that the model can take its size."""
     from keras_sd.data.images import read_image
 
     if (height is None) != (width is None):
@@ -315,7 +315,7 @@ def _read_image(path, options=None, height=None, width=None):
 
 
 def _read_mask(path, size, is_scaled):
-    """The mask of an image of this size; where the image was scaled, it is too."""
+    """Return the mask for an image of this size; it is scaled if the image was."""
     from keras_sd.data.images import read_mask
 
     mask = read_mask(Path(path), size if is_scaled else None)
@@ -328,35 +328,27 @@ def _read_mask(path, size, is_scaled):
 
 
 def _parameters(pipeline, prompt, sampling, size, index=0):
-    names = (
-        "negative_prompt",
-        "num_inference_steps",
-        "guidance_scale",
-        "guidance_interval",
-        "guidance_rescale",
-    )
-    names += ("reuse_interval", "sampler", "eta")
-    settings = {name: sampling[name] for name in names}
-    return pipeline.parameters(prompt, seed=_seed(sampling["seed"], index), size=size, **settings)
+    """Return the parameters of image `index` for its file."""
+    settings = sampling | {"seed": _seed(sampling["seed"], index)}
+    return pipeline.parameters(prompt, size=size, **settings)
 
 
 def _seed(seed, index):
-    """The seed of an image, as `arguments.image_seeds` counts."""
+    """Return the seed of an image, as `arguments.image_seeds` counts."""
     return (seed + index) % (LARGEST_SEED + 1)
 
 
 def _save(pipeline, images, output, prompt, sampling, more=None):
-    """Writes images of a pipeline; each says how it was made."""
-    size = images.shape[1:3]
-    _write(
-        images,
-        output,
-        lambda index: _parameters(pipeline, prompt, sampling, size, index) | (more or {}),
-    )
+    """Write images of a pipeline with their parameters."""
+
+    def parameters(index):
+        return _parameters(pipeline, prompt, sampling, images.shape[1:3], index) | (more or {})
+
+    _write(images, output, parameters)
 
 
 def _write(images, output, parameters):
-    """Writes one image, or a sheet of several and the single ones, with the parameters of each."""
+    """Write one image, or a grid of several and the single ones, each with its parameters."""
     from keras_sd.files.image_files import image_grid, save_png
 
     path = output.free()
@@ -367,6 +359,6 @@ def _write(images, output, parameters):
         for index, single in enumerate(output.beside(path)):
             place = {"Batch size": len(images), "Batch pos": index}
             files.append((single, images[index], parameters(index) | place))
-    for path, image, said in files:
-        save_png(image, path, said)
+    for path, image, text in files:
+        save_png(image, path, text)
         click.echo(path)

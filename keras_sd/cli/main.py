@@ -1,4 +1,4 @@
-"""The command line: `keras-sd COMMAND`, or `python -m keras_sd COMMAND`."""
+"""The group of all commands: `keras-sd COMMAND`, or `python -m keras_sd COMMAND`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from keras_sd import __version__, presets
 from keras_sd.cli.caption import caption
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import HELP_SETTINGS, Command
 from keras_sd.cli.convert import convert
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
@@ -21,7 +21,7 @@ from keras_sd.errors import require
 from keras_sd.files.writing import write_json
 
 
-@click.group(context_settings={"show_default": True})
+@click.group(context_settings=HELP_SETTINGS)
 @click.version_option(__version__, prog_name="keras-sd")
 def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
@@ -36,7 +36,7 @@ for command in (*COMMANDS, convert, caption, train, export):
 @output_option("results.json", "JSON file to write.")
 @sampling_options
 def evaluate(model, output, overwrite, **sampling):
-    """Measure MODEL, a preset or a folder trained on the emoji images, and print the table."""
+    """Measure MODEL, a model of the emoji images: KID, retrieval and reconstruction."""
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
     require(*EMOJI_PACKAGES)
     check_steps(model, sampling["num_inference_steps"])
@@ -57,9 +57,9 @@ def evaluate(model, output, overwrite, **sampling):
 
 
 @cli.command(cls=Command)
-@output_option("demo", "Folder to write to.", "--output-dir")
+@output_option("demo", "Folder for images, data set, run and results.", "--output-dir")
 def demo(output_dir, overwrite):
-    """Make images with the emoji model, fine-tune it for a minute or two, and compare."""
+    """Generate images with the emoji model, fine-tune it for a few minutes, and compare."""
     folder = check_output_folder(
         output_dir, "demo", overwrite, is_own=lambda folder: (folder / "before.png").is_file()
     )
@@ -72,12 +72,12 @@ def demo(output_dir, overwrite):
 
 @cli.command("presets", cls=Command)
 def list_presets():
-    """List the models that go by a name."""
+    """List the presets: name, licence and source of each model."""
     for name, preset in presets.PRESETS.items():
         source = "bundled" if isinstance(preset.source, Path) else preset.source
         click.echo(f"{name:<16}{preset.licence:<24}{source}")
 
 
 def main():
-    """Runs the command line as a program: exit code 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line as a program: exit code 0, 2 for bad input, 130 for Ctrl-C."""
     run_command(cli, "keras-sd")

@@ -1,4 +1,4 @@
-"""Options of commands that say which model, and opening what they name before long work."""
+"""Options that name a model and its additions, and opening them."""
 
 import math
 import os
@@ -15,30 +15,46 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def model_options(default="emoji"):
-    """The options that say which model, and what is added to it."""
+    """Return a decorator that adds the options for the model, its additions and its computation."""
     return decorated(
         click.option(
-            "--model", default=default, help="Preset, hub id, diffusers folder, .safetensors or .ckpt."
+            "--model",
+            default=default,
+            help="Preset (see `keras-sd presets`), hub id, diffusers folder, .safetensors or .ckpt file.",
         ),
-        click.option("--vae", help="Folder or file of another autoencoder."),
+        click.option("--vae", help="Folder or file of another VAE. By default the model's own."),
         click.option(
-            "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="LoRA to add; may be repeated."
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="PATH[:WEIGHT]",
+            help="LoRA to add, with weight 1 unless another is given; may be repeated.",
         ),
-        click.option("--lora-folder", help="Where prompts find LoRAs: <lora:name:0.8>."),
+        click.option("--lora-folder", help="Folder of the LoRAs that prompts name, as in <lora:name:0.8>."),
         click.option(
             "--embedding",
             "embeddings",
             multiple=True,
             metavar="PATH[:TOKEN]",
-            help="Textual inversion to add; may be repeated.",
+            help="Textual inversion to add; TOKEN renames its word. May be repeated.",
         ),
-        click.option("--dtype", default="float32", type=click.Choice(DTYPES), help="Precision."),
-        click.option("--batch-size", default=8, type=click.IntRange(1), help="Images made at a time."),
+        click.option(
+            "--dtype",
+            default="float32",
+            type=click.Choice(DTYPES),
+            help="Precision of weights and computation.",
+        ),
+        click.option(
+            "--batch-size",
+            default=8,
+            type=click.IntRange(1),
+            help="Images computed at a time; less needs less memory.",
+        ),
         click.option(
             "--jit-compile/--no-jit-compile",
             default=True,
             callback=_compiled,
-            help="Compile by XLA; a few small images are faster without. JAX always compiles.",
+            help="Compile with XLA (JAX always does); a few small images are faster without.",
         ),
     )
 
@@ -50,7 +66,7 @@ def _compiled(context, parameter, value):
 
 
 def check_steps(model, num_inference_steps):
-    """Refuses more steps than a model's schedule has, where that can be read before a backend is loaded."""
+    """Raise UserError for more steps than the model has timesteps, if its schedule can be read already."""
     folder = presets.find(model)
     from keras_sd.diffusion.scheduler_config import SchedulerConfig
     from keras_sd.weights.diffusers_folder import SCHEDULER
@@ -62,12 +78,12 @@ def check_steps(model, num_inference_steps):
 
 
 def check_size(options, height, width, title="", remedy=""):
-    """Refuses a size that a model's latents do not divide, where that can be read before it is opened.
+    """Raise UserError for a size that does not fit the latents, if the VAE's config can be read already.
 
     Args:
-        options: the command's, of which "model" and "vae" are looked at.
+        options: the command's options, of which "model" and "vae" are used.
         height, width: in pixels; None is the model's own.
-        title, remedy: what the line says before and behind.
+        title, remedy: the beginning and the end of the message.
     """
     folder = Path(options["vae"]) if options.get("vae") else presets.find(options["model"])
     config = folder / "vae" / "config.json"
@@ -86,12 +102,13 @@ def check_size(options, height, width, title="", remedy=""):
 
 
 def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
-    """Opens a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded.
+    """Open a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded.
 
     Args:
-        loras: paths of LoRAs, each with ":weight" behind it if it is not 1.
-        lora_folder: where prompts find LoRAs by their names.
-        embeddings: paths of textual inversions, each with ":token" behind it to call its word otherwise.
+        loras: paths of LoRAs, each followed by ":weight" if it is not 1.
+        lora_folder: folder of the LoRAs that prompts name.
+        embeddings: paths of textual inversions, each followed by ":token" to rename its word.
+        options: as `StableDiffusion.load` takes them.
     """
     source = presets.find(model)
     updates = [_path_and_weight(text) for text in loras]

@@ -1,14 +1,14 @@
-"""Types of options that several commands have."""
+"""Types of options that several commands share."""
 
 import math
 
 import click
 
-_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32, in which models compute
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # normal float32 numbers
 
 
 class Number(click.FloatRange):
-    """A finite number in a range, which holds its ends unless `min_open` or `max_open`."""
+    """A finite float32 number in a range, which includes its ends unless `min_open` or `max_open`."""
 
     name = "number"
 

@@ -1,6 +1,6 @@
-"""Where a command writes: told before any long work, and over nothing that the caller has not given up.
+"""Output files and folders of commands, checked before any long work.
 
-An output that is named and there already is refused without `--overwrite`; a default name gets a number.
+A named output that exists is refused without `--overwrite`; a default name gets a number.
 """
 
 import contextlib
@@ -14,25 +14,26 @@ from typing import NamedTuple
 
 import click
 
+from keras_sd.cli.command import decorated
 from keras_sd.errors import UserError
-from keras_sd.files.writing import write_fault
+from keras_sd.files.writing import write_errors_in_one_line
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there already.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 
 
 def output_option(default, help="PNG file to write.", name="--output"):
-    """The options `--output` and `--overwrite` of a command that writes `default` if nothing is named."""
-    named = click.option(name, show_default=f"{default}, numbered if there is one", help=help)
-    return lambda command: named(overwrite_option(command))
+    """Return a decorator that adds `--output` and `--overwrite`; `default` is the usual name."""
+    named = click.option(name, show_default=f"{default}, with a number if it exists", help=help)
+    return decorated(named, overwrite_option)
 
 
 class Output(NamedTuple):
-    """A place that has been checked.
+    """A checked output file.
 
     Attributes:
         path: the file.
-        overwrite: whether it may be there already.
-        beside: gives the further files that are written with a path.
+        overwrite: whether it may exist.
+        beside: returns the further files that are written with a path.
     """
 
     path: Path
@@ -40,7 +41,7 @@ class Output(NamedTuple):
     beside: Callable[[Path], Sequence[Path]]
 
     def free(self):
-        """The path to write to now: one with a number if another program has taken the name meanwhile."""
+        """Return the path to write to, with a number if another program has written `path` meanwhile."""
         free = _numbered(self.path, self.beside, self.overwrite)
         if free != self.path:
             line = f"{self.path}: was written by another program meanwhile; this goes to {free}"
@@ -57,46 +58,49 @@ def check_output(
     beside=lambda path: (),
     remedy="replace it with --overwrite",
 ):
-    """Makes sure that a file can be written, and over none that is to stay. Nothing is written or made.
+    """Check that a file can be written and replaces none that shall stay. Nothing is written.
 
     Args:
-        path: the file that was named, or None.
-        suffix: ".png", or a tuple of those that it may have.
-        default: the name of a file that is taken, with the first free number, if `path` is None.
-        overwrite: whether files may be there already.
-        beside: the further files that are written with one.
-        remedy: what else can be done about a file that is there already.
+        path: the named file, or None.
+        suffix: a suffix such as ".png", or a tuple of the accepted ones.
+        default: the file if `path` is None; it gets the first free number.
+        overwrite: whether files may exist.
+        beside: returns the further files that are written with a path.
+        remedy: the remedy in the message for a file that exists.
 
     Returns:
         An `Output`.
 
     Raises:
-        UserError: there is one, or it has another suffix, is a folder or cannot be written.
+        UserError: a file exists, has another suffix, is a folder or cannot be written.
     """
     if path is not None and not str(path).strip():
         raise UserError("--output: empty; name a file, or leave it out")
     path = _numbered(Path(default), beside, overwrite) if path is None else _named(path, suffix)
     for place in (path, *beside(path)):
-        if not overwrite and _is_taken(place):
+        if not overwrite and os.path.lexists(place):
             raise UserError(f"{place}: exists; choose another name, or {remedy}")
         check_writable(place)
     return Output(path, overwrite, beside)
 
 
 def check_output_folder(path, default, overwrite, is_own):
-    """The same for a folder: one that is named and not empty is refused, a default one is numbered.
+    """Check that a folder can be written: a named one must be empty, a default one gets a number.
 
     Args:
         path, default, overwrite: as in `check_output`.
-        is_own: whether a folder is one that the command has written; no other one is overwritten.
+        is_own: returns whether the command has written a folder; no other folder is overwritten.
 
     Returns:
         The `Path`.
+
+    Raises:
+        UserError: the folder is not empty, is a file or cannot be written.
     """
     if path is None:
         path = _numbered(Path(default), lambda path: (), overwrite)
     path = Path(path)
-    with _told(path):
+    with write_errors_in_one_line(path):
         if path.is_dir() and any(path.iterdir()):
             if not overwrite:
                 raise UserError(f"{path}: exists; choose another folder, or replace it with --overwrite")
@@ -109,15 +113,15 @@ def check_output_folder(path, default, overwrite, is_own):
 
 
 def check_writable(path):
-    """Makes sure that a file of this name can be written, by trying it in the folder that there is.
+    """Check that a file of this name can be written, by a trial in the nearest existing folder.
 
     Raises:
         UserError: it cannot.
     """
     place = Path(os.path.realpath(path))
-    with _told(path):
+    with write_errors_in_one_line(path):
         folder = next(parent for parent in place.parents if os.path.lexists(parent))
-        # Each name for itself, as one that is too long is not noticed below a folder that is not there yet.
+        # Each name by itself: below a missing folder, a name that is too long is not noticed.
         for each in (place, *(folder / name for name in place.relative_to(folder).parts)):
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(each)
@@ -129,34 +133,21 @@ def check_writable(path):
 def _named(path, suffix):
     suffixes = (suffix,) if isinstance(suffix, str) else suffix
     kinds = " or ".join(suffixes)
-    with _told(path):
-        # The last names a folder too, which `Path` would leave out.
+    with write_errors_in_one_line(path):
+        # `Path` would drop a last ".", which means a folder too.
         if Path(path).is_dir() or os.path.basename(path) in ("", ".", ".."):
             raise UserError(f"{path}: is a folder; name a {kinds} file in it")
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        bare = path.name.lower() in suffixes  # a name that is all suffix
+        bare = path.name.lower() in suffixes  # the name is only a suffix
         named = path.with_stem("image") if bare else path
         raise UserError(f"{path}: not a {kinds} file; name it {named.with_suffix(suffixes[0])}")
     return path
 
 
 def _numbered(path, beside, overwrite):
-    """The first of `image.png`, `image-1.png`, ... of which no file is there."""
+    """Return the first of `image.png`, `image-1.png`, ... that does not exist, with the files beside it."""
     if overwrite:
         return path
     names = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1)))
-    return next(name for name in names if not any(map(_is_taken, (name, *beside(name)))))
-
-
-def _is_taken(path):
-    return os.path.lexists(path)
-
-
-@contextlib.contextmanager
-def _told(path):
-    """Turns the operating system's errors about a place into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {write_fault(error)}") from error
+    return next(name for name in names if not any(map(os.path.lexists, (name, *beside(name)))))

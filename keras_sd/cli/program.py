@@ -1,4 +1,4 @@
-"""Runs a command as a whole program: exit codes, faults in one line, warnings, Ctrl-C."""
+"""Running a command as a program: exit codes, errors and warnings in one line, Ctrl-C."""
 
 import functools
 import os
@@ -15,21 +15,21 @@ _RESUME = "--resume-from-checkpoint"
 
 
 def run_command(command, program):
-    """Runs a click command as a whole program, which this ends.
+    """Run a click command as a program, and exit.
 
-    Exit codes: 0 done, 2 bad input (``UserError`` and wrong usage, one line on stderr each), 130 and 143
-    ended by Ctrl-C and by SIGTERM. Memory that is not enough is bad input too. Any other exception is a fault
-    of the program and keeps its traceback. A ``UserWarning`` is one line on stderr too.
+    Exit codes: 0 done; 2 bad input (`UserError`, wrong usage, insufficient memory), one line on stderr; 130
+    and 143 ended by Ctrl-C and SIGTERM. Any other exception is a bug and keeps its traceback. A `UserWarning`
+    is one line on stderr.
 
     Args:
-        command: the ``click.Command``.
-        program: its name as typed, for the messages and the help.
+        command: the `click.Command`.
+        program: its name as typed, for messages and help.
     """
     with interruption.watching(program, functools.partial(started_again, program, sys.argv[1:])):
         try:
             sys.exit(_run(command, program))
         except BaseException as error:
-            # What was to end the program may come out of a library as anything.
+            # A library may turn the exception of a signal into any other.
             bad_input = isinstance(error, SystemExit) and error.code == 2
             if interruption.received() is None or bad_input:
                 raise
@@ -40,11 +40,11 @@ def run_command(command, program):
 
 
 def _run(command, program):
-    """Runs the command and returns the exit code, or raises `SystemExit` or a fault of the program."""
+    """Run the command and return the exit code; raise `SystemExit` or the exception of a bug."""
     import click  # here, so that the library's exceptions need no command line
 
     warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
-    if hasattr(sys.stdout, "reconfigure"):  # names of files that are no UTF-8 leave as the bytes they are
+    if hasattr(sys.stdout, "reconfigure"):  # file names that are not UTF-8 are printed as their bytes
         sys.stdout.reconfigure(errors="surrogateescape")
     quiet_libraries()
     if not is_installed("tensorflow") and is_installed("jax"):
@@ -65,15 +65,15 @@ def _run(command, program):
     except click.Abort:
         return 130
     except Exception as error:
-        message = _mendable_fault(error)
+        message = _message(error)
         if message is None:
             raise
         _leave(program, message, at_once=is_out_of_memory(error))
     return code if isinstance(code, int) else 0
 
 
-def _mendable_fault(error):
-    """The line for an exception that is no fault of the program, or None."""
+def _message(error):
+    """Return the line for an exception that the user can correct, or None for a bug."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error.name)
     if isinstance(error, OSError) and error.errno is not None:
@@ -87,11 +87,11 @@ def _mendable_fault(error):
 
 
 def started_again(program, arguments, from_latest):
-    """Return a command that goes on with the training of this one, on its interpreter and its backend.
+    """Return a command line that resumes this command's training, with its interpreter and its backend.
 
     Args:
-        program, arguments: of this one.
-        from_latest: from the latest checkpoint, or as this one did.
+        program, arguments: of this command.
+        from_latest: resume from the latest checkpoint, or as this command did.
     """
     if from_latest:
         arguments = [*_without_resumption(arguments), _RESUME, "latest"]
@@ -113,14 +113,16 @@ def _without_resumption(arguments):
 
 
 def _is_of_this_environment(program):
-    """Whether what a shell finds by that name lies beside this interpreter. What an environment's own is a
-    link to says nothing: all environments share that."""
+    """Return whether a shell finds a program of that name in the folder of this interpreter.
+
+    Links are not resolved: the interpreters of all environments may be links to the same file.
+    """
     found = shutil.which(program)
     return found is not None and os.path.dirname(os.path.abspath(found)) == os.path.dirname(sys.executable)
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that an allocation failed; loads no backend that is not there already."""
+    """Return whether an exception means a failed allocation, without importing a backend."""
     if "keras_sd.backend" in sys.modules:
         from keras_sd import backend
 
@@ -129,7 +131,7 @@ def is_out_of_memory(error):
 
 
 def _warn(program, show, message, category, *place):
-    """Tells a warning for people in one line; those for programmers as ever."""
+    """Print a `UserWarning` in one line, and other warnings as Python does."""
     if issubclass(category, UserWarning):
         from keras_sd.cli.command import in_flags
 
@@ -139,9 +141,9 @@ def _warn(program, show, message, category, *place):
 
 
 def _leave(program, message, at_once=False):
-    """Tells the fault and ends the program; `at_once` frees nothing first.
+    """Print an error and exit with code 2; `at_once` skips all cleanup.
 
-    After an allocation that failed TensorFlow frees some of its memory twice, which would abort the program.
+    After a failed allocation TensorFlow frees some memory twice, which would abort the program.
     """
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     if at_once and "tensorflow" in sys.modules:

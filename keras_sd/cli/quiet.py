@@ -1,4 +1,4 @@
-"""Keeps log lines of libraries out of a command's messages. What they raise, and all warnings, stay."""
+"""Suppression of libraries' log lines in commands. Their exceptions and warnings are kept."""
 
 import contextlib
 import importlib.util
@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 
-_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # of TensorFlow and of JAX
-# Notes and warnings of C++ (`I0000 00:00:17... file.cc:31] ...`), and the line that comes before the first.
+_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # for TensorFlow and JAX
+# C++ log lines below errors (`I0000 00:00:17... file.cc:31] ...`), and the line before the first one.
 _LOG_LINES = r"^[IW][0-9]{4} |^WARNING: All log messages before absl::InitializeLog"
 
 
 def quiet_libraries():
-    """Have libraries log errors only, if nobody has set a level; call it before they are imported."""
+    """Make libraries log errors only, unless a level is set; call it before they are imported."""
     if _LEVEL in os.environ:
         return
     os.environ[_LEVEL] = "3"
@@ -25,7 +25,7 @@ def quiet_libraries():
 
 
 class _QuietImport:
-    """Find TensorFlow, which logs while it is imported, before it has read the level."""
+    """An import hook for TensorFlow, which logs during its import before it reads the level."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "tensorflow":
@@ -34,7 +34,7 @@ class _QuietImport:
         try:
             specification = importlib.util.find_spec(name)
         finally:
-            sys.meta_path.insert(0, self)  # looking whether it is installed does not import it
+            sys.meta_path.insert(0, self)  # this call may only have asked whether it is installed
         if specification is not None and specification.loader is not None:
             execute = specification.loader.exec_module
 
@@ -48,8 +48,7 @@ class _QuietImport:
 
 @contextlib.contextmanager
 def _without_log_lines():
-    """Filter what C++ writes to standard error, by another process: should this one crash in here, its last
-    words are passed on nevertheless."""
+    """Filter standard error of C++ code by another process, which passes on the output even after a crash."""
     grep = shutil.which("grep")
     if grep is None:
         yield
@@ -60,7 +59,7 @@ def _without_log_lines():
         stdin=subprocess.PIPE,
         stdout=2,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for this process
+        start_new_session=True,  # Ctrl-C must not end the filter
     )
     shown = os.dup(2)
     os.dup2(filter_.stdin.fileno(), 2)
@@ -71,5 +70,5 @@ def _without_log_lines():
         sys.stderr.flush()
         os.dup2(shown, 2)
         os.close(shown)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # of a child that the import has left behind
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a child process may keep the pipe open
             filter_.wait(1)

@@ -36,7 +36,7 @@ def replaced(path):
     place = Path(os.path.realpath(path))
     staging = _temporary(place.parent)
     try:
-        with _errors_in_one_line(path):
+        with write_errors_in_one_line(path):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             # Some libraries create files with other permissions.
@@ -70,7 +70,7 @@ def replaced_folder(path, last=None):
     is_new = not place.exists()
     staging = _temporary(place.parent if is_new else place)
     try:
-        with _errors_in_one_line(path):
+        with write_errors_in_one_line(path):
             staging.mkdir(parents=True)
             yield staging
             paths = sorted(staging.rglob("*"), key=lambda one: (one.name == last, one))
@@ -106,7 +106,7 @@ def write_json(path, values, indent=2):
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(path):
+def write_errors_in_one_line(path):
     """Turn the operating system's errors into a `UserError`."""
     try:
         yield

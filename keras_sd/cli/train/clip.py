@@ -1,10 +1,10 @@
-"""Training a CLIP, its text and image encoders, from the command line."""
+"""The command that trains CLIP: a text encoder and an image encoder."""
 
 import click
 
 from keras_sd import config
-from keras_sd.cli.command import Command
-from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, refuse_unused, run_options
+from keras_sd.cli.command import Command, refuse_unused
+from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.data.emoji import architecture
 
@@ -12,21 +12,21 @@ from keras_sd.data.emoji import architecture
 @click.command(cls=Command)
 @run_options("clip", output_dir="runs/clip")
 @click.option(
-    "--text-config", type=FILE, help="config.json of the text encoder; the emoji model's by default."
+    "--text-config", type=FILE, help="config.json of the text encoder; by default the emoji model's."
 )
 @click.option(
-    "--image-config", type=FILE, help="config.json of the image encoder; the emoji model's by default."
+    "--image-config", type=FILE, help="config.json of the image encoder; by default the emoji model's."
 )
 @click.option(
     "--tokenizer",
     "tokenizer_folder",
     type=FILE_OR_FOLDER,
-    help="Folder of a tokenizer; learned from the captions by default.",
+    help="Folder of a tokenizer. By default a new one is trained on the captions.",
 )
 @click.option(
     "--frozen-text-encoder",
     type=FILE_OR_FOLDER,
-    help="Folder of a model whose text encoder and tokenizer are kept.",
+    help="Folder of a model whose text encoder and tokenizer are used and not trained.",
 )
 def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
     """Train CLIP's text and image encoders on captioned images."""
@@ -48,7 +48,7 @@ def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **opt
 
 
 def new_text_encoder(config_path, tokenizer_folder, source):
-    """A tokenizer, learned from the captions unless its folder is given, and a text encoder for it."""
+    """Return a tokenizer, trained on the captions unless its folder is given, and a text encoder for it."""
     import dataclasses
 
     from keras_sd.models.text_encoder import TextEncoder
@@ -60,7 +60,7 @@ def new_text_encoder(config_path, tokenizer_folder, source):
     else:
         captions = [caption for of_image in source.captions() for caption in of_image]
         tokenizer = Tokenizer.train(captions, text_config.vocab_size, text_config.max_position_embeddings)
-    # Few captions give fewer tokens than were asked for.
+    # Few captions give fewer tokens than the config has.
     text_config = dataclasses.replace(
         text_config,
         vocab_size=tokenizer.vocab_size,

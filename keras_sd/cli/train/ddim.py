@@ -1,17 +1,10 @@
-"""Training an unconditional DDIM on pixels from the command line."""
+"""The command that trains an unconditional diffusion model on pixels (DDIM, Song et al., 2021)."""
 
 import click
 
 from keras_sd import config
-from keras_sd.cli.command import Command
-from keras_sd.cli.train.options import (
-    COUNT,
-    FILE,
-    evaluation_options,
-    refuse_unused,
-    run_options,
-    snr_gamma_option,
-)
+from keras_sd.cli.command import Command, refuse_unused
+from keras_sd.cli.train.options import COUNT, FILE, evaluation_options, run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
 from keras_sd.training import architectures
 
@@ -19,25 +12,20 @@ from keras_sd.training import architectures
 @click.command(cls=Command)
 @run_options("ddim", output_dir="runs/ddim")
 @click.option(
-    "--unet-config",
-    type=FILE,
-    help="config.json of the UNet; a small one of attention-free blocks by default.",
+    "--unet-config", type=FILE, help="config.json of the UNet; by default a small one without attention."
 )
-@click.option("--resolution", type=COUNT, help="Side of the images; the config's by default.")
+@click.option("--resolution", type=COUNT, help="Side of the images in pixels; by default the config's.")
 @snr_gamma_option
-@click.option(
-    "--random-flip/--no-random-flip", default=True, show_default=True, help="Mirror half of the images."
-)
+@click.option("--random-flip/--no-random-flip", default=True, help="Mirror half of the images.")
 @click.option(
     "--kid",
     type=click.Choice(["kid_emoji", "kid_inception"]),
     default="kid_emoji",
-    show_default=True,
-    help="What KID looks through.",
+    help="Feature extractor of KID: the emoji model's CLIP, or Inception v3.",
 )
 @evaluation_options()
 def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_inference_steps, **options):
-    """Train an unconditional model on pixels, as the Keras DDIM example does."""
+    """Train an unconditional diffusion model on pixels, like the Keras example for DDIM."""
     refuse_unused(["kid"], kid_images, "with --kid-images 0")
     run = prepare(
         "ddim",

@@ -1,10 +1,10 @@
-"""The command that teaches a model one subject: DreamBooth, by all weights or by low-rank updates."""
+"""The command that teaches a model one subject: DreamBooth (Ruiz et al., 2023), of all weights or by LoRA."""
 
 from pathlib import Path
 
 import click
 
-from keras_sd.cli.command import Command, decorated
+from keras_sd.cli.command import Command, decorated, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
@@ -12,33 +12,32 @@ from keras_sd.cli.train.fine_tuning import (
     subject_evaluation,
     subject_options,
 )
-from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options
-from keras_sd.cli.train.options import COUNT, refuse_unused, run_options, snr_gamma_option
+from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options, trained_parts
+from keras_sd.cli.train.options import COUNT, run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
 
 _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
 
 class_options = decorated(
-    click.option("--with-prior-preservation", is_flag=True, help="Keep what the model knows of a class."),
-    click.option("--class-prompt", help="Prompt of the class: `a toy`."),
+    click.option(
+        "--with-prior-preservation",
+        is_flag=True,
+        help="Also train on images of the subject's class, so that the model does not forget it.",
+    ),
+    click.option("--class-prompt", help="Prompt of the class, such as `a toy`."),
     click.option(
         "--class-data-dir",
-        help="Folder with images of the class; `class-images` in the run folder by default.",
+        help="Folder with images of the class. By default `class-images` in the run folder.",
     ),
     click.option(
         "--num-class-images",
         default=100,
-        show_default=True,
         type=COUNT,
-        help="Images of the class; the model draws those that are missing.",
+        help="Images of the class; missing ones are generated first.",
     ),
     click.option(
-        "--prior-loss-weight",
-        default=1.0,
-        show_default=True,
-        type=POSITIVE,
-        help="Weight of the class in the loss.",
+        "--prior-loss-weight", default=1.0, type=POSITIVE, help="Weight of the class images in the loss."
     ),
 )
 
@@ -52,14 +51,16 @@ class_options = decorated(
 )
 @pretrained_option
 @click.option("--instance-data-dir", required=True, help="Folder with images of the subject.")
-@click.option("--instance-prompt", required=True, help="Its prompt, with a rare word: `a sks toy`.")
+@click.option(
+    "--instance-prompt", required=True, help="Prompt of the subject with a rare word, such as `a sks toy`."
+)
 @class_options
 @click.option("--train-text-encoder", is_flag=True, help="Train the text encoder too.")
-@click.option("--lora", is_flag=True, help="Train low-rank updates in place of all weights.")
+@click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)
 @snr_gamma_option
-@click.option("--sample-batch-size", default=4, show_default=True, type=COUNT, help="Images drawn at a time.")
-@subject_options("dreambooth", "The instance prompt")
+@click.option("--sample-batch-size", default=4, type=COUNT, help="Images per batch when sampling.")
+@subject_options("dreambooth", "the instance prompt")
 def dreambooth(**options):
     """Teach a model one subject from a few images of it (DreamBooth)."""
     refuse_unused(["rank", "lora_alpha"], options["lora"], "without --lora")
@@ -67,7 +68,7 @@ def dreambooth(**options):
     class_folder = _class_folder(options)
     _check_images(Path(options["instance_data_dir"]), class_folder)
     of_class = ["num_inference_steps", "guidance_scale"] if class_folder else []
-    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
+    trained = trained_parts(options)
     run = prepare(
         "dreambooth",
         options,
@@ -102,7 +103,7 @@ def dreambooth(**options):
 
 
 def _class_folder(options):
-    """Where the images of the class are, or are to be; None without prior preservation."""
+    """Return the folder of the class images; None without prior preservation."""
     if not options["with_prior_preservation"]:
         return None
     if not options["class_prompt"]:
@@ -111,7 +112,7 @@ def _class_folder(options):
 
 
 def _check_images(instance_folder, class_folder):
-    """Refuses images that cannot be trained on, before any long work."""
+    """Raise UserError for images that cannot be trained on, before any long work."""
     from keras_sd.data.folders import FolderSource, count_images
     from keras_sd.data.images import MINIMUM_SIDE
 
@@ -128,7 +129,7 @@ def _check_images(instance_folder, class_folder):
 
 
 def _images(pipeline, options, class_folder):
-    """Examples of the subject and of its class, whose missing images are drawn first."""
+    """Return the examples of the subject and of its class, after generating missing class images."""
     from keras_sd.training.dreambooth import generate_class_images, read_images
 
     image_size = image_size_of(pipeline)
@@ -136,7 +137,7 @@ def _images(pipeline, options, class_folder):
     if class_folder is None:
         return instances, []
     prompt = options["class_prompt"]
-    # Low-rank updates begin at zero: with them the model still draws what it drew before.
+    # LoRA weights start at zero, so these are images of the pretrained model.
     generate_class_images(
         pipeline,
         class_folder,

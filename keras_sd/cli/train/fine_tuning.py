@@ -1,4 +1,4 @@
-"""The commands that fine-tune a model on captioned images: all of the UNet, or low-rank updates."""
+"""Options and evaluations that the methods for fine-tuning a pretrained model share."""
 
 import click
 
@@ -15,66 +15,61 @@ from keras_sd.cli.train.preparation import SMALL_IMAGE, example_sets, image_size
 pretrained_option = click.option(
     "--pretrained-model-name-or-path",
     default="emoji",
-    show_default=True,
-    help="Preset, hub id, folder or file.",
+    help="Model to train: preset, hub id, diffusers folder, or single file.",
 )
-validation_option = click.option(
-    "--validation-prompts",
-    multiple=True,
-    help="A prompt of the sample grid; may be repeated. Some of the captions by default.",
-)
+
+
+def validation_option(default):
+    """Return the option for the prompts of sample images; `default` describes the usual ones."""
+    return click.option(
+        "--validation-prompts",
+        multiple=True,
+        help=f"Prompt of sample images; may be repeated. By default {default}.",
+    )
 
 
 def captioned_options(method):
-    """The options of methods that train on captioned images."""
+    """Return a decorator that adds the options of methods that train on captioned images."""
     return decorated(
         pretrained_option,
         snr_gamma_option,
         click.option(
             "--noise-offset",
             default=0.0,
-            show_default=True,
             type=NOT_NEGATIVE,
-            help="Noise that is the same all over a channel; 0.1 is usual.",
+            help="Scale of extra noise that is constant over a channel; usually 0.1. 0: none.",
         ),
         click.option(
             "--input-perturbation",
             default=0.0,
-            show_default=True,
             type=NOT_NEGATIVE,
-            help="More noise on the input than is the target; 0.1 is usual.",
+            help="Scale of extra noise on the input that is not in the target; usually 0.1. 0: none.",
         ),
         click.option(
             "--proportion-empty-prompts",
             default=0.1,
-            show_default=True,
             type=SHARE,
-            help="Captions left out, for guidance.",
+            help="Fraction of captions replaced by the empty prompt, as guidance needs.",
         ),
-        validation_option,
+        validation_option("some of the captions"),
         model_option(method, "guidance_scale"),
         evaluation_options(),
     )
 
 
 def subject_options(method, prompt):
-    """The options of methods that show what they have learned of one subject.
+    """Return a decorator that adds the sampling options of methods that learn one subject.
 
     Args:
-        prompt: what is drawn where no prompt is given, for the help.
+        prompt: describes the default prompt in the help.
     """
     return decorated(
-        click.option(
-            "--validation-prompts",
-            multiple=True,
-            help=f"A prompt of the sample grid; may be repeated. {prompt} by default.",
-        ),
+        validation_option(prompt),
         click.option(
             "--num-validation-images",
             default=4,
-            show_default=True,
             type=click.IntRange(1, 256),
-            help="Samples for each of these prompts.",
+            help="Sample images for each validation prompt.",
         ),
         inference_steps_option(30),
         model_option(method, "guidance_scale"),
@@ -82,11 +77,11 @@ def subject_options(method, prompt):
 
 
 def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
-    """What a run on captioned images takes: its encoded source, the repeats and `make_evaluation`.
+    """Return the encoded source of a run on captioned images, its repeats and its `make_evaluation`.
 
     Args:
-        frozen_text_encoder: None if captions are to stay token ids.
-        sampling: how evaluations sample, beside their number of steps: guidance_scale, sampler.
+        frozen_text_encoder: None if the text encoder is trained, so that captions are only tokenized.
+        sampling: options of sampling in evaluations, such as guidance_scale and sampler.
     """
     from keras_sd.training.encodings import EncodedSource
 
@@ -122,7 +117,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
         captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
         scored = sets and pipeline.clip_head is not None
         compiled = run.settings.jit_compile
-        # By the text encoder as it was, whenever in a run this is made.
+        # With the pretrained text encoder, also in a resumed run.
         with without_updates(pipeline.text_encoder):
             score = ClipScore(pipeline, captions, compiled) if scored else None
         return SampleEvaluation(
@@ -138,7 +133,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
 
 
 def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None):
-    """Trains what is trainable of the pipeline; a text encoder that is not frozen is trained along."""
+    """Train the trainable weights of the UNet, and of the text encoder unless it is frozen."""
     from keras_sd.training.text_to_image import train_text_to_image
 
     options = run.options
@@ -164,14 +159,14 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
 
 
 def part_fingerprints(pipeline, *names):
-    """Return fingerprints of parts of a pipeline as they are before training, which a resumed run shares."""
+    """Return the fingerprints of parts of a pipeline before training, which a resumed run must share."""
     from keras_sd.weights.rules import weights_fingerprint
 
     return {name: weights_fingerprint(getattr(pipeline, name)) for name in names}
 
 
 def subject_evaluation(run, pipeline, prompt):
-    """`make_evaluation` of a run on one subject: it draws the validation prompts, or this one."""
+    """Return `make_evaluation` of a run on one subject: images of the validation prompts, or of `prompt`."""
 
     def make_evaluation(trainer):
         from keras_sd.files.image_files import image_grid

@@ -1,8 +1,8 @@
-"""The command that distils a model to a few sampling steps: a latent consistency model's LoRA (LCM-LoRA)."""
+"""The command that distils a model for sampling in a few steps: LCM-LoRA (Luo et al., 2023)."""
 
 import click
 
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
@@ -11,7 +11,7 @@ from keras_sd.cli.train.fine_tuning import (
     validation_option,
 )
 from keras_sd.cli.train.lora import low_rank_identity, low_rank_options, open_with_loras
-from keras_sd.cli.train.options import evaluation_options, model_option, refuse_unused, run_options
+from keras_sd.cli.train.options import evaluation_options, model_option, run_options
 from keras_sd.cli.train.preparation import prepare
 
 
@@ -19,32 +19,29 @@ from keras_sd.cli.train.preparation import prepare
 @run_options("lcm", output_dir="runs/lcm")
 @pretrained_option
 @low_rank_options(rank=16, layers="all")
-@model_option("lcm", "guidance_scale", "Guidance of the teacher, which is distilled in.")
+@model_option("lcm", "guidance_scale", "Guidance scale of the teacher; the student learns its result.")
 @click.option(
     "--num-ddim-timesteps",
     default=10,
-    show_default=True,
     type=click.IntRange(1, 50),
-    help="Steps of DDIM by which the teacher gets from noise to an image.",
+    help="DDIM steps of the teacher from noise to image.",
 )
 @click.option(
     "--loss-type",
     default="huber",
-    show_default=True,
     type=click.Choice(["l2", "huber"]),
-    help="Squared error or pseudo-Huber loss.",
+    help="`l2`: squared error. `huber`: pseudo-Huber loss.",
 )
 @click.option(
     "--huber-c",
     default=0.001,
-    show_default=True,
     type=POSITIVE,
-    help="Where the pseudo-Huber loss turns from squared to absolute error.",
+    help="Error at which the pseudo-Huber loss changes from squared to absolute.",
 )
-@validation_option
+@validation_option("some of the captions")
 @evaluation_options(num_inference_steps=4)
 def lcm(**options):
-    """Distil a model to a few steps of the sampler `lcm`, as a LoRA."""
+    """Distil a model for sampling in 2 to 8 steps (sampler `lcm`), saved as a LoRA."""
     is_huber = options["loss_type"] == "huber"
     refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
     identity = low_rank_identity(options, ["unet"])

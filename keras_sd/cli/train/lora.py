@@ -1,4 +1,4 @@
-"""LoRA on the command line: its training command, and the options of methods that train low-rank updates."""
+"""LoRA on the command line: its training command, and the options of methods that train LoRA weights."""
 
 import click
 
@@ -12,37 +12,41 @@ RANK = click.IntRange(1, 16_384)
 
 
 def rank_options(rank):
-    """Rank and alpha of low-rank updates, with this rank by default."""
+    """Return a decorator that adds rank and alpha of LoRA, with this default rank."""
     return decorated(
-        click.option("--rank", default=rank, show_default=True, type=RANK, help="Rank of the updates."),
+        click.option("--rank", default=rank, type=RANK, help="Rank of the LoRA matrices."),
         click.option(
-            "--lora-alpha", type=POSITIVE, help="Updates are scaled by alpha / rank; the rank by default."
+            "--lora-alpha", type=POSITIVE, help="LoRA is scaled by alpha / rank. By default the rank."
         ),
     )
 
 
 def low_rank_options(*, rank, layers):
-    """The options of low-rank updates, with these values by default."""
+    """Return a decorator that adds all options of LoRA, with these defaults."""
     return decorated(
         rank_options(rank),
         click.option(
             "--lora-layers",
             default=layers,
-            show_default=True,
             type=click.Choice(["attention", "all"]),
-            help="Projections of attention, or all linear layers and the residual blocks' convolutions.",
+            help="`attention`: its projections. `all`: linear layers and the residual blocks' convolutions.",
         ),
     )
+
+
+def trained_parts(options):
+    """Return the names of the models that are trained."""
+    return ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
 
 
 @click.command(cls=Command)
 @run_options("lora", output_dir="runs/lora")
 @captioned_options("lora")
 @low_rank_options(rank=8, layers="attention")
-@click.option("--train-text-encoder", is_flag=True, help="Low-rank updates for the text encoder too.")
+@click.option("--train-text-encoder", is_flag=True, help="Train LoRA weights of the text encoder too.")
 def lora(**options):
-    """Teach a model by low-rank updates (LoRA), kept in a small file beside it."""
-    trained = ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
+    """Fine-tune the UNet on captioned images by LoRA, saved as a small file."""
+    trained = trained_parts(options)
     run = prepare("lora", options, identity=low_rank_identity(options, trained))
     from keras_sd.training.lora import save_lora
 
@@ -58,8 +62,7 @@ def lora(**options):
 
 
 def open_with_loras(run, names):
-    """The pretrained model whose named parts have low-rank updates, their alpha, and what a checkpoint of
-    them must share with a run: `(pipeline, alpha, identity)`."""
+    """Return the pretrained pipeline with LoRA added to the named parts, alpha, and `low_rank_identity`."""
     identity = low_rank_identity(run.options, names)
     rank, alpha, layers = (identity[name] for name in ("rank", "lora_alpha", "lora_layers"))
 
@@ -73,7 +76,7 @@ def open_with_loras(run, names):
 
 
 def low_rank_identity(options, names):
-    """What options say of the low-rank updates of the named parts, as a checkpoint of them keeps it."""
+    """Return the LoRA settings that a checkpoint records and a resumed run must share."""
     rank, alpha, layers = (options.get(name) for name in ("rank", "lora_alpha", "lora_layers"))
     alpha = rank if alpha is None else alpha
     return {"rank": rank, "lora_alpha": alpha, "lora_layers": layers, "trained": list(names)}

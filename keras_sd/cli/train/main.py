@@ -4,6 +4,7 @@ import functools
 
 import click
 
+from keras_sd.cli.command import HELP_SETTINGS
 from keras_sd.cli.program import run_command
 from keras_sd.cli.train.clip import clip
 from keras_sd.cli.train.ddim import ddim
@@ -25,13 +26,13 @@ class MethodGroup(click.Group):
         return super().parse_args(context, arguments)
 
 
-@click.group(cls=MethodGroup)
+@click.group(cls=MethodGroup, context_settings=HELP_SETTINGS)
 def train():
-    """Train a part of a model: text-to-image unless another method is named."""
+    """Train or fine-tune a model; the method is text-to-image unless another is named."""
 
 
 def _describing(command):
-    """A method's function, whose run keeps how it was started."""
+    """Return a method's function, which records in the run folder how the run was started."""
     callback = command.callback
 
     @functools.wraps(callback)
@@ -50,5 +51,5 @@ for _command in (text_to_image, lora, lcm, dreambooth, textual_inversion, vae, c
 
 
 def main():
-    """Runs the training command as a program."""
+    """Run the training command as a program."""
     run_command(train, "python -m keras_sd.train")

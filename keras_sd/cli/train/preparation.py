@@ -1,7 +1,7 @@
-"""How a training command begins: the checks of a run, its settings, its images and its model.
+"""The beginning of a training command: checks, settings, images, and the pretrained model.
 
-`prepare` checks a run before it loads a backend: its options, its folder, its images, its model's place. What
-is at fault is told within seconds.
+`prepare` checks the options, the run folder, the images and the model's location before it loads a backend,
+so that errors appear within seconds.
 """
 
 import dataclasses
@@ -10,26 +10,27 @@ import warnings
 from pathlib import Path
 
 from keras_sd import config, interruption, presets
-from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS, refuse_unused
+from keras_sd.cli.command import refuse_unused
+from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, require
 from keras_sd.pipeline.defaults import ModelDefaults
 
-SMALL_IMAGE = 128  # pixels; of images up to this size, evaluations draw more and show them enlarged
+SMALL_IMAGE = 128  # pixels; evaluations generate more images of at most this size, and enlarge them
 
 
 @dataclasses.dataclass
 class Run:
-    """What `prepare` has found.
+    """The result of `prepare`.
 
     Attributes:
         settings: `trainer.Settings`.
-        source, held_out: the images to train on and those held out (empty if there are none), checked, but
-            not yet of the size that they are trained at (`source.at_size`); None where a method has its own.
+        source, held_out: the checked sources of training images and of held-out ones (empty if there are
+            none), not yet at the training resolution; None if the method reads its own.
         model: path of the pretrained model, or None.
-        options: of the command, with all values.
+        options: all options of the command, with the model's defaults filled in.
     """
 
     settings: object
@@ -39,7 +40,7 @@ class Run:
     options: dict
 
     def sources(self, image_size):
-        """The training images and the held-out ones at a size, and how often an epoch shows each."""
+        """Return the training source, the held-out source and the repeats per epoch, at an image size."""
         source = self.source.at_size(image_size)
         held_out = self.held_out.at_size(image_size) if self.held_out else ()
         return source, held_out, source.repeats() if hasattr(source, "repeats") else None
@@ -56,27 +57,30 @@ def prepare(
     used=(),
     identity=None,
 ):
-    """Checks a run and starts its backend; whatever a user can mend is told before long work.
+    """Check a run before long work, and start its backend.
 
     Args:
-        method, variant: in `keras_sd.pipeline.defaults`.
-        options: of the command. Those that follow the model are filled in.
-        defaults_from: folder of the model whose values the options follow; that of the pretrained model, for
-            methods that open one, unless its UNet begins anew by another config.
+        method, variant: names in `keras_sd.pipeline.defaults`.
+        options: of the command; defaults that depend on the model are filled in.
+        defaults_from: folder of the model whose defaults are used. For methods with a pretrained model it is
+            that model, unless a new UNet of another config is trained.
         need_captions: whether images need captions.
-        scheduler_config: of the noise schedule, where it is not the pretrained model's.
-        used: options of evaluations that the method also uses otherwise.
-        identity: JSON values that follow from the options and that a checkpoint to resume must share.
+        scheduler_config: the noise schedule, if it is not the pretrained model's.
+        used: options of evaluations that the method also uses elsewhere.
+        identity: JSON values, derived from the options, that a checkpoint to resume must share.
 
     Returns:
         `Run`.
+
+    Raises:
+        UserError: an option, the run folder, the images or the model's location is wrong.
     """
     from keras_sd.training.run_folder import claim_output_dir
 
     require("grain", "tensorboard")
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
-    # Of several processes the first one takes the folder, once they know which that is.
+    # Only process 0 locks the folder; which one that is, is known later.
     checkpoint = claim_output_dir(
         options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
     )
@@ -98,12 +102,12 @@ def prepare(
         settings = settings_of(options)
     if checkpoint is not None:
         _check_resumed(checkpoint, settings, identity or {})
-    _tell(method, settings, source, options)
+    _print_summary(method, settings, source, options)
     return Run(settings, source, held_out, model, options)
 
 
 def _check_resumed(checkpoint, settings, identity):
-    """Refuse a checkpoint of other options before images are encoded; the run itself compares all."""
+    """Raise UserError for a checkpoint of other options before images are encoded."""
     from keras_sd.training.checkpoints import check_same_run
     from keras_sd.training.settings import MAY_CHANGE
 
@@ -112,7 +116,7 @@ def _check_resumed(checkpoint, settings, identity):
 
 
 def _scheduler_of(model):
-    """The noise schedule's config of a model's folder; the usual one of a single file, which brings none."""
+    """Return the noise schedule of a model's folder; the usual one for a single file, which has none."""
     path = model / "scheduler" / "scheduler_config.json"
     return SchedulerConfig.load(path) if path.is_file() else SchedulerConfig()
 
@@ -136,7 +140,7 @@ def _check_warmup(options):
 
 
 def _check_sources(options, need_captions):
-    """The checked sources of training and held-out images; none where a method reads its own."""
+    """Return the checked sources of training and held-out images; None if a method reads its own."""
     if "train_data_dir" not in options:
         return None, None
     from keras_sd.data.images import MINIMUM_SIDE
@@ -158,7 +162,7 @@ def _check_sources(options, need_captions):
 
 
 def settings_of(options):
-    """Makes the `Settings` of a command's options, spreads models over the devices and seeds the weights."""
+    """Return the `Settings` of a command's options, after starting distribution and seeding the weights."""
     import random
 
     from keras_sd import backend
@@ -183,33 +187,33 @@ def settings_of(options):
     if automatic and backend.multiplies_bfloat16():
         settings = dataclasses.replace(settings, mixed_precision="bf16")
     settings.use_precision()
-    # Keras' initialisers take their seeds from this generator. `keras.utils.set_random_seed` sets it too,
-    # but imports TensorFlow, where it is installed, under every backend.
+    # Keras' initializers take their seeds from this generator. `keras.utils.set_random_seed` seeds it too,
+    # but imports TensorFlow under every backend.
     random.seed(settings.seed)
     return settings
 
 
-def _tell(method, settings, source, options):
-    """Tells the values that decide a run, whoever has chosen them, in one line."""
+def _print_summary(method, settings, source, options):
+    """Print the main settings of a run in one line."""
     from keras_sd import backend
 
     if backend.process_index():
         return
     of_model = options.get("pretrained_model_name_or_path")
-    told = [method + (f" of {of_model}" if of_model else "")]
+    parts = [method + (f" of {of_model}" if of_model else "")]
     if source is not None:
-        told.append(f"{len(source)} images of {options['train_data_dir'] or options['dataset_name']}")
+        parts.append(f"{len(source)} images of {options['train_data_dir'] or options['dataset_name']}")
     batch = f"batch size {settings.train_batch_size}"
     if settings.gradient_accumulation_steps > 1:
         batch += f" x {settings.gradient_accumulation_steps}"
     rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}"
-    told += [f"{settings.max_train_steps} steps", batch, f"{rate}, warm-up {settings.lr_warmup_steps})"]
-    told += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
-    print(f"training: {', '.join([*told, str(settings.output_dir)])}", file=sys.stderr, flush=True)
+    parts += [f"{settings.max_train_steps} steps", batch, f"{rate}, warm-up {settings.lr_warmup_steps})"]
+    parts += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
+    print(f"training: {', '.join([*parts, str(settings.output_dir)])}", file=sys.stderr, flush=True)
 
 
 def example_sets(source, held_out, count):
-    """The examples that KID is measured on, spread evenly over each split that has enough of them."""
+    """Return the examples that KID is measured on, evenly spaced in each split that has enough of them."""
     from keras_sd.data.sources import evenly
 
     splits = {"train": source, "held_out": held_out}
@@ -219,7 +223,7 @@ def example_sets(source, held_out, count):
 
 
 def extractor_of(name, jit_compile=True):
-    """The feature extractor of that KID; the choice offers no other names."""
+    """Return the feature extractor "kid_inception" or "kid_emoji"."""
     from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
     from keras_sd.weights.loading import load_part
 
@@ -232,11 +236,11 @@ PARTS = ("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae
 
 
 def open_pipeline(run, adapt=None):
-    """The pretrained model, with those parts replaced that the options name or begin anew.
+    """Open the pretrained model, and replace the parts that the options name or train from scratch.
 
     Args:
-        run: what `prepare` has found.
-        adapt: called with the parts, as a dictionary, before anything is compiled with them.
+        run: the result of `prepare`.
+        adapt: called with the dictionary of parts before anything is compiled with them.
     """
     from keras_sd.models.unet import UNet
     from keras_sd.pipeline.stable_diffusion import StableDiffusion
@@ -266,14 +270,14 @@ def open_pipeline(run, adapt=None):
     if adapt is not None:
         adapt(parts)
     pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])
-    # Samples are drawn while all that training needs stays in memory.
+    # Sample images are generated while all that training needs stays in memory.
     largest = 64 if image_size_of(pipeline) <= SMALL_IMAGE else 4
     pipeline.batch_size = min(run.settings.train_batch_size, largest)
     return pipeline
 
 
 def image_size_of(pipeline):
-    """The side of the images that a model is trained at."""
+    """Return the side of a model's training images, in pixels."""
     return pipeline.unet.config.sample_size * pipeline.vae.config.downsampling
 
 
@@ -282,5 +286,5 @@ def read_config(path, config_class, default):
 
 
 def defaults_from(config_path):
-    """The model whose values a small built-in network is trained with; None for one of a user's config."""
+    """Return the folder of the emoji model, whose defaults suit the built-in configs; None for a user's."""
     return None if config_path else presets.find("emoji")

@@ -1,4 +1,4 @@
-"""Training a diffusion upscaler (SR3) from the command line."""
+"""The command that trains a diffusion upscaler on pixels (SR3, Saharia et al., 2022)."""
 
 import click
 
@@ -11,22 +11,18 @@ from keras_sd.training import architectures
 
 @click.command("super-resolution", cls=Command)
 @run_options("super-resolution", output_dir="runs/super-resolution")
-@click.option("--unet-config", type=FILE, help="config.json of the UNet; a small one by default.")
-@click.option("--factor", default=2, show_default=True, type=click.IntRange(2), help="How much larger.")
+@click.option("--unet-config", type=FILE, help="config.json of the UNet; by default a small one.")
+@click.option("--factor", default=2, type=click.IntRange(2), help="Upscaling factor of the sides.")
 @click.option(
-    "--random-crop", "crop", default=48, show_default=True, type=COUNT, help="Side of the squares trained on."
+    "--random-crop", "crop", default=48, type=COUNT, help="Side of the random training squares, in pixels."
 )
 @snr_gamma_option
 @inference_steps_option(10)
 @click.option(
-    "--validation-images",
-    default=32,
-    show_default=True,
-    type=COUNT,
-    help="Held-out images made small and large again.",
+    "--validation-images", default=32, type=COUNT, help="Held-out images that evaluations shrink and upscale."
 )
 def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, validation_images, **options):
-    """Train a diffusion upscaler on images that are made small."""
+    """Train a diffusion upscaler on images and smaller copies of them."""
     run = prepare(
         "super-resolution",
         options | {"num_inference_steps": num_inference_steps},

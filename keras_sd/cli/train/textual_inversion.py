@@ -1,4 +1,4 @@
-"""The command that teaches a model a new word by a few images: textual inversion."""
+"""The command that teaches a model a new word from a few images: textual inversion (Gal et al., 2022)."""
 
 import click
 
@@ -22,28 +22,29 @@ from keras_sd.errors import UserError
     evaluation_steps=250,
 )
 @pretrained_option
-@click.option("--placeholder-token", required=True, help="The new word: `<my-cat>`.")
-@click.option("--initializer-token", help="Known words that it begins as; the mean of all by default.")
+@click.option("--placeholder-token", required=True, help="The new word, such as `<my-cat>`.")
+@click.option(
+    "--initializer-token",
+    help="Known words whose vectors it starts from. By default the mean of all vectors.",
+)
 @click.option(
     "--num-vectors",
     default=1,
-    show_default=True,
-    type=click.IntRange(1, 75),  # the room in a prompt of CLIP's
-    help="Vectors of the word, and tokens that it takes of a prompt.",
+    type=click.IntRange(1, 75),  # the tokens of one chunk of CLIP's
+    help="Vectors of the word; it takes as many tokens of a prompt.",
 )
 @click.option(
     "--learnable-property",
     default="object",
-    show_default=True,
     type=click.Choice(["object", "style"]),
-    help="What the images have in common.",
+    help="What the images have in common; chooses the training prompts.",
 )
 @snr_gamma_option
-@subject_options("textual-inversion", "The new word alone")
+@subject_options("textual-inversion", "the new word alone")
 def textual_inversion(**options):
-    """Teach a model a new word by a few images without captions (textual inversion).
+    """Teach a model a new word from a few images without captions (textual inversion).
 
-    Only the vectors of that word are trained: the model stays as it is, and the file is a few kilobytes.
+    Only the vectors of the word are trained. The model stays as it is, and the file has a few kilobytes.
     """
     if not options["train_data_dir"]:
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")

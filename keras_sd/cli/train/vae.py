@@ -1,11 +1,11 @@
-"""Training a VAE from the command line: from nothing, or going on with one."""
+"""The command that trains a VAE: a new one, or a pretrained one further."""
 
 import click
 
 from keras_sd import config
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import NOT_NEGATIVE
-from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, refuse_unused, run_options
+from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
@@ -13,19 +13,21 @@ from keras_sd.errors import UserError
 
 @click.command(cls=Command)
 @run_options("vae", output_dir="runs/vae")
-@click.option("--vae-config", type=FILE, help="config.json of the autoencoder; the emoji model's by default.")
+@click.option("--vae-config", type=FILE, help="config.json of a new VAE; by default the emoji model's.")
 @click.option(
-    "--kl-weight",
-    default=3e-4,
-    show_default=True,
-    type=NOT_NEGATIVE,
-    help="Weight of the divergence per latent number.",
+    "--kl-weight", default=3e-4, type=NOT_NEGATIVE, help="Weight of the KL divergence per latent value."
 )
-@click.option("--random-crop", type=COUNT, help="Side of the squares trained on; whole images by default.")
-@click.option("--pretrained-vae", type=FILE_OR_FOLDER, help="Folder of an autoencoder to go on with.")
-@click.option("--decoder-only", is_flag=True, help="Keep its latents as they are; only decode them better.")
+@click.option(
+    "--random-crop",
+    type=COUNT,
+    help="Train on random squares of this side, in pixels. By default whole images.",
+)
+@click.option("--pretrained-vae", type=FILE_OR_FOLDER, help="Folder of a VAE to train further.")
+@click.option(
+    "--decoder-only", is_flag=True, help="Train the decoder only, so that latents stay as they are."
+)
 def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **options):
-    """Train the autoencoder that encodes images to latents."""
+    """Train the autoencoder (VAE) that encodes images to latents."""
     if decoder_only and not pretrained_vae:
         raise UserError("--decoder-only: there are no latents yet; name an autoencoder with --pretrained-vae")
     refuse_unused(["vae_config"], not pretrained_vae, "with --pretrained-vae")
