@@ -79,9 +79,7 @@ _SHEET_SIDE = 128
 @click.option("--txt", is_flag=True, help="Also write a .txt file beside each image.")
 @click.option("--contact-sheet", help="PNG file to write, with images and their captions.")
 @click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace captions of another model, mode or vocabulary, and your own.",
+    "--overwrite", is_flag=True, help="Replace captions of another model, mode or vocabulary, and your own."
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 def caption(

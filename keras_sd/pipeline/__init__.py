@@ -1,1 +1,1 @@
-"""A model as one object: its parts opened and saved, the primitives on them, and the tasks."""
+"""A model as one object: its parts, the primitives on them, and the tasks built from primitives."""

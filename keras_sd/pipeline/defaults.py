@@ -1,12 +1,12 @@
-"""What a model is sampled and trained with when nothing else is given.
+"""Default values of sampling and training, which depend on the model.
 
-The values follow the model. A model whose values differ from the usual ones says so in `keras_sd.json` in its
-folder, a file that diffusers passes over and that `save` carries on:
+A model whose defaults differ from the usual ones names them in `keras_sd.json` in its folder, a file that
+diffusers ignores and that `save` writes again:
 
     {"sampling": {"guidance_scale": 5.0},
      "training": {"lora": {"learning_rate": 0.001, "train_batch_size": 64}}}
 
-This module imports no backend, so that commands can ask it before they load one.
+This module imports no backend, so that commands can use it before they load one.
 """
 
 from pathlib import Path
@@ -19,11 +19,11 @@ FILE = "keras_sd.json"
 _LARGEST_NUMBER = 2**31
 
 SAMPLING = {"guidance_scale": 7.5}
-"""The usual values of sampling, as Stable Diffusion 1 and 2 were published with."""
+"""The usual values of sampling: those of Stable Diffusion 1 and 2."""
 
 _COLUMNS = "learning_rate train_batch_size lr_scheduler lr_warmup_steps max_train_steps ema_decay adam_beta2"
-# The usual values of each method: those of diffusers' scripts and documentation, and of the methods' papers,
-# at the size of Stable Diffusion 1. A method's variant, after a comma, differs in some of them.
+# The usual values of each method, for a model of Stable Diffusion 1's size, from diffusers' scripts and
+# documentation and from the methods' papers. A variant of a method follows a comma.
 _USUAL = {
     "text-to-image": (1e-5, 16, "constant", 100, 1000, 0.9999, 0.999),
     "text-to-image, from scratch": (1e-4, 64, "constant", 1000, 100_000, 0.9999, 0.999),
@@ -38,25 +38,23 @@ _USUAL = {
     "ddim": (2e-4, 64, "constant", 1000, 100_000, 0.9999, 0.999),
     "super-resolution": (1e-4, 64, "constant", 1000, 100_000, 0.9999, 0.999),
 }
-# Of those that have no usual value, and of all others that a file may name.
-_FALLBACK = {"guidance_scale": SAMPLING["guidance_scale"]}
 
 
 def usual(method, variant=None):
-    """The usual values of a training method (or of a variant, such as "lora" of "dreambooth"), by option."""
+    """Return option -> usual value of a training method, or of a variant such as "lora" of "dreambooth"."""
     row = _USUAL.get(f"{method}, {variant}", _USUAL[method])
-    return dict(zip(_COLUMNS.split(), row, strict=True)) | _FALLBACK
+    return dict(zip(_COLUMNS.split(), row, strict=True)) | SAMPLING
 
 
 class ModelDefaults:
-    """The values of one model.
+    """The default values of one model.
 
     Args:
-        values: the dictionary of its `keras_sd.json`; None for a model that brings none.
-        source: where they come from, for messages.
+        values: the dictionary in its `keras_sd.json`; None for the usual values.
+        source: the file, for messages.
 
     Raises:
-        UserError: a section, a method or an option that is unknown, or a value of another type.
+        UserError: a section, a method or an option is unknown, or a value has another type.
     """
 
     def __init__(self, values=None, source=FILE):
@@ -71,7 +69,7 @@ class ModelDefaults:
 
     @classmethod
     def load(cls, source):
-        """Those of a model's folder; a folder without the file, or a single file, has none.
+        """Read the defaults of a model's folder; without the file they are the usual ones.
 
         Raises:
             UserError: the file is damaged.
@@ -86,17 +84,17 @@ class ModelDefaults:
 
     @property
     def guidance_scale(self):
-        """The guidance scale that this model is sampled with."""
+        """The default guidance scale of sampling."""
         return (SAMPLING | self.sampling_values)["guidance_scale"]
 
     def training(self, method, variant=None):
-        """The values of a training method by option: this model's own, and the usual ones for the rest."""
+        """Return option -> default of a training method: this model's own, otherwise the usual one."""
         own = self.values.get("training", {})
         guidance = {"guidance_scale": self.guidance_scale}
         return usual(method, variant) | guidance | own.get(method, {}) | own.get(f"{method}, {variant}", {})
 
     def save(self, folder):
-        """Writes the file into a model's folder, if the model has values of its own."""
+        """Write `keras_sd.json` into a model's folder, if the model has values of its own."""
         if self.values:
             write_json(Path(folder) / FILE, self.values)
 
@@ -113,9 +111,8 @@ class ModelDefaults:
         self._check_names(given, known)
         for name, value in given.items():
             kind = type(known[name])
-            accepted = (int, float) if kind is float else (kind,)
-            is_number = kind is not str
+            accepted = (int, float) if kind is float else kind
             if isinstance(value, bool) or not isinstance(value, accepted):
                 raise UserError(f"{self._source}: {name} {shown(value)} is no {kind.__name__}; mend the file")
-            if is_number and not 0 <= value < _LARGEST_NUMBER:
+            if kind is not str and not 0 <= value < _LARGEST_NUMBER:
                 raise UserError(f"{self._source}: {name} is out of range; give 0 or more")

@@ -1,9 +1,9 @@
-"""What an image's file says about how it was made, and the options that make it again.
+"""The parameters in an image's file that describe how it was made, and the options that make it again.
 
-The names are those of AUTOMATIC1111's web interface where it has one: LoRAs are tags in the prompt
-(`<lora:ink:0.8>`) and `Lora hashes`, words of textual inversion `TI hashes`, another autoencoder `VAE` and
-`VAE hash`. Hashes are cut as there. What the interface has no name for has one of its own here: `Guidance
-interval`, `Guidance rescale`, `Reuse interval`, `Precision`, `Walk`, `Frames`, `Frame rate`.
+The names are those of AUTOMATIC1111's web interface if it has one: LoRAs are tags in the prompt
+(`<lora:ink:0.8>`) and `Lora hashes`, words of textual inversion `TI hashes`, another VAE is `VAE` and `VAE
+hash`. Hashes are truncated as there. Names of this package: `Guidance interval`, `Guidance rescale`, `Reuse
+interval`, `Precision`, `Walk`, `Frames`, `Frame rate`.
 
 This module imports no backend.
 """
@@ -21,7 +21,6 @@ from keras_sd.arguments import (
     LONGEST_SIDE,
     MOST_IMAGES,
     checked_interval,
-    share,
     shown,
     whole_number,
 )
@@ -32,24 +31,26 @@ from keras_sd.pipeline.prompts import take_loras
 from keras_sd.presets import file_hash
 from keras_sd.weights.formats import check_dtype, read_metadata
 
-# Digits of hashes, as in the web interface.
+# Digits of hashes in the web interface.
 _MODEL_DIGITS, _NETWORK_DIGITS = 10, 12
+
+_SMALLEST_STRENGTH = 1e-6  # 0 makes no step
 
 _SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 
 
 def model_hash(path):
-    """How a file of a model or an autoencoder is told from others."""
+    """Return the web interface's hash of a model's or a VAE's file."""
     return file_hash(path)[:_MODEL_DIGITS]
 
 
 def embedding_hash(path):
-    """How a file of a textual inversion is told from others."""
+    """Return the web interface's hash of a textual inversion's file."""
     return file_hash(path)[:_NETWORK_DIGITS]
 
 
 def lora_hash(path):
-    """How a file of a LoRA is told from others: by its tensors, as its header changes with its notes."""
+    """Return the web interface's hash of a LoRA's file: that of its tensors, as its header may change."""
     if path.suffix != ".safetensors":
         return file_hash(path)[:_NETWORK_DIGITS]
     written = read_metadata(path).get("sshs_model_hash")
@@ -75,17 +76,17 @@ def sampling_parameters(
     eta=0.0,
     scheduler_config=None,
 ):
-    """The settings of a task, under the names that files have them by.
+    """Return the settings of a task under the names that image files use.
 
     Args:
         prompt, negative_prompt: texts.
-        seed: the image's own, that of the call plus its index.
-        size: `(height, width)`.
+        seed: of the image: the seed of the call plus the image's index.
+        size: `(height, width)` in pixels.
         num_inference_steps, ...: as the tasks take them.
-        scheduler_config: the model's, which describes its own sampler where `sampler` is None.
+        scheduler_config: of the model; describes the sampler if `sampler` is None.
 
     Returns:
-        A dictionary; what has its usual value is left out.
+        Name -> value; settings with their usual values are left out.
     """
     height, width = size
     start, end = guidance_interval
@@ -107,13 +108,16 @@ def sampling_parameters(
 
 
 def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
-    """What an image of a `StableDiffusion` says: the settings, and what the model was put together from.
+    """Return the parameters of an image of a `StableDiffusion`: its settings, and the parts of the model.
 
     Args:
-        pipeline: as it was when it made the image.
-        prompt, negative_prompt: texts; of a walk, a list of prompts. LoRAs that are in the model are put
-            behind each prompt as tags.
+        pipeline: in the state in which it made the image.
+        prompt, negative_prompt: texts; for a walk, a list of prompts. LoRAs in the model are appended to each
+            prompt as tags.
         settings: as `sampling_parameters` takes them.
+
+    Returns:
+        Name -> value, for `save_png`.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     files, texts = pipeline.adapters.files, "\n".join([*prompts, negative_prompt or ""])
@@ -140,42 +144,41 @@ def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
 
 
 def with_lora_tags(prompt, weights):
-    """The prompt with a tag for each LoRA, name -> weight, that it has none for."""
+    """Return the prompt with a tag appended for each LoRA (name -> weight) that it does not name."""
     _, tagged = take_loras(prompt, weights.__contains__)
     tags = [f"<lora:{name}:{number(weight)}>" for name, weight in weights.items() if name not in tagged]
     return " ".join([prompt, *tags]) if tags else prompt
 
 
 def _listed(hashes):
-    """Name -> hash as one text, or None if there are none."""
+    """Return name -> hash as one text, or None if there are none."""
     return ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) or None
 
 
 def number(value):
-    """A number with all the digits that it has, and no exponent."""
+    """Return a number as text with all its digits and no exponent."""
     return np.format_float_positional(value, trim="-")
 
 
 def without_none(parameters):
-    """The dictionary without the names whose value is None."""
+    """Return the dictionary without the names whose value is None."""
     return {name: value for name, value in parameters.items() if value is not None}
 
 
 def options_of(parameters, folder=None):
-    """The options of a command that make an image again.
+    """Return the options of a command that make an image again. A warning names unknown settings.
 
     Args:
-        parameters: what `keras_sd.files.image_files.read_parameters` finds in the image's file.
-        folder: where the files of LoRAs, embeddings and the autoencoder are; they are found by their hashes.
+        parameters: from the image's file, as `keras_sd.read_parameters` returns them.
+        folder: folder with the files of LoRAs, embeddings and the VAE, which are found by their hashes.
 
     Returns:
-        A dictionary by the names of the command's parameters: prompt (of a walk: prompts),
-        num_inference_steps, sampler, seed, model, loras, ... What the file does not say, because it was as
-        usual, is left out. A warning names settings that are none of this package.
+        Parameter of the command -> value: prompt (of a walk: prompts), num_inference_steps, sampler, seed,
+        model, loras, ... Settings with their usual values are left out.
 
     Raises:
-        UserError: a file is not in the folder, a setting has a value that this package does not write, or
-            the image does not say how it was made.
+        UserError: a file is not in the folder, a value was not written by this package, or the image has no
+            parameters.
     """
     taken = dict(parameters)
     for title, value in taken.items():
@@ -199,12 +202,12 @@ def options_of(parameters, folder=None):
 
 
 def _whole(least, most=None):
-    """A reader of whole numbers."""
+    """Return a reader of whole numbers."""
     return lambda text: whole_number("number", int(text), least, most)
 
 
 def _number(least, most=math.inf):
-    """A reader of finite numbers."""
+    """Return a reader of finite numbers."""
 
     def read(text):
         value = float(text)
@@ -213,13 +216,6 @@ def _number(least, most=math.inf):
         return value
 
     return read
-
-
-def _strength(text):
-    value = share("strength", float(text))
-    if not value:
-        raise ValueError("makes no step")
-    return value
 
 
 def _size(text):
@@ -244,7 +240,7 @@ def _walk(text):
 
 
 def _sampler(title):
-    """The name of a sampler; None for the one that the model's own file describes."""
+    """Return the name of a sampler; None for the one that the model's own file describes."""
     if title.endswith(OF_THE_MODEL):
         return None
     return next(name for name, sampler in SAMPLERS.items() if sampler.name == title)
@@ -259,7 +255,7 @@ _READERS = {
     "Guidance interval": ("guidance_interval", _interval),
     "Guidance rescale": ("guidance_rescale", _number(0, 1)),
     "Reuse interval": ("reuse_interval", _whole(1)),
-    "Denoising strength": ("strength", _strength),
+    "Denoising strength": ("strength", _number(_SMALLEST_STRENGTH, 1)),
     "Noise level": ("noise_level", _whole(0)),
     "Model": ("model", str),
     "Precision": ("dtype", _precision),
@@ -267,9 +263,9 @@ _READERS = {
     "Frames": ("num_frames", _whole(1, MOST_IMAGES)),
     "Frame rate": ("frame_rate", _number(1, 50)),
 }
-"""The settings: the parameter's name, and what reads it or raises a `ValueError`."""
+"""Setting -> the parameter's name and its reader, which raises `ValueError` for a wrong text."""
 
-# What says something else than how to make an image, or is read with another setting.
+# Settings that are no options, or that are read together with another one.
 _NO_OPTIONS = {"Model hash", "Batch size", "Batch pos", "Version"}
 
 
@@ -285,7 +281,7 @@ def _not_ours(title, text):
 
 
 def _files(options, taken, folder):
-    """The options that name files, and the prompts without the tags of LoRAs."""
+    """Return the options that name files, and the prompts without the tags of LoRAs."""
     found = {}
     loras = _hashes("Lora hashes", taken.pop("Lora hashes", ""))
     texts = list(options.get("prompts", [options["prompt"]]))
@@ -316,7 +312,7 @@ def _files(options, taken, folder):
 
 
 def _hashes(title, text):
-    """The names and hashes that `_listed` joined; a name may have a colon or a comma of its own."""
+    """Return the name -> hash that `_listed` joined; a name may contain colons and commas."""
     hashes, name = {}, ""
     for piece in text.split(", ") if text else ():
         name = f"{name}, {piece}" if name else piece
@@ -329,7 +325,7 @@ def _hashes(title, text):
 
 
 def _find(folder, title, digits, digest):
-    """The file below a folder that has a hash."""
+    """Return the file below a folder that has a hash."""
     places = sorted(Path(folder).rglob("*")) if folder is not None else ()
     for path in places:
         if path.suffix in _SUFFIXES and path.is_file() and digest(path) == digits:

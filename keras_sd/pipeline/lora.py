@@ -1,8 +1,9 @@
-"""Low-rank updates (LoRA) at work: added to the kernels of a model, several at once, and taken off again."""
+"""LoRA in sampling: several low-rank updates are added to a model's kernels, and removed again."""
 
 import contextlib
 import itertools
 import math
+import numbers
 import os
 import re
 import warnings
@@ -16,22 +17,22 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights.lora import lora_file, read_lora
 from keras_sd.weights.rules import from_torch
 
-# What ends a name in a prompt's tag, <lora:name:0.8>.
+# Characters that cannot be in the name of a prompt's tag, <lora:name:0.8>.
 _NO_NAME = re.compile(r"[<>:]")
 
 
 class Adapters:
-    """The LoRAs of a model. Kernels are their base plus the weighted updates, so sampling costs no more.
+    """The LoRAs of a model. Each kernel is its base plus the weighted updates, so sampling stays as fast.
 
-    The base of every kernel that has been touched is kept on the host: without updates the model is again,
-    bit for bit, what it was.
+    The base of every changed kernel is kept in host memory. Without updates the model is again exactly what
+    it was. Methods take no lock: call them while no other thread uses the model.
 
     Args:
         models: part ("unet", "text_encoder") -> the model.
 
     Attributes:
-        weights: name -> how much of it is in the model, of those that are.
-        files: name -> the file that it came from.
+        weights: name -> weight of the LoRAs that are in the model.
+        files: name -> file of all loaded LoRAs.
     """
 
     def __init__(self, models):
@@ -43,23 +44,22 @@ class Adapters:
 
     @property
     def names(self):
-        """The names of what is loaded."""
+        """The names of the loaded LoRAs."""
         return tuple(self._loaded)
 
     def load(self, path, name=None, weight=1.0):
-        """Loads a LoRA and adds it, times `weight`, to the model.
+        """Load a LoRA and add it, times `weight`, to the model.
 
         Args:
             path: as `read_lora` takes it.
-            name: what it is called; by default as its file or its folder, and with a number behind it, which
-                a warning tells, where another one is called so.
+            name: its name; by default that of its file or folder. If another LoRA has this default name, a
+                number is appended, with a warning.
 
         Returns:
             The name.
 
         Raises:
-            UserError: another one has the name that is given; or as `read_lora` and `set`. Nothing has
-                changed then.
+            UserError: another LoRA has the given name; or as `read_lora` and `set`. Then nothing has changed.
         """
         if not isinstance(path, str | os.PathLike):
             raise UserError(f"LoRA {path!r}: no path; give that of a file or a folder")
@@ -80,7 +80,9 @@ class Adapters:
         return name
 
     def _free_name(self, path):
-        path = Path(os.path.abspath(path))  # ".", and no links: the names in a cache are hashes
+        path = Path(
+            os.path.abspath(path)
+        )  # resolves ".", but no links: file names in the hub's cache are hashes
         usual = _NO_NAME.sub("_", path.name if path.is_dir() else path.stem)
         numbered = (f"{usual}-{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain([usual], numbered) if name not in self._loaded)
@@ -91,7 +93,7 @@ class Adapters:
         return name
 
     def unload(self, name=None):
-        """Takes a LoRA off the model and forgets it; all of them without a name."""
+        """Remove a LoRA from the model and from memory; without a name, all of them."""
         gone = self.names if name is None else (name,)
         for one in gone:
             self._known(one)
@@ -100,11 +102,11 @@ class Adapters:
             del self._loaded[one], self.files[one]
 
     def set(self, weights):
-        """Sets the weight of each LoRA by its name; those not named are taken off.
+        """Set the weights of LoRAs, name -> weight; those not named are removed from the model.
 
         Raises:
-            UserError: a name is unknown, the line lists those known; or a weight is not a finite number, or
-                makes the model's so. Nothing has changed then.
+            UserError: a name is unknown, or a weight or the resulting kernel is not finite. Then nothing has
+                changed.
         """
         if not isinstance(weights, dict):
             raise UserError(f"LoRA weights {weights!r}: no dictionary; give one from names to numbers")
@@ -121,7 +123,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def temporarily(self, weights):
-        """Adds LoRAs for the time of a block."""
+        """Add LoRAs inside the block."""
         before = self.weights
         self.set(before | weights)
         try:
@@ -135,7 +137,7 @@ class Adapters:
             raise UserError(f"LoRA {name!r}: not loaded; {known}")
 
     def _apply(self, weights):
-        """Gives every kernel that is, or has been, touched its base plus the updates."""
+        """Assign base plus updates to every kernel that has, or had, updates."""
         updates = {}
         for name, weight in weights.items():
             for part, layers in self._loaded[name].items():
@@ -150,7 +152,7 @@ class Adapters:
     def _assign(self, parameter, key, updates):
         base = self._bases.setdefault(key, np.array(parameter.variable))
         if updates:
-            with np.errstate(over="ignore", invalid="ignore"):  # told below
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
                 total = sum(np.float32(weight) * update.scaled_product for weight, update in updates.values())
                 kernel = (np.asarray(base, "float32") + from_torch(parameter, total)).astype(base.dtype)
             if not np.isfinite(kernel).all():
@@ -165,7 +167,7 @@ class Adapters:
 
 
 def _checked_weight(name, weight):
-    is_number = isinstance(weight, int | float | np.integer | np.floating) and not isinstance(weight, bool)
+    is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
     try:
         number = float(weight) if is_number else math.nan
     except OverflowError:  # an integer of too many digits

@@ -1,6 +1,6 @@
-"""A model's parts as one object, opened and saved, and the primitives on them: encode, denoise, decode.
+"""A model's parts as one object, loading and saving it, and its primitives: encode, denoise, decode.
 
-The tasks for people are on top of it, in `keras_sd.pipeline.stable_diffusion`.
+The tasks are built from these in `keras_sd.pipeline.stable_diffusion`.
 """
 
 import functools
@@ -38,16 +38,14 @@ from keras_sd.weights.embedding_files import embedding_file, read_embeddings
 from keras_sd.weights.loading import check_fit, model_part, open_parts
 from keras_sd.weights.lora import holds_lora
 
-_SAVED_PARTS = ("text_encoder", "unet", "vae", "image_encoder")
-
-# Sides in latent positions. Larger images pass the VAE in tiles, as its feature maps at full resolution
-# are what needs the most memory; 128 positions of Stable Diffusion are 1024 pixels.
+# Sides in latent positions. The VAE processes larger images in tiles, as its feature maps at full resolution
+# need the most memory. 128 positions of Stable Diffusion are 1024 pixels.
 LARGEST_UNTILED = 128
 _TILE, _TILE_OVERLAP = 96, 16
 
 
 class Primitives:
-    """What the tasks of `StableDiffusion` are made of; that class documents the arguments."""
+    """The base class of `StableDiffusion`, which documents the arguments and the use by several threads."""
 
     def __init__(
         self,
@@ -70,7 +68,7 @@ class Primitives:
         self.image_encoder, self.clip_head = image_encoder, clip_head
         self.defaults = defaults or ModelDefaults()
         self.name, self.batch_size = name, whole_number("batch_size", batch_size, 1)
-        self._turn = threading.RLock()  # of the thread whose task runs; tasks call each other
+        self._lock = threading.RLock()  # held by the thread whose task runs; tasks call each other
         self._weights_file: Any = None
         self.vae_source: tuple[str | None, Path | None] = (None, None)
         self.embedding_files: dict[str, Path] = {}
@@ -85,13 +83,22 @@ class Primitives:
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> Self:
-        """Opens a bundled model by its name, or one of a hub by its id ("owner/model").
+        """Open a bundled model by its name, or a model of the Hugging Face hub by its id ("owner/model").
 
         Args:
+            name: a preset in `keras_sd.presets.PRESETS`, such as "emoji" or "sd-1.5", or a hub id.
             options: as `load` takes them.
 
+        Returns:
+            The model.
+
         Raises:
-            UserError: the preset is unknown, the line lists those known; or it cannot be had.
+            UserError: the model is unknown or could not be downloaded.
+
+        Example:
+            ```python
+            sd = keras_sd.StableDiffusion.from_preset("emoji")
+            ```
         """
         model = cls.load(presets.find(name), **options)
         model.name = str(name)
@@ -110,21 +117,24 @@ class Primitives:
         vae: str | Path | None = None,
         **options: Any,
     ) -> Self:
-        """Opens a model of any format: what it is, is found from the files themselves.
+        """Open a model of any format; the format is detected from the files.
 
         Args:
-            path: a folder in diffusers' layout, a single file (`.safetensors`, `.ckpt`) with LDM's names, a
-                folder of KerasCV's H5 files, a preset or a hub id, as `keras_sd.presets.find` tells apart.
-            weights: "ema", or "raw" for those that training goes on from, where a file holds both.
-            variant: which of a folder's sets of files, such as "fp16"; by default the plain ones.
-            dtype: "float32", "float16" or "bfloat16", of the weights in memory and of the computation.
-            prediction_type: "epsilon" or "v_prediction", in place of what the files say or do not say.
-            partial: also takes weights of which some are missing or left over, with a warning.
-            vae: path of a folder or a file with another autoencoder to use.
+            path: a folder in diffusers' layout, a single file (`.safetensors`, `.ckpt`) as for A1111, a
+                folder of KerasCV's H5 files, a preset or a hub id, in the order of `keras_sd.presets.find`.
+            weights: "ema" or "raw", if a file holds both.
+            variant: variant of a folder's weight files, such as "fp16"; by default none.
+            dtype: precision of weights and computation: "float32", "float16" or "bfloat16".
+            prediction_type: "epsilon" or "v_prediction"; overrides the files.
+            partial: accept missing and unknown weights, with a warning.
+            vae: path of a folder or a file with another VAE.
             options: batch_size and jit_compile, as in the constructor.
 
+        Returns:
+            The model.
+
         Raises:
-            UserError: a file is missing or damaged, or the weights are not those of a Stable Diffusion.
+            UserError: a file is missing or damaged, or it is no Stable Diffusion model.
 
         Example:
             ```python
@@ -159,15 +169,15 @@ class Primitives:
         return model
 
     def save(self, path: str | Path, dtype: str | None = None) -> None:
-        """Writes the model: a folder in diffusers' layout, or a single file with LDM's names.
+        """Write the model as a folder in diffusers' layout, or as a single file as for A1111.
 
         Args:
-            path: a folder, made if there is none, or a file that ends in `.safetensors`. What is there
-                under that name is replaced once the new one is on disk.
-            dtype: "float32", "float16" or "bfloat16"; by default as the weights are in memory.
+            path: a folder, created if necessary, or a file that ends in `.safetensors`. Existing files are
+                replaced after the new ones are on disk.
+            dtype: "float32", "float16" or "bfloat16"; by default that of the weights in memory.
 
         Raises:
-            UserError: `path` is no name, or cannot be written; or as the writers of both formats.
+            UserError: `path` is no name or cannot be written, or a value does not fit `dtype`.
 
         Example:
             ```python
@@ -179,56 +189,52 @@ class Primitives:
         is_name = isinstance(path, str | os.PathLike) and str(path).strip() and "\0" not in str(path)
         if not is_name:  # an empty one would be the folder where the program runs
             raise UserError(f"path {shown(path)}: no name; name a folder, or a .safetensors file")
-        models = {name: getattr(self, name) for name in _SAVED_PARTS}
+        names = ("text_encoder", "unet", "vae", "image_encoder")
+        models = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         low_res = self.low_res_scheduler_config
         checkpoint = Checkpoint(
-            {
-                name: model_part(name, model, self.clip_head)
-                for name, model in models.items()
-                if model is not None
-            },
+            {name: model_part(name, model, self.clip_head) for name, model in models.items()},
             self.scheduler_config.to_dict(),
             low_res.to_dict("DDPMScheduler") if low_res else None,
         )
-        if Path(path).suffix == ".safetensors":
-            if self.tokenizer.added_tokens:
-                raise UserError(f"{path}: a single file has no place for learned words; name a folder")
-            with os_errors_in_one_line(path):
-                single_file.write_single_file(path, checkpoint, dtype)
-        else:
-            with os_errors_in_one_line(path):
+        with os_errors_in_one_line(path):
+            if Path(path).suffix != ".safetensors":
                 diffusers_folder.write_folder(
                     path, checkpoint, self.tokenizer.save, dtype, write_more=self.defaults.save
                 )
+            elif self.tokenizer.added_tokens:
+                raise UserError(f"{path}: a single file has no place for learned words; name a folder")
+            else:
+                single_file.write_single_file(path, checkpoint, dtype)
 
     @functools.cached_property
     def model_hash(self) -> str | None:
-        """The first ten digits of the SHA-256 of the UNet's file; None if the model came from none."""
+        """The first ten digits of the SHA-256 of the UNet's file; None if the model has no file."""
         return self._weights_file and model_hash(self._weights_file)
 
     # Low-rank updates
 
     def load_lora(self, path: str | Path, name: str | None = None, weight: float = 1.0) -> str:
-        """Adds a LoRA in diffusers', PEFT's or kohya's dialect to the model; several add up.
+        """Add a LoRA of diffusers, PEFT or kohya to the model (Hu et al., 2022); several are summed.
 
-        Updates go into the kernels, so that sampling costs no more; `save` writes the sum. Prompts may ask
-        for more of one, or less, by `<lora:name:0.8>`, which then holds for that call.
+        Updates are added to the kernels, so sampling stays as fast; `save` writes the sum. A tag such as
+        `<lora:name:0.8>` in a prompt sets the weight for that call.
 
-        How strong an update is, its file says: by alpha, by the `adapter_config.json` beside PEFT's
-        `adapter_model`, or by what diffusers writes into the header.
+        The scale of an update is read from the file: alpha, PEFT's `adapter_config.json` beside
+        `adapter_model`, or diffusers' metadata in the header.
 
         Args:
             path: a file, or a folder with `pytorch_lora_weights.safetensors` or PEFT's `adapter_model`.
-            name: what it is called from now on; by default as the file or the folder, and with a number
-                behind it, which a warning tells, where another one is called so.
-            weight: how much of it; 0 only makes it known to prompts.
+            name: its name from now on; by default that of the file or folder. If another LoRA has this
+                default name, a number is appended, with a warning.
+            weight: factor of the updates; with 0 the LoRA is only available to prompts.
 
         Returns:
             The name.
 
         Raises:
-            UserError: the file is damaged, or was made for another kind of model; its config asks for what
-                is not supported (DoRA, ...); or another LoRA has the name that is given.
+            UserError: the file is damaged, belongs to another kind of model or uses what is not supported
+                (DoRA, ...); or another LoRA has the given name.
 
         Example:
             ```python
@@ -236,24 +242,38 @@ class Primitives:
             sd.text_to_image("a lighthouse <lora:watercolour:0.5>")
             ```
         """
-        return self.adapters.load(path, name, weight)
+        with self._lock:
+            return self.adapters.load(path, name, weight)
 
     def set_lora_weights(self, weights: dict[str, float]) -> None:
-        """Sets how much of each loaded LoRA, name -> weight, is in the model; those not named go out."""
-        self.adapters.set(weights)
+        """Set the weights of loaded LoRAs; those not named are removed from the model, but stay loaded.
+
+        Args:
+            weights: name -> weight.
+
+        Raises:
+            UserError: a name is unknown, or a weight or the resulting kernel is not finite.
+        """
+        with self._lock:
+            self.adapters.set(weights)
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Takes a LoRA off the model, or all of them; without any it is bit for bit what it was."""
-        self.adapters.unload(name)
+        """Remove a LoRA, or all of them; without any, the weights are exactly the original ones.
+
+        Raises:
+            UserError: the name is unknown.
+        """
+        with self._lock:
+            self.adapters.unload(name)
 
     def find_lora(self, name: str) -> bool:
-        """Whether there is a LoRA of that name: loaded, or in `lora_folder`, which is then loaded.
+        """Return whether a LoRA of that name is loaded, after loading it from `lora_folder` if it is there.
 
-        There it is the file `NAME.safetensors`, or the folder `NAME` as PEFT and diffusers write one.
+        In the folder it is the file `NAME.safetensors`, or the folder `NAME` as PEFT and diffusers write it.
         """
         if name not in self.adapters.names and self.lora_folder is not None:
             file, folder = Path(self.lora_folder) / f"{name}.safetensors", Path(self.lora_folder) / name
-            # A name may be too long, have slashes, or be that of another folder.
+            # A name may be too long, contain slashes, or be that of another folder.
             if file.parent == folder.parent == Path(self.lora_folder) and folder.name not in ("", ".", ".."):
                 if os.path.isfile(file):
                     self.load_lora(file, name, weight=0.0)
@@ -264,15 +284,21 @@ class Primitives:
     # Learned words
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
-        """Adds the learned words of a file in diffusers', A1111's or kohya's dialect.
+        """Add the words of a textual inversion (Gal et al., 2022) of diffusers, A1111 or kohya.
 
         Args:
             path: a file, or a folder with `learned_embeds.safetensors` or `.bin`.
-            token: what the word is called in prompts; by default as the file says.
+            token: name of the word in prompts; by default that in the file.
 
         Raises:
-            UserError: the file is damaged, or was made for another kind of model; it has no name for its word
-                and none is given, or one for several; or as `add_tokens`.
+            UserError: the file is damaged or belongs to another kind of model; it has no name for its word
+                and none is given; one is given for several words; or as `add_tokens`.
+
+        Example:
+            ```python
+            sd.load_textual_inversion("learned_embeds.safetensors", "<my-cat>")
+            sd.text_to_image("a photo of <my-cat>")
+            ```
         """
         embeddings = read_embeddings(path, self.text_encoder.config.hidden_size)
         if token is not None:
@@ -286,14 +312,14 @@ class Primitives:
         self.embedding_files |= dict.fromkeys(embeddings, embedding_file(path))
 
     def add_tokens(self, embeddings: dict[str, Any]) -> None:
-        """Adds words to the vocabulary, each of one or several vectors.
+        """Add words to the vocabulary, each of one or several vectors.
 
         Args:
-            embeddings: dictionary from token to its vectors, `(k, width)`; a prompt's token stands for all k.
+            embeddings: token -> its vectors `(k, width)`; one word in a prompt stands for all k.
 
         Raises:
-            UserError: a token is in the vocabulary already or would be taken apart in a prompt, vectors are
-                of another width or not finite, or there is no place for more tokens.
+            UserError: a token exists already or would be split in a prompt, vectors have another width or are
+                not finite, or tokenizer and text encoder have vocabularies of different sizes.
         """
         tokens, size = self.tokenizer.vocab_size, self.text_encoder.config.vocab_size
         if tokens != size:
@@ -303,25 +329,33 @@ class Primitives:
             )
         names = [name for token, array in embeddings.items() for name in vector_names(token, len(array))]
         tokenizer = self.tokenizer.add_tokens(names)
-        self.text_encoder.add_tokens(np.concatenate(list(embeddings.values())))
-        self.tokenizer = tokenizer
-        self._encode_text = self._compile_text_encoding()
+        with self._lock:
+            self.text_encoder.add_tokens(np.concatenate(list(embeddings.values())))
+            self.tokenizer = tokenizer
+            self._encode_text = self._compile_text_encoding()
 
     # Primitives
 
     def encode_text(self, prompts: str | Sequence[str], chunks: int | None = None) -> Floats:
-        """Encodes a prompt or a list of them: float32 `(n, chunks * tokens, width)`.
-
-        Prompts are in the language of `keras_sd.pipeline.prompts`: weights, BREAK, any length.
+        """Encode prompts by the text encoder.
 
         Args:
-            chunks: how many chunks of tokens each gets, a multiple of what each needs; by default the least
-                common one. A shorter prompt's chunks are repeated, of which attention takes no notice.
+            prompts: a prompt, or a list of them, in A1111's language (`keras_sd.pipeline.prompts`): weights,
+                BREAK, any length.
+            chunks: number of token chunks for each prompt, a multiple of what each needs; by default the
+                least common multiple. A shorter prompt's chunks are repeated, which does not change the
+                result of attention.
+
+        Returns:
+            float32 `(n, chunks * tokens, width)`.
+
+        Raises:
+            UserError: a prompt is no text, or `chunks` does not fit.
         """
         return self._encode_chunks(*chunk_prompts(self.tokenizer, as_texts("prompts", prompts), chunks))
 
     def encode_each(self, prompts: Sequence[str]) -> list[Floats]:
-        """Encodes a list of prompts as `encode_text`, each of its own length: a list of `(tokens, width)`."""
+        """Encode prompts like `encode_text`, each at its own length: a list of float32 `(tokens, width)`."""
         chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in prompts]
         ids, weights = (np.concatenate(parts, axis=1) for parts in zip(*chunked, strict=True))
         encoding = self._encode_chunks(ids, weights)[0]
@@ -329,9 +363,9 @@ class Primitives:
         return np.split(encoding, ends[:-1])
 
     def _encode_chunks(self, ids, weights):
-        """Encodings `(n, chunks * tokens, width)` of ids and weights, both `(n, chunks, tokens)`."""
+        """Return encodings `(n, chunks * tokens, width)` of ids and weights, both `(n, chunks, tokens)`."""
         count, chunks, tokens = ids.shape
-        # Each chunk once, as those of short prompts and those that prompts share are repeated.
+        # Each distinct chunk once: chunks of short prompts are repeated, and prompts may share chunks.
         unique, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
         with interruption.phase("encoding prompts", in_commands=True):
             encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
@@ -339,7 +373,18 @@ class Primitives:
 
     @formerly(images="image")
     def encode_image(self, image: Images) -> Floats:
-        """Encodes images to latents as the UNet takes them, float32 `(n, h, w, c)`."""
+        """Encode images by the VAE to scaled latents, as the UNet takes them.
+
+        Args:
+            image: uint8 `(height, width, 3)` or `(n, height, width, 3)`; sides are multiples of the VAE's
+                factor (8).
+
+        Returns:
+            float32 `(n, h, w, c)`, the mode of each latent distribution.
+
+        Raises:
+            UserError: the images have another type, shape or size.
+        """
         return self._encode_unit(images_to_unit(self._checked(image)))
 
     @formerly(num_steps="num_inference_steps")
@@ -352,12 +397,12 @@ class Primitives:
         on_step: Callable[[Denoised], object] | None = None,
         **options: Any,
     ) -> Floats:
-        """Turns noise into latents.
+        """Denoise latents step by step.
 
         Args:
             latents: standard-normal noise, float32 `(n, h, w, c)`.
-            context, negative: text encodings `(n, tokens, width)` of the prompts and negative prompts; of two
-                lengths, both are repeated to the least common multiple.
+            context, negative: text encodings `(n, tokens, width)` of prompts and negative prompts. Different
+                lengths are repeated to the least common multiple.
             on_step: called after each step with a `Denoised(step, latents)`.
             options: as `Denoiser.steps` takes them: guidance_scale, sampler, num_inference_steps, eta,
                 streams, ...
@@ -366,7 +411,7 @@ class Primitives:
             Latents, float32 `(n, h, w, c)`.
 
         Raises:
-            UserError: an array is of another shape; or as `Denoiser.steps`.
+            UserError: an array has another shape; or as `Denoiser.steps`.
         """
         channels, width = self.vae.config.latent_channels, self.unet.config.cross_attention_dim
         _check_shape("latents", latents, (None, None, None, channels))
@@ -380,10 +425,16 @@ class Primitives:
         return ops.convert_to_numpy(denoised.latents)
 
     def decode(self, latents: Tensor) -> Images:
-        """Decodes latents as the UNet gives them to images.
+        """Decode scaled latents by the VAE.
+
+        Args:
+            latents: `(n, h, w, c)`.
+
+        Returns:
+            Images, uint8 `(n, 8 * h, 8 * w, 3)`; 8 is the VAE's factor.
 
         Raises:
-            UserError: the latents are of another shape, or not finite, as what the VAE makes of them.
+            UserError: the latents have another shape, or latents or images are not finite.
         """
         latents = np.asarray(latents)
         _check_shape("latents", latents, (None, None, None, self.vae.config.latent_channels))
@@ -393,10 +444,13 @@ class Primitives:
         check_result(images, self.vae, "VAE")
         return images_from_unit(images)
 
-    # Help for the above
+    # Helpers
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """The shape `(h, w, c)` of the latents of images `height` by `width` pixels.
+        """Return the shape `(h, w, c)` of the latents of images.
+
+        Args:
+            height, width: in pixels; by default the size that the model was trained at.
 
         Raises:
             UserError: a side is no whole number up to `LONGEST_SIDE`, or no multiple of the VAE's factor.
@@ -415,13 +469,16 @@ class Primitives:
     def parameters(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None, **settings: Any
     ) -> dict[str, Any]:
-        """What an image's file says about how it was made, for `keras_sd.files.image_files.save_png`.
+        """Return the parameters to write into an image's file, for `keras_sd.save_png`.
 
         Args:
-            prompt, negative_prompt: texts; of a walk, a list of prompts. LoRAs that are in the model are put
-                behind each prompt as tags.
-            settings: num_inference_steps, guidance_scale, seed (the image's own, that of the call plus its
-                index), size `(height, width)`, and others of the task, as `image_parameters` takes them.
+            prompt, negative_prompt: texts; for a walk, a list of prompts. LoRAs in the model are appended to
+                each prompt as tags.
+            settings: num_inference_steps, guidance_scale, seed (of the call plus the image's index), size
+                `(height, width)` in pixels, and other arguments of the task.
+
+        Returns:
+            Name -> value, with A1111's names.
         """
         return image_parameters(self, prompt, negative_prompt, **settings)
 
@@ -430,7 +487,7 @@ class Primitives:
         return backend.jit(lambda ids: encoder(ids), encoder.variables, self._jit_compile)
 
     def _checked(self, images):
-        """Images as `(n, height, width, 3)`, of a size that the VAE can halve as often as it does."""
+        """Return images as `(n, height, width, 3)`, after checking that their size fits the VAE."""
         images = as_images(images)
         self.latent_shape(*images.shape[1:3])
         return images
@@ -440,7 +497,7 @@ class Primitives:
             return self._tiled(self._encode_image, images, 1 / self.vae.config.downsampling)
 
     def _tiled(self, function, inputs, scale):
-        """Applies the VAE's encoder or decoder in batches, and in tiles where images are large."""
+        """Apply the VAE's encoder or decoder in batches, and in tiles to large images."""
         positions = self.vae.config.downsampling if scale < 1 else 1
         if max(inputs.shape[1:3]) <= LARGEST_UNTILED * positions:
             return self._in_batches(function, inputs)
@@ -463,7 +520,7 @@ class Primitives:
 
 
 def _check_shape(title, array, expected):
-    """Raises a UserError unless an array has this shape, of which None is any number from 1."""
+    """Raise UserError unless an array has the shape `expected`, in which None is any positive number."""
     shape = tuple(np.shape(array))
     fits = len(shape) == len(expected) and all(
         size and want in (None, size) for size, want in zip(shape, expected, strict=True)

@@ -1,19 +1,19 @@
-"""The prompt language of AUTOMATIC1111's web interface: weights, BREAK, texts of any length.
+"""The prompt language of AUTOMATIC1111's web interface: weights, BREAK, prompts of any length.
 
-`(word)` counts 1.1 times, `[word]` 1.1 times less, `(word:1.3)` 1.3 times; brackets nest and multiply, and
-a backslash before one makes it a letter. A text longer than the text encoder takes is encoded in chunks,
-and `BREAK` begins a new one. Nothing is dropped: what a model cannot take is named in a warning.
+`(word)` has weight 1.1, `[word]` 1 / 1.1, `(word:1.3)` 1.3. Nested brackets multiply, and a backslash before
+a bracket makes it a letter. A prompt longer than the text encoder's sequence is encoded in chunks, and
+`BREAK` begins a new chunk. Nothing is dropped silently: unsupported syntax is named in a warning.
 
-Texts of several lengths are made equally long by repeating their chunks to the least common multiple: 2 and
-3 give 6. Attention to two equal things is what it was to one, since a softmax shares it out among all that
-there is. Empty chunks, which the web interface fills up with, would take a share of it, and so make an image
-depend on the other prompts of its batch.
+Prompts of different lengths are extended by repeating their chunks to the least common multiple: 2 and 3
+chunks give 6. Repetition does not change the result of attention, as the softmax divides the same weight
+among the copies. The web interface appends empty chunks instead, which take a part of the attention, so that
+an image depends on the other prompts of its batch.
 
-As the web interface does, weighing restores the mean of a chunk's encoding. Where that mean is next to
-nothing beside the numbers themselves (the bundled `emoji` model: 0.2 %), a quotient of two of them says
-nothing, and the norm is restored instead.
+As in the web interface, the mean of a chunk's encoding is restored after weighting. If the mean is tiny
+beside the values (0.2 % in the bundled `emoji` model), the quotient of two means is not meaningful, and the
+norm is restored instead.
 
-Where the web interface errs, this does not: a lone backslash stays, a BREAK within brackets is one, and a
+Three faults of the web interface are avoided: a lone backslash is kept, a BREAK inside brackets works, and a
 weight that is no number (`(a:1.2.3)`) is text.
 """
 
@@ -29,20 +29,20 @@ from keras_sd.errors import UserError
 
 BRACKET_WEIGHT = 1.1
 
-# Beyond it nothing is left of the other words, and of single precision soon neither.
+# With larger weights the other words have no effect, and single precision is soon exceeded.
 LARGEST_WEIGHT = 1000.0
 
-# The least mean of an encoding, as a share of its norm (root mean square), that is worth restoring. That of
-# Stable Diffusion's text encoders is about a tenth, of `emoji`'s at most 0.005.
+# The smallest mean of an encoding, as a fraction of its root mean square, that is restored. It is about 0.1
+# in Stable Diffusion's text encoders, and at most 0.005 in `emoji`'s.
 SMALLEST_MEAN = 0.02
 
-# What prompts of several lengths are repeated to, at most.
+# The largest number of chunks that prompts of different lengths are repeated to.
 MOST_CHUNKS = 240
 
-# A phrase is not cut if the comma before it is among so many last tokens of a full chunk.
+# A phrase is moved to the next chunk if the comma before it is among this many last tokens of a full chunk.
 COMMA_REACH = 20
 
-# What a warning quotes of a prompt, in characters.
+# The longest quotation in a warning, in characters.
 _LONGEST_QUOTE = 60
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
@@ -65,7 +65,7 @@ _SCHEDULE = re.compile(rf"\\.|(?P<open>\[)|(?P<or>\|)|(?P<when>:\s*{_NUMBER}\s*\
 
 
 class Fragment(NamedTuple):
-    """A piece of a prompt of one weight; a text of None is a BREAK, whose weight means nothing."""
+    """A piece of a prompt with one weight; a text of None is a BREAK, whose weight is ignored."""
 
     text: str | None
     weight: float
@@ -79,10 +79,10 @@ class Chunks(NamedTuple):
 
 
 def parse_prompt(text):
-    """Splits a prompt into a list of `Fragment`s, texts of one weight joined.
+    """Split a prompt into a list of `Fragment`s; neighbours of the same weight are joined.
 
-    Brackets that are never closed weigh all that follows, ones that were never opened are letters.
-    Round and square brackets are matched each on their own, so they may overlap.
+    A bracket that is never closed extends to the end; one that was never opened is a letter. Round and square
+    brackets are matched independently, so they may overlap.
     """
     texts, opened, closed = [], {"(": [], "[": []}, {"(": [], "[": []}
 
@@ -97,32 +97,25 @@ def parse_prompt(text):
             closed[bracket].append((opened[bracket].pop(), len(texts), _FACTORS[bracket]))
         else:
             texts.append(None if kind == "chunk" else match["escaped"] or match[0])
-    weights = [1.0] * len(texts)
+    weights = np.ones(len(texts))
     for bracket, starts in opened.items():
         never_closed = [(start, len(texts), _FACTORS[bracket]) for start in starts]
-        _multiply(weights, closed[bracket] + never_closed)
-    return _merged(map(Fragment, texts, weights))
+        with np.errstate(over="ignore", invalid="ignore"):  # `_token_chunks` checks the weights
+            weights *= _products(len(texts), closed[bracket] + never_closed)
+    return _merged(map(Fragment, texts, weights.tolist()))
 
 
-def _multiply(weights, spans):
-    """Multiplies weights by the factor of each span `(start, end, factor)`, of which none overlap in part.
-
-    In one pass, as a prompt may be nothing but brackets in each other.
-    """
-    spans = sorted(spans, key=lambda span: (-span[0], span[1]))  # the next one is the last
-    around = [(len(weights), 1.0)]  # the ends of the spans at a place, and the product of their factors
-    for index in range(len(weights)):
-        while around[-1][0] <= index:
-            around.pop()
-        while spans and spans[-1][0] == index:
-            _, end, factor = spans.pop()
-            if end > index:
-                around.append((end, around[-1][1] * factor))
-        weights[index] *= around[-1][1]
+def _products(count, spans):
+    """Return for each of `count` texts the product of the factors of its spans `(start, end, factor)`."""
+    products = np.ones(count)
+    # From the outermost span to the innermost.
+    for start, end, factor in sorted(reversed(spans), key=lambda span: (span[0], -span[1])):
+        products[start:end] *= factor
+    return products
 
 
 def _merged(fragments):
-    """Joins neighbours of one weight, so that words are not cut where syntax was only looked for."""
+    """Join neighbours of the same weight, so that unused syntax does not split words."""
     merged = []
     for fragment in fragments:
         if merged and None not in (merged[-1].text, fragment.text) and merged[-1].weight == fragment.weight:
@@ -132,17 +125,17 @@ def _merged(fragments):
 
 
 def take_loras(prompt, is_known):
-    """Takes the tags `<lora:name:weight>` of LoRAs out of a prompt; a tag without a weight means 1.
+    """Remove the tags `<lora:name:weight>` from a prompt; a tag without a weight means 1.
 
     Args:
         prompt: a text.
-        is_known: called with a name; whether there is such a LoRA. Other tags stay, to be warned of.
+        is_known: returns whether there is a LoRA of a name. Other tags are kept, for a later warning.
 
     Returns:
         The prompt without these tags, and name -> weight.
 
     Raises:
-        UserError: a weight is no number.
+        UserError: a weight is not a number.
     """
     weights = {}
 
@@ -159,23 +152,23 @@ def take_loras(prompt, is_known):
 
 
 def chunk_prompts(tokenizer, prompts, chunks=None):
-    """Turns prompts into chunks of tokens with a weight for each.
+    """Tokenize prompts into chunks, with a weight for each token.
 
     Args:
-        tokenizer: `keras_sd.models.tokenizer.Tokenizer`; a chunk is as long as its sequences.
+        tokenizer: `keras_sd.models.tokenizer.Tokenizer`; a chunk has the length of its sequences.
         prompts: a list of texts.
-        chunks: how many each gets, a multiple of what each needs; by default the least common one. The chunks
-            of a prompt that needs fewer are repeated.
+        chunks: number of chunks for each prompt, a multiple of what each needs; by default the least common
+            multiple. The chunks of shorter prompts are repeated.
 
     Returns:
         `Chunks`.
 
     Raises:
-        UserError: a prompt is no text, `chunks` is no multiple of what it needs, or the least common one is
-            larger than `MOST_CHUNKS` and than what any of them needs.
+        UserError: a prompt is no text, `chunks` is no multiple of what it needs, or the least common multiple
+            is larger than `MOST_CHUNKS` and than the longest prompt.
     """
     rows = []
-    for prompt in prompts:  # no comprehension: before Python 3.12 it is a frame that warnings count
+    for prompt in prompts:  # no comprehension, whose frame `stacklevel` counts before Python 3.12
         rows.append(_token_chunks(tokenizer, prompt))
     if chunks is None:
         chunks = math.lcm(*map(len, rows))
@@ -205,15 +198,18 @@ def chunk_prompts(tokenizer, prompts, chunks=None):
 
 
 def as_texts(name, texts):
-    """A text, or several, as a list.
+    """Return a text, or several, as a list.
+
+    Args:
+        name: name of the argument, for the message.
 
     Raises:
-        UserError: it is none, or one of them is none.
+        UserError: it is neither a text nor a list of texts.
     """
     given = [texts] if isinstance(texts, str) else texts
     try:
         given = list(given)
-    except TypeError:  # not to be gone through, as an array without dimensions, though it has __iter__
+    except TypeError:  # such as an array without dimensions, which has __iter__
         given = [given]
     if not all(isinstance(text, str) for text in given):
         raise UserError(f"{name} {shown(texts)}: no text; give a text, or a list of texts")
@@ -221,26 +217,26 @@ def as_texts(name, texts):
 
 
 def repeated(encoding, tokens):
-    """A text encoding `(..., tokens, width)` repeated to a multiple of its tokens."""
+    """Return a text encoding `(..., tokens, width)` repeated to a multiple of its tokens."""
     times = tokens // encoding.shape[-2]
     return encoding if times == 1 else np.concatenate([encoding] * times, axis=-2)
 
 
 def equally_long(*encodings):
-    """Text encodings `(n, tokens, width)` of several lengths, each repeated to their least common multiple.
+    """Return text encodings `(n, tokens, width)` repeated to the least common multiple of their lengths.
 
-    None, which stands for no encoding, stays.
+    None means no encoding and is kept.
     """
     tokens = math.lcm(*(encoding.shape[1] for encoding in encodings if encoding is not None))
     return tuple(encoding if encoding is None else repeated(encoding, tokens) for encoding in encodings)
 
 
 def _token_chunks(tokenizer, prompt):
-    """The (token, weight) pairs of each chunk of a prompt; at least one chunk."""
-    tokenizer.encode([prompt])  # refuses what is no text
+    """Return the (token, weight) pairs of each chunk of a prompt; at least one chunk."""
+    tokenizer.encode([prompt])  # raises UserError for what is no text
     fragments = parse_prompt(_without_unknown_syntax(prompt))
     for fragment in fragments:
-        if not abs(fragment.weight) <= LARGEST_WEIGHT:  # so put, it is true of NaN
+        if not abs(fragment.weight) <= LARGEST_WEIGHT:  # true for NaN
             raise UserError(f"prompt: a weight of {fragment.weight:g}; use at most {LARGEST_WEIGHT:g}")
     room = tokenizer.max_length - 2
     (comma,) = tokenizer.encode([","])
@@ -252,19 +248,19 @@ def _token_chunks(tokenizer, prompt):
         for token in tokenizer.encode([text])[0]:
             is_comma = [token] == comma
             if len(current) == room:
-                # A comma that comes next ends its phrase, so none is cut here.
+                # If the next token is a comma, the phrase is complete.
                 cuts = not is_comma and last_comma is not None and room - last_comma <= COMMA_REACH
                 border = last_comma + 1 if cuts else room
                 finished, current, last_comma = [*finished, current[:border]], current[border:], None
             if is_comma:
                 last_comma = len(current)
             current.append((token, weight))
-    # Nothing follows a BREAK at the end, so it begins no chunk.
+    # A BREAK at the end begins no chunk.
     return [*finished, current] if current or not finished else finished
 
 
 def weighted_encoding(encodings, weights):
-    """Weighs the vectors of tokens, and brings the mean of each chunk back to what it was, or its norm.
+    """Multiply the vectors of tokens by their weights, and restore the mean, or the norm, of each chunk.
 
     Args:
         encodings: float32 `(n, chunks, tokens, width)`.
@@ -279,20 +275,20 @@ def weighted_encoding(encodings, weights):
     has_mean = np.abs(mean) >= SMALLEST_MEAN * norm
     has_mean &= (np.abs(mean_after) >= SMALLEST_MEAN * norm_after) & (mean_after != 0)
     scale = np.divide(mean, mean_after, out=by_norm, where=has_mean)
-    # Without weights nothing is to be restored, not even what float64 rounds.
+    # Without weights the encoding stays exactly the same.
     scale = np.where((weights == 1).all(axis=-1)[..., None, None], 1.0, scale)
     count, chunks, tokens, width = encodings.shape
     return (weighted * scale.astype("float32")).reshape(count, chunks * tokens, width)
 
 
 def _mean_and_norm(encodings):
-    """The mean of each chunk and the root of its mean square, float64 `(n, chunks, 1, 1)`."""
+    """Return the mean and the root mean square of each chunk, float64 `(n, chunks, 1, 1)`."""
     numbers = encodings.astype("float64")
     return numbers.mean(axis=(2, 3), keepdims=True), np.sqrt((numbers**2).mean(axis=(2, 3), keepdims=True))
 
 
 def _without_unknown_syntax(prompt):
-    """Takes out tags that no model here can follow, and names what is read as plain text."""
+    """Remove unsupported tags, and warn of them and of syntax that is read as plain text."""
     lines = [
         f"{_quoted(tag)} is left out, as no such network is loaded" for tag in _EXTRA_NETWORK.findall(prompt)
     ]
@@ -308,8 +304,8 @@ def _without_unknown_syntax(prompt):
 
 
 def _schedules(prompt):
-    """Prompt editing `[from:to:when]`, `[to:when]` and alternation `[a|b]`, in the order of their ends."""
-    opened = []  # where a bracket begins, and whether it holds alternatives
+    """Yield prompt editing `[from:to:when]`, `[to:when]` and alternation `[a|b]`, ordered by their ends."""
+    opened = []  # start of a bracket, and whether it contains alternatives
     for match in _SCHEDULE.finditer(prompt):
         kind = match.lastgroup
         if kind == "open":
@@ -323,6 +319,6 @@ def _schedules(prompt):
 
 
 def _quoted(text):
-    """A part of a prompt on one line, its end left out where it is long."""
+    """Return a part of a prompt on one line, truncated if it is long."""
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."

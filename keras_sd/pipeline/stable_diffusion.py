@@ -1,6 +1,6 @@
-"""What a model does for people: text to image, image to image, inpainting, upscaling, walks.
+"""The tasks of a model: text to image, image to image, inpainting, upscaling, interpolation.
 
-Each task is a few lines on the primitives (`keras_sd.pipeline.primitives`).
+Each task consists of a few calls of primitives (`keras_sd.pipeline.primitives`).
 """
 
 import contextlib
@@ -53,13 +53,13 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def _with_loras(task: Callable[Parameters, Images]) -> Callable[Parameters, Images]:
-    """Adds the LoRAs that a task's prompts ask for by tags, for that call."""
+    """Add the LoRAs that a task's prompts name by tags, for that call, and hold the model's lock."""
     signature = inspect.signature(task)
     title = "prompts" if "prompts" in signature.parameters else "prompt"
 
     @functools.wraps(task)
     def run(self, *arguments, **options):
-        with self._turn:
+        with self._lock:
             given = signature.bind(self, *arguments, **options).arguments
             texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
             if "<lora:" not in str(texts):
@@ -82,22 +82,26 @@ class StableDiffusion(Primitives):
     Args:
         tokenizer, text_encoder, unet, vae: the parts, from `keras_sd.models`.
         scheduler_config: `SchedulerConfig` of the noise schedule that the UNet was trained on.
-        image_encoder: CLIP's image tower, which some models bring for measuring, or None.
-        clip_head: dictionary of the arrays "text_projection.weight" `(projection, width)` and
-            "logit_scale" that belong to the image encoder, or None.
-        low_res_scheduler_config: the schedule of the noise on an upscaler's low-resolution image, or None.
-        defaults: `keras_sd.pipeline.defaults.ModelDefaults` of the model; the usual ones by default.
-        name: what images say they were made by.
-        batch_size: the most images made at a time; more are made in turns of equal size.
-        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+        image_encoder: CLIP's image encoder, which metrics use, or None.
+        clip_head: the image encoder's arrays "text_projection.weight" `(projection, width)` and "logit_scale"
+            by name, or None.
+        low_res_scheduler_config: the noise schedule of an upscaler's low-resolution image, or None.
+        defaults: `keras_sd.pipeline.defaults.ModelDefaults` of the model; by default the usual values.
+        name: the model's name in the parameters of images.
+        batch_size: the largest number of images per batch; more are split into batches of equal size.
+        jit_compile: whether XLA compiles on TensorFlow; JAX always compiles.
 
-    Attributes are those arguments; `lora_folder`, where prompts find LoRAs by name; and for what images say
-    of their making `vae_source`, the name and the file of another autoencoder, and `embedding_files`, token
-    -> file. Images are uint8 `(n, height, width, 3)`; arrays in and out of the primitives are NumPy's,
-    channels-last.
+    Attributes:
+        lora_folder: folder of the LoRAs that prompts name, or None.
+        vae_source: name and file of a replaced VAE, for the parameters of images.
+        embedding_files: token -> file of textual inversions, for the parameters of images.
+        The arguments are attributes too.
 
-    Threads may share a model: its tasks take turns, as a LoRA in a prompt changes the weights for that
-    call. Load and set adapters and embeddings while no other thread generates.
+    Images are uint8 `(n, height, width, 3)`. Primitives take and return NumPy arrays, channels last.
+
+    Threads may share a model: a lock lets one task, or one change of LoRAs or tokens, run at a time. The
+    primitives (`encode_text`, `encode_image`, `denoise`, `decode`) take no lock: call them while no other
+    thread uses the model.
 
     Example:
         ```python
@@ -126,34 +130,35 @@ class StableDiffusion(Primitives):
         reuse_interval: int = 1,
         progress: Progress = True,
     ) -> Images:
-        """Makes images of a text.
+        """Generate images from a text.
 
         Args:
-            prompt: a text, or a list of texts, with A1111's weights (`keras_sd.pipeline.prompts`).
-            negative_prompt: what to stay away from: a text, or a list of as many as there are prompts.
-            num_images: images for each prompt. Image i of all is drawn from `seed` + i and is the same
+            prompt: a text, or a list of texts, in A1111's language (`keras_sd.pipeline.prompts`).
+            negative_prompt: what images must not show: a text, or a list with one for each prompt.
+            num_images: images for each prompt. Image i of all is generated from `seed` + i. It is the same
                 alone or in a batch, up to rounding.
-            num_inference_steps: steps for an image, 1 to the schedule's number of timesteps.
-            guidance_scale: how much the prompt is to be followed; 1 leaves guidance out, in half the time. By
-                default the model's own (`keras_sd.pipeline.defaults`), usually 7.5.
-            sampler: a name in `keras_sd.diffusion.samplers.SAMPLERS`; by default the one that the model's
-                own `scheduler_config.json` describes.
-            height, width: in pixels, multiples of the VAE's factor (8); by default what the model was
-                trained on.
-            eta: the share of fresh noise in each step of DDIM and TCD, 0 (none) to 1.
-            guidance_rescale: 0 to 1, against the overexposure of strong guidance (Lin et al., 2023).
-            guidance_interval: from which share of the steps to which there is guidance; the others take half
+            num_inference_steps: denoising steps, 1 to the schedule's number of timesteps.
+            guidance_scale: scale of classifier-free guidance (Ho and Salimans, 2022); up to 1 there is none,
+                in half the time. By default the model's own, usually 7.5.
+            sampler: a name in `keras_sd.SAMPLERS`, or a `Sampler`; by default that of the model's
+                `scheduler_config.json`.
+            seed: seed of image 0, 0 to 2**64 - 1.
+            height, width: in pixels, multiples of the VAE's factor (8); by default the size that the model
+                was trained at.
+            eta: fraction of fresh noise in each step of DDIM and TCD, 0 (none) to 1.
+            guidance_rescale: 0 (not) to 1; reduces overexposure by strong guidance (Lin et al., 2023).
+            guidance_interval: fractions of the steps between which there is guidance; other steps take half
                 the time (Kynkäänniemi et al., 2024).
-            reuse_interval: every which step runs the whole UNet; those between run its outermost level on
-                the deep features of the last whole one (DeepCache, Ma et al., 2024). 1 reuses none.
+            reuse_interval: run the whole UNet every so many steps; steps between reuse its deep features
+                (DeepCache, Ma et al., 2024). 1 reuses none.
             progress: True for a progress bar on stderr, False for none, or a function that is called with
-                (steps done, steps in all, latents).
+                (completed steps, all steps, latents).
 
         Returns:
-            uint8 `(len(prompts) * num_images, height, width, 3)`, the images of one prompt together.
+            uint8 `(len(prompts) * num_images, height, width, 3)`; the images of a prompt are consecutive.
 
         Raises:
-            UserError: a number out of range, an unknown sampler, or lists of unequal length.
+            UserError: a number is out of range, the sampler is unknown, or lists have different lengths.
 
         Example:
             ```python
@@ -192,15 +197,23 @@ class StableDiffusion(Primitives):
         seed: int = 0,
         **options: Unpack[SamplingOptions],
     ) -> Images:
-        """Makes images of a text that begin from an image (SDEdit, Meng et al., 2022).
+        """Generate images from a text and an initial image (SDEdit, Meng et al., 2022).
 
         Args:
-            image: one image for all, `(height, width, 3)`, or one for each that is made.
-            strength: above 0 up to 1, the share of the steps that is made, and so of what is made new.
-            prompt, negative_prompt, num_images, seed, and what follows them: as in `text_to_image`.
+            image: uint8 `(height, width, 3)` for all results, or `(n, height, width, 3)` with one for each.
+            prompt, negative_prompt, num_images, seed and further arguments: as in `text_to_image`.
+            strength: fraction of the denoising steps that is run, above 0 and up to 1; 1 ignores the image.
+
+        Returns:
+            uint8 `(n, height, width, 3)`.
 
         Raises:
-            UserError: as `text_to_image`; or the images' number or size does not fit.
+            UserError: as `text_to_image`; or the number or size of the images does not fit.
+
+        Example:
+            ```python
+            images = sd.image_to_image(photo, "a watercolour", strength=0.6, seed=7)
+            ```
         """
         self._refuse_more_channels("image_to_image")
         context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
@@ -227,22 +240,30 @@ class StableDiffusion(Primitives):
         seed: int = 0,
         **options: Unpack[SamplingOptions],
     ) -> Images:
-        """Makes the masked part of an image anew; what the mask leaves is kept to the pixel.
+        """Generate the masked part of an image; all other pixels are kept exactly.
 
-        A model that was trained for it (9 channels) is shown the mask and the rest of the image. With
-        any other one the rest is put back, as noisy as the latents are, after each step (RePaint's
-        equation 8, Lugmayr et al., 2022).
+        An inpainting model (9 channels) gets the mask and the rest of the image as inputs. With any other
+        model, the rest is replaced by the noisy image after each step (RePaint, Lugmayr et al., 2022,
+        equation 8).
 
         Args:
-            image: one image for all, `(height, width, 3)`, or one for each that is made.
-            mask: `(height, width)`, uint8 or bool, or one for each image: white (from 128) is made anew.
-                Where there is white within a latent position (8 x 8 pixels), all of the position is made
-                anew, and what the mask leaves of it is put back at the end.
-            strength: as in `image_to_image`; 1 begins from noise alone.
-            prompt, negative_prompt, num_images, seed, and what follows them: as in `text_to_image`.
+            image: uint8 `(height, width, 3)` for all results, or `(n, height, width, 3)` with one for each.
+            mask: uint8 or bool `(height, width)`, or one for each image; white (from 128) is generated. A
+                latent position (8 x 8 pixels) with any white is generated as a whole, and its other pixels
+                are restored at the end.
+            prompt, negative_prompt, num_images, seed and further arguments: as in `text_to_image`.
+            strength: as in `image_to_image`; 1 starts from noise alone.
+
+        Returns:
+            uint8 `(n, height, width, 3)`.
 
         Raises:
             UserError: as `image_to_image`; or the mask has another size than the image, or no white.
+
+        Example:
+            ```python
+            images = sd.inpaint(photo, mask, "a blue vase", seed=7)
+            ```
         """
         images, mask = self._checked(image), as_masks(mask)
         if mask.shape[1:3] != images.shape[1:3]:
@@ -285,14 +306,16 @@ class StableDiffusion(Primitives):
         seed: int = 0,
         **options: Unpack[SamplingOptions],
     ) -> Images:
-        """Makes a larger image of a small one, with a model that was trained for it (SD x4 upscaler).
+        """Upscale an image by a model that was trained for it (SD x4 upscaler).
 
         Args:
-            image: one image for all, `(height, width, 3)`, or one for each that is made; the VAE's factor
-                says how much larger the results are.
-            noise_level: the timestep whose noise is put on the image: 0 stays close to it, more lets the
+            image: uint8 `(height, width, 3)` for all results, or `(n, height, width, 3)` with one for each.
+            prompt, negative_prompt, num_images, seed and further arguments: as in `text_to_image`.
+            noise_level: timestep of the noise added to the image. 0 stays close to the image; more lets the
                 model invent more.
-            prompt, negative_prompt, num_images, seed, and what follows them: as in `text_to_image`.
+
+        Returns:
+            uint8 `(n, 4 * height, 4 * width, 3)`; 4 is the VAE's factor.
 
         Raises:
             UserError: the model is no upscaler; or as `image_to_image`.
@@ -326,21 +349,23 @@ class StableDiffusion(Primitives):
         width: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Images:
-        """Makes the frames of a walk through what the model can draw.
+        """Generate the frames of a walk in latent space.
 
-        Several prompts: the text encoding goes from one to the next in equal steps, with the same noise.
-        One prompt: the noise goes once round a circle of noises, so the last frame leads to the first.
+        Several prompts: text encodings are interpolated in equal steps, with the same noise. One prompt: the
+        noise moves along a circle, so that the last frame leads to the first.
 
         Args:
             prompts: a text, or a list of texts.
             num_frames: frames of the whole walk, at least one for each prompt.
-            negative_prompt: a text for all frames, or a list with one for each prompt, between which the walk
-                goes too.
+            negative_prompt: a text for all frames, or a list with one for each prompt, interpolated too.
             seed: of the noise; a circle uses `seed` and `seed` + 1.
-            height, width, and what follows them: as in `text_to_image`.
+            height, width and further arguments: as in `text_to_image`.
 
         Returns:
             uint8 `(num_frames, height, width, 3)`.
+
+        Raises:
+            UserError: there are fewer frames than prompts; or as `text_to_image`.
         """
         self._refuse_more_channels("random_walk")
         prompts, negatives = _prompts(prompts, negative_prompt)
@@ -367,7 +392,14 @@ class StableDiffusion(Primitives):
 
     @formerly(images="image")
     def reconstruct(self, image: Images) -> Images:
-        """What the VAE makes of images: the best that any latents could give. uint8, of the same shape."""
+        """Encode and decode images by the VAE, which bounds the quality of generated images.
+
+        Args:
+            image: uint8 `(height, width, 3)` or `(n, height, width, 3)`.
+
+        Returns:
+            uint8 `(n, height, width, 3)`.
+        """
         return self.decode(self.encode_image(image))
 
     @property
@@ -375,13 +407,13 @@ class StableDiffusion(Primitives):
         return self.unet.config.in_channels - self.vae.config.latent_channels
 
     def _refuse_more_channels(self, task):
-        """Raises a UserError if the UNet wants to see more than the latents."""
+        """Raise UserError if the UNet has further input channels."""
         if self._extra_channels:
             use = "upscale" if self.unet.config.num_class_embeds else "inpaint"
             raise UserError(f"{task}: {self.name} was trained for another task; use {use}")
 
     def _conditions(self, prompt, negative_prompt, num_images, seed):
-        """For each image the encodings of both prompts `(tokens, width)`, and its seed."""
+        """Return for each image the encodings of both prompts `(tokens, width)`, and its seed."""
         prompts, negatives = _prompts(prompt, negative_prompt)
         num_images, seed = whole_number("num_images", num_images, 1, MOST_IMAGES), checked_seed(seed)
         encodings = self.encode_each(prompts + negatives)
@@ -406,14 +438,14 @@ class StableDiffusion(Primitives):
         progress=True,
         **options,
     ):
-        """Makes one image for each text encoding and seed, in turns.
+        """Generate an image for each text encoding and seed, in batches.
 
         Args:
             context, negative: for each image `(tokens, width)`.
             shape: of one image's latents.
-            begin: called with `(noise, batch, streams)` of a turn, its noise, its images' indices and their
-                streams; returns what else `denoise` is to be given, "noise" to begin with in place of the
-                drawn one, and "sample", the latents that `strength` leaves something of.
+            begin: called for each batch with `(noise, indices, streams)`; returns further arguments of
+                `denoise`, "noise" to replace the noise, and "sample", the latents to start from if
+                `strength` is below 1.
         """
         if guidance_scale is None:
             guidance_scale = self.defaults.guidance_scale
@@ -449,7 +481,7 @@ class StableDiffusion(Primitives):
 
 
 def _prompts(prompt, negative_prompt):
-    """Prompts and negative prompts as two lists of one length."""
+    """Return prompts and negative prompts as two lists of the same length."""
     prompts = as_texts("prompt", prompt)
     if not prompts:
         raise UserError("prompt: the list is empty; give at least one text")
@@ -462,14 +494,14 @@ def _prompts(prompt, negative_prompt):
 
 
 def _one_for_each(values, count, title):
-    """One value repeated `count` times, or `count` values as they are."""
+    """Return one value repeated `count` times, or `count` values as they are."""
     if len(values) not in (1, count):
         raise UserError(f"{len(values)} {title} for {count} results; give one, or one for each")
     return values if len(values) == count else np.repeat(values, count, axis=0)
 
 
 def _interpolate(points, count):
-    """`count` points at equal distances on the way along `points`, from the first to the last."""
+    """Return `count` points, linearly interpolated between the first and the last of `points`."""
     places = np.linspace(0, len(points) - 1, count)
     start = np.minimum(places.astype(int), len(points) - 2)
     share = (places - start).astype("float32").reshape(-1, *[1] * (points.ndim - 1))
@@ -478,7 +510,7 @@ def _interpolate(points, count):
 
 @contextlib.contextmanager
 def _reporter(progress, total):
-    """Yields the function that `denoise` calls after each of `total` steps, or None."""
+    """Yield the function that `denoise` calls after each of `total` steps, or None."""
     if not progress:
         yield None
     elif progress is True:
@@ -494,7 +526,7 @@ def _reporter(progress, total):
         yield lambda denoised: progress(next(done), total, denoised.latents)
 
 
-# For `help` and tab completion: what a task passes on has the names and defaults of `text_to_image`.
+# For `help` and editors: the signatures name the options of `text_to_image` that a task passes on.
 _SHARED = inspect.signature(StableDiffusion.text_to_image).parameters
 for _name in ("image_to_image", "inpaint", "upscale", "random_walk"):
     _given = inspect.signature(_task := getattr(StableDiffusion, _name))

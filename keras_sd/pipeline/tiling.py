@@ -1,4 +1,4 @@
-"""Large images in parts: a function of images on overlapping tiles, whose results are blended."""
+"""Tiling of large images: a function is applied to overlapping tiles, and the results are blended."""
 
 import numpy as np
 
@@ -6,27 +6,26 @@ from keras_sd.errors import UserError
 
 
 def in_tiles(function, inputs, *, tile, overlap, scale):
-    """Applies a function to overlapping tiles of its inputs and blends what it returns.
+    """Apply a function to overlapping tiles of its inputs and blend the results.
 
-    All tiles have one shape, so a compiled function is compiled once; the last tile of a row or column is
-    moved inward to end where the inputs end. Where tiles overlap, the weight of each falls linearly to its
-    edge. Tiles see no further than their edges: outputs near a seam are a blend of two that differ by what
-    the function takes from further away.
+    All tiles have the same shape, so that a function is compiled once: the last tile of a row or column is
+    moved inward. In an overlap, the weight of each tile falls linearly to its edge. The function cannot use
+    values beyond a tile, so results near a seam differ slightly from those without tiles.
 
     Args:
         function: takes `(n, tile, tile, channels)` and returns `(n, scale * tile, scale * tile, ...)`, as
             tensors or arrays.
         inputs: NumPy array `(n, height, width, channels)`. A side shorter than `tile` is one tile.
-        tile: side of a tile in positions of the inputs.
-        overlap: positions that neighbouring tiles share at least.
-        scale: positions of the outputs to one of the inputs; 8 for decoding, 1 / 8 for encoding. It times
-            `tile`, `overlap` and the sides of the inputs must be whole numbers.
+        tile: side of a tile in input positions.
+        overlap: smallest overlap of neighbouring tiles in input positions.
+        scale: output positions per input position; 8 for decoding, 1 / 8 for encoding. Multiplied by `tile`,
+            `overlap` and the sides of the inputs it must be a whole number.
 
     Returns:
         NumPy array `(n, scale * height, scale * width, ...)`, float32.
 
     Raises:
-        UserError: a tile is no larger than its overlap, or a length is no whole number of output positions.
+        UserError: a tile is not larger than the overlap, or a length is no whole number of output positions.
     """
     if not 0 <= overlap < tile:
         raise UserError(f"tiles of {tile} cannot overlap by {overlap}; make them larger than their overlap")
@@ -49,7 +48,7 @@ def in_tiles(function, inputs, *, tile, overlap, scale):
 
 
 def _spans(side, tile, overlap):
-    """Slices of length `tile` that cover a side, each sharing at least `overlap` with the one before."""
+    """Return slices of length `tile` that cover a side; neighbours overlap by `overlap` or more."""
     if side <= tile:
         return [slice(0, side)]
     starts = (min(start, side - tile) for start in range(0, side - overlap, tile - overlap))
@@ -61,13 +60,13 @@ def _scaled(span, scale):
 
 
 def _canvas(inputs, part, scale):
-    """Zeros for the sum of the weighted tiles, and for the sum of their weights."""
+    """Return zeros for the sum of the weighted tiles, and for the sum of their weights."""
     height, width = (round(side * scale) for side in inputs.shape[1:3])
     total = np.zeros((len(inputs), height, width, part.shape[-1]), "float32")
     return total, np.zeros((height, width, 1), "float32")
 
 
 def _ramp(length, overlap):
-    """Weights along one side of a tile: 1 inside, falling linearly over `overlap` positions to each end."""
+    """Return weights along a side of a tile: 1 inside, falling linearly over `overlap` to each end."""
     distance = np.arange(length) + 0.5
     return np.minimum(1.0, np.minimum(distance, distance[::-1]) / max(overlap, 0.5))

@@ -1,4 +1,4 @@
-"""A diffusion upscaler on pixels (SR3): one UNet that sees the enlarged small image beside the noise."""
+"""A diffusion upscaler on pixels (SR3): a UNet with the enlarged small image as a further input."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,20 +31,20 @@ from keras_sd.weights.rules import torch_state
 
 
 class Upscaler:
-    """Makes images larger by refining noise (Saharia et al., SR3, 2022).
+    """A diffusion upscaler on pixels (SR3, Saharia et al., 2022).
 
-    The small image, enlarged by bicubic interpolation and with noise of a level that the UNet is told (Ho
-    et al., 2022), goes in beside the noisy image.
+    Inputs of the UNet are the noisy image, the small image enlarged by bicubic interpolation with noise of a
+    chosen level, and that level (Ho et al., 2022). Use one object from one thread at a time.
 
     Args:
-        unet: a `UNet` of 6 channels in and 3 out, with class labels for the noise levels.
+        unet: a `UNet` with 6 input and 3 output channels, and class labels for the noise levels.
         scheduler_config: `SchedulerConfig` of the images' noise.
-        low_res_scheduler_config: that of the noise on the small image.
-        batch_size: the most images made at a time.
-        jit_compile: whether XLA compiles on TensorFlow; on JAX it always does.
+        low_res_scheduler_config: `SchedulerConfig` of the noise on the small image.
+        batch_size: the largest number of images per batch.
+        jit_compile: whether XLA compiles on TensorFlow; JAX always compiles.
 
     Raises:
-        UserError: the UNet is none of an upscaler.
+        UserError: the UNet is not that of an upscaler.
 
     Example:
         ```python
@@ -72,12 +72,18 @@ class Upscaler:
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: str = "float32", **options: Any) -> Self:
-        """Opens the folder of a `super-resolution` run's model.
+        """Open an upscaler.
 
         Args:
-            path: the folder, or another name of it (`keras_sd.presets.find`).
-            dtype: "float32", "float16" or "bfloat16".
+            path: a folder such as a `super-resolution` run's `model`, a preset or a hub id.
+            dtype: precision of weights and computation: "float32", "float16" or "bfloat16".
             options: batch_size and jit_compile, as in the constructor.
+
+        Returns:
+            The upscaler.
+
+        Raises:
+            UserError: the folder is missing or damaged, or holds no upscaler.
         """
         folder = presets.find(path)
         schedules = (
@@ -87,11 +93,16 @@ class Upscaler:
 
     @staticmethod
     def is_in(path: str | Path) -> bool:
-        """Whether a folder holds an upscaler of this kind, and not a whole Stable Diffusion."""
+        """Return whether a folder holds an upscaler of this kind, not a Stable Diffusion model."""
         return holds_pixel_upscaler(path)
 
     def save(self, path: str | Path, dtype: str | None = None) -> None:
-        """Writes a folder with `unet/`, `scheduler/` and `low_res_scheduler/` in diffusers' layout."""
+        """Write a folder with `unet/`, `scheduler/` and `low_res_scheduler/` in diffusers' layout.
+
+        Args:
+            path: the folder, created if necessary.
+            dtype: "float32", "float16" or "bfloat16"; by default that of the weights in memory.
+        """
         with replaced_folder(path) as folder:
             write_part(folder, "unet", self.unet.config.to_dict(), torch_state(self.unet), dtype)
             write_scheduler(folder / SCHEDULER, self.scheduler_config.to_dict())
@@ -110,15 +121,16 @@ class Upscaler:
         on_step: Callable[[Denoised], object] | None = None,
         **options: Any,
     ) -> Images:
-        """Makes images larger.
+        """Upscale images.
 
         Args:
             image: uint8 `(height, width, 3)` or `(n, height, width, 3)`.
-            factor: how much longer the sides get; what the UNet was trained for is best.
-            noise_level: 0 stays close to the image, more lets the model invent more.
-            num_inference_steps, sampler, options: as `Denoiser.steps` takes them. Few steps come closer to
-                the mean of all likely images, more are sharper.
-            seed: image i is drawn from `seed` + i.
+            factor: upscaling factor of the sides; best is the one that the UNet was trained for.
+            noise_level: noise added to the image, as a timestep. 0 stays close to the image; more lets the
+                model invent more.
+            num_inference_steps, sampler, options: as `Denoiser.steps` takes them. Fewer steps give smoother
+                images, more steps sharper ones.
+            seed: image i is generated from `seed` + i.
             on_step: called after each step with a `Denoised(step, latents)`.
 
         Returns:

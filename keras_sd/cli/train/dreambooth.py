@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from keras_sd.cli.command import Command, decorated, refuse_unused
+from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
@@ -19,28 +19,6 @@ from keras_sd.errors import UserError
 
 _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
 
-class_options = decorated(
-    click.option(
-        "--with-prior-preservation",
-        is_flag=True,
-        help="Also train on images of the subject's class, so that the model does not forget it.",
-    ),
-    click.option("--class-prompt", help="Prompt of the class, such as `a toy`."),
-    click.option(
-        "--class-data-dir",
-        help="Folder with images of the class. By default `class-images` in the run folder.",
-    ),
-    click.option(
-        "--num-class-images",
-        default=100,
-        type=COUNT,
-        help="Images of the class; missing ones are generated first.",
-    ),
-    click.option(
-        "--prior-loss-weight", default=1.0, type=POSITIVE, help="Weight of the class images in the loss."
-    ),
-)
-
 
 @click.command(cls=Command)
 @run_options(
@@ -54,7 +32,24 @@ class_options = decorated(
 @click.option(
     "--instance-prompt", required=True, help="Prompt of the subject with a rare word, such as `a sks toy`."
 )
-@class_options
+@click.option(
+    "--with-prior-preservation",
+    is_flag=True,
+    help="Also train on images of the subject's class, so that the model does not forget it.",
+)
+@click.option("--class-prompt", help="Prompt of the class, such as `a toy`.")
+@click.option(
+    "--class-data-dir", help="Folder with images of the class. By default `class-images` in the run folder."
+)
+@click.option(
+    "--num-class-images",
+    default=100,
+    type=COUNT,
+    help="Images of the class; missing ones are generated first.",
+)
+@click.option(
+    "--prior-loss-weight", default=1.0, type=POSITIVE, help="Weight of the class images in the loss."
+)
 @click.option("--train-text-encoder", is_flag=True, help="Train the text encoder too.")
 @click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)

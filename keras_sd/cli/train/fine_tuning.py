@@ -1,5 +1,7 @@
 """Options and evaluations that the methods for fine-tuning a pretrained model share."""
 
+import functools
+
 import click
 
 from keras_sd.cli.command import decorated
@@ -76,6 +78,14 @@ def subject_options(method, prompt):
     )
 
 
+def _sampling(run, pipeline, **options):
+    """Return `sample(texts)`, which generates an image of each text for an evaluation."""
+    steps, seed = run.options["num_inference_steps"], run.settings.seed
+    return functools.partial(
+        pipeline.text_to_image, num_inference_steps=steps, seed=seed, progress=False, **options
+    )
+
+
 def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
     """Return the encoded source of a run on captioned images, its repeats and its `make_evaluation`.
 
@@ -91,14 +101,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
         source, pipeline.vae, frozen_text_encoder, pipeline.tokenizer, jit_compile=run.settings.jit_compile
     )
 
-    def sample(texts):
-        return pipeline.text_to_image(
-            texts,
-            num_inference_steps=run.options["num_inference_steps"],
-            seed=run.settings.seed,
-            progress=False,
-            **sampling,
-        )
+    sample = _sampling(run, pipeline, **sampling)
 
     def make_evaluation(trainer):
         from keras_sd.data.sources import evenly
@@ -175,17 +178,9 @@ def subject_evaluation(run, pipeline, prompt):
         columns = run.options["num_validation_images"]
         labels = [text for text in run.options["validation_prompts"] or [prompt] for _ in range(columns)]
         scale = 2 if image_size_of(pipeline) <= SMALL_IMAGE else 1
-
-        def grid():
-            images = pipeline.text_to_image(
-                labels,
-                num_inference_steps=run.options["num_inference_steps"],
-                guidance_scale=run.options["guidance_scale"],
-                seed=run.settings.seed,
-                progress=False,
-            )
-            return image_grid(images, columns=columns, labels=labels, scale=scale)
-
-        return SampleEvaluation(trainer, grid)
+        sample = _sampling(run, pipeline, guidance_scale=run.options["guidance_scale"])
+        return SampleEvaluation(
+            trainer, lambda: image_grid(sample(labels), columns=columns, labels=labels, scale=scale)
+        )
 
     return make_evaluation

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer with the methods of KerasCV's."""
+"""CLIP's tokenizer with the methods of KerasCV's tokenizer."""
 
 import html
 
@@ -9,14 +9,14 @@ from keras_sd.models.tokenizer import BEGIN_TOKEN, END_TOKEN, SPACE_SYMBOL, WORD
 
 
 class SimpleTokenizer:
-    """Turns one text into a flat list of token ids, begin and end included.
+    """A tokenizer from one text to a flat list of token ids, begin and end included.
 
     Args:
         bpe_path: not supported; CLIP's own vocabulary comes with the package.
-        tokenizer: a `keras_sd.models.tokenizer.Tokenizer` to use in place of CLIP's.
+        tokenizer: a `keras_sd.models.tokenizer.Tokenizer` to use instead of CLIP's.
 
     Attributes:
-        inner: the `Tokenizer`, with what `add_tokens` has added.
+        inner: the `Tokenizer`, with the tokens of `add_tokens`.
     """
 
     def __init__(self, bpe_path=None, tokenizer=None):

@@ -1,4 +1,4 @@
-"""The VAE's decoder as the Keras model that KerasCV has."""
+"""The VAE's decoder as a Keras model with KerasCV's interface."""
 
 import keras
 
@@ -9,11 +9,11 @@ class Decoder(keras.Model):
     """Scaled latents `(n, h, w, c)` to images in about [-1, 1].
 
     Args:
-        img_height, img_width: as KerasCV's; the model takes any.
+        img_height, img_width: as in KerasCV; the model accepts any size.
         name: of the model.
-        download_weights: whether to take the published weights; otherwise they are random.
-        model: names a model (preset, hub id, folder) whose VAE it is; by default that of SD 1.5.
-        part: a `keras_sd.models.vae.AutoencoderKL` to share the weights of.
+        download_weights: whether to load the published weights; otherwise they are random.
+        model: the name of a model (preset, hub id, folder) with the VAE; by default SD 1.5.
+        part: a `keras_sd.models.vae.AutoencoderKL` whose weights are shared.
     """
 
     def __init__(

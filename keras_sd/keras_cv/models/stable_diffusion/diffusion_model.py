@@ -1,4 +1,4 @@
-"""The UNet with the inputs of KerasCV's."""
+"""The UNet as a Keras model with KerasCV's inputs."""
 
 import keras
 
@@ -23,11 +23,11 @@ class DiffusionModel(keras.Model):
     timestep at frequencies that fall from 1 to 1/10000, as KerasCV's tutorials compute it.
 
     Args:
-        img_height, img_width, max_text_length: as KerasCV's; the model takes any.
+        img_height, img_width, max_text_length: as in KerasCV; the model accepts any size.
         name: of the model.
-        download_weights: whether to take the published weights; otherwise they are random.
-        model: names a model (preset, hub id, folder) whose UNet it is; by default the published one.
-        part: a `keras_sd.models.unet.UNet` to share the weights of.
+        download_weights: whether to load the published weights; otherwise they are random.
+        model: the name of a model (preset, hub id, folder) with the UNet; by default the published one.
+        part: a `keras_sd.models.unet.UNet` whose weights are shared.
     """
 
     published = ("sd-1.5", {})
@@ -55,12 +55,12 @@ class DiffusionModel(keras.Model):
         return self.unet(list(inputs))
 
     def load_weights(self, filepath, *arguments, **options):
-        """As every Keras model; takes the H5 files of KerasCV too."""
+        """Load weights as every Keras model does, and KerasCV's H5 files."""
         if not load_h5("unet", self.unet, filepath):
             super().load_weights(filepath, *arguments, **options)
 
 
 class DiffusionModelV2(DiffusionModel):
-    """As `DiffusionModel`, of Stable Diffusion 2.1."""
+    """`DiffusionModel` of Stable Diffusion 2.1."""
 
     published = _SD2

@@ -1,4 +1,4 @@
-"""The VAE's encoder as the Keras model that KerasCV has."""
+"""The VAE's encoder as a Keras model with KerasCV's interface."""
 
 import keras
 
@@ -6,7 +6,7 @@ from keras_sd.keras_cv.models.stable_diffusion.parts import make_part
 
 
 class Moments(keras.layers.Layer):
-    """Images in [-1, 1] to the mean and the log variance of their latents, one behind the other."""
+    """Images in [-1, 1] to the mean and the log variance of their latents, concatenated."""
 
     def __init__(self, vae, **kwargs):
         super().__init__(**kwargs)
@@ -23,7 +23,7 @@ class Moments(keras.layers.Layer):
 
 
 class ScaledMean(keras.layers.Layer):
-    """The mean of the two, multiplied as the UNet takes latents."""
+    """Moments to the mean, scaled as the UNet's latents are."""
 
     def __init__(self, channels, scale, **kwargs):
         super().__init__(**kwargs)
@@ -37,13 +37,13 @@ class ScaledMean(keras.layers.Layer):
 class ImageEncoder(keras.Model):
     """Images in [-1, 1], `(n, h, w, 3)`, to scaled latents `(n, h / 8, w / 8, c)`.
 
-    The output of the layer before the last, `layers[-2].output`, has the means and the log variances,
-    unscaled, of which tutorials draw their latents.
+    The output of the second-to-last layer, `layers[-2].output`, holds the unscaled means and log variances,
+    from which tutorials sample latents.
 
     Args:
-        download_weights: whether to take the published weights; otherwise they are random.
-        model: names a model (preset, hub id, folder) whose VAE it is; by default that of SD 1.5.
-        part: a `keras_sd.models.vae.AutoencoderKL` to share the weights of.
+        download_weights: whether to load the published weights; otherwise they are random.
+        model: the name of a model (preset, hub id, folder) with the VAE; by default SD 1.5.
+        part: a `keras_sd.models.vae.AutoencoderKL` whose weights are shared.
     """
 
     def __init__(self, download_weights=True, model=None, part=None):

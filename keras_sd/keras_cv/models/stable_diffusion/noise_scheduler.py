@@ -1,4 +1,4 @@
-"""DDPM's noise schedule (Ho et al., 2020, arXiv:2006.11239) with the methods of KerasCV's."""
+"""DDPM's noise schedule (Ho et al., 2020, arXiv:2006.11239) with the methods of KerasCV's scheduler."""
 
 import keras
 import numpy as np
@@ -10,18 +10,18 @@ _VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"
 
 
 class NoiseScheduler:
-    """Adds noise to latents, and takes one step of it away.
+    """A noise schedule that adds noise to latents, and removes it step by step.
 
     Args:
         train_timesteps: number of timesteps.
-        beta_start, beta_end: the first and the last variance that a step adds.
+        beta_start, beta_end: variance of the noise of the first and the last timestep.
         beta_schedule: "linear", or "scaled_linear", which is linear in the square roots.
-        variance_type: of the noise that `step` adds: "fixed_small", the posterior's, or "fixed_large", the
-            step's own. With "_log" behind, the same by way of its logarithm.
+        variance_type: variance of the noise that `step` adds: "fixed_small" (of the posterior) or
+            "fixed_large" (beta). With "_log" appended it is the same.
         clip_sample: whether `step` clips the sample that it predicts to [-1, 1].
 
     Raises:
-        UserError: a schedule or a variance is unknown, or learned, which no Stable Diffusion has.
+        UserError: an unknown schedule or variance; learned variances are not supported.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class NoiseScheduler:
         return self.train_timesteps
 
     def add_noise(self, original_samples, noise, timesteps):
-        """Return the samples `(n, h, w, c)` with the noise added that belongs to their timesteps `(n,)`."""
+        """Return samples `(n, h, w, c)` with noise added according to their timesteps `(n,)`."""
         kept = ops.reshape(ops.take(self.alphas_cumprod, timesteps), (-1, 1, 1, 1))
         return (
             ops.cast(ops.sqrt(kept), original_samples.dtype) * original_samples
@@ -58,10 +58,10 @@ class NoiseScheduler:
         )
 
     def step(self, model_output, timestep, sample, predict_epsilon=True):
-        """Return the samples at the timestep before.
+        """Return the samples at the previous timestep.
 
         Args:
-            model_output: what the model predicts, the noise or the sample itself.
+            model_output: prediction of the model: the noise, or the sample.
             timestep: a whole number.
             sample: the noisy samples at this timestep.
             predict_epsilon: whether the model predicts noise.
@@ -74,7 +74,7 @@ class NoiseScheduler:
             clean = model_output
         if self.clip_sample:
             clean = ops.clip(clean, -1.0, 1.0)
-        # Formula (7): the mean of what came before, given this sample and the clean one.
+        # Equation (7): the posterior mean of the previous sample, given this one and the clean one.
         mean = before**0.5 * beta / (1 - kept) * clean
         mean += self.alphas[timestep] ** 0.5 * (1 - before) / (1 - kept) * sample
         if timestep == 0:

@@ -1,4 +1,4 @@
-"""Where a part comes from that is made by itself, as KerasCV's constructors make it."""
+"""Creation of single parts of a model, as KerasCV's constructors do it."""
 
 import dataclasses
 from pathlib import Path
@@ -29,10 +29,13 @@ def make_part(part, model, published, download_weights, **changes):
 
     Args:
         part: "text_encoder", "unet" or "vae".
-        model: names a model (preset, hub id, folder) whose part it is; None means the published one.
-        published: the name of the published one, and what its config has otherwise than the default.
-        download_weights: whether to take its weights; otherwise they are random.
-        changes: values of the config; only with random weights.
+        model: the name of a model (preset, hub id, folder); None for the published one.
+        published: the published model's preset, and the values of its config that differ from the defaults.
+        download_weights: whether to load the model's weights; otherwise they are random.
+        changes: changed values of the config; only with random weights.
+
+    Raises:
+        UserError: `changes` with `download_weights`; or as `presets.find`.
     """
     preset, values = published
     policy = keras.config.dtype_policy().name
@@ -53,7 +56,11 @@ def make_part(part, model, published, download_weights, **changes):
 
 
 def load_h5(part, model, path):
-    """Put an H5 file of KerasCV's into a part, if it is one; say whether it was."""
+    """Load an H5 file of KerasCV into a part; return False for any other kind of file.
+
+    Raises:
+        UserError: the file holds another part.
+    """
     path = Path(path)
     if path.suffix not in (".h5", ".hdf5") or path.name.endswith(".weights.h5"):
         return False

@@ -1,6 +1,7 @@
 """The models `StableDiffusion` and `StableDiffusionV2` of KerasCV."""
 
 import secrets
+from operator import attrgetter
 
 import keras
 import numpy as np
@@ -25,14 +26,15 @@ class StableDiffusion:
     Args:
         img_height, img_width: of the images, in pixels, multiples of 8.
         jit_compile: whether XLA compiles.
-        model: a `keras_sd.StableDiffusion`, or what names one (preset, hub id, path), to use in place of the
-            published one.
+        model: a `keras_sd.StableDiffusion`, or the name of one (preset, hub id, path), instead of the
+            published model.
 
-    The global Keras dtype policy says in which precision a named model computes.
+    A named model has the precision of Keras' global dtype policy.
 
-    The parts share their weights with `model`, so that what is trained in one is used by the other. Tutorials
-    also put parts of their own in their places (`_text_encoder`, `_diffusion_model`, `_decoder`), which are
-    used from then on.
+    The parts share their weights with `model`, so training one changes the other. As in tutorials, parts can
+    be replaced by assignment (`_text_encoder`, `_diffusion_model`, `_decoder`); the new part is then used.
+
+    Use one object from one thread at a time, as its parts can be replaced.
 
     Attributes:
         model: the `keras_sd.StableDiffusion`.
@@ -58,37 +60,19 @@ class StableDiffusion:
         self._decoder, self._image_encoder = Decoder(*size, part=model.vae), ImageEncoder(part=model.vae)
         self._own = {"text_encoder": self._text_encoder, "unet": model.unet, "decoder": self._decoder}
 
-    @property
-    def tokenizer(self):
-        """The `SimpleTokenizer`, which may be given more tokens."""
-        return self._tokenizer
-
-    @property
-    def text_encoder(self):
-        """The `TextEncoder`, or what was put in its place."""
-        return self._text_encoder
-
-    @property
-    def diffusion_model(self):
-        """The `DiffusionModel`, or what was put in its place."""
-        return self._diffusion_model
-
-    @property
-    def decoder(self):
-        """The `Decoder`, or what was put in its place."""
-        return self._decoder
-
-    @property
-    def image_encoder(self):
-        """The `ImageEncoder`."""
-        return self._image_encoder
+    tokenizer = property(attrgetter("_tokenizer"), doc="The `SimpleTokenizer`; tokens can be added to it.")
+    text_encoder = property(attrgetter("_text_encoder"), doc="The `TextEncoder`, or its replacement.")
+    diffusion_model = property(
+        attrgetter("_diffusion_model"), doc="The `DiffusionModel`, or its replacement."
+    )
+    decoder = property(attrgetter("_decoder"), doc="The `Decoder`, or its replacement.")
+    image_encoder = property(attrgetter("_image_encoder"), doc="The `ImageEncoder`.")
 
     def encode_text(self, prompt):
         """Encode one prompt, float32 tensor `(1, tokens, width)`.
 
         Raises:
-            UserError: the prompt is too long for a text encoder or a tokenizer that was changed; others take
-                any length.
+            UserError: the prompt is too long. This can only happen with a changed text encoder or tokenizer.
         """
         if self._text_encoder is self._own["text_encoder"] and self._tokenizer.inner is self.model.tokenizer:
             return keras.ops.convert_to_tensor(self.model.encode_text([prompt]))
@@ -149,14 +133,14 @@ class StableDiffusion:
         Args:
             encoded_text: `(tokens, width)`, or `(batch_size, tokens, width)`.
             negative_prompt: a text.
-            diffusion_noise: `(h, w, c)` or `(batch_size, h, w, c)` to begin with, in place of a seed's.
-            seed: a whole number; by default another one at each call.
+            diffusion_noise: initial noise `(h, w, c)` or `(batch_size, h, w, c)`, instead of a seed.
+            seed: a whole number; by default a random one at each call.
 
         Returns:
             uint8 `(batch_size, img_height, img_width, 3)`.
 
         Raises:
-            UserError: both a noise and a seed are given, or an array does not fit `batch_size`.
+            UserError: both noise and seed are given, or an array does not fit `batch_size`.
         """
         if diffusion_noise is not None and seed is not None:
             raise UserError("diffusion_noise and seed: both given; give one of them")

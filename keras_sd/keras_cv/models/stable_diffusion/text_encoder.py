@@ -1,4 +1,4 @@
-"""CLIP's text encoder with the layers and the inputs of KerasCV's."""
+"""CLIP's text encoder as a Keras model with KerasCV's layers and inputs."""
 
 import keras
 
@@ -33,7 +33,7 @@ class CLIPEmbedding(keras.layers.Layer):
 
 
 class CLIPEncoderLayer(keras.layers.Layer):
-    """A block of the transformer, under a name of its own, which Keras asks of a model's layers."""
+    """A block of the transformer with a unique name, as Keras requires of a model's layers."""
 
     def __init__(self, block, index, **kwargs):
         super().__init__(name=f"clip_encoder_layer_{index}", **kwargs)
@@ -53,11 +53,12 @@ class TextEncoder(keras.Model):
 
     Args:
         max_length: tokens of a text.
-        vocab_size: of the table of tokens; others than the published number need `download_weights=False`.
+        vocab_size: size of the vocabulary; another than the published one needs `download_weights=False`.
         name: of the model.
-        download_weights: whether to take the published weights; otherwise they are random.
-        model: names a model (preset, hub id, folder) whose text encoder it is; by default the published one.
-        part: a `keras_sd.models.text_encoder.TextEncoder` to share the weights of.
+        download_weights: whether to load the published weights; otherwise they are random.
+        model: the name of a model (preset, hub id, folder) with the text encoder. By default
+            the published one.
+        part: a `keras_sd.models.text_encoder.TextEncoder` whose weights are shared.
     """
 
     published = _SD1
@@ -73,16 +74,16 @@ class TextEncoder(keras.Model):
         for index, block in enumerate(part.encoder.layers):
             hidden = CLIPEncoderLayer(block, index)(hidden)
         super().__init__([tokens, positions], part.final_layer_norm(hidden), name=name)
-        # The layers above are its weights; this is not to be found as another layer.
+        # Bypasses Keras' tracking: the layers above hold these weights already.
         object.__setattr__(self, "_part", part)
 
     def load_weights(self, filepath, *arguments, **options):
-        """As every Keras model; takes the H5 files of KerasCV too."""
+        """Load weights as every Keras model does, and KerasCV's H5 files."""
         if not load_h5("text_encoder", self._part, filepath):
             super().load_weights(filepath, *arguments, **options)
 
 
 class TextEncoderV2(TextEncoder):
-    """As `TextEncoder`, of Stable Diffusion 2.1."""
+    """`TextEncoder` of Stable Diffusion 2.1."""
 
     published = _SD2
