@@ -97,21 +97,28 @@ def parse_prompt(text):
             closed[bracket].append((opened[bracket].pop(), len(texts), _FACTORS[bracket]))
         else:
             texts.append(None if kind == "chunk" else match["escaped"] or match[0])
-    weights = np.ones(len(texts))
+    weights = [1.0] * len(texts)
     for bracket, starts in opened.items():
         never_closed = [(start, len(texts), _FACTORS[bracket]) for start in starts]
-        with np.errstate(over="ignore", invalid="ignore"):  # `_token_chunks` checks the weights
-            weights *= _products(len(texts), closed[bracket] + never_closed)
-    return _merged(map(Fragment, texts, weights.tolist()))
+        _multiply(weights, closed[bracket] + never_closed)
+    return _merged(map(Fragment, texts, weights))
 
 
-def _products(count, spans):
-    """Return for each of `count` texts the product of the factors of its spans `(start, end, factor)`."""
-    products = np.ones(count)
-    # From the outermost span to the innermost.
-    for start, end, factor in sorted(reversed(spans), key=lambda span: (span[0], -span[1])):
-        products[start:end] *= factor
-    return products
+def _multiply(weights, spans):
+    """Multiply weights by the factors of all spans `(start, end, factor)` around them; spans are nested.
+
+    In one pass, as a prompt may consist of nested brackets only.
+    """
+    spans = sorted(spans, key=lambda span: (-span[0], span[1]))  # the next one is the last
+    around = [(len(weights), 1.0)]  # ends of the current spans, and the products of their factors
+    for index in range(len(weights)):
+        while around[-1][0] <= index:
+            around.pop()
+        while spans and spans[-1][0] == index:
+            _, end, factor = spans.pop()
+            if end > index:
+                around.append((end, around[-1][1] * factor))
+        weights[index] *= around[-1][1]
 
 
 def _merged(fragments):
