@@ -54,19 +54,12 @@ _SHEET_SIDE = 128
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker.")
 @click.option(
-    "--num-shards",
-    default=1,
-    type=click.IntRange(1),
-    help="Split the folder into this many shards (machines).",
+    "--num-shards", default=1, type=click.IntRange(1), help="Number of parts (machines) of the folder."
 )
 @click.option("--shard-index", default=0, type=int, help="Shard of this run, from 0.")
 @click.option("--remove-artists", is_flag=True, help="Remove artists' names from captions.")
 @click.option(
-    "--remove",
-    "patterns",
-    multiple=True,
-    metavar="REGEX",
-    help="Remove every match from captions; may be repeated.",
+    "--remove", "patterns", multiple=True, metavar="REGEX", help="Remove every match; may be repeated."
 )
 @click.option("--product-type", help='Word that every caption gets if it lacks it, such as "whisky".')
 @click.option(

@@ -25,10 +25,7 @@ _SINGLE_FILE = ".safetensors"
 @click.argument("source")
 @click.argument("output")
 @click.option(
-    "--weights",
-    default="ema",
-    type=click.Choice(("ema", "raw")),
-    help="EMA or raw weights, if a file holds both.",
+    "--weights", default="ema", type=click.Choice(("ema", "raw")), help="Weights, if a file holds both."
 )
 @click.option("--variant", help="Variant of a folder's weight files, such as fp16. By default none.")
 @click.option(

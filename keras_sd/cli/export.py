@@ -32,7 +32,7 @@ _MARK = "trained.json"  # the config of the training, and the sign of a folder t
     "--weights",
     default="ema",
     type=click.Choice(["ema", "raw"]),
-    help="EMA weights, or the raw weights of the optimizer.",
+    help="EMA or raw weights of the checkpoint.",
 )
 @overwrite_option
 def export(checkpoint, folder, dtype, weights, overwrite):

@@ -43,10 +43,7 @@ sampling_options = decorated(
         help="Run the whole UNet every N steps; steps between reuse its deep features (DeepCache).",
     ),
     click.option(
-        "--seed",
-        default=0,
-        type=click.IntRange(0, LARGEST_SEED),
-        help="Seed of image 0; image i uses seed + i.",
+        "--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help="Image i uses this seed + i."
     ),
 )
 
@@ -54,21 +51,16 @@ prompt_options = decorated(
     click.option("--negative-prompt", help="What the images must not show. By default nothing."),
     sampling_options,
     click.option(
-        "--sampler",
-        type=click.Choice(tuple(SAMPLERS)),
-        help="By default the sampler that the model's files name.",
+        "--sampler", type=click.Choice(tuple(SAMPLERS)), help="By default the one that the model names."
     ),
     click.option(
-        "--eta",
-        default=0.0,
-        type=SHARE,
-        help="Fraction of fresh noise in each step of DDIM and TCD; 0: none.",
+        "--eta", default=0.0, type=SHARE, help="Fraction of fresh noise in a step of DDIM and TCD; 0: none."
     ),
     click.option(
         "--guidance-rescale",
         default=0.0,
         type=SHARE,
-        help="Reduce overexposure by a high guidance scale; 0: not, usually 0.7.",
+        help="Reduce overexposure by guidance; 0: off, usually 0.7.",
     ),
 )
 

@@ -39,16 +39,13 @@ def model_options(default="emoji"):
             help="Textual inversion to add; TOKEN renames its word. May be repeated.",
         ),
         click.option(
-            "--dtype",
-            default="float32",
-            type=click.Choice(DTYPES),
-            help="Precision of weights and computation.",
+            "--dtype", default="float32", type=click.Choice(DTYPES), help="Precision of the computation."
         ),
         click.option(
             "--batch-size",
             default=8,
             type=click.IntRange(1),
-            help="Images computed at a time; less needs less memory.",
+            help="Images per batch; fewer need less memory.",
         ),
         click.option(
             "--jit-compile/--no-jit-compile",

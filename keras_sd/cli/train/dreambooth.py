@@ -42,10 +42,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
     "--class-data-dir", help="Folder with images of the class. By default `class-images` in the run folder."
 )
 @click.option(
-    "--num-class-images",
-    default=100,
-    type=COUNT,
-    help="Images of the class; missing ones are generated first.",
+    "--num-class-images", default=100, type=COUNT, help="Images of the class; missing ones are generated."
 )
 @click.option(
     "--prior-loss-weight", default=1.0, type=POSITIVE, help="Weight of the class images in the loss."

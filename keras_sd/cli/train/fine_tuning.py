@@ -68,10 +68,7 @@ def subject_options(method, prompt):
     return decorated(
         validation_option(prompt),
         click.option(
-            "--num-validation-images",
-            default=4,
-            type=click.IntRange(1, 256),
-            help="Sample images for each validation prompt.",
+            "--num-validation-images", default=4, type=click.IntRange(1, 256), help="Images of each prompt."
         ),
         inference_steps_option(30),
         model_option(method, "guidance_scale"),

@@ -24,19 +24,13 @@ from keras_sd.cli.train.preparation import prepare
     "--num-ddim-timesteps",
     default=10,
     type=click.IntRange(1, 50),
-    help="DDIM steps of the teacher from noise to image.",
+    help="DDIM steps of the teacher's sampling.",
 )
 @click.option(
-    "--loss-type",
-    default="huber",
-    type=click.Choice(["l2", "huber"]),
-    help="`l2`: squared error. `huber`: pseudo-Huber loss.",
+    "--loss-type", default="huber", type=click.Choice(["l2", "huber"]), help="Squared or pseudo-Huber error."
 )
 @click.option(
-    "--huber-c",
-    default=0.001,
-    type=POSITIVE,
-    help="Error at which the pseudo-Huber loss changes from squared to absolute.",
+    "--huber-c", default=0.001, type=POSITIVE, help="Error at which the pseudo-Huber loss becomes linear."
 )
 @validation_option("some of the captions")
 @evaluation_options(num_inference_steps=4)

@@ -97,18 +97,13 @@ def run_options(method, *, without=(), **defaults):
         option(
             "--seed",
             0,
-            "Seed of initial weights, data order, noise and timesteps.",
+            "Seed of weights, data order, noise and timesteps.",
             type=click.IntRange(0, 2**32 - 1),
         ),
         option("--checkpointing-steps", 500, "Save a checkpoint every N updates.", type=COUNT),
         option("--checkpoints-total-limit", 2, "Number of latest checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "Continue from `latest` or from this checkpoint folder."),
-        option(
-            "--evaluation-steps",
-            1000,
-            "Evaluate every N updates (sample images, metrics); 0: never.",
-            type=FROM_ZERO,
-        ),
+        option("--evaluation-steps", 1000, "Sample and measure every N updates; 0: never.", type=FROM_ZERO),
         option(
             "--distribution",
             None,

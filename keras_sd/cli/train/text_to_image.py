@@ -16,12 +16,12 @@ from keras_sd.cli.train.preparation import open_pipeline, prepare
 @click.option(
     "--pretrained-vae",
     type=FILE_OR_FOLDER,
-    help="Folder of a `vae` run's model, to use instead of the pretrained VAE.",
+    help="Folder of a `vae` run's model, instead of the pretrained VAE.",
 )
 @click.option(
     "--pretrained-clip",
     type=FILE_OR_FOLDER,
-    help="Folder of a `clip` run's model, to use instead of the pretrained CLIP.",
+    help="Folder of a `clip` run's model, instead of the pretrained CLIP.",
 )
 @click.option(
     "--prediction-type",

@@ -18,9 +18,7 @@ from keras_sd.errors import UserError
     "--kl-weight", default=3e-4, type=NOT_NEGATIVE, help="Weight of the KL divergence per latent value."
 )
 @click.option(
-    "--random-crop",
-    type=COUNT,
-    help="Train on random squares of this side, in pixels. By default whole images.",
+    "--random-crop", type=COUNT, help="Side of random training squares, in pixels. By default whole images."
 )
 @click.option("--pretrained-vae", type=FILE_OR_FOLDER, help="Folder of a VAE to train further.")
 @click.option(
