@@ -50,6 +50,16 @@ def is_installed(package):
         return False
 
 
+def installed_version(package):
+    """Return the version of an installed package; None if it is missing, or has no metadata."""
+    from importlib import metadata  # here, as it takes time and is seldom needed
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def missing_package(package, instead=None):
     """Return the message for a package that is not installed, or None if it belongs to no extra.
 
@@ -92,9 +102,12 @@ class PackageFinder(importlib.machinery.PathFinder):
         return spec
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The operating system's errors for a disk without space."""
+
 # Remedies for errors of the operating system.
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free the space or choose another place"),
+    **dict.fromkeys(FULL_DISK, "free the space or choose another place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change permissions or choose another place"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), "check the name"),
     errno.ENAMETOOLONG: "give a shorter name",

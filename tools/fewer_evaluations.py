@@ -88,16 +88,15 @@ class Bench:
         return self.pipeline.adapters.temporarily({"lcm": 1.0} if way.needs_lora else {})
 
     def draw(self, way, indices):
-        """Images of the first captions of these emoji: uint8 `(n, 64, 64, 3)`."""
+        """Return the images of the first captions of these emoji, uint8 `(n, 64, 64, 3)`."""
         from keras_sd.data.emoji.evaluation import generate_batch
+        from keras_sd.models.batches import equal_batches
 
         prompts = [self.emoji[index].captions[0] for index in indices]
         options = SETTINGS | way.changes
-        batches = [
-            generate_batch(self.pipeline, prompts, start, BATCH, SEED, options)
-            for start in range(0, len(prompts), BATCH)
-        ]
-        return np.concatenate(batches)
+        batches = equal_batches(len(prompts), BATCH)
+        images = [generate_batch(self.pipeline, prompts, batch, SEED, options) for batch in batches]
+        return np.concatenate(images)[: len(prompts)]
 
     def seconds(self, way):
         """Return the time of one batch, without that of adding the LoRA."""

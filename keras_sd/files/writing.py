@@ -13,9 +13,8 @@ import shutil
 import time
 from pathlib import Path
 
-from keras_sd.errors import UserError
+from keras_sd.errors import FULL_DISK, UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ENDING = ".partial"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(_ENDING))
 _ABANDONED_SECONDS = 24 * 60 * 60
@@ -121,7 +120,7 @@ def write_errors_in_one_line(path):
 
 def write_fault(error):
     """Return the fault and the remedy for an `OSError` while a file was written."""
-    remedy = "free some space or choose another place" if error.errno in _FULL else "choose another place"
+    remedy = "free some space or choose another place" if error.errno in FULL_DISK else "choose another place"
     return f"cannot be written ({error.strerror}); {remedy}"
 
 

@@ -17,6 +17,7 @@ from keras_sd.arguments import Floats, Images, Tensor
 from keras_sd.errors import UserError
 from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.pixels import images_to_unit
 
 
 class FeatureExtractor:
@@ -34,7 +35,7 @@ class FeatureExtractor:
         self._jit_compile = jit_compile
 
     def __call__(self, images: Tensor) -> Tensor:
-        return ops.cast(self.features(to_unit_range(images, self.image_size)), "float32")
+        return ops.cast(self.features(resize(images_to_unit(images), self.image_size)), "float32")
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features `(n, d)` of images in [-1, 1] of the network's size."""
@@ -102,11 +103,6 @@ def extract(extractor: FeatureExtractor, images: Images, batch_size: int = 64) -
     if len(images) == 0:
         raise UserError("features of no images: the set is empty; give at least one")
     return in_batches(extractor.compiled, images, batch_size)
-
-
-def to_unit_range(images, size):
-    """Map images in [0, 255], (n, h, w, 3), to float32 in [-1, 1] with `size` x `size` pixels."""
-    return resize(ops.cast(images, "float32") / 127.5 - 1.0, size)
 
 
 def resize(images, size):

@@ -17,7 +17,12 @@ def equal_batches(count, limit):
     The last index is repeated to fill the last batch.
     """
     size = -(-count // -(-count // limit))
-    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+    return [padded_indices(start, size, count) for start in range(0, count, size)]
+
+
+def padded_indices(start, size, count):
+    """Return `size` indices from `start` on; from `count` on the last index, count - 1, is repeated."""
+    return np.minimum(np.arange(start, start + size), count - 1)
 
 
 def in_batches(function, inputs, limit):

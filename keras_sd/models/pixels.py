@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from keras_sd.arguments import Floats, Images, Tensor
+from keras_sd.arguments import Images, Tensor
 from keras_sd.errors import UserError
 
 WHITE = 128
@@ -27,9 +27,15 @@ def as_images(images):
     return images
 
 
-def images_to_unit(images: Images) -> Floats:
-    """Convert uint8 images to float32 in [-1, 1]."""
-    return images.astype("float32") / np.float32(127.5) - np.float32(1)
+def images_to_unit(images: Tensor) -> Tensor:
+    """Convert images in [0, 255], an array or a tensor, to float32 in [-1, 1]."""
+    if isinstance(images, np.ndarray):
+        images = images.astype("float32")
+    else:
+        from keras import ops  # here, as files are read without a backend
+
+        images = ops.cast(images, "float32")
+    return images / np.float32(127.5) - np.float32(1)
 
 
 def images_from_unit(images: Tensor) -> Images:

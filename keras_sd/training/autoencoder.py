@@ -7,12 +7,12 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.sources import fingerprint_of
+from keras_sd.data.sources import fingerprint_of, image_batches
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
-from keras_sd.models.pixels import images_from_unit
+from keras_sd.models.pixels import images_from_unit, images_to_unit
 from keras_sd.training.lora import freeze
-from keras_sd.training.losses import AutoencoderObjective, images_to_network
+from keras_sd.training.losses import AutoencoderObjective
 from keras_sd.training.progress import Progress
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
@@ -32,7 +32,7 @@ def measure_reconstruction(vae, examples):
     """Return the mean peak signal-to-noise ratio (dB) of the reconstructed images of examples."""
     ratios, count = 0.0, 0
     for images in _image_batches(vae, examples):
-        outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_network(images))))
+        outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_unit(images))))
         ratios += len(images) * peak_signal_to_noise_ratio(images, outputs)
         count += len(images)
     return ratios / count
@@ -47,7 +47,7 @@ def measure_scale(vae, examples):
     quiet = backend.process_index() != 0
     with Progress("measuring latents", len(examples), "images", delay=2.0, disable=quiet) as progress:
         for images in _image_batches(vae, examples):
-            latents = ops.convert_to_numpy(vae.encode(images_to_network(images)).mode()).astype("float64")
+            latents = ops.convert_to_numpy(vae.encode(images_to_unit(images)).mode()).astype("float64")
             count += latents.size
             total += latents.sum()
             squares += np.square(latents).sum()
@@ -56,11 +56,8 @@ def measure_scale(vae, examples):
 
 
 def _image_batches(vae, examples):
-    """Yield the images of examples in batches, uint8 `(n, h, w, 3)`, of a size that fits into memory."""
-    size = min(50, max(1, _PIXELS // vae.config.sample_size**2))
-    for start in range(0, len(examples), size):
-        indices = range(start, min(start + size, len(examples)))
-        yield np.stack([examples[index]["image"] for index in indices])
+    """Return the images of examples in batches of a size that fits into memory."""
+    return image_batches(examples, min(50, max(1, _PIXELS // vae.config.sample_size**2)))
 
 
 def train_autoencoder(

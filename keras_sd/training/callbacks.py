@@ -78,6 +78,36 @@ class StepCallback(keras.callbacks.Callback):
         """Handle the end of a step (for subclasses). `logs`: name → number, or scalar on the device."""
 
 
+class BufferedCallback(StepCallback):
+    """Collects the logs of several steps and calls `read` with them, as reading a log waits for the device.
+
+    Args:
+        initial_step: number of steps done before.
+        every: number of steps whose logs are read together.
+    """
+
+    def __init__(self, initial_step: int = 0, every: int = 10):
+        super().__init__(initial_step)
+        self.every = every
+        self._pending: list[tuple[int, Mapping]] = []
+
+    def on_step(self, logs):
+        self._pending.append((self.step, logs))
+        if len(self._pending) >= self.every:
+            self.flush()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.flush()
+
+    def flush(self) -> None:
+        """Read the logs collected so far."""
+        pending, self._pending = self._pending, []
+        self.read(pending)
+
+    def read(self, records: list[tuple[int, Mapping]]) -> None:
+        """Handle the logs of several steps (for subclasses): a list of (step, logs)."""
+
+
 class ProgressCallback(StepCallback):
     """A progress bar with images per second, smoothed loss and time left.
 
@@ -180,7 +210,7 @@ class CheckpointCallback(StepCallback):
         gather_state: Callable[[], tuple[dict, dict]],
         every: int,
         initial_step: int = 0,
-        flush_before: Sequence[StepCallback] = (),
+        flush_before: Sequence[BufferedCallback] = (),
         total_steps: int | None = None,
     ):
         super().__init__(initial_step)
@@ -203,52 +233,38 @@ class CheckpointCallback(StepCallback):
     def save(self) -> None:
         """Save the current state."""
         with interruption.phase(f"saving checkpoint-{self.step}"):
-            self._save()
-
-    def _save(self) -> None:
-        for callback in self.flush_before:
-            callback.flush()
-        backend.sync_state(self.model)
-        groups, position = self.gather_state()
-        for group, tensors in groups.items():
-            for name, tensor in tensors.items():
-                # A loss belongs to the weights before its step; the step itself may have broken them.
-                if not np.isfinite(tensor).all():
-                    raise diverged(f"{group}/{name} is not finite after step {self.step}", self.checkpoints)
-        if backend.process_index() == 0:
-            self.checkpoints.save(self.step, groups, position)
-        self._saved_step = self.step
+            for callback in self.flush_before:
+                callback.flush()
+            backend.sync_state(self.model)
+            groups, position = self.gather_state()
+            for group, tensors in groups.items():
+                for name, tensor in tensors.items():
+                    # A loss belongs to the weights before its step; the step itself may have broken them.
+                    if not np.isfinite(tensor).all():
+                        fault = f"{group}/{name} is not finite after step {self.step}"
+                        raise diverged(fault, self.checkpoints)
+            if backend.process_index() == 0:
+                self.checkpoints.save(self.step, groups, position)
+            self._saved_step = self.step
 
 
-class StopOnNonFiniteLoss(StepCallback):
+class StopOnNonFiniteLoss(BufferedCallback):
     """Stops at a NaN or infinite loss, with a UserError that names the step and the last good checkpoint.
 
     Args:
         checkpoints: `Checkpoints` of the run.
-        initial_step: number of steps done before.
-        every: number of steps whose losses are read together.
+        initial_step, every: as in `BufferedCallback`.
     """
 
     def __init__(self, checkpoints: Checkpoints, initial_step: int = 0, every: int = 10):
-        super().__init__(initial_step)
+        super().__init__(initial_step, every)
         self.checkpoints = checkpoints
-        self.every = every
-        self._pending = []
 
-    def on_step(self, logs):
-        self._pending.append((self.step, logs["loss"]))
-        if len(self._pending) >= self.every:
-            self.flush()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.flush()
-
-    def flush(self) -> None:
-        """Read the losses collected so far."""
-        pending, self._pending = self._pending, []
-        for step, loss in pending:
-            if not math.isfinite(float(loss)):
-                raise diverged(f"the loss is {float(loss)} at step {step}", self.checkpoints)
+    def read(self, records):
+        for step, logs in records:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise diverged(f"the loss is {loss} at step {step}", self.checkpoints)
 
 
 def diverged(fault: str, checkpoints: Checkpoints) -> UserError:

@@ -6,7 +6,6 @@ complete and on disk. The manifest holds the size and the SHA-256 of every file 
 later damage is detected.
 """
 
-import errno
 import hashlib
 import itertools
 import json
@@ -14,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from typing_extensions import TypedDict
 
-from keras_sd.errors import UserError
+from keras_sd.errors import FULL_DISK, UserError
 from keras_sd.files.json_files import MIB, parse_json, read_bytes, read_json, shape_fault, shown
+from keras_sd.files.writing import sync
+from keras_sd.training.run_folder import children
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -33,7 +34,6 @@ CONFIG = "config.json"
 POSITION = "position.json"
 _LARGEST_FILE = 64 * MIB
 _ANOTHER = "give another folder or 'latest'"
-FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _File(TypedDict):
@@ -148,7 +148,7 @@ class Checkpoints:
             UserError: a file is missing, damaged or of an unsupported version.
         """
         folder = Path(path)
-        manifest = _verify_for_user(folder)
+        manifest = _checked(_verify, folder)
         groups = {}
         for group, names in manifest["tensors"].items():
             tensors = _load_group(folder, group)
@@ -178,7 +178,7 @@ class Checkpoints:
                 folder = self.run_folder / request
             if not folder.is_dir():
                 raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
-            _verify_for_user(folder)
+            _checked(_verify, folder)
         self._check_config(folder)
         self._resumed = _read_manifest(folder)["step"], folder
         return folder
@@ -205,7 +205,7 @@ class Checkpoints:
             shutil.copymode(staging / CONFIG, _group_file(staging, group))
         files = sorted(staging.iterdir())
         for file in files:
-            _sync(file)
+            sync(file)
         manifest = {
             "version": FORMAT_VERSION,
             "step": step,
@@ -214,8 +214,8 @@ class Checkpoints:
             "tensors": {group: list(tensors) for group, tensors in groups.items()},
         }
         (staging / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
-        _sync(staging / MANIFEST)
-        _sync(staging)
+        sync(staging / MANIFEST)
+        sync(staging)
 
     def _set_aside(self, staging: Path, target: Path) -> None:
         """Rename newer checkpoints of an abandoned branch, and a foreign folder with the new one's name."""
@@ -246,7 +246,7 @@ class Checkpoints:
             replaced = self.run_folder / f".{target.name}.replaced"
             target.rename(replaced)
         staging.rename(target)
-        _sync(self.run_folder)
+        sync(self.run_folder)
         if replaced:
             shutil.rmtree(replaced, ignore_errors=True)
 
@@ -269,24 +269,24 @@ class Checkpoints:
 
     def _folders(self) -> list[tuple[int, Path]]:
         """Return (step, folder) of all checkpoints, the oldest first."""
-        found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in _children(self.run_folder)]
+        found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in children(self.run_folder)]
         return sorted((int(name[1]), path) for name, path in found if name)
 
     def _recover(self) -> None:
-        for path in _children(self.run_folder):
+        for path in children(self.run_folder):
             name = re.fullmatch(r"\.(checkpoint-\d+)\.replaced", path.name)
             if name and not (self.run_folder / name[1]).exists():
                 path.rename(self.run_folder / name[1])
 
     def _remove_leftovers(self) -> None:
-        for path in _children(self.run_folder):
+        for path in children(self.run_folder):
             if re.fullmatch(r"\.checkpoint-\d+\.(staging-\d+|replaced|removed)", path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def disk_fault(thing, error: OSError) -> str:
     """Return the message for a failed write: the thing, the fault and the remedy."""
-    remedy = "free some space" if error.errno in FULL_DISK_ERRORS else "make the folder writable"
+    remedy = "free some space" if error.errno in FULL_DISK else "make the folder writable"
     return f"{thing}: cannot be saved: {error.strerror}; {remedy} or choose another folder"
 
 
@@ -367,21 +367,17 @@ def _load_group(folder: Path, group: str) -> dict[str, np.ndarray]:
         raise UserError(f"{_group_file(folder, group)}: cannot be read ({fault}); {_ANOTHER}") from error
 
 
-def _verify_for_user(folder: Path) -> dict:
-    try:
-        return _verify(folder)
-    except InvalidCheckpoint as fault:
-        line = f"{folder}: not a valid checkpoint: {fault}; {_ANOTHER}"
-        raise UserError(line) from None
-
-
 def check_manifest(folder) -> None:
     """Raise a UserError if a folder has no valid manifest; its other files are not checked."""
+    _checked(_read_manifest, Path(folder))
+
+
+def _checked(check: Callable[[Path], dict], folder: Path) -> dict:
+    """Return the manifest that `_verify` or `_read_manifest` returns, or raise a UserError."""
     try:
-        _read_manifest(Path(folder))
+        return check(folder)
     except InvalidCheckpoint as fault:
-        line = f"{folder}: not a valid checkpoint: {fault}; {_ANOTHER}"
-        raise UserError(line) from None
+        raise UserError(f"{folder}: not a valid checkpoint: {fault}; {_ANOTHER}") from None
 
 
 def check_same_run(folder, values: Mapping) -> None:
@@ -413,7 +409,7 @@ def _is_valid(folder: Path) -> bool:
 
 
 def _same_checkpoint(staging: Path, target: Path) -> bool:
-    return _is_valid(target) and _read_text(staging / MANIFEST) == _read_text(target / MANIFEST)
+    return _is_valid(target) and (staging / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
 
 
 # The user's words for the keys of a run's config.
@@ -474,10 +470,6 @@ def _json_text(value, **options) -> str:
     return json.dumps(value, indent=1, **options) + "\n"
 
 
-def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8")  # no newline translation, which would hide damage
-
-
 def _group_file(folder: Path, group: str) -> Path:
     return folder / f"{group}.safetensors"
 
@@ -485,16 +477,3 @@ def _group_file(folder: Path, group: str) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _children(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []

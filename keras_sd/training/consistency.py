@@ -1,16 +1,17 @@
 """Latent consistency distillation (LCM, Luo et al., 2023) of LoRA weights: sampling in a few steps."""
 
+import functools
+
 import numpy as np
 from keras import ops
 
-from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion import spacing
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.training.lora import without_updates
 from keras_sd.training.losses import DiffusionObjective, at_timesteps
-from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 
 
@@ -124,18 +125,11 @@ def train_consistency(
     trainer = Trainer(
         ConsistencyObjective(unet, schedule, **distillation),
         settings,
-        {
-            "method": "lcm",
-            "model": unet.config.to_dict(),
-            "schedule": scheduler_config.noise_schedule(),
-            "data": fingerprint_of(source),
-            **distillation,
-            **(identity or {}),
-        },
+        diffusion_identity("lcm", unet, scheduler_config, source, **distillation) | (identity or {}),
     )
     return trainer.run(
         source,
-        lambda example, generator: consistency_example(example, generator, timesteps),
+        functools.partial(consistency_example, timesteps=timesteps),
         repeats=repeats,
         make_evaluation=make_evaluation,
         export=export,

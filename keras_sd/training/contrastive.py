@@ -6,9 +6,10 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.sources import fingerprint_of
+from keras_sd.data.sources import fingerprint_of, image_batches
 from keras_sd.models.image_encoder import ImageEncoder
-from keras_sd.training.losses import ContrastiveObjective, images_to_network
+from keras_sd.models.pixels import images_to_unit
+from keras_sd.training.losses import ContrastiveObjective
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
@@ -18,26 +19,22 @@ _SEEN = 500  # training examples that are measured besides the held-out ones
 
 def embed_images(image_encoder, examples, batch_size=100):
     """Return the embeddings of the images of examples: unit vectors `(n, projection_dim)`."""
-    embeddings = []
-    for start in range(0, len(examples), batch_size):
-        indices = range(start, min(start + batch_size, len(examples)))
-        images = np.stack([examples[index]["image"] for index in indices])
-        embeddings.append(ops.convert_to_numpy(image_encoder(images_to_network(images))))
-    return _normalized(np.concatenate(embeddings))
+    return _normalized(
+        image_encoder(images_to_unit(images)) for images in image_batches(examples, batch_size)
+    )
 
 
 def embed_captions(objective, token_ids, batch_size=200):
     """Return the embeddings of captions, given as token ids: unit vectors `(n, projection_dim)`."""
-    embeddings = [
-        ops.convert_to_numpy(
-            objective.text_projection(objective.text_encoder.pooled(token_ids[start : start + batch_size]))
-        )
+    return _normalized(
+        objective.text_projection(objective.text_encoder.pooled(token_ids[start : start + batch_size]))
         for start in range(0, len(token_ids), batch_size)
-    ]
-    return _normalized(np.concatenate(embeddings))
+    )
 
 
-def _normalized(vectors):
+def _normalized(batches):
+    """Return the vectors of all batches, divided by their lengths, as one array."""
+    vectors = np.concatenate([ops.convert_to_numpy(batch) for batch in batches])
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 

@@ -37,11 +37,7 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     Raises:
         UserError: the backend, the devices, the batch size or the processes do not allow it.
     """
-    processes = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
+    processes = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     address = _check_processes(kind, processes)
     if kind is None:
         return

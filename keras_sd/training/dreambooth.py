@@ -1,16 +1,17 @@
 """DreamBooth training (Ruiz et al., 2023): a model learns a subject from a few images."""
 
+import functools
+
 import numpy as np
 from tqdm import tqdm
 
 from keras_sd import backend
 from keras_sd.data.folders import FolderSource, count_images
-from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.files.image_files import save_png
 from keras_sd.training.encodings import EncodedSource, JoinedSource
 from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
-from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 
 
@@ -31,8 +32,7 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_inference_step
 
     Image i is generated from `seed` + i and written atomically as `class-i.png`, so a killed run can resume.
     All processes of a run generate together, as each has only a part of the devices. Each process writes the
-    images
-    that its folder lacks: the folder may be shared or separate for each host.
+    images that its folder lacks: the folder may be shared or separate for each host.
 
     Args:
         pipeline: the `StableDiffusion`, before training.
@@ -140,27 +140,23 @@ def train_dreambooth(
     trainer = Trainer(
         objective,
         settings,
-        {
-            "method": "dreambooth",
-            "model": pipeline.unet.config.to_dict(),
-            "schedule": pipeline.scheduler_config.noise_schedule(),
-            "data": fingerprint_of(encoded),
-            "class_images": len(others),
-            "prompts": [images[0]["captions"] for images in (instances, class_images) if len(images)],
-            "prior_loss_weight": prior_loss_weight if others else None,
-            "train_text_encoder": train_text_encoder,
-            "min_snr_gamma": min_snr_gamma,
-            **(identity or {}),
-        },
-    )
-
-    def draw(example, generator):
-        return dreambooth_example(
-            example,
-            generator,
-            others,
-            num_train_timesteps=schedule.num_train_timesteps,
-            condition=encoded.condition,
+        diffusion_identity(
+            "dreambooth",
+            pipeline.unet,
+            pipeline.scheduler_config,
+            encoded,
+            class_images=len(others),
+            prompts=[images[0]["captions"] for images in (instances, class_images) if len(images)],
+            prior_loss_weight=prior_loss_weight if others else None,
+            train_text_encoder=train_text_encoder,
+            min_snr_gamma=min_snr_gamma,
         )
-
+        | (identity or {}),
+    )
+    draw = functools.partial(
+        dreambooth_example,
+        class_examples=others,
+        num_train_timesteps=schedule.num_train_timesteps,
+        condition=encoded.condition,
+    )
     return trainer.run(subject, draw, make_evaluation=make_evaluation, export=export)

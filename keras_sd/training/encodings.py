@@ -12,10 +12,11 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.errors import UserError
+from keras_sd.models.batches import padded_indices
+from keras_sd.models.pixels import images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.losses import images_to_network
 from keras_sd.training.progress import Progress
 
 BATCH_SIZE = 4
@@ -60,7 +61,7 @@ class EncodedSource:
         self._fingerprint = _fingerprint_of(source)
         show = progress and backend.process_index() == 0
         batch_size = min(batch_size, len(source))
-        self.means, self.deviations, captions = self._encode_images(
+        self.means, self.standard_deviations, captions = self._encode_images(
             source,
             vae,
             batch_size,
@@ -84,7 +85,7 @@ class EncodedSource:
     def _encode_images(self, source, vae, batch_size, jit_compile, bar):
         """Return the means and the standard deviations of all latents, and the captions."""
         posterior = backend.jit(
-            lambda images: _scaled_moments(vae, images_to_network(images)), vae.variables, jit_compile
+            lambda images: _scaled_moments(vae, images_to_unit(images)), vae.variables, jit_compile
         )
         captions, names = [], []
         pixels = None if self._fingerprint else hashlib.sha256()
@@ -98,8 +99,8 @@ class EncodedSource:
                     pixels.update(images.data)
                 yield images
 
-        def check(start, means, deviations):
-            for index, moments in enumerate(zip(means, deviations, strict=True), start):
+        def check(start, means, standard_deviations):
+            for index, moments in enumerate(zip(means, standard_deviations, strict=True), start):
                 if not all(np.isfinite(array).all() for array in moments):
                     name = names[index] or f"image {index}"
                     raise UserError(
@@ -107,10 +108,10 @@ class EncodedSource:
                         "none), or another VAE"
                     )
 
-        means, deviations = _in_batches(posterior, batches(), batch_size, len(source), bar, check)
+        means, standard_deviations = _in_batches(posterior, batches(), batch_size, len(source), bar, check)
         if pixels:
             self._fingerprint = hashlib.sha256(f"{pixels.hexdigest()} {captions}".encode()).hexdigest()
-        return means, deviations, captions
+        return means, standard_deviations, captions
 
     def fingerprint(self) -> str:
         """Return a SHA-256, in hexadecimal, that identifies the encoded data.
@@ -123,7 +124,7 @@ class EncodedSource:
         """Return two sources: the first `count` examples, and the others."""
         parts = copy.copy(self), copy.copy(self)
         for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
-            part.means, part.deviations = self.means[place], self.deviations[place]
+            part.means, part.standard_deviations = self.means[place], self.standard_deviations[place]
             part._rows = self._rows[place]
             described = f"{self._fingerprint} {place.start} {place.stop}"
             part._fingerprint = hashlib.sha256(described.encode()).hexdigest()
@@ -133,11 +134,13 @@ class EncodedSource:
         return len(self.means)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Keys: mean and deviation of the scaled latents `(h, w, c)`, contexts `(n, tokens, width)` of the
-        captions and empty_context; `(n, tokens)` without a text encoder."""
+        """Keys: mean and standard_deviation of the scaled latents `(h, w, c)`, contexts and empty_context.
+
+        The contexts `(n, tokens, width)` are those of the captions; `(n, tokens)` without a text encoder.
+        """
         return {
             "mean": self.means[index],
-            "deviation": self.deviations[index],
+            "standard_deviation": self.standard_deviations[index],
             "contexts": self.contexts[self._rows[index]],
             "empty_context": self.contexts[0],
         }
@@ -189,9 +192,8 @@ def _in_batches(function, batches, batch_size, count, progress, check=None):
     whole, done = None, 0
     with progress:
         for batch in batches:
-            missing = batch_size - len(batch)
-            filled = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch
-            outputs = [ops.convert_to_numpy(output)[: len(batch)] for output in function(filled)]
+            padded = batch[padded_indices(0, batch_size, len(batch))]
+            outputs = [ops.convert_to_numpy(output)[: len(batch)] for output in function(padded)]
             if check:
                 check(done, *outputs)
             if whole is None:

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import parse_json
 from keras_sd.files.writing import replaced
-from keras_sd.training.callbacks import StepCallback
+from keras_sd.training.callbacks import BufferedCallback
 from keras_sd.training.checkpoints import disk_fault
 
 
@@ -26,7 +26,7 @@ class LogRecord(TypedDict):
     step: int
 
 
-class MetricsLog(StepCallback):
+class MetricsLog(BufferedCallback):
     """Writes the numbers of a run to `logs/metrics.jsonl` and to TensorBoard, and its images.
 
     As a callback it logs the results of every step. The model should return figures of the step's own batch
@@ -41,9 +41,7 @@ class MetricsLog(StepCallback):
     """
 
     def __init__(self, run_folder, initial_step: int = 0, every: int = 10):
-        super().__init__(initial_step)
-        self.every = every
-        self._pending = []
+        super().__init__(initial_step, every)
         self._initial_step = initial_step
         self._run_folder = Path(run_folder)
         folder = self._run_folder / "logs"
@@ -61,23 +59,10 @@ class MetricsLog(StepCallback):
         start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._write([], [Event(wall_time=now, file_version="brain.Event:2"), start])
 
-    def on_step(self, logs):
-        self._pending.append((self.step, logs))
-        if len(self._pending) >= self.every:
-            self.flush()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.flush()
-
-    def flush(self) -> None:
-        """Write the buffered steps."""
-        pending, self._pending = self._pending, []
-        self._log(pending)
-
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log name → number (or scalar on the device) as one line."""
         self.flush()
-        self._log([(step, values)])
+        self.read([(step, values)])
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write a uint8 (height, width, 3) image to TensorBoard and to `name/step-N.png`."""
@@ -92,7 +77,8 @@ class MetricsLog(StepCallback):
         value.image.encoded_image_string = encoded.getvalue()
         self._write([], [event])
 
-    def _log(self, records: list) -> None:
+    def read(self, records):
+        """Write the numbers of several steps."""
         lines, events = [], []
         now = time.time()
         for step, values in records:
@@ -140,10 +126,10 @@ class MetricsLog(StepCallback):
         return names
 
 
-class SilentLog(StepCallback):
+class SilentLog(BufferedCallback):
     """A `MetricsLog` that writes nothing, for all processes but the one that writes the files."""
 
-    def flush(self) -> None:
+    def on_step(self, logs):
         """Do nothing."""
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -51,7 +51,8 @@ def add_lora(model: UNet | TextEncoder, rank: int, alpha: float, *, everywhere: 
         for parameter in parameter_paths(model)
         if parameter.variable.name == "kernel" and isinstance(parameter.layer, LowRankUpdate)
     }
-    adapted = [layer for name, layer in layers.items() if f".{name}".endswith(_suffixes(targets))]
+    endings = tuple(f".{target}" for target in targets)
+    adapted = [layer for name, layer in layers.items() if f".{name}".endswith(endings)]
     if not adapted:
         raise UserError("LoRA: the model has no attention to put it on; train all layers or the full model")
     freeze(model)
@@ -85,10 +86,6 @@ def freeze(model):
 def lora_tensors(model):
     """Return the updates' tensors under PEFT's names, in torch layout, as a dictionary of NumPy arrays."""
     return {name: tensor for name, tensor in torch_state(model).items() if ".lora_" in name}
-
-
-def _suffixes(targets):
-    return tuple(f".{target}" for target in targets)
 
 
 def save_lora(folder: Path, models: dict[str, Any], alpha: float) -> None:

@@ -16,6 +16,7 @@ from keras_sd.diffusion import prediction
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.layers import dense
+from keras_sd.models.pixels import images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 
@@ -48,11 +49,6 @@ class Objective(keras.Model):
         if self.train_function is None or force:
             super().make_train_function(force=True)
             self.train_function = backend.with_eager_input(self.train_function)
-
-
-def images_to_network(images):
-    """Convert uint8 images to float32 in [-1, 1]."""
-    return ops.cast(images, "float32") / 127.5 - 1.0
 
 
 def at_timesteps(table, timesteps):
@@ -108,7 +104,7 @@ class DiffusionObjective(Objective):
     def call(self, batch: dict[str, Any]) -> Tensor:
         samples = batch["samples"]
         if keras.backend.standardize_dtype(samples.dtype) == "uint8":
-            samples = images_to_network(samples)
+            samples = images_to_unit(samples)
         timesteps, noise = batch["timesteps"], batch["noise"]
         signal_rate, noise_rate, weight = (
             at_timesteps(table, timesteps)
@@ -163,7 +159,7 @@ class AutoencoderObjective(Objective):
         self.kl_weight = kl_weight
 
     def call(self, batch):
-        images = images_to_network(batch["images"])
+        images = images_to_unit(batch["images"])
         posterior = self.vae.encode(images)
         errors = self.vae.decode(posterior.sample(batch["noise"])) - images
         reconstruction = ops.mean(ops.abs(errors) + 2.0 * ops.square(errors), axis=(1, 2, 3))
@@ -188,7 +184,7 @@ class ContrastiveObjective(Objective):
         )
 
     def call(self, batch):
-        images = self.image_encoder(images_to_network(batch["images"]))
+        images = self.image_encoder(images_to_unit(batch["images"]))
         captions = self.text_projection(self.text_encoder.pooled(batch["token_ids"]))
         images, captions = (
             ops.normalize(ops.cast(vectors, "float32"), axis=-1) for vectors in (images, captions)

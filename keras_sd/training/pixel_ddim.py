@@ -3,12 +3,13 @@
 import numpy as np
 
 from keras_sd.arguments import Images
-from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.models.batches import equal_batches
 from keras_sd.models.pixels import images_from_unit
 from keras_sd.models.unet import UNet
 from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import SCHEDULER, write_part, write_scheduler
 from keras_sd.weights.rules import torch_state
@@ -21,8 +22,8 @@ def sample_images(
     config = denoiser.unet.config
     shape = (config.sample_size, config.sample_size, config.in_channels)
     images = []
-    for start in range(0, count, batch_size):
-        noise = NoiseStreams(range(seed + start, seed + start + batch_size)).draw(shape)
+    for batch in equal_batches(count, batch_size):
+        noise = NoiseStreams(seed + index for index in batch.tolist()).draw(shape)
         for denoised in denoiser.steps(noise, num_inference_steps=num_inference_steps):
             samples = denoised.latents
         images.append(images_from_unit(samples))
@@ -53,14 +54,7 @@ def train_pixel_ddim(
     trainer = Trainer(
         DiffusionObjective(unet, schedule, min_snr_gamma),
         settings,
-        {
-            "method": "ddim",
-            "model": config.to_dict(),
-            "schedule": scheduler_config.noise_schedule(),
-            "data": fingerprint_of(source),
-            "min_snr_gamma": min_snr_gamma,
-            "flip": flip,
-        },
+        diffusion_identity("ddim", unet, scheduler_config, source, min_snr_gamma=min_snr_gamma, flip=flip),
     )
 
     def draw(example, generator):

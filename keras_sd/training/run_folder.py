@@ -90,7 +90,7 @@ interruption.before_abrupt_exit(_release_all)
 
 
 def _check_new(folder):
-    if any(_CHECKPOINT.fullmatch(path.name) for path in _children(folder)):
+    if any(_CHECKPOINT.fullmatch(path.name) for path in children(folder)):
         raise UserError(
             f"{folder}: holds checkpoints of an earlier run; "
             "continue with `resume_from_checkpoint='latest'` or choose another `output_dir`"
@@ -112,7 +112,7 @@ def find_checkpoint(output_dir, request):
     folder = Path(output_dir)
     if request == "latest":
         found = []
-        for path in _children(folder):
+        for path in children(folder):
             name = path.name.removeprefix(".").removesuffix(".replaced")
             if _CHECKPOINT.fullmatch(name):
                 with contextlib.suppress(UserError):
@@ -131,7 +131,8 @@ def find_checkpoint(output_dir, request):
     raise UserError(f"{request}: no such checkpoint folder; give its path or 'latest'")
 
 
-def _children(folder):
+def children(folder):
+    """Return the paths in a folder; none if there is no such folder."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 

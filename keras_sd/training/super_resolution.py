@@ -4,16 +4,18 @@ The method is that of Saharia et al., "Image Super-Resolution via Iterative Refi
 on the degraded image, with its level as a label, follows Ho et al., "Cascaded Diffusion Models", 2022.
 """
 
+import functools
+
 import numpy as np
 from PIL import Image, ImageFilter
 
-from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_to_unit, resized
 from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
 
 # Filters by which images from any source may have been shrunk.
@@ -125,27 +127,23 @@ def train_super_resolution(
     trainer = Trainer(
         DiffusionObjective(unet, schedule, min_snr_gamma),
         settings,
-        {
-            "method": "super-resolution",
-            "model": unet.config.to_dict(),
-            "schedule": upscaler.scheduler_config.noise_schedule(),
-            "low_res_schedule": upscaler.low_res_scheduler_config.noise_schedule(),
-            "data": fingerprint_of(source),
-            "factor": factor,
-            "crop": crop,
-            "min_snr_gamma": min_snr_gamma,
-        },
-    )
-
-    def draw(example, generator):
-        return upscaling_example(
-            example,
-            generator,
-            schedule=schedule,
-            low_res_schedule=low_res_schedule,
-            noise_levels=unet.config.num_class_embeds,
+        diffusion_identity(
+            "super-resolution",
+            unet,
+            upscaler.scheduler_config,
+            source,
+            low_res_schedule=upscaler.low_res_scheduler_config.noise_schedule(),
             factor=factor,
             crop=crop,
-        )
-
+            min_snr_gamma=min_snr_gamma,
+        ),
+    )
+    draw = functools.partial(
+        upscaling_example,
+        schedule=schedule,
+        low_res_schedule=low_res_schedule,
+        noise_levels=unet.config.num_class_embeds,
+        factor=factor,
+        crop=crop,
+    )
     return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=upscaler.save)

@@ -1,5 +1,6 @@
 """Training of the text-to-image UNet on latents (Rombach et al., 2022): all weights, or LoRA."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def diffusion_example(
         return generator.standard_normal(shape, dtype="float32")
 
     drawn = {
-        "samples": mean + example["deviation"] * normal(*mean.shape),
+        "samples": mean + example["standard_deviation"] * normal(*mean.shape),
         "noise": normal(*mean.shape),
         "timesteps": np.int32(generator.integers(num_train_timesteps)),
         condition: example["empty_context"] if dropped else contexts[choice],
@@ -61,6 +62,23 @@ def diffusion_example(
     if input_perturbation:
         drawn["input_noise"] = drawn["noise"] + np.float32(input_perturbation) * normal(*mean.shape)
     return drawn
+
+
+def diffusion_identity(method, unet, scheduler_config, source, **values):
+    """Return the JSON values that a run of a diffusion model shares with the run that resumes it.
+
+    Args:
+        method: the training method's name.
+        unet, scheduler_config, source: as in `train_text_to_image`.
+        values: the method's own values.
+    """
+    return {
+        "method": method,
+        "model": unet.config.to_dict(),
+        "schedule": scheduler_config.noise_schedule(),
+        "data": fingerprint_of(source),
+        **values,
+    }
 
 
 def train_text_to_image(
@@ -99,24 +117,15 @@ def train_text_to_image(
     trainer = Trainer(
         DiffusionObjective(unet, schedule, min_snr_gamma, text_encoder),
         settings,
-        {
-            "method": "text-to-image",
-            "model": unet.config.to_dict(),
-            "schedule": scheduler_config.noise_schedule(),
-            "data": fingerprint_of(source),
-            "min_snr_gamma": min_snr_gamma,
-            **drawing,
-            **(identity or {}),
-        },
-    )
-
-    def draw(example, generator):
-        return diffusion_example(
-            example,
-            generator,
-            num_train_timesteps=schedule.num_train_timesteps,
-            condition=source.condition,
-            **drawing,
+        diffusion_identity(
+            "text-to-image", unet, scheduler_config, source, min_snr_gamma=min_snr_gamma, **drawing
         )
-
+        | (identity or {}),
+    )
+    draw = functools.partial(
+        diffusion_example,
+        num_train_timesteps=schedule.num_train_timesteps,
+        condition=source.condition,
+        **drawing,
+    )
     return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)

@@ -1,16 +1,17 @@
 """Training of textual inversion (Gal et al., 2023): learns the embedding of a new token from a few images."""
 
+import functools
+
 import numpy as np
 from keras import ops
 
-from keras_sd.data.sources import fingerprint_of
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import freeze
 from keras_sd.training.losses import DiffusionObjective
-from keras_sd.training.text_to_image import diffusion_example
+from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.embedding_files import DIFFUSERS_FILE, write_embeddings
 
@@ -130,27 +131,24 @@ def train_textual_inversion(
     trainer = Trainer(
         DiffusionObjective(pipeline.unet, schedule, min_snr_gamma, text_encoder),
         settings,
-        {
-            "method": "textual-inversion",
-            "model": pipeline.unet.config.to_dict(),
-            "schedule": pipeline.scheduler_config.noise_schedule(),
-            "data": fingerprint_of(encoded),
-            "tokens": vector_names(placeholder_token, num_vectors),
-            "initializer_token": initializer_token,
-            "learnable_property": learnable_property,
-            "min_snr_gamma": min_snr_gamma,
-            **(identity or {}),
-        },
-    )
-
-    def draw(example, generator):
-        return inversion_example(
-            example,
-            generator,
-            captions,
-            num_train_timesteps=schedule.num_train_timesteps,
-            condition=encoded.condition,
+        diffusion_identity(
+            "textual-inversion",
+            pipeline.unet,
+            pipeline.scheduler_config,
+            encoded,
+            tokens=vector_names(placeholder_token, num_vectors),
+            initializer_token=initializer_token,
+            learnable_property=learnable_property,
+            min_snr_gamma=min_snr_gamma,
         )
+        | (identity or {}),
+    )
+    draw = functools.partial(
+        inversion_example,
+        captions=captions,
+        num_train_timesteps=schedule.num_train_timesteps,
+        condition=encoded.condition,
+    )
 
     def export(folder):
         save_embedding(folder, placeholder_token, ops.convert_to_numpy(learned))

@@ -9,8 +9,9 @@ from keras import ops
 
 from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
-from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract, resize, to_unit_range
+from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract, resize
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.pixels import images_to_unit
 from keras_sd.weights.readers import read_checkpoint
 
 TINY = ImageEncoderConfig(
@@ -43,8 +44,9 @@ def test_resize_takes_rectangles():
 
 def test_range_is_that_of_the_networks():
     images = np.array([0, 255], "uint8")[:, None, None, None] * np.ones((1, 8, 8, 3), "uint8")
-    unit = ops.convert_to_numpy(to_unit_range(images, 8))
+    unit = ops.convert_to_numpy(images_to_unit(ops.convert_to_tensor(images)))
     assert unit.dtype == np.float32
+    np.testing.assert_array_equal(unit, images_to_unit(images))  # of an array, the same numbers
     assert unit[0].min() == unit[0].max() == -1.0
     assert unit[1].min() == unit[1].max() == 1.0
 

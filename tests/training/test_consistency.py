@@ -70,7 +70,7 @@ def command(folder, output, *options):
 def test_examples_are_those_of_diffusion_at_the_steps_of_the_teacher():
     example = {
         "mean": np.zeros(SHAPE, "float32"),
-        "deviation": np.ones(SHAPE, "float32"),
+        "standard_deviation": np.ones(SHAPE, "float32"),
         "contexts": np.ones((1, 12, 16), "float32"),
         "empty_context": np.zeros((12, 16), "float32"),
     }

@@ -66,7 +66,7 @@ def encoded_example(value):
     """An encoded image all of whose numbers are `value`, without a spread."""
     return {
         "mean": np.full((4, 4, 4), value, "float32"),
-        "deviation": np.zeros((4, 4, 4), "float32"),
+        "standard_deviation": np.zeros((4, 4, 4), "float32"),
         "contexts": np.full((1, 12, 16), value, "float32"),
         "empty_context": np.full((12, 16), -1, "float32"),
     }

@@ -3,30 +3,22 @@
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 
+# Of both transformers.
+_SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
+
 # Images have 64 x 64 x 3 pixels, latents 8 x 8 x 16.
 EMOJI_TEXT_ENCODER = TextEncoderConfig(
     vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=512,
     num_hidden_layers=4,
-    num_attention_heads=4,
     max_position_embeddings=32,
-    projection_dim=128,
     bos_token_id=2046,
     eos_token_id=2047,
     pad_token_id=2047,
+    **_SIZES,
 )
 
 
-EMOJI_IMAGE_ENCODER = ImageEncoderConfig(
-    image_size=64,
-    patch_size=16,
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    projection_dim=128,
-)
+EMOJI_IMAGE_ENCODER = ImageEncoderConfig(image_size=64, patch_size=16, num_hidden_layers=3, **_SIZES)
 
 
 EMOJI_VAE = VAEConfig(

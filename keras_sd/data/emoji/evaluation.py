@@ -20,6 +20,7 @@ from keras_sd.errors import UserError
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
+from keras_sd.models.batches import equal_batches
 
 IMAGE_SIZE = 64
 TRAINING_PROMPTS = 200
@@ -66,7 +67,8 @@ def evaluate_emoji(
         pipeline: a `keras_sd.StableDiffusion` with an image encoder.
         num_inference_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler; the
             guidance scale is the model's own by default. Image i is drawn from `seed` + i.
-        batch_size: prompts per call; every call has this size, so that sampling is compiled once.
+        batch_size: the largest number of prompts per call; all calls are of one size, so that sampling is
+            compiled once.
         progress: callable (iterable, description) -> iterable, such as a progress bar.
 
     Returns:
@@ -107,9 +109,9 @@ def evaluate_emoji(
 
     def generate(indices, description):
         prompts = [emoji[i].captions[0] for i in indices]
-        starts = progress(range(0, len(prompts), batch_size), description)
-        batches = [generate_batch(pipeline, prompts, start, batch_size, seed, options) for start in starts]
-        return np.concatenate(batches)
+        batches = progress(equal_batches(len(prompts), batch_size), description)
+        images = [generate_batch(pipeline, prompts, batch, seed, options) for batch in batches]
+        return np.concatenate(images)[: len(prompts)]
 
     from_training = generate(prompted, "training prompts")
     from_held_out = generate(held_out, "held-out prompts")
@@ -168,11 +170,13 @@ def by_hash(emoji, indices, salt):
     return np.array(sorted(indices, key=key))
 
 
-def generate_batch(pipeline, prompts, start, size, seed, options):
-    """Generate the images of `size` prompts from `start` on, or of those left: uint8 (n, h, w, 3)."""
-    batch = prompts[start : start + size]
-    filled = batch + batch[-1:] * (size - len(batch))
-    return pipeline.text_to_image(filled, seed=seed + start, progress=False, **options)[: len(batch)]
+def generate_batch(pipeline, prompts, batch, seed, options):
+    """Return the images of the prompts at the indices `batch`, uint8 (n, h, w, 3).
+
+    Image i has `seed` + i. At the end of `batch` the last index may be repeated (`models.batches`).
+    """
+    chosen = [prompts[index] for index in batch]
+    return pipeline.text_to_image(chosen, seed=seed + int(batch[0]), progress=False, **options)
 
 
 def held_out_rates(emoji, images, held_out, generated):
