@@ -1,4 +1,4 @@
-"""Tells captions that people wrote or edited from captions that this package generated.
+"""Distinguishes captions that people wrote or edited from captions that this package generated.
 
 `.captions/written.json` keeps a digest of every caption that this package wrote. A caption with another
 digest, or with none, was written by hand. That holds for captions in `metadata.jsonl`, for the text file
@@ -135,8 +135,10 @@ def read_lines(path):
         UserError: a line names no image, or an image has two lines.
     """
     remedy = "correct it, or replace the captions with `overwrite=True`"
+    if not path.exists():
+        return {}
     lines = {}
-    for number, line in enumerate(_lines_of(path, remedy), start=1):
+    for number, line in enumerate(json_files.read_lines(path, remedy), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -146,13 +148,6 @@ def read_lines(path):
             raise UserError(f"{path}, line {number}: second caption for {name!r}; {remedy}")
         lines[name] = line.strip()
     return lines
-
-
-def _lines_of(path, remedy):
-    try:
-        yield from json_files.read_lines(path, remedy)
-    except FileNotFoundError:
-        return
 
 
 def text_path(folder, name):

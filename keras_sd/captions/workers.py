@@ -18,7 +18,7 @@ _INTERVAL = 0.5
 
 
 def devices(text="auto"):
-    """Devices by name.
+    """Return the names of torch devices.
 
     Args:
         text: names separated by commas; a name may occur several times. "all" is every GPU, "auto" the first

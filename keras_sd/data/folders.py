@@ -29,22 +29,8 @@ _OTHER_IMAGES = {
 # Suffixes of other files beside images: captions, tables, side-cars, caches, notes.
 _COMPANIONS = {
     *(".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".xml"),
-    *(
-        ".xmp",
-        ".aae",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".md",
-        ".rst",
-        ".html",
-        ".log",
-        ".ini",
-        ".db",
-        ".npz",
-        ".npy",
-    ),
-    *(".safetensors", ".py", ".lock"),
+    *(".xmp", ".aae", ".yaml", ".yml", ".toml", ".md", ".rst", ".html", ".log", ".ini", ".db", ".npz"),
+    *(".npy", ".safetensors", ".py", ".lock"),
 }
 # Files that every training run writes before its first sample image; only the command writes the first.
 _RUN_SIGNS = ("run.json", "logs/metrics.jsonl")
@@ -81,7 +67,7 @@ class FolderSource:
         # One warning for all images with damaged EXIF, whether found here or while reading.
         self._damaged = [path for path in captions if not check_image(path)]
         if self._damaged:
-            self._tell_damaged()
+            self._warn_of_damaged()
         self._examples = [(path, captions[path]) for path in images if path in captions]
 
     def __len__(self) -> int:
@@ -96,9 +82,9 @@ class FolderSource:
     def _damage_found(self, path: Path) -> None:
         if not self._damaged:
             self._damaged.append(path)
-            self._tell_damaged()
+            self._warn_of_damaged()
 
-    def _tell_damaged(self) -> None:
+    def _warn_of_damaged(self) -> None:
         first = self._damaged[0].relative_to(self.folder)
         _warn_once(
             f"{self.folder}: images with a damaged EXIF block are not rotated: "
@@ -153,7 +139,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | None = None) -> list[Path]:
+def image_paths(folder: Path, on_error: Callable[[Path, UserError], None] | None = None) -> list[Path]:
     """Return the paths of the images below a folder, sorted by name, without hidden ones and `validation`.
 
     Images that training runs wrote are left out with a warning. A sub-folder that is a symbolic link is an
@@ -162,18 +148,18 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
     warning that counts and names them.
 
     Args:
-        pass_over: called with the path and the UserError of each image or link that leads out of the folder;
+        on_error: called with the path and the UserError of each image or link that leads out of the folder;
             the path is then left out.
 
     Raises:
-        UserError: there is no such folder or no image in it, or, without `pass_over`, a path leads out of it.
+        UserError: there is no such folder or no image in it, or, without `on_error`, a path leads out of it.
     """
     if not folder.is_dir():
         raise no_folder(folder)
     paths, left_out = [], collections.defaultdict(list)
     for path in _without_runs(folder, sorted(folder.rglob("*"))):
         parts = path.relative_to(folder).parts
-        if _is_passed_over(parts):
+        if _is_excluded(parts):
             continue
         try:
             if path.is_symlink() and path.is_dir():
@@ -183,9 +169,9 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
             elif path.suffix and path.suffix.lower() not in _COMPANIONS and path.is_file():
                 left_out[path.suffix.lower()].append(parts)
         except UserError as error:
-            if pass_over is None:
+            if on_error is None:
                 raise
-            pass_over(path, error)
+            on_error(path, error)
     if not paths:
         only = f" that are read, but {_listed(left_out)}" if left_out else ""
         raise UserError(f"{folder}: no images in this folder{only}; add PNG, JPEG, WebP or BMP files")
@@ -196,7 +182,7 @@ def image_paths(folder: Path, pass_over: Callable[[Path, UserError], None] | Non
     return paths
 
 
-def _is_passed_over(parts: tuple[str, ...]) -> bool:
+def _is_excluded(parts: tuple[str, ...]) -> bool:
     """Return whether a relative path is in `validation`, hidden, or an operating system's side-car."""
     return parts[:1] == ("validation",) or any(part.startswith((".", "@eaDir", "__MACOSX")) for part in parts)
 
@@ -223,7 +209,7 @@ def _is_run(folder: Path) -> bool:
 def _check_linked_folder(path: Path, folder: Path) -> None:
     """Raise a UserError for a link to a folder of images, unless that folder lies in `folder` as well."""
     place, whole = path.resolve(), folder.resolve()
-    if place.is_relative_to(whole) and not _is_passed_over(place.relative_to(whole).parts):
+    if place.is_relative_to(whole) and not _is_excluded(place.relative_to(whole).parts):
         return
     if _holds_images(path):
         name = str(path.relative_to(folder))

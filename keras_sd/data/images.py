@@ -70,7 +70,7 @@ def check_image(path: Path) -> bool:
     Raises:
         UserError: not a file, not readable, another format, too large, too small, or truncated.
     """
-    with _open(path) as image, _damage_told(path):
+    with _open(path) as image, _damage_as_user_error(path):
         is_upright = _orientation(image) is not None
         if image.format == "PNG":
             image.verify()  # every chunk and its checksum
@@ -79,48 +79,43 @@ def check_image(path: Path) -> bool:
     return is_upright
 
 
-def read_square(path: Path, size: int, tell: Callable[[Path], None] | None = None) -> np.ndarray:
+def read_square(path: Path, size: int, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:
     """Return the centre square of an image, uint8 (size, size, 3), upright, transparency on white.
 
     Args:
-        tell: called with the path if the EXIF block is damaged, so that the image is not rotated. None warns.
+        on_damage: called with the path if the EXIF block is damaged, so that the image is not rotated. By
+            default there is a warning.
 
     Raises:
         UserError: as `check_image`.
     """
-    with _open(path) as image, _damage_told(path):
-        return square(_upright(image, path, tell, (size, size)), size)
+    with _open(path) as image, _damage_as_user_error(path):
+        return square(_upright(image, path, (size, size), on_damage), size)
 
 
 def read_image(
-    path: Path,
-    size: tuple[int, int] | None = None,
-    tell: Callable[[Path], None] | None = None,
-    smallest_side: int | None = None,
+    path: Path, size: tuple[int, int] | None = None, smallest_side: int | None = None
 ) -> np.ndarray:
     """Return the whole image as uint8 (height, width, 3), upright, transparency on white.
 
     Args:
         size: (height, width) to resize to with Lanczos; None keeps the size.
-        tell: as in `read_square`.
         smallest_side: allows a very large image to be reduced, with both sides at least this long.
 
     Raises:
         UserError: as `check_image`, or a very large image is to be read at its own size.
     """
     wanted = size or (smallest_side and (smallest_side, smallest_side))
-    with _open(path) as image, _damage_told(path):
+    with _open(path) as image, _damage_as_user_error(path):
         if wanted is None:
             _check_pixels(image, path, _BYTES_WHOLE)
-        image = _on_white(_upright(image, path, tell, wanted))
+        image = _on_white(_upright(image, path, wanted))
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
-def read_mask(
-    path: Path, size: tuple[int, int] | None = None, tell: Callable[[Path], None] | None = None
-) -> np.ndarray:
+def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Return an image as a mask, bool (height, width): True where it is white, from 128 of 255.
 
     Transparent pixels are False. People also paint in other colours on a transparent layer: if no opaque
@@ -129,14 +124,13 @@ def read_mask(
     Args:
         size: (height, width) to resize to; a pixel is True if any part of it is white, so that thin lines
             survive.
-        tell: as in `read_square`.
 
     Raises:
         UserError: as `check_image`, or no pixel is white.
     """
-    with _open(path) as image, _damage_told(path):
+    with _open(path) as image, _damage_as_user_error(path):
         _check_pixels(image, path, _BYTES_WHOLE)
-        image = _in_eight_bits(_upright(image, path, tell))
+        image = _in_eight_bits(_upright(image, path))
         opaque = np.ones(image.size[::-1], bool)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -203,8 +197,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     """Return the image in 8 bits of RGB, transparency on white."""
     image = _in_eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return _composed(image)
+        return _composed(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -220,7 +213,7 @@ def _composed(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path) -> Iterator[None]:
     """Turn Pillow's many exceptions for damaged files into a `UserError`."""
     try:
         yield
@@ -229,7 +222,7 @@ def _damage_told(path: Path) -> Iterator[None]:
     except Exception as error:
         if getattr(error, "errno", None):
             raise _unreadable(path, error) from error
-        raise _truncated(path) from error
+        raise UserError(f"{path}: truncated or damaged image; replace the file") from error
 
 
 @contextlib.contextmanager
@@ -243,10 +236,10 @@ def _pillow_silent() -> Iterator[None]:
 def _upright(
     image: Image.Image,
     path: Path,
-    tell: Callable[[Path], None] | None,
     wanted: tuple[int, int] | None = None,
+    on_damage: Callable[[Path], None] | None = None,
 ) -> Image.Image:
-    """Return the image rotated by its EXIF orientation; unrotated, with a report, if its EXIF is damaged."""
+    """Return the image rotated by its EXIF orientation; unrotated, with a warning, if its EXIF is damaged."""
     factor = _reduction(image, wanted)
     if factor > 1:
         image.draft(None, (image.width // factor, image.height // factor))  # only has an effect on JPEGs
@@ -254,7 +247,7 @@ def _upright(
     image.load()
     orientation = _orientation(image)
     if orientation is None:
-        (tell or _warn_of_exif)(path)
+        (on_damage or _warn_of_exif)(path)
     if factor > 1:
         image = (image if image.mode in _REDUCIBLE else image.convert("RGBA")).reduce(factor)
     return image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
@@ -275,7 +268,7 @@ def _warn_of_exif(path: Path) -> None:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """EXIF's orientation, from 1 to 8, or None if there is a block of EXIF that cannot be read."""
+    """Return EXIF's orientation, from 1 to 8, or None if there is an EXIF block that cannot be read."""
     with _pillow_silent():
         try:
             # The base class's method: that of PNG decodes the whole image to read the chunks after it.
@@ -304,7 +297,7 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path}: not an image; replace it by {wanted}")
     if found not in FORMATS:
         raise UserError(f"{path}: holds {found}, which is not read; convert it to {wanted}")
-    with _damage_told(path), _pillow_silent():
+    with _damage_as_user_error(path), _pillow_silent():
         # Each of these reads the header only. `Image.open` has another pixel limit, and opens the second
         # image that phones append to a JPEG (MPO).
         image = _READERS[found](path)
@@ -354,7 +347,3 @@ def _has_end(path: Path, image: Image.Image) -> bool:
 
 def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be read ({error.strerror}); make it readable")
-
-
-def _truncated(path: Path) -> UserError:
-    return UserError(f"{path}: truncated or damaged image; replace the file")

@@ -60,7 +60,7 @@ def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path, kind, suffix):
     ] * 2
     assert np.abs(whole.astype(int) - gradient()).mean() < 8 and square.shape == (30, 30, 3)
     named = []
-    read_square(path, 16, tell=named.append)
+    read_square(path, 16, on_damage=named.append)
     assert named == [path]
 
 
