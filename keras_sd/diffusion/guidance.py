@@ -42,7 +42,7 @@ def guided_prediction(
     """Return the UNet's prediction with classifier-free guidance.
 
     The UNet is called once: on the doubled batch if there is a negative context, otherwise on the batch
-        itself.
+    itself.
 
     Args:
         unet: called on `[latents, timesteps]` or `[latents, timesteps, context]`.

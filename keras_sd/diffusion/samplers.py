@@ -1,8 +1,7 @@
 """The samplers by name, and the sampler that a model's own file describes.
 
 A sampler is a scheduler class of diffusers with its options: those that the name fixes, and otherwise those
-    of
-the model's file. Its function yields rows of weights, one for each evaluation of the network (`rows`; the
+of the model's file. Its function yields rows of weights, one for each evaluation of the network (`rows`; the
 functions are in `discrete`, `k_diffusion` and `solvers`).
 
 This module needs no backend.
@@ -49,13 +48,8 @@ def _k_diffusion(rows: Callable, rounds_karras_timesteps: bool = False, **limits
     return Method(spacing.k_diffusion_steps, rows, starts_at_sigma=True, more=more, **limits)
 
 
-def _solver(
-    rows: Callable, *, keeps_cosine_timesteps: bool = False, ends_at_last_sigma: bool = False, **more: Any
-) -> Method:
-    more |= {
-        "keeps_cosine_timesteps": keeps_cosine_timesteps,
-        "ends_at_last_sigma": ends_at_last_sigma,
-    }
+def _solver(rows: Callable, **more: Any) -> Method:
+    more = {"keeps_cosine_timesteps": False, "ends_at_last_sigma": False} | more
     return Method(spacing.solver_steps, rows, thresholds=True, more=more)
 
 

@@ -15,9 +15,7 @@ _WITHOUT_OPTION = {
     "clip_sample": False,
 }
 
-
 _MOST_TIMESTEPS = 100_000
-
 
 _KEPT = ("published", "repairs")  # fields of `SchedulerConfig` that are not keys of the file
 
@@ -32,10 +30,7 @@ class SchedulerConfig(Config):
     """
 
     json_header: ClassVar[dict] = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.35.0"}
-    computed: ClassVar[dict] = {
-        "_class_name": tuple(OPTIONS),
-        "use_flow_sigmas": (False, None),
-    }
+    computed: ClassVar[dict] = {"_class_name": tuple(OPTIONS), "use_flow_sigmas": (False, None)}
     sizes: ClassVar[tuple] = ("num_train_timesteps",)
 
     num_train_timesteps: int = 1000

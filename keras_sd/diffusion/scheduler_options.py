@@ -102,13 +102,13 @@ OPTIONS = {
     | {"final_sigmas_type": "zero", "disable_corrector": [], "solver_p": None, "shift_terminal": None},
 }
 
+_DPM_SOLVERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+
 # Values of other classes that a class replaces by one of its own, as diffusers does.
 _SYNONYMS = {
-    ("DPMSolverMultistepScheduler", "algorithm_type"): {"deis": "dpmsolver++"},
-    ("DPMSolverSinglestepScheduler", "algorithm_type"): {"deis": "dpmsolver++"},
+    **{(name, "algorithm_type"): {"deis": "dpmsolver++"} for name in _DPM_SOLVERS},
     ("DEISMultistepScheduler", "algorithm_type"): dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
-    ("DPMSolverMultistepScheduler", "solver_type"): dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
-    ("DPMSolverSinglestepScheduler", "solver_type"): dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    **{(name, "solver_type"): dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint") for name in _DPM_SOLVERS},
     ("DEISMultistepScheduler", "solver_type"): dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     ("UniPCMultistepScheduler", "solver_type"): dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
     ("DDPMScheduler", "variance_type"): {"fixed_small_log": "fixed_small"},  # the same in another form
@@ -131,7 +131,7 @@ def _one_of(*values, reason=""):
     return Rule(accepts, " or ".join(", ".join(names).rsplit(", ", 1)), reason)
 
 
-def _checked_elsewhere(expected, reason=""):
+def _any(expected, reason=""):
     return Rule(lambda value: True, expected, reason)
 
 
@@ -143,7 +143,6 @@ def _is_whole(value, least=0):
     return type(value) is int and least <= value < 2**31
 
 
-_ANY = Rule(lambda value: True, "any value")
 _SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
 _POSITIVE = Rule(lambda value: _is_number(value) and 0 < value < 1e9, "above 0, below 10^9")
 _SIGMA = Rule(lambda value: value is None or _POSITIVE.accepts(value), "above 0, below 10^9, or null")
@@ -154,17 +153,14 @@ _NO_VARIANCE = "the UNet predicts no variance"
 
 RULES = {
     # These are checked by `SchedulerConfig`, `NoiseSchedule` and `spacing`.
-    "num_train_timesteps": _checked_elsewhere("a whole number from 1"),
-    "beta_start": _checked_elsewhere("0 to 1"),
-    "beta_end": _checked_elsewhere("0 to 1"),
-    "beta_schedule": _checked_elsewhere("linear, scaled_linear or squaredcos_cap_v2"),
-    "trained_betas": _checked_elsewhere("null, or a number for each timestep"),
-    "prediction_type": _checked_elsewhere("epsilon, v_prediction or sample", _NO_FLOW),
-    "timestep_spacing": _checked_elsewhere("leading, trailing or linspace"),
-    "steps_offset": _checked_elsewhere("a whole number, which the first timestep must not exceed"),
-    "rescale_betas_zero_snr": _checked_elsewhere("true or false"),
-    "clip_sample": _checked_elsewhere("true or false"),
-    "set_alpha_to_one": _checked_elsewhere("true or false"),
+    "num_train_timesteps": _any("a whole number from 1"),
+    **dict.fromkeys(("beta_start", "beta_end"), _any("0 to 1")),
+    "beta_schedule": _any("linear, scaled_linear or squaredcos_cap_v2"),
+    "trained_betas": _any("null, or a number for each timestep"),
+    "prediction_type": _any("epsilon, v_prediction or sample", _NO_FLOW),
+    "timestep_spacing": _any("leading, trailing or linspace"),
+    "steps_offset": _any("a whole number, which the first timestep must not exceed"),
+    **dict.fromkeys(("rescale_betas_zero_snr", "clip_sample", "set_alpha_to_one"), _any("true or false")),
     "thresholding": _SWITCH,
     "dynamic_thresholding_ratio": Rule(lambda value: _is_number(value) and 0 <= value <= 1, "0 to 1"),
     "sample_max_value": _POSITIVE,
@@ -190,17 +186,14 @@ RULES = {
     "timestep_scaling": _POSITIVE,
     "use_flow_sigmas": _one_of(False, reason=_NO_FLOW),
     "shift_terminal": _one_of(None, reason=_NO_FLOW),
-    "flow_shift": _ANY,
-    "use_dynamic_shifting": _ANY,
-    "time_shift_type": _ANY,
+    **dict.fromkeys(("flow_shift", "use_dynamic_shifting", "time_shift_type"), _any("any value")),
 }
 # Options whose values differ between classes.
 RULES_OF_CLASS = {
     ("DDPMScheduler", "variance_type"): _one_of(
         "fixed_small", "fixed_large", reason=f"{_NO_VARIANCE}, and fixed_large_log is no variance"
     ),
-    ("DPMSolverMultistepScheduler", "variance_type"): _one_of(None, reason=_NO_VARIANCE),
-    ("DPMSolverSinglestepScheduler", "variance_type"): _one_of(None, reason=_NO_VARIANCE),
+    **{(name, "variance_type"): _one_of(None, reason=_NO_VARIANCE) for name in _DPM_SOLVERS},
     ("DPMSolverMultistepScheduler", "algorithm_type"): _one_of(
         "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"
     ),
@@ -208,20 +201,10 @@ RULES_OF_CLASS = {
         "dpmsolver++", "dpmsolver", "sde-dpmsolver++"
     ),
     ("DEISMultistepScheduler", "algorithm_type"): _one_of("deis", reason=_ONLY_VALUE),
-    ("DPMSolverMultistepScheduler", "solver_type"): _one_of("midpoint", "heun"),
-    ("DPMSolverSinglestepScheduler", "solver_type"): _one_of("midpoint", "heun"),
+    **{(name, "solver_type"): _one_of("midpoint", "heun") for name in _DPM_SOLVERS},
     ("DEISMultistepScheduler", "solver_type"): _one_of("logrho", reason=_ONLY_VALUE),
     ("UniPCMultistepScheduler", "solver_type"): _one_of("bh1", "bh2"),
     ("UniPCMultistepScheduler", "use_dynamic_shifting"): _one_of(False, reason=_NO_FLOW),
-}
-
-# Options that diffusers accepts and never uses. None stands for every class that has the option.
-WITHOUT_EFFECT = {
-    *((None, option) for option in ("flow_shift", "time_shift_type", "use_dynamic_shifting")),
-    *((name, option) for name in ("LCMScheduler", "TCDScheduler") for option in _LEADING),
-    ("DEISMultistepScheduler", "solver_type"),
-    *((name, "set_alpha_to_one") for name in ("LCMScheduler", "TCDScheduler")),
-    *(("TCDScheduler", option) for option in (*_CLIPPING, *_THRESHOLDING, "timestep_scaling")),
 }
 
 

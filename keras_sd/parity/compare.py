@@ -1,11 +1,10 @@
-"""How far a written model is from its source: tensor by tensor, and in what its parts compute.
+"""Compares a written model with its source: tensor by tensor, and by the outputs of its parts.
 
-Tensors are compared as they stand in the files. Parts compute in float32 on fixed random inputs: opened from
-the source, opened from what was written and, where diffusers and transformers are installed, opened by those.
+Tensors are compared as they stand in the files. Outputs are computed in float32 on fixed random inputs by
+the source's parts, by the written parts and, if they are installed, by diffusers and transformers.
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from keras import ops
 from safetensors.numpy import load_file, save_file
 
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.errors import installed_version
 from keras_sd.files.json_files import read_json
 from keras_sd.models.image_encoder import normalize_pixels
 from keras_sd.parity import reference
@@ -43,19 +43,7 @@ from keras_sd.weights.checkpoint import CLIP_HEAD, Checkpoint
 from keras_sd.weights.loading import open_parts
 from keras_sd.weights.names import canonical_name
 
-_OUTPUTS = {
-    "text_encoder": ("text encoder",),
-    "image_encoder": ("image encoder",),
-    "unet": ("UNet",),
-    "vae": ("VAE encode", "VAE decode"),
-}
-# Whose model class is each part's reference.
-_REFERENCES = {
-    "text_encoder": "transformers",
-    "image_encoder": "transformers",
-    "unet": "diffusers",
-    "vae": "diffusers",
-}
+_ENCODED = "VAE encode"
 _REFERENCE_LIBRARIES = ("diffusers", "transformers", "torch")
 
 # Sides in latent positions, as small as shows a fault: a full-size model then takes seconds.
@@ -146,21 +134,19 @@ def part_inputs(part, config):
 
 
 def part_outputs(part, model):
-    """What a Keras model computes of `part_inputs`: NumPy arrays, channels-last, by the output's title."""
+    """Return what a Keras model computes from `part_inputs`: NumPy arrays, channels-last, by title."""
     inputs = part_inputs(part, model.config)
     if part == "text_encoder":
-        outputs = [model(inputs["ids"])]
+        outputs = {"text encoder": model(inputs["ids"])}
     elif part == "image_encoder":
-        outputs = [model(inputs["images"])]
+        outputs = {"image encoder": model(inputs["images"])}
     elif part == "vae":
-        decoded = {"VAE decode": model.decode(inputs["latents"])}
-        encoded = {"VAE encode": model.encode(inputs["images"]).mode()} if model.encoder else {}
-        return {title: ops.convert_to_numpy(output) for title, output in (encoded | decoded).items()}
+        outputs = {_ENCODED: model.encode(inputs["images"]).mode()} if model.encoder else {}
+        outputs["VAE decode"] = model.decode(inputs["latents"])
     else:
         arrays = [inputs[name] for name in ("latents", "timesteps", "context") if name in inputs]
-        outputs = [model(arrays, class_labels=inputs.get("class_labels"))]
-    arrays = [ops.convert_to_numpy(output) for output in outputs]
-    return dict(zip(_OUTPUTS[part], arrays, strict=True))
+        outputs = {"UNet": model(arrays, class_labels=inputs.get("class_labels"))}
+    return {title: ops.convert_to_numpy(output) for title, output in outputs.items()}
 
 
 def compare(path, source, source_outputs, output, configs=None, notes=()):
@@ -196,15 +182,15 @@ def compare(path, source, source_outputs, output, configs=None, notes=()):
         tensors += own
     if not configs:
         outputs += compare_schedulers(source, written)
-    versions = {name: _version(name) for name in ("keras_sd", "keras", keras.backend.backend())}
-    versions |= {name: _version(name) for name in _REFERENCE_LIBRARIES}
+    packages = ("keras_sd", "keras", keras.backend.backend(), *_REFERENCE_LIBRARIES)
+    versions = {name: installed_version(name) for name in packages}
     outputs += compare_with_libraries(output, configs, inputs, written_outputs, versions)
     today = datetime.date.today().isoformat()
     return Report(str(path), str(output), tensors, outputs, list(notes), today, versions)
 
 
 def compare_schedulers(source, written):
-    """Compare the files of two checkpoints that say how a model is sampled.
+    """Compare the files of two checkpoints that describe how a model is sampled.
 
     Returns:
         A list of `OutputParity`; nothing is computed.
@@ -277,17 +263,15 @@ def compare_with_libraries(output, configs, inputs, written_outputs, versions):
         expected, failures = _outputs_of_libraries(output, configs, inputs)
     entries = []
     for part, computed in written_outputs.items():
-        library = _REFERENCES[part]
+        library = "diffusers" if part in ("unet", "vae") else "transformers"
         if missing:
-            entries += _not_compared(
-                computed, library, f"{NOT_COMPARED}: {' and '.join(missing)} not installed"
-            )
-        elif part == "vae" and len(computed) < len(_OUTPUTS["vae"]):
-            entries += _not_compared(
-                computed, library, f"{NOT_COMPARED}: {library} opens no VAE without an encoder"
-            )
-        elif part in failures:
-            entries += _not_compared(computed, library, failures[part])
+            reason = f"{NOT_COMPARED}: {' and '.join(missing)} not installed"
+        elif part == "vae" and _ENCODED not in computed:
+            reason = f"{NOT_COMPARED}: {library} opens no VAE without an encoder"
+        else:
+            reason = failures.get(part)
+        if reason:
+            entries += _not_compared(computed, library, reason)
         else:
             own = {title: expected[title] for title in computed}
             entries += compare_outputs(f"{library} {versions[library]}", own, computed)
@@ -303,7 +287,7 @@ def _outputs_of_libraries(output, configs, inputs):
         arrays = {f"{part}/{name}": array for part, own in inputs.items() for name, array in own.items()}
         save_file(arrays, folder / "inputs.safetensors")
         done = subprocess.run(
-            # -P: this package's modules are not to be taken for others of their names.
+            # -P keeps this package's folder, whose modules share names with others, off the search path.
             [sys.executable, "-P", reference.__file__, str(folder)],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             capture_output=True,
@@ -313,10 +297,3 @@ def _outputs_of_libraries(output, configs, inputs):
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             return {}, dict.fromkeys(inputs, f"no result: {reason}")
         return load_file(folder / "outputs.safetensors"), read_json(folder / "failures.json")
-
-
-def _version(library):
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,6 +1,6 @@
-"""What diffusers and transformers compute with a written model: the other side of a parity report.
+"""Computes the outputs of a written model in diffusers and transformers, for a parity report.
 
-A program of its own, run as a file, since torch and TensorFlow do not share a process:
+This is a program of its own, run as a file, since torch and TensorFlow do not share a process:
 
     python -P reference.py FOLDER
 
@@ -18,7 +18,7 @@ _LONGEST_REASON = 200
 
 
 def main(folder):
-    # A library that looks for TensorFlow finds none.
+    # Keeps these libraries from importing TensorFlow.
     sys.modules["tensorflow"] = None
     import torch
     from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ def main(folder):
         try:
             model = _open(part, job["model"], job["configs"]).float().eval()
             outputs |= _COMPUTE[part](model, own)
-        except Exception as error:  # whatever these libraries raise is what the report tells
+        except Exception as error:  # of any type; the report holds the message
             failures[part] = textwrap.shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON)
     save_file(outputs, folder / "outputs.safetensors")
     (folder / "failures.json").write_text(json.dumps(failures), encoding="utf-8")

@@ -43,7 +43,7 @@ class TensorParity(NamedTuple):
 
 
 class OutputParity(NamedTuple):
-    """What the written part computes, against the same of another.
+    """An output of a written part against the same output of a reference.
 
     Attributes:
         output: "text encoder", "image encoder", "UNet", "VAE encode" or "VAE decode"; or "scheduler" or

@@ -7,7 +7,7 @@ prints the table of `docs/samplers.md`.
 
 import itertools
 
-from keras_sd.diffusion.scheduler_options import OPTIONS, RULES_OF_CLASS, WITHOUT_EFFECT, rule_of
+from keras_sd.diffusion.scheduler_options import OPTIONS, RULES_OF_CLASS, rule_of
 
 # What Stable Diffusion's files say; the rest is the class's own.
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -16,6 +16,22 @@ THRESHOLDING, CLIPPING = {"thresholding": True, "sample_max_value": 1.5}, {"clip
 KARRAS, ENDS_NOISY = {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"}
 VELOCITY, LEADING = {"prediction_type": "v_prediction"}, {"timestep_spacing": "leading", "steps_offset": 1}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+# Options that diffusers accepts and never uses. None stands for every class that has the option.
+WITHOUT_EFFECT = {
+    *((None, option) for option in ("flow_shift", "time_shift_type", "use_dynamic_shifting")),
+    ("DEISMultistepScheduler", "solver_type"),
+    *(
+        (name, option)
+        for name in ("LCMScheduler", "TCDScheduler")
+        for option in ("timestep_spacing", "steps_offset", "set_alpha_to_one")
+    ),
+    *(("TCDScheduler", option) for option in ("clip_sample", "clip_sample_range", "timestep_scaling")),
+    *(
+        ("TCDScheduler", option)
+        for option in ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+    ),
+}
 
 # Values of each option, and what else has to be set for them to matter.
 VALUES = {

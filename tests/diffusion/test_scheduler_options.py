@@ -16,17 +16,11 @@ from keras import ops
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.prediction import target
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.diffusion.scheduler_options import (
-    OPTIONS,
-    RULES_OF_CLASS,
-    WITHOUT_EFFECT,
-    rule_of,
-    unknown_keys,
-)
+from keras_sd.diffusion.scheduler_options import OPTIONS, RULES_OF_CLASS, rule_of, unknown_keys
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import training_sigmas
 from keras_sd.errors import UserError
-from tests.diffusion.scheduler_cases import VALUES, sets_of, table_of_options
+from tests.diffusion.scheduler_cases import VALUES, WITHOUT_EFFECT, sets_of, table_of_options
 from tests.diffusion.toys import SEEDS, SHAPE, last
 from tests.reference import run_reference
 
