@@ -35,7 +35,8 @@ class FeatureExtractor:
         self._jit_compile = jit_compile
 
     def __call__(self, images: Tensor) -> Tensor:
-        return ops.cast(self.features(resize(images_to_unit(images), self.image_size)), "float32")
+        images = images_to_unit(ops.convert_to_tensor(images))
+        return ops.cast(self.features(resize(images, self.image_size)), "float32")
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features `(n, d)` of images in [-1, 1] of the network's size."""

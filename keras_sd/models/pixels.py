@@ -28,7 +28,10 @@ def as_images(images):
 
 
 def images_to_unit(images: Tensor) -> Tensor:
-    """Convert images in [0, 255], an array or a tensor, to float32 in [-1, 1]."""
+    """Convert images in [0, 255], an array or a tensor, to float32 in [-1, 1].
+
+    XLA divides by a constant with another rounding than NumPy.
+    """
     if isinstance(images, np.ndarray):
         images = images.astype("float32")
     else:

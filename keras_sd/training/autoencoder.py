@@ -32,7 +32,7 @@ def measure_reconstruction(vae, examples):
     """Return the mean peak signal-to-noise ratio (dB) of the reconstructed images of examples."""
     ratios, count = 0.0, 0
     for images in _image_batches(vae, examples):
-        outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_unit(images))))
+        outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_unit(ops.convert_to_tensor(images)))))
         ratios += len(images) * peak_signal_to_noise_ratio(images, outputs)
         count += len(images)
     return ratios / count
@@ -47,7 +47,8 @@ def measure_scale(vae, examples):
     quiet = backend.process_index() != 0
     with Progress("measuring latents", len(examples), "images", delay=2.0, disable=quiet) as progress:
         for images in _image_batches(vae, examples):
-            latents = ops.convert_to_numpy(vae.encode(images_to_unit(images)).mode()).astype("float64")
+            posterior = vae.encode(images_to_unit(ops.convert_to_tensor(images)))
+            latents = ops.convert_to_numpy(posterior.mode()).astype("float64")
             count += latents.size
             total += latents.sum()
             squares += np.square(latents).sum()

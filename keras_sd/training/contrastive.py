@@ -20,7 +20,8 @@ _SEEN = 500  # training examples that are measured besides the held-out ones
 def embed_images(image_encoder, examples, batch_size=100):
     """Return the embeddings of the images of examples: unit vectors `(n, projection_dim)`."""
     return _normalized(
-        image_encoder(images_to_unit(images)) for images in image_batches(examples, batch_size)
+        image_encoder(images_to_unit(ops.convert_to_tensor(images)))
+        for images in image_batches(examples, batch_size)
     )
 
 
