@@ -251,7 +251,8 @@ def hub_cache(tmp_path_factory):
     home = tmp_path_factory.mktemp("huggingface")
     repository = home / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
     commit = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
-    tiny.pipeline(SchedulerConfig(), vae=tiny.EIGHTFOLD_VAE).save(repository / "snapshots" / commit)
+    model = tiny.pipeline(SchedulerConfig(), tiny.ONE_BLOCK_UNET, tiny.EIGHTFOLD_VAE)
+    model.save(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     return home

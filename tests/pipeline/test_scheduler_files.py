@@ -66,7 +66,7 @@ def scheduler_of(path):
 def folders(tmp_path_factory):
     """Of each file: the model with it, the same converted, and opened and saved."""
     folder = tmp_path_factory.mktemp("schedulers")
-    tiny.pipeline(jit_compile=False).save(folder / "plain")
+    tiny.pipeline(unet=tiny.ONE_BLOCK_UNET, jit_compile=False).save(folder / "plain")
     for name, values in FILES.items():
         source = folder / name / "source"
         shutil.copytree(folder / "plain", source)
