@@ -50,14 +50,14 @@ from .training.callbacks import EMACallback as EMACallback
 from .training.encodings import EncodedSource as EncodedSource
 from .training.lora import add_lora as add_lora
 from .training.lora import save_lora as save_lora
-from .training.losses import DiffusionObjective as DiffusionObjective
+from .training.objectives import DiffusionObjective as DiffusionObjective
 from .training.optimizer import AdamW as AdamW
 from .training.pixel_ddim import sample_images as sample_images
 from .training.settings import Settings as Settings
 from .training.text_to_image import train_text_to_image as train_text_to_image
 from .training.trainer import Trainer as Trainer
-from .weights.formats import read_safetensors as read_safetensors
 from .weights.loading import load_part as load_part
 from .weights.readers import read_checkpoint as read_checkpoint
+from .weights.safetensors_files import read_safetensors as read_safetensors
 
 __version__: str

@@ -66,7 +66,8 @@ def missing_package(package, instead=None):
     Args:
         instead: as in `require`; for a backend, by default, the other backend.
     """
-    extra = _EXTRAS.get((package or "").partition(".")[0])
+    package = (package or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
     if extra is None:
         return None
     other = {"tensorflow": "jax", "jax": "tensorflow"}.get(extra)

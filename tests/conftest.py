@@ -3,7 +3,6 @@
 Nothing else differs from what users have: XLA, TensorFlow and JAX run with their own settings.
 """
 
-import gc
 import os
 import shutil
 import sys
@@ -12,7 +11,6 @@ import warnings
 
 import pytest
 
-gc.disable()  # until everything is imported
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Many tests, and the processes that they start, compile the same programs: one fresh cache serves them all.
@@ -32,14 +30,6 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-
-
-def pytest_collection_finish():
-    # What was imported stays. To look through it again and again would take a tenth of all time, which in a
-    # process of hundreds of tests is Python's own and no matter of what is tested.
-    gc.freeze()
-    gc.set_threshold(10_000)
-    gc.enable()
 
 
 def pytest_unconfigure():

@@ -8,7 +8,7 @@ vocabulary        the lists of phrases
 cleaning          removes artists' names, adds product words, limits the length
 keywords          TF-IDF keywords of product introductions
 caption_settings  the options of captioning and of cleaning
-by_hand           distinguishes captions that people wrote from generated ones
+edited_captions   distinguishes captions that people wrote from generated ones
 journal           what has been captioned so far, safe against a kill
 workers           one process for each device
 clip_folder       opens an OpenCLIP folder without running code from it

@@ -16,9 +16,9 @@ from typing import Any, NotRequired
 from PIL import Image
 from typing_extensions import TypedDict
 
-from keras_sd.captions.by_hand import ByHand, Written, read_lines, text_path, with_caption
 from keras_sd.captions.caption_settings import CaptionSettings, CleaningSettings
 from keras_sd.captions.captioner import Captioner
+from keras_sd.captions.edited_captions import ByHand, Written, read_lines, text_path, with_caption
 from keras_sd.captions.interrogator import Interrogator
 from keras_sd.captions.journal import Journal, count_lines, read_journal
 from keras_sd.captions.ranking import Clip

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from keras_sd.captions.clip_folder import open_folder
 from keras_sd.errors import UserError, require
-from keras_sd.weights.formats import write_safetensors
+from keras_sd.weights.safetensors_files import write_safetensors
 
 _TEXT_BATCH = 256
 _QUERIES = 64

@@ -142,7 +142,7 @@ def _checkpoint_of(opened, source, dtype):
 
 
 def _in_types_of(source, tensors):
-    from keras_sd.weights.names import canonical_name
+    from keras_sd.weights.old_names import canonical_name
 
     types = {canonical_name(name): array.dtype for name, array in source.items()}
     return {

@@ -17,7 +17,7 @@ from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.training.encodings import EncodedSource
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_example, train_text_to_image
 from keras_sd.training.trainer import Settings
 

@@ -17,7 +17,7 @@ from keras_sd.cli.outputs import check_output_folder, overwrite_option
 from keras_sd.cli.train.main import train
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json, shape_fault, shown
-from keras_sd.weights.formats import read_safetensors, write_safetensors
+from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
 
 _MARK = "trained.json"  # the config of the training, and the sign of a folder that this command wrote
 

@@ -5,11 +5,12 @@ prediction         the algebra of noise, velocity and sample predictions
 spacing            the timesteps and noise levels of a sampler's steps
 rows               a sampler's step as a table of weights, and the formulas that build it
 samplers           the samplers by name
-discrete           DDIM, DDPM, PLMS, LCM, TCD
+ddim               DDIM, DDPM, PLMS, LCM, TCD
 k_diffusion        Euler, Heun, DPM2, DPM++ SDE, LMS
-solvers            DPM-Solver, DEIS, UniPC
+dpm_solver         DPM-Solver, DEIS, UniPC
 denoiser           the sampling loop around one compiled step
-guidance, limits   classifier-free guidance; clipping of predictions
+guidance           classifier-free guidance
+thresholding       clipping of predicted samples
 scheduler_config   reads and writes `scheduler_config.json`; scheduler_options holds its rules
 finite             stops NaN and infinity
 """

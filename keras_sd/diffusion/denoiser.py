@@ -11,11 +11,11 @@ from keras_sd import backend, interruption
 from keras_sd.arguments import Floats, Tensor, checked_interval, share, whole_number
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
-from keras_sd.diffusion.limits import limited
 from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
 from keras_sd.diffusion.rows import MEMORY_SIZE
 from keras_sd.diffusion.samplers import Sampler, find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.diffusion.thresholding import limited
 from keras_sd.errors import UserError
 
 

@@ -47,7 +47,7 @@ class Row(NamedTuple):
         return bool(self.latents @ RANDOM)
 
 
-class Run(NamedTuple):
+class SamplingRun(NamedTuple):
     """The settings of one sampling run.
 
     Attributes:

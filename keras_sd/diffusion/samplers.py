@@ -2,7 +2,7 @@
 
 A sampler is a scheduler class of diffusers with its options: those that the name fixes, and otherwise those
 of the model's file. Its function yields rows of weights, one for each evaluation of the network (`rows`; the
-functions are in `discrete`, `k_diffusion` and `solvers`).
+functions are in `ddim`, `k_diffusion` and `dpm_solver`).
 
 This module needs no backend.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from keras_sd.arguments import shown
-from keras_sd.diffusion import discrete, k_diffusion, solvers, spacing
-from keras_sd.diffusion.rows import Row, Run
+from keras_sd.diffusion import ddim, dpm_solver, k_diffusion, spacing
+from keras_sd.diffusion.rows import Row, SamplingRun
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.scheduler_options import complete
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -27,15 +27,15 @@ class Method(NamedTuple):
     Attributes:
         steps: function of the noise schedule, the number of steps and the options; returns a list of
             `spacing.Step`.
-        rows: function of those steps and a `rows.Run`; yields `rows.Row` objects.
+        rows: function of those steps and a `rows.SamplingRun`; yields `rows.Row` objects.
         starts_at_sigma: whether the initial latents are `sigma * noise`, without a share of signal.
-        takes_eta: whether `rows` uses `Run.eta`.
+        takes_eta: whether `rows` uses `SamplingRun.eta`.
         clips, thresholds: whether the predicted sample may be clipped, or thresholded dynamically.
         more: options of `steps` that are not in a model's file.
     """
 
     steps: Callable[[NoiseSchedule, int, dict[str, Any]], list[Step]]
-    rows: Callable[[list[Step], Run], Iterable[Row]]
+    rows: Callable[[list[Step], SamplingRun], Iterable[Row]]
     starts_at_sigma: bool = False
     takes_eta: bool = False
     clips: bool = False
@@ -54,11 +54,11 @@ def _solver(rows: Callable, **more: Any) -> Method:
 
 
 METHODS = {
-    "DDIMScheduler": Method(spacing.ddim_steps, discrete.ddim, takes_eta=True, clips=True, thresholds=True),
-    "DDPMScheduler": Method(spacing.ddpm_steps, discrete.ddpm, clips=True, thresholds=True),
-    "PNDMScheduler": Method(spacing.ddim_steps, discrete.pndm),
-    "LCMScheduler": Method(spacing.lcm_steps, discrete.lcm, clips=True, thresholds=True),
-    "TCDScheduler": Method(spacing.lcm_steps, discrete.tcd, takes_eta=True),
+    "DDIMScheduler": Method(spacing.ddim_steps, ddim.ddim, takes_eta=True, clips=True, thresholds=True),
+    "DDPMScheduler": Method(spacing.ddpm_steps, ddim.ddpm, clips=True, thresholds=True),
+    "PNDMScheduler": Method(spacing.ddim_steps, ddim.pndm),
+    "LCMScheduler": Method(spacing.lcm_steps, ddim.lcm, clips=True, thresholds=True),
+    "TCDScheduler": Method(spacing.lcm_steps, ddim.tcd, takes_eta=True),
     "LMSDiscreteScheduler": _k_diffusion(k_diffusion.lms),
     "EulerDiscreteScheduler": _k_diffusion(k_diffusion.euler),
     "EulerAncestralDiscreteScheduler": _k_diffusion(k_diffusion.euler_ancestral),
@@ -66,12 +66,12 @@ METHODS = {
     "KDPM2DiscreteScheduler": _k_diffusion(k_diffusion.dpm2, rounds_karras_timesteps=True),
     "KDPM2AncestralDiscreteScheduler": _k_diffusion(k_diffusion.dpm2_ancestral, rounds_karras_timesteps=True),
     "DPMSolverSDEScheduler": _k_diffusion(k_diffusion.dpm_sde),
-    "DPMSolverMultistepScheduler": _solver(solvers.dpm_multistep, keeps_cosine_timesteps=True),
-    "DPMSolverSinglestepScheduler": _solver(solvers.dpm_singlestep),
+    "DPMSolverMultistepScheduler": _solver(dpm_solver.dpm_multistep, keeps_cosine_timesteps=True),
+    "DPMSolverSinglestepScheduler": _solver(dpm_solver.dpm_singlestep),
     "DEISMultistepScheduler": _solver(
-        solvers.deis_multistep, ends_at_last_sigma=True, final_sigmas_type="sigma_min"
+        dpm_solver.deis_multistep, ends_at_last_sigma=True, final_sigmas_type="sigma_min"
     ),
-    "UniPCMultistepScheduler": _solver(solvers.unipc, ends_at_last_sigma=True),
+    "UniPCMultistepScheduler": _solver(dpm_solver.unipc, ends_at_last_sigma=True),
 }
 
 
@@ -159,7 +159,7 @@ class Sampler:
         if not 0 <= first_step < num_inference_steps:
             raise UserError(f"first_step {first_step}: out of range; use 0 to {num_inference_steps - 1}")
         steps = steps[first_step:]
-        rows = list(method.rows(steps, Run(schedule, options, num_inference_steps, first_step, eta)))
+        rows = list(method.rows(steps, SamplingRun(schedule, options, num_inference_steps, first_step, eta)))
         starts_at_sigma = method.starts_at_sigma and options["timestep_spacing"] != "leading"
         start = steps[0].level.noise_rate if starts_at_sigma and first_step == 0 else 1.0
         return Tables(float(start), rows, _limits(method, options))

@@ -13,10 +13,10 @@ from keras import ops
 from keras_sd.arguments import Tensor
 from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
+from keras_sd.models.clip_transformer import Transformer
 from keras_sd.models.initializers import normal, uniform
 from keras_sd.models.layers import Layer, LayerNormalization, dense, embedding
 from keras_sd.models.precision import ConfiguredModel
-from keras_sd.models.transformer import Transformer
 
 # Mean and standard deviation of the RGB values in [0, 1] over CLIP's training images, published with it.
 PIXEL_MEAN = np.array((0.48145466, 0.4578275, 0.40821073))

@@ -17,10 +17,10 @@ from keras_sd import backend
 from keras_sd.arguments import Tensor
 from keras_sd.config import LEGACY_END_TOKEN_ID, TextEncoderConfig
 from keras_sd.errors import UserError
+from keras_sd.models.clip_transformer import Transformer
 from keras_sd.models.initializers import normal
 from keras_sd.models.layers import Layer, LayerNormalization, embedding
 from keras_sd.models.precision import ConfiguredModel, dtype_policy
-from keras_sd.models.transformer import Transformer
 
 
 class TextEmbeddings(Layer):

@@ -41,7 +41,7 @@ from keras_sd.parity.report import (
 from keras_sd.weights import readers
 from keras_sd.weights.checkpoint import CLIP_HEAD, Checkpoint
 from keras_sd.weights.loading import open_parts
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
 
 _ENCODED = "VAE encode"
 _REFERENCE_LIBRARIES = ("diffusers", "transformers", "torch")

@@ -29,7 +29,7 @@ from keras_sd.errors import UserError
 from keras_sd.files.json_files import parse_json
 from keras_sd.pipeline.prompts import take_loras
 from keras_sd.presets import file_hash
-from keras_sd.weights.formats import check_dtype, read_metadata
+from keras_sd.weights.safetensors_files import check_dtype, read_metadata
 
 # Digits of hashes in the web interface.
 _MODEL_DIGITS, _NETWORK_DIGITS = 10, 12

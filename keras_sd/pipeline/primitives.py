@@ -32,11 +32,11 @@ from keras_sd.pipeline.image_parameters import image_parameters, model_hash
 from keras_sd.pipeline.lora import Adapters
 from keras_sd.pipeline.prompts import as_texts, chunk_prompts, equally_long, weighted_encoding
 from keras_sd.pipeline.tiling import in_tiles
-from keras_sd.weights import diffusers_folder, formats, readers, single_file
+from keras_sd.weights import diffusers_folder, readers, safetensors_files, single_file
 from keras_sd.weights.checkpoint import Checkpoint
-from keras_sd.weights.embedding_files import embedding_file, read_embeddings
 from keras_sd.weights.loading import check_fit, model_part, open_parts
 from keras_sd.weights.lora import holds_lora
+from keras_sd.weights.textual_inversion import embedding_file, read_embeddings
 
 # Sides in latent positions. The VAE processes larger images in tiles, as its feature maps at full resolution
 # need the most memory. 128 positions of Stable Diffusion are 1024 pixels.
@@ -185,7 +185,7 @@ class Primitives:
             sd.save("my-model.safetensors", dtype="float16")
             ```
         """
-        formats.check_dtype(dtype)
+        safetensors_files.check_dtype(dtype)
         is_name = isinstance(path, str | os.PathLike) and str(path).strip() and "\0" not in str(path)
         if not is_name:  # an empty one would be the folder where the program runs
             raise UserError(f"path {shown(path)}: no name; name a folder, or a .safetensors file")

@@ -2,9 +2,9 @@
 
 trainer            the training loop around Keras' `fit()`
 settings           the settings that all methods share
-losses             the objectives: a network with its loss
+objectives         a network with its loss
 optimizer          AdamW with EMA weights
-offloaded_average  EMA weights in host memory
+offloaded_ema      EMA weights in host memory
 callbacks          checkpoints, signals, progress, non-finite losses
 checkpoints        training checkpoints that survive a kill
 resuming           adapts a checkpoint to changed settings

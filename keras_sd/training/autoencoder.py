@@ -12,7 +12,7 @@ from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_from_unit, images_to_unit
 from keras_sd.training.lora import freeze
-from keras_sd.training.losses import AutoencoderObjective
+from keras_sd.training.objectives import AutoencoderObjective
 from keras_sd.training.progress import Progress
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part

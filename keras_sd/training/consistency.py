@@ -10,7 +10,7 @@ from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, 
 from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.training.lora import without_updates
-from keras_sd.training.losses import DiffusionObjective, at_timesteps
+from keras_sd.training.objectives import DiffusionObjective, at_timesteps
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 

@@ -9,7 +9,7 @@ from keras_sd import backend
 from keras_sd.data.sources import fingerprint_of, image_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import images_to_unit
-from keras_sd.training.losses import ContrastiveObjective
+from keras_sd.training.objectives import ContrastiveObjective
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state

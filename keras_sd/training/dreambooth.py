@@ -10,7 +10,7 @@ from keras_sd.data.folders import FolderSource, count_images
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.files.image_files import save_png
 from keras_sd.training.encodings import EncodedSource, JoinedSource
-from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 

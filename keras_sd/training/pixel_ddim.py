@@ -8,7 +8,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.batches import equal_batches
 from keras_sd.models.pixels import images_from_unit
 from keras_sd.models.unet import UNet
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import SCHEDULER, write_part, write_scheduler

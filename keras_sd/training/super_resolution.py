@@ -14,7 +14,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_to_unit, resized
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
 

@@ -13,7 +13,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.training.encodings import EncodedSource
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.settings import Settings
 from keras_sd.training.trainer import Trainer
 

@@ -10,10 +10,10 @@ from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import freeze
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
-from keras_sd.weights.embedding_files import DIFFUSERS_FILE, write_embeddings
+from keras_sd.weights.textual_inversion import DIFFUSERS_FILE, write_embeddings
 
 KOHYA_FILE = "embedding_kohya.safetensors"
 

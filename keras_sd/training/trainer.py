@@ -28,7 +28,7 @@ from keras_sd.training.callbacks import (
 )
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.logs import MetricsLog, SilentLog
-from keras_sd.training.offloaded_average import OffloadedEMACallback
+from keras_sd.training.offloaded_ema import OffloadedEMACallback
 from keras_sd.training.optimizer import AdamW, PerUpdate
 from keras_sd.training.run_folder import (
     MODEL,

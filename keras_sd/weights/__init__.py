@@ -1,13 +1,13 @@
 """Weights: reads and writes every weight format, and maps tensors to Keras variables.
 
-readers           opens a checkpoint of any format
-loading           opens models as Keras models; rules maps tensors to Keras variables, in both directions
-diffusers_folder  the diffusers folder, the native format
-single_file       single-file checkpoints; ldm_names translates their names
-derived_config    derives a config from tensors; expected_shapes checks a config against tensors
-keras_cv_h5       KerasCV's H5 files
-open_clip         OpenCLIP's and OpenAI's CLIP
-lora              LoRA files; lora_strength reads their scale
-embedding_files   textual inversion files
-formats           safetensors; torch_pickle and stored_zip read torch's files without torch
+readers            opens a checkpoint of any format
+loading            opens models as Keras models; rules maps tensors to Keras variables, in both directions
+diffusers_folder   the diffusers folder, the native format
+single_file        single-file checkpoints; ldm_names translates their names
+derived_config     derives a config from tensors; expected_shapes checks a config against tensors
+keras_cv_h5        KerasCV's H5 files
+open_clip          OpenCLIP's and OpenAI's CLIP
+lora               LoRA files; lora_strength reads their scale
+textual_inversion  learned embeddings
+safetensors_files  safetensors; torch_pickle and stored_zip read torch's files without torch
 """

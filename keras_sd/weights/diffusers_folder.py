@@ -15,8 +15,8 @@ from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_json, shown
 from keras_sd.files.writing import replaced_folder, write_json
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.old_models import INPAINT, UPSCALE, repaired
+from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 INDEX = "model_index.json"

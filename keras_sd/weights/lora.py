@@ -15,9 +15,9 @@ import numpy as np
 from keras_sd.errors import UserError
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights import ldm_names
-from keras_sd.weights.formats import DTYPES, file_in, read_safetensors, write_safetensors
 from keras_sd.weights.lora_strength import ADAPTER_CONFIG, read_strengths
 from keras_sd.weights.rules import torch_shape
+from keras_sd.weights.safetensors_files import DTYPES, file_in, read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 PEFT_FILE = "pytorch_lora_weights.safetensors"

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import parse_json, read_json, shape_fault, shown
-from keras_sd.weights.formats import read_metadata
+from keras_sd.weights.safetensors_files import read_metadata
 
 ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"

@@ -20,9 +20,9 @@ from keras_sd.files.json_files import read_json, shown
 from keras_sd.files.writing import write_json
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import CLIP_HEAD, Checkpoint, Part
-from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.ldm_names import index_count, inverted
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
+from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 CONFIG_NAME = "open_clip_config.json"

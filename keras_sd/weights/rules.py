@@ -20,8 +20,8 @@ from keras_sd.models.initializers import deferring
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.precision import dtype_policy
 from keras_sd.weights.expected_shapes import account, check_config, same_shape
-from keras_sd.weights.formats import is_weight, release, type_name
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
+from keras_sd.weights.safetensors_files import is_weight, release, type_name
 
 # By rank: torch has a kernel's outputs first, (out, in) or OIHW, Keras last, (in, out) or HWIO.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}

@@ -14,7 +14,6 @@ from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.ldm_names import (
     index_count,
     unet_to_diffusers,
@@ -22,8 +21,9 @@ from keras_sd.weights.ldm_names import (
     vae_to_diffusers,
     vae_to_ldm,
 )
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
 from keras_sd.weights.open_clip import TEXT, to_open_clip, to_transformers
+from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
 from keras_sd.weights.stored_zip import ZIP_MAGIC
 from keras_sd.weights.torch_pickle import LEGACY_MAGIC, read_torch
 

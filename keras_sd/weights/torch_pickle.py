@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_sd.errors import UserError
-from keras_sd.weights.formats import unreadable
+from keras_sd.weights.safetensors_files import unreadable
 from keras_sd.weights.stored_zip import ZIP_MAGIC, DamagedFile, StoredZip
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # torch before 1.6

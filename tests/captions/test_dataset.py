@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.captions.by_hand import Written
 from keras_sd.captions.dataset import CaptionedFolder, CaptionSettings, CleaningSettings
+from keras_sd.captions.edited_captions import Written
 from keras_sd.data.folders import FolderSource
 from keras_sd.errors import UserError
 from tests.captions import models

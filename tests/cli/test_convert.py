@@ -21,9 +21,9 @@ from keras_sd.parity import compare as parity
 from keras_sd.parity.report import Report
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.diffusers_folder import write_folder
-from keras_sd.weights.formats import DTYPES
 from keras_sd.weights.readers import read_checkpoint
 from keras_sd.weights.rules import torch_state
+from keras_sd.weights.safetensors_files import DTYPES
 from keras_sd.weights.single_file import write_single_file
 from tests import tiny
 

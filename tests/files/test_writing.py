@@ -16,7 +16,7 @@ from keras_sd.errors import UserError
 from keras_sd.files.image_files import save_gif, save_png
 from keras_sd.files.writing import replaced, replaced_folder, write_json
 from keras_sd.models.tokenizer import Tokenizer
-from keras_sd.weights.formats import write_safetensors
+from keras_sd.weights.safetensors_files import write_safetensors
 from tests import tiny
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), "uint8")

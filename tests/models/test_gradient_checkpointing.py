@@ -19,7 +19,7 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.losses import AutoencoderObjective, DiffusionObjective
+from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective
 from keras_sd.training.trainer import Settings, Trainer
 from tests import tiny
 from tests.programs import run_python
@@ -130,7 +130,7 @@ MEASURE = """if True:
     from keras_sd.diffusion.schedules import NoiseSchedule
     from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing
     from keras_sd.models.unet import UNet
-    from keras_sd.training.losses import DiffusionObjective
+    from keras_sd.training.objectives import DiffusionObjective
 
     config = UNetConfig(
         sample_size=16, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
@@ -174,7 +174,7 @@ HUGE = """if True:
     import click, keras, numpy as np
     from keras import ops
     from keras_sd.cli.program import run_command
-    from keras_sd.training.losses import Objective
+    from keras_sd.training.objectives import Objective
     from keras_sd.training.trainer import Settings, Trainer
 
     class HugeObjective(Objective):

@@ -12,8 +12,8 @@ from keras_sd.cli import main as cli
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import read_parameters
 from keras_sd.pipeline.image_parameters import lora_hash, options_of
-from keras_sd.weights.embedding_files import write_embeddings
 from keras_sd.weights.lora import LowRank, write_lora
+from keras_sd.weights.textual_inversion import write_embeddings
 from tests import tiny
 
 # A value of every option that changes an image. An option that is not here fails the test below.

@@ -17,7 +17,7 @@ from tests.robustness.reader import emoji, json_bytes, reader, safetensors_bytes
     }
 )
 def safetensors(folder, file):
-    from keras_sd.weights.formats import read_metadata, read_safetensors
+    from keras_sd.weights.safetensors_files import read_metadata, read_safetensors
 
     path = folder / "a.safetensors"
     for array in read_safetensors(path).values():
@@ -89,7 +89,7 @@ def _embeddings():
 
 @reader(_embeddings, others=_odd_pickles)
 def embeddings(folder, file):
-    from keras_sd.weights.embedding_files import read_embeddings
+    from keras_sd.weights.textual_inversion import read_embeddings
 
     for path in [folder / file] if file else sorted(folder.iterdir()):
         read_embeddings(path, 3)

@@ -17,7 +17,7 @@ from keras_sd.config import UNetConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.unet import UNet
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from tests import tiny
 from tests.programs import run_python
 from tests.reference import run_reference

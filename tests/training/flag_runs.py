@@ -18,7 +18,7 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.training.lora import add_lora
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.trainer import Settings, Trainer
 from tests import tiny
 

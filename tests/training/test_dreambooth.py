@@ -21,7 +21,7 @@ from keras_sd.training.dreambooth import (
     train_dreambooth,
 )
 from keras_sd.training.lora import add_lora
-from keras_sd.training.losses import DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.run_folder import release_output_dir
 from keras_sd.training.text_to_image import diffusion_example
 from keras_sd.training.trainer import Settings

@@ -22,10 +22,10 @@ from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training import lora
 from keras_sd.training.consistency import ConsistencyObjective
-from keras_sd.training.losses import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.optimizer import AdamW
 from keras_sd.weights.diffusers_folder import write_part
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
 from keras_sd.weights.rules import load_weights, torch_state
 from tests import tiny
 from tests.reference import group_of, run_reference

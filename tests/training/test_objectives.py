@@ -9,7 +9,7 @@ import numpy as np
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.unet import UNet
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.optimizer import AdamW
 from tests import tiny
 

@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 from keras_sd.training.callbacks import EMACallback, StepCallbackList
-from keras_sd.training.losses import Objective
-from keras_sd.training.offloaded_average import OffloadedEMACallback
+from keras_sd.training.objectives import Objective
+from keras_sd.training.offloaded_ema import OffloadedEMACallback
 from keras_sd.training.optimizer import AdamW
 from tests.programs import run_python
 from tests.reference import run_reference

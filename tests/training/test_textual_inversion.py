@@ -13,7 +13,7 @@ from keras_sd.cli.program import run_command
 from keras_sd.cli.train.textual_inversion import textual_inversion
 from keras_sd.data.folders import FolderSource
 from keras_sd.errors import UserError
-from keras_sd.training.losses import DiffusionObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.textual_inversion import (
     TEMPLATES,
     encode_examples,

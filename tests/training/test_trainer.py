@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from keras_sd.config import UNetConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
-from keras_sd.training.losses import Objective
+from keras_sd.training.objectives import Objective
 from keras_sd.training.pixel_ddim import train_pixel_ddim
 from keras_sd.training.trainer import Settings, Trainer
 

@@ -22,7 +22,7 @@ from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training import architectures
 from keras_sd.weights.expected_shapes import check_config, expected_shapes
 from keras_sd.weights.loading import open_parts
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
 from keras_sd.weights.readers import read_checkpoint
 from keras_sd.weights.rules import torch_shape, torch_state
 from tests import tiny

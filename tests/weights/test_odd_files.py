@@ -19,10 +19,10 @@ from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.weights import loading
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.diffusers_folder import write_part
-from keras_sd.weights.embedding_files import read_embeddings
 from keras_sd.weights.readers import read_checkpoint, read_part
 from keras_sd.weights.rules import torch_state
 from keras_sd.weights.single_file import read_single_file, write_single_file
+from keras_sd.weights.textual_inversion import read_embeddings
 from tests import tiny
 from tests.reference import run_reference
 from tests.weights import test_single_file as whole

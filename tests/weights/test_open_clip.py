@@ -16,8 +16,8 @@ from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN, ImageEnco
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.weights import rules
 from keras_sd.weights.checkpoint import Checkpoint, Part
-from keras_sd.weights.formats import read_safetensors, write_safetensors
 from keras_sd.weights.open_clip import open_clip_config, read_open_clip, write_open_clip
+from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
 from tests import tiny
 from tests.reference import run_reference
 

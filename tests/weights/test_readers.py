@@ -246,7 +246,7 @@ def test_hub_ids_are_opened_from_the_cache_offline(folders, tmp_path, form):
 
 
 def test_a_mapped_file_is_given_back(tmp_path):
-    from keras_sd.weights.formats import read_safetensors, release
+    from keras_sd.weights.safetensors_files import read_safetensors, release
 
     save_file(
         {"first": np.ones((1000, 1000), "float32"), "second": np.ones(5, "float32")},

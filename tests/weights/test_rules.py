@@ -13,7 +13,7 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.weights.names import canonical_name
+from keras_sd.weights.old_names import canonical_name
 from keras_sd.weights.rules import load_weights, open_model, torch_state
 from tests import tiny
 from tests.reference import group_of, run_reference

@@ -9,7 +9,7 @@ import math
 
 import keras
 
-from keras_sd.models import attention, transformer
+from keras_sd.models import attention, clip_transformer
 
 # As a multiple of the forward pass. A trained kernel needs the gradient of its inputs and its own; a frozen
 # one, as all kernels of a LoRA step, has none of its own. Attention's products of two activations have a
@@ -65,9 +65,9 @@ def _counted(found):
         return attend(query, key, value, *arguments, **options)
 
     keras.layers.Dense.call, keras.layers.Conv2D.call = counting_layer(dense), counting_layer(convolution)
-    attention.scaled_dot_product = transformer.scaled_dot_product = counting_attention
+    attention.scaled_dot_product = clip_transformer.scaled_dot_product = counting_attention
     try:
         yield
     finally:
         keras.layers.Dense.call, keras.layers.Conv2D.call = dense, convolution
-        attention.scaled_dot_product = transformer.scaled_dot_product = attend
+        attention.scaled_dot_product = clip_transformer.scaled_dot_product = attend

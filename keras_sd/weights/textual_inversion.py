@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.files.json_files import shown
-from keras_sd.weights.formats import file_in, read_safetensors, write_safetensors
+from keras_sd.weights.safetensors_files import file_in, read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
 DIFFUSERS_FILE = "learned_embeds.safetensors"

@@ -1,4 +1,4 @@
-"""One canonical spelling for tensor names that differ between releases of diffusers and transformers."""
+"""Tensor names of older and newer releases of diffusers and transformers, in one spelling."""
 
 import re
 

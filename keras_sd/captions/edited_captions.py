@@ -36,8 +36,8 @@ class WrittenFile(_Digests):
     begun: NotRequired[_Digests]
 
 
-class MetadataLine(TypedDict):
-    """The shape of a line of `metadata.jsonl`."""
+class NamedLine(TypedDict):
+    """What every line of `metadata.jsonl` has, whoever wrote it."""
 
     file_name: str
 
@@ -142,7 +142,7 @@ def read_lines(path):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        entry = parse_json(line, place, MetadataLine, remedy=remedy, file_names=True)
+        entry = parse_json(line, place, NamedLine, remedy=remedy, file_names=True)
         name = PurePosixPath(entry["file_name"]).as_posix()
         if name in lines:
             raise UserError(f"{path}, line {number}: second caption for {name!r}; {remedy}")

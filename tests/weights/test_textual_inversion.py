@@ -8,7 +8,7 @@ from keras_sd.cli.model_options import open_model
 from keras_sd.errors import UserError
 from keras_sd.pipeline.prompts import chunk_prompts
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
-from keras_sd.weights.embedding_files import read_embeddings, write_embeddings
+from keras_sd.weights.textual_inversion import read_embeddings, write_embeddings
 from tests import tiny
 from tests.programs import run_python
 from tests.reference import run_reference
