@@ -89,15 +89,17 @@ class _Loader(importlib.machinery.SourceFileLoader):
             raise UserError(message) from error
 
 
-class PackageFinder(importlib.machinery.PathFinder):
+class PackageFinder:
     """Finds the modules of this package for `import`, so that a missing backend is one line everywhere.
 
-    Keras imports its backend when it is imported itself, which most modules here do in their first lines.
+    Keras imports its backend when it is imported itself, which most modules here do in their first lines. The
+    class is no subclass of `PathFinder`, which would also list every installed distribution once more.
     """
 
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        spec = super().find_spec(name, path, target) if name.startswith("keras_sd.") else None
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        is_ours = name.startswith("keras_sd.")
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if is_ours else None
         if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
             spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec

@@ -4,6 +4,7 @@ import ast
 import dis
 import graphlib
 import importlib
+import importlib.metadata
 import inspect
 import os
 import subprocess
@@ -298,6 +299,11 @@ def test_a_missing_package_of_an_extra_is_one_line_at_import():
     last = done.stderr.splitlines()[-1]
     assert "UserError: jax: not installed; pip install 'keras_sd[jax]'" in last
     assert "KERAS_BACKEND=tensorflow where TensorFlow is installed" in last
+
+
+def test_installed_distributions_are_listed_once():
+    """The finder that names missing packages leaves other imports, and the list of packages, alone."""
+    assert len(list(importlib.metadata.distributions(name="keras"))) == 1
 
 
 def test_import_leaves_environment_and_cache_alone(tmp_path):

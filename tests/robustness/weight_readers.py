@@ -217,7 +217,7 @@ def _keras_cv():
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         layers = []
-        for index, (_, parameters) in enumerate(keras_cv_h5._text_encoder_layers(3)):
+        for index, parameters in enumerate(keras_cv_h5._layers("text encoder", 3).values()):
             group, weights = file.create_group(f"layer_{index}"), []
             for number, parameter in enumerate(parameters):
                 shape = (8, 8) if parameter.endswith("weight") and "norm" not in parameter else (8,)
