@@ -167,7 +167,7 @@ show(pictures, PROMPTS)
 # training. Both runs below use these encodings. A step then costs only the UNet.
 
 # %%
-encoded = EncodedSource(examples, sd.vae, sd.text_encoder, sd.tokenizer)
+encoded = EncodedSource(examples, sd.vae, sd.text_encoder, sd.tokenizer, progress=False)
 print(f"latents {encoded.means.shape}, encodings of captions {encoded.contexts.shape}")
 
 # %% [markdown]
