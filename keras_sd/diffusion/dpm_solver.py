@@ -6,6 +6,7 @@ if it were constant over the step. Options have diffusers' names; where the pape
 formulas follow diffusers.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -187,7 +188,9 @@ def deis_multistep(steps, run):
         yield Row(*step, latents, tuple(noises[:2]))
 
 
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)  # of Gauss-Legendre quadrature
+@functools.cache
+def _quadrature():
+    return np.polynomial.legendre.leggauss(64)
 
 
 def _deis_shares(sigmas, end):
@@ -197,9 +200,10 @@ def _deis_shares(sigmas, end):
             "scheduler_config.json: the first timestep has no noise (beta_start), where DEIS is not defined; "
             "use another sampler"
         )
+    nodes, weights = _quadrature()
     places, start, end = np.log(sigmas), math.log(sigmas[0]), math.log(end)
-    times = start + (end - start) * (_NODES + 1) / 2
-    weights = _NODE_WEIGHTS * (end - start) / 2 * np.exp(times)
+    times = start + (end - start) * (nodes + 1) / 2
+    weights = weights * (end - start) / 2 * np.exp(times)
     shares = []
     for index, place in enumerate(places):
         others = np.delete(places, index)[:, None]
