@@ -34,7 +34,7 @@ from keras_sd.weights.safetensors_files import check_dtype, read_metadata
 # Digits of hashes in the web interface.
 _MODEL_DIGITS, _NETWORK_DIGITS = 10, 12
 
-_SMALLEST_STRENGTH = 1e-6  # 0 makes no step
+_SMALLEST_STRENGTH = math.ulp(0.0)  # any number above 0, which makes no step
 
 _SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 

@@ -80,9 +80,8 @@ class Adapters:
         return name
 
     def _free_name(self, path):
-        path = Path(
-            os.path.abspath(path)
-        )  # resolves ".", but no links: file names in the hub's cache are hashes
+        # This resolves ".", but no links: file names in the hub's cache are hashes.
+        path = Path(os.path.abspath(path))
         usual = _NO_NAME.sub("_", path.name if path.is_dir() else path.stem)
         numbered = (f"{usual}-{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain([usual], numbered) if name not in self._loaded)
