@@ -8,7 +8,6 @@ medians. The thresholds cite the table, benchmarks/kernels.md:
     KERAS_BACKEND=jax python tools/bench_kernels.py > jax.md
 """
 
-import os
 import statistics
 import time
 
@@ -109,5 +108,4 @@ def report(name, title, ours, theirs, arrays, chosen):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     main()

@@ -12,25 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from keras_sd.config import UNetConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.training.objectives import Objective
 from keras_sd.training.pixel_ddim import train_pixel_ddim
 from keras_sd.training.trainer import Settings, Trainer
+from tests import tiny
 
-# One level, as nearly all of the time of these tests is tracing and compiling the network.
-UNET = UNetConfig(
-    sample_size=8,
-    in_channels=3,
-    out_channels=3,
-    block_out_channels=(8,),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D",),
-    mid_block_type="UNetMidBlock2D",
-    up_block_types=("UpBlock2D",),
-    norm_num_groups=4,
-)
 SCHEDULER = SchedulerConfig(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
 PICTURES = [
     {"image": np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype="uint8")} for index in range(12)
@@ -65,7 +53,9 @@ def train(
         assert evaluation_steps
         return evaluate or stop
 
-    return train_pixel_ddim(settings, UNET, SCHEDULER, pictures, make_evaluation=make_evaluation)
+    return train_pixel_ddim(
+        settings, tiny.ONE_LEVEL_PIXEL_UNET, SCHEDULER, pictures, make_evaluation=make_evaluation
+    )
 
 
 def state(folder, step=STEPS):
