@@ -15,8 +15,8 @@ from PIL import Image
 
 from keras_sd.cli.program import started_again
 from keras_sd.training import architectures
+from tests import tiny
 from tests.programs import Program
-from tests.training.test_trainer import UNET
 
 LIMIT = 10.0  # seconds from a signal to the end
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     for index in range(8):
         pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    dataclasses.replace(UNET, sample_size=16).save(folder / "unet.json")
+    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(folder / "unet.json")
     dataclasses.replace(architectures.PIXEL_UNET, layers_per_block=8).save(folder / "large.json")
     return folder
 

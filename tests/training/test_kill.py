@@ -14,8 +14,9 @@ import time
 import numpy as np
 from PIL import Image
 
+from tests import tiny
 from tests.programs import Program
-from tests.training.test_trainer import UNET, assert_same_state, state
+from tests.training.test_trainer import assert_same_state, state
 
 KILLS = int(os.environ.get("KERAS_SD_KILLS", "1"))
 STEPS = 60 + 20 * KILLS
@@ -69,7 +70,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
     for index in range(20):
         picture = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
         Image.fromarray(picture).save(tmp_path / "images" / f"{index}.png")
-    dataclasses.replace(UNET, sample_size=16).save(tmp_path / "unet.json")
+    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(tmp_path / "unet.json")
     finish(start(tmp_path, "whole"))
 
     moments = random.Random(0)
