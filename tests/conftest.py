@@ -11,12 +11,16 @@ import warnings
 
 import pytest
 
+from keras_sd.cli.program import collect_garbage_less_often
+
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Many tests, and the processes that they start, compile the same programs: one fresh cache serves them all.
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="keras_sd_cache_")
 if CACHE:
     os.environ["KERAS_SD_CACHE"] = CACHE
+
+collect_garbage_less_often()  # as every command does
 
 # Files that take longest go first, so that no process is left with one of them at the end.
 LONGEST = (
