@@ -27,6 +27,21 @@ class UserError(ValueError):
     """
 
 
+class BadSamples(UserError):
+    """Several examples of a data set cannot be used.
+
+    Attributes:
+        faults: the fault of each of them, in one line.
+    """
+
+    def __init__(self, place, faults):
+        self.faults = tuple(faults)
+        super().__init__(
+            f"{place}: {len(self.faults)} faulty examples, the first is {self.faults[0]}; or leave them out "
+            "with `on_bad_sample='skip'`"
+        )
+
+
 def require(*packages, instead=None):
     """Check, before long work, that packages of an extra are installed, without importing them.
 

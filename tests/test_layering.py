@@ -22,7 +22,7 @@ PACKAGE = Path(keras_sd.__file__).parent
 
 # From the ground up; a module imports from its own row and the rows above it.
 LAYERS = (
-    {"errors", "arguments", "interruption"},
+    {"errors", "arguments", "interruption", "progress"},
     {"files"},
     {"config", "backend"},
     {"kernels"},

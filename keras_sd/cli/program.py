@@ -13,6 +13,7 @@ from keras_sd.cli.quiet import quiet_libraries
 from keras_sd.errors import BACKENDS, UserError, is_installed, missing_package, os_fault
 
 _RESUME = "--resume-from-checkpoint"
+_MOST_FAULTS = 20  # of a data set, that are named
 
 
 def run_command(command, program):
@@ -63,7 +64,8 @@ def _run(command, program):
         path = error.ctx.command_path if error.ctx else program
         _leave(program, f"{error.format_message().rstrip('.')}; see {path} --help")
     except (UserError, click.ClickException) as error:
-        _leave(program, str(error), at_once=error.__cause__ is not None and is_out_of_memory(error.__cause__))
+        at_once = error.__cause__ is not None and is_out_of_memory(error.__cause__)
+        _leave(program, str(error), at_once=at_once, faults=getattr(error, "faults", ()))
     except click.Abort:
         return 130
     except Exception as error:
@@ -151,11 +153,16 @@ def _warn(program, show, message, category, *place):
         show(message, category, *place)
 
 
-def _leave(program, message, at_once=False):
-    """Print an error and exit with code 2; `at_once` skips all cleanup.
+def _leave(program, message, at_once=False, faults=()):
+    """Print the first of several faults, each in a line, and an error; exit with code 2.
 
-    After a failed allocation TensorFlow frees some memory twice, which would abort the program.
+    `at_once` skips all cleanup: after a failed allocation TensorFlow frees some memory twice, which would
+    abort the program.
     """
+    for fault in faults[:_MOST_FAULTS]:
+        print(f"{program}: {' '.join(fault.split())}", file=sys.stderr)
+    if len(faults) > _MOST_FAULTS:
+        print(f"{program}: ... and {len(faults) - _MOST_FAULTS} more", file=sys.stderr)
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     if at_once and "tensorflow" in sys.modules:
         sys.stdout.flush()

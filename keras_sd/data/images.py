@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -52,6 +53,7 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that rotates or flips an image upright, by EXIF orientation."""
+_SWAPS_SIDES = (5, 6, 7, 8)
 
 _READERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "BMP": BmpImageFile, "WEBP": WebPImageFile}
 
@@ -61,22 +63,39 @@ _ORIENTATION = 0x0112
 _FILTERING = threading.Lock()
 
 
-def check_image(path: Path) -> bool:
+class Examined(NamedTuple):
+    """What `examine_image` finds: the upright size in pixels, and whether EXIF told how to rotate."""
+
+    height: int
+    width: int
+    has_sound_exif: bool
+
+
+def examine_image(path: Path) -> Examined:
     """Check that a file can be used as a training image, without decoding its pixels where possible.
 
     Returns:
-        False if the EXIF block is damaged, so that the image is read unrotated; True otherwise.
+        The size of the upright image, and False if the EXIF block is damaged, so that the image is read
+        unrotated.
 
     Raises:
         UserError: not a file, not readable, another format, too large, too small, or truncated.
     """
     with _open(path) as image, _damage_as_user_error(path):
-        is_upright = _orientation(image) is not None
+        orientation = _orientation(image)
         if image.format == "PNG":
             image.verify()  # every chunk and its checksum
         elif not _has_end(path, image):
             image.load()
-    return is_upright
+        height, width = image.height, image.width
+    if orientation in _SWAPS_SIDES:
+        height, width = width, height
+    return Examined(height, width, orientation is not None)
+
+
+def check_image(path: Path) -> bool:
+    """Return whether an image's EXIF block is sound; raise what `examine_image` raises."""
+    return examine_image(path).has_sound_exif
 
 
 def read_square(path: Path, size: int, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:

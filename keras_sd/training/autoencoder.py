@@ -11,9 +11,9 @@ from keras_sd.data.sources import fingerprint_of, image_batches
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_from_unit, images_to_unit
+from keras_sd.progress import Progress
 from keras_sd.training.lora import freeze
 from keras_sd.training.objectives import AutoencoderObjective
-from keras_sd.training.progress import Progress
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state

@@ -17,7 +17,7 @@ from keras_sd.models.pixels import images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.progress import Progress
+from keras_sd.progress import Progress
 
 BATCH_SIZE = 4
 """Images per encoding batch; each image of 512 px takes 0.6 GiB in Stable Diffusion's encoder."""

@@ -8,9 +8,9 @@ import pytest
 
 from keras_sd.data.sources import load_source
 from keras_sd.errors import UserError
+from keras_sd.progress import Progress
 from keras_sd.training import encodings
 from keras_sd.training.encodings import EncodedSource, JoinedSource
-from keras_sd.training.progress import Progress
 from tests import tiny
 
 CAPTIONS = (
