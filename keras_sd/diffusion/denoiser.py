@@ -71,9 +71,9 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: NoiseSchedule, jit_compile: bool = True) -> None:
         self.unet = unet
         self.schedule = schedule
-        self._program, self._giving_program, self._reusing_program = (
+        self._program, self._storing_program, self._reusing_program = (
             backend.jit(step, unet.variables, jit_compile)
-            for step in (self._step, self._giving_step, self._reusing_step)
+            for step in (self._step, self._storing_step, self._reusing_step)
         )
 
     def steps(
@@ -195,7 +195,7 @@ class Denoiser:
     def _run(self, tables, latents, guidance, guided, kinds, channels, known, streams):
         latents = ops.convert_to_numpy(latents) * np.float32(tables.start)
         memory = np.zeros((MEMORY_SIZE, *latents.shape), "float32")
-        still = np.zeros_like(latents)
+        no_noise = np.zeros_like(latents)
         unguided = guidance | {"negative": None}
         step, deep = 0, None
         for index, row in enumerate(tables.rows):
@@ -209,13 +209,13 @@ class Denoiser:
             }
             numbers |= tables.limits
             numbers = {name: np.asarray(value, "float32") for name, value in numbers.items()}
-            random = streams.draw(latents.shape[1:]) if row.draws else still
-            asked = guidance if guided[step] else unguided
-            inputs = (latents, memory, random, numbers, asked, channels, known)
+            random = streams.draw(latents.shape[1:]) if row.draws else no_noise
+            guidance_of_step = guidance if guided[step] else unguided
+            inputs = (latents, memory, random, numbers, guidance_of_step, channels, known)
             if kinds[step] == "plain":
                 latents, memory = self._program(*inputs)
-            elif kinds[step] == "giving":
-                latents, memory, deep = self._giving_program(*inputs)
+            elif kinds[step] == "storing":
+                latents, memory, deep = self._storing_program(*inputs)
             else:
                 latents, memory = self._reusing_program(deep, *inputs)
             if is_last:
@@ -224,7 +224,7 @@ class Denoiser:
                 step += 1
                 yield Denoised(step, latents)
 
-    def _giving_step(self, *inputs):
+    def _storing_step(self, *inputs):
         """Return the results of `_step` and the deep features of the UNet."""
         found = []
 
@@ -242,9 +242,9 @@ class Denoiser:
     def _step(self, latents, memory, random, numbers, guidance, channels, known, unet=None):
         """Compute one row of the tables: evaluate the UNet, and form the weighted sums of the row."""
         signal_rate, noise_rate = numbers["level"][0], numbers["level"][1]
-        seen = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
+        unet_input = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
         timesteps = ops.broadcast_to(numbers["timestep"], (latents.shape[0],))
-        prediction = guided_prediction(unet or self.unet, seen, timesteps, **guidance)
+        prediction = guided_prediction(unet or self.unet, unet_input, timesteps, **guidance)
         sample, noise = to_sample_and_noise(
             self.schedule.prediction_type, prediction, latents, signal_rate, noise_rate
         )
@@ -262,7 +262,7 @@ class Denoiser:
 
 
 def _kinds(guided, reuse_interval):
-    """Return the kind of each step: "giving" or "reusing" deep features; "plain" if no step reuses any.
+    """Return the kind of each step: "storing" or "reusing" deep features; "plain" if no step reuses any.
 
     Args:
         guided: list of bool, whether the step has guidance; with it, the features have twice the batch size.
@@ -273,6 +273,6 @@ def _kinds(guided, reuse_interval):
     for step, is_guided in enumerate(guided):
         if step == 0 or is_guided != guided[step - 1] or since == reuse_interval:
             since = 0
-        kinds.append("reusing" if since else "giving")
+        kinds.append("reusing" if since else "storing")
         since += 1
     return kinds

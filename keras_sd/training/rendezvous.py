@@ -55,7 +55,7 @@ def _receive_all(address, process_count, deadline, timeout):
             )
         except OSError as error:
             raise UserError(
-                f"coordinator {place}: cannot listen there: {error.strerror}; take another port"
+                f"coordinator {place}: cannot listen there: {error.strerror}; use another port"
             ) from None
         present = {}
         while len(present) < process_count - 1:
@@ -65,7 +65,7 @@ def _receive_all(address, process_count, deadline, timeout):
             except TimeoutError:
                 missing = sorted(set(range(1, process_count)) - present.keys())
                 raise UserError(
-                    f"coordinator {place}: process {', '.join(map(str, missing))} did not come within "
+                    f"coordinator {place}: process {', '.join(map(str, missing))} did not connect within "
                     f"{timeout:g} s; start all {process_count} processes with this address"
                 ) from None
             index, fault = _read_announcement(connection, process_count, present)
@@ -122,8 +122,8 @@ def _announce(address, announcement, deadline, timeout):
             raise absent from None
     if not answer:
         raise UserError(
-            f"coordinator {place}: not all processes came within {timeout:g} s; start them all, with the "
-            "same `num_processes`"
+            f"coordinator {place}: not all processes connected within {timeout:g} s; start them all, with "
+            "the same `num_processes`"
         )
     if answer != _READY:
         raise UserError(answer)

@@ -136,7 +136,7 @@ def test_deep_features_of_other_unets(config):
 @pytest.mark.parametrize("sampler", ["heun", "pndm"])
 def test_both_evaluations_of_a_step_go_together(sampler, denoiser, inputs, monkeypatch):
     asked = []
-    for kind, name in {"giving": "_giving_program", "reusing": "_reusing_program"}.items():
+    for kind, name in {"storing": "_storing_program", "reusing": "_reusing_program"}.items():
         program = getattr(denoiser, name)
 
         def watched(*arguments, kind=kind, program=program):
@@ -151,7 +151,7 @@ def test_both_evaluations_of_a_step_go_together(sampler, denoiser, inputs, monke
     rows = [row.ends_step for row in SAMPLERS[sampler].tables(denoiser.schedule, 5).rows]
     assert len(rows) > 5
     steps = np.concatenate([[0], np.cumsum(rows)[:-1]])
-    assert asked == ["reusing" if step % 2 else "giving" for step in steps]
+    assert asked == ["reusing" if step % 2 else "storing" for step in steps]
 
 
 def test_bad_interval_ends_in_one_line(denoiser, inputs):

@@ -280,13 +280,13 @@ def test_processes_meet():
 def test_processes_that_do_not_meet_are_told_why():
     address = rendezvous.parse_address(free_address())
     first, second = meet_all([(address, 3, 0, 1), (address, 3, 2, 2)])
-    assert "process 1 did not come within 1 s" in first
-    assert "not all processes came" in second
+    assert "process 1 did not connect within 1 s" in first
+    assert "not all processes connected" in second
     twice = meet_all([(address, 3, 0, 1), (address, 3, 2, 2), (address, 3, 2, 2)])
-    assert "process 1 did not come" in twice[0]
+    assert "process 1 did not connect" in twice[0]
     assert sum("process_id 2: taken" in line for line in twice[1:]) == 1
     fewer = meet_all([(address, 2, 0, 1), (address, 3, 1, 2)])
-    assert "process 1 did not come" in fewer[0]
+    assert "process 1 did not connect" in fewer[0]
     assert "started with 2" in fewer[1]
-    with socket.create_server(("", address[1])), pytest.raises(UserError, match="take another port"):
+    with socket.create_server(("", address[1])), pytest.raises(UserError, match="use another port"):
         rendezvous.meet(address, 2, 0, 1)

@@ -1,4 +1,4 @@
-"""What the benchmark says of its figures: a line for each side, a table, a plot and JSON."""
+"""Formats benchmark results: a line on the terminal for each side, a Markdown table, a plot and JSON."""
 
 from benchmark.worker import SAMPLING_CASES
 from keras_sd.files.writing import replaced, write_json, write_text
@@ -10,7 +10,7 @@ HEAD = (
 
 
 def name_of(side):
-    """What a side is called in tables."""
+    """Return the name of a side in tables."""
     if side["xla"] is None:
         return side["implementation"]
     if side["implementation"] == "jax":
@@ -19,11 +19,11 @@ def name_of(side):
 
 
 def complete(result, figures, gemm_gflops, peak_gflops=None):
-    """Add what follows from a side's figures and from those of the first side of its case.
+    """Add derived figures: throughput, shares of the ceilings, and after how many calls XLA pays.
 
     Args:
         gemm_gflops: the measured ceiling, by precision.
-        peak_gflops: what the accelerator's maker promises for half precision, or None.
+        peak_gflops: the accelerator's peak in half precision by its data sheet, or None.
     """
     first = (result["sides"] or [figures])[0]
     if "seconds" not in figures:
@@ -45,7 +45,7 @@ def complete(result, figures, gemm_gflops, peak_gflops=None):
 
 
 def _calls_until_paid(with_xla, without, figures):
-    """After how many calls XLA's longer first one is made up for; None for never."""
+    """Return after how many calls the time that XLA compiled is saved again; None for never."""
     gained = figures["seconds"] - figures["reference_seconds"]
     lost = with_xla["first_call_seconds"] - without["first_call_seconds"]
     if lost <= 0:
@@ -78,7 +78,7 @@ def _cells(result, figures):
 
 
 def _of_starts(figures, name):
-    """What the starts with an empty and with a filled cache took, as far as there were both."""
+    """Return the seconds with a cold and with a warm compilation cache, as far as both were measured."""
     seconds = [f"{figures[start][name]:.1f}" for start in ("cold", "warm") if start in figures]
     return f"{', '.join(seconds)} s" if seconds else ""
 
@@ -93,9 +93,9 @@ def line(result, figures):
 def table(results):
     """Return all sides as a Markdown table, with what it was measured on.
 
-    A ratio is to the first side's seconds in the same turns, which stand beside it: the machine may have been
-    slower or faster then than when the first side was measured alone.
-    Of a case whose figures were derived anew from the measured times, `correction` says what was wrong.
+    A ratio is to the seconds of the first side in the same turns, given beside it: the machine's speed may
+    have changed since the first side was measured alone. Where figures were derived again from the measured
+    times, `correction` says what was wrong.
     """
     lines = [
         "| case | side | seconds | the first, in turns | × the first | 1st call: cold, warm "
@@ -144,7 +144,7 @@ def write(output, results):
 def plot(path, results):
     """Draw the time of each side as a multiple of the first one's in the same turns, a panel for a case.
 
-    Cases of one side have nothing to be compared with in turns; they share a panel of seconds.
+    Cases with one side only share a panel of seconds.
     """
     import matplotlib
 
