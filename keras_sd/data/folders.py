@@ -11,7 +11,8 @@ import numpy as np
 from keras_sd.data.caption_files import METADATA, CaptionFiles, read_captions, repeats_of
 from keras_sd.data.catalogue import content_hashes, examine_images
 from keras_sd.data.faults import Faults, warn_once
-from keras_sd.data.images import MINIMUM_SIDE, read_square
+from keras_sd.data.framing import Frame, frame_of
+from keras_sd.data.images import MINIMUM_SIDE, read_frame
 from keras_sd.data.listing import holds_images, image_paths, list_folder, no_folder
 from keras_sd.errors import UserError
 
@@ -85,9 +86,21 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict:
         """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str), path (str)."""
+        frame = frame_of(tuple(self._sizes[index].tolist()), (self.image_size, self.image_size))
+        return {"image": self.read(index, frame), **self.details(index)}
+
+    def details(self, index: int) -> dict:
+        """Keys: captions (tuple of str), path (str); no file is read."""
         path, captions = self._examples[index]
-        image = read_square(path, self.image_size, self._damage_found)
-        return {"image": image, "captions": captions, "path": str(path)}
+        return {"captions": captions, "path": str(path)}
+
+    def read(self, index: int, frame: Frame) -> np.ndarray:
+        """Return what a frame takes of an image, uint8 (height, width, 3).
+
+        Raises:
+            UserError: the file is missing or damaged, or was replaced by an image of another size.
+        """
+        return read_frame(self._examples[index][0], frame, self._damage_found)
 
     def _damage_found(self, path: Path) -> None:
         if not self._damaged:

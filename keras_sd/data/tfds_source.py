@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from keras_sd.data.folders import digest
-from keras_sd.data.images import square
+from keras_sd.data.framing import Frame, frame_of
+from keras_sd.data.images import framed
 from keras_sd.errors import UserError, require
 from keras_sd.files.json_files import read_json
 
@@ -52,6 +54,12 @@ class TFDSSource:
             raise UserError(f"data set {name}: neither captions nor classes; choose one with captions")
         self._identity = ["tfds", builder.info.full_name, split]
         self._examples = builder.as_data_source(split=split)
+        # Reading captions or sizes decodes no image.
+        decoding = importlib.import_module("tensorflow_datasets").decode
+        decoders = {"image": decoding.SkipDecoding()}
+        self._encoded = builder.as_data_source(split=split, decoders=decoders)
+        self._shape = features["image"].shape
+        self._sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -59,9 +67,33 @@ class TFDSSource:
     def __getitem__(self, index: int) -> dict:
         """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str)."""
         example = self._examples[index]
-        pixels = np.asarray(example["image"])
-        image = square(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), self.image_size)
-        return {"image": image, "captions": self._captions(example)}
+        image = _image(example)
+        frame = frame_of((image.height, image.width), (self.image_size, self.image_size))
+        return {"image": framed(image, frame), "captions": self._captions(example)}
+
+    def details(self, index: int) -> dict:
+        """Keys: captions (tuple of str)."""
+        return {"captions": self._captions(self._encoded[index])}
+
+    def sizes(self) -> np.ndarray:
+        """Return height and width in pixels of each image, int (n, 2); this reads all examples once."""
+        if self._sizes is None:
+            shape = self._shape[:2]
+            if None in shape:
+                self._sizes = np.array(
+                    [_encoded_size(example["image"]) for example in self._encoded], "int32"
+                )
+            else:
+                self._sizes = np.broadcast_to(np.array(shape, "int32"), (len(self), 2))
+        return self._sizes
+
+    def read(self, index: int, frame: Frame) -> np.ndarray:
+        """Return what a frame takes of an image, uint8 (height, width, 3)."""
+        return framed(_image(self._examples[index]), frame)
+
+    def content_keys(self) -> list[str]:
+        """Return the SHA-256 of the data set's name, configuration, version and split, and each index."""
+        return [digest([*self._identity, index]) for index in range(len(self))]
 
     def at_size(self, image_size: int) -> "TFDSSource":
         """Return the same examples at another size."""
@@ -71,7 +103,7 @@ class TFDSSource:
 
     def captions(self) -> list[tuple[str, ...]]:
         """Return the captions of every example; this reads all examples."""
-        return [self._captions(self._examples[index]) for index in range(len(self))]
+        return [self._captions(self._encoded[index]) for index in range(len(self))]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the data set's name, configuration and version, and of the split."""
@@ -86,6 +118,17 @@ class TFDSSource:
             article = "an" if name[:1] in "aeiou" else "a"
             return (name, f"a photo of {article} {name}")
         return ()
+
+
+def _image(example: dict) -> Image.Image:
+    pixels = np.asarray(example["image"])
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _encoded_size(encoded: bytes) -> tuple[int, int]:
+    """Return height and width of an encoded image, of which only the header is read."""
+    with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
+        return image.height, image.width
 
 
 def prepared_builder(name: str):

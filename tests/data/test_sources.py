@@ -173,3 +173,71 @@ def test_import_without_tensorflow():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+BUCKETS = [0, 0, 0, 0, 0, 1, 1, 1, 2, 2]  # of SOURCE
+
+
+def bucketed(count, **options):
+    stream = take(count, **{"batch_size": 2, "buckets": BUCKETS} | options)
+    return np.stack([batch["image"][:, 0, 0, 0] for batch in stream])
+
+
+def test_a_batch_is_of_one_bucket():
+    seen = bucketed(500)
+    assert (np.ptp(np.array(BUCKETS)[seen], axis=1) == 0).all()
+    # 100 epochs of 10 examples: all are shown as often, apart from the batch that crosses an epoch's end.
+    assert (np.abs(np.bincount(seen.ravel()) - 100) <= 1).all()
+    # Within each bucket every epoch is a permutation.
+    of_first = seen[np.array(BUCKETS)[seen[:, 0]] == 0].ravel()
+    assert (np.sort(of_first[:245].reshape(-1, 5), axis=1) == np.arange(5)).all()
+    assert not (bucketed(500, seed=8) == seen).all()
+    # Buckets are mixed: no order of their batches recurs in each epoch.
+    assert (
+        len({tuple(np.array(BUCKETS)[batch] for batch in epoch[:, 0]) for epoch in np.split(seen, 100)}) > 20
+    )
+
+
+def test_buckets_resume_and_share_as_one_stream():
+    whole = take(60, batch_size=2, buckets=BUCKETS)
+    for start in (1, 7, 33):
+        assert_equal(whole[start:], take(60 - start, batch_size=2, buckets=BUCKETS, start=start))
+    far = take(2, batch_size=2, buckets=BUCKETS, start=10**12)
+    assert_equal(far[1:], take(1, batch_size=2, buckets=BUCKETS, start=10**12 + 1))
+    parts = [take(60, batch_size=2, buckets=BUCKETS, process_index=i, process_count=2) for i in range(2)]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in whole[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_equal(whole, joined)
+
+
+def test_buckets_larger_and_smaller_than_a_batch():
+    """A bucket of two examples fills a batch of four every second epoch."""
+    seen = bucketed(250, batch_size=4, repeats=[1] * 5 + [2] * 3 + [1] * 2)  # of 13 examples an epoch
+    counts = np.bincount(seen.ravel(), minlength=10) / (1000 / 13)
+    np.testing.assert_allclose(counts, [1] * 5 + [2] * 3 + [1] * 2, atol=0.06)
+    assert {tuple(sorted(batch)) for batch in seen[seen[:, 0] > 7].tolist()} == {(8, 8, 9, 9)}
+
+
+@pytest.mark.parametrize("buckets", [None, [5] * 10])
+def test_one_bucket_is_the_plain_stream(buckets):
+    expected = [np.random.default_rng((7, epoch)).permutation(10) for epoch in range(2)]
+    assert (order(take(5, buckets=buckets)) == np.concatenate(expected)).all()
+
+
+def test_a_source_may_draw_its_examples():
+    class Drawn:
+        def __len__(self):
+            return 10
+
+        def draw_example(self, index, generator):
+            return SOURCE[index] | {"image": np.full((1, 1, 3), generator.integers(256), "uint8")}
+
+    stream = [
+        list(itertools.islice(batches(Drawn(), batch_size=5, seed=1, draw=draw, start=s), 3)) for s in (0, 2)
+    ]
+    assert (
+        len(np.unique(order(stream[0]))) > 10
+    )  # another draw at every position, and the same after a resume
+    assert_equal(stream[0][2:], stream[1][:1])

@@ -66,6 +66,7 @@ def test_class_names_become_captions_and_faults_one_line(tmp_path):
     (tmp_path / "tiny" / "tiny_shapes.py").write_text(TINY)
     code = """
 import tiny.tiny_shapes
+from keras_sd.data.framing import FramedSource, Framing
 from keras_sd.data.sources import load_source
 from keras_sd.errors import UserError
 
@@ -74,6 +75,10 @@ assert len(source) == 4
 examples = {int(source[i]["image"][0, 0, 0]): source[i]["captions"] for i in range(4)}
 assert examples[0] == ("disc", "a photo of a disc"), examples
 assert examples[150] == ("oval ring", "a photo of an oval ring"), examples
+assert source.sizes().tolist() == [[30, 40]] * 4 and len(set(source.content_keys())) == 4
+assert source.captions() == [source[i]["captions"] for i in range(4)]
+framed = FramedSource(source, Framing(16, aspect_ratio_buckets=3))
+assert framed[1]["image"].shape == (16, 16, 3) and framed[1]["captions"] == source.captions()[1]
 for name, split in (("tiny_shapes", "test"), ("no_such_set", "train")):
     try:
         load_source(name, split, 16)
