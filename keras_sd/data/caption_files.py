@@ -227,8 +227,8 @@ def _entry(entry: dict, columns: tuple[str, str], place: str, remedy: str) -> tu
             raise UserError(f'{place}: no "{column}"; {remedy}')
     for text in texts:
         check_text(text, place)
-    if "\0" in name:
-        raise UserError(f"{place}: not valid: a NUL in a name; {remedy}")
+    if any("\0" in text for text in (name, *texts)):
+        raise UserError(f"{place}: a NUL in a text; {remedy}")
     return name, tuple(text.strip() for text in texts)
 
 

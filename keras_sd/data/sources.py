@@ -20,6 +20,7 @@ is such a sequence, too, with images of one size for each bucket.
 """
 
 import copy
+import dataclasses
 import functools
 import os
 import re
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_sd.data.caption_files import CaptionFiles
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.framing import Frame, frame_of
@@ -152,7 +154,13 @@ def available_splits(name: str | Path) -> tuple[str, ...]:
 
 
 def load_source(
-    name: str | Path, split: str, image_size: int, need_captions: bool = True
+    name: str | Path,
+    split: str,
+    image_size: int,
+    need_captions: bool = True,
+    *,
+    caption_files: CaptionFiles | None = None,
+    on_bad_sample: str = "error",
 ) -> EmojiSource | FolderSource | TFDSSource:
     """Open and check a source of images.
 
@@ -163,13 +171,27 @@ def load_source(
             itself is the training split.
         image_size: side in pixels of the square that images are cropped and resized to.
         need_captions: False opens images that have no captions.
+        caption_files: where the captions of a folder are.
+        on_bad_sample: "error" names all faulty examples of a folder; "skip" leaves them out.
 
     Raises:
-        UserError: the source is missing, empty or damaged, or has no such split.
+        UserError: the source is missing, empty or damaged, or has no such split; or an argument has no effect
+            on it.
     """
     folder = _folder(name)
     if folder is not None:
-        return FolderSource(split_folder(folder, split), image_size, need_captions)
+        return FolderSource(
+            split_folder(folder, split),
+            image_size,
+            need_captions,
+            caption_files=caption_files,
+            on_bad_sample=on_bad_sample,
+        )
+    given = dataclasses.asdict(caption_files or CaptionFiles())
+    given["on_bad_sample"] = on_bad_sample if on_bad_sample != "error" else None
+    for argument, value in given.items():
+        if value is not None:
+            raise UserError(f"{argument}: has no effect on {name}, which is no folder; leave it out")
     if name in _EMOJI:
         return EmojiSource(split, image_size, _EMOJI[name])
     if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", str(name)):  # not of the form of a TFDS name

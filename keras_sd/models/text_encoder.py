@@ -63,11 +63,12 @@ class TextEncoder(ConfiguredModel):
     """A causal transformer over token ids.
 
     Call it on int32 `(n, tokens)`. It returns the last hidden state after the final layer normalisation,
-    float32 `(n, tokens, hidden_size)`. All weights exist after construction.
+    float32 `(n, tokens, hidden_size)`. Sequences of two or three times `max_position_embeddings` (or more)
+    are chunks, which are encoded one by one. All weights exist after construction.
 
     Raises:
-        UserError: there are more tokens than positions, or (outside of compiled functions) an id is not in
-            the vocabulary.
+        UserError: there are more tokens than positions and no multiple of them, or (outside of compiled
+            functions) an id is not in the vocabulary.
     """
 
     config_class = TextEncoderConfig
@@ -154,12 +155,16 @@ class TextEncoder(ConfiguredModel):
         return ops.sum(hidden_states * mask[:, :, None], axis=1)
 
     def _hidden_states(self, ids, depth):
+        tokens, positions = ids.shape[1], self.config.max_position_embeddings
+        if tokens > positions:
+            hidden = self._hidden_states(ops.reshape(ids, (-1, positions)), depth)
+            return ops.reshape(hidden, (-1, tokens, self.config.hidden_size))
         hidden = self.encoder(self.embeddings(ops.cast(ids, "int32")), depth=depth)
         return ops.cast(self.final_layer_norm(hidden), "float32")
 
     def _check(self, ids):
         tokens, positions = ids.shape[1], self.config.max_position_embeddings
-        if tokens > positions:
+        if tokens > positions and tokens % positions:
             raise UserError(f"text encoder: {tokens} tokens for {positions} positions; shorten the sequence")
         values = _concrete(ids)
         limit = self.config.vocab_size

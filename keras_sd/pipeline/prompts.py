@@ -26,6 +26,7 @@ import numpy as np
 
 from keras_sd.arguments import shown, whole_number
 from keras_sd.errors import UserError
+from keras_sd.models.token_chunks import chunk_bounds, comma_of
 
 BRACKET_WEIGHT = 1.1
 
@@ -38,9 +39,6 @@ SMALLEST_MEAN = 0.02
 
 # The largest number of chunks that prompts of different lengths are repeated to.
 MOST_CHUNKS = 240
-
-# A phrase is moved to the next chunk if the comma before it is among this many last tokens of a full chunk.
-COMMA_REACH = 20
 
 # The longest quotation in a warning, in characters.
 _LONGEST_QUOTE = 60
@@ -245,25 +243,20 @@ def _token_chunks(tokenizer, prompt):
     for fragment in fragments:
         if not abs(fragment.weight) <= LARGEST_WEIGHT:  # true for NaN
             raise UserError(f"prompt: a weight of {fragment.weight:g}; use at most {LARGEST_WEIGHT:g}")
-    room = tokenizer.max_length - 2
-    (comma,) = tokenizer.encode([","])
-    finished, current, last_comma = [], [], None
+    segments = [[]]
     for text, weight in fragments:
         if text is None:
-            finished, current, last_comma = [*finished, current], [], None
-            continue
-        for token in tokenizer.encode([text])[0]:
-            is_comma = [token] == comma
-            if len(current) == room:
-                # If the next token is a comma, the phrase is complete.
-                cuts = not is_comma and last_comma is not None and room - last_comma <= COMMA_REACH
-                border = last_comma + 1 if cuts else room
-                finished, current, last_comma = [*finished, current[:border]], current[border:], None
-            if is_comma:
-                last_comma = len(current)
-            current.append((token, weight))
-    # A BREAK at the end begins no chunk.
-    return [*finished, current] if current or not finished else finished
+            segments.append([])
+        else:
+            segments[-1] += [(token, weight) for token in tokenizer.encode([text])[0]]
+    if len(segments) > 1 and not segments[-1]:
+        segments.pop()  # a BREAK at the end begins no chunk
+    comma, room = comma_of(tokenizer), tokenizer.max_length - 2
+    return [
+        segment[start:end]
+        for segment in segments
+        for start, end in chunk_bounds([token for token, _ in segment], comma, room)
+    ]
 
 
 def weighted_encoding(encodings, weights):

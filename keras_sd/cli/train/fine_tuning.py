@@ -1,11 +1,18 @@
 """Options and evaluations that the methods for fine-tuning a pretrained model share."""
 
 import functools
+import warnings
 
 import click
 
 from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE
+from keras_sd.cli.train.data_options import (
+    caption_identity,
+    caption_options,
+    captions_of,
+    source_options,
+)
 from keras_sd.cli.train.options import (
     evaluation_options,
     inference_steps_option,
@@ -34,6 +41,8 @@ def captioned_options(method):
     """Return a decorator that adds the options of methods that train on captioned images."""
     return decorated(
         pretrained_option,
+        source_options(),
+        caption_options,
         snr_gamma_option,
         click.option(
             "--noise-offset",
@@ -83,20 +92,28 @@ def _sampling(run, pipeline, **options):
     )
 
 
-def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
+def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampling):
     """Return the encoded source of a run on captioned images, its repeats and its `make_evaluation`.
 
     Args:
-        frozen_text_encoder: None if the text encoder is trained, so that captions are only tokenized.
+        frozen_text_encoder: None if the text encoder encodes captions in the training step, so that they are
+            only tokenized.
+        captions: `data.captions.Captions` if they are drawn anew each time; it needs no frozen text encoder.
         sampling: options of sampling in evaluations, such as guidance_scale and sampler.
     """
+    from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
     from keras_sd.training.encodings import EncodedSource
 
     image_size = image_size_of(pipeline)
     source, held_out, repeats = run.sources(image_size)
+    tokenizer = CaptionTokenizer(pipeline.tokenizer, int(run.options.get("max_token_length", 75)))
     encoded = EncodedSource(
-        source, pipeline.vae, frozen_text_encoder, pipeline.tokenizer, jit_compile=run.settings.jit_compile
+        source, pipeline.vae, frozen_text_encoder, tokenizer, jit_compile=run.settings.jit_compile
     )
+    if tokenizer.cut_line():
+        warnings.warn(tokenizer.cut_line(), stacklevel=2)
+    if captions is not None:
+        encoded = DrawnCaptions(encoded, source.captions(), captions, tokenizer)
 
     sample = _sampling(run, pipeline, **sampling)
 
@@ -134,19 +151,28 @@ def encoded_examples(run, pipeline, frozen_text_encoder, **sampling):
 
 def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None):
     """Train the trainable weights of the UNet, and of the text encoder unless it is frozen."""
+    from keras_sd.training.lora import freeze
     from keras_sd.training.text_to_image import train_text_to_image
 
-    options = run.options
+    options, captions = run.options, captions_of(run.options)
+    is_encoded_before = frozen_text_encoder is not None and captions.is_fixed
+    if frozen_text_encoder is not None and not captions.is_fixed:
+        freeze(frozen_text_encoder)  # it becomes a part of the objective
     encoded, repeats, make_evaluation = encoded_examples(
-        run, pipeline, frozen_text_encoder, guidance_scale=options["guidance_scale"]
+        run,
+        pipeline,
+        frozen_text_encoder if is_encoded_before else None,
+        None if captions.is_fixed else captions,
+        guidance_scale=options["guidance_scale"],
     )
     train_text_to_image(
         run.settings,
         pipeline.unet,
         pipeline.scheduler_config,
         encoded,
-        text_encoder=None if frozen_text_encoder else pipeline.text_encoder,
+        text_encoder=None if is_encoded_before else pipeline.text_encoder,
         identity=part_fingerprints(pipeline, "vae", *(["text_encoder"] if frozen_text_encoder else []))
+        | caption_identity(options)
         | (identity or {}),
         repeats=repeats,
         min_snr_gamma=options["snr_gamma"],

@@ -4,6 +4,7 @@ import click
 
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
+from keras_sd.cli.train.data_options import source_options
 from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
     part_fingerprints,
@@ -17,6 +18,7 @@ from keras_sd.cli.train.preparation import prepare
 
 @click.command(cls=Command)
 @run_options("lcm", output_dir="runs/lcm")
+@source_options()
 @pretrained_option
 @low_rank_options(rank=16, layers="all")
 @model_option("lcm", "guidance_scale", "Guidance scale of the teacher; the student learns its result.")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keras_sd import config, interruption, presets
 from keras_sd.cli.command import refuse_unused
+from keras_sd.cli.train.data_options import caption_identity, print_notes, reading_of
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -80,6 +81,7 @@ def prepare(
     require("grain", "tensorboard")
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
+    identity = caption_identity(options) | (identity or {})
     # Only process 0 locks the folder; which one that is, is known later.
     checkpoint = claim_output_dir(
         options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
@@ -101,7 +103,7 @@ def prepare(
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
     if checkpoint is not None:
-        _check_resumed(checkpoint, settings, identity or {})
+        _check_resumed(checkpoint, settings, identity)
     _print_summary(method, settings, source, options)
     return Run(settings, source, held_out, model, options)
 
@@ -154,10 +156,13 @@ def _check_sources(options, need_captions):
             raise UserError("--train-data-dir: missing; give a folder of images, or --dataset-name")
         options["dataset_name"] = name = "emoji"  # what the bundled model was trained on
     place = Path(folder) if folder else name
-    source = load_source(place, "train", MINIMUM_SIDE, need_captions)
+    reading = reading_of(options)
+    source = load_source(place, "train", MINIMUM_SIDE, need_captions, **reading)
+    print_notes(source, options)
     held_out = ()
     if "validation" in available_splits(place):
-        held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions)
+        held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions, **reading)
+        print_notes(held_out, options)
     return source, held_out
 
 

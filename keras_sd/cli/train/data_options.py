@@ -1,0 +1,109 @@
+"""The options of training data: where captions are and how they are drawn, and faulty examples."""
+
+import sys
+
+import click
+
+from keras_sd.cli.command import decorated, refuse_unused
+from keras_sd.cli.option_types import FROM_ZERO, Number
+
+_RATE = Number(min=0, max=1)
+_OF_TAGS = ("keep_tokens", "caption_separator")
+
+
+def source_options(captions=True):
+    """Return a decorator that adds the options of how a data set is read.
+
+    Args:
+        captions: whether its captions are read, too.
+    """
+    options = [
+        click.option(
+            "--on-bad-sample",
+            default="error",
+            type=click.Choice(["error", "skip"]),
+            help="Faulty images and captions: `error` names them all and stops, `skip` leaves them out and "
+            "counts them.",
+        ),
+    ]
+    if captions:
+        options += [
+            click.option(
+                "--image-column", help="Column of file names in metadata.jsonl or .csv; usually file_name."
+            ),
+            click.option("--caption-column", help="Column of captions; usually text."),
+            click.option(
+                "--caption-extension",
+                help="Suffix of the caption files beside images. By default .txt, or else .caption.",
+            ),
+            click.option(
+                "--caption-lines",
+                type=click.Choice(["first", "each"]),
+                help="Lines of a caption file that are a caption; kohya takes the first. By default each.",
+            ),
+        ]
+    return decorated(*options)
+
+
+caption_options = decorated(
+    click.option("--shuffle-caption", is_flag=True, help="Put a caption's tags in a new order at each draw."),
+    click.option(
+        "--keep-tokens",
+        default=0,
+        type=FROM_ZERO,
+        help="First tags of a caption that are neither moved nor left out.",
+    ),
+    click.option("--caption-separator", default=",", help="What stands between the tags of a caption."),
+    click.option(
+        "--caption-tag-dropout-rate",
+        default=0.0,
+        type=_RATE,
+        help="Share of the tags that is left out at each draw, 0 to 1.",
+    ),
+    click.option(
+        "--max-token-length",
+        default="75",
+        type=click.Choice(["75", "150", "225"]),
+        help="Tokens of a caption, in one, two or three chunks of 75; the rest of longer ones is cut.",
+    ),
+)
+"""Adds the options of how a caption is drawn and tokenized."""
+
+
+def captions_of(options):
+    """Return `data.captions.Captions` of a command's options.
+
+    Raises:
+        UserError: an option is out of range or has no effect.
+    """
+    from keras_sd.data.captions import Captions
+
+    names = ("shuffle_caption", "caption_tag_dropout_rate", *_OF_TAGS)
+    captions = Captions(**{name: options[name] for name in names if name in options})
+    refuse_unused(_OF_TAGS, not captions.is_fixed, "without --shuffle-caption or --caption-tag-dropout-rate")
+    return captions
+
+
+def caption_identity(options):
+    """Return the JSON values of drawn and of long captions, which a resumed run must share."""
+    identity = captions_of(options).identity()
+    length = options.get("max_token_length", "75")
+    return identity if length == "75" else identity | {"max_token_length": int(length)}
+
+
+def reading_of(options):
+    """Return the arguments of `load_source` in a command's options, or in those of an earlier run."""
+    from keras_sd.data.caption_files import CaptionFiles
+
+    names = ("caption_extension", "caption_lines", "image_column", "caption_column")
+    files = CaptionFiles(**{name: options.get(name) for name in names})
+    return {"caption_files": files, "on_bad_sample": options.get("on_bad_sample") or "error"}
+
+
+def print_notes(source, options):
+    """Print what the user should know of a source, each note in a line."""
+    from keras_sd.cli.command import in_flags
+
+    if not options.get("process_id"):
+        for note in getattr(source, "notes", ()):
+            print(f"data: {in_flags(note)}", file=sys.stderr, flush=True)
