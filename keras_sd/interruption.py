@@ -140,11 +140,10 @@ def _start_phase(name):
 
 
 def _print_phase(name):
-    from tqdm import tqdm
+    from keras_sd.progress import print_above_bars
 
     _state.printed.add(name)
-    tqdm.write(name, file=sys.stderr)  # above a progress bar, if there is one
-    sys.stderr.flush()
+    print_above_bars(name)
 
 
 def how_to_resume():

@@ -1,5 +1,6 @@
 """Progress of long tasks before or after training, on standard error."""
 
+import os
 import sys
 import time
 
@@ -7,6 +8,17 @@ from tqdm import tqdm
 
 FIRST_LINE_SECONDS = 2.0
 """A task that takes less time prints no line."""
+
+
+def is_terminal() -> bool:
+    """Return whether standard error is a terminal that a bar can be drawn on; some report a width of 0."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+def print_above_bars(line: str) -> None:
+    """Print a line on standard error, above the progress bars if there are any."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 class Progress:
@@ -37,7 +49,7 @@ class Progress:
         self._began = time.monotonic()
         self._next_line = self._began + FIRST_LINE_SECONDS
         self._reported = -1  # items done at the last line
-        if not self.disable and sys.stderr.isatty():
+        if not self.disable and is_terminal():
             self._bar = tqdm(
                 total=self.total,
                 desc=self.description,

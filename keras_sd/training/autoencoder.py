@@ -130,7 +130,7 @@ def train_autoencoder(
 
     def evaluate(step):
         with trainer.ema.applied():
-            trainer.log.log_scalars(step, {name: measure_reconstruction(vae, measured)})
+            trainer.log_figures(step, {name: measure_reconstruction(vae, measured)})
 
     scale = {}
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from keras_sd import backend, interruption
 from keras_sd.errors import UserError
+from keras_sd.progress import is_terminal
 from keras_sd.training.checkpoints import Checkpoints
 
 
@@ -109,7 +110,7 @@ class BufferedCallback(StepCallback):
 
 
 class ProgressCallback(StepCallback):
-    """A progress bar with images per second, smoothed loss and time left.
+    """A progress bar with images per second, time left and the loss as an exponential moving average.
 
     If standard error is not a terminal, it prints a line after the first step and then every `line_seconds`.
     The rate excludes compilation and the time inside `paused()`.
@@ -137,7 +138,7 @@ class ProgressCallback(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._since = None
-        if sys.stderr.isatty():
+        if is_terminal():
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(total=self.total_steps, initial=self.step, bar_format=layout, file=sys.stderr)
 
@@ -174,7 +175,7 @@ class ProgressCallback(StepCallback):
         self._rate = self._smooth(self._rate, (self.step - step) / (now - began))
         self._since = now, self.step
         left = tqdm.format_interval((self.total_steps - self.step) / self._rate)
-        figures = f"{self._rate * self.batch_size:.1f} images/s, loss {self._loss:.4f}, {left} left"
+        figures = f"{self._rate * self.batch_size:.1f} images/s, mean loss {self._loss:.4f}, {left} left"
         if self._bar:
             self._bar.n = self.step
             self._bar.set_postfix_str(figures)

@@ -108,7 +108,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
     def evaluate(step):
         with trainer.ema.applied():
             rates = {name: matching_rate(sets[name], captions[name]) for name in sets}
-        trainer.log.log_scalars(step, rates)
+        trainer.log_figures(step, rates)
 
     return trainer.run(
         source,

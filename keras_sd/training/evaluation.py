@@ -42,9 +42,9 @@ class SampleEvaluation:
                     with interruption.phase("evaluating: samples"):
                         self.trainer.log.log_image(step, "samples", self.grid())
                 for name, examples in self.sets.items():
-                    with interruption.phase("evaluating: KID"):
+                    with interruption.phase(f"evaluating: KID of the {weights} weights"):
                         figures |= self._figures(name, examples, weights)
-        self.trainer.log.log_scalars(step, figures)
+        self.trainer.log_figures(step, figures)
 
     def _figures(self, name, examples, weights):
         """Return KID and the CLIP score of one set with the current weights."""

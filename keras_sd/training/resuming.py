@@ -100,12 +100,12 @@ def first_batch(checkpoint, settings):
     return -(-_examples(checkpoint, settings) // settings.train_batch_size)
 
 
-def describe_changes(checkpoint, settings):
-    """Return one line about changed settings and their consequences; None if nothing has changed."""
+def describe(checkpoint, settings):
+    """Return one line: the step that the run continues from, the changed settings and what follows."""
     before = _before(checkpoint, settings)
     changed = {name: value for name, value in before.items() if value != getattr(settings, name)}
     if not changed:
-        return None
+        return f"resuming after step {checkpoint.step}"
     parts = [f"{name} is {getattr(settings, name)}, it was {value}" for name, value in changed.items()]
     if "max_train_steps" in changed and settings.lr_scheduler != "constant":
         parts.append(f"the {settings.lr_scheduler} schedule of the learning rate ends at the new last step")

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from keras_sd.data.sources import batches
 from keras_sd.errors import UserError
 from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing, recomputing_layers
 from keras_sd.models.parameters import parameter_paths
+from keras_sd.progress import print_above_bars
 from keras_sd.training import distribution, resuming
 from keras_sd.training.callbacks import (
     CheckpointCallback,
@@ -177,7 +178,7 @@ class Trainer:
         return groups, {"batch": batch, "examples": batch * settings.train_batch_size}
 
     def _resume(self):
-        """Load the state of a checkpoint, and print which settings have changed."""
+        """Load the state of a checkpoint, and print its step and which settings have changed."""
         path = self.checkpoints.resolve(self.settings.resume_from_checkpoint)
         checkpoint = self.checkpoints.load(path)
         state = self._state()
@@ -191,9 +192,8 @@ class Trainer:
                     variable.assign(value)
         self.step = checkpoint.step
         self._first_batch = resuming.first_batch(checkpoint, self.settings)
-        changes = resuming.describe_changes(checkpoint, self.settings)
-        if changes and self.is_writer:
-            print(changes, file=sys.stderr, flush=True)
+        if self.is_writer and self.step < self.settings.max_train_steps:
+            print(resuming.describe(checkpoint, self.settings), file=sys.stderr, flush=True)
 
     def run(
         self,
@@ -234,7 +234,13 @@ class Trainer:
                     if stop.signal_received is None:
                         self._fit(source, draw, repeats, self._callbacks(stop, make_evaluation))
                 if self.step >= settings.max_train_steps and stop.signal_received is None:
-                    self._finish(make_evaluation, prepare_export, export)
+                    did_more = self._finish(make_evaluation, prepare_export, export)
+                    if self._resumed_step == self.step and not did_more and self.is_writer:
+                        warnings.warn(
+                            f"{settings.output_dir}: complete, as step {self.step} is the last; give a larger "
+                            "`max_train_steps` to train on",
+                            stacklevel=2,
+                        )
         finally:
             release_output_dir(settings.output_dir)
         return self.step >= settings.max_train_steps and stop.signal_received is None
@@ -262,8 +268,9 @@ class Trainer:
         self.step = self.log.step
 
     def _finish(self, make_evaluation, prepare_export, export):
-        """Export and evaluate after the last step, unless that was done before."""
-        if export is not None and not self._is_exported():
+        """Export and evaluate after the last step, unless that was done before; return whether one was due."""
+        export_is_due = export is not None and not self._is_exported()
+        if export_is_due:
             with interruption.interruptible(), interruption.phase("exporting the model"), self.ema.applied():
                 if prepare_export is not None:
                     prepare_export()
@@ -271,8 +278,10 @@ class Trainer:
                     write_whole_folder(self.settings.output_dir / MODEL, export)
                     self._record.write("exported", self.step)
                     print(f"saved: {self.settings.output_dir / MODEL}", file=sys.stderr, flush=True)
-        if self._is_evaluated_at(self.step):
+        evaluation_is_due = self._is_evaluated_at(self.step)
+        if evaluation_is_due:
             self._evaluate(make_evaluation, self.step)
+        return export_is_due or evaluation_is_due
 
     def _is_exported(self):
         model = self.settings.output_dir / MODEL
@@ -307,6 +316,18 @@ class Trainer:
         else:
             if self.is_writer:
                 self._record.write("evaluated", step)
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of an evaluation, and print them.
+
+        Args:
+            step: the step that was evaluated.
+            figures: name -> number.
+        """
+        self.log.log_scalars(step, figures)
+        if self.is_writer and figures:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print_above_bars(f"evaluated step {step}: {shown}")
 
     @contextlib.contextmanager
     def _with_memory_advice(self):

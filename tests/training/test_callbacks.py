@@ -361,7 +361,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
         progress.on_train_end()
         return capsys.readouterr().err.splitlines()
 
-    pattern = r"step (\d+)/40, [\d.]+ images/s, loss 0\.5000, \d\d:\d\d left"
+    pattern = r"step (\d+)/40, [\d.]+ images/s, mean loss 0\.5000, \d\d:\d\d left"
     first, *others = told(0.0)
     assert first == "step 11/40, loss 0.5000"  # which has compiled, and so has no rate yet
     assert [int(re.fullmatch(pattern, line)[1]) for line in others] == list(range(12, 41))
@@ -382,7 +382,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
             assert select.select([reader], [], [], 10)[0], shown
             shown += os.read(reader, 100_000).decode()
     os.close(reader)
-    assert re.search(r"100%\|.+\| 5/5, [\d.]+ images/s, loss \d+\.\d{4}, 00:00 left", shown)
+    assert re.search(r"100%\|.+\| 5/5, [\d.]+ images/s, mean loss \d+\.\d{4}, 00:00 left", shown)
 
 
 def test_progress_counts_the_rate_without_pauses(capsys):

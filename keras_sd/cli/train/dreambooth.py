@@ -80,7 +80,7 @@ def dreambooth(**options):
     models = {name: getattr(pipeline, name) for name in trained}
     instances, class_images = _images(pipeline, options, class_folder)
     frozen = ["vae", *(["text_encoder"] if "text_encoder" not in trained else [])]
-    train_dreambooth(
+    finished = train_dreambooth(
         run.settings,
         pipeline,
         instances,
@@ -92,6 +92,8 @@ def dreambooth(**options):
         make_evaluation=subject_evaluation(run, pipeline, options["instance_prompt"]),
         export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
     )
+    if finished:
+        run.print_next_command("--lora" if options["lora"] else None, prompt=options["instance_prompt"])
 
 
 def _class_folder(options):

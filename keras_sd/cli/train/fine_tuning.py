@@ -150,7 +150,11 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
 
 
 def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None):
-    """Train the trainable weights of the UNet, and of the text encoder unless it is frozen."""
+    """Train the trainable weights of the UNet, and of the text encoder unless it is frozen.
+
+    Returns:
+        Whether training reached its end.
+    """
     from keras_sd.training.lora import freeze
     from keras_sd.training.text_to_image import train_text_to_image
 
@@ -165,7 +169,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         None if captions.is_fixed else captions,
         guidance_scale=options["guidance_scale"],
     )
-    train_text_to_image(
+    return train_text_to_image(
         run.settings,
         pipeline.unet,
         pipeline.scheduler_config,

@@ -15,6 +15,8 @@ from keras_sd.cli.train.lora import low_rank_identity, low_rank_options, open_wi
 from keras_sd.cli.train.options import evaluation_options, model_option, run_options
 from keras_sd.cli.train.preparation import prepare
 
+_FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scale", "1")
+
 
 @click.command(cls=Command)
 @run_options("lcm", output_dir="runs/lcm")
@@ -49,7 +51,7 @@ def lcm(**options):
     encoded, repeats, make_evaluation = encoded_examples(
         run, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
     )
-    train_consistency(
+    finished = train_consistency(
         run.settings,
         pipeline.unet,
         pipeline.scheduler_config,
@@ -62,3 +64,5 @@ def lcm(**options):
         make_evaluation=make_evaluation,
         export=lambda folder: save_lora(folder, {"unet": pipeline.unet}, alpha),
     )
+    if finished:
+        run.print_next_command("--lora", more=_FEW_STEPS)

@@ -52,13 +52,15 @@ def lora(**options):
 
     pipeline, alpha, identity = open_with_loras(run, trained)
     models = {name: getattr(pipeline, name) for name in trained}
-    train_on_captions(
+    finished = train_on_captions(
         run,
         pipeline,
         None if options["train_text_encoder"] else pipeline.text_encoder,
         identity={"method": "lora", **identity},
         export=lambda folder: save_lora(folder, models, alpha),
     )
+    if finished:
+        run.print_next_command("--lora")
 
 
 def open_with_loras(run, names):

@@ -5,6 +5,7 @@ so that errors appear within seconds.
 """
 
 import dataclasses
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -46,6 +47,26 @@ class Run:
         held_out = self.held_out.at_size(image_size) if self.held_out else ()
         return source, held_out, source.repeats() if hasattr(source, "repeats") else None
 
+    def print_next_command(self, option=None, result="", prompt="PROMPT", more=()):
+        """Print a command that generates with what was trained.
+
+        Args:
+            option: the option that adds the result to the pretrained model; None for a whole model.
+            result: path of the result in the run's folder `model`.
+            prompt: an example of a prompt.
+            more: further words of the command.
+        """
+        from keras_sd import backend
+
+        if backend.process_index():
+            return
+        words = [option or "--model", self.settings.output_dir / "model" / result]
+        base = self.options["pretrained_model_name_or_path"]
+        if option and base != "emoji":  # which is the default
+            words = ["--model", base, *words]
+        command = shlex.join(map(str, ["keras-sd", "generate", prompt, *words, *more]))
+        print(f"generate with it: {command}", file=sys.stderr, flush=True)
+
 
 def prepare(
     method,
@@ -86,6 +107,7 @@ def prepare(
     checkpoint = claim_output_dir(
         options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
     )
+    interruption.set_run_folder(options["output_dir"], options["resume_from_checkpoint"])
     source, held_out = _check_sources(options, need_captions)
     model = None
     if options.get("pretrained_model_name_or_path"):
@@ -136,7 +158,8 @@ def _check_warmup(options):
     warmup, steps = options["lr_warmup_steps"], options["max_train_steps"]
     if warmup > steps / 2:
         warnings.warn(
-            f"the learning rate rises over {warmup} of {steps} steps; give a shorter --lr-warmup-steps",
+            f"the learning rate rises over {warmup} of {steps} steps; give a shorter warm-up, such as "
+            f"--lr-warmup-steps {steps // 10}",
             stacklevel=3,
         )
 

@@ -57,7 +57,7 @@ def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, 
                 images, figures = measure_upscaling(
                     upscaler, shown, factor=factor, num_inference_steps=num_inference_steps
                 )
-            trainer.log.log_scalars(step, figures)
+            trainer.log_figures(step, figures)
             trainer.log.log_image(step, "samples", image_grid(np.concatenate([images, shown]), columns=8))
 
         return evaluate

@@ -34,4 +34,5 @@ def text_to_image(**options):
     run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
     pipeline = open_pipeline(run)
     identity = part_fingerprints(pipeline, *([] if options["from_scratch"] else ["unet"]))
-    train_on_captions(run, pipeline, pipeline.text_encoder, identity=identity, export=pipeline.save)
+    if train_on_captions(run, pipeline, pipeline.text_encoder, identity=identity, export=pipeline.save):
+        run.print_next_command()

@@ -50,10 +50,11 @@ def textual_inversion(**options):
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")
     run = prepare("textual-inversion", options, need_captions=False)
     from keras_sd.training.textual_inversion import train_textual_inversion
+    from keras_sd.weights.textual_inversion import DIFFUSERS_FILE
 
     pipeline = open_pipeline(run)
     source, _, _ = run.sources(image_size_of(pipeline))
-    train_textual_inversion(
+    finished = train_textual_inversion(
         run.settings,
         pipeline,
         source,
@@ -65,3 +66,5 @@ def textual_inversion(**options):
         min_snr_gamma=options["snr_gamma"],
         make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
     )
+    if finished:
+        run.print_next_command("--embedding", DIFFUSERS_FILE, prompt=options["placeholder_token"])
