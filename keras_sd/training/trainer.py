@@ -237,8 +237,8 @@ class Trainer:
                     did_more = self._finish(make_evaluation, prepare_export, export)
                     if self._resumed_step == self.step and not did_more and self.is_writer:
                         warnings.warn(
-                            f"{settings.output_dir}: complete, as step {self.step} is the last; give a larger "
-                            "`max_train_steps` to train on",
+                            f"{settings.output_dir}: complete, as step {self.step} is the last; give a "
+                            "larger `max_train_steps` to train on",
                             stacklevel=2,
                         )
         finally:
@@ -268,7 +268,7 @@ class Trainer:
         self.step = self.log.step
 
     def _finish(self, make_evaluation, prepare_export, export):
-        """Export and evaluate after the last step, unless that was done before; return whether one was due."""
+        """Export and evaluate after the last step, where not done before; return whether one was due."""
         export_is_due = export is not None and not self._is_exported()
         if export_is_due:
             with interruption.interruptible(), interruption.phase("exporting the model"), self.ema.applied():
