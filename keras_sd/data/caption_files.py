@@ -100,8 +100,8 @@ def read_captions(
     else:
         if TABLE in names:
             notes.append(
-                f"{listing.folder}: captions are of the text files, not of {TABLE}; name its caption_column "
-                "to read it"
+                f"{listing.folder}: captions are of the text files, not of {TABLE}; name its "
+                "`caption_column` to read it"
             )
         if files.image_column or files.caption_column:
             name = "image_column" if files.image_column else "caption_column"
@@ -201,7 +201,7 @@ def _table_entries(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, 
                 if name not in header:
                     raise UserError(
                         f"{path}: has no column {shown(name)}, only {shown(', '.join(header))}; name its "
-                        "image_column and caption_column"
+                        "`image_column` and `caption_column`"
                     )
             continue
         try:

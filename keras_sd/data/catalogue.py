@@ -17,14 +17,16 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 
-from keras_sd.data.images import Examined, examine_image
+from keras_sd.data.images import Examined, StoredImage, examine_image
 from keras_sd.errors import UserError
 from keras_sd.files.cache import cache_root
 from keras_sd.progress import Progress
+
+OnFault = Callable[[Any, UserError], None]
 
 FILE = "images.sqlite"
 """The name of the catalogue in the cache folder."""
@@ -52,9 +54,7 @@ _DELETE = "DELETE FROM images WHERE path = ?"
 _DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA)
 
 
-def examine_images(
-    paths: Sequence[Path], on_fault: Callable[[Path, UserError], None] | None = None
-) -> list[Examined | None]:
+def examine_images(paths: Sequence[Path], on_fault: OnFault | None = None) -> list[Examined | None]:
     """Check image files in threads, as `examine_image` does; those that are remembered are not opened.
 
     Args:
@@ -64,13 +64,8 @@ def examine_images(
     Raises:
         UserError: as `examine_image`.
     """
-    found = _remembered(paths, "examined", _examined, _as_examined, "checking images")
-    for path, result in zip(paths, found, strict=True):
-        if isinstance(result, UserError):
-            if on_fault is None:
-                raise result
-            on_fault(path, result)
-    return [None if isinstance(result, UserError) else result for result in found]
+    found = _remembered(_of_paths(paths), "examined", lambda index: examine_image(paths[index]))
+    return _sound(found, lambda index: paths[index], on_fault)
 
 
 def content_hashes(paths: Sequence[Path]) -> list[str]:
@@ -79,26 +74,66 @@ def content_hashes(paths: Sequence[Path]) -> list[str]:
     Raises:
         UserError: a file cannot be read.
     """
-    hashes = _remembered(paths, "sha256", _hashed, bytes, "hashing images")
-    for result in hashes:
+
+    def find(index: int) -> bytes:
+        path = paths[index]
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); put it back, or make it readable"
+            ) from error
+
+    return [found.hex() for found in _sound(_remembered(_of_paths(paths), "sha256", find), paths.__getitem__)]
+
+
+def examine_stored(
+    name: str, count: int, read: Callable[[int], StoredImage], on_fault: OnFault | None = None
+) -> list[Examined | None]:
+    """Check images that are stored in another file, as `examine_images` does.
+
+    Args:
+        name: what names the other file and its content; nothing is remembered under an empty name.
+        count: number of images.
+        read: returns an image by its index.
+        on_fault: called with the index and the UserError of each image that cannot be used.
+    """
+    found = _remembered(_of_store(name, count), "examined", lambda index: examine_image(read(index)))
+    return _sound(found, int, on_fault)
+
+
+def stored_hashes(name: str, count: int, read: Callable[[int], StoredImage]) -> list[str]:
+    """Return the SHA-256 of each image's bytes; the arguments are those of `examine_stored`."""
+    found = _remembered(
+        _of_store(name, count), "sha256", lambda index: hashlib.sha256(read(index).content).digest()
+    )
+    return [one.hex() for one in _sound(found, int)]
+
+
+def _sound(found: list[Any], place: Callable[[int], Any], on_fault: OnFault | None = None) -> list[Any]:
+    """Return results with None in place of errors, which are reported or raised."""
+    for index, result in enumerate(found):
         if isinstance(result, UserError):
-            raise result
-    return [result.hex() for result in hashes]
+            if on_fault is None:
+                raise result
+            on_fault(place(index), result)
+    return [None if isinstance(result, UserError) else result for result in found]
 
 
-def _examined(path: Path) -> Examined | UserError:
-    try:
-        return examine_image(path)
-    except UserError as error:
-        return error
+class _Key(NamedTuple):
+    """What names an image, and the size and the time of change of its file; None if it is not there."""
+
+    name: bytes
+    state: tuple[int, int] | None
 
 
-def _hashed(path: Path) -> bytes | UserError:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        return UserError(f"{path}: cannot be read ({error.strerror}); put it back, or make it readable")
+def _of_paths(paths: Sequence[Path]) -> list[_Key]:
+    return [_Key(os.fsencode(os.path.abspath(path)), _state(path)) for path in paths]
+
+
+def _of_store(name: str, count: int) -> list[_Key]:
+    return [_Key(f"{name}/{index:09d}".encode(), (0, 0) if name else None) for index in range(count)]
 
 
 def _as_examined(content: bytes) -> Examined | None:
@@ -106,36 +141,40 @@ def _as_examined(content: bytes) -> Examined | None:
     return Examined(int(values[0]), int(values[1]), values[2] == "True") if rules == _RULES else None
 
 
-def _remembered(
-    paths: Sequence[Path],
-    column: str,
-    find: Callable[[Path], Any],
-    restore: Callable[[bytes], Any],
-    description: str,
-) -> list[Any]:
-    """Return `find(path)` for each path, from the catalogue where it is there; what is new is remembered."""
-    keys = [os.fsencode(os.path.abspath(path)) for path in paths]
-    states = [_state(path) for path in paths]
-    known = _read(keys, column)
+def _remembered(keys: list[_Key], column: str, find: Callable[[int], Any]) -> list[Any]:
+    """Return `find(index)`, or its UserError, for each key, from the catalogue where it is there.
+
+    What is found is remembered.
+    """
+    restore = _as_examined if column == "examined" else bytes
+    known = _read([key.name for key in keys], column)
     results: list[Any] = []
-    for key, state in zip(keys, states, strict=True):
-        content = known.get(key, {}).get(state) if state else None
+    for name, state in keys:
+        content = known.get(name, {}).get(state) if state else None
         results.append(None if content is None else restore(content))
     missing = [index for index, result in enumerate(results) if result is None]
     if not missing:
         return results
-    others = known.keys() - set(keys)
+    others = known.keys() - {key.name for key in keys}
     del known
+
+    def find_or_fault(index: int) -> Any:
+        try:
+            return find(index)
+        except UserError as error:
+            return error
+
     threads = min(8, 2 * (os.cpu_count() or 1), len(missing))
+    description = "checking images" if column == "examined" else "hashing images"
     bar = Progress(description, len(missing), "images", delay=2.0)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, bar:
         for start in range(0, len(missing), _WINDOW):
             window = missing[start : start + _WINDOW]
-            for index, result in zip(window, pool.map(find, [paths[i] for i in window]), strict=True):
+            for index, result in zip(window, pool.map(find_or_fault, window), strict=True):
                 results[index] = result
                 bar.update(1)
-            _write(column, [(keys[i], states[i], results[i]) for i in window])
-    _forget([key for key in others if not os.path.lexists(key)])
+            _write(column, [(*keys[index], results[index]) for index in window])
+    _forget([name for name in others if not os.path.lexists(name)])
     return results
 
 

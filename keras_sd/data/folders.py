@@ -1,6 +1,7 @@
 """A folder of images with captions, in a metadata file or in a text file beside each image."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -66,8 +67,10 @@ class FolderSource:
         captions: dict[str, tuple[str, ...]] = dict.fromkeys(listing.images, ())
         if need_captions:
             captions = read_captions(listing, caption_files or CaptionFiles(), faults.add, self.notes)
-        elif caption_files not in (None, CaptionFiles()):
-            raise UserError("caption_files: has no effect where captions are not read; leave it out")
+        elif caption_files is not None:
+            for argument, value in dataclasses.asdict(caption_files).items():
+                if value is not None:
+                    raise UserError(f"{argument}: has no effect where captions are not read; leave it out")
         names = [name for name in listing.images if name in captions]
         paths = [self.folder / name for name in names]
         found = examine_images(paths, lambda path, error: faults.add(error))

@@ -1,12 +1,13 @@
 """Reads image files from users: checks format and size, rotates by EXIF, crops and resizes."""
 
 import contextlib
+import io
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -64,6 +65,20 @@ _ORIENTATION = 0x0112
 _FILTERING = threading.Lock()
 
 
+class StoredImage(NamedTuple):
+    """An image file that is stored in another file, and its name in messages; it is read as a `Path` is."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        """Return the content as an open file."""
+        return io.BytesIO(self.content)
+
+
 class Examined(NamedTuple):
     """What `examine_image` finds: the upright size in pixels, and whether EXIF told how to rotate."""
 
@@ -72,7 +87,7 @@ class Examined(NamedTuple):
     has_sound_exif: bool
 
 
-def examine_image(path: Path) -> Examined:
+def examine_image(path: Path | StoredImage) -> Examined:
     """Check that a file can be used as a training image, without decoding its pixels where possible.
 
     Returns:
@@ -99,7 +114,9 @@ def check_image(path: Path) -> bool:
     return examine_image(path).has_sound_exif
 
 
-def read_frame(path: Path, frame: Frame, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:
+def read_frame(
+    path: Path | StoredImage, frame: Frame, on_damage: Callable[[Any], None] | None = None
+) -> np.ndarray:
     """Return a part of an image, resized: uint8 (height, width, 3), upright, transparency on white.
 
     Args:
@@ -207,7 +224,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return mask
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: Path | StoredImage) -> str | None:
     """Return the format of an image file by its first bytes, or None if it is unknown.
 
     Raises:
@@ -270,7 +287,7 @@ def _composed(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _damage_as_user_error(path: Path) -> Iterator[None]:
+def _damage_as_user_error(path: Path | StoredImage) -> Iterator[None]:
     """Turn Pillow's many exceptions for damaged files into a `UserError`."""
     try:
         yield
@@ -292,9 +309,9 @@ def _pillow_silent() -> Iterator[None]:
 
 def _upright(
     image: Image.Image,
-    path: Path,
+    path: Path | StoredImage,
     most: float = 1,
-    on_damage: Callable[[Path], None] | None = None,
+    on_damage: Callable[[Any], None] | None = None,
     may_average: bool = True,
 ) -> tuple[Image.Image, int, tuple[int, int]]:
     """Return the image rotated by its EXIF orientation; unrotated, with a warning, if its EXIF is damaged.
@@ -333,7 +350,7 @@ def _upright_size(size: tuple[int, int], orientation: int | None) -> tuple[int, 
     return (width, height) if orientation is not None and orientation >= 5 else (height, width)
 
 
-def _late_exif(path: Path) -> dict[str, bytes]:
+def _late_exif(path: Path | StoredImage) -> dict[str, bytes]:
     """Return the EXIF block that follows the pixels of a PNG, as Pillow names it; nothing without one."""
     with path.open("rb") as file:
         file.seek(8)
@@ -345,7 +362,7 @@ def _late_exif(path: Path) -> dict[str, bytes]:
     return {}
 
 
-def _warn_of_exif(path: Path) -> None:
+def _warn_of_exif(path: Path | StoredImage) -> None:
     warnings.warn(
         f"{path}: its EXIF block is damaged, so the image is not rotated; rotate it if it lies on its side",
         stacklevel=4,
@@ -369,10 +386,11 @@ def _orientation(image: Image.Image) -> int | None:
             return None
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path | StoredImage) -> Image.Image:
     """Open an image by its header alone, after all checks that the header allows."""
     try:
-        check_plain(path, "image")
+        if isinstance(path, Path):
+            check_plain(path, "image")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such image file; add it, or remove what names it") from error
     except OSError as error:
@@ -385,7 +403,7 @@ def _open(path: Path) -> Image.Image:
     with _damage_as_user_error(path), _pillow_silent():
         # Each of these reads the header only. `Image.open` has another pixel limit, and opens the second
         # image that phones append to a JPEG (MPO).
-        image = _READERS[found](path)
+        image = _READERS[found](path if isinstance(path, Path) else path.open())
     try:
         _check_pixels(image, path)
         if min(image.size) < MINIMUM_SIDE:
@@ -399,7 +417,7 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _check_pixels(image: Image.Image, path: Path, more_bytes: int = 0) -> None:
+def _check_pixels(image: Image.Image, path: Path | StoredImage, more_bytes: int = 0) -> None:
     """Raise a UserError for an image that needs too much memory, with `more_bytes` added for each pixel."""
     if image.format == "JPEG":
         size = _BYTES_OF_PROGRESSIVE if image.info.get("progressive") else _BYTES_OF_JPEG
@@ -414,10 +432,11 @@ def _check_pixels(image: Image.Image, path: Path, more_bytes: int = 0) -> None:
         )
 
 
-def _has_end(path: Path, image: Image.Image) -> bool:
+def _has_end(path: Path | StoredImage, image: Image.Image) -> bool:
     """Return whether the file's size or last bytes prove that it is complete."""
-    length = path.stat().st_size
     with path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
         head = file.read(8)
         if image.format == "WEBP":  # "RIFF", then the length of what follows
             return length >= int.from_bytes(head[4:8], "little") + 8
@@ -430,5 +449,5 @@ def _has_end(path: Path, image: Image.Image) -> bool:
     return False
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
+def _unreadable(path: Path | StoredImage, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be read ({error.strerror}); make it readable")

@@ -32,11 +32,12 @@ import numpy as np
 from PIL import Image
 
 from keras_sd.data.caption_files import CaptionFiles
+from keras_sd.data.datasets_source import DatasetsSource, is_data_files, open_dataset
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import framed
-from keras_sd.data.tfds_source import TFDSSource, prepared_builder
+from keras_sd.data.tfds_source import TFDSSource, knows_name, prepared_builder
 from keras_sd.errors import UserError, installed_version
 
 _SIDE = 72  # pixels of the emoji's PNG files; they are drawn from SVG at any other size
@@ -130,26 +131,39 @@ class EmojiSource:
 _EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
 
 
-def _folder(name: str | Path) -> Path | None:
-    """Return the folder that a name means, or None for the name of a data set."""
-    if isinstance(name, Path):
-        return name
-    return Path(name) if name not in _EMOJI and Path(name).is_dir() else None
+def _kind(name: str | Path) -> str:
+    """Return what a name means: "folder", "datasets", "emoji" or "tfds", as `load_source` documents it."""
+    if not isinstance(name, Path) and name in _EMOJI:
+        return "emoji"
+    if is_data_files(name):
+        return "datasets"
+    if isinstance(name, Path) or Path(name).is_dir():
+        return "folder"
+    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name):  # not of the form of a TFDS name
+        if re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", name):
+            return "datasets"
+        raise UserError(
+            f"{name}: no such folder; give a folder with images, `emoji`, `openmoji`, OWNER/NAME on the hub, "
+            "or a TFDS name"
+        )
+    return "datasets" if "/" in name and not knows_name(name) else "tfds"
 
 
-def available_splits(name: str | Path) -> tuple[str, ...]:
+def available_splits(name: str | Path, config_name: str | None = None) -> tuple[str, ...]:
     """Return the splits that `load_source` offers: "train" and, if images are held out, "validation".
 
     Args:
-        name: as `load_source` takes it.
+        name, config_name: as `load_source` takes them.
     """
-    folder = _folder(name)
-    if folder is not None:
-        if not folder.is_dir():
-            raise no_folder(folder)
-        return ("train", "validation") if (folder / "validation").is_dir() else ("train",)
-    if name in _EMOJI:
+    kind = _kind(name)
+    if kind == "folder":
+        if not Path(name).is_dir():
+            raise no_folder(Path(name))
+        return ("train", "validation") if (Path(name) / "validation").is_dir() else ("train",)
+    if kind == "emoji":
         return ("train", "validation")
+    if kind == "datasets":
+        return tuple(open_dataset(str(name), config_name))
     return tuple(prepared_builder(str(name)).info.splits)
 
 
@@ -159,46 +173,67 @@ def load_source(
     image_size: int,
     need_captions: bool = True,
     *,
+    config_name: str | None = None,
     caption_files: CaptionFiles | None = None,
     on_bad_sample: str = "error",
-) -> EmojiSource | FolderSource | TFDSSource:
+) -> EmojiSource | FolderSource | DatasetsSource | TFDSSource:
     """Open and check a source of images.
 
     Args:
-        name: a `pathlib.Path` always means a folder. A str is looked up in this order: "emoji" or "openmoji"
-            (the same emoji in another style), an existing folder, the name of a TFDS data set.
+        name: a `pathlib.Path` means a folder of images, or data files: parquet, arrow or tar, one or a folder
+            of them without images. A str is looked up in this order: "emoji" or "openmoji" (the same emoji in
+            another style); an existing folder or data file, or a pattern of data files; the name of a TFDS
+            data set; a name `owner/name` on the Hugging Face hub.
         split: "train" or "validation": a sub-folder of that name. Without a sub-folder `train` the folder
             itself is the training split.
         image_size: side in pixels of the square that images are cropped and resized to.
         need_captions: False opens images that have no captions.
-        caption_files: where the captions of a folder are.
+        config_name: the configuration of a data set on the hub.
+        caption_files: where the captions of a folder are, or the columns of a data set.
         on_bad_sample: "error" names all faulty examples of a folder; "skip" leaves them out.
 
     Raises:
         UserError: the source is missing, empty or damaged, or has no such split; or an argument has no effect
             on it.
     """
-    folder = _folder(name)
-    if folder is not None:
+    kind, files = _kind(name), caption_files or CaptionFiles()
+    given = {
+        "dataset_config_name": config_name,
+        **dataclasses.asdict(files),
+        "on_bad_sample": on_bad_sample if on_bad_sample != "error" else None,
+    }
+    for argument, value in given.items():
+        if value is not None and argument not in _USED[kind]:
+            raise UserError(f"{argument}: has no effect on {name}; leave it out")
+    if kind == "folder":
+        folder = split_folder(Path(name), split)
         return FolderSource(
-            split_folder(folder, split),
+            folder, image_size, need_captions, caption_files=caption_files, on_bad_sample=on_bad_sample
+        )
+    if kind == "emoji":
+        return EmojiSource(split, image_size, _EMOJI[str(name)])
+    if kind == "datasets":
+        return DatasetsSource(
+            name,
+            split,
             image_size,
             need_captions,
-            caption_files=caption_files,
+            config_name=config_name,
+            image_column=files.image_column,
+            caption_column=files.caption_column,
             on_bad_sample=on_bad_sample,
         )
-    given = dataclasses.asdict(caption_files or CaptionFiles())
-    given["on_bad_sample"] = on_bad_sample if on_bad_sample != "error" else None
-    for argument, value in given.items():
-        if value is not None:
-            raise UserError(f"{argument}: has no effect on {name}, which is no folder; leave it out")
-    if name in _EMOJI:
-        return EmojiSource(split, image_size, _EMOJI[name])
-    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", str(name)):  # not of the form of a TFDS name
-        raise UserError(
-            f"{name}: no such folder; give a folder with images, `emoji`, `openmoji` or a TFDS name"
-        )
     return TFDSSource(str(name), split, image_size, need_captions)
+
+
+_OF_ALL = ("image_column", "caption_column", "on_bad_sample")
+# The arguments that have an effect on each kind of source.
+_USED = {
+    "folder": (*_OF_ALL, "caption_extension", "caption_lines"),
+    "datasets": (*_OF_ALL, "dataset_config_name"),
+    "emoji": (),
+    "tfds": (),
+}
 
 
 def batches(

@@ -13,7 +13,7 @@ from PIL import Image
 from keras_sd.data.folders import digest
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import framed
-from keras_sd.errors import UserError, require
+from keras_sd.errors import UserError, is_installed, require
 from keras_sd.files.json_files import read_json
 
 _OWN = "tensorflow_datasets."
@@ -129,6 +129,17 @@ def _encoded_size(encoded: bytes) -> tuple[int, int]:
     """Return height and width of an encoded image, of which only the header is read."""
     with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
         return image.height, image.width
+
+
+def knows_name(name: str) -> bool:
+    """Return whether the first word of a name is a data set of TFDS, or is prepared in its folder."""
+    word = name.partition("/")[0].partition(":")[0]
+    if not is_installed("tensorflow_datasets"):
+        return False
+    datasets = importlib.import_module("tensorflow_datasets")
+    files = importlib.import_module("tensorflow_datasets.core.utils.file_utils")
+    places = (Path(place) / word for place in files.list_data_dirs())
+    return word == "emoji_captions" or word in datasets.list_builders() or any(map(Path.is_dir, places))
 
 
 def prepared_builder(name: str):

@@ -5,10 +5,18 @@ import sys
 import click
 
 from keras_sd.cli.command import decorated, refuse_unused
-from keras_sd.cli.option_types import FROM_ZERO, Number
+from keras_sd.cli.option_types import FROM_ZERO, SHARE
+from keras_sd.errors import UserError
 
-_RATE = Number(min=0, max=1)
 _OF_TAGS = ("keep_tokens", "caption_separator")
+
+
+def _refuse_streaming(context, parameter, value):
+    if value:
+        raise UserError(
+            "--streaming: not offered, as a run reads examples in any order; leave it out: a data set is "
+            "downloaded once, and is not held in memory"
+        )
 
 
 def source_options(captions=True):
@@ -25,13 +33,19 @@ def source_options(captions=True):
             help="Faulty images and captions: `error` names them all and stops, `skip` leaves them out and "
             "counts them.",
         ),
+        click.option(
+            "--dataset-config-name", help="Configuration of a data set on the hub, if it has several."
+        ),
+        click.option(
+            "--image-column",
+            help="Column of images in a data set, or of file names in metadata.jsonl or .csv. By default the "
+            "only one of images, and file_name.",
+        ),
+        click.option("--streaming", is_flag=True, hidden=True, callback=_refuse_streaming),
     ]
     if captions:
         options += [
-            click.option(
-                "--image-column", help="Column of file names in metadata.jsonl or .csv; usually file_name."
-            ),
-            click.option("--caption-column", help="Column of captions; usually text."),
+            click.option("--caption-column", help="Column of captions. By default text or caption."),
             click.option(
                 "--caption-extension",
                 help="Suffix of the caption files beside images. By default .txt, or else .caption.",
@@ -57,7 +71,7 @@ caption_options = decorated(
     click.option(
         "--caption-tag-dropout-rate",
         default=0.0,
-        type=_RATE,
+        type=SHARE,
         help="Share of the tags that is left out at each draw, 0 to 1.",
     ),
     click.option(
@@ -97,7 +111,11 @@ def reading_of(options):
 
     names = ("caption_extension", "caption_lines", "image_column", "caption_column")
     files = CaptionFiles(**{name: options.get(name) for name in names})
-    return {"caption_files": files, "on_bad_sample": options.get("on_bad_sample") or "error"}
+    return {
+        "caption_files": files,
+        "on_bad_sample": options.get("on_bad_sample") or "error",
+        "config_name": options.get("dataset_config_name"),
+    }
 
 
 def print_notes(source, options):

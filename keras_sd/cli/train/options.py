@@ -65,7 +65,12 @@ def run_options(method, *, without=(), **defaults):
 
     options = [
         option("--output-dir", None, "Run folder: checkpoints, logs, sample images, and the trained model."),
-        option("--dataset-name", None, "`emoji`, `openmoji`, or a name of TensorFlow Datasets (TFDS)."),
+        option(
+            "--dataset-name",
+            None,
+            "`emoji`, `openmoji`, OWNER/NAME on the hub, parquet, arrow or tar files, or a name of "
+            "TensorFlow Datasets (TFDS).",
+        ),
         option("--train-data-dir", None, "Folder of training images, instead of --dataset-name."),
         follows_model("max_train_steps"),
         follows_model("train_batch_size"),

@@ -183,7 +183,7 @@ def _check_sources(options, need_captions):
     source = load_source(place, "train", MINIMUM_SIDE, need_captions, **reading)
     print_notes(source, options)
     held_out = ()
-    if "validation" in available_splits(place):
+    if "validation" in available_splits(place, reading["config_name"]):
         held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions, **reading)
         print_notes(held_out, options)
     return source, held_out

@@ -1,0 +1,307 @@
+"""Random access to data sets of the `datasets` library: the hub's, parquet, arrow and WebDataset's tars."""
+
+import copy
+import functools
+import glob
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_sd.data.catalogue import examine_stored, stored_hashes
+from keras_sd.data.faults import Faults
+from keras_sd.data.folders import digest
+from keras_sd.data.framing import Frame, frame_of
+from keras_sd.data.images import StoredImage, read_frame
+from keras_sd.data.listing import holds_images
+from keras_sd.errors import UserError, require
+from keras_sd.files.json_files import shown
+
+BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
+"""The library's reader of each suffix of data files; beside tars, parquet files hold their metadata."""
+
+_CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
+_SAVED = ("dataset_dict.json", "state.json")
+_SPLITS = {
+    "validation": re.compile(r"(^|[-_./])(validation|valid|val|dev)([-_./0-9]|$)"),
+    "test": re.compile(r"(^|[-_./])(test|eval)([-_./0-9]|$)"),
+}
+
+
+class DatasetsSource:
+    """One split of a data set of the `datasets` library; its images are read from memory-mapped files.
+
+    Args:
+        name: a hub name `owner/name`, a file, a pattern or a folder of parquet, arrow or tar files, or a
+            folder that the library has saved.
+        split: "train", "validation" or another one.
+        image_size: side in pixels of the square that an image is cropped and resized to.
+        need_captions: False reads no captions.
+        config_name: the data set's configuration, if it has several.
+        image_column, caption_column: the columns; by default the only one of images, and the first of `text`,
+            `caption`, `captions` and `txt`. A list of texts is several captions of one image.
+        on_bad_sample: "error" names all faulty examples; "skip" leaves them out and counts them.
+
+    Attributes:
+        notes: what the user should know of the data, each in a line.
+
+    Raises:
+        UserError: the library is missing, the data set cannot be read, has no such split or column, or an
+            example is faulty.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        split: str,
+        image_size: int,
+        need_captions: bool = True,
+        *,
+        config_name: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        on_bad_sample: str = "error",
+    ) -> None:
+        self.name, self.split, self.image_size = str(name), split, image_size
+        self.notes: list[str] = []
+        splits = open_dataset(str(name), config_name)
+        if split not in splits:
+            raise UserError(f"data set {name}: no split {split!r}; it has {', '.join(splits)}")
+        table = splits[split]
+        self._image_column = _image_column(table, self.name, image_column)
+        self._identity = _identity(table, self._image_column)
+        features = importlib.import_module("datasets")
+        self._images = table.select_columns([self._image_column]).cast_column(
+            self._image_column, features.Image(decode=False)
+        )
+        self._count = len(table)
+        faults = Faults(f"data set {name}, {split}", on_bad_sample)
+        captions = _captions(table, self, caption_column, faults) if need_captions else [()] * self._count
+        on_fault = lambda index, error: faults.add(error)  # noqa: E731
+        found = examine_stored(self._identity, self._count, self._stored, on_fault)
+        good = [index for index, one in enumerate(found) if one is not None and captions[index] is not None]
+        faults.raise_or_note(len(good), self.notes)
+        if not good:
+            raise UserError(f"data set {name}: no examples in {split}; give one with images")
+        self._indices = np.array(good)
+        self._captions = [captions[index] or () for index in good]
+        sizes = [(one.height, one.width) for index in good if (one := found[index]) is not None]
+        self._sizes = np.array(sizes, "int32")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict:
+        """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str), path (str)."""
+        frame = frame_of(tuple(self._sizes[index].tolist()), (self.image_size, self.image_size))
+        return {"image": self.read(index, frame), **self.details(index)}
+
+    def details(self, index: int) -> dict:
+        """Keys: captions (tuple of str), path (str), which names the example; no image is read."""
+        return {"captions": self._captions[index], "path": self._place(int(self._indices[index]))}
+
+    def read(self, index: int, frame: Frame) -> np.ndarray:
+        """Return what a frame takes of an image, uint8 (height, width, 3)."""
+        return read_frame(self._stored(int(self._indices[index])), frame)
+
+    def sizes(self) -> np.ndarray:
+        """Return (height, width) of each upright image in pixels, int32 (n, 2); no image is read."""
+        return self._sizes
+
+    def content_keys(self) -> list[str]:
+        """Return the SHA-256 of each image's bytes."""
+        keys = stored_hashes(self._identity, self._count, self._stored)
+        return [keys[index] for index in self._indices]
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """Return the captions of every example."""
+        return self._captions
+
+    def at_size(self, image_size: int) -> "DatasetsSource":
+        """Return the same examples at another size."""
+        source = copy.copy(self)
+        source.image_size = image_size
+        return source
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the contents of all images and of their captions."""
+        return digest(["datasets", self.content_keys(), [list(captions) for captions in self._captions]])
+
+    def _place(self, index: int) -> str:
+        return f"data set {self.name}, {self.split} {index}"
+
+    def _stored(self, index: int) -> StoredImage:
+        """Return an image's file by its index in the table."""
+        place = self._place(index)
+        try:
+            value = self._images[index][self._image_column]
+        except Exception as error:
+            raise UserError(f"{place}: cannot be read ({_line(error)}); download it again") from error
+        content, path = (value or {}).get("bytes"), (value or {}).get("path")
+        if content is None and path:
+            try:
+                content = Path(path).read_bytes()
+            except OSError as error:
+                raise UserError(f"{place}: {path} cannot be read; put it back") from error
+        if content is None:
+            raise UserError(f"{place}: has no image; remove the example")
+        return StoredImage(place, content)
+
+
+def is_data_files(name: str | Path) -> bool:
+    """Return whether a name means data files of this library: a file, a pattern, or a folder of them.
+
+    A folder with images is a folder of images, whatever lies beside them.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return path.suffix in BUILDERS and bool(path.is_file() or glob.glob(str(name)))
+    return _is_saved(path) or (bool(_data_files(path)) and not holds_images(path))
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / saved).is_file() for saved in _SAVED)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the data files in a folder and the folders in it, all of one kind."""
+    files = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
+    for suffix in BUILDERS:
+        found = [path for path in files if path.suffix == suffix]
+        if found:
+            return found
+    return []
+
+
+def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
+    """Return data files by the split that their name or folder says; others are for training."""
+    splits: dict[str, list[str]] = {}
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        split = next((split for split, pattern in _SPLITS.items() if pattern.search(name)), "train")
+        splits.setdefault(split, []).append(str(path))
+    return splits
+
+
+@functools.lru_cache(maxsize=4)
+def open_dataset(name: str, config_name: str | None = None) -> dict[str, Any]:
+    """Return the splits of a data set: name -> table of the `datasets` library, memory-mapped.
+
+    Raises:
+        UserError: the library is missing, or the data set cannot be found, read or downloaded.
+    """
+    require("datasets", instead="give a folder of images")
+    library = importlib.import_module("datasets")
+    path = Path(name)
+    try:
+        if path.is_dir() and _is_saved(path):
+            found = library.load_from_disk(name)
+        elif path.is_dir():
+            files = _data_files(path)
+            found = library.load_dataset(BUILDERS[files[0].suffix], data_files=_by_split(path, files))
+        elif is_data_files(name):
+            found = library.load_dataset(BUILDERS[path.suffix], data_files=name)
+        else:
+            found = library.load_dataset(name, config_name)
+    except Exception as error:
+        raise UserError(_fault(name, config_name, error, is_data_files(name))) from error
+    if config_name is not None and is_data_files(name):
+        raise UserError(f"dataset_config_name: has no effect on the files of {name}; leave it out")
+    return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+
+
+def _fault(name: str, config_name: str | None, error: Exception, is_local: bool) -> str:
+    cause = error.__cause__ or error.__context__
+    line = _line(cause if type(error).__name__ == "DatasetGenerationError" and cause else error)
+    if is_local:
+        return f"data set {name}: cannot be read ({line}); fetch its files again"
+    if "config" in line.lower():
+        known = re.findall(r"'([^']+)'", str(error))
+        return (
+            f"dataset_config_name {shown(config_name or 'missing')}: data set {name} has others "
+            f"({', '.join(known)[:200]}); choose one"
+        )
+    if isinstance(error, ConnectionError):
+        return (
+            f"data set {name}: no such folder, and the hub cannot be reached ({line}); connect to the "
+            "network, or give a folder"
+        )
+    return f"data set {name}: cannot be loaded ({line}); check its name, and log in if it is private"
+
+
+def _line(error: BaseException) -> str:
+    """Return the type and the shortened first line of another library's error."""
+    text = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def _identity(table: Any, column: str) -> str:
+    """Return what names a column's content: the library's files with their sizes and times of change."""
+    states = [(file["filename"], os.stat(file["filename"])) for file in table.cache_files]
+    described = [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+    return f"datasets:{digest([described, len(table), column])}" if described else ""
+
+
+def _image_column(table: Any, name: str, wanted: str | None) -> str:
+    """Return the name of the column of images, which holds files or encoded bytes."""
+    features = table.features
+    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    listed = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    if wanted is None:
+        found = [column for column, kind in kinds.items() if kind == "Image"]
+        if len(found) != 1:
+            fault = "several columns of images" if found else "no column of images"
+            raise UserError(f"data set {name}: {fault}, in {listed}; name the `image_column`")
+        return found[0]
+    if wanted not in features:
+        raise UserError(f"image_column {shown(wanted)}: not in the data set {name}; it has {listed}")
+    kind = getattr(features[wanted], "dtype", kinds[wanted])
+    if kinds[wanted] != "Image" and kind not in ("binary", "large_binary"):
+        raise UserError(
+            f"image_column {shown(wanted)}: holds {kind} in the data set {name}, not images; choose one of "
+            f"{listed}"
+        )
+    return wanted
+
+
+def _captions(table: Any, source: DatasetsSource, wanted: str | None, faults: Faults) -> list[Any]:
+    """Return the captions of each example; None for a faulty one, which is reported."""
+    listed = ", ".join(table.features)
+    column = wanted or next((one for one in _CAPTION_COLUMNS if one in table.features), None)
+    if column is None:
+        raise UserError(
+            f"data set {source.name}: no column of captions, only {listed}; name the `caption_column`"
+        )
+    if column not in table.features:
+        raise UserError(f"caption_column {shown(column)}: not in the data set {source.name}; it has {listed}")
+    feature = table.features[column]
+    inner = getattr(feature, "feature", feature)
+    if getattr(inner, "dtype", None) not in ("string", "large_string", "null"):
+        kind = getattr(inner, "dtype", type(inner).__name__)
+        raise UserError(
+            f"caption_column {shown(column)}: holds {kind} in the data set {source.name}, not texts; choose "
+            f"one of {listed}"
+        )
+    captions: list[tuple[str, ...] | None] = []
+    lists = 0
+    for index, value in enumerate(table.select_columns([column])[column]):
+        texts = value if isinstance(value, list) else [value]
+        lists += isinstance(value, list)
+        place = f"{source._place(index)}: {column}"
+        if not texts or not all(text is None or isinstance(text, str) for text in texts):
+            fault = "an empty list" if not texts else f"{shown(value)} is no text"
+            faults.add(UserError(f"{place}: {fault}; choose a `caption_column` of texts"))
+            captions.append(None)
+        elif not all(text and text.strip() for text in texts):
+            faults.add(UserError(f"{place}: empty; write a caption"))
+            captions.append(None)
+        else:
+            captions.append(tuple(text.strip() for text in texts))
+    if lists:
+        source.notes.append(
+            f"data set {source.name}: {column} holds lists, and each text is a caption of its image"
+        )
+    return captions
