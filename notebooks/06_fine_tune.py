@@ -168,7 +168,10 @@ show(pictures, PROMPTS)
 
 # %%
 encoded = EncodedSource(examples, sd.vae, sd.text_encoder, sd.tokenizer, progress=False)
-print(f"latents {encoded.means.shape}, encodings of captions {encoded.contexts.shape}")
+first = encoded[0]
+print(
+    f"{len(encoded)} images; of the first: latents {first['mean'].shape}, captions {first['contexts'].shape}"
+)
 
 # %% [markdown]
 # ## Full fine-tuning

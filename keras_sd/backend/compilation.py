@@ -8,7 +8,7 @@ from keras_sd.backend import compat, devices
 from keras_sd.backend.program_cache import keep_programs
 
 
-def jit(function, variables=(), jit_compile=True):
+def jit(function, variables=(), jit_compile=True, *, of_process=False):
     """Compile a pure function of tensors by XLA; it is traced once for each set of input shapes.
 
     Args:
@@ -17,6 +17,9 @@ def jit(function, variables=(), jit_compile=True):
             constants in it: an assignment is seen by the next call and compiles nothing. One that is
             missing here is a RuntimeError.
         jit_compile: False compiles without XLA on TensorFlow; JAX always uses XLA.
+        of_process: each process computes its own results on its first device, at any time. Otherwise all
+            processes of a distributed run have to call the function together, with the same arguments. The
+            variables must not be split over devices.
     """
     keep_programs()
     if keras.backend.backend() == "tensorflow":
@@ -30,7 +33,8 @@ def jit(function, variables=(), jit_compile=True):
     variables = list(variables)
     kernels = [place for place, variable in enumerate(variables) if _takes_outputs_first(variable)]
     # Every process gets whole outputs, however the variables are sharded.
-    options = {"out_shardings": devices.replicated()}
+    is_distributed = devices.replicated() is not None
+    options = {} if of_process else {"out_shardings": devices.replicated()}
     if kernels:
         layouts = [None] * len(variables)
         for place in kernels:
@@ -53,6 +57,8 @@ def jit(function, variables=(), jit_compile=True):
                 copy = jax.device_put(values[place], layouts[place])
                 laid_out[place] = values[place], copy
             values[place] = copy
+        if of_process and is_distributed:
+            values = [value.addressable_data(0) for value in values]
         return program(values, inputs)
 
     return call

@@ -7,10 +7,13 @@ from tqdm import tqdm
 
 from keras_sd import backend
 from keras_sd.data.folders import FolderSource, count_images
+from keras_sd.data.framing import FramedSource, Framing
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.errors import UserError
 from keras_sd.files.image_files import save_png
-from keras_sd.training.encodings import EncodedSource, JoinedSource
+from keras_sd.training.encodings import JoinedSource
 from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.stored_encodings import encoded_source
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 
@@ -19,12 +22,13 @@ def read_images(folder, prompt, image_size):
     """Return all images in a folder and its sub-folders, each with the prompt as its caption.
 
     Returns:
-        A `FolderSource`, which reads each image on access.
+        A `FramedSource` of squares, which reads each image on access.
 
     Raises:
         UserError: there are no images, or one of them cannot be used for training.
     """
-    return FolderSource(folder, image_size, need_captions=False).with_captions((prompt,))
+    source = FolderSource(folder, image_size, need_captions=False).with_captions((prompt,))
+    return FramedSource(source, Framing(image_size))
 
 
 def generate_class_images(pipeline, folder, prompt, count, *, num_inference_steps, guidance_scale, seed):
@@ -86,9 +90,15 @@ def dreambooth_example(example, generator, class_examples=(), **options):
     subject = diffusion_example(example, generator, **options)
     if not len(class_examples):
         return subject
-    chosen = class_examples[generator.integers(len(class_examples))]
-    prior = diffusion_example(chosen, generator, **options)
+    prior = diffusion_example(drawn_example(class_examples, generator), generator, **options)
     return {name: np.stack([subject[name], prior[name]]) for name in subject}
+
+
+def drawn_example(examples, generator):
+    """Return any one of the examples, flipped or cropped at random if they are."""
+    index = int(generator.integers(len(examples)))
+    draw = getattr(examples, "draw_example", None)
+    return draw(index, generator) if draw else examples[index]
 
 
 def train_dreambooth(
@@ -101,6 +111,7 @@ def train_dreambooth(
     prior_loss_weight=1.0,
     identity=None,
     min_snr_gamma=None,
+    caching=None,
     make_evaluation=None,
     export=None,
 ):
@@ -116,24 +127,31 @@ def train_dreambooth(
         prior_loss_weight: the weight of the class in the loss, lambda in equation 2.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        caching: `caching.Caching`: where encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
 
     Returns:
         Whether training reached its end.
     """
-    encoded = EncodedSource(
-        JoinedSource(instances, class_images),
+    images = JoinedSource(instances, class_images)
+    if len(class_images) and len(images.bucket_sizes) > 1:
+        raise UserError(
+            "aspect_ratio_buckets: an image of the subject and one of its class are trained together, and "
+            "need one size; leave it out, or train without prior preservation"
+        )
+    encoded = encoded_source(
+        images,
         pipeline.vae,
         None if train_text_encoder else pipeline.text_encoder,
         pipeline.tokenizer,
+        caching,
         jit_compile=settings.jit_compile,
     )
-    examples = [encoded[index] for index in range(len(encoded))]
-    subject, others = examples[: len(instances)], examples[len(instances) :]
+    subject, others = encoded.split(len(instances))
     schedule = NoiseSchedule(pipeline.scheduler_config)
     parts = (pipeline.unet, schedule, min_snr_gamma, pipeline.text_encoder if train_text_encoder else None)
-    if others:
+    if len(others):
         objective = PriorPreservationObjective(*parts, prior_loss_weight=prior_loss_weight)
     else:
         objective = DiffusionObjective(*parts)
@@ -147,7 +165,7 @@ def train_dreambooth(
             encoded,
             class_images=len(others),
             prompts=[images[0]["captions"] for images in (instances, class_images) if len(images)],
-            prior_loss_weight=prior_loss_weight if others else None,
+            prior_loss_weight=prior_loss_weight if len(others) else None,
             train_text_encoder=train_text_encoder,
             min_snr_gamma=min_snr_gamma,
         )

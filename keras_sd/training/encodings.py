@@ -1,45 +1,134 @@
-"""Encodes all images and captions once before training, as the VAE and the text encoder stay frozen."""
+"""Sources of encoded images and captions, as the VAE and the text encoder stay frozen during training.
 
-import concurrent.futures
+`EncodedSource` has all encodings in memory, `stored_encodings.StoredSource` on disk, and `UnencodedSource`
+encodes each batch while the step before it runs. All three give a training run the same examples.
+"""
+
+import collections
 import copy
 import hashlib
-import itertools
-import os
+import threading
 from typing import Any, Self
 
 import numpy as np
-from keras import ops
+import numpy.typing as npt
 
 from keras_sd import backend
 from keras_sd.errors import UserError
-from keras_sd.models.batches import padded_indices
-from keras_sd.models.pixels import images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.progress import Progress
+from keras_sd.training.encoder import (
+    BATCH_SIZE,
+    CaptionIndex,
+    Encoder,
+    batched,
+    check_finite,
+    name_of,
+    read_ahead,
+)
 
-BATCH_SIZE = 4
-"""Images per encoding batch; each image of 512 px takes 0.6 GiB in Stable Diffusion's encoder."""
+_KEPT_CONTEXTS = 64  # captions that are not encoded again, such as the empty one
+_BATCHES_AHEAD = 2
 
 
-class EncodedSource:
+def framing_of(source, name):
+    """Return a value of how a source's images are framed; None if they come as they are."""
+    return getattr(getattr(source, "framing", None), name, None)
+
+
+class Examples:
+    """The base class of all three sources.
+
+    Attributes:
+        condition: the key of contexts in a training batch: "context", or "token_ids" without a text encoder.
+        framing: `data.framing.Framing`; None if images come as they are.
+        cache_dtype: the precision in which encodings are kept.
+    """
+
+    def __init__(self, source: Any, encoder: Encoder, dtype: str = "float32") -> None:
+        self.framing = getattr(source, "framing", None)
+        self.condition, self.cache_dtype = encoder.condition, dtype
+        self._buckets = getattr(source, "buckets", None)
+        # Computed before the files are read, so that a change meanwhile is noticed by the next run.
+        self._fingerprint = fingerprint_of(source)
+        self._has_flips = bool(framing_of(source, "random_flip"))
+        self._start, self._count = 0, len(source)
+
+    @property
+    def buckets(self) -> npt.NDArray[np.int64] | None:
+        """Index of each example's bucket, int `(n,)`; None if all images have one size."""
+        return None if self._buckets is None else self._buckets[self._start : self._start + self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256, in hexadecimal, that identifies the encoded data.
+
+        It is the source's own fingerprint or, for a source without one, that of pixels and captions.
+        """
+        return self._fingerprint
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return an example that is not flipped.
+
+        Keys: mean and standard_deviation of the scaled latents `(h, w, c)`, contexts and empty_context. The
+        contexts `(n, tokens, width)` are those of the captions; `(n, tokens)` without a text encoder. In
+        place of the moments an `UnencodedSource` has the image and latent_shape.
+        """
+        return self._example(self._place(index), is_flipped=False)
+
+    def draw_example(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
+        """Return an example, flipped in half of the draws if the source's framing says so."""
+        is_flipped = self._has_flips and generator.random() < 0.5
+        return self._example(self._place(index), is_flipped)
+
+    def _example(self, index, is_flipped):
+        raise NotImplementedError
+
+    def _place(self, index):
+        if not 0 <= index < self._count:
+            raise IndexError("out of range")
+        return self._start + index
+
+    def split(self, count: int) -> tuple[Self, ...]:
+        """Return two sources: the first `count` examples, and the others."""
+        parts = copy.copy(self), copy.copy(self)
+        for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
+            start, stop, _ = place.indices(self._count)
+            part._start, part._count = self._start + start, max(stop - start, 0)
+            described = f"{self._fingerprint} {place.start} {place.stop}"
+            part._fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        return parts
+
+
+def cached_example(moments, contexts, empty_context):
+    """Return an example of kept encodings."""
+    return {
+        "mean": moments[0].astype("float32", copy=False),
+        "standard_deviation": moments[1].astype("float32", copy=False),
+        "contexts": contexts,
+        "empty_context": empty_context,
+    }
+
+
+class EncodedSource(Examples):
     """A source of encoded images and captions, all in memory.
 
     Each image is read once, while earlier ones are encoded, so only the pixels of a few batches are in
     memory. Equal captions are encoded once.
 
     Args:
-        source: examples with `image` uint8 and optionally `captions`.
+        source: examples with `image` uint8 and optionally `captions`; a `data.framing.FramedSource` has
+            several sizes of images, and flips.
         vae, text_encoder, tokenizer: the frozen parts. If the text encoder is None, because it is trained,
             captions are stored as token ids.
-        batch_size: the largest number of images per batch.
+        batch_size: images per batch.
         jit_compile: whether to compile with XLA on TensorFlow.
         progress: whether to show progress on standard error.
-
-    Attributes:
-        condition: the key of `contexts` in a training batch: "context", or "token_ids" without a text
-            encoder.
+        dtype: "float32", "float16" or "bfloat16", in which encodings are kept.
 
     Raises:
         UserError: there are no examples, or an image cannot be read or has latents that are not finite.
@@ -54,179 +143,237 @@ class EncodedSource:
         batch_size: int = BATCH_SIZE,
         jit_compile: bool = True,
         progress: bool = True,
+        dtype: str = "float32",
     ) -> None:
         if not len(source):
             raise UserError("data set: no examples to encode; give one with images")
-        # Computed before the files are read, so that a change meanwhile is noticed by the next run.
-        self._fingerprint = _fingerprint_of(source)
+        self._encode(source, Encoder(vae, text_encoder, tokenizer, batch_size, jit_compile), dtype, progress)
+
+    @classmethod
+    def of_encoder(
+        cls,
+        source: Any,
+        encoder: Encoder,
+        dtype: str,
+        progress: bool,
+        captions: CaptionIndex | None = None,
+    ) -> Self:
+        """Return the source for an `encoder.Encoder`, and an `encoder.CaptionIndex` if there is one."""
+        self = cls.__new__(cls)
+        self._encode(source, encoder, dtype, progress, captions)
+        return self
+
+    def _encode(self, source, encoder, dtype, progress, captions=None):
+        super().__init__(source, encoder, dtype)
+        versions = [source, source.flipped()] if self._has_flips else [source]
         show = progress and backend.process_index() == 0
-        batch_size = min(batch_size, len(source))
-        self.means, self.standard_deviations, captions = self._encode_images(
-            source,
-            vae,
-            batch_size,
-            jit_compile,
-            Progress("encoding images", len(source), "images", disable=not show),
-        )
-        # The empty caption comes first; it replaces dropped captions.
-        rows = {"": 0}
-        self._rows = [
-            _as_slice([rows.setdefault(caption, len(rows)) for caption in of_image]) for of_image in captions
-        ]
-        self.condition, self.contexts = "token_ids", tokenizer(list(rows))
-        if text_encoder is not None:
-            encode = backend.jit(lambda ids: (text_encoder(ids),), text_encoder.variables, jit_compile)
-            bar = Progress("encoding captions", len(rows), "captions", delay=2.0, disable=not show)
-            size = min(4 * batch_size, len(rows))
-            batches = (self.contexts[start : start + size] for start in range(0, len(rows), size))
-            (self.contexts,) = _in_batches(encode, batches, size, len(rows), bar)
-            self.condition = "context"
+        total = len(versions) * len(source)
+        with Progress("encoding images", total, "images", disable=not show) as bar:
+            self._moments, read = [], []
+            for version in versions:
+                moments, of_images = self._encode_images(version, encoder, bar)
+                self._moments.append(moments)
+                read.append(of_images)
+        self._captions = captions or CaptionIndex(read[0], encoder.tokenizer)
+        self._contexts = self._captions.token_ids
+        if encoder.text_encoder is not None:
+            total = len(self._captions.token_ids)
+            with Progress("encoding captions", total, "captions", delay=2.0, disable=not show) as bar:
+                self._contexts = self._encode_captions(encoder, bar)
 
-    def _encode_images(self, source, vae, batch_size, jit_compile, bar):
-        """Return the means and the standard deviations of all latents, and the captions."""
-        posterior = backend.jit(
-            lambda images: _scaled_moments(vae, images_to_unit(images)), vae.variables, jit_compile
-        )
-        captions, names = [], []
+    def _encode_captions(self, encoder, bar):
+        ids, size = self._captions.token_ids, encoder.text_batch_size
+        parts = []
+        for start in range(0, len(ids), size):
+            parts.append(narrowed(encoder.contexts(ids[start : start + size]), self.cache_dtype))
+            bar.update(len(parts[-1]))
+        return np.concatenate(parts)
+
+    def _encode_images(self, source, encoder, bar):
+        """Return the moments of all images, an array for each bucket, and their captions."""
+        buckets = np.zeros(len(source), int) if self._buckets is None else np.asarray(self._buckets)
         pixels = None if self._fingerprint else hashlib.sha256()
-
-        def batches():
-            for examples in _read_ahead(source, batch_size):
-                captions.extend(example.get("captions", ()) for example in examples)
-                names.extend(example.get("path") for example in examples)
-                images = np.stack([example["image"] for example in examples])
+        places = [np.flatnonzero(buckets == bucket) for bucket in range(buckets.max() + 1)]
+        self._within = np.empty(len(source), int)  # where an example is in its bucket
+        captions, moments = [()] * len(source), []
+        examples = read_ahead(source, np.concatenate(places))
+        for of_bucket in places:
+            self._within[of_bucket] = np.arange(len(of_bucket))
+            whole, done = None, 0
+            for part in batched(examples, encoder.batch_sizes(len(of_bucket))):
+                indices = of_bucket[done : done + len(part)].tolist()
+                images = np.stack([example["image"] for example in part])
                 if pixels:
                     pixels.update(images.data)
-                yield images
-
-        def check(start, means, standard_deviations):
-            for index, moments in enumerate(zip(means, standard_deviations, strict=True), start):
-                if not all(np.isfinite(array).all() for array in moments):
-                    name = names[index] or f"image {index}"
-                    raise UserError(
-                        f"{name}: its latents are not finite numbers; use another precision (bf16 or "
-                        "none), or another VAE"
-                    )
-
-        means, standard_deviations = _in_batches(posterior, batches(), batch_size, len(source), bar, check)
+                found = encoder.moments(images)
+                check_finite(found, list(map(name_of, part, indices)))
+                if whole is None:
+                    whole = np.empty((len(of_bucket), *found.shape[1:]), self.cache_dtype)
+                whole[done : done + len(part)] = narrowed(found, self.cache_dtype)
+                for index, example in zip(indices, part, strict=True):
+                    captions[index] = example.get("captions", ())
+                done += len(part)
+                bar.update(len(part))
+            moments.append(whole)
         if pixels:
             self._fingerprint = hashlib.sha256(f"{pixels.hexdigest()} {captions}".encode()).hexdigest()
-        return means, standard_deviations, captions
+        return moments, captions
 
-    def fingerprint(self) -> str:
-        """Return a SHA-256, in hexadecimal, that identifies the encoded data.
+    def _example(self, index, is_flipped):
+        bucket = 0 if self._buckets is None else self._buckets[index]
+        moments = self._moments[is_flipped][bucket][self._within[index]]
+        return cached_example(moments, self._context(self._captions.rows(index)), self._context(0))
 
-        It is the source's own fingerprint or, for a source without one, that of pixels and captions.
-        """
-        return self._fingerprint
-
-    def split(self, count: int) -> tuple[Self, ...]:
-        """Return two sources: the first `count` examples, and the others."""
-        parts = copy.copy(self), copy.copy(self)
-        for part, place in zip(parts, (slice(0, count), slice(count, None)), strict=True):
-            part.means, part.standard_deviations = self.means[place], self.standard_deviations[place]
-            part._rows = self._rows[place]
-            described = f"{self._fingerprint} {place.start} {place.stop}"
-            part._fingerprint = hashlib.sha256(described.encode()).hexdigest()
-        return parts
-
-    def __len__(self) -> int:
-        return len(self.means)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Keys: mean and standard_deviation of the scaled latents `(h, w, c)`, contexts and empty_context.
-
-        The contexts `(n, tokens, width)` are those of the captions; `(n, tokens)` without a text encoder.
-        """
-        return {
-            "mean": self.means[index],
-            "standard_deviation": self.standard_deviations[index],
-            "contexts": self.contexts[self._rows[index]],
-            "empty_context": self.contexts[0],
-        }
+    def _context(self, rows):
+        kind = "int32" if self.condition == "token_ids" else "float32"
+        return self._contexts[rows].astype(kind, copy=False)
 
 
-def _as_slice(rows):
-    """Return an index of these rows: a slice, which copies nothing, if they are consecutive."""
-    start = rows[0] if rows else 0
-    end = start + len(rows)
-    return slice(start, end) if rows == list(range(start, end)) else np.array(rows)
+def narrowed(array, dtype):
+    """Return an array in another floating-point type.
+
+    Raises:
+        UserError: a number is too large for it.
+    """
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype, copy=False)
+    if not np.isfinite(narrow).all():
+        raise UserError(f"encodings: a number is too large for {dtype}; use float32 or bfloat16")
+    return narrow
 
 
-def _scaled_moments(vae, images):
-    """Return mean and standard deviation of the images' latents, scaled as the UNet takes them."""
-    posterior = vae.encode(images)
-    scale = vae.config.scaling_factor
-    return posterior.mean * scale, ops.exp(0.5 * posterior.log_variance) * scale
-
-
-def _read_ahead(source, batch_size):
-    """Yield lists of examples in order; threads read the next list while one is in use."""
-    threads = min(batch_size, os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        reading = (pool.submit(source.__getitem__, index) for index in range(len(source)))
-        ahead = list(itertools.islice(reading, batch_size))
-        try:
-            while ahead:
-                examples = [example.result() for example in ahead]
-                ahead = list(itertools.islice(reading, batch_size))
-                yield examples
-        finally:
-            for example in ahead:
-                example.cancel()
-
-
-def _in_batches(function, batches, batch_size, count, progress, check=None):
-    """Call a compiled function batch by batch; the last batch is padded, so that it compiles once.
+class UnencodedSource(Examples):
+    """A source of images and token ids; `encode_batches` encodes each batch while the step before it runs.
 
     Args:
-        function: takes an array of `batch_size` rows and returns a tuple of arrays with as many rows.
-        batches: arrays; the last may have fewer rows.
-        count: total number of rows.
-        progress: `Progress` over the rows.
-        check: called with the index of a batch's first row and the batch's results.
-
-    Returns:
-        List of arrays with `count` rows.
+        source: a `data.framing.FramedSource`.
+        encoder: `encoder.Encoder`.
+        captions: `encoder.CaptionIndex`.
     """
-    whole, done = None, 0
-    with progress:
-        for batch in batches:
-            padded = batch[padded_indices(0, batch_size, len(batch))]
-            outputs = [ops.convert_to_numpy(output)[: len(batch)] for output in function(padded)]
-            if check:
-                check(done, *outputs)
-            if whole is None:
-                whole = [np.empty((count, *output.shape[1:]), output.dtype) for output in outputs]
-            for array, output in zip(whole, outputs, strict=True):
-                array[done : done + len(batch)] = output
-            done += len(batch)
-            progress.update(len(batch))
-    return whole
+
+    def __init__(self, source: Any, encoder: Encoder, captions: CaptionIndex) -> None:
+        super().__init__(source, encoder)
+        self._source, self._encoder, self._captions = source, encoder, captions
+        self._contexts: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def _example(self, index, is_flipped):
+        return self._with_captions(index, self._source[index])
+
+    def draw_example(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
+        """Return an example, cropped and flipped as the source's framing says."""
+        index = self._place(index)
+        draw = getattr(self._source, "draw_example", lambda index, generator: self._source[index])
+        return self._with_captions(index, draw(index, generator))
+
+    def _with_captions(self, index, example):
+        ids = self._captions.token_ids
+        return {
+            "image": example["image"],
+            "latent_shape": self._encoder.latent_shape(*example["image"].shape[:2]),
+            "contexts": ids[self._captions.rows(index)].astype("int32"),
+            "empty_context": ids[0].astype("int32"),
+        }
+
+    def encode_batches(self, batches: Any) -> Any:
+        """Return a Grain data set of batches with latents and contexts; a thread encodes the next ones.
+
+        Args:
+            batches: Grain data set of batches of `text_to_image.diffusion_example`.
+        """
+        from grain.experimental import ThreadPrefetchIterDataset
+
+        return ThreadPrefetchIterDataset(batches.map(self._encoded), prefetch_buffer_size=_BATCHES_AHEAD)
+
+    def _encoded(self, batch):
+        batch = dict(batch)
+        images, noise = batch.pop("image"), batch.pop("posterior_noise")
+        moments = self._encoder.moments(images.reshape(-1, *images.shape[-3:]))
+        check_finite(moments, [f"image {index} of a batch" for index in range(len(moments))])
+        means, deviations = (moments[:, part].reshape(noise.shape) for part in range(2))
+        batch["samples"] = means + deviations * noise
+        for name in ("context", "negative"):
+            if name in batch and self._encoder.text_encoder is not None:
+                batch[name] = self._encoded_captions(batch[name])
+        return batch
+
+    def _encoded_captions(self, token_ids):
+        """Return the contexts of captions; those that were encoded last are kept."""
+        rows = token_ids.reshape(-1, token_ids.shape[-1])
+        keys = [row.tobytes() for row in rows]
+        with self._lock:
+            new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._contexts}
+            found = (
+                dict(zip(new, self._encoder.contexts(np.stack(list(new.values()))), strict=True))
+                if new
+                else {}
+            )
+            contexts = np.stack([found[key] if key in found else self._contexts[key] for key in keys])
+            self._contexts.update(found)
+            while len(self._contexts) > _KEPT_CONTEXTS:
+                self._contexts.popitem(last=False)
+        return contexts.reshape(*token_ids.shape[:-1], *contexts.shape[1:])
 
 
 class JoinedSource:
-    """The examples of several sources, one source after the other."""
+    """The examples of several framed sources with one framing, one source after the other.
 
-    def __init__(self, *sources):
-        self.sources = sources
+    Args:
+        sources: each a `data.framing.FramedSource`; an empty sequence is left out.
+    """
 
-    def __len__(self):
+    def __init__(self, *sources: Any) -> None:
+        self.sources = [source for source in sources if len(source)]
+        self.framing = self.sources[0].framing
+        self.bucket_sizes = list(dict.fromkeys(size for one in self.sources for size in one.bucket_sizes))
+        places = [[self.bucket_sizes.index(size) for size in one.bucket_sizes] for one in self.sources]
+        self.buckets = np.concatenate(
+            [np.array(place)[one.buckets] for place, one in zip(places, self.sources, strict=True)]
+        )
+
+    def __len__(self) -> int:
         return sum(map(len, self.sources))
 
-    def __getitem__(self, index):
+    def _found(self, index):
         for source in self.sources:
             if 0 <= index < len(source):
-                return source[index]
+                return source, index
             index -= len(source)
         raise IndexError("out of range")
 
-    def fingerprint(self):
-        """Return a SHA-256 over the sources' fingerprints; None if one has none."""
-        parts = [_fingerprint_of(source) for source in self.sources if len(source)]
-        return None if None in parts else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source, index = self._found(index)
+        return source[index]
+
+    def draw_example(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
+        """Return an example, cropped and flipped as its source's framing says."""
+        source, index = self._found(index)
+        return source.draw_example(index, generator)
+
+    def frame_key(self, index: int) -> str:
+        """Return what names the framing of an image."""
+        source, index = self._found(index)
+        return source.frame_key(index)
+
+    def flipped(self) -> "JoinedSource":
+        """Return the same sources with every image mirrored."""
+        return JoinedSource(*(source.flipped() for source in self.sources))
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """Return the captions of every example."""
+        return [captions for source in self.sources for captions in source.captions()]
+
+    def content_keys(self) -> list[str]:
+        """Return a SHA-256 of each image's content."""
+        return [key for source in self.sources for key in source.content_keys()]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the sources' fingerprints."""
+        parts = [source.fingerprint() for source in self.sources]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _fingerprint_of(source):
+def fingerprint_of(source):
+    """Return a source's fingerprint, or None if it has none."""
     fingerprint = getattr(source, "fingerprint", None)
     return fingerprint() if fingerprint else None

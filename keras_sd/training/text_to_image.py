@@ -34,7 +34,8 @@ def diffusion_example(
     `caption_dropout` of all takes the empty caption, for classifier-free guidance (Ho and Salimans, 2022).
 
     Args:
-        example: an example of an `encodings.EncodedSource`.
+        example: an example of an `encodings.EncodedSource`. One of an `UnencodedSource` gives its image and
+            the noise of its posterior, from which `encode_batches` makes the latents.
         num_train_timesteps: timesteps are drawn from 0 to this number, exclusive.
         caption_dropout: the share of empty captions, 0 to 1.
         condition: the source's `condition`, the key of the encoding.
@@ -46,21 +47,24 @@ def diffusion_example(
     contexts = example["contexts"]
     choice = generator.integers(len(contexts)) if generator.random() < 0.5 else 0
     dropped = generator.random() < caption_dropout
-    mean = example["mean"]
+    shape = example["mean"].shape if "mean" in example else example["latent_shape"]
 
     def normal(*shape):
         return generator.standard_normal(shape, dtype="float32")
 
-    drawn = {
-        "samples": mean + example["standard_deviation"] * normal(*mean.shape),
-        "noise": normal(*mean.shape),
+    if "mean" in example:
+        drawn = {"samples": example["mean"] + example["standard_deviation"] * normal(*shape)}
+    else:
+        drawn = {"image": example["image"], "posterior_noise": normal(*shape)}
+    drawn |= {
+        "noise": normal(*shape),
         "timesteps": np.int32(generator.integers(num_train_timesteps)),
         condition: example["empty_context"] if dropped else contexts[choice],
     }
     if noise_offset:
-        drawn["noise"] += np.float32(noise_offset) * normal(1, 1, mean.shape[-1])
+        drawn["noise"] += np.float32(noise_offset) * normal(1, 1, shape[-1])
     if input_perturbation:
-        drawn["input_noise"] = drawn["noise"] + np.float32(input_perturbation) * normal(*mean.shape)
+        drawn["input_noise"] = drawn["noise"] + np.float32(input_perturbation) * normal(*shape)
     return drawn
 
 
@@ -77,6 +81,7 @@ def diffusion_identity(method, unet, scheduler_config, source, **values):
         "model": unet.config.to_dict(),
         "schedule": scheduler_config.noise_schedule(),
         "data": fingerprint_of(source),
+        **({"cache_dtype": source.cache_dtype} if source.cache_dtype != "float32" else {}),
         **values,
     }
 

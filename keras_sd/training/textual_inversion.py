@@ -8,9 +8,9 @@ from keras import ops
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
-from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import freeze
 from keras_sd.training.objectives import DiffusionObjective
+from keras_sd.training.stored_encodings import encoded_source
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.textual_inversion import DIFFUSERS_FILE, write_embeddings
@@ -84,6 +84,7 @@ def train_textual_inversion(
     learnable_property="object",
     identity=None,
     min_snr_gamma=None,
+    caching=None,
     make_evaluation=None,
 ):
     """Add a token to a model's vocabulary and train its vectors; all other weights are frozen.
@@ -102,6 +103,7 @@ def train_textual_inversion(
         learnable_property: "object" or "style": what the images have in common.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        caching: `caching.Caching`: where the images' encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
 
     Returns:
@@ -127,7 +129,9 @@ def train_textual_inversion(
     learned.trainable = True
 
     schedule = NoiseSchedule(pipeline.scheduler_config)
-    encoded, captions = encode_examples(settings, pipeline, source, placeholder_token, learnable_property)
+    encoded, captions = encode_examples(
+        settings, pipeline, source, placeholder_token, learnable_property, caching
+    )
     trainer = Trainer(
         DiffusionObjective(pipeline.unet, schedule, min_snr_gamma, text_encoder),
         settings,
@@ -156,9 +160,11 @@ def train_textual_inversion(
     return trainer.run(encoded, draw, make_evaluation=make_evaluation, export=export)
 
 
-def encode_examples(settings, pipeline, source, token, learnable_property):
-    """Return the latents as an `EncodedSource`, and the captions' token ids `(templates, tokens)`."""
-    encoded = EncodedSource(source, pipeline.vae, None, pipeline.tokenizer, jit_compile=settings.jit_compile)
+def encode_examples(settings, pipeline, source, token, learnable_property, caching=None):
+    """Return the images as a source of latents, and the captions' token ids `(templates, tokens)`."""
+    encoded = encoded_source(
+        source, pipeline.vae, None, pipeline.tokenizer, caching, jit_compile=settings.jit_compile
+    )
     captions = [template.format(token) for template in TEMPLATES[learnable_property]]
     # Leave out captions that would be truncated, as they might lose the token. The token alone always fits.
     lengths = map(len, pipeline.tokenizer.encode(captions))

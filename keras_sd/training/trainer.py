@@ -258,6 +258,8 @@ class Trainer:
             process_index=backend.process_index(),
             process_count=backend.process_count(),
         )
+        if hasattr(source, "encode_batches"):  # a source that is not encoded yet
+            training_batches = source.encode_batches(training_batches)
         self.objective.fit(
             training_batches,
             steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,

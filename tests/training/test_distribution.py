@@ -73,17 +73,22 @@ def processes(address, *own):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The same training on one device, on two and in two processes; two at a time, as there are two cores."""
+    """The same training on one device, on two and in two processes; two at a time, as there are two cores.
+
+    Those on one device and model-parallel keep encodings in memory, the two processes fill one folder, and
+    the two devices encode while a step runs.
+    """
     one, two = (
         train(folder, "one"),
-        train(folder, "two", "--distribution", "data", flags=TWO_DEVICES),
+        train(folder, "two", "--distribution", "data", "--cache-latents", "off", flags=TWO_DEVICES),
     )
     finish(one), finish(two)
     shutil.copytree(
         folder / "two" / f"checkpoint-{STEPS // 2}", folder / "resumed" / f"checkpoint-{STEPS // 2}"
     )
     address = free_address()
-    pair = [train(folder, "processes", *processes(address, index)) for index in range(2)]
+    disk = ("--cache-latents", "disk", "--cache-dir", folder / "encodings")
+    pair = [train(folder, "processes", *processes(address, index), *disk) for index in range(2)]
     told = [finish(process)[1] for process in pair]
     # Process 0 alone has a progress line.
     assert [f"step {STEPS}/{STEPS}" in errors for errors in told] == [True, False]
@@ -93,6 +98,16 @@ def runs(folder):
     )
     finish(model), finish(resumed)
     return folder
+
+
+def test_two_processes_fill_one_folder_with_what_one_writes(runs, tmp_path):
+    disk = ("--cache-latents", "disk", "--cache-dir", tmp_path)
+    finish(train(runs, "on-disk", *disk))
+    written = [
+        {path.name: path.read_bytes() for path in folder.glob("*.arrayrecord")}
+        for folder in (tmp_path, runs / "encodings")
+    ]
+    assert written[0] == written[1] and sorted(name[:4] for name in written[0]) == ["late", "text"]
 
 
 def losses(folder):

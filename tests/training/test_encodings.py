@@ -1,15 +1,17 @@
 """Examples encoded once before a run."""
 
 import io
+import os
 import sys
 
 import numpy as np
 import pytest
 
+from keras_sd.data.framing import FramedSource, Framing
 from keras_sd.data.sources import load_source
 from keras_sd.errors import UserError
 from keras_sd.progress import Progress
-from keras_sd.training import encodings
+from keras_sd.training.encoder import read_ahead
 from keras_sd.training.encodings import EncodedSource, JoinedSource
 from tests import tiny
 
@@ -76,16 +78,15 @@ def test_any_batch_size_gives_the_same(sd, condition):
                 np.testing.assert_allclose(other[name], array, atol=1e-5, err_msg=name)
     # An equal caption, met again, is the same row.
     np.testing.assert_array_equal(sources[0][4]["contexts"][1], sources[0][0]["contexts"][0])
-    assert len(sources[0].contexts) == 6
+    assert len(sources[0]._contexts) == 6
 
 
 def test_few_images_are_read_ahead():
-    source = CountingSource(42)
-    sizes = []
-    for examples in encodings._read_ahead(source, encodings.BATCH_SIZE):
-        sizes.append(len(examples))
-        assert sum(source.reads) <= sum(sizes) + 4
-    assert sizes == 10 * [4] + [2] and source.reads == [1] * 42
+    source = CountingSource(500)
+    most = 4 * min(32, os.cpu_count()) + 4
+    for count, _ in enumerate(read_ahead(source, range(500)), start=1):
+        assert sum(source.reads) <= count + most
+    assert source.reads == [1] * 500
 
 
 def test_fingerprint(sd, tmp_path):
@@ -94,11 +95,23 @@ def test_fingerprint(sd, tmp_path):
     other = CountingSource()
     other.images[3, 0, 0, 0] ^= 1
     assert encode(other, sd).fingerprint() != first.fingerprint()
+
+
+def test_joined_sources():
     emoji = load_source("emoji", "validation", 16)
-    joined = JoinedSource(emoji, ())
-    assert joined.fingerprint() and len(joined) == len(emoji)
-    assert JoinedSource(emoji, CountingSource()).fingerprint() is None
-    np.testing.assert_array_equal(JoinedSource(other, emoji)[6]["image"], emoji[1]["image"])
+    small, large = (FramedSource(emoji, Framing(side)) for side in (16, 32))
+    assert JoinedSource(small, ()).fingerprint() == JoinedSource((), small).fingerprint()
+    joined, count = JoinedSource(small, large), len(emoji)
+    assert len(joined) == 2 * count and len({joined.fingerprint(), small.fingerprint()}) == 2
+    np.testing.assert_array_equal(joined[count + 1]["image"], large[1]["image"])
+    assert joined.bucket_sizes == [(16, 16), (32, 32)]
+    assert joined.buckets.tolist() == [0] * count + [1] * count
+    assert joined.captions() == 2 * emoji.captions() and joined.content_keys() == 2 * emoji.content_keys()
+    assert joined.frame_key(count + 3) == large.frame_key(3)
+    assert joined.flipped().frame_key(3) == small.flipped().frame_key(3)
+    np.testing.assert_array_equal(joined.flipped()[3]["image"], small[3]["image"][:, ::-1])
+    with pytest.raises(IndexError):
+        joined[2 * count]
 
 
 def test_latents_that_are_not_finite_are_refused(sd):

@@ -6,6 +6,7 @@ import click
 
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
+from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -51,6 +52,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)
 @snr_gamma_option
+@caching_options
 @click.option("--sample-batch-size", default=4, type=COUNT, help="Images per batch when sampling.")
 @subject_options("dreambooth", "the instance prompt")
 def dreambooth(**options):
@@ -89,6 +91,7 @@ def dreambooth(**options):
         prior_loss_weight=options["prior_loss_weight"],
         identity=part_fingerprints(pipeline, *frozen) | identity,
         min_snr_gamma=options["snr_gamma"],
+        caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, options["instance_prompt"]),
         export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
     )

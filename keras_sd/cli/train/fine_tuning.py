@@ -7,6 +7,7 @@ import click
 
 from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE
+from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.data_options import (
     caption_identity,
     caption_options,
@@ -62,6 +63,7 @@ def captioned_options(method):
             type=SHARE,
             help="Fraction of captions replaced by the empty prompt, as guidance needs.",
         ),
+        caching_options,
         validation_option("some of the captions"),
         model_option(method, "guidance_scale"),
         evaluation_options(),
@@ -101,14 +103,20 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
         captions: `data.captions.Captions` if they are drawn anew each time; it needs no frozen text encoder.
         sampling: options of sampling in evaluations, such as guidance_scale and sampler.
     """
+    from keras_sd.data.framing import FramedSource, Framing
     from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
-    from keras_sd.training.encodings import EncodedSource
+    from keras_sd.training.stored_encodings import encoded_source
 
     image_size = image_size_of(pipeline)
     source, held_out, repeats = run.sources(image_size)
     tokenizer = CaptionTokenizer(pipeline.tokenizer, int(run.options.get("max_token_length", 75)))
-    encoded = EncodedSource(
-        source, pipeline.vae, frozen_text_encoder, tokenizer, jit_compile=run.settings.jit_compile
+    encoded = encoded_source(
+        FramedSource(source, Framing(image_size)),
+        pipeline.vae,
+        frozen_text_encoder,
+        tokenizer,
+        caching_of(run.options),
+        jit_compile=run.settings.jit_compile,
     )
     if tokenizer.cut_line():
         warnings.warn(tokenizer.cut_line(), stacklevel=2)

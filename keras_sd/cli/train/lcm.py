@@ -4,6 +4,7 @@ import click
 
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
+from keras_sd.cli.train.caching import caching_options
 from keras_sd.cli.train.data_options import source_options
 from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
@@ -36,6 +37,7 @@ _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scal
 @click.option(
     "--huber-c", default=0.001, type=POSITIVE, help="Error at which the pseudo-Huber loss becomes linear."
 )
+@caching_options
 @validation_option("some of the captions")
 @evaluation_options(num_inference_steps=4)
 def lcm(**options):

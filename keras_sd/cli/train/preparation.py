@@ -12,6 +12,7 @@ from pathlib import Path
 
 from keras_sd import config, interruption, presets
 from keras_sd.cli.command import refuse_unused
+from keras_sd.cli.train.caching import caching_of
 from keras_sd.cli.train.data_options import caption_identity, print_notes, reading_of
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
@@ -99,7 +100,9 @@ def prepare(
     """
     from keras_sd.training.run_folder import claim_output_dir
 
-    require("grain", "tensorboard")
+    require("array_record", "grain", "tensorboard")
+    if "cache_latents" in options:
+        caching_of(options)
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     identity = caption_identity(options) | (identity or {})

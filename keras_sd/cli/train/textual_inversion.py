@@ -3,6 +3,7 @@
 import click
 
 from keras_sd.cli.command import Command
+from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -40,6 +41,7 @@ from keras_sd.errors import UserError
     help="What the images have in common; chooses the training prompts.",
 )
 @snr_gamma_option
+@caching_options
 @subject_options("textual-inversion", "the new word alone")
 def textual_inversion(**options):
     """Teach a model a new word from a few images without captions (textual inversion).
@@ -49,11 +51,13 @@ def textual_inversion(**options):
     if not options["train_data_dir"]:
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")
     run = prepare("textual-inversion", options, need_captions=False)
+    from keras_sd.data.framing import FramedSource, Framing
     from keras_sd.training.textual_inversion import train_textual_inversion
     from keras_sd.weights.textual_inversion import DIFFUSERS_FILE
 
     pipeline = open_pipeline(run)
-    source, _, _ = run.sources(image_size_of(pipeline))
+    image_size = image_size_of(pipeline)
+    source = FramedSource(run.sources(image_size)[0], Framing(image_size))
     finished = train_textual_inversion(
         run.settings,
         pipeline,
@@ -64,6 +68,7 @@ def textual_inversion(**options):
         learnable_property=options["learnable_property"],
         identity=part_fingerprints(pipeline, "vae"),
         min_snr_gamma=options["snr_gamma"],
+        caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
     )
     if finished:

@@ -1,0 +1,41 @@
+"""The options of methods that train on latents: where encodings are kept."""
+
+import click
+
+from keras_sd.cli.command import decorated
+from keras_sd.data.encoding_store import DTYPES
+from keras_sd.training.caching import MODES, Caching
+
+dtype_option = click.option(
+    "--cache-dtype",
+    default="float32",
+    type=click.Choice(DTYPES),
+    help="Precision in which encodings are kept; half precision takes half the space.",
+)
+
+caching_options = decorated(
+    click.option(
+        "--cache-latents",
+        type=click.Choice(MODES),
+        is_flag=False,
+        flag_value="memory",
+        show_default="memory up to 1 GiB, else disk; off with random crops",
+        help="Where latents and encodings of captions are kept. `off`: the next batch is encoded while a "
+        "step runs. Without a value: `memory`.",
+    ),
+    click.option(
+        "--cache-dir",
+        help="Folder of `--cache-latents disk`, such as one that `keras-sd encode` has filled. Runs may "
+        "share one. By default `encodings` in the cache folder.",
+    ),
+    dtype_option,
+)
+
+
+def caching_of(options):
+    """Return the `Caching` of a command's options.
+
+    Raises:
+        UserError: an option has no effect.
+    """
+    return Caching(options["cache_latents"], options["cache_dir"], options["cache_dtype"])

@@ -1,0 +1,54 @@
+"""Where a training run keeps encodings: the settings, which need no backend."""
+
+import dataclasses
+from pathlib import Path
+
+from keras_sd.data.encoding_store import DTYPES
+from keras_sd.errors import UserError
+from keras_sd.files.cache import VARIABLE, cache_root
+
+MODES = ("memory", "disk", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Caching:
+    """Where encodings are kept.
+
+    Attributes:
+        cache_latents: "memory"; "disk", in `cache_dir`; or "off", which encodes each batch when it is drawn.
+            None is "off" for images that are cropped at random, "memory" for encodings of up to 1 GiB, and
+            otherwise "disk".
+        cache_dir: the folder on disk; by default `encodings` in the cache folder. Several runs may share one.
+        cache_dtype: "float32", "float16" or "bfloat16", in which encodings are kept.
+
+    Raises:
+        UserError: a value is unknown, or has no effect.
+    """
+
+    cache_latents: str | None = None
+    cache_dir: str | Path | None = None
+    cache_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.cache_latents not in (None, *MODES):
+            raise UserError(f"cache_latents {self.cache_latents!r}: unknown; use {', '.join(MODES)}")
+        if self.cache_dtype not in DTYPES:
+            raise UserError(f"cache_dtype {self.cache_dtype!r}: unknown; use {', '.join(DTYPES)}")
+        if self.cache_dir is not None and self.cache_latents not in (None, "disk"):
+            raise UserError(
+                f"cache_dir {self.cache_dir}: has no effect with `cache_latents='{self.cache_latents}'`; "
+                "leave one out"
+            )
+        if self.cache_dtype != "float32" and self.cache_latents == "off":
+            raise UserError(
+                f"cache_dtype {self.cache_dtype}: has no effect with `cache_latents='off'`; leave one out"
+            )
+
+    def folder(self) -> Path:
+        """Return the folder for encodings on disk."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir)
+        root = cache_root()
+        if root is None:
+            raise UserError(f"cache_dir: missing, and {VARIABLE} turns the cache off; give a folder")
+        return root / "encodings"

@@ -1,0 +1,255 @@
+"""Measures encodings on disk: the rate of reading, memory, the start with a warm cache, and kills.
+
+    python tools/bench_encodings.py reading
+    python tools/bench_encodings.py memory --folder bench/encodings
+    python tools/bench_encodings.py kills --folder bench/encodings
+
+`reading` reads batches of 16 examples at 512 px, with one caption each. `memory` trains with `--cache-latents
+disk` on 20,000 images of 64 px and on 200, each in a process of its own, with an empty cache and again with a
+warm one. `kills` encodes 2,000 images of 512 px through a small VAE of factor 8 and trains on them, is killed
+at random moments and goes on; its shards and weights are compared with those of a run that was left alone.
+Each prints a JSON object.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from machine import description
+
+PACKAGES = ("keras", "tensorflow", "jax", "grain", "array_record", "numpy")
+BATCH = 16
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("measure", choices=("reading", "memory", "kills"))
+    parser.add_argument("--folder", type=Path, default=Path("bench/encodings"), help="for images and runs")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--images", type=int, help="by default 2,000 for kills, 20,000 for memory")
+    arguments = parser.parse_args()
+    results = {
+        "reading": measure_reading,
+        "memory": lambda: measure_memory(arguments.folder, arguments.images or 20_000),
+        "kills": lambda: measure_kills(arguments.folder, arguments.images or 2000, arguments.kills),
+    }[arguments.measure]()
+    command = f"python tools/bench_encodings.py {' '.join(sys.argv[1:])}"
+    print(json.dumps({"command": command, **description(PACKAGES), **results}, indent=2))
+
+
+def measure_reading(count=4096):
+    """Read batches from shards through Grain: the arrays alone, and with the noise of a training example."""
+    from keras_sd.training.text_to_image import diffusion_example
+
+    def arrays(example, generator):
+        return {name: example[name] for name in ("mean", "standard_deviation", "empty_context")}
+
+    draws = {"arrays": arrays, "with noise": functools.partial(diffusion_example, num_train_timesteps=1000)}
+    rates = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Stored(folder, count, dtype)
+            for name, draw in draws.items():
+                rates[f"{dtype}, {name}"] = round(batch_rate(source, draw))
+    return {"examples_per_second": rates, "batch_size": BATCH}
+
+
+def batch_rate(source, draw, count=256):
+    """Return how many examples a second come in batches."""
+    from keras_sd.data.sources import batches
+
+    stream = iter(batches(source, batch_size=BATCH, seed=0, draw=draw))
+    next(stream)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(stream)
+    return BATCH * count / (time.perf_counter() - began)
+
+
+class Stored:
+    """Examples of random numbers in shards: moments of 512 px, and one context of 77 x 768 each."""
+
+    def __init__(self, folder, count, dtype):
+        from keras_sd.data.encoding_store import SHARD_SIZE, EncodingStore, keys_of
+
+        generator = np.random.default_rng(0)
+        shapes = {"latents": (2, 64, 64, 4), "text": (77, 768)}
+        arrays = {
+            kind: generator.standard_normal((SHARD_SIZE, *shape), dtype="float32")
+            for kind, shape in shapes.items()
+        }
+        keys = {kind: keys_of(kind, map(str, range(count))) for kind in shapes}
+        self.store = EncodingStore(folder)
+        for start in range(0, count, SHARD_SIZE):
+            for kind in shapes:
+                self.store.write(kind, "", keys[kind][start : start + SHARD_SIZE], arrays[kind], dtype)
+        self.numbers = {kind: self.store.find(keys[kind]) for kind in shapes}
+
+    def __len__(self):
+        return len(self.numbers["text"])
+
+    def __getitem__(self, index):
+        mean, deviation = self.store.read(self.numbers["latents"][index])
+        context = self.store.read(self.numbers["text"][index])
+        moments = {"mean": mean, "standard_deviation": deviation}
+        return {**moments, "contexts": context[None], "empty_context": context}
+
+
+def measure_memory(folder, count):
+    """Train on few and on many images; compare the memory, and the time to the first step."""
+    model = small_model(folder / "model")
+    runs = {}
+    for number in (200, count):
+        images = write_images(folder / f"images-{number}", number, 64)
+        cache = folder / f"cache-{number}"
+        shutil.rmtree(cache, ignore_errors=True)
+        for state in ("empty", "warm"):
+            output = folder / f"run-{number}-{state}"
+            shutil.rmtree(output, ignore_errors=True)
+            arguments = command(model, images, cache, output, 64, steps=10)
+            began, process = time.time(), subprocess.Popen(arguments)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(f"{' '.join(map(str, arguments))}: ended with status {status}")
+            runs[f"{number} images, {state} cache"] = {
+                "peak_mib": round(usage.ru_maxrss / 1024),
+                "logged_steps_s": round(first_time(output) - began, 2),
+            }
+    return {"runs": runs}
+
+
+def first_time(output):
+    """Return when a run logged its first steps, which includes compilation."""
+    return json.loads((output / "logs" / "metrics.jsonl").read_text().splitlines()[0])["time"]
+
+
+def measure_kills(folder, count, kills):
+    """Kill a run at random moments while it encodes and while it trains; compare it with one left alone."""
+    model = small_model(folder / "model")
+    images = write_images(folder / f"images-512-{count}", count, 512)
+    runs = {name: (folder / f"cache-{name}", folder / f"run-{name}") for name in ("whole", "killed")}
+    for paths in runs.values():
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+    began = time.monotonic()
+    subprocess.run(command(model, images, *runs["whole"], 512, steps=100), check=True)
+    duration, generator, moments = time.monotonic() - began, random.Random(0), []
+    while True:
+        resumed = (
+            ["--resume-from-checkpoint", "latest"] if list(runs["killed"][1].glob("checkpoint-*")) else []
+        )
+        process = subprocess.Popen([*command(model, images, *runs["killed"], 512, steps=100), *resumed])
+        try:
+            # Starting takes some seconds, in which nothing is written.
+            process.wait(generator.uniform(0.1, 0.5) * duration if len(moments) < kills else None)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            cache, output = runs["killed"]
+            shards, last = len(list(cache.glob("latents-*"))), len(list(output.glob("checkpoint-*")))
+            moments.append("training" if last else f"encoding, {shards} shards written")
+    caches, outputs = zip(*runs.values(), strict=True)
+    shards = [contents(cache, "*.arrayrecord") for cache in caches]
+    weights = [contents(output, "model/*/*.safetensors") for output in outputs]
+    return {
+        "kills": moments,
+        "shards": len(shards[0]),
+        "shards_are_equal": shards[0] == shards[1],
+        "weights_are_equal": len(weights[0]) > 0 and weights[0] == weights[1],
+    }
+
+
+def contents(folder, pattern):
+    """Return the SHA-256 of each file that fits."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob(pattern))
+    }
+
+
+def command(model, images, cache, output, resolution, steps):
+    """Return the command of a run with encodings on disk."""
+    arguments = [sys.executable, "-m", "keras_sd.train", "text-to-image"]
+    arguments += [
+        "--pretrained-model-name-or-path",
+        model,
+        "--train-data-dir",
+        images,
+        "--output-dir",
+        output,
+    ]
+    arguments += ["--resolution", resolution, "--cache-latents", "disk", "--cache-dir", cache]
+    arguments += ["--max-train-steps", steps, "--train-batch-size", 4, "--evaluation-steps", 0]
+    arguments += ["--checkpointing-steps", 10, "--lr-warmup-steps", 0]
+    return [str(argument) for argument in arguments]
+
+
+def write_images(folder, count, side):
+    """Write images with captions, unless they are there."""
+    if len(list(folder.glob("*.jpg"))) == count:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        # Noise of few details, which compresses.
+        small = np.random.default_rng(index).integers(0, 256, (8, 8, 3), "uint8")
+        Image.fromarray(small).resize((side, side)).save(folder / f"{index:06}.jpg")
+        (folder / f"{index:06}.txt").write_text(f"image {index}")
+    return folder
+
+
+def small_model(folder):
+    """Write a model with a VAE of factor 8 and hardly any weights, unless it is there."""
+    if (folder / "model_index.json").exists():
+        return folder
+    from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
+    from keras_sd.diffusion.scheduler_config import SchedulerConfig
+    from keras_sd.models.text_encoder import TextEncoder
+    from keras_sd.models.tokenizer import Tokenizer
+    from keras_sd.models.unet import UNet
+    from keras_sd.models.vae import AutoencoderKL
+    from keras_sd.pipeline.stable_diffusion import StableDiffusion
+
+    tokenizer = Tokenizer.clip()
+    text_encoder = TextEncoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.max_length,
+        bos_token_id=tokenizer.begin_token_id,
+        eos_token_id=tokenizer.end_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNetConfig(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = VAEConfig(sample_size=64, block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
+    parts = TextEncoder(text_encoder), UNet(unet), AutoencoderKL(vae)
+    StableDiffusion(tokenizer, *parts, SchedulerConfig()).save(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
