@@ -12,7 +12,12 @@ FIRST_LINE_SECONDS = 2.0
 
 def is_terminal() -> bool:
     """Return whether standard error is a terminal that a bar can be drawn on; some report a width of 0."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # a stream of Python's own
+        return True
 
 
 def print_above_bars(line: str) -> None:
