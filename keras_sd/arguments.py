@@ -1,10 +1,12 @@
-"""Arguments: their types, checks of numbers, shares and seeds, and deprecated names."""
+"""Arguments: their types, checks of numbers, seeds, paths and images, and deprecated names."""
 
 import functools
 import math
 import numbers
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -46,6 +48,80 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
         upwards = f"from {least}" if most is None else f"from {least} to {most}"
         raise UserError(f"{name} {shown(value)}: out of range; use a whole number {upwards}")
     return int(value)
+
+
+def real_number(
+    name: str, value: Any, fits: Callable[[float], bool] = math.isfinite, meaning: str = "a finite number"
+) -> float:
+    """Return the value as a float.
+
+    Args:
+        fits: whether a finite number is in the range.
+        meaning: the range, for the message.
+
+    Raises:
+        UserError: it is not a finite number (True and "1" are not accepted), or out of range.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not fits(number):
+        raise UserError(f"{name} {shown(value)}: out of range; use {meaning}")
+    return number
+
+
+def checked_path(name: str, value: Any) -> Path:
+    """Return the name of a file, a folder or a model as a `Path`.
+
+    Raises:
+        UserError: it is no text or path, is empty (`Path` would take the folder where the program runs), or
+            holds characters that no file's name has.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise UserError(f"{name} {shown(value)}: not a name; give a str or a pathlib.Path")
+    if not text.strip():
+        raise UserError(f"{name}: empty; give a name")
+    try:
+        is_valid = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{name} {shown(value)}: no name of a file; correct it")
+    return Path(text)
+
+
+def checked_images(name: str, images: Any, *shapes: str, floats: bool = False) -> npt.NDArray[Any]:
+    """Return images as an array.
+
+    Args:
+        shapes: the accepted shapes, such as "(n, height, width, 3)". A word is any length from 1.
+        floats: whether finite floats are accepted too, not only uint8.
+
+    Raises:
+        UserError: the type or the shape is another one, or a number is not finite.
+    """
+    try:
+        array = np.asarray(images)
+    except ValueError as error:
+        raise UserError(f"{name}: of several sizes; give images of one size") from error
+    is_float = floats and array.dtype.kind == "f"
+    if not (is_float or array.dtype == np.uint8) or not any(_has_shape(array, shape) for shape in shapes):
+        accepted = f"{'uint8 or floats' if floats else 'uint8'} of shape {' or '.join(shapes)}"
+        raise UserError(f"{name} of type {array.dtype} and shape {array.shape}: give {accepted}")
+    if is_float and not np.isfinite(array).all():
+        raise UserError(f"{name}: not all numbers are finite; give images without NaN or infinity")
+    return array
+
+
+def _has_shape(array, shape):
+    words = shape.strip("()").split(", ")
+    return len(words) == array.ndim and all(
+        length == int(word) if word.isdigit() else length > 0
+        for word, length in zip(words, array.shape, strict=True)
+    )
 
 
 def shown(value: object) -> str:

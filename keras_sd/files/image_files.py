@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from keras_sd.arguments import Images
+from keras_sd.arguments import Images, checked_images, checked_path, real_number, shown, whole_number
 from keras_sd.errors import UserError
-from keras_sd.files.writing import replaced
+from keras_sd.files.writing import replaced, utf8
 
 _CHUNK = "parameters"
 _LONGEST_TEXT = 2**20
@@ -36,14 +36,19 @@ def format_parameters(parameters):
     Args:
         parameters: dictionary with "prompt", optionally "negative_prompt", and the settings under their
             displayed names ("Steps", "Sampler", ...), in order.
+
+    Raises:
+        UserError: there is no prompt.
     """
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("prompt"), str):
+        raise UserError(f"parameters {shown(parameters)}: no prompt; give a dictionary with `prompt`")
     settings = dict(parameters)
     lines = [settings.pop("prompt")]
     negative = settings.pop("negative_prompt", None)
     if negative:
         lines.append(_NEGATIVE + negative)
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items()))
-    return "\n".join(lines)
+    return utf8("\n".join(lines)).decode()
 
 
 def _quoted(value):
@@ -80,12 +85,16 @@ def save_png(image: Images, path: str | Path, parameters: dict[str, Any] | None 
         image: uint8 `(h, w, 3)`, or greyscale `(h, w)`.
         path: the file. Its folder is created if necessary; an existing file is replaced atomically.
         parameters: the generation parameters, as `format_parameters` takes them.
+
+    Raises:
+        UserError: the image has another type or shape, or the file cannot be written.
     """
+    image = checked_images("image", image, "(height, width, 3)", "(height, width)")
     information = PngInfo()
     if parameters is not None:
         information.add_text(_CHUNK, format_parameters(parameters))
     with replaced(path) as staging:
-        Image.fromarray(np.asarray(image)).save(staging, format="PNG", pnginfo=information)
+        Image.fromarray(image).save(staging, format="PNG", pnginfo=information)
 
 
 def save_gif(
@@ -98,7 +107,13 @@ def save_gif(
         path: the file; its folder is created if necessary.
         frame_rate: images per second; a GIF rounds the duration to hundredths of a second.
         parameters: the generation parameters, as `format_parameters` takes them.
+
+    Raises:
+        UserError: the images have another type or shape, the frame rate is out of range, or the file cannot
+            be written.
     """
+    frames = checked_images("frames", frames, "(n, height, width, 3)")
+    frame_rate = real_number("frame_rate", frame_rate, lambda rate: 0.002 <= rate <= 100, "0.002 to 100")
     first, *others = (Image.fromarray(frame) for frame in frames)
     options = {"append_images": others, "duration": round(1000 / frame_rate), "loop": 0}
     if parameters is not None:
@@ -117,7 +132,7 @@ def check_plain(path, title):
         UserError: it is not a regular file.
         FileNotFoundError: there is no such file.
     """
-    mode = Path(path).stat().st_mode
+    mode = checked_path("path", path).stat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
         raise UserError(f"{path}: is {kind}; name the {title}'s own file")
@@ -159,8 +174,17 @@ def image_grid(
 
     Returns:
         The sheet, uint8 `(height, width, 3)`.
+
+    Raises:
+        UserError: the images have another type or shape, a number is out of range, or labels are missing.
     """
-    images = np.stack(list(images)).repeat(scale, axis=1).repeat(scale, axis=2)
+    images = checked_images(
+        "images", list(images) if isinstance(images, Iterable) else images, "(n, height, width, 3)"
+    )
+    whole_number("scale", scale, 1)
+    if columns is not None:
+        whole_number("columns", columns, 1)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     if labels is not None and len(labels) != len(images):
         raise UserError(f"contact sheet: {len(labels)} labels for {len(images)} images; give one for each")
     count, height, width = images.shape[:3]

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from keras_sd.arguments import Images, Tensor
+from keras_sd.arguments import Images, Tensor, checked_images
 from keras_sd.errors import UserError
 
 WHITE = 128
@@ -16,15 +16,8 @@ def as_images(images):
     Raises:
         UserError: the type or the shape is another one.
     """
-    images = np.asarray(images)
-    if images.ndim == 3:
-        images = images[None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise UserError(
-            f"images of type {images.dtype} and shape {images.shape}: "
-            "give uint8 of shape (n, height, width, 3)"
-        )
-    return images
+    images = checked_images("images", images, "(n, height, width, 3)", "(height, width, 3)")
+    return images if images.ndim == 4 else images[None]
 
 
 def images_to_unit(images: Tensor) -> Tensor:
@@ -94,4 +87,5 @@ def resized(
     image: Images, size: tuple[int, int], method: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Images:
     """Return a uint8 image `(h, w, 3)` interpolated to the size `(height, width)`."""
+    image = checked_images("image", image, "(height, width, 3)")
     return np.asarray(Image.fromarray(image).resize(tuple(size)[::-1], method))

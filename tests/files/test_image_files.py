@@ -13,9 +13,10 @@ from keras_sd.files.image_files import (
     image_grid,
     parse_parameters,
     read_parameters,
+    save_gif,
     save_png,
 )
-from keras_sd.models.pixels import images_from_unit
+from keras_sd.models.pixels import images_from_unit, resized
 
 PARAMETERS = {
     "prompt": "red heart",
@@ -135,3 +136,58 @@ def test_what_is_no_plain_file_is_refused(tmp_path):
         read_parameters(tmp_path / "pipe.png")
     with pytest.raises(UserError, match="a folder; name the image's own file"):
         read_parameters(tmp_path)
+
+
+IMAGE = np.zeros((4, 4, 3), "uint8")
+NO_IMAGES = {
+    "floats": IMAGE / 255,
+    "three axes for two": IMAGE[..., :1],
+    "two channels": IMAGE[..., :2],
+    "many": np.stack([IMAGE, IMAGE])[None],
+    "none": IMAGE[:0],
+    "several sizes": [IMAGE, IMAGE[:2]],
+    "a number": 5,
+}
+
+
+@pytest.mark.parametrize("images", NO_IMAGES.values(), ids=NO_IMAGES)
+def test_what_are_no_images_is_refused_in_one_line(tmp_path, images):
+    path = tmp_path / "a.png"
+    for take in (
+        lambda: save_png(images, path),
+        lambda: save_gif(images, path),
+        lambda: image_grid(images),
+        lambda: resized(images, (2, 2)),
+    ):
+        with pytest.raises(UserError, match="^(images?|frames)( of type|: of several sizes)"):
+            take()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "take, message",
+    [
+        (lambda path: save_gif(IMAGE[None], path, 0), "frame_rate 0: out of range"),
+        (lambda path: save_gif(IMAGE[None], path, np.nan), "frame_rate nan: out of range"),
+        (lambda path: save_gif(IMAGE[None], path, 10**400), "frame_rate .* out of range"),
+        (lambda path: save_gif([], path), "frames of type"),
+        (lambda path: image_grid([]), "images of type"),
+        (lambda path: image_grid(IMAGE[None], columns=-1), "columns -1: out of range"),
+        (lambda path: image_grid(IMAGE[None], columns=0), "columns 0: out of range"),
+        (lambda path: image_grid(IMAGE[None], scale=1.5), "scale 1.5: out of range"),
+        (lambda path: save_png(IMAGE, path, {}), "no prompt"),
+        (lambda path: save_png(IMAGE, path, {"prompt": 5}), "no prompt"),
+    ],
+)
+def test_numbers_and_parameters_are_checked(tmp_path, take, message):
+    with pytest.raises(UserError, match=message):
+        take(tmp_path / "a.png")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_no_utf8_is_written_with_its_bytes_escaped(tmp_path):
+    prompt = os.fsdecode(b"caf\xe9")
+    save_png(IMAGE, tmp_path / "a.png", {"prompt": prompt, "Steps": 1})
+    save_gif(IMAGE[None], tmp_path / "a.gif", parameters={"prompt": prompt, "Steps": 1})
+    assert read_parameters(tmp_path / "a.png") == read_parameters(tmp_path / "a.gif")
+    assert read_parameters(tmp_path / "a.png")["prompt"] == "caf\\udce9"
