@@ -16,7 +16,7 @@ import click
 
 from keras_sd.cli.command import decorated
 from keras_sd.errors import UserError
-from keras_sd.files.writing import write_errors_in_one_line
+from keras_sd.files.writing import check_replaceable, write_errors_in_one_line
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 
@@ -74,8 +74,6 @@ def check_output(
     Raises:
         UserError: a file exists, has another suffix, is a folder or cannot be written.
     """
-    if path is not None and not str(path).strip():
-        raise UserError("--output: empty; name a file, or leave it out")
     path = _numbered(Path(default), beside, overwrite) if path is None else _named(path, suffix)
     for place in (path, *beside(path)):
         if not overwrite and os.path.lexists(place):
@@ -119,6 +117,7 @@ def check_writable(path):
         UserError: it cannot.
     """
     place = Path(os.path.realpath(path))
+    check_replaceable(place)
     with write_errors_in_one_line(path):
         folder = next(parent for parent in place.parents if os.path.lexists(parent))
         # Each name by itself: below a missing folder, a name that is too long is not noticed.

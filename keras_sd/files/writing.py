@@ -10,9 +10,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from pathlib import Path
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import FULL_DISK, UserError
 
 _ENDING = ".partial"
@@ -32,7 +34,8 @@ def replaced(path):
     Raises:
         UserError: the file cannot be written. After any exception the file is unchanged.
     """
-    place = Path(os.path.realpath(path))
+    place = Path(os.path.realpath(checked_path("path", path)))
+    check_replaceable(place)
     staging = _temporary(place.parent)
     try:
         with write_errors_in_one_line(path):
@@ -65,7 +68,7 @@ def replaced_folder(path, last=None):
         UserError: it cannot be written. After any exception before the first file is moved, the folder is
             unchanged.
     """
-    place = Path(os.path.realpath(path))
+    place = Path(os.path.realpath(checked_path("path", path)))
     is_new = not place.exists()
     staging = _temporary(place.parent if is_new else place)
     try:
@@ -79,8 +82,10 @@ def replaced_folder(path, last=None):
                 os.rename(staging, place)
                 sync(place.parent)
                 return
-            for file in (one for one in paths if one.is_file()):
-                target = place / file.relative_to(staging)
+            files = {file: place / file.relative_to(staging) for file in paths if file.is_file()}
+            for target in files.values():
+                check_replaceable(target)
+            for file, target in files.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
                 sync(target.parent)
@@ -102,6 +107,16 @@ def utf8(text):
 def write_json(path, values, indent=2):
     """Write a JSON file atomically."""
     write_text(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
+
+
+def check_replaceable(path):
+    """Raise a UserError if a path exists and is no regular file: a rename would replace a device's node."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # there is none, or writing it fails with a message of its own
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: not a plain file (a device, a pipe or a socket); choose another place")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_sd.cli.outputs import check_output
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import save_gif, save_png
 from keras_sd.files.writing import replaced, replaced_folder, write_json
@@ -143,3 +144,21 @@ def test_other_files_of_a_folder_stay(tmp_path):
         str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()
     }
     assert texts.pop("README.md") == "old" and set(texts.values()) == {"new"} and len(texts) == 3
+
+
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    pipes = [tmp_path / "a.png", folder / "config.json"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    (tmp_path / "link.png").symlink_to("a.png")
+    for path in (tmp_path / "a.png", tmp_path / "link.png"):
+        with pytest.raises(UserError, match="a.png: not a plain file"):
+            save_png(PIXELS, path)
+        with pytest.raises(UserError, match="a.png: not a plain file"):
+            check_output(path, ".png", overwrite=True)
+    with pytest.raises(UserError, match="config.json: not a plain file"), replaced_folder(folder) as staging:
+        for name in ("aaa", "config.json"):
+            (staging / name).write_text("new")
+    assert all(pipe.is_fifo() for pipe in pipes) and os.listdir(folder) == ["config.json"]
