@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.weights.diffusers_folder import has_weights, weights_path
 
@@ -75,7 +76,7 @@ def _find(name):
             folder = _from_hub(preset.source, f"preset {name!r}, {preset.source}")
         _check(name, folder, preset.sha256)
         return folder
-    path, name = Path(name), str(name)
+    path, name = checked_path("model", name), str(name)
     if path.is_dir() or path.is_file():
         return path
     if path.exists():

@@ -5,10 +5,9 @@ run Python files beside the weights. This module reads the folder with the reade
 open_clip a new config that holds numbers only.
 """
 
-from pathlib import Path
-
 import numpy as np
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json
 from keras_sd.models.tokenizer import Tokenizer
@@ -47,7 +46,7 @@ def open_folder(folder, device):
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-    folder = Path(folder)
+    folder = checked_path("folder", folder)
     entries = _checked_config(folder)
     parts = read_open_clip(_weights_file(folder)).parts
     text, image = parts["text_encoder"], parts["image_encoder"]

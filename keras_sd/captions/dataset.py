@@ -16,6 +16,7 @@ from typing import Any, NotRequired
 from PIL import Image
 from typing_extensions import TypedDict
 
+from keras_sd.arguments import checked_path
 from keras_sd.captions.caption_settings import CaptionSettings, CleaningSettings
 from keras_sd.captions.captioner import Captioner
 from keras_sd.captions.edited_captions import ByHand, Written, read_lines, text_path, with_caption
@@ -81,7 +82,7 @@ class CaptionedFolder:
     """
 
     def __init__(self, folder, settings, overwrite=False):
-        self.folder, self.settings, self.overwrite = Path(folder), settings, overwrite
+        self.folder, self.settings, self.overwrite = checked_path("folder", folder), settings, overwrite
         self.outside = {}
         paths = image_paths(self.folder, self._pass_over)
         self.names = [self._name(path) for path in paths]

@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_text
 
@@ -78,7 +79,7 @@ def read_phrases(path):
     Raises:
         UserError: the file is missing, empty or not UTF-8.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     try:
         text = read_text(path, _LARGEST_FILE, "give a text file in UTF-8, a phrase a line")
     except FileNotFoundError as error:

@@ -13,6 +13,9 @@ HELP_SETTINGS = {"show_default": True, "max_content_width": 110}
 OLD_NAMES = {"--steps": "--num-inference-steps"}
 """Former names of options, which are still accepted."""
 
+MAY_BE_EMPTY = {"prompt", "prompts", "negative_prompt", "validation_prompts"}
+"""Names of parameters that may be an empty text: what an image shows."""
+
 # An argument at the beginning of a line, or marked anywhere: `name`, `name=value`.
 _ARGUMENT = re.compile(r"^(?P<first>\w+)(?=[ :])|`(?P<marked>\w+)(?:=(?P<value>[^`]*))?`")
 
@@ -30,14 +33,32 @@ class Command(click.Command):
                 warnings.warn(f"{flag}: is called {new} now; use that", stacklevel=2)
                 argument = f"{new}{equals}{value}"
             renamed.append(argument)
-        return super().parse_args(context, renamed)
+        try:
+            return super().parse_args(context, renamed)
+        except click.UsageError as error:
+            error.ctx = error.ctx or context  # the parser does not always know the command
+            raise
 
     def invoke(self, context):
+        _refuse_empty(context)
         try:
             return super().invoke(context)
         except UserError as error:
             error.args = (in_flags(str(error)),)
             raise
+
+
+def _refuse_empty(context):
+    """Raise UserError for an empty text, such as that of an unset shell variable; a path would mean "."."""
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        texts = value if isinstance(value, tuple) else (value,)
+        empty = [text for text in texts if isinstance(text, str) and not text.strip()]
+        if empty and parameter.name not in MAY_BE_EMPTY:
+            is_option = isinstance(parameter, click.Option)
+            title = parameter.opts[0] if is_option else parameter.human_readable_name
+            remedy = "give a value" if parameter.required else "give a value, or leave it out"
+            raise UserError(f"{title}: empty; {remedy}")
 
 
 def decorated(*options):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_sd.arguments import checked_path
 from keras_sd.data.caption_files import METADATA, CaptionFiles, read_captions, repeats_of
 from keras_sd.data.catalogue import content_hashes, examine_images
 from keras_sd.data.faults import Faults, warn_once
@@ -55,7 +56,7 @@ class FolderSource:
         caption_files: CaptionFiles | None = None,
         on_bad_sample: str = "error",
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = checked_path("folder", folder)
         self.image_size = image_size
         self.notes: list[str] = []
         faults = Faults(self.folder, on_bad_sample)

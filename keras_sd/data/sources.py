@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from keras_sd.arguments import checked_path
 from keras_sd.data.caption_files import CaptionFiles
 from keras_sd.data.datasets_source import DatasetsSource, is_data_files, open_dataset
 from keras_sd.data.emoji.source import load_emoji
@@ -133,11 +134,12 @@ _EMOJI = {"emoji": "twemoji", "openmoji": "openmoji"}
 
 def _kind(name: str | Path) -> str:
     """Return what a name means: "folder", "datasets", "emoji" or "tfds", as `load_source` documents it."""
+    folder = checked_path("name", name)
     if not isinstance(name, Path) and name in _EMOJI:
         return "emoji"
     if is_data_files(name):
         return "datasets"
-    if isinstance(name, Path) or Path(name).is_dir():
+    if isinstance(name, Path) or folder.is_dir():
         return "folder"
     if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:[\d.*]+)?", name):  # not of the form of a TFDS name
         if re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]+", name):

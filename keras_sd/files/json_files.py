@@ -11,7 +11,7 @@ import re
 import stat
 from pathlib import Path
 
-from keras_sd.arguments import shown
+from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def read_json(
         UserError: the file is missing, cannot be read, is larger than `largest`, is no JSON in UTF-8, exceeds
             a limit of this module, or has another shape.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     try:
         content = read_bytes(path, largest, remedy)
     except FileNotFoundError as missing:

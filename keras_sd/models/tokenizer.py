@@ -23,6 +23,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from typing_extensions import TypedDict
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_json, read_text, shape_fault, shown
 from keras_sd.files.writing import write_json, write_text
@@ -231,7 +232,7 @@ class Tokenizer:
         Raises:
             UserError: a file is missing or damaged, or the tokenizer is not of CLIP's kind.
         """
-        folder = Path(folder)
+        folder = checked_path("folder", folder)
         config = _read_json(folder / "tokenizer_config.json", TokenizerConfig, default={})
         if (folder / "vocab.json").exists() or not (folder / "tokenizer.json").exists():
             vocabulary = _read_json(folder / "vocab.json", Vocabulary)
@@ -262,7 +263,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the ``tokenizer`` folder of a pipeline."""
-        folder = Path(folder)
+        folder = checked_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         special_tokens = {
             "bos_token": BEGIN_TOKEN,

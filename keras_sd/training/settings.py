@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
@@ -115,7 +116,7 @@ class Settings:
     evaluation_steps: int = 1000
 
     def __post_init__(self):
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
+        object.__setattr__(self, "output_dir", checked_path("output_dir", self.output_dir))
         for name, (fits, range_) in _RANGES.items():
             value = getattr(self, name)
             if value is None:

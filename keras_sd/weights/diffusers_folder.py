@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import TypedDict
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_json, shown
 from keras_sd.files.writing import replaced_folder, write_json
@@ -56,7 +57,8 @@ class ShardIndex(TypedDict):
 
 def holds_pixel_upscaler(folder):
     """Return whether a folder holds an upscaler that works on pixels, not on latents."""
-    return (Path(folder) / LOW_RES_SCHEDULER).is_file() and not (Path(folder) / "vae").is_dir()
+    folder = checked_path("path", folder)
+    return (folder / LOW_RES_SCHEDULER).is_file() and not (folder / "vae").is_dir()
 
 
 def weights_path(directory, part, variant=None):
@@ -164,7 +166,7 @@ def read_folder(folder, variant=None):
     Raises:
         UserError: a file is missing or damaged.
     """
-    folder = Path(folder)
+    folder = checked_path("folder", folder)
     pipeline = read_json(folder / INDEX).get("_class_name")
     present = [part for part in PARTS if os.path.lexists(folder / part / "config.json")]
     with_variant = [part for part in present if variant in _weights_by_variant(folder / part, part)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from keras_sd.arguments import checked_path
 from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
@@ -92,8 +93,8 @@ def read_keras_cv(paths):
 
 def _listed(paths):
     if not isinstance(paths, str | Path):
-        return [Path(path) for path in paths]
-    path = Path(paths)
+        return [checked_path("path", path) for path in paths]
+    path = checked_path("path", paths)
     if not path.is_dir():
         return [path]
     files = sorted(path.glob("*.h5"))

@@ -14,6 +14,7 @@ import numpy as np
 from annotated_types import Interval
 from typing_extensions import TypedDict
 
+from keras_sd.arguments import checked_path
 from keras_sd.config import LEGACY_END_TOKEN_ID, ImageEncoderConfig, TextEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json, shown
@@ -168,7 +169,7 @@ def read_open_clip(path, activation=None):
         UserError: the file is missing or damaged, or holds another model than a CLIP with a vision
             transformer and its own text transformer.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if activation not in (None, "gelu", "quick_gelu"):
         raise UserError(f"activation {activation!r}: unknown; use gelu or quick_gelu")
     tensors = _read_tensors(path)
@@ -330,7 +331,7 @@ def write_open_clip(path, checkpoint, dtype=None, save_tokenizer=None):
     # Imported here, as it loads a backend, which reading does not need.
     from keras_sd.models.image_encoder import PIXEL_DEVIATION, PIXEL_MEAN
 
-    path = Path(path)
+    path = checked_path("path", path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a CLIP is written as safetensors; let the name end in .safetensors")
     missing = [part for part in ("text_encoder", "image_encoder") if part not in checkpoint.parts]

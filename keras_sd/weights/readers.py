@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.files.json_files import read_json, shown
 from keras_sd.weights import diffusers_folder
@@ -47,7 +48,7 @@ def read_checkpoint(
             f"prediction_type {shown(prediction_type)}: unknown; use {' or '.join(PREDICTION_TYPES)}"
         )
     with os_errors_in_one_line(path):
-        checkpoint = _read_checkpoint(Path(path), weights, variant, prediction_type)
+        checkpoint = _read_checkpoint(checked_path("path", path), weights, variant, prediction_type)
     if prediction_type is not None and checkpoint.scheduler is not None:
         chosen = {"prediction_type": prediction_type}
         repairs = checkpoint.scheduler_repairs and checkpoint.scheduler_repairs | chosen
@@ -120,7 +121,7 @@ def read_part(path, part, variant=None):
         UserError: the part is not found, or as `read_checkpoint`.
     """
     with os_errors_in_one_line(path):
-        return _read_part(Path(path), part, variant)
+        return _read_part(checked_path("path", path), part, variant)
 
 
 def _read_part(path, part, variant):

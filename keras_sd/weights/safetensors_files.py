@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import shown
 from keras_sd.files.writing import replaced
@@ -48,7 +49,7 @@ def read_safetensors(path: str | Path, any_type: bool = False) -> dict[str, npt.
         UserError: the file is missing, truncated, no safetensors file or, without `any_type`, holds a tensor
             of an unsupported type.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a safetensors file")
     with _opened(path):
@@ -106,7 +107,7 @@ def file_in(path, names):
 
     If a folder has none of these files, the result is the path of the first name.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if not path.is_dir():
         return path
     return next((path / name for name in names if (path / name).is_file()), path / names[0])
@@ -150,7 +151,7 @@ def write_safetensors(path, tensors, dtype=None):
         UserError: `dtype` is unknown or cannot hold a value, or the file cannot be written.
     """
     check_dtype(dtype)
-    path = Path(path)
+    path = checked_path("path", path)
     arrays = {name: _convert(name, array, dtype) for name, array in tensors.items()}
     with replaced(path) as staging:
         try:

@@ -6,10 +6,10 @@ files of one part, under latent-diffusion's or diffusers' names.
 
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 
+from keras_sd.arguments import checked_path
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.weights import derived_config
@@ -124,7 +124,7 @@ def read_single_file(path, weights="ema", prediction_type=None):
     Raises:
         UserError: the file is missing, damaged, not what its suffix says or not of Stable Diffusion.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     tensors, step = _read_tensors(path)
     _refuse_other_models(path, tensors)
     try:
@@ -318,7 +318,7 @@ def write_single_file(path, checkpoint, dtype=None):
     Raises:
         UserError: there is nothing to write, `dtype` cannot hold a value, or the file cannot be written.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: single files are written as safetensors; let the name end in .safetensors")
     tensors = {}

@@ -10,12 +10,12 @@ import io
 import math
 import pickletools
 import struct
-from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.weights.safetensors_files import unreadable
 from keras_sd.weights.stored_zip import ZIP_MAGIC, DamagedFile, StoredZip
@@ -75,7 +75,7 @@ def read_torch(path, any_type=False):
     Raises:
         UserError: the file is missing, damaged, compressed, not a torch file, or claims more than it holds.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a file of torch.save")
     if not path.stat().st_size:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 import keras_sd
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import MAY_BE_EMPTY, Command
 from keras_sd.cli.program import run_command
 from keras_sd.errors import UserError
 
@@ -93,3 +93,36 @@ def test_every_command_takes_num_inference_steps_and_steps():
     assert {"generate", "evaluate", "upscale", "walk", "lora"} <= {
         name for name, each in flags.items() if "--num-inference-steps" in each
     }
+
+
+def all_commands():
+    from keras_sd.cli.main import cli
+
+    methods = cli.commands["train"].commands
+    named = {**cli.commands, **{f"train {method}": command for method, command in methods.items()}}
+    return {name: command for name, command in named.items() if isinstance(command, Command)}
+
+
+@pytest.mark.parametrize("name", all_commands())
+def test_empty_values_are_refused_by_their_own_names(run_program, name):
+    """An empty name, such as that of an unset shell variable, does not mean the folder where one is."""
+    from keras_sd.cli.main import main
+
+    command = all_commands()[name]
+    for parameter in command.params:
+        is_text = isinstance(parameter.type, click.types.StringParamType | click.Path)
+        if not is_text or parameter.name in MAY_BE_EMPTY:
+            continue
+        title, given = parameter.human_readable_name, []
+        for other in command.params:
+            value = "" if other is parameter else "x"
+            if isinstance(other, click.Argument):
+                given.append(value)
+            elif other is parameter:
+                title = parameter.opts[0]
+                given.append(f"{title}=")
+            elif other.required:
+                given += [other.opts[0], "x"]
+        code, _, errors = run_program(main, *name.split(), *given)
+        assert code == 2 and errors.count("\n") == 1
+        assert errors.startswith(f"keras-sd: error: {title}: empty; give a value"), errors

@@ -155,6 +155,7 @@ BAD_INPUT = [
     ("inpaint file file heart --strength 2", "'--strength'", "0<x<=1"),
     ("inpaint file file heart --strength 0", "'--strength'", "0<x<=1"),
     ("image-to-image file heart --strength 0.01", "strength 0.01: leaves none of 30 steps", "use 0.034"),
+    ("generate heart --guidance-interval 0.5", "requires 2 arguments", "see keras-sd generate --help"),
     ("generate heart --guidance-interval 0.5 0.5", "(0.5, 0.5): not a part", "use two fractions"),
     ("upscale none.png", "none.png", "add it"),
     ("generate heart --height 100 --width 70", "height 100: does not fit the model", "multiple of 8"),

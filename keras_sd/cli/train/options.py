@@ -126,7 +126,7 @@ def run_options(method, *, without=(), **defaults):
     def decorate(command):
         @functools.wraps(command)
         def checked(**values):
-            _check_names()
+            _check_files()
             return command(**values)
 
         return add_options(checked)
@@ -134,13 +134,11 @@ def run_options(method, *, without=(), **defaults):
     return decorate
 
 
-def _check_names():
-    """Raise UserError for an empty text (of an unset shell variable) or for a file that does not exist."""
+def _check_files():
+    """Raise UserError for a file that does not exist."""
     context = click.get_current_context()
     for parameter in context.command.params:
         flag, value = parameter.opts[0], context.params.get(parameter.name)
-        if isinstance(value, str) and not value.strip():
-            raise UserError(f"{flag}: empty; give a value, or leave it out")
         if value is not None and parameter.type is FILE and not Path(value).is_file():
             raise UserError(f"{flag} {value}: no such file; correct the path")
         if value is not None and parameter.type is FILE_OR_FOLDER and not Path(value).exists():
