@@ -76,12 +76,13 @@ def diffusion_identity(method, unet, scheduler_config, source, **values):
         unet, scheduler_config, source: as in `train_text_to_image`.
         values: the method's own values.
     """
+    cache_dtype = getattr(source, "cache_dtype", "float32")  # of a source that holds encodings
     return {
         "method": method,
         "model": unet.config.to_dict(),
         "schedule": scheduler_config.noise_schedule(),
         "data": fingerprint_of(source),
-        **({"cache_dtype": source.cache_dtype} if source.cache_dtype != "float32" else {}),
+        **({"cache_dtype": cache_dtype} if cache_dtype != "float32" else {}),
         **values,
     }
 
