@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.arguments import Tensor
+from keras_sd.arguments import Tensor, shown
 from keras_sd.diffusion import prediction
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
@@ -86,6 +86,9 @@ class DiffusionObjective(Objective):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for name, value, kind in (("unet", unet, keras.Model), ("schedule", schedule, NoiseSchedule)):
+            if not isinstance(value, kind):
+                raise UserError(f"{name} {shown(value)}: not a {kind.__name__}; give one")
         schedule.check_learnable()
         if min_snr_gamma is not None and not 0 < min_snr_gamma < float("inf"):
             raise UserError(f"min_snr_gamma {min_snr_gamma}: out of range; use more than 0, such as 5")

@@ -3,12 +3,12 @@
 import dataclasses
 import numbers
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import keras
 import numpy as np
 
-from keras_sd.arguments import checked_path
+from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
@@ -32,6 +32,14 @@ _CHANGES_NOTHING = {
     "jit_compile",
     "gradient_checkpointing",
     "offload_ema",
+}
+
+# Types of the settings, and their names in messages.
+_TYPES = {
+    bool: ((bool, np.bool_), "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
 }
 
 # The smallest and the largest normal float32.
@@ -117,23 +125,32 @@ class Settings:
 
     def __post_init__(self):
         object.__setattr__(self, "output_dir", checked_path("output_dir", self.output_dir))
+        self._check_types()
         for name, (fits, range_) in _RANGES.items():
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, numbers.Real):
-                raise UserError(f"{name} {value!r}: not a number; give {range_}")
-            shown = value if abs(value) < 2**64 or isinstance(value, float) else "of so many digits"
             if not _is_computed(value, _WHOLE[name]):
                 held = "of 64 bits" if _WHOLE[name] else "that float32 holds (0, or 1.2e-38 to 3.4e38)"
-                raise UserError(f"{name} {shown}: out of range; give {range_}, {held}")
+                raise UserError(f"{name} {shown(value)}: out of range; give {range_}, {held}")
             # A share just below 1 may round to 1 in float32.
             if not fits(value if _WHOLE[name] else float(np.float32(value))):
-                raise UserError(f"{name} {shown}: out of range; give {range_}")
+                raise UserError(f"{name} {shown(value)}: out of range; give {range_}")
         if self.mixed_precision not in PRECISIONS:
             raise UserError(f"mixed_precision {self.mixed_precision!r}: unknown; use {', '.join(PRECISIONS)}")
         if self.lr_scheduler not in SCHEDULES:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
+
+    def _check_types(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), get_args(field.type) or (field.type,)
+            if kind[0] not in _TYPES or (value is None and type(None) in kind):
+                continue
+            accepted, title = _TYPES[kind[0]]
+            is_bool = isinstance(value, bool | np.bool_)
+            if not isinstance(value, accepted) or is_bool != (kind[0] is bool):
+                range_ = _RANGES[field.name][1] if field.name in _RANGES else title
+                raise UserError(f"{field.name} {shown(value)}: not {title}; give {range_}")
 
     def use_precision(self) -> None:
         """Set Keras' precision policy; call it before the models are made."""

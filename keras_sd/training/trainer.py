@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_sd import backend, interruption
+from keras_sd.arguments import shown
 from keras_sd.data.sources import batches
 from keras_sd.errors import UserError
 from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing, recomputing_layers
@@ -29,6 +31,7 @@ from keras_sd.training.callbacks import (
 )
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.logs import MetricsLog, SilentLog
+from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
 from keras_sd.training.optimizer import AdamW, PerUpdate
 from keras_sd.training.run_folder import (
@@ -76,6 +79,9 @@ class Trainer:
         settings: `Settings`.
         identity: JSON values that identify the run; a checkpoint with other values is rejected.
 
+    Raises:
+        UserError: an argument is of another class, or as `Checkpoints` and `training.distribution`.
+
     Example:
         ```python
         objective = keras_sd.DiffusionObjective(unet, keras_sd.NoiseSchedule(scheduler_config))
@@ -86,6 +92,16 @@ class Trainer:
     """
 
     def __init__(self, objective: keras.Model, settings: Settings, identity: dict[str, Any]) -> None:
+        for name, value, kind in (("objective", objective, Objective), ("settings", settings, Settings)):
+            if not isinstance(value, kind):
+                raise UserError(f"{name} {shown(value)}: not of class {kind.__name__}; give one")
+        try:
+            json.dumps(identity, sort_keys=True)
+            is_json = isinstance(identity, dict)
+        except (TypeError, ValueError):
+            is_json = False
+        if not is_json:
+            raise UserError(f"identity {shown(identity)}: no dictionary of JSON values; give one")
         self.objective = objective
         self.settings = settings
         self.is_writer = backend.process_index() == 0

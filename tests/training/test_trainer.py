@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
+from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
-from keras_sd.training.objectives import Objective
+from keras_sd.training.objectives import DiffusionObjective, Objective
 from keras_sd.training.pixel_ddim import train_pixel_ddim
 from keras_sd.training.trainer import Settings, Trainer
 from tests import tiny
@@ -285,10 +286,46 @@ def test_numbers_out_of_range_are_refused(tmp_path, name, values):
     ],
 )
 def test_numbers_that_a_step_has_none_for_are_refused(tmp_path, name, value):
-    with pytest.raises(UserError, match=f"^{name} .*: out of range; give .{{1,90}}$"):
+    with pytest.raises(UserError, match=f"^{name} .*: (out of range|not a whole number); give .{{1,90}}$"):
         Settings(output_dir=tmp_path, **{name: value})
-    with pytest.raises(UserError, match=f"{name} 'many': not a number"):
+    with pytest.raises(UserError, match=f"{name} 'many': not a (whole )?number; give "):
         Settings(output_dir=tmp_path, **{name: "many"})
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "max_train_steps": [1.5, 3.0, True, None],
+        "learning_rate": [None, True, "1"],
+        "seed": [None, 1.5],
+        "checkpoints_total_limit": [2.0, True],
+        "resume_from_checkpoint": [5],
+        "mixed_precision": [[], None],
+        "jit_compile": ["no", 1, None],
+    }.items(),
+)
+def test_settings_of_another_type_are_refused(tmp_path, name, values):
+    assert Settings(tmp_path, max_train_steps=np.int64(3), learning_rate=1, checkpoints_total_limit=None)
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name} .*: not .*; give "):
+            Settings(tmp_path, **{name: value})
+
+
+def test_arguments_of_another_class_are_refused(tmp_path):
+    objective, settings = Narrow(2), Settings(tmp_path)
+    for arguments, name in (
+        ((keras.layers.Dense(2), settings, {}), "objective"),
+        ((keras.Sequential(), settings, {}), "objective"),
+        ((objective, {}, {}), "settings"),
+        ((objective, settings, {"a": {1}}), "identity"),
+        ((objective, settings, 5), "identity"),
+    ):
+        with pytest.raises(UserError, match=f"^{name} .*; give one"):
+            Trainer(*arguments)
+    for arguments in ((None, NoiseSchedule(SchedulerConfig())), (keras.Sequential(), SchedulerConfig())):
+        with pytest.raises(UserError, match="^(unet|schedule) .*; give one"):
+            DiffusionObjective(*arguments)
+    assert not any(tmp_path.iterdir())
 
 
 def test_failed_evaluation_loses_nothing(tmp_path, recwarn):
