@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_sd.arguments import checked_path
+from keras_sd.arguments import checked_path, shown
 from keras_sd.data.caption_files import CaptionFiles
 from keras_sd.data.datasets_source import DatasetsSource, is_data_files, open_dataset
 from keras_sd.data.emoji.source import load_emoji
@@ -295,7 +295,10 @@ def batches(
     drawn = getattr(source, "draw_example", lambda index, generator: source[index])
 
     def example(position: int, generator: np.random.Generator) -> dict:
-        return draw(drawn(order.example(position), generator), generator)
+        made = draw(drawn(order.example(position), generator), generator)
+        if not isinstance(made, dict) or not made:  # Grain would leave None out, and look for others for ever
+            raise UserError(f"draw: returned {shown(made)}; return a dictionary of arrays")
+        return made
 
     # Practically endless; the length of Grain's own endless repetition overflows for batches of one.
     dataset = grain.MapDataset.range(2**60).random_map(example, seed=seed)

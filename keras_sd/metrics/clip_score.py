@@ -16,7 +16,11 @@ def clip_score(image_embeddings: npt.ArrayLike, text_embeddings: npt.ArrayLike) 
     images, texts = (np.asarray(rows, "float64") for rows in (image_embeddings, text_embeddings))
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
         raise UserError(f"CLIP score of {images.shape} and {texts.shape}: give one text for each image")
+    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
+        raise UserError("CLIP score: not all embeddings are finite numbers; check the model")
     lengths = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
+    if not lengths.all():
+        raise UserError("CLIP score: an embedding is zero, which has no direction; check the model")
     return float(np.mean(100 * np.maximum((images * texts).sum(axis=1) / lengths, 0)))
 
 

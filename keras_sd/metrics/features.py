@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.arguments import Floats, Images, Tensor
+from keras_sd.arguments import Floats, Images, Tensor, checked_images, checked_path, whole_number
 from keras_sd.errors import UserError
 from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
@@ -87,7 +87,7 @@ class InceptionFeatures(FeatureExtractor):
         name: str = "kid_inception",
         jit_compile: bool = True,
     ) -> None:
-        if image_size < 75:
+        if whole_number("image_size", image_size, 1) < 75:
             raise UserError(f"InceptionV3 at {image_size} pixels: too small; use 75 or more (299 is its own)")
         super().__init__(_inception(image_size, weights), image_size, name, jit_compile)
 
@@ -99,10 +99,13 @@ def extract(extractor: FeatureExtractor, images: Images, batch_size: int = 64) -
     """Return the features of all images as a NumPy array, float32 (n, d), computed in batches.
 
     All batches are of one size, so that the extractor is compiled once.
+
+    Raises:
+        UserError: the images have another type or shape, a number in them is not finite, or `batch_size` is
+            out of range.
     """
-    images = np.asarray(images)
-    if len(images) == 0:
-        raise UserError("features of no images: the set is empty; give at least one")
+    images = checked_images("images", images, "(n, height, width, 3)", floats=True)
+    whole_number("batch_size", batch_size, 1)
     return in_batches(extractor.compiled, images, batch_size)
 
 
@@ -133,7 +136,7 @@ def _bilinear_weights(source, target):
 
 def _inception(image_size, weights):
     remedy = "give the path of inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5, or measure kid_emoji"
-    if weights not in (None, "imagenet") and not Path(weights).is_file():
+    if weights not in (None, "imagenet") and not checked_path("weights", weights).is_file():
         raise UserError(f"{weights}: no such InceptionV3 weights file; {remedy}")
     try:
         return keras.applications.InceptionV3(

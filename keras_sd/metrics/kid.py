@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from keras_sd.arguments import Images, Tensor
+from keras_sd.arguments import Images, Tensor, shown, whole_number
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import extract
 
@@ -45,14 +45,13 @@ def kernel_inception_distance(
     """
     real, generated = _checked(real_features, generated_features)
     smallest = min(len(real), len(generated))
-    if not 2 <= subset_size <= smallest:
+    if not 2 <= whole_number("subset_size", subset_size, 1) <= smallest:
         raise UserError(
             f"KID subset size {subset_size}: outside 2 to {smallest}, the rows of the smaller set; "
             f"choose one within, or measure more images"
         )
-    if num_subsets < 1:
-        raise UserError(f"KID over {num_subsets} subsets: nothing to measure; use one or more")
-    random = np.random.RandomState(seed)
+    whole_number("num_subsets", num_subsets, 1)
+    random = np.random.RandomState(whole_number("seed", seed, 0, 2**32 - 1))
     estimates = []
     for _ in range(num_subsets):
         real_subset = real[random.choice(len(real), subset_size, replace=False)]
@@ -79,6 +78,7 @@ def paired_kernel_inception_distance(
             f"KID of {len(real)} real and {len(generated)} generated images in pairs: needs as many of each, "
             "four or more; measure more images"
         )
+    whole_number("seed", seed, 0, 2**32 - 1)
     left, right = np.array_split(np.random.RandomState(seed).permutation(len(real)), 2)
     options = {"num_subsets": num_subsets, "subset_size": max(2, len(right) // 2), "seed": seed}
     estimates = [
@@ -120,12 +120,23 @@ class KernelInceptionDistance(keras.metrics.Metric):
 
     def __init__(self, extractor: Any, name: str = "kid", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
+        if not callable(extractor):
+            raise UserError(f"extractor {shown(extractor)}: not a function from images to features; give one")
         self.extractor = extractor
         self.total = self.add_variable(shape=(), initializer="zeros", name="total")
         self.batches = self.add_variable(shape=(), initializer="zeros", name="batches")
 
     def update_state(self, real_images: Tensor, generated_images: Tensor) -> None:
-        """Add a batch of images in [0, 255], (n, h, w, 3) and (m, h, w, 3)."""
+        """Add a batch of images in [0, 255], (n, h, w, 3) and (m, h, w, 3).
+
+        A compiled step cannot raise an error for numbers that are not finite: they make the result NaN.
+
+        Raises:
+            UserError: a batch has no images.
+        """
+        for name, images in (("real_images", real_images), ("generated_images", generated_images)):
+            if 0 in tuple(images.shape):
+                raise UserError(f"{name} of shape {tuple(images.shape)}: no images; give one or more")
         real = ops.cast(self.extractor(real_images), self.dtype)
         generated = ops.cast(self.extractor(generated_images), self.dtype)
         enough = ops.logical_and(ops.shape(real)[0] > 1, ops.shape(generated)[0] > 1)
@@ -151,13 +162,17 @@ class KernelInceptionDistance(keras.metrics.Metric):
 
 
 def _checked(real_features, generated_features):
-    real = np.asarray(real_features, dtype=np.float64)
-    generated = np.asarray(generated_features, dtype=np.float64)
-    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+    try:
+        real, generated = (np.asarray(each, np.float64) for each in (real_features, generated_features))
+    except (TypeError, ValueError) as error:
+        raise UserError("KID features: not two tables of numbers; extract both with an extractor") from error
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1] or not real.shape[1]:
         raise UserError(
             f"KID features of shapes {real.shape} and {generated.shape}: not two tables of one width; "
             f"extract both with the same extractor"
         )
+    if not (np.isfinite(real).all() and np.isfinite(generated).all()):
+        raise UserError("KID features: not all are finite numbers; check the images and the extractor")
     return real, generated
 
 

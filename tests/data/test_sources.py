@@ -241,3 +241,10 @@ def test_a_source_may_draw_its_examples():
         len(np.unique(order(stream[0]))) > 10
     )  # another draw at every position, and the same after a resume
     assert_equal(stream[0][2:], stream[1][:1])
+
+
+@pytest.mark.parametrize("made", [None, {}, 5], ids=repr)
+def test_a_draw_makes_a_dictionary(made):
+    stream = batches([{"image": 1}], batch_size=1, seed=0, draw=lambda example, generator: made)
+    with pytest.raises(UserError, match="draw: returned .*; return a dictionary of arrays"):
+        next(iter(stream))

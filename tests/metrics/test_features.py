@@ -94,7 +94,7 @@ def test_unfit_input_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="not InceptionV3 weights") as caught:
         InceptionFeatures(image_size=75, weights=str(garbage))
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="images of type uint8 and shape .0, 32"):
         extract(ClipFeatures(ImageEncoder(TINY)), random_images(0, 32))
 
 
@@ -138,3 +138,19 @@ def test_a_file_of_weights_runs_no_code(tmp_path):
             with pytest.raises(UserError):
                 read_checkpoint(tmp_path / name)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "images, options, message",
+    [
+        (np.zeros((64, 64, 3), "uint8"), {}, "images of type"),
+        (np.zeros((2, 0, 8, 3), "uint8"), {}, "images of type"),
+        (np.full((1, 8, 8, 3), np.nan), {}, "not all numbers are finite"),
+        (random_images(1, 8), {"batch_size": 0}, "batch_size 0"),
+    ],
+)
+def test_features_are_of_images(images, options, message):
+    with pytest.raises(UserError, match=message):
+        extract(ClipFeatures(ImageEncoder(TINY)), images, **options)
+    with pytest.raises(UserError, match="image_size 75.5"):
+        InceptionFeatures(75.5, weights=None)

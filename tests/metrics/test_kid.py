@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from keras_sd.errors import UserError
-from keras_sd.metrics.kid import kernel_inception_distance, paired_kernel_inception_distance, polynomial_mmd
+from keras_sd.metrics.clip_score import clip_score
+from keras_sd.metrics.kid import (
+    KernelInceptionDistance,
+    kernel_inception_distance,
+    paired_kernel_inception_distance,
+    polynomial_mmd,
+)
 from tests.programs import run_python
 from tests.reference import run_reference
 
@@ -100,7 +106,7 @@ def test_metric_in_a_compiled_step_is_the_mean_of_the_batches(backend):
 def test_unfit_features_are_refused():
     with pytest.raises(UserError, match="subset size 1000"):
         kernel_inception_distance(features(0, 20, 4), features(1, 30, 4))
-    with pytest.raises(UserError, match="0 subsets"):
+    with pytest.raises(UserError, match="num_subsets 0"):
         kernel_inception_distance(features(0, 20, 4), features(1, 30, 4), num_subsets=0, subset_size=10)
     with pytest.raises(UserError, match="same extractor"):
         polynomial_mmd(features(0, 20, 4), features(1, 20, 5))
@@ -127,3 +133,30 @@ def test_pairs_are_as_many_of_each():
         paired_kernel_inception_distance(features(0, 3, 4), features(1, 3, 4))
     with pytest.raises(UserError, match="8 real and 6 generated"):
         paired_kernel_inception_distance(features(0, 8, 4), features(1, 6, 4))
+
+
+NAN = features(0, 8, 4) * np.nan
+
+
+@pytest.mark.parametrize(
+    "measure, message",
+    [
+        (lambda f: kernel_inception_distance(NAN, f, subset_size=5), "not all are finite"),
+        (lambda f: paired_kernel_inception_distance(f, NAN), "not all are finite"),
+        (lambda f: polynomial_mmd(f, NAN), "not all are finite"),
+        (lambda f: polynomial_mmd(f[:, :0], f[:, :0]), "not two tables"),
+        (lambda f: polynomial_mmd([["a"]], f), "not two tables"),
+        (lambda f: kernel_inception_distance(f, f, subset_size="a"), "subset_size 'a'"),
+        (lambda f: kernel_inception_distance(f, f, subset_size=2.5), "subset_size 2.5"),
+        (lambda f: kernel_inception_distance(f, f, subset_size=5, num_subsets=1.5), "num_subsets 1.5"),
+        (lambda f: kernel_inception_distance(f, f, subset_size=5, seed=-1), "seed -1"),
+        (lambda f: paired_kernel_inception_distance(f, f, seed=-1), "seed -1"),
+        (lambda f: KernelInceptionDistance(5), "extractor 5: not a function"),
+        (lambda f: KernelInceptionDistance(lambda x: x).update_state(f[:0], f), "real_images of shape"),
+        (lambda f: clip_score(f * 0, f), "an embedding is zero"),
+        (lambda f: clip_score(f, NAN), "not all embeddings are finite"),
+    ],
+)
+def test_nothing_is_measured_of_numbers_that_are_none(measure, message):
+    with pytest.raises(UserError, match=message):
+        measure(features(0, 8, 4))
