@@ -40,6 +40,7 @@ class CaptionFiles:
             None is "each" with a note where it matters, as kohya's scripts read the first line.
         image_column, caption_column: keys in `metadata.jsonl`, or columns in `metadata.csv`; by default
             `file_name` and `text`.
+        class_tokens: the caption of images without a caption file, in place of the words of their folder.
 
     Raises:
         UserError: a value is unknown or empty.
@@ -49,6 +50,7 @@ class CaptionFiles:
     caption_lines: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    class_tokens: str | None = None
 
     def __post_init__(self) -> None:
         extension = self.caption_extension
@@ -107,7 +109,7 @@ def read_captions(
             name = "image_column" if files.image_column else "caption_column"
             raise UserError(f"{name}: has no effect on a folder without {METADATA} or {TABLE}; leave it out")
         return _text_captions(listing, files, on_fault, notes)
-    for name in ("caption_extension", "caption_lines"):
+    for name in ("caption_extension", "caption_lines", "class_tokens"):
         if getattr(files, name) is not None:
             raise UserError(f"{name}: has no effect beside {listing.folder / metadata}; leave one out")
     return _metadata_captions(listing, metadata, files, on_fault)
@@ -255,8 +257,8 @@ def _text_captions(
         try:
             if texts:
                 captions[image] = _read_caption(folder, texts[0], listing.others[texts[0]])
-            elif (words := repeats_of(image)) and words[1]:
-                captions[image] = (words[1],)
+            elif words := files.class_tokens or (repeats_of(image) or (1, ""))[1]:
+                captions[image] = (words,)
                 of_folders.append(image)
             else:
                 text = Path(image).stem + files.extensions[0]
@@ -268,8 +270,8 @@ def _text_captions(
             on_fault(error)
     if of_folders:
         notes.append(
-            f"{folder}: {len(of_folders)} images without a caption file take the words of their folder, the "
-            f"first is {of_folders[0]!r}: {shown(captions[of_folders[0]][0])}"
+            f"{folder}: {len(of_folders)} images without a caption file take the words of their folder or "
+            f"class, the first is {of_folders[0]!r}: {shown(captions[of_folders[0]][0])}"
         )
     _check_owners(folder, stems, used, files.extensions, notes)
     _check_orphans(listing, used, files.extensions, on_fault)

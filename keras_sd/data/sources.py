@@ -33,11 +33,13 @@ from PIL import Image
 
 from keras_sd.arguments import checked_path, shown
 from keras_sd.data.caption_files import CaptionFiles
+from keras_sd.data.dataset_config import read_dataset_config
 from keras_sd.data.datasets_source import DatasetsSource, is_data_files, open_dataset
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import framed
+from keras_sd.data.joined_source import ConfiguredSource
 from keras_sd.data.tfds_source import TFDSSource, knows_name, prepared_builder
 from keras_sd.errors import UserError, installed_version
 
@@ -228,10 +230,33 @@ def load_source(
     return TFDSSource(str(name), split, image_size, need_captions)
 
 
+def load_config(path: Path, image_size: int, on_bad_sample: str = "error") -> ConfiguredSource:
+    """Open and check the sources of a file of data sets (`data.dataset_config`).
+
+    Raises:
+        UserError: the file or one of its sources is faulty.
+    """
+    config = read_dataset_config(path)
+    sources = []
+    for subset in config.subsets:
+        has_samples = _kind(subset.place) in ("folder", "datasets")
+        sources.append(
+            load_source(
+                subset.place,
+                "train",
+                image_size,
+                config_name=subset.config_name,
+                caption_files=subset.caption_files,
+                on_bad_sample=on_bad_sample if has_samples else "error",
+            )
+        )
+    return ConfiguredSource(config, sources)
+
+
 _OF_ALL = ("image_column", "caption_column", "on_bad_sample")
 # The arguments that have an effect on each kind of source.
 _USED = {
-    "folder": (*_OF_ALL, "caption_extension", "caption_lines"),
+    "folder": (*_OF_ALL, "caption_extension", "caption_lines", "class_tokens"),
     "datasets": (*_OF_ALL, "dataset_config_name"),
     "emoji": (),
     "tfds": (),

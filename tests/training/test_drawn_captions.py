@@ -92,6 +92,23 @@ def test_both_backends_draw_the_same_and_leave_out_faulty_images(folder, drawn):
     assert "lose their end" not in done.stderr
 
 
+def test_a_file_of_data_sets_says_the_same(folder, drawn):
+    text = "[general]\nshuffle_caption = true\nkeep_tokens = 1\ncaption_tag_dropout_rate = 0.2\n"
+    text += "[[datasets]]\nbatch_size = 2\n"
+    for name, repeats in (("1_face", 1), ("3_red heart", 3)):
+        text += f"[[datasets.subsets]]\nimage_dir = 'images/{name}'\nnum_repeats = {repeats}\n"
+    (folder / "data.toml").write_text(text)
+    command = arguments(folder, "config", "--dataset-config", folder / "data.toml", *LONG)
+    del command[1:3]  # the folder
+    place = command.index("--train-batch-size")
+    del command[place : place + 2]  # the file has it
+    train.main(command, standalone_mode=False)
+    for name, array in weights(folder / "config").items():
+        np.testing.assert_array_equal(array, drawn[name])
+    with pytest.raises(UserError, match="--shuffle-caption: has no effect with --dataset-config"):
+        train.main([*command, "--shuffle-caption"], standalone_mode=False)
+
+
 def test_captions_in_chunks_that_are_encoded_before_the_run(folder, drawn, recwarn):
     fixed = trained(folder, "fixed", *LONG)
     assert apart(fixed, drawn) > 1e-3

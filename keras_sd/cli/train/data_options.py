@@ -1,14 +1,21 @@
 """The options of training data: where captions are and how they are drawn, and faulty examples."""
 
 import sys
+import warnings
+from pathlib import Path
 
 import click
 
 from keras_sd.cli.command import decorated, refuse_unused
 from keras_sd.cli.option_types import FROM_ZERO, SHARE
+from keras_sd.cli.train.options import FILE
 from keras_sd.errors import UserError
 
 _OF_TAGS = ("keep_tokens", "caption_separator")
+_OF_FILES = (
+    *("caption_extension", "caption_lines", "image_column", "caption_column", "dataset_config_name"),
+    *("train_data_dir", "dataset_name"),
+)
 
 
 def _refuse_streaming(context, parameter, value):
@@ -60,6 +67,12 @@ def source_options(captions=True):
 
 
 caption_options = decorated(
+    click.option(
+        "--dataset-config",
+        type=FILE,
+        help="TOML file of several data sets with repeats or weights, as kohya's, instead of "
+        "--train-data-dir.",
+    ),
     click.option("--shuffle-caption", is_flag=True, help="Put a caption's tags in a new order at each draw."),
     click.option(
         "--keep-tokens",
@@ -94,13 +107,55 @@ def captions_of(options):
 
     names = ("shuffle_caption", "caption_tag_dropout_rate", *_OF_TAGS)
     captions = Captions(**{name: options[name] for name in names if name in options})
+    if options.get("dataset_config"):
+        refuse_unused((*names, *_OF_FILES), False, "with --dataset-config, whose file says it")
     refuse_unused(_OF_TAGS, not captions.is_fixed, "without --shuffle-caption or --caption-tag-dropout-rate")
     return captions
 
 
+def caption_rules(options, source):
+    """Return how captions are drawn, for all examples or for each one; None if they are fixed.
+
+    Args:
+        source: the source of the run, not framed.
+    """
+    if hasattr(source, "caption_rules"):
+        return source.caption_rules()
+    captions = captions_of(options)
+    return None if captions.is_fixed else captions
+
+
+def apply_config(options):
+    """Set the options of a run that its --dataset-config sets; those on the command line stay.
+
+    Raises:
+        UserError: the file is faulty, or sets an option that the command does not have.
+    """
+    from click.core import ParameterSource
+
+    from keras_sd.data.dataset_config import read_dataset_config
+
+    path = options.get("dataset_config")
+    if not path:
+        return
+    context = click.get_current_context()
+    for name, value in read_dataset_config(Path(path)).options.items():
+        flag = next((one.opts[0] for one in context.command.params if one.name == name), None)
+        if flag is None:
+            raise UserError(f"{path}: sets {name}, which this command does not have; remove it")
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            options[name] = value
+        elif options[name] != value:
+            warnings.warn(f"{flag}: {options[name]}, not the {value} of {path}", stacklevel=2)
+
+
 def caption_identity(options):
     """Return the JSON values of drawn and of long captions, which a resumed run must share."""
+    from keras_sd.data.dataset_config import read_dataset_config
+
     identity = captions_of(options).identity()
+    if options.get("dataset_config"):
+        identity = read_dataset_config(Path(options["dataset_config"])).identity()
     length = options.get("max_token_length", "75")
     return identity if length == "75" else identity | {"max_token_length": int(length)}
 

@@ -11,7 +11,7 @@ from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.data_options import (
     caption_identity,
     caption_options,
-    captions_of,
+    caption_rules,
     source_options,
 )
 from keras_sd.cli.train.options import (
@@ -100,7 +100,8 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
     Args:
         frozen_text_encoder: None if the text encoder encodes captions in the training step, so that they are
             only tokenized.
-        captions: `data.captions.Captions` if they are drawn anew each time; it needs no frozen text encoder.
+        captions: `data.captions.Captions`, or one for each example, if they are drawn anew each time; without
+            a frozen text encoder.
         sampling: options of sampling in evaluations, such as guidance_scale and sampler.
     """
     from keras_sd.data.framing import FramedSource, Framing
@@ -166,15 +167,15 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
     from keras_sd.training.lora import freeze
     from keras_sd.training.text_to_image import train_text_to_image
 
-    options, captions = run.options, captions_of(run.options)
-    is_encoded_before = frozen_text_encoder is not None and captions.is_fixed
-    if frozen_text_encoder is not None and not captions.is_fixed:
+    options, captions = run.options, caption_rules(run.options, run.source)
+    is_encoded_before = frozen_text_encoder is not None and captions is None
+    if frozen_text_encoder is not None and captions is not None:
         freeze(frozen_text_encoder)  # it becomes a part of the objective
     encoded, repeats, make_evaluation = encoded_examples(
         run,
         pipeline,
         frozen_text_encoder if is_encoded_before else None,
-        None if captions.is_fixed else captions,
+        captions,
         guidance_scale=options["guidance_scale"],
     )
     return train_text_to_image(

@@ -13,7 +13,7 @@ from pathlib import Path
 from keras_sd import config, interruption, presets
 from keras_sd.cli.command import refuse_unused
 from keras_sd.cli.train.caching import caching_of
-from keras_sd.cli.train.data_options import caption_identity, print_notes, reading_of
+from keras_sd.cli.train.data_options import apply_config, caption_identity, print_notes, reading_of
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -21,6 +21,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, require
 from keras_sd.pipeline.defaults import ModelDefaults
 
+_DATA = ("dataset_config", "train_data_dir", "dataset_name")
 SMALL_IMAGE = 128  # pixels; evaluations generate more images of at most this size, and enlarge them
 
 
@@ -105,6 +106,7 @@ def prepare(
         caching_of(options)
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
+    apply_config(options)
     identity = caption_identity(options) | (identity or {})
     # Only process 0 locks the folder; which one that is, is known later.
     checkpoint = claim_output_dir(
@@ -172,8 +174,13 @@ def _check_sources(options, need_captions):
     if "train_data_dir" not in options:
         return None, None
     from keras_sd.data.images import MINIMUM_SIDE
-    from keras_sd.data.sources import available_splits, load_source
+    from keras_sd.data.sources import available_splits, load_config, load_source
 
+    reading = reading_of(options)
+    if options.get("dataset_config"):
+        source = load_config(Path(options["dataset_config"]), MINIMUM_SIDE, reading["on_bad_sample"])
+        print_notes(source, options)
+        return source, ()
     folder, name = options["train_data_dir"], options.get("dataset_name")
     if folder and name:
         raise UserError(f"--train-data-dir {folder}: --dataset-name {name} is given too; leave one out")
@@ -182,7 +189,6 @@ def _check_sources(options, need_captions):
             raise UserError("--train-data-dir: missing; give a folder of images, or --dataset-name")
         options["dataset_name"] = name = "emoji"  # what the bundled model was trained on
     place = Path(folder) if folder else name
-    reading = reading_of(options)
     source = load_source(place, "train", MINIMUM_SIDE, need_captions, **reading)
     print_notes(source, options)
     held_out = ()
@@ -233,7 +239,7 @@ def _print_summary(method, settings, source, options):
     of_model = options.get("pretrained_model_name_or_path")
     parts = [method + (f" of {of_model}" if of_model else "")]
     if source is not None:
-        parts.append(f"{len(source)} images of {options['train_data_dir'] or options['dataset_name']}")
+        parts.append(f"{len(source)} images of {_name_of_data(options)}")
     batch = f"batch size {settings.train_batch_size}"
     if settings.gradient_accumulation_steps > 1:
         batch += f" x {settings.gradient_accumulation_steps}"
@@ -241,6 +247,10 @@ def _print_summary(method, settings, source, options):
     parts += [f"{settings.max_train_steps} steps", batch, f"{rate}, warm-up {settings.lr_warmup_steps})"]
     parts += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
     print(f"training: {', '.join([*parts, str(settings.output_dir)])}", file=sys.stderr, flush=True)
+
+
+def _name_of_data(options):
+    return next(options[name] for name in _DATA if options.get(name))
 
 
 def example_sets(source, held_out, count):
