@@ -8,11 +8,14 @@ Latents are variance-preserving, `signal_rate * sample + noise_rate * noise`, al
 `sample + sigma * noise`. Dividing the former by the signal rate gives the latter.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from keras_sd.arguments import shown
 from keras_sd.diffusion.spacing import Level
+from keras_sd.errors import UserError
 
 MEMORY_SIZE = 5
 
@@ -63,6 +66,64 @@ class SamplingRun(NamedTuple):
     num_inference_steps: int
     first_step: int = 0
     eta: float = 0.0
+
+
+def listed(values, kind, title):
+    """Return what a method has made as a list.
+
+    Args:
+        kind: the class of each value.
+        title: the sampler, for the message.
+
+    Raises:
+        UserError: a value is of another class.
+    """
+    values = list(values) if isinstance(values, Iterable) else [values]
+    if not all(isinstance(value, kind) for value in values):
+        wrong = next(value for value in values if not isinstance(value, kind))
+        raise UserError(f"{title}: its method makes {shown(wrong)}; make `{kind.__name__}` objects")
+    return values
+
+
+def check_rows(rows, steps, total, title):
+    """Raise a UserError unless rows complete all steps, and each can be computed.
+
+    Args:
+        rows: list of `Row`.
+        steps: number of steps.
+        total: number of training timesteps.
+        title: the sampler, for the message.
+    """
+    ended = sum(bool(row.ends_step) for row in rows)
+    if ended != steps or not rows[-1].ends_step:
+        raise UserError(
+            f"{title}: its rows end {ended} of {steps} steps; make one or more for each step, `ends_step` in "
+            "the last one"
+        )
+    for index, row in enumerate(rows):
+        if not _is_sound(row, total):
+            raise UserError(
+                f"{title}: its row {index} at timestep {shown(row.timestep)} cannot be computed; give a "
+                f"timestep from 0 to {total - 1}, levels of two rates from 0 to 1, and {len(LATENTS)} finite "
+                f"weights for the latents and for each of up to {MEMORY_SIZE} memories"
+            )
+
+
+def _is_sound(row, total):
+    try:
+        timestep = np.array(row.timestep, "float64")  # None is NaN
+        rates = np.array([row.level, row.end], "float64")
+        weights = np.array([row.latents, *row.memory], "float64")
+    except (TypeError, ValueError):
+        return False
+    shapes = timestep.shape, rates.shape, weights.shape
+    return (
+        shapes == ((), (2, 2), (1 + len(row.memory), len(LATENTS)))
+        and len(row.memory) <= MEMORY_SIZE
+        and bool(0 <= timestep <= total - 1)
+        and bool(((rates >= 0) & (rates <= 1)).all())
+        and bool(np.isfinite(weights).all())
+    )
 
 
 # Updates from one noise level to another, the building blocks of the samplers. Each is exact if the

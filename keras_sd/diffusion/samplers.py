@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from keras_sd.arguments import shown
+from keras_sd.arguments import share, shown, whole_number
 from keras_sd.diffusion import ddim, dpm_solver, k_diffusion, spacing
-from keras_sd.diffusion.rows import Row, SamplingRun
+from keras_sd.diffusion.rows import Row, SamplingRun, check_rows, listed
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.diffusion.scheduler_options import complete
+from keras_sd.diffusion.scheduler_options import OPTIONS, check_own, complete
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.spacing import Step
 from keras_sd.errors import UserError
@@ -97,8 +97,13 @@ class Sampler:
         name: as in A1111's web UI and in the parameters of a PNG.
         purpose: what it is for, in one line.
         scheduler: the scheduler class in diffusers, whose options the sampler has.
-        fixed: dictionary of options that override those of the model's file.
+        fixed: dictionary of options that override those of the model's file. Options of the noise schedule,
+            such as prediction_type, are the model's own.
         method: the `Method` that it computes; by default that of the scheduler class.
+
+    Raises:
+        UserError: the scheduler class is unknown, `fixed` has an option that it does not have, or a value is
+            not supported.
 
     Example:
         ```python
@@ -116,7 +121,26 @@ class Sampler:
     purpose: str
     scheduler: str = "DDIMScheduler"
     fixed: dict[str, Any] = field(default_factory=dict, hash=False)
-    method: Method | None = None
+    method: Method | None = field(default=None, hash=False)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise UserError(f"sampler {shown(self.name)}: no name; give a text")
+        if not isinstance(self.scheduler, str) or self.scheduler not in OPTIONS:
+            raise UserError(
+                f"sampler {self.name}: scheduler {shown(self.scheduler)} is unknown; use one of "
+                f"{', '.join(OPTIONS)}"
+            )
+        if not isinstance(self.fixed, dict):
+            raise UserError(f"sampler {self.name}: fixed {shown(self.fixed)} is no dictionary; give options")
+        check_own(self.scheduler, self.fixed, f"sampler {self.name}")
+        method = self._method
+        is_method = isinstance(method, Method) and callable(method.steps) and callable(method.rows)
+        if not is_method or not isinstance(method.more, dict):
+            raise UserError(
+                f"sampler {self.name}: method {shown(self.method)} is none; give a keras_sd.Method with the "
+                "functions `steps` and `rows`"
+            )
 
     @property
     def _method(self) -> Method:
@@ -133,7 +157,8 @@ class Sampler:
         Raises:
             UserError: the model's file has a value that is not supported.
         """
-        return complete(self.scheduler, config.options() | self.fixed)
+        place = "scheduler_config.json" + (f" with the options of {self.name}" if self.fixed else "")
+        return complete(self.scheduler, config.options() | self.fixed, place)
 
     def tables(
         self, schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0, first_step: int = 0
@@ -147,19 +172,24 @@ class Sampler:
             first_step: number of steps to skip at the beginning.
 
         Raises:
-            UserError: a number is out of range, or as `options`.
+            UserError: a number is out of range, or as `options`; or steps or rows of the method are missing,
+                or cannot be computed.
         """
         method = self._method
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta {eta}: out of range; use 0 (deterministic) to 1")
+        eta = share("eta", eta, "0 (deterministic) to 1")
         if eta and not method.takes_eta:
-            raise UserError(f"eta {eta}: {self.name} takes none; use 0, or the sampler ddim")
+            raise UserError(f"eta {eta:g}: {self.name} takes none; use 0, or the sampler ddim")
         options = self.options(schedule.config) | method.more
-        steps = method.steps(schedule, num_inference_steps, options)
-        if not 0 <= first_step < num_inference_steps:
-            raise UserError(f"first_step {first_step}: out of range; use 0 to {num_inference_steps - 1}")
-        steps = steps[first_step:]
-        rows = list(method.rows(steps, SamplingRun(schedule, options, num_inference_steps, first_step, eta)))
+        steps = listed(method.steps(schedule, num_inference_steps, options), Step, f"sampler {self.name}")
+        if len(steps) != num_inference_steps:
+            raise UserError(
+                f"sampler {self.name}: its method makes {len(steps)} steps of {num_inference_steps}; return "
+                "one for each"
+            )
+        steps = steps[whole_number("first_step", first_step, 0, num_inference_steps - 1) :]
+        run = SamplingRun(schedule, options, num_inference_steps, first_step, eta)
+        rows = listed(method.rows(steps, run), Row, f"sampler {self.name}")
+        check_rows(rows, len(steps), schedule.num_train_timesteps, f"sampler {self.name}")
         starts_at_sigma = method.starts_at_sigma and options["timestep_spacing"] != "leading"
         start = steps[0].level.noise_rate if starts_at_sigma and first_step == 0 else 1.0
         return Tables(float(start), rows, _limits(method, options))

@@ -131,8 +131,12 @@ def _one_of(*values, reason=""):
     return Rule(accepts, " or ".join(", ".join(names).rsplit(", ", 1)), reason)
 
 
+def _everything(value):
+    return True
+
+
 def _any(expected, reason=""):
-    return Rule(lambda value: True, expected, reason)
+    return Rule(_everything, expected, reason)
 
 
 def _is_number(value):
@@ -188,6 +192,9 @@ RULES = {
     "shift_terminal": _one_of(None, reason=_NO_FLOW),
     **dict.fromkeys(("flow_shift", "use_dynamic_shifting", "time_shift_type"), _any("any value")),
 }
+# Options that the model's noise schedule decides, or that have no effect.
+_OF_THE_MODEL = {*_SCHEDULE, *_ZERO_SNR, "flow_shift", "use_dynamic_shifting", "time_shift_type"}
+
 # Options whose values differ between classes.
 RULES_OF_CLASS = {
     ("DDPMScheduler", "variance_type"): _one_of(
@@ -213,12 +220,13 @@ def rule_of(class_name, option):
     return RULES_OF_CLASS.get((class_name, option)) or RULES[option]
 
 
-def complete(class_name, values):
+def complete(class_name, values, place="scheduler_config.json"):
     """Return all options that a scheduler of diffusers would have.
 
     Args:
         class_name: the scheduler class.
         values: dictionary of a `scheduler_config.json`; keys that the class does not have are ignored.
+        place: where they come from, for the message.
 
     Raises:
         UserError: a value is not supported; the message names it.
@@ -226,39 +234,64 @@ def complete(class_name, values):
     options = dict(OPTIONS[class_name])
     for option in options:
         given = values.get(option)
-        if given is None:
-            continue
-        given = given if isinstance(given, list | dict) else _synonym(class_name, option, given)
-        rule = rule_of(class_name, option)
-        if not rule.accepts(given):
-            raise _refusal(class_name, f"{option} {shown(given)}", rule.expected, rule.reason)
-        options[option] = given
-    _check_together(class_name, options)
+        if given is not None:
+            options[option] = _checked(class_name, option, given, place)
+    _check_together(class_name, options, place)
     return options
 
 
-def _synonym(class_name, option, value):
-    return _SYNONYMS.get((class_name, option), {}).get(value, value)
+def check_own(class_name, values, place):
+    """Check the options that a sampler of a user's own sets.
+
+    Args:
+        class_name, place: as in `complete`.
+        values: the options by name.
+
+    Raises:
+        UserError: the class has no such option or cannot have such a value, or only the noise schedule of the
+            model decides it.
+    """
+    free = OPTIONS[class_name].keys() - _OF_THE_MODEL
+    for option, value in values.items():
+        if option not in free:
+            names = ", ".join(sorted(free))
+            raise UserError(
+                f"{place}: {shown(option)} is no option of {class_name} that a sampler sets; use {names}"
+            )
+        rule = rule_of(class_name, option)
+        if rule.accepts is _everything and type(value) is not type(OPTIONS[class_name][option]):
+            raise _refusal(class_name, f"{option} {shown(value)}", rule.expected, place)
+        _checked(class_name, option, value, place)
 
 
-def _check_together(class_name, options):
+def _checked(class_name, option, value, place):
+    """Return a value, or that which the class takes in its place; raise a UserError if it has none."""
+    if not isinstance(value, list | dict):
+        value = _SYNONYMS.get((class_name, option), {}).get(value, value)
+    rule = rule_of(class_name, option)
+    if not rule.accepts(value):
+        raise _refusal(class_name, f"{option} {shown(value)}", rule.expected, place, rule.reason)
+    return value
+
+
+def _check_together(class_name, options, place):
     """Raise a UserError for supported values that cannot be combined."""
     chosen = [option for option in _SIGMAS if options.get(option)]
     if len(chosen) > 1:
-        raise _refusal(class_name, " and ".join(chosen), "one of them")
+        raise _refusal(class_name, " and ".join(chosen), "one of them", place)
     algorithm = options.get("algorithm_type", "")
     if algorithm.endswith("dpmsolver") and options["final_sigmas_type"] == "zero":
         reason = "the predicted noise has no limit there"
-        raise _refusal(class_name, f"final_sigmas_type zero with {algorithm}", "sigma_min", reason)
+        raise _refusal(class_name, f"final_sigmas_type zero with {algorithm}", "sigma_min", place, reason)
     if algorithm == "sde-dpmsolver" and options["solver_order"] == 3:
-        raise _refusal(class_name, "solver_order 3 with sde-dpmsolver", "1 or 2", "there is no such formula")
+        reason = "there is no such formula"
+        raise _refusal(class_name, "solver_order 3 with sde-dpmsolver", "1 or 2", place, reason)
 
 
-def _refusal(class_name, fault, expected, reason=""):
+def _refusal(class_name, fault, expected, place, reason=""):
     because = f" ({reason})" if reason else ""
     return UserError(
-        f"scheduler_config.json: {fault} of {class_name} is not supported{because}; use {expected}, or "
-        "another sampler"
+        f"{place}: {fault} of {class_name} is not supported{because}; use {expected}, or another sampler"
     )
 
 

@@ -103,7 +103,7 @@ def _trailing(num_inference_steps, total):
 
 def _check_range(num_inference_steps, most):
     if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= most:
-        raise UserError(f"num_inference_steps {num_inference_steps}: out of range; use 1 to {most}")
+        raise UserError(f"num_inference_steps {shown(num_inference_steps)}: out of range; use 1 to {most}")
 
 
 # Sigmas

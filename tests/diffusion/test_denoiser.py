@@ -222,7 +222,10 @@ def test_bad_settings_end_in_one_line_before_the_first_step(denoiser):
             {"num_inference_steps": 0},
             "num_inference_steps 0: out of range; use a whole number from 1 to 1000",
         ),
-        ({"num_inference_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
+        (
+            {"num_inference_steps": 5, "first_step": 5},
+            "first_step 5: out of range; use a whole number from 0 to 4",
+        ),
         ({"eta": 1.5}, "eta 1.5: out of range"),
         ({"sampler": "heun", "eta": 0.5}, "eta 0.5: Heun takes none"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: out of range; use 0 .none. to 1"),

@@ -417,8 +417,16 @@ def test_bad_numbers_end_in_one_line():
             {"num_inference_steps": 5, "eta": 0.5},
             "eta 0.5: Euler a takes none; use 0, or the sampler ddim",
         ),
-        ("heun", {"num_inference_steps": 5, "first_step": 5}, "first_step 5: out of range; use 0 to 4"),
-        ("heun", {"num_inference_steps": 5, "first_step": -1}, "first_step -1: out of range; use 0 to 4"),
+        (
+            "heun",
+            {"num_inference_steps": 5, "first_step": 5},
+            "first_step 5: out of range; use a whole number from 0",
+        ),
+        (
+            "heun",
+            {"num_inference_steps": 5, "first_step": -1},
+            "first_step -1: out of range; use a whole number from 0",
+        ),
     ]:
         with pytest.raises(UserError, match=line):
             SAMPLERS[name].tables(schedule, **arguments)
