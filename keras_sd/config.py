@@ -110,6 +110,13 @@ class Config:
         )
 
     @classmethod
+    def checked(cls, config: Any) -> Self:
+        """Return a config that was given to a model, or raise a `ConfigError` if it is of another class."""
+        if not isinstance(config, cls):
+            raise ConfigError(f"config {shown(config)}: of another type; give a keras_sd.{cls.__name__}")
+        return config
+
+    @classmethod
     def _check_dictionary(cls, values):
         if not isinstance(values, dict):
             raise cls._error(f"{shown(values)} is not a JSON dictionary")

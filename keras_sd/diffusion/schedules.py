@@ -41,7 +41,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self.config = config
+        self.config = SchedulerConfig.checked(config)
         self.num_train_timesteps = config.num_train_timesteps
         self.prediction_type = config.prediction_type
         signal_rates = np.sqrt(np.cumprod(1.0 - _betas(config)))

@@ -25,16 +25,25 @@ _LEAST_CHANNELS = 256
 def is_faster(inputs, kernel, strides, padding):
     """Return whether `convolve` accepts these arguments and is faster than the backend's convolution."""
     is_slow = keras.backend.backend() == "jax" and backend.compiles_for_processor(inputs)
-    size, is_dense = kernel.shape[0], strides == (1, 1)
+    sizes, is_dense = tuple(kernel.shape[:2]), strides == (1, 1)
     if not is_slow or inputs.dtype != "float32":
         return False
-    if padding == "same" and not (is_dense and size % 2):
+    if padding == "same" and not (is_dense and all(size % 2 for size in sizes)):
         return False
-    if size == 1 and is_dense:
-        return True
     batch, *lengths, channels = inputs.shape
+    if not all(
+        isinstance(length, int) for length in lengths
+    ):  # they may be unknown while a program is traced
+        return False
+    if sizes == (1, 1) and is_dense:
+        return True
+    if not isinstance(batch, int):
+        return False
     if padding == "valid":
-        lengths = [(length - size) // stride + 1 for length, stride in zip(lengths, strides, strict=True)]
+        lengths = [
+            (length - size) // stride + 1
+            for length, size, stride in zip(lengths, sizes, strides, strict=True)
+        ]
     positions = math.prod(lengths)
     rows = batch * positions
     is_small = rows <= _FEW_ROWS or (positions <= _SMALL_MAP and rows <= _MOST_ROWS)
@@ -42,24 +51,24 @@ def is_faster(inputs, kernel, strides, padding):
 
 
 def convolve(inputs, kernel, strides, padding):
-    """Return the convolution of inputs `(n, h, w, c)` with a kernel `(size, size, c, k)`: `(n, h', w', k)`.
+    """Return the convolution of `(n, h, w, c)` with a kernel `(rows, columns, c, k)`: `(n, h', w', k)`.
 
     Args:
         strides: of rows and columns.
-        padding: "valid", or "same" for strides of 1 and an odd size.
+        padding: "valid", or "same" for strides of 1 and odd sizes.
     """
-    size, _, channels, outputs = kernel.shape
-    if padding == "same" and size > 1:
-        edge = (size // 2, size // 2)
-        inputs = ops.pad(inputs, ((0, 0), edge, edge, (0, 0)))
-    ends = [length - size + 1 for length in inputs.shape[1:3]]
+    *sizes, channels, outputs = kernel.shape
+    if padding == "same" and max(sizes) > 1:
+        edges = [(size // 2, size // 2) for size in sizes]
+        inputs = ops.pad(inputs, ((0, 0), *edges, (0, 0)))
+    ends = [length - size + 1 for length, size in zip(inputs.shape[1:3], sizes, strict=True)]
     windows = [
         inputs[:, row : row + ends[0] : strides[0], column : column + ends[1] : strides[1]]
-        for row in range(size)
-        for column in range(size)
+        for row in range(sizes[0])
+        for column in range(sizes[1])
     ]
     windows = ops.concatenate(windows, axis=-1)
     products = ops.matmul(
-        ops.reshape(windows, (-1, size * size * channels)), ops.reshape(kernel, (-1, outputs))
+        ops.reshape(windows, (-1, math.prod(sizes) * channels)), ops.reshape(kernel, (-1, outputs))
     )
-    return ops.reshape(products, (*windows.shape[:3], outputs))
+    return ops.reshape(products, (-1, *windows.shape[1:3], outputs))

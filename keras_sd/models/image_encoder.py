@@ -7,6 +7,7 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020. The attribute tree is
 
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -70,6 +71,7 @@ class ImageEmbeddings(Layer):
         return hidden + self.position_embedding(np.arange(self.positions))
 
 
+@keras.saving.register_keras_serializable("keras_sd")
 class ImageEncoder(ConfiguredModel):
     """A vision transformer with a projection into the space that it shares with the text tower.
 
@@ -84,7 +86,7 @@ class ImageEncoder(ConfiguredModel):
 
     def __init__(self, config: ImageEncoderConfig, **kwargs: Any) -> None:
         # Images are normalised before they are cast.
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(config, autocast=False, **kwargs)
         if config.image_size % config.patch_size:
             raise UserError(
                 f"image encoder config: image_size {config.image_size} does not divide into patches of "
@@ -94,7 +96,6 @@ class ImageEncoder(ConfiguredModel):
             raise UserError(
                 f"image encoder config: num_channels is {config.num_channels}; CLIP sees RGB, set 3"
             )
-        self.config = config
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.embeddings = ImageEmbeddings(config)
         self.pre_layrnorm = LayerNormalization(width, epsilon)

@@ -59,12 +59,17 @@ class TextEmbeddings(Layer):
             self.learned_embedding = embedding(*vectors.shape, keras.initializers.Constant(vectors))
 
 
+@keras.saving.register_keras_serializable("keras_sd")
 class TextEncoder(ConfiguredModel):
     """A causal transformer over token ids.
 
     Call it on int32 `(n, tokens)`. It returns the last hidden state after the final layer normalisation,
     float32 `(n, tokens, hidden_size)`. Sequences of two or three times `max_position_embeddings` (or more)
     are chunks, which are encoded one by one. All weights exist after construction.
+
+    Args:
+        config: a `TextEncoderConfig`.
+        learned_tokens: number of the last tokens of the vocabulary that `add_tokens` has added.
 
     Raises:
         UserError: there are more tokens than positions and no multiple of them, or (outside of compiled
@@ -73,13 +78,20 @@ class TextEncoder(ConfiguredModel):
 
     config_class = TextEncoderConfig
 
-    def __init__(self, config: TextEncoderConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, config: TextEncoderConfig, learned_tokens: int = 0, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        config = dataclasses.replace(config, vocab_size=config.vocab_size - learned_tokens)
         self.config = config
         self.embeddings = TextEmbeddings(config)
         self.encoder = Transformer(config, causal=True)
         self.final_layer_norm = LayerNormalization(config.hidden_size, config.layer_norm_eps)
         self.built = True
+        if learned_tokens:
+            self.add_tokens(np.zeros((learned_tokens, config.hidden_size)))
+
+    def get_config(self) -> dict[str, Any]:
+        learned = self.embeddings.learned_embedding
+        return super().get_config() | {"learned_tokens": 0 if learned is None else learned.input_dim}
 
     def __call__(self, ids: Tensor, **kwargs: Any) -> Tensor:
         # Keras adds lines to the message of an error that is raised inside `call`.

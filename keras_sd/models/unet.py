@@ -7,6 +7,7 @@ block type has it. Models differ in their config only.
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_sd.arguments import Tensor
@@ -136,6 +137,7 @@ def _joined(resnet, hidden, skip, time_embedding):
     return resnet(ops.concatenate([hidden, skip], axis=-1), time_embedding)
 
 
+@keras.saving.register_keras_serializable("keras_sd")
 class UNet(ConfiguredModel):
     """The network that predicts the noise, the velocity or the image in noisy latents.
 
@@ -160,8 +162,7 @@ class UNet(ConfiguredModel):
 
     def __init__(self, config: UNetConfig, **kwargs: Any) -> None:
         # Without autocast, which would round timesteps in half precision; `call` casts the other inputs.
-        super().__init__(autocast=False, **kwargs)
-        self.config = config
+        super().__init__(config, autocast=False, **kwargs)
         channels, levels = config.block_out_channels, range(len(config.block_out_channels))
         time_features = 4 * channels[0]
         self.conv_in = convolution(config.in_channels, channels[0])

@@ -133,6 +133,7 @@ class Decoder(Layer):
         return sequential(layers, latents)
 
 
+@keras.saving.register_keras_serializable("keras_sd")
 class AutoencoderKL(ConfiguredModel):
     """Encoder and decoder between images in [-1, 1] and latents.
 
@@ -148,10 +149,9 @@ class AutoencoderKL(ConfiguredModel):
 
     def __init__(self, config: VAEConfig, has_encoder: bool = True, **kwargs: Any) -> None:
         policy = keras.config.dtype_policy()
-        if config.force_upcast and policy.compute_dtype == "float16":
+        if self.config_class.checked(config).force_upcast and policy.compute_dtype == "float16":
             policy = ComputedInFloat32(policy.name)
-        super().__init__(dtype=policy, **kwargs)
-        self.config = config
+        super().__init__(config, dtype=policy, **kwargs)
         latents = config.latent_channels
         with dtype_policy(policy):
             self.encoder = Encoder(config) if has_encoder else None

@@ -10,29 +10,30 @@ from tests.programs import run_python
 
 def exact(inputs, kernel, stride, padding):
     """The convolution in float64."""
-    size = len(kernel)
+    sizes = kernel.shape[:2]
     if padding == "same":
-        edge = (size // 2, size // 2)
-        inputs = np.pad(inputs, ((0, 0), edge, edge, (0, 0)))
-    views = np.lib.stride_tricks.sliding_window_view(inputs.astype("float64"), (size, size), (1, 2))
+        inputs = np.pad(inputs, ((0, 0), *((size // 2, size // 2) for size in sizes), (0, 0)))
+    views = np.lib.stride_tricks.sliding_window_view(inputs.astype("float64"), sizes, (1, 2))
     return np.einsum("nijcxy,xyck->nijk", views[:, ::stride, ::stride], kernel.astype("float64"))
 
 
 @pytest.mark.parametrize(
-    ("shape", "size", "stride", "padding"),
+    ("shape", "sizes", "stride", "padding"),
     [
-        ((2, 4, 6), 3, 1, "same"),
-        ((1, 1, 1), 3, 1, "same"),
-        ((1, 6, 6), 3, 2, "valid"),
-        ((2, 7, 5), 3, 2, "valid"),
-        ((2, 3, 5), 1, 1, "same"),
+        ((2, 4, 6), (3, 3), 1, "same"),
+        ((1, 1, 1), (3, 3), 1, "same"),
+        ((1, 6, 6), (3, 3), 2, "valid"),
+        ((2, 7, 5), (3, 3), 2, "valid"),
+        ((2, 3, 5), (1, 1), 1, "same"),
+        ((2, 4, 6), (3, 1), 1, "same"),
+        ((2, 7, 5), (1, 3), 2, "valid"),
     ],
     ids=str,
 )
-def test_convolution_is_exact_to_rounding(shape, size, stride, padding):
+def test_convolution_is_exact_to_rounding(shape, sizes, stride, padding):
     generator = np.random.default_rng(0)
     inputs = generator.standard_normal((*shape, 10), dtype="float32")
-    kernel = generator.standard_normal((size, size, 10, 7), dtype="float32") / np.float32(10)
+    kernel = generator.standard_normal((*sizes, 10, 7), dtype="float32") / np.float32(10)
     result = keras.ops.convert_to_numpy(im2col.convolve(inputs, kernel, (stride, stride), padding))
     expected = exact(inputs, kernel, stride, padding)
     assert result.shape == expected.shape
@@ -55,6 +56,8 @@ def test_layers_take_it_under_jax_where_maps_are_small():
             (convolution(256, 8), (2, 16, 16, 256), False),
             (convolution(255, 8), (1, 4, 4, 255), False),
             (convolution(8, 8, 1), (2, 32, 32, 8), True),
+            (convolution(256, 8, (1, 3)), (4, 8, 8, 256), True),
+            (convolution(256, 8, (2, 1)), (4, 8, 8, 256), False),
             (Downsample(256), (1, 16, 16, 256), True),
             (Downsample(256), (4, 16, 16, 256), True),
             (convolution(256, 8, 2), (1, 4, 4, 256), False),
@@ -67,5 +70,12 @@ def test_layers_take_it_under_jax_where_maps_are_small():
             taken.clear()
             np.testing.assert_allclose(compiled, layer(inputs), atol=1e-5)
             assert not taken
+        # The batch size may be unknown while a program is traced.
+        import jax
+        import jax.export
+        layer = convolution(256, 8)
+        inputs = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 8, 8, 256"), "float32")
+        exported = jax.export.export(jax.jit(lambda inputs: layer(inputs)))(inputs)
+        assert not taken and exported.out_avals[0].shape[1:] == (8, 8, 8)
     """
     run_python(["-c", script])

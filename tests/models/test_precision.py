@@ -25,7 +25,7 @@ def test_models_are_made_in_the_policy_and_the_old_one_comes_back(name):
 
 @pytest.mark.parametrize("name", ["float8", "int8", None])
 def test_unknown_names(name):
-    with pytest.raises(UserError, match=r"^precision .*: unknown; use float32, float16"):
+    with pytest.raises(UserError, match=r"^dtype .*: unknown; use float32, float16"):
         with dtype_policy(name):
             pass
 
