@@ -124,6 +124,39 @@ def _has_shape(array, shape):
     )
 
 
+def switch(name: str, value: Any) -> bool:
+    """Return the value as a bool.
+
+    Raises:
+        UserError: it is neither True nor False ("no", 0 and None are not accepted).
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} {shown(value)}: no switch; give True or False")
+    return bool(value)
+
+
+def float_array(name: str, values: Any, *shape: int | None) -> Floats:
+    """Return numbers, an array or a tensor of the backend, as a float32 array.
+
+    Args:
+        shape: the lengths of the axes; None is any length from 1.
+
+    Raises:
+        UserError: they are no real numbers, or have another shape.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        kind = array.dtype if isinstance(values, np.ndarray) else type(values).__name__
+        raise UserError(f"{name} of type {kind}: not real numbers; give an array of float32")
+    wanted = ", ".join("any" if length is None else str(length) for length in shape)
+    if not _has_shape(array, wanted):
+        raise UserError(f"{name} of shape {array.shape}: does not fit the model; give ({wanted})")
+    return array.astype("float32", copy=False)
+
+
 def shown(value: object) -> str:
     """Return a representation of any value on one line, truncated if it is long."""
     try:
@@ -143,10 +176,7 @@ def share(name: str, value: Any, meaning: str = "0 to 1") -> float:
     Raises:
         UserError: it is not a number from 0 to 1.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-    if not is_number or not 0 <= value <= 1:
-        raise UserError(f"{name} {value!r}: out of range; use {meaning}")
-    return float(value)
+    return real_number(name, value, lambda number: 0 <= number <= 1, meaning)
 
 
 def checked_seed(seed: object) -> int:
@@ -167,6 +197,11 @@ def image_seeds(seed: object, count: int) -> npt.NDArray[np.uint64]:
     return np.uint64(checked_seed(seed)) + np.arange(count, dtype="uint64")
 
 
+def checked_rescale(rescale: Any) -> float:
+    """Return the factor of guidance rescaling; raise a `UserError` unless it is from 0 to 1."""
+    return share("guidance_rescale", rescale, "0 (none) to 1")
+
+
 def checked_interval(interval: Any) -> tuple[float, float]:
     """Return the guidance interval (start, end), as shares of the steps.
 
@@ -179,7 +214,8 @@ def checked_interval(interval: Any) -> tuple[float, float]:
         start = end = 0
     if not start < end:
         raise UserError(
-            f"guidance_interval {interval!r}: not a part of the steps; use two fractions such as (0, 0.75)"
+            f"guidance_interval {shown(interval)}: not a part of the steps; use two fractions such as "
+            "(0, 0.75)"
         )
     return start, end
 
@@ -191,14 +227,12 @@ def first_step(strength: Any, num_inference_steps: int) -> int:
         UserError: the strength is not a number above 0 and up to 1, or leaves no step.
     """
     whole_number("num_inference_steps", num_inference_steps, 1)
-    is_number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
-    if not is_number or not 0 < strength <= 1:
-        raise UserError(f"strength {strength!r}: out of range; use more than 0, up to 1")
+    real_number("strength", strength, lambda number: 0 < number <= 1, "more than 0, up to 1")
     made = int(num_inference_steps * strength)
     if made < 1:
         least = math.ceil(1000 / num_inference_steps) / 1000
         raise UserError(
-            f"strength {strength}: leaves none of {num_inference_steps} steps; use {least:g} or more"
+            f"strength {shown(strength)}: leaves none of {num_inference_steps} steps; use {least:g} or more"
         )
     return num_inference_steps - made
 

@@ -8,7 +8,18 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend, interruption
-from keras_sd.arguments import Floats, Tensor, checked_interval, share, whole_number
+from keras_sd.arguments import (
+    Floats,
+    Tensor,
+    checked_interval,
+    checked_rescale,
+    checked_seed,
+    float_array,
+    share,
+    shown,
+    switch,
+    whole_number,
+)
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.prediction import add_noise, to_sample_and_noise
@@ -24,10 +35,16 @@ class NoiseStreams:
 
     An image's noise is a function of its own seed alone (NumPy's Philox with the seed as key), so it does not
     depend on the rest of the batch or on the backend.
+
+    Args:
+        seeds: the seed of each image, 0 to 2**64 - 1.
     """
 
     def __init__(self, seeds: Iterable[int]) -> None:
-        self._streams = [np.random.Generator(np.random.Philox(key=int(seed))) for seed in seeds]
+        self._streams = [np.random.Generator(np.random.Philox(key=checked_seed(seed))) for seed in seeds]
+
+    def __len__(self) -> int:
+        return len(self._streams)
 
     def draw(self, shape: tuple[int, ...]) -> Floats:
         """Return the next noise of every image, float32 `(n, *shape)`."""
@@ -71,6 +88,7 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: NoiseSchedule, jit_compile: bool = True) -> None:
         self.unet = unet
         self.schedule = schedule
+        jit_compile = switch("jit_compile", jit_compile)
         self._program, self._storing_program, self._reusing_program = (
             backend.jit(step, unet.variables, jit_compile)
             for step in (self._step, self._storing_step, self._reusing_step)
@@ -120,29 +138,39 @@ class Denoiser:
             known: `Known` content that is restored after each evaluation, or None.
 
         Raises:
-            UserError: on the call, for an unknown sampler, a number out of range, or inputs that are not
-                finite; at the last step, for a result that is not finite.
-            ValueError: the sampler needs fresh noise and `streams` is None, or there is guidance and
-                `negative` is None.
+            UserError: on the call, for an unknown sampler, a number out of range, inputs that are not finite
+                or do not fit each other, `streams` that are missing, or no `negative` where there is
+                guidance; at the last step, for a result that is not finite.
         """
         guidance_scale = checked_guidance_scale(guidance_scale)
-        guidance_rescale = share("guidance_rescale", guidance_rescale, "0 (none) to 1")
+        guidance_rescale = checked_rescale(guidance_rescale)
         start, end = checked_interval(guidance_interval)
         whole_number("reuse_interval", reuse_interval, 1)
         whole_number("num_inference_steps", num_inference_steps, 1, self.schedule.num_train_timesteps)
         eta = share("eta", eta, "0 (deterministic) to 1")
-        tables = find_sampler(sampler, self.schedule.config).tables(
-            self.schedule, num_inference_steps, eta, first_step
-        )
+        chosen = find_sampler(sampler, self.schedule.config)
+        tables = chosen.tables(self.schedule, num_inference_steps, eta, first_step)
         self._check_predictable(tables.rows)
+        latents = float_array("latents", latents, None, None, None, None)
+        count, *size, _ = latents.shape
         if streams is None and any(row.draws for row in tables.rows):
-            raise ValueError(f"sampler {sampler or 'of the model'!r} draws noise; give streams")
+            raise UserError(f"sampler {chosen.name}: draws noise; give streams")
+        if streams is not None and (not isinstance(streams, NoiseStreams) or len(streams) != count):
+            raise UserError(f"streams {shown(streams)}: do not fit; give NoiseStreams of {count} seeds")
         if not gives_guidance(guidance_scale):
             negative = None
         elif negative is None:
-            raise ValueError(
+            raise UserError(
                 f"guidance_scale {guidance_scale:g}: needs a negative text encoding; give one, or scale 1"
             )
+        if context is not None or negative is not None:
+            context = float_array("text encoding", context, count, None, None)
+        if negative is not None:
+            negative = float_array("negative text encoding", negative, *np.shape(context))
+        if channels is not None:
+            channels = float_array("channels", channels, count, *size, None)
+        if known is not None:
+            known = _checked_known(known, latents.shape)
         guidance = {
             "context": context,
             "negative": negative,
@@ -259,6 +287,18 @@ class Denoiser:
             kept = add_noise(known.sample, known.noise, numbers["end"][0], numbers["end"][1])
             latents = kept + known.mask * (latents - kept)
         return latents, memory
+
+
+def _checked_known(known, shape):
+    """Return `Known` content for latents of this shape as arrays."""
+    if not isinstance(known, Known):
+        raise UserError(f"known {shown(known)}: of another type; give a Known(mask, sample, noise)")
+    count = 1 if np.shape(known.mask)[:1] == (1,) else shape[0]
+    return Known(
+        float_array("mask of what to keep", known.mask, count, *shape[1:3], 1),
+        float_array("sample to keep", known.sample, *shape),
+        float_array("noise of the sample to keep", known.noise, *shape),
+    )
 
 
 def _kinds(guided, reuse_interval):

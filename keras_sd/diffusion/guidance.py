@@ -1,13 +1,10 @@
 """Classifier-free guidance (Ho and Salimans, 2022, equation 6), around the UNet's prediction."""
 
-import math
-import numbers
 from collections.abc import Callable
 
 from keras import ops
 
-from keras_sd.arguments import Tensor
-from keras_sd.errors import UserError
+from keras_sd.arguments import Tensor, real_number
 
 LARGEST_SCALE = 1e30  # float32 holds its product with a few more factors
 
@@ -18,10 +15,12 @@ def checked_guidance_scale(scale):
     Raises:
         UserError: it is no number (None, NaN), negative, or too large for float32.
     """
-    is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
-    if not is_number or not math.isfinite(scale) or not 0 <= scale < LARGEST_SCALE:
-        raise UserError(f"guidance_scale {scale!r}: out of range; use 0 or more (up to 1: no guidance)")
-    return float(scale)
+    return real_number(
+        "guidance_scale",
+        scale,
+        lambda number: 0 <= number < LARGEST_SCALE,
+        "0 or more (up to 1: no guidance)",
+    )
 
 
 def gives_guidance(scale):

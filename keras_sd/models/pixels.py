@@ -48,8 +48,11 @@ def images_from_unit(images: Tensor) -> Images:
     return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
-def as_masks(mask):
+def as_masks(mask, size):
     """Return one mask `(height, width)`, or several, as bool `(n, height, width, 1)`; white is True.
+
+    Args:
+        size: of the image, `(height, width)`.
 
     Raises:
         UserError: the type or the shape is another one, or a mask has no white.
@@ -59,6 +62,11 @@ def as_masks(mask):
         raise UserError(
             f"mask of type {mask.dtype} and shape {mask.shape}: give uint8 or bool of shape (height, width)"
         )
+    if mask.shape[-2:] != tuple(size):
+        has_channels = mask.shape[:2] == tuple(size)
+        fault = f"has shape {mask.shape}" if has_channels else f"is {mask.shape[-1]}x{mask.shape[-2]}"
+        remedy = "give it without channels" if has_channels else "scale it to the image's size"
+        raise UserError(f"mask: {fault}, the image {size[1]}x{size[0]}; {remedy}")
     masks = mask if mask.dtype == np.bool_ else mask >= WHITE
     masks = masks.reshape(-1, *mask.shape[-2:], 1)
     empty = np.flatnonzero(~masks.any(axis=(1, 2, 3)))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError, os_errors_in_one_line
-from keras_sd.files.json_files import shown
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights.lora import lora_file, read_lora
 from keras_sd.weights.rules import from_torch
@@ -61,10 +61,9 @@ class Adapters:
         Raises:
             UserError: another LoRA has the given name; or as `read_lora` and `set`. Then nothing has changed.
         """
-        if not isinstance(path, str | os.PathLike):
-            raise UserError(f"LoRA {path!r}: no path; give that of a file or a folder")
+        checked_path("LoRA", path)
         if name is not None and (not isinstance(name, str) or not name or _NO_NAME.search(name)):
-            raise UserError(f"LoRA {name!r}: prompts cannot call it so; use a text without <, > and :")
+            raise UserError(f"LoRA {shown(name)}: prompts cannot call it so; use a text without <, > and :")
         if name in self._loaded:
             raise UserError(f"LoRA {name!r}: loaded already; give another name, or unload it first")
         weight = _checked_weight(name or path, weight)

@@ -14,8 +14,19 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend, interruption, presets
-from keras_sd.arguments import LONGEST_SIDE, Floats, Images, Tensor, formerly, shown, whole_number
-from keras_sd.diffusion.denoiser import Denoised, Denoiser
+from keras_sd.arguments import (
+    LONGEST_SIDE,
+    Floats,
+    Images,
+    Tensor,
+    checked_path,
+    float_array,
+    formerly,
+    shown,
+    switch,
+    whole_number,
+)
+from keras_sd.diffusion.denoiser import Denoised, Denoiser, Known
 from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -23,6 +34,7 @@ from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
+from keras_sd.models.precision import check_dtype
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer, vector_names
 from keras_sd.models.unet import UNet
@@ -62,6 +74,18 @@ class Primitives:
         batch_size: int = 8,
         jit_compile: bool = True,
     ) -> None:
+        for title, part, kinds in (
+            ("tokenizer", tokenizer, Tokenizer),
+            ("text_encoder", text_encoder, TextEncoder),
+            ("unet", unet, UNet),
+            ("vae", vae, AutoencoderKL),
+            ("image_encoder", image_encoder, ImageEncoder | None),
+            ("defaults", defaults, ModelDefaults | None),
+            ("name", name, str),
+        ):
+            if not isinstance(part, kinds):
+                kind = getattr(kinds, "__name__", kinds)
+                raise UserError(f"{title} {shown(part)}: of another type; give a {kind}")
         check_fit(tokenizer, text_encoder, unet, vae)
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
@@ -74,7 +98,7 @@ class Primitives:
         self.embedding_files: dict[str, Path] = {}
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
-        self._jit_compile = jit_compile
+        self._jit_compile = jit_compile = switch("jit_compile", jit_compile)
         self._encode_text = self._compile_text_encoding()
         self._encode_image = backend.jit(self._image_to_latents, vae.variables, jit_compile)
         self._decode = backend.jit(self._latents_to_image, vae.variables, jit_compile)
@@ -100,9 +124,7 @@ class Primitives:
             sd = keras_sd.StableDiffusion.from_preset("emoji")
             ```
         """
-        model = cls.load(presets.find(name), **options)
-        model.name = str(name)
-        return model
+        return cls.load(presets.find(name), **{"name": str(name)} | options)
 
     @classmethod
     def load(
@@ -115,7 +137,10 @@ class Primitives:
         prediction_type: str | None = None,
         partial: bool = False,
         vae: str | Path | None = None,
-        **options: Any,
+        defaults: ModelDefaults | None = None,
+        name: str | None = None,
+        batch_size: int = 8,
+        jit_compile: bool = True,
     ) -> Self:
         """Open a model of any format; the format is detected from the files.
 
@@ -128,7 +153,8 @@ class Primitives:
             prediction_type: "epsilon" or "v_prediction"; overrides the files.
             partial: accept missing and unknown weights, with a warning.
             vae: path of a folder or a file with another VAE.
-            options: batch_size and jit_compile, as in the constructor.
+            defaults, name: as in the constructor; by default those of the files.
+            batch_size, jit_compile: as in the constructor.
 
         Returns:
             The model.
@@ -141,11 +167,15 @@ class Primitives:
             sd = keras_sd.StableDiffusion.load("model.safetensors", dtype="bfloat16", batch_size=4)
             ```
         """
-        for name, given in (("path", path), ("vae", vae)):
-            if not isinstance(given, str | Path) and not (name == "vae" and given is None):
-                raise UserError(f"{name} {shown(given)}: no path; give a file or a folder")
-        if not isinstance(partial, bool):
-            raise UserError(f"partial {shown(partial)}: give True or False")
+        checked_path("path", path)
+        if vae is not None:
+            checked_path("vae", vae)
+        check_dtype(dtype)
+        (
+            switch("partial", partial),
+            switch("jit_compile", jit_compile),
+            whole_number("batch_size", batch_size, 1),
+        )
         source = presets.find(path)
         checkpoint = readers.read_checkpoint(
             source, weights=weights, variant=variant, prediction_type=prediction_type
@@ -161,8 +191,13 @@ class Primitives:
             raise UserError(
                 f"{path}: has no noise schedule; put the model's own {diffusers_folder.SCHEDULER} there"
             )
-        options |= {"defaults": ModelDefaults.load(source), "name": source.resolve().name}
-        model = cls(**open_parts(checkpoint, dtype, partial), **options)
+        model = cls(
+            **open_parts(checkpoint, dtype, partial),
+            defaults=ModelDefaults.load(source) if defaults is None else defaults,
+            name=source.resolve().name if name is None else name,
+            batch_size=batch_size,
+            jit_compile=jit_compile,
+        )
         model._weights_file = checkpoint.parts["unet"].source
         if vae is not None:
             model.vae_source = Path(vae).name, checkpoint.parts["vae"].source
@@ -186,9 +221,7 @@ class Primitives:
             ```
         """
         safetensors_files.check_dtype(dtype)
-        is_name = isinstance(path, str | os.PathLike) and str(path).strip() and "\0" not in str(path)
-        if not is_name:  # an empty one would be the folder where the program runs
-            raise UserError(f"path {shown(path)}: no name; name a folder, or a .safetensors file")
+        checked_path("path", path)
         names = ("text_encoder", "unet", "vae", "image_encoder")
         models = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         low_res = self.low_res_scheduler_config
@@ -356,7 +389,7 @@ class Primitives:
 
     def encode_each(self, prompts: Sequence[str]) -> list[Floats]:
         """Encode prompts like `encode_text`, each at its own length: a list of float32 `(tokens, width)`."""
-        chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in prompts]
+        chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in as_texts("prompts", prompts)]
         ids, weights = (np.concatenate(parts, axis=1) for parts in zip(*chunked, strict=True))
         encoding = self._encode_chunks(ids, weights)[0]
         ends = np.cumsum([each.ids[0].size for each in chunked])
@@ -395,6 +428,9 @@ class Primitives:
         negative: Tensor = None,
         *,
         on_step: Callable[[Denoised], object] | None = None,
+        channels: Tensor = None,
+        class_labels: Tensor = None,
+        known: Known | None = None,
         **options: Any,
     ) -> Floats:
         """Denoise latents step by step.
@@ -404,6 +440,9 @@ class Primitives:
             context, negative: text encodings `(n, tokens, width)` of prompts and negative prompts. Different
                 lengths are repeated to the least common multiple.
             on_step: called after each step with a `Denoised(step, latents)`.
+            channels: additional input channels, float32 `(n, h, w, k)`, for a UNet that takes k more.
+            class_labels: int `(n,)`, for a UNet with `num_class_embeds`.
+            known: `Known` content that is restored after each step, or None.
             options: as `Denoiser.steps` takes them: guidance_scale, sampler, num_inference_steps, eta,
                 streams, ...
 
@@ -411,14 +450,34 @@ class Primitives:
             Latents, float32 `(n, h, w, c)`.
 
         Raises:
-            UserError: an array has another shape; or as `Denoiser.steps`.
+            UserError: an array is of another type or shape, is missing, or is not taken by the UNet; or as
+                `Denoiser.steps`.
         """
-        channels, width = self.vae.config.latent_channels, self.unet.config.cross_attention_dim
-        _check_shape("latents", latents, (None, None, None, channels))
-        for title, encoding in (("text encoding", context), ("negative text encoding", negative)):
-            if encoding is not None:
-                _check_shape(title, encoding, (len(latents), None, width))
+        config = self.unet.config
+        latents = float_array("latents", latents, None, None, None, config.out_channels)
+        count, width, more = (
+            len(latents),
+            config.cross_attention_dim,
+            config.in_channels - config.out_channels,
+        )
+        context = float_array("text encoding", context, count, None, width)
+        if negative is not None:
+            negative = float_array("negative text encoding", negative, count, None, width)
+        if _is_taken("channels", channels, more):
+            channels = float_array("channels", channels, *latents.shape[:3], more)
+        if _is_taken("class_labels", class_labels, config.num_class_embeds):
+            labels = float_array("class_labels", class_labels, count)
+            for label in labels:
+                if label not in range(config.num_class_embeds):
+                    raise UserError(
+                        f"class_labels {shown(label.item())}: out of range; use whole numbers from 0 to "
+                        f"{config.num_class_embeds - 1}"
+                    )
+            class_labels = labels.astype("int32")
+        if on_step is not None and not callable(on_step):
+            raise UserError(f"on_step {shown(on_step)}: no function; give one that takes a Denoised")
         context, negative = equally_long(context, negative)
+        options |= {"channels": channels, "class_labels": class_labels, "known": known}
         for denoised in self._denoiser.steps(latents, context, negative, **options):
             if on_step is not None:
                 on_step(denoised)
@@ -434,10 +493,9 @@ class Primitives:
             Images, uint8 `(n, 8 * h, 8 * w, 3)`; 8 is the VAE's factor.
 
         Raises:
-            UserError: the latents have another shape, or latents or images are not finite.
+            UserError: the latents have another type or shape, or latents or images are not finite.
         """
-        latents = np.asarray(latents)
-        _check_shape("latents", latents, (None, None, None, self.vae.config.latent_channels))
+        latents = float_array("latents", latents, None, None, None, self.vae.config.latent_channels)
         check_inputs({"latents": latents})
         with interruption.phase("decoding images", in_commands=True):
             images = self._tiled(self._decode, latents, self.vae.config.downsampling)
@@ -519,12 +577,9 @@ class Primitives:
         return in_batches(function, inputs, limit or self.batch_size)
 
 
-def _check_shape(title, array, expected):
-    """Raise UserError unless an array has the shape `expected`, in which None is any positive number."""
-    shape = tuple(np.shape(array))
-    fits = len(shape) == len(expected) and all(
-        size and want in (None, size) for size, want in zip(shape, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("any" if want is None else str(want) for want in expected)
-        raise UserError(f"{title} of shape {shape}: does not fit the model; give ({wanted})")
+def _is_taken(title, values, number):
+    """Return whether the UNet takes an input; raise a UserError if it is missing, or given in vain."""
+    if bool(number) != (values is not None):
+        takes = "takes them; give them" if number else "takes none; leave them out"
+        raise UserError(f"{title}: the UNet {takes}")
+    return bool(number)

@@ -209,7 +209,7 @@ def as_texts(name, texts):
         name: name of the argument, for the message.
 
     Raises:
-        UserError: it is neither a text nor a list of texts.
+        UserError: it is neither a text nor a list of at least one text.
     """
     given = [texts] if isinstance(texts, str) else texts
     try:
@@ -218,6 +218,8 @@ def as_texts(name, texts):
         given = [given]
     if not all(isinstance(text, str) for text in given):
         raise UserError(f"{name} {shown(texts)}: no text; give a text, or a list of texts")
+    if not given:
+        raise UserError(f"{name}: the list is empty; give at least one text")
     return given
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
@@ -20,13 +21,17 @@ from keras_sd.arguments import (
     Images,
     Parameters,
     Tensor,
+    checked_interval,
+    checked_rescale,
     checked_seed,
     first_step,
     formerly,
     image_seeds,
+    shown,
     whole_number,
 )
 from keras_sd.diffusion.denoiser import Known, NoiseStreams
+from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.samplers import Sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -52,26 +57,32 @@ class SamplingOptions(TypedDict, total=False):
     progress: Progress
 
 
-def _with_loras(task: Callable[Parameters, Images]) -> Callable[Parameters, Images]:
-    """Add the LoRAs that a task's prompts name by tags, for that call, and hold the model's lock."""
-    signature = inspect.signature(task)
-    title = "prompts" if "prompts" in signature.parameters else "prompt"
+def _task(task: Callable[Parameters, Images]) -> Callable[Parameters, Images]:
+    """Check a task's arguments, add the LoRAs that its prompts name by tags, and hold the model's lock."""
+    title = "prompts" if "prompts" in inspect.signature(task).parameters else "prompt"
 
     @functools.wraps(task)
     def run(self, *arguments, **options):
-        with self._lock:
+        # The published signature has all options, and nothing else reaches the primitives.
+        signature = inspect.signature(getattr(StableDiffusion, task.__name__))
+        try:
             given = signature.bind(self, *arguments, **options).arguments
-            texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
+        except TypeError as error:
+            raise TypeError(f"{task.__name__}(): {error}") from None
+        _check_progress(given.get("progress"))
+        texts = _prompts(given.get(title, ""), given.get("negative_prompt"))
+        self._check_guidance(given, texts[1])
+        given[title], given["negative_prompt"] = texts  # lists, as an iterator can be read once only
+        with self._lock:
             if "<lora:" not in str(texts):
-                return task(self, *arguments, **options)
+                return task(**given)
             taken = [[take_loras(text, self.find_lora) for text in kind] for kind in texts]
             asked = [positive | negative for (_, positive), (_, negative) in zip(*taken, strict=True)]
             if any(weights != asked[0] for weights in asked):
                 raise UserError("prompts: ask for different LoRAs; make their images in calls of their own")
             given[title], given["negative_prompt"] = ([text for text, _ in kind] for kind in taken)
-            more = given.pop("options", {})
             with self.adapters.temporarily(asked[0]):
-                return task(**given, **more)
+                return task(**given)
 
     return cast(Callable[Parameters, Images], run)
 
@@ -112,7 +123,7 @@ class StableDiffusion(Primitives):
     """
 
     @formerly(num_steps="num_inference_steps")
-    @_with_loras
+    @_task
     def text_to_image(
         self,
         prompt: str | Sequence[str],
@@ -185,7 +196,7 @@ class StableDiffusion(Primitives):
         )
 
     @formerly(num_steps="num_inference_steps")
-    @_with_loras
+    @_task
     def image_to_image(
         self,
         image: Images,
@@ -227,7 +238,7 @@ class StableDiffusion(Primitives):
         )
 
     @formerly(num_steps="num_inference_steps")
-    @_with_loras
+    @_task
     def inpaint(
         self,
         image: Images,
@@ -265,12 +276,8 @@ class StableDiffusion(Primitives):
             images = sd.inpaint(photo, mask, "a blue vase", seed=7)
             ```
         """
-        images, mask = self._checked(image), as_masks(mask)
-        if mask.shape[1:3] != images.shape[1:3]:
-            raise UserError(
-                f"mask: is {mask.shape[2]}x{mask.shape[1]}, the image {images.shape[2]}x{images.shape[1]}; "
-                "scale it to the image's size"
-            )
+        images = self._checked(image)
+        mask = as_masks(mask, images.shape[1:3])
         context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
         count, factor = len(seeds), self.vae.config.downsampling
         latents = _one_for_each(self.encode_image(images), count, "images")
@@ -294,7 +301,7 @@ class StableDiffusion(Primitives):
         return np.where(mask, made, images)
 
     @formerly(num_steps="num_inference_steps")
-    @_with_loras
+    @_task
     def upscale(
         self,
         image: Images,
@@ -337,7 +344,7 @@ class StableDiffusion(Primitives):
         return self._sample(context, negative, seeds, shape, begin=begin, **options)
 
     @formerly(num_steps="num_inference_steps")
-    @_with_loras
+    @_task
     def random_walk(
         self,
         prompts: str | Sequence[str],
@@ -405,6 +412,21 @@ class StableDiffusion(Primitives):
     @property
     def _extra_channels(self):
         return self.unet.config.in_channels - self.vae.config.latent_channels
+
+    def _check_guidance(self, given, negatives):
+        """Check a task's arguments of guidance, and warn of those that have no effect without any."""
+        scale = given.get("guidance_scale")
+        scale = checked_guidance_scale(self.defaults.guidance_scale if scale is None else scale)
+        if "guidance_interval" in given:
+            given["guidance_interval"] = checked_interval(given["guidance_interval"])
+        unused = {
+            "negative_prompt": any(negatives),
+            "guidance_rescale": checked_rescale(given.get("guidance_rescale", 0.0)),
+            "guidance_interval": given.get("guidance_interval", (0, 1)) != (0, 1),
+        }
+        for name in unused if not gives_guidance(scale) else ():
+            if unused[name]:
+                warnings.warn(f"{name} has no effect at guidance_scale {scale:g}", stacklevel=4)
 
     def _refuse_more_channels(self, task):
         """Raise UserError if the UNet has further input channels."""
@@ -483,8 +505,6 @@ class StableDiffusion(Primitives):
 def _prompts(prompt, negative_prompt):
     """Return prompts and negative prompts as two lists of the same length."""
     prompts = as_texts("prompt", prompt)
-    if not prompts:
-        raise UserError("prompt: the list is empty; give at least one text")
     if negative_prompt is None or isinstance(negative_prompt, str):
         return prompts, [negative_prompt or ""] * len(prompts)
     negatives = as_texts("negative_prompt", negative_prompt)
@@ -508,12 +528,18 @@ def _interpolate(points, count):
     return points[start] * (1 - share) + points[start + 1] * share
 
 
+def _check_progress(progress):
+    """Raise a UserError unless progress can be shown, or told to a function."""
+    if not (progress is None or isinstance(progress, bool | np.bool_) or callable(progress)):
+        raise UserError(f"progress {shown(progress)}: give True, False or a function")
+
+
 @contextlib.contextmanager
 def _reporter(progress, total):
     """Yield the function that `denoise` calls after each of `total` steps, or None."""
     if not progress:
         yield None
-    elif progress is True:
+    elif not callable(progress):
         with tqdm(total=total, unit="step") as bar:
 
             def advance(denoised):
@@ -529,9 +555,9 @@ def _reporter(progress, total):
 # For `help` and editors: the signatures name the options of `text_to_image` that a task passes on.
 _SHARED = inspect.signature(StableDiffusion.text_to_image).parameters
 for _name in ("image_to_image", "inpaint", "upscale", "random_walk"):
-    _given = inspect.signature(_task := getattr(StableDiffusion, _name))
+    _given = inspect.signature(_published := getattr(StableDiffusion, _name))
     _own = [each for each in _given.parameters.values() if each.kind is not each.VAR_KEYWORD]
     _more = [
         _SHARED[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SamplingOptions.__annotations__
     ]
-    _task.__signature__ = _given.replace(parameters=[*_own, *_more])
+    _published.__signature__ = _given.replace(parameters=[*_own, *_more])

@@ -118,8 +118,9 @@ class Upscaler:
         num_inference_steps: int = 10,
         sampler: str | Sampler | None = None,
         seed: int = 0,
+        eta: float = 0.0,
+        reuse_interval: int = 1,
         on_step: Callable[[Denoised], object] | None = None,
-        **options: Any,
     ) -> Images:
         """Upscale images.
 
@@ -128,8 +129,8 @@ class Upscaler:
             factor: upscaling factor of the sides; best is the one that the UNet was trained for.
             noise_level: noise added to the image, as a timestep. 0 stays close to the image; more lets the
                 model invent more.
-            num_inference_steps, sampler, options: as `Denoiser.steps` takes them. Fewer steps give smoother
-                images, more steps sharper ones.
+            num_inference_steps, sampler, eta, reuse_interval: as `Denoiser.steps` takes them. Fewer steps
+                give smoother images, more steps sharper ones.
             seed: image i is generated from `seed` + i.
             on_step: called after each step with a `Denoised(step, latents)`.
 
@@ -159,7 +160,8 @@ class Upscaler:
                 streams=streams,
                 channels=add_noise(seen, streams.draw(seen.shape[1:]), *rates),
                 class_labels=np.full(len(batch), noise_level, "int32"),
-                **options,
+                eta=eta,
+                reuse_interval=reuse_interval,
             ):
                 if on_step is not None:
                     on_step(denoised)

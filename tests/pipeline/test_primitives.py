@@ -14,6 +14,7 @@ from keras_sd.files.image_files import parse_parameters, read_parameters, save_p
 from keras_sd.models.batches import batches_of_lengths, equal_batches
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
+from keras_sd.pipeline.defaults import ModelDefaults
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.programs import run_python
@@ -334,6 +335,28 @@ def test_bad_folders_end_in_one_line(pipeline, folder, tmp_path):
         StableDiffusion.load(tmp_path / "model")
 
 
+def test_options_of_loading_are_honoured_or_refused(folder):
+    model = StableDiffusion.load(
+        folder / "model", name="x", defaults=ModelDefaults({"sampling": {"guidance_scale": 2}})
+    )
+    assert (model.name, model.defaults.guidance_scale) == ("x", 2)
+    missing = folder / "none"  # options are checked before files
+    for path, options, line in [
+        (folder / "model", {"defaults": 1}, "defaults 1: of another type; give a "),
+        (folder / "model", {"name": 5}, "name 5: of another type; give a str"),
+        (missing, {"jit_compile": "no"}, "jit_compile 'no': no switch; give True or False"),
+        (missing, {"partial": 1}, "partial 1: no switch; give True or False"),
+        (missing, {"batch_size": 0}, "batch_size 0: out of range"),
+        (missing, {"dtype": "float64"}, "dtype 'float64': unknown; use float32, float16 or bfloat16$"),
+        (missing, {"dtype": ["float32"]}, r"dtype \['float32'\]: unknown"),
+    ]:
+        with pytest.raises(UserError, match=line) as caught:
+            StableDiffusion.load(path, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="tokenizer"):
+        StableDiffusion.load(missing, tokenizer=None)
+
+
 def test_parts_that_do_not_fit_end_in_one_line(pipeline):
     def text_encoder(**change):
         return TextEncoder(TextEncoderConfig.from_dict(pipeline.text_encoder.config.to_dict() | change))
@@ -354,6 +377,8 @@ def test_parts_that_do_not_fit_end_in_one_line(pipeline):
         ({"unet": unet(cross_attention_dim=12)}, "16 wide, the UNet takes 12"),
         ({"unet": unet(in_channels=8)}, "8 channels in and 4 out"),
         ({"unet": unet(out_channels=8)}, "4 channels in and 8 out"),
+        ({"unet": None}, "unet None: of another type; give a UNet"),
+        ({"scheduler_config": {}}, "config {}: of another type; give a keras_sd.SchedulerConfig"),
     ]:
         with pytest.raises(UserError, match=line):
             StableDiffusion(**(parts | change))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import inspect
+import warnings
 
 import numpy as np
 import pytest
+from keras import ops
 
-from keras_sd.diffusion.denoiser import NoiseStreams
+from keras_sd.diffusion.denoiser import Known, NoiseStreams
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
@@ -261,6 +264,7 @@ def test_a_walk_goes_from_one_negative_prompt_to_the_next(plain):
     assert apart(plain.random_walk([ONE, TWO], 3, "dark", **options)[2], walk[2]) > 5
 
 
+@pytest.mark.filterwarnings("ignore:negative_prompt has no effect")
 def test_guidance_up_to_one_is_none(plain):
     def draw(scale, negative="flag"):
         options = OPTIONS | {"num_inference_steps": 5, "guidance_scale": scale}
@@ -378,6 +382,24 @@ def test_numbers_that_are_not_finite_become_no_image(fault, tmp_path):
         ("random_walk", {"prompts": "a", "width": 2**24}, "width 16777216: out of range"),
         ("random_walk", {"prompts": "a", "num_frames": 10**30}, "num_frames 10{30}: out of range"),
         ("random_walk", {"num_frames": 1, "prompts": ["a", "b"]}, "num_frames 1: fewer than the 2 prompts"),
+        ("image_to_image", {"strength": 10**400}, "strength 10{100}.*: out of range"),
+        ("image_to_image", {"guidance_scale": 10**400}, "guidance_scale 10{100}.*: out of range"),
+        ("image_to_image", {"guidance_rescale": 10**400}, "guidance_rescale 10{100}.*: out of range"),
+        ("image_to_image", {"guidance_interval": np.ones((9, 9))}, "guidance_interval array.*: not a part"),
+        ("random_walk", {"prompts": "a", "eta": "1"}, "eta '1': out of range"),
+        ("random_walk", {"prompts": "a", "progress": "x"}, "progress 'x': give True, False or a function"),
+        ("random_walk", {"prompts": "a", "progress": 1}, "progress 1: give True, False or a function"),
+        ("random_walk", {"prompts": []}, "prompt: the list is empty"),
+        (
+            "inpaint",
+            {"mask": np.ones((24, 24, 1), "bool")},
+            "mask: has shape .24, 24, 1., .* without channels",
+        ),
+        (
+            "inpaint",
+            {"mask": np.full((24, 24, 3), 255, "uint8")},
+            "mask: has shape .24, 24, 3., the image 24x24",
+        ),
     ],
 )
 def test_bad_input_is_one_line(plain, task, change, line):
@@ -407,11 +429,117 @@ def test_bad_input_of_primitives_is_one_line(plain, tmp_path):
         with pytest.raises(UserError, match="chunks .*: out of range"):
             plain.encode_text("a", chunks=chunks)
     for path in ("", " ", "x\0", None, 5):
-        with pytest.raises(UserError, match="path .*: no name"):
+        with pytest.raises(UserError, match="path.*: (empty|not a name|no name)"):
             plain.save(path)
     for name in ("a" * 300, "a" * 300 + ".safetensors"):
         with pytest.raises(UserError, match="a: .*[Nn]ame too long|a.safetensors: .*[Nn]ame too long"):
             plain.save(tmp_path / name)
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "image_to_image", "inpaint", "upscale", "random_walk"])
+def test_tasks_take_their_published_arguments_only(plain, task):
+    taken = inspect.signature(getattr(plain, task)).parameters
+    given = {name: None for name in ("image", "mask", "prompt", "prompts") if name in taken}
+    unknown = {
+        "strength",
+        "height",
+        "channels",
+        "known",
+        "first_step",
+        "streams",
+        "begin",
+        "shape",
+        "latents",
+    }
+    for name in unknown - taken.keys():
+        with pytest.raises(TypeError, match=rf"{task}\(\): got an unexpected keyword argument '{name}'"):
+            getattr(plain, task)(**given, **{name: None})
+
+
+def test_prompts_may_be_read_once_only(plain):
+    options = OPTIONS | {"num_inference_steps": 1, "seed": 3}
+    prompts, negatives = ["red heart", "flag"], ["dark", "blue"]
+    images = plain.text_to_image(prompts, negatives, **options)
+    np.testing.assert_array_equal(plain.text_to_image(iter(prompts), iter(negatives), **options), images)
+    np.testing.assert_array_equal(plain.encode_each(iter(prompts)), plain.encode_each(prompts))
+    np.testing.assert_array_equal(plain.encode_each("flag"), plain.encode_each(["flag"]))
+    for encode in (plain.encode_text, plain.encode_each):
+        with pytest.raises(UserError, match="prompts: the list is empty"):
+            encode([])
+
+
+@pytest.mark.parametrize(
+    "name, value", [("negative_prompt", "dark"), ("guidance_rescale", 0.7), ("guidance_interval", (0, 0.5))]
+)
+def test_arguments_of_guidance_warn_where_there_is_none(plain, name, value):
+    options = OPTIONS | {"num_inference_steps": 1, "guidance_scale": 1}
+    with pytest.warns(UserWarning, match=f"{name} has no effect at guidance_scale 1") as told:
+        plain.text_to_image("flag", **options, **{name: value})
+    assert [each.filename for each in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.text_to_image("flag", "", **options, guidance_rescale=0.0, guidance_interval=[0, 1])
+        plain.text_to_image("flag", **options | {"guidance_scale": 3.0}, **{name: value})
+
+
+def test_arrays_of_any_real_type_are_taken(plain, upscaler):
+    options = {"num_inference_steps": 1, "guidance_scale": 1}
+    context, noise = plain.encode_text("a cat"), np.round(NoiseStreams([1]).draw((4, 4, 4)))
+    latents = plain.denoise(noise, context, **options)
+    for kind in ("float64", "int64", "float16"):
+        np.testing.assert_array_equal(plain.denoise(noise.astype(kind), context, **options), latents)
+        np.testing.assert_array_equal(plain.decode(noise.astype(kind)), plain.decode(noise))
+    tensors = map(ops.convert_to_tensor, (noise, context))
+    np.testing.assert_array_equal(plain.denoise(*tensors, **options), latents)
+    np.testing.assert_array_equal(plain.denoise(noise.tolist(), context.tolist(), **options), latents)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"latents": "x"}, "latents of type str: not real numbers"),
+        ({"latents": np.zeros((1, 4, 4, 4), "complex64")}, "latents of type complex64: not real numbers"),
+        ({"latents": [[1], [1, 2]]}, "latents of type list: not real numbers"),
+        ({"context": None}, "text encoding of type NoneType: not real numbers"),
+        ({"class_labels": [1]}, "class_labels: the UNet takes none; leave them out"),
+        ({"channels": np.zeros((1, 4, 4, 1))}, "channels: the UNet takes none; leave them out"),
+        ({"known": 5}, "known 5: of another type"),
+        ({"known": Known(np.ones((1, 4, 4, 1)), None, None)}, "sample to keep of type NoneType"),
+        ({"known": Known(*[np.ones((1, 4, 4, 4))] * 3)}, r"mask of what to keep of shape \(1, 4, 4, 4\)"),
+        ({"streams": 5}, "streams 5: do not fit; give NoiseStreams of 1 seeds"),
+        ({"streams": NoiseStreams([1, 2])}, "streams .*: do not fit; give NoiseStreams of 1 seeds"),
+        ({"sampler": "euler_a"}, "sampler Euler a: draws noise; give streams"),
+        ({"guidance_scale": 3}, "guidance_scale 3: needs a negative text encoding"),
+        ({"guidance_scale": 3, "negative": np.zeros((2, 12, 16))}, "negative text encoding of shape"),
+        ({"on_step": 5}, "on_step 5: no function"),
+        *[({"first_step": value}, "first_step .*: out of range; use a whole") for value in ("1", 0.5, None)],
+    ],
+)
+def test_bad_inputs_of_denoise_are_one_line(plain, change, line):
+    given = {"latents": np.zeros((1, 4, 4, 4)), "context": np.zeros((1, 12, 16)), "guidance_scale": 1}
+    with pytest.raises(UserError, match=line) as caught:
+        plain.denoise(**given | change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"channels": None}, "channels: the UNet takes them; give them"),
+        (
+            {"channels": np.zeros((1, 4, 4, 2))},
+            "channels of shape .* does not fit the model; give .1, 4, 4, 3",
+        ),
+        ({"class_labels": None}, "class_labels: the UNet takes them; give them"),
+        ({"class_labels": [0.5]}, "class_labels 0.5: out of range; use whole numbers from 0 to 999"),
+        ({"class_labels": [1000]}, "class_labels 1000.0: out of range"),
+    ],
+)
+def test_bad_inputs_of_an_upscaler_are_one_line(upscaler, change, line):
+    given = {"latents": np.zeros((1, 4, 4, 4)), "context": np.zeros((1, 12, 16)), "guidance_scale": 1}
+    given |= {"channels": np.zeros((1, 4, 4, 3)), "class_labels": [1]}
+    with pytest.raises(UserError, match=line):
+        upscaler.denoise(**given | change)
 
 
 def test_models_of_another_task_say_so(inpainting, upscaler, pictures):
