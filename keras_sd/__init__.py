@@ -2,6 +2,9 @@
 
 The public names are listed in `__init__.pyi`. Each is imported when it is first used, so that
 `import keras_sd` waits for no backend.
+
+A name whose package is missing raises a `UserError`, also in `hasattr`. As an AttributeError, Python's
+`from keras_sd import ...` would say "cannot import name", and not which package to install.
 """
 
 import sys

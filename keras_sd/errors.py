@@ -5,6 +5,7 @@ import errno
 import importlib.machinery
 import importlib.util
 import os
+import sys
 
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX"}
 """The supported backends of Keras, and their names in messages."""
@@ -92,17 +93,34 @@ def missing_package(package, instead=None):
     return f"{package}: not installed; pip install 'keras_sd[{extra}]'{f', or {instead}' if instead else ''}"
 
 
+def check_backend(name):
+    """Raise a UserError unless Keras' backend of this name is supported."""
+    if name not in BACKENDS:
+        raise UserError(f"KERAS_BACKEND {name!r}: unknown; use {' or '.join(BACKENDS)}")
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Imports a module of this package. If a package of an extra is missing, it raises a `UserError`."""
+    """Imports a module of this package.
+
+    If a package of an extra is missing, or a module that uses Keras has an unsupported backend, it raises a
+    `UserError`.
+    """
 
     def exec_module(self, module):
         try:
             super().exec_module(module)
-        except ModuleNotFoundError as error:
-            message = missing_package(error.name)
+        except UserError:
+            raise
+        except (ImportError, ValueError) as error:  # Keras raises a ValueError for a backend without a module
+            if "keras" in str(error) or "backend" in str(error):
+                check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
+            message = missing_package(getattr(error, "name", None))
             if message is None:
                 raise
             raise UserError(message) from error
+        keras = sys.modules.get("keras")
+        if keras is not None and {"keras", "ops"} & vars(module).keys():
+            check_backend(keras.backend.backend())
 
 
 class PackageFinder:

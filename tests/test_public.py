@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -136,3 +137,19 @@ def test_names_that_users_meet_first_show_an_example():
     for shown in first:
         code = re.search(r"Example:\n    ```python\n(.*?)    ```", inspect.getdoc(shown), re.DOTALL)[1]
         compile(textwrap.dedent(code), shown.__name__, "exec")
+
+
+@pytest.mark.parametrize("backend", ["foo", "JAX", "torch", "numpy"])
+def test_unsupported_backend_is_one_line(backend):
+    """Keras would import some of them without a word."""
+    code = """if True:
+        import keras_sd
+        try:
+            keras_sd.UNet
+        except keras_sd.UserError as error:
+            print(error)
+    """
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    line = f"KERAS_BACKEND {backend!r}: unknown; use tensorflow or jax\n"
+    assert (done.returncode, done.stdout) == (0, line), done.stderr

@@ -10,7 +10,7 @@ import warnings
 
 from keras_sd import interruption
 from keras_sd.cli.quiet import quiet_libraries
-from keras_sd.errors import BACKENDS, UserError, is_installed, missing_package, os_fault
+from keras_sd.errors import UserError, check_backend, is_installed, missing_package, os_fault
 
 _RESUME = "--resume-from-checkpoint"
 _MOST_FAULTS = 20  # of a data set, that are named
@@ -52,10 +52,8 @@ def _run(command, program):
     collect_garbage_less_often()
     if not is_installed("tensorflow") and is_installed("jax"):
         os.environ.setdefault("KERAS_BACKEND", "jax")
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend not in BACKENDS:
-        _leave(program, f"KERAS_BACKEND {backend!r}: unknown; use {' or '.join(BACKENDS)}")
     try:
+        check_backend(os.environ.get("KERAS_BACKEND", "tensorflow"))
         code = command.main(prog_name=program, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
