@@ -7,7 +7,7 @@ import click
 from keras_sd.captions import MODES, CaptionSettings, CleaningSettings, Vocabulary, workers
 from keras_sd.captions.dataset import CaptionedFolder, caption_shard
 from keras_sd.captions.vocabulary import KINDS
-from keras_sd.cli.command import Command
+from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.outputs import check_output
 from keras_sd.data.folders import METADATA
 from keras_sd.data.images import check_image, read_square
@@ -86,6 +86,7 @@ def caption(
     """
     if contact_sheet is not None:
         contact_sheet = check_output(contact_sheet, ".png", overwrite=overwrite, remedy="remove it")
+    _refuse_unused(options)
     settings, cleaning = _settings(options)
     clean = cleaning.prepare()
     captioned = CaptionedFolder(folder, settings, overwrite)
@@ -110,6 +111,18 @@ def caption(
     if contact_sheet is not None and summary.captions:
         _write_sheet(captioned, summary, contact_sheet.free())
     _print_summary(captioned, summary)
+
+
+def _refuse_unused(options):
+    """Raise UserError for an option that has no effect in the mode, or without another option."""
+    mode = options["mode"]
+    reason = f"with --mode {mode}"
+    of_phrases = {"clip", "flavors", "mediums", "movements", "low_memory"}
+    refuse_unused(of_phrases, mode != "caption", reason)
+    refuse_unused({"artists"}, mode != "caption" or options["remove_artists"], reason)
+    refuse_unused({"maximum_phrases"}, mode not in ("caption", "classic"), reason)
+    refuse_unused({"negative"}, mode == "negative", reason)
+    refuse_unused({"keywords"}, options["introductions"] is not None, "without --introductions")
 
 
 def _settings(options):

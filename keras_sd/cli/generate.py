@@ -5,11 +5,18 @@ from pathlib import Path
 import click
 
 from keras_sd import interruption, presets
-from keras_sd.arguments import LARGEST_SEED, LONGEST_SIDE, MOST_IMAGES, checked_interval, first_step
+from keras_sd.arguments import (
+    LARGEST_SEED,
+    LONGEST_SIDE,
+    MOST_IMAGES,
+    checked_interval,
+    first_step,
+    whole_number,
+)
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd.cli.command import Command, decorated, refuse_unused
-from keras_sd.cli.model_options import check_size, check_steps, model_options, open_model
+from keras_sd.cli.model_options import check_sampling, check_size, model_options, open_model
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.cli.outputs import check_output, output_option
 from keras_sd.diffusion.samplers import SAMPLERS
@@ -175,18 +182,32 @@ def upscale(image, prompt, num_images, noise_level, **options):
     output = _check_images(options, num_images)
     folder = presets.find(options["model"])
     more = {} if noise_level is None else {"noise_level": noise_level}
-    check_steps(folder, options["num_inference_steps"])
+    _check_upscaler(options["model"], folder, noise_level)
     if holds_pixel_upscaler(folder):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
         unused = {"guidance_scale", "guidance_interval", "guidance_rescale", "negative_prompt"}
         unused |= {"vae", "loras", "lora_folder", "embeddings"}
         refuse_unused(unused, False, f"on {options['model']}, which takes no text")
+        check_sampling(folder, options)
         _upscale_pixels(folder, pixels, output, num_images, more, options)
         return
     pipeline, sampling = _open(options)
     images = pipeline.upscale(pixels, prompt, num_images=num_images, **more, **sampling)
     _save(pipeline, images, output, prompt, sampling, {"Noise level": more.get("noise_level", 20)})
+
+
+def _check_upscaler(model, folder, noise_level):
+    """Raise UserError for a model that is no upscaler, or lacks the noise level, if its config says so."""
+    if not (folder / "unet" / "config.json").is_file():
+        return
+    from keras_sd.config import UNetConfig
+
+    levels = UNetConfig.load(folder / "unet" / "config.json").num_class_embeds
+    if not levels:
+        raise UserError(f"model {model}: is no upscaler; use emoji-upscaler, x4-upscaler or another one")
+    if noise_level is not None:
+        whole_number("noise_level", noise_level, 0, levels - 1)
 
 
 def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
@@ -233,6 +254,9 @@ def _upscale_pixels(folder, pixels, output, num_images, noise_level, options):
 def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
     """Interpolate between PROMPTS; with a single one, vary the noise along a circle."""
     output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
+    refuse_unused({"frame_rate"}, output.path.suffix.lower() == ".gif", "on a PNG file")
+    if num_frames < len(prompts):
+        raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
     check_size(options, height, width)
     pipeline, sampling = _open(options)
     frames = pipeline.random_walk(list(prompts), num_frames, height=height, width=width, **sampling)
@@ -255,6 +279,7 @@ def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **op
 @model_options()
 def reconstruct(image, height, width, **options):
     """Encode and decode IMAGE with the VAE, to show what it preserves."""
+    refuse_unused({"loras", "lora_folder", "embeddings"}, False, "on the VAE, which alone is used")
     pixels = _read_image(image, options, height, width)
     output = _check_images(options)
     pipeline = open_model(**options)
@@ -284,7 +309,7 @@ def _open(options):
     """Open the model that the options name; return the pipeline and the remaining options of the task."""
     names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings", "jit_compile")
     model = {name: options.pop(name) for name in names}
-    check_steps(model["model"], options["num_inference_steps"])
+    check_sampling(model["model"], options)
     checked_interval(options["guidance_interval"])
     pipeline = open_model(**model)
     if options["guidance_scale"] is None:

@@ -12,7 +12,7 @@ from keras_sd.cli.command import HELP_SETTINGS, Command
 from keras_sd.cli.convert import convert
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
-from keras_sd.cli.model_options import check_steps, open_model
+from keras_sd.cli.model_options import check_sampling, open_model
 from keras_sd.cli.outputs import check_output, check_output_folder, output_option
 from keras_sd.cli.program import run_command
 from keras_sd.cli.train.main import train
@@ -39,7 +39,7 @@ def evaluate(model, output, overwrite, **sampling):
     """Measure MODEL, a model of the emoji images: KID, retrieval and reconstruction."""
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
     require(*EMOJI_PACKAGES)
-    check_steps(model, sampling["num_inference_steps"])
+    check_sampling(model, sampling)
     pipeline = open_model(model)
     from tqdm import tqdm
 

@@ -8,8 +8,10 @@ import click
 
 # Whatever loads a backend is imported inside, after the options have been checked.
 from keras_sd import interruption, presets
-from keras_sd.cli.command import decorated
+from keras_sd.cli.command import decorated, refuse_unused
 from keras_sd.errors import UserError
+from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
+from keras_sd.weights.safetensors_files import read_safetensors
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -62,16 +64,34 @@ def _compiled(context, parameter, value):
     return value
 
 
-def check_steps(model, num_inference_steps):
-    """Raise UserError for more steps than the model has timesteps, if its schedule can be read already."""
+def check_sampling(model, options):
+    """Raise UserError for options of sampling that the model cannot take, if its files say it already.
+
+    Args:
+        options: of the command.
+    """
     folder = presets.find(model)
+    from keras_sd.diffusion.samplers import find_sampler
     from keras_sd.diffusion.scheduler_config import SchedulerConfig
+    from keras_sd.diffusion.schedules import NoiseSchedule
+    from keras_sd.pipeline.defaults import ModelDefaults
     from keras_sd.weights.diffusers_folder import SCHEDULER
 
     if (folder / SCHEDULER).is_file():
-        most = SchedulerConfig.load(folder / SCHEDULER).num_train_timesteps
-        if num_inference_steps > most:
-            raise UserError(f"num_inference_steps {num_inference_steps}: out of range; use 1 to {most}")
+        config, steps = SchedulerConfig.load(folder / SCHEDULER), options["num_inference_steps"]
+        if steps > config.num_train_timesteps:
+            raise UserError(
+                f"num_inference_steps {steps}: out of range; use 1 to {config.num_train_timesteps}"
+            )
+        sampler = find_sampler(options.get("sampler"), config)
+        sampler.tables(NoiseSchedule(config), steps, options.get("eta", 0.0))
+    scale = options["guidance_scale"]
+    if scale is None:
+        scale = ModelDefaults.load(folder).guidance_scale
+    unused = {"guidance_interval", "guidance_rescale"}
+    if options.get("negative_prompt"):
+        unused.add("negative_prompt")
+    refuse_unused(unused, scale > 1, f"with --guidance-scale {scale:g}, which is no guidance")
 
 
 def check_size(options, height, width, title="", remedy=""):
@@ -108,10 +128,18 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
         options: as `StableDiffusion.load` takes them.
     """
     source = presets.find(model)
+    if holds_pixel_upscaler(source):
+        raise UserError(f"{model}: is an upscaler, which takes no text; use the command upscale")
+    if options.get("vae") and not Path(options["vae"]).exists():
+        raise UserError(f"vae {options['vae']}: no such file or folder; correct the path")
     updates = [_path_and_weight(text) for text in loras]
     for path in [path for path, _ in updates] + ([lora_folder] if lora_folder else []):
         if not Path(path).exists():
             raise UserError(f"{path}: no such LoRA; give a file, or a folder that holds one")
+    if lora_folder and not Path(lora_folder).is_dir():
+        raise UserError(f"lora_folder {lora_folder}: is no folder; name the one that holds the LoRAs")
+    for path in [path for path, _ in updates if path.endswith(".safetensors") and Path(path).is_file()]:
+        read_safetensors(path)  # only its header: a damaged file is an error before the model is opened
     words = [_path_and_token(text) for text in embeddings]
     with interruption.phase(f"opening {model}"):
         from keras_sd.pipeline.stable_diffusion import StableDiffusion

@@ -38,7 +38,7 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
         UserError: the backend, the devices, the batch size or the processes do not allow it.
     """
     processes = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    address = _check_processes(kind, processes)
+    address = rendezvous.check_processes(kind, **processes)
     if kind is None:
         return
     if keras.backend.backend() != "jax":
@@ -61,25 +61,6 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
             f"give a multiple of {replicas}"
         )
     keras.distribution.set_distribution(distribution)
-
-
-def _check_processes(kind, processes):
-    """Return the address of process 0, or None for a single process; check the arguments."""
-    given = [name for name, value in processes.items() if value is not None]
-    if not given:
-        return None
-    if kind is None:
-        raise UserError(f"{given[0]}: belongs to several processes; add `distribution='auto'`")
-    missing = [name for name in processes if name not in given]
-    if missing:
-        together = ", ".join(f"`{name}`" for name in processes)
-        raise UserError(f"{given[0]}: `{missing[0]}` is missing; give {together} together")
-    coordinator, count, index = processes.values()
-    if count < 1:
-        raise UserError(f"num_processes {count}: too few; give 1 or more")
-    if not 0 <= index < count:
-        raise UserError(f"process_id {index}: out of range; give one from 0 to {count - 1} to each process")
-    return rendezvous.parse_address(coordinator)
 
 
 def _distribution(kind):

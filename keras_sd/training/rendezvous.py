@@ -8,6 +8,7 @@ import contextlib
 import socket
 import time
 
+from keras_sd.arguments import whole_number
 from keras_sd.errors import UserError
 
 _READY = "ready"
@@ -21,6 +22,27 @@ def parse_address(text):
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
     return host.strip("[]"), int(port)
+
+
+def check_processes(kind, coordinator=None, num_processes=None, process_id=None):
+    """Return the address of process 0, or None for a single process; arguments as of `distribution.start`.
+
+    Raises:
+        UserError: one of them is missing, has no effect or is out of range.
+    """
+    processes = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    given = [name for name, value in processes.items() if value is not None]
+    if not given:
+        return None
+    if kind is None:
+        raise UserError(f"{given[0]}: belongs to several processes; add `distribution='auto'`")
+    missing = [name for name in processes if name not in given]
+    if missing:
+        together = ", ".join(f"`{name}`" for name in processes)
+        raise UserError(f"{given[0]}: `{missing[0]}` is missing; give {together} together")
+    count = whole_number("num_processes", num_processes, 1)
+    whole_number("process_id", process_id, 0, count - 1)
+    return parse_address(coordinator)
 
 
 def meet(address, process_count, process_index, timeout):

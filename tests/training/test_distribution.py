@@ -237,7 +237,7 @@ def test_every_device_holds_a_part_of_split_weights():
         (None, {"process_id": 0}, "process_id: belongs"),
         ("data", {"coordinator": "127.0.0.1:1"}, "`num_processes` is missing"),
         ("data", {"coordinator": "here:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
-        ("data", {"coordinator": "here:1", "num_processes": 0, "process_id": 0}, "give 1 or more"),
+        ("data", {"coordinator": "here:1", "num_processes": 0, "process_id": 0}, "use a whole number from 1"),
         ("data", {"coordinator": "here", "num_processes": 2, "process_id": 0}, "give HOST:PORT"),
     ],
 )

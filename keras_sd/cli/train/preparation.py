@@ -99,6 +99,7 @@ def prepare(
     Raises:
         UserError: an option, the run folder, the images or the model's location is wrong.
     """
+    from keras_sd.training.rendezvous import check_processes
     from keras_sd.training.run_folder import claim_output_dir
 
     require("array_record", "grain", "tensorboard")
@@ -107,6 +108,9 @@ def prepare(
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     apply_config(options)
+    refuse_unused({"coordinator_timeout"}, options["coordinator"] is not None, "without --coordinator")
+    processes = {name: options[name] for name in ("coordinator", "num_processes", "process_id")}
+    check_processes(options["distribution"], **processes)
     identity = caption_identity(options) | (identity or {})
     # Only process 0 locks the folder; which one that is, is known later.
     checkpoint = claim_output_dir(

@@ -2,6 +2,7 @@
 
 import click
 
+from keras_sd import presets
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.fine_tuning import (
@@ -13,6 +14,7 @@ from keras_sd.cli.train.fine_tuning import (
 from keras_sd.cli.train.options import run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
+from keras_sd.models.tokenizer import Tokenizer, vector_names
 
 
 @click.command("textual-inversion", cls=Command)
@@ -50,6 +52,10 @@ def textual_inversion(**options):
     """
     if not options["train_data_dir"]:
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")
+    tokenizer = presets.find(options["pretrained_model_name_or_path"]) / "tokenizer"
+    if tokenizer.is_dir():  # otherwise the words are checked when the model is open
+        words = vector_names(options["placeholder_token"], options["num_vectors"])
+        Tokenizer.load(tokenizer).add_tokens(words)
     run = prepare("textual-inversion", options, need_captions=False)
     from keras_sd.data.framing import FramedSource, Framing
     from keras_sd.training.textual_inversion import train_textual_inversion

@@ -41,6 +41,13 @@ BAD = [
     ("ddim", ["--num-inference-steps", "5000"], "1000 timesteps"),
     ("super-resolution", ["--num-inference-steps", "5000"], "1000 timesteps"),
     ("lora", ["--kid-images", "2"], "--kid-images"),
+    ("lora", ["--coordinator-timeout", "5"], "--coordinator-timeout: has no effect without --coordinator"),
+    ("lora", ["--num-processes", "2"], "--num-processes: belongs to several processes"),
+    (
+        "textual-inversion",
+        ["--placeholder-token", "a b", "--train-data-dir", "images"],
+        "'a b'",
+    ),
     ("lora", ["--train-batch-size", "0"], "--train-batch-size"),
     ("lora", ["--max-train-steps", "0"], "--max-train-steps"),
     ("lora", ["--seed", "-1"], "--seed"),
