@@ -9,7 +9,13 @@ compat         all uses of private and experimental functions
 
 from keras_sd.backend.arrays import aligned_copy, to_numpy, to_tensor
 from keras_sd.backend.compat import forget, lay_out, processes_stop_at, sync_state, unlocked
-from keras_sd.backend.compilation import jit, recomputed, scan, with_eager_input
+from keras_sd.backend.compilation import (
+    batches_of_shapes,
+    jit,
+    recomputed,
+    scan,
+    train_function_by_shape,
+)
 from keras_sd.backend.devices import (
     any_process,
     compiles_for_processor,

@@ -74,16 +74,46 @@ def _takes_outputs_first(variable):
     return is_kernel and devices.jax_platform() == "gpu" and keras.distribution.distribution() is None
 
 
-def with_eager_input(train_function):
-    """Return Keras' train function with its batch read outside the compiled step.
+def train_function_by_shape(make_function):
+    """Return a train function for Keras' `fit()` that compiles one step for each shape of batches.
 
     TensorFlow would read its iterator in a second function around the step, and trace and optimise that as
-    well, which takes up to two fifths of the time to the first step.
+    well, which takes up to two fifths of the time to the first step. And once a second shape has come, Keras
+    traces a step of unknown sizes, for which fast kernels cannot be chosen. JAX does neither.
+
+    Args:
+        make_function: returns a new train function, as `Model.make_train_function` makes it.
     """
     keep_programs()
-    if keras.backend.backend() == "tensorflow":
-        return lambda iterator: train_function(iter([next(iterator)]))
-    return train_function
+    if keras.backend.backend() != "tensorflow":
+        return make_function()
+    functions = {}
+
+    def train(iterator):
+        batch = next(iterator)
+        shapes = tuple(tuple(array.shape) for array in keras.tree.flatten(batch))
+        if shapes not in functions:
+            functions[shapes] = make_function()
+        return functions[shapes](iter([batch]))
+
+    return train
+
+
+def batches_of_shapes(batches):
+    """Return batches of several shapes, dictionaries of arrays, in a form that `fit()` takes.
+
+    On TensorFlow Keras would take the shapes of the first two for those of all.
+
+    Args:
+        batches: Grain `IterDataset`.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return batches
+    import tensorflow as tf
+
+    first = next(iter(batches))
+    signature = {key: tf.TensorSpec([None] * array.ndim, array.dtype) for key, array in first.items()}
+    return tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
 
 
 def recomputed(function, variables):

@@ -13,6 +13,9 @@ HELP_SETTINGS = {"show_default": True, "max_content_width": 110}
 OLD_NAMES = {"--steps": "--num-inference-steps"}
 """Former names of options, which are still accepted."""
 
+TAKEN_NAMES = {"--random-crop": "--crop-size"}
+"""Former names of options that would be read as something else today, and are refused."""
+
 MAY_BE_EMPTY = {"prompt", "prompts", "negative_prompt", "validation_prompts"}
 """Names of parameters that may be an empty text: what an image shows."""
 
@@ -28,6 +31,9 @@ class Command(click.Command):
         renamed = []
         for argument in arguments:
             flag, equals, value = argument.partition("=")
+            new = TAKEN_NAMES.get(flag)
+            if new in known and flag not in known and "--" not in renamed:
+                raise UserError(f"{flag}: is called {new} now; --no-center-crop crops at random")
             new = OLD_NAMES.get(flag)
             if new in known and flag not in known and "--" not in renamed:
                 warnings.warn(f"{flag}: is called {new} now; use that", stacklevel=2)

@@ -26,3 +26,16 @@ NOT_NEGATIVE = Number(min=0)
 SHARE = Number(min=0, max=1)
 COUNT = click.IntRange(1, 2**31 - 1)
 FROM_ZERO = click.IntRange(0, 2**31 - 1)
+
+
+class _Side(click.IntRange):
+    """A side of images in pixels, a multiple of 8."""
+
+    def convert(self, value, parameter, context):
+        side = super().convert(value, parameter, context)
+        if side % 8:
+            self.fail(f"{side} is not a multiple of 8.", parameter, context)
+        return side
+
+
+SIDE = _Side(8, 2**14)

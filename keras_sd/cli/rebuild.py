@@ -155,7 +155,8 @@ def _vae(options, identity):
     def write(folder):
         written = vae_config
         if not options["decoder_only"]:
-            source = _source(options, vae_config.sample_size, need_captions=False)
+            side = identity.get("framing", {}).get("resolution", vae_config.sample_size)
+            source = _source(options, side, need_captions=False)
             written = dataclasses.replace(vae_config, scaling_factor=measure_scale(vae, source))
         write_part(folder, "vae", written.to_dict(), torch_state(vae))
 

@@ -119,6 +119,10 @@ class Framing:
             return [(self.resolution, self.resolution)]  # also of a model whose size is no multiple of 8
         return buckets.bucket_grid(self.resolution, self.aspect_ratio_buckets)
 
+    def of_squares(self) -> "Framing":
+        """Return the same with the middle square of every image, which evaluations are made on."""
+        return Framing(self.resolution, interpolation=self.interpolation)
+
     @property
     def is_random(self) -> bool:
         """Whether an image has another crop or flip each time that it is drawn."""
@@ -206,12 +210,8 @@ class FramedSource:
         return source
 
     def squares(self) -> "FramedSource":
-        """Return the same examples with the middle square of every image, not flipped.
-
-        Evaluations measure on these.
-        """
-        framing = Framing(self.framing.resolution, interpolation=self.framing.interpolation)
-        return FramedSource(self.source, framing)
+        """Return the same examples framed as `Framing.of_squares` says."""
+        return FramedSource(self.source, self.framing.of_squares())
 
     def captions(self) -> list[tuple[str, ...]]:
         """Return the captions of every example; no image is read."""

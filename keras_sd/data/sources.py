@@ -425,3 +425,9 @@ def fingerprint_of(source: Any) -> str | int:
     """Return what identifies a source's examples: its fingerprint, or its length if it has none."""
     fingerprint = getattr(source, "fingerprint", None)
     return (fingerprint() if fingerprint else None) or len(source)
+
+
+def framing_identity(source: Any) -> dict[str, Any]:
+    """Return the JSON values of a source's framing that a resumed run shares; none without a framing."""
+    framing = getattr(source, "framing", None)
+    return {} if framing is None else {"framing": framing.identity()}

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.sources import fingerprint_of, image_batches
+from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_from_unit, images_to_unit
@@ -22,10 +22,9 @@ _SHOWN = 50  # number of training images to measure on if there are no held-out 
 _PIXELS = 4 * 512**2  # pixels per batch, as memory grows with them
 
 
-def latent_shape(config, image_size):
-    """Return the shape (height, width, channels) of the latents of square images."""
-    side = image_size // config.downsampling
-    return side, side, config.latent_channels
+def latent_shape(config, height, width):
+    """Return the shape (height, width, channels) of the latents of an image of this size in pixels."""
+    return height // config.downsampling, width // config.downsampling, config.latent_channels
 
 
 def measure_reconstruction(vae, examples):
@@ -57,40 +56,44 @@ def measure_scale(vae, examples):
 
 
 def _image_batches(vae, examples):
-    """Return the images of examples in batches of a size that fits into memory."""
-    return image_batches(examples, min(50, max(1, _PIXELS // vae.config.sample_size**2)))
+    """Return the images of examples, which have one size, in batches of a size that fits into memory."""
+    height, width = examples[0]["image"].shape[:2]
+    return image_batches(examples, min(50, max(1, _PIXELS // (height * width))))
 
 
 def train_autoencoder(
-    settings, vae, source, held_out, *, repeats=None, kl_weight=3e-4, random_crop=None, decoder_only=False
+    settings, vae, source, held_out, *, repeats=None, kl_weight=3e-4, crop_size=None, decoder_only=False
 ):
     """Train an `AutoencoderKL` and write it to `output_dir/model/vae`.
 
     Args:
         settings: `trainer.Settings`.
         vae: the autoencoder; unless `decoder_only`, the scaling factor of its latents is measured at the end.
-        source: examples with an `image` of `config.sample_size`.
-        held_out: examples on which the reconstruction is measured; without any, some training examples.
+        source: examples with an `image`, of one size or of several in buckets. A `data.framing.FramedSource`
+            crops and flips them at random.
+        held_out: examples, of one size, on which the reconstruction is measured; without any, some training
+            examples.
         repeats: how often an epoch shows each example.
         kl_weight: weight of the divergence, per latent number.
         decoder_only: freeze the encoder, and train the decoder to decode the means of the latents, like the
             decoders published after Stable Diffusion 1.
-        random_crop: side in pixels of random square crops to train on; None trains on whole images.
+        crop_size: side in pixels of random squares of the images to train on; None trains on whole images.
 
     Raises:
-        UserError: `random_crop` is larger than the images, or no multiple of the downsampling factor.
+        UserError: `crop_size` is larger than the images, or no multiple of the downsampling factor.
 
     Returns:
         The trained model, or None if training was stopped before the end.
     """
     vae.check_encoder()
     config = vae.config
-    crop = random_crop or config.sample_size
-    if not 0 < crop <= config.sample_size or crop % config.downsampling:
+    framing = getattr(source, "framing", None)
+    side = framing.resolution if framing else config.sample_size
+    if crop_size is not None and (not 0 < crop_size <= side or crop_size % config.downsampling):
         raise UserError(
-            f"random_crop {crop}: does not fit; use a multiple of {config.downsampling} up to "
-            f"{config.sample_size}"
+            f"crop_size {crop_size}: does not fit; use a multiple of {config.downsampling} up to {side}"
         )
+    squares = source.squares() if framing else source
     if decoder_only:
         for part in (vae.encoder, vae.quant_conv):
             freeze(part)
@@ -101,27 +104,27 @@ def train_autoencoder(
             "method": "vae",
             "model": config.to_dict(),
             "data": fingerprint_of(source),
+            **framing_identity(source),
             "kl_weight": kl_weight,
-            "random_crop": random_crop,
+            "random_crop": crop_size,
             "decoder_only": decoder_only,
         },
     )
-    shape = latent_shape(config, crop)
 
     def draw(example, generator):
         image = example["image"]
-        if crop < config.sample_size:
-            top, left = generator.integers(config.sample_size - crop + 1, size=2)
-            image = image[top : top + crop, left : left + crop]
-        if generator.random() < 0.5:
-            image = image[:, ::-1]
+        if crop_size:
+            height, width = image.shape[:2]
+            top, left = generator.integers((height - crop_size + 1, width - crop_size + 1))
+            image = image[top : top + crop_size, left : left + crop_size]
+        shape = latent_shape(config, *image.shape[:2])
         noise = generator.standard_normal(shape, dtype="float32")
         return {"images": image, "noise": np.zeros_like(noise) if decoder_only else noise}
 
     measured, name = held_out, "reconstruction_psnr"
     if not len(held_out):
         indices = np.unique(np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(int))
-        measured, name = [source[index] for index in indices], "reconstruction_psnr_train"
+        measured, name = [squares[index] for index in indices], "reconstruction_psnr_train"
         warnings.warn(
             f"no held-out images: the reconstruction is measured on {len(measured)} training images; put "
             "others into a sub-folder `validation`",
@@ -136,7 +139,7 @@ def train_autoencoder(
 
     def prepare_export():
         if not decoder_only:
-            scale["scaling_factor"] = measure_scale(vae, source)
+            scale["scaling_factor"] = measure_scale(vae, squares)
 
     def export(folder):
         write_part(folder, "vae", dataclasses.replace(config, **scale).to_dict(), torch_state(vae))

@@ -422,7 +422,8 @@ _WORDS = {
     "low_res_schedule": "noise schedule of the small image",
     "data": "images or captions",
     "class_images": "number of images of the class",
-    "crop": "random_crop",
+    "crop": "crop_size",
+    "random_crop": "crop_size",
     "flip": "random_flip",
     "min_snr_gamma": "snr_gamma",
     "caption_dropout": "proportion_empty_prompts",
@@ -438,6 +439,8 @@ _HASHES = {"frozen", "unet", "vae", "text_encoder", "data"}
 def _words(key: str) -> str:
     """Return the user's words for a key of the config."""
     name, _, rest = key.partition(".")
+    if name == "framing":  # its values have the names of arguments
+        return rest or "size and crop of the images"
     words = _WORDS.get(name, name)
     return f"{words} ({rest})" if rest else words
 

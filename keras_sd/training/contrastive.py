@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.sources import fingerprint_of, image_batches
+from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import images_to_unit
 from keras_sd.training.objectives import ContrastiveObjective
@@ -61,7 +61,8 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
         text_encoder: `TextEncoder`: a new one to train, or a trained and frozen one.
         image_config: `ImageEncoderConfig` with the text encoder's `projection_dim`.
         tokenizer: `Tokenizer` of the text encoder's vocabulary.
-        source: examples with an `image` of `image_config.image_size` and `captions`.
+        source: examples with an `image` of `image_config.image_size` and `captions`. A
+            `data.framing.FramedSource` crops and flips the images at random.
         held_out: examples on which matching of images and captions is measured; may be empty.
         repeats: how often an epoch shows each example.
 
@@ -79,6 +80,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
             "text_trained": text_encoder.trainable,
             "image_model": image_config.to_dict(),
             "data": fingerprint_of(source),
+            **framing_identity(source),
         },
     )
 

@@ -47,8 +47,13 @@ class Objective(keras.Model):
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is None or force:
-            super().make_train_function(force=True)
-            self.train_function = backend.with_eager_input(self.train_function)
+            self.train_function = backend.train_function_by_shape(self._new_train_function)
+
+    def _new_train_function(self):
+        kept = self.train_function
+        super().make_train_function(force=True)
+        made, self.train_function = self.train_function, kept
+        return made
 
 
 def at_timesteps(table, timesteps):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_sd.arguments import Images
+from keras_sd.data.sources import framing_identity
 from keras_sd.diffusion.denoiser import Denoiser, NoiseStreams
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.batches import equal_batches
@@ -30,9 +31,7 @@ def sample_images(
     return np.concatenate(images)[:count]
 
 
-def train_pixel_ddim(
-    settings, config, scheduler_config, source, *, min_snr_gamma=None, flip=True, make_evaluation=None
-):
+def train_pixel_ddim(settings, config, scheduler_config, source, *, min_snr_gamma=None, make_evaluation=None):
     """Train an unconditional UNet on images and write it under `output_dir/model`.
 
     Args:
@@ -40,9 +39,9 @@ def train_pixel_ddim(
         config: `UNetConfig` of attention-free blocks, with 3 channels in and out.
         scheduler_config: `SchedulerConfig`; the cosine schedule of signal and noise rates is
             `beta_schedule="squaredcos_cap_v2"`.
-        source: examples with an `image` of `config.sample_size`.
+        source: examples with an `image`, of `config.sample_size` or of several sizes in buckets. A
+            `data.framing.FramedSource` crops and flips them at random.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
-        flip: mirror half of the images.
         make_evaluation: `make_evaluation(trainer, denoiser)` returns a function of the step.
 
     Returns:
@@ -54,13 +53,18 @@ def train_pixel_ddim(
     trainer = Trainer(
         DiffusionObjective(unet, schedule, min_snr_gamma),
         settings,
-        diffusion_identity("ddim", unet, scheduler_config, source, min_snr_gamma=min_snr_gamma, flip=flip),
+        diffusion_identity(
+            "ddim",
+            unet,
+            scheduler_config,
+            source,
+            min_snr_gamma=min_snr_gamma,
+            flip=framing_identity(source).get("framing", {}).get("random_flip", False),
+        ),
     )
 
     def draw(example, generator):
         image = example["image"]
-        if flip and generator.random() < 0.5:
-            image = image[:, ::-1]
         return {
             "samples": image,
             "noise": generator.standard_normal(image.shape, dtype="float32"),

@@ -51,8 +51,6 @@ def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_l
     height, width = example["image"].shape[:2]
     top, left = generator.integers((height - crop + 1, width - crop + 1))
     image = example["image"][top : top + crop, left : left + crop]
-    if generator.random() < 0.5:
-        image = image[:, ::-1]
     seen = images_to_unit(degraded(np.ascontiguousarray(image), factor, generator))
     noise_level = int(noise_levels * generator.random() ** 2)
     rates = low_res_schedule.signal_rates[noise_level], low_res_schedule.noise_rates[noise_level]
@@ -96,16 +94,16 @@ def measure_upscaling(upscaler, images, *, factor=2, **options):
 
 
 def train_super_resolution(
-    settings, upscaler, source, *, factor, crop, repeats=None, min_snr_gamma=None, make_evaluation=None
+    settings, upscaler, source, *, factor, crop_size, repeats=None, min_snr_gamma=None, make_evaluation=None
 ):
     """Train an upscaler and write it to `output_dir/model`.
 
     Args:
         settings: `trainer.Settings`.
         upscaler: `keras_sd.pipeline.upscaler.Upscaler`, whose UNet is trained.
-        source: examples with an `image`.
+        source: examples with an `image`. A `data.framing.FramedSource` crops and flips them at random.
         factor: the upscaling factor.
-        crop: side in pixels of the square crops to train on.
+        crop_size: side in pixels of the random squares of the images to train on.
         repeats: how often an epoch shows each example.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
@@ -118,10 +116,11 @@ def train_super_resolution(
     """
     unet, schedule = upscaler.unet, NoiseSchedule(upscaler.scheduler_config)
     halvings = 2 ** (len(unet.config.block_out_channels) - 1)
-    if not 0 < crop <= unet.config.sample_size or crop % halvings or crop % factor:
+    framing = getattr(source, "framing", None)
+    side = framing.resolution if framing else unet.config.sample_size
+    if not 0 < crop_size <= side or crop_size % halvings or crop_size % factor:
         raise UserError(
-            f"crop {crop}: does not fit; use a multiple of {np.lcm(halvings, factor)} up to "
-            f"{unet.config.sample_size}"
+            f"crop_size {crop_size}: does not fit; use a multiple of {np.lcm(halvings, factor)} up to {side}"
         )
     low_res_schedule = NoiseSchedule(upscaler.low_res_scheduler_config)
     trainer = Trainer(
@@ -134,7 +133,7 @@ def train_super_resolution(
             source,
             low_res_schedule=upscaler.low_res_scheduler_config.noise_schedule(),
             factor=factor,
-            crop=crop,
+            crop=crop_size,
             min_snr_gamma=min_snr_gamma,
         ),
     )
@@ -144,6 +143,6 @@ def train_super_resolution(
         low_res_schedule=low_res_schedule,
         noise_levels=unet.config.num_class_embeds,
         factor=factor,
-        crop=crop,
+        crop=crop_size,
     )
     return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=upscaler.save)

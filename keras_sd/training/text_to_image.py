@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_sd.data.sources import fingerprint_of
+from keras_sd.data.sources import fingerprint_of, framing_identity
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.text_encoder import TextEncoder
@@ -83,6 +83,7 @@ def diffusion_identity(method, unet, scheduler_config, source, **values):
         "schedule": scheduler_config.noise_schedule(),
         "data": fingerprint_of(source),
         **({"cache_dtype": cache_dtype} if cache_dtype != "float32" else {}),
+        **framing_identity(source),
         **values,
     }
 

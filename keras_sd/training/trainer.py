@@ -227,7 +227,8 @@ class Trainer:
         loses as little as possible. A resumed run makes up for an export or evaluation that is missing.
 
         Args:
-            source, draw, repeats: as in `data.sources.batches`.
+            source, draw, repeats: as in `data.sources.batches`. An attribute `buckets` of the source is the
+                number of each example's bucket; the step is compiled once for each bucket.
             make_evaluation: `make_evaluation(trainer)` returns `evaluate(step)`, which is called every
                 `evaluation_steps` and at the end. It is called before the first evaluation; with
                 `evaluation_steps` 0 there is none. A failing evaluation is a warning.
@@ -264,6 +265,7 @@ class Trainer:
     def _fit(self, source, draw, repeats, callbacks):
         settings = self.settings
         accumulation = settings.gradient_accumulation_steps
+        buckets = getattr(source, "buckets", None)
         training_batches = batches(
             source,
             batch_size=settings.train_batch_size,
@@ -271,11 +273,14 @@ class Trainer:
             draw=draw,
             start=self._first_batch,
             repeats=repeats,
+            buckets=buckets,
             process_index=backend.process_index(),
             process_count=backend.process_count(),
         )
         if hasattr(source, "encode_batches"):  # a source that is not encoded yet
             training_batches = source.encode_batches(training_batches)
+        if buckets is not None and len(np.unique(buckets)) > 1:
+            training_batches = backend.batches_of_shapes(training_batches)
         self.objective.fit(
             training_batches,
             steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,

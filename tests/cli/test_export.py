@@ -22,7 +22,7 @@ METHODS = {
     "lcm": ("--rank", 2),
     "dreambooth": ("--instance-prompt", "a sks heart", "--train-text-encoder"),
     "textual-inversion": ("--placeholder-token", "<heart>", "--num-vectors", 2),
-    "super-resolution": ("--random-crop", 8),
+    "super-resolution": ("--crop-size", 8),
 }
 
 

@@ -91,7 +91,7 @@ def command(folder, **options):
         "unet-config": folder / "unet.json",
         "train-data-dir": folder / "images",
         "train-batch-size": 8,
-        "random-crop": 8,
+        "crop-size": 8,
         "max-train-steps": 40,
         "evaluation-steps": 40,
         "num-inference-steps": 2,
@@ -123,7 +123,7 @@ def test_upscaler_is_trained_and_opens(folder):
 
 
 def test_squares_that_do_not_fit_and_other_models_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="crop 7"):
-        command(folder, **{"random-crop": 7, "output-dir": tmp_path / "run"})
+    with pytest.raises(UserError, match="--crop-size 7"):
+        command(folder, **{"crop-size": 7, "output-dir": tmp_path / "run"})
     with pytest.raises(UserError, match="6 channels"):
         Upscaler(tiny.pipeline(jit_compile=False).unet, UPSCALER_SCHEDULER, LOW_RES_SCHEDULER)

@@ -5,20 +5,18 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.train.data_options import source_options
-from keras_sd.cli.train.options import COUNT, FILE, evaluation_options, run_options, snr_gamma_option
+from keras_sd.cli.train.options import FILE, evaluation_options, run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
 from keras_sd.training import architectures
 
 
 @click.command(cls=Command)
-@run_options("ddim", output_dir="runs/ddim")
+@run_options("ddim", output_dir="runs/ddim", random_flip=True)
 @source_options(captions=False)
 @click.option(
     "--unet-config", type=FILE, help="config.json of the UNet; by default a small one without attention."
 )
-@click.option("--resolution", type=COUNT, help="Side of the images in pixels; by default the config's.")
 @snr_gamma_option
-@click.option("--random-flip/--no-random-flip", default=True, help="Mirror half of the images.")
 @click.option(
     "--kid",
     type=click.Choice(["kid_emoji", "kid_inception"]),
@@ -26,7 +24,7 @@ from keras_sd.training import architectures
     help="Feature extractor of KID: the emoji model's CLIP, or Inception v3.",
 )
 @evaluation_options()
-def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_inference_steps, **options):
+def ddim(unet_config, snr_gamma, kid, kid_images, num_inference_steps, **options):
     """Train an unconditional diffusion model on pixels, like the Keras example for DDIM."""
     refuse_unused(["kid"], kid_images, "with --kid-images 0")
     run = prepare(
@@ -43,12 +41,11 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
     from keras_sd.training.pixel_ddim import sample_images, train_pixel_ddim
 
     unet_config = read_config(unet_config, config.UNetConfig, architectures.PIXEL_UNET)
-    if resolution:
-        unet_config = dataclasses.replace(unet_config, sample_size=resolution)
+    unet_config = dataclasses.replace(unet_config, sample_size=run.resolution(unet_config.sample_size))
     source, held_out, _ = run.sources(unet_config.sample_size)
 
     def make_evaluation(trainer, denoiser):
-        sets = example_sets(source, held_out, kid_images)
+        sets = example_sets(source.squares(), held_out, kid_images)
 
         def sample(count):
             return sample_images(
@@ -69,6 +66,5 @@ def ddim(unet_config, resolution, snr_gamma, random_flip, kid, kid_images, num_i
         architectures.PIXEL_SCHEDULER,
         source,
         min_snr_gamma=snr_gamma,
-        flip=random_flip,
         make_evaluation=make_evaluation,
     )

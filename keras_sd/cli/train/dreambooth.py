@@ -80,7 +80,7 @@ def dreambooth(**options):
         identity = part_fingerprints(pipeline, *trained)
     pipeline.batch_size = options["sample_batch_size"]
     models = {name: getattr(pipeline, name) for name in trained}
-    instances, class_images = _images(pipeline, options, class_folder)
+    instances, class_images = _images(run, pipeline, class_folder)
     frozen = ["vae", *(["text_encoder"] if "text_encoder" not in trained else [])]
     finished = train_dreambooth(
         run.settings,
@@ -125,12 +125,17 @@ def _check_images(instance_folder, class_folder):
         )
 
 
-def _images(pipeline, options, class_folder):
+def _images(run, pipeline, class_folder):
     """Return the examples of the subject and of its class, after generating missing class images."""
+    from keras_sd.data.images import MINIMUM_SIDE
     from keras_sd.training.dreambooth import generate_class_images, read_images
 
-    image_size = image_size_of(pipeline)
-    instances = read_images(options["instance_data_dir"], options["instance_prompt"], image_size)
+    options, sizes = run.options, (image_size_of(pipeline), pipeline.vae.config.downsampling)
+
+    def read(folder, prompt):
+        return run.framed(read_images(folder, prompt, MINIMUM_SIDE).source, *sizes)
+
+    instances = read(options["instance_data_dir"], options["instance_prompt"])
     if class_folder is None:
         return instances, []
     prompt = options["class_prompt"]
@@ -144,4 +149,4 @@ def _images(pipeline, options, class_folder):
         guidance_scale=options["guidance_scale"],
         seed=options["seed"],
     )
-    return instances, read_images(class_folder, prompt, image_size)
+    return instances, read(class_folder, prompt)

@@ -87,10 +87,16 @@ def subject_options(method, prompt):
 
 
 def _sampling(run, pipeline, **options):
-    """Return `sample(texts)`, which generates an image of each text for an evaluation."""
-    steps, seed = run.options["num_inference_steps"], run.settings.seed
+    """Return `sample(texts)`, which generates a square of each text for an evaluation."""
+    side = run.resolution(image_size_of(pipeline))
     return functools.partial(
-        pipeline.text_to_image, num_inference_steps=steps, seed=seed, progress=False, **options
+        pipeline.text_to_image,
+        num_inference_steps=run.options["num_inference_steps"],
+        seed=run.settings.seed,
+        height=side,
+        width=side,
+        progress=False,
+        **options,
     )
 
 
@@ -104,15 +110,13 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
             a frozen text encoder.
         sampling: options of sampling in evaluations, such as guidance_scale and sampler.
     """
-    from keras_sd.data.framing import FramedSource, Framing
     from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
     from keras_sd.training.stored_encodings import encoded_source
 
-    image_size = image_size_of(pipeline)
-    source, held_out, repeats = run.sources(image_size)
+    source, held_out, repeats = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
     tokenizer = CaptionTokenizer(pipeline.tokenizer, int(run.options.get("max_token_length", 75)))
     encoded = encoded_source(
-        FramedSource(source, Framing(image_size)),
+        source,
         pipeline.vae,
         frozen_text_encoder,
         tokenizer,
@@ -134,12 +138,12 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
         from keras_sd.training.evaluation import SampleEvaluation
         from keras_sd.training.lora import without_updates
 
-        is_small = image_size <= SMALL_IMAGE
+        is_small = source.framing.resolution <= SMALL_IMAGE
         prompts = list(run.options["validation_prompts"]) or [
             captions[0] for captions in evenly((held_out or source).captions(), 16 if is_small else 4)
         ]
         count = run.options["kid_images"]
-        sets = example_sets(source, held_out, count) if pipeline.image_encoder else {}
+        sets = example_sets(source.squares(), held_out, count) if pipeline.image_encoder else {}
         captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
         scored = sets and pipeline.clip_head is not None
         compiled = run.settings.jit_compile
@@ -213,7 +217,7 @@ def subject_evaluation(run, pipeline, prompt):
 
         columns = run.options["num_validation_images"]
         labels = [text for text in run.options["validation_prompts"] or [prompt] for _ in range(columns)]
-        scale = 2 if image_size_of(pipeline) <= SMALL_IMAGE else 1
+        scale = 2 if run.resolution(image_size_of(pipeline)) <= SMALL_IMAGE else 1
         sample = _sampling(run, pipeline, guidance_scale=run.options["guidance_scale"])
         return SampleEvaluation(
             trainer, lambda: image_grid(sample(labels), columns=columns, labels=labels, scale=scale)

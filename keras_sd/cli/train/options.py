@@ -7,6 +7,7 @@ import click
 
 from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
+from keras_sd.cli.train.framing import framing_options
 from keras_sd.errors import UserError
 from keras_sd.pipeline.defaults import usual
 
@@ -72,6 +73,7 @@ def run_options(method, *, without=(), **defaults):
             "TensorFlow Datasets (TFDS).",
         ),
         option("--train-data-dir", None, "Folder of training images, instead of --dataset-name."),
+        *framing_options(flips=defaults.get("random_flip", False)),
         follows_model("max_train_steps"),
         follows_model("train_batch_size"),
         option("--gradient-accumulation-steps", 1, "Batches per optimizer update.", type=COUNT),

@@ -14,8 +14,10 @@ from keras_sd import config, interruption, presets
 from keras_sd.cli.command import refuse_unused
 from keras_sd.cli.train.caching import caching_of
 from keras_sd.cli.train.data_options import apply_config, caption_identity, print_notes, reading_of
+from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
+from keras_sd.data.framing import FramedSource
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, require
@@ -35,6 +37,7 @@ class Run:
             none), not yet at the training resolution; None if the method reads its own.
         model: path of the pretrained model, or None.
         options: all options of the command, with the model's defaults filled in.
+        checkpoint: folder of the checkpoint to resume from, or None.
     """
 
     settings: object
@@ -42,12 +45,35 @@ class Run:
     held_out: object
     model: Path | None
     options: dict
+    checkpoint: Path | None = None
 
-    def sources(self, image_size):
-        """Return the training source, the held-out source and the repeats per epoch, at an image size."""
-        source = self.source.at_size(image_size)
-        held_out = self.held_out.at_size(image_size) if self.held_out else ()
-        return source, held_out, source.repeats() if hasattr(source, "repeats") else None
+    def resolution(self, own_size):
+        """Return the side of the run's square images in pixels; `own_size` is that of the model's."""
+        return self.options["resolution"] or own_size
+
+    def sources(self, own_size, factor=1):
+        """Return the framed training source, the held-out one in squares, and the repeats per epoch.
+
+        Args:
+            own_size: side in pixels of the model's images, the default resolution.
+            factor: pixels along a side for each latent value.
+
+        Raises:
+            UserError: images do not fit, or a checkpoint to resume has other sizes or crops.
+        """
+        source = self.framed(self.source, own_size, factor)
+        held_out = FramedSource(self.held_out, source.framing.of_squares()) if self.held_out else ()
+        return source, held_out, source.repeats()
+
+    def framed(self, source, own_size, factor=1):
+        """Return a source with its images framed as the options say, and print what is cropped away."""
+        from keras_sd.training.checkpoints import check_same_run
+
+        framing = framing_of(self.options, own_size)
+        check_sides(framing, factor)
+        if self.checkpoint is not None:
+            check_same_run(self.checkpoint, {"framing": framing.identity()})
+        return framed(source, framing, self.settings.train_batch_size)
 
     def print_next_command(self, option=None, result="", prompt="PROMPT", more=()):
         """Print a command that generates with what was trained.
@@ -112,6 +138,7 @@ def prepare(
     processes = {name: options[name] for name in ("coordinator", "num_processes", "process_id")}
     check_processes(options["distribution"], **processes)
     identity = caption_identity(options) | (identity or {})
+    check_framing(method, options)
     # Only process 0 locks the folder; which one that is, is known later.
     checkpoint = claim_output_dir(
         options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
@@ -136,7 +163,7 @@ def prepare(
     if checkpoint is not None:
         _check_resumed(checkpoint, settings, identity)
     _print_summary(method, settings, source, options)
-    return Run(settings, source, held_out, model, options)
+    return Run(settings, source, held_out, model, options, checkpoint)
 
 
 def _check_resumed(checkpoint, settings, identity):
@@ -316,7 +343,7 @@ def open_pipeline(run, adapt=None):
         adapt(parts)
     pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])
     # Sample images are generated while all that training needs stays in memory.
-    largest = 64 if image_size_of(pipeline) <= SMALL_IMAGE else 4
+    largest = 64 if run.resolution(image_size_of(pipeline)) <= SMALL_IMAGE else 4
     pipeline.batch_size = min(run.settings.train_batch_size, largest)
     return pipeline
 

@@ -11,19 +11,24 @@ from keras_sd.training import architectures
 
 
 @click.command("super-resolution", cls=Command)
-@run_options("super-resolution", output_dir="runs/super-resolution")
+@run_options("super-resolution", output_dir="runs/super-resolution", random_flip=True)
 @source_options(captions=False)
 @click.option("--unet-config", type=FILE, help="config.json of the UNet; by default a small one.")
 @click.option("--factor", default=2, type=click.IntRange(2), help="Upscaling factor of the sides.")
 @click.option(
-    "--random-crop", "crop", default=48, type=COUNT, help="Side of the random training squares, in pixels."
+    "--crop-size",
+    default=48,
+    type=COUNT,
+    help="Side in pixels of the random squares of the resized images to train on.",
 )
 @snr_gamma_option
 @inference_steps_option(10)
 @click.option(
     "--validation-images", default=32, type=COUNT, help="Held-out images that evaluations shrink and upscale."
 )
-def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, validation_images, **options):
+def super_resolution(
+    unet_config, factor, crop_size, snr_gamma, num_inference_steps, validation_images, **options
+):
     """Train a diffusion upscaler on images and smaller copies of them."""
     run = prepare(
         "super-resolution",
@@ -50,7 +55,8 @@ def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, 
     source, held_out, repeats = run.sources(unet_config.sample_size)
 
     def make_evaluation(trainer):
-        shown = np.stack([example["image"] for example in evenly(held_out or source, validation_images)])
+        examples = evenly(held_out or source.squares(), validation_images)
+        shown = np.stack([example["image"] for example in examples])
 
         def evaluate(step):
             with trainer.ema.applied():
@@ -67,7 +73,7 @@ def super_resolution(unet_config, factor, crop, snr_gamma, num_inference_steps, 
         upscaler,
         source,
         factor=factor,
-        crop=crop,
+        crop_size=crop_size,
         repeats=repeats,
         min_snr_gamma=snr_gamma,
         make_evaluation=make_evaluation,

@@ -13,20 +13,22 @@ from keras_sd.errors import UserError
 
 
 @click.command(cls=Command)
-@run_options("vae", output_dir="runs/vae")
+@run_options("vae", output_dir="runs/vae", random_flip=True)
 @source_options(captions=False)
 @click.option("--vae-config", type=FILE, help="config.json of a new VAE; by default the emoji model's.")
 @click.option(
     "--kl-weight", default=3e-4, type=NOT_NEGATIVE, help="Weight of the KL divergence per latent value."
 )
 @click.option(
-    "--random-crop", type=COUNT, help="Side of random training squares, in pixels. By default whole images."
+    "--crop-size",
+    type=COUNT,
+    help="Side in pixels of random squares of the resized images to train on. By default whole images.",
 )
 @click.option("--pretrained-vae", type=FILE_OR_FOLDER, help="Folder of a VAE to train further.")
 @click.option(
     "--decoder-only", is_flag=True, help="Train the decoder only, so that latents stay as they are."
 )
-def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **options):
+def vae(vae_config, kl_weight, crop_size, pretrained_vae, decoder_only, **options):
     """Train the autoencoder (VAE) that encodes images to latents."""
     if decoder_only and not pretrained_vae:
         raise UserError("--decoder-only: there are no latents yet; name an autoencoder with --pretrained-vae")
@@ -34,7 +36,7 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
     refuse_unused(["kl_weight"], not decoder_only, "with --decoder-only")
     run = prepare(
         "vae",
-        options,
+        options | {"crop_size": crop_size},
         variant=None if pretrained_vae else "from scratch",
         defaults_from=pretrained_vae or defaults_from(vae_config),
         need_captions=False,
@@ -48,7 +50,8 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
         autoencoder = load_part(pretrained_vae, "vae", PRECISIONS[run.settings.mixed_precision])
     else:
         autoencoder = AutoencoderKL(read_config(vae_config, config.VAEConfig, architecture.EMOJI_VAE))
-    source, held_out, repeats = run.sources(autoencoder.config.sample_size)
+    sizes = autoencoder.config
+    source, held_out, repeats = run.sources(sizes.sample_size, sizes.downsampling)
     train_autoencoder(
         run.settings,
         autoencoder,
@@ -56,6 +59,6 @@ def vae(vae_config, kl_weight, random_crop, pretrained_vae, decoder_only, **opti
         held_out,
         repeats=repeats,
         kl_weight=kl_weight,
-        random_crop=random_crop,
+        crop_size=crop_size,
         decoder_only=decoder_only,
     )

@@ -1,0 +1,153 @@
+"""The options of all training commands that say how images are resized, cropped and flipped."""
+
+import sys
+
+import click
+
+from keras_sd.cli.command import in_flags, refuse_unused
+from keras_sd.cli.option_types import COUNT, SIDE
+from keras_sd.data.framing import INTERPOLATIONS
+from keras_sd.errors import UserError
+
+ENABLED_BUCKETS = 9  # of --enable-bucket
+
+_BUCKETS = ("aspect_ratio_buckets", "enable_bucket", "bucket_upscale")
+# Methods whose networks or losses take images of one size only, and why.
+_ONE_SHAPE = {
+    "clip": "as the image encoder has one size",
+    "super-resolution": "as this method trains on squares of --crop-size",
+}
+
+
+def framing_options(flips):
+    """Return the options' names and the options.
+
+    Args:
+        flips: whether half of the images are mirrored by default.
+    """
+    return [
+        (
+            "resolution",
+            click.option(
+                "--resolution",
+                type=SIDE,
+                show_default="the model's own",
+                help="Side of the training images in pixels, a multiple of 8. Buckets have the area of this "
+                "square.",
+            ),
+        ),
+        (
+            "center_crop",
+            click.option(
+                "--center-crop/--no-center-crop",
+                default=True,
+                help="Crop the middle of each image, or a part that is drawn anew each time.",
+            ),
+        ),
+        (
+            "random_flip",
+            click.option(
+                "--random-flip/--no-random-flip", default=flips, help="Mirror half of the images at random."
+            ),
+        ),
+        (
+            "interpolation",
+            click.option(
+                "--interpolation",
+                "--image-interpolation-mode",
+                default="lanczos",
+                type=click.Choice(INTERPOLATIONS),
+                help="Filter by which images are resized.",
+            ),
+        ),
+        (
+            "aspect_ratio_buckets",
+            click.option(
+                "--aspect-ratio-buckets",
+                type=COUNT,
+                show_default="1, squares",
+                help="Crop each image to the nearest of at most N ratios from 1:2 to 2:1, of equal area. A "
+                "batch is of one ratio, and a step is compiled for each.",
+            ),
+        ),
+        (
+            "enable_bucket",
+            click.option(
+                "--enable-bucket", is_flag=True, help=f"As --aspect-ratio-buckets {ENABLED_BUCKETS}."
+            ),
+        ),
+        (
+            "bucket_upscale",
+            click.option(
+                "--bucket-upscale/--bucket-no-upscale",
+                default=False,
+                help="Enlarge images that are smaller than their bucket. By default they are an error.",
+            ),
+        ),
+    ]
+
+
+def check_framing(method, options):
+    """Check the options against each other and the method, and fill in the number of buckets.
+
+    Raises:
+        UserError: an option has no effect, or the method cannot honour it.
+    """
+    if options["aspect_ratio_buckets"] is None:
+        options["aspect_ratio_buckets"] = ENABLED_BUCKETS if options["enable_bucket"] else 1
+    if method in _ONE_SHAPE:
+        refuse_unused(_BUCKETS, False, _ONE_SHAPE[method])
+    refuse_unused(["resolution"], method != "clip", _ONE_SHAPE["clip"])
+    if options.get("crop_size"):
+        refuse_unused(_BUCKETS, False, "with --crop-size, whose squares have one size")
+    if options.get("with_prior_preservation"):
+        refuse_unused(_BUCKETS, False, "with --with-prior-preservation: both images of a pair have one size")
+    if not options["center_crop"] and options.get("cache_latents") in ("memory", "disk"):
+        raise UserError(
+            f"--cache-latents {options['cache_latents']}: keeps one crop of an image, and --no-center-crop "
+            "draws another each time; use --cache-latents off, or leave out --no-center-crop"
+        )
+    refuse_unused(["bucket_upscale"], options["aspect_ratio_buckets"] > 1, "without --aspect-ratio-buckets")
+
+
+def framing_of(options, own_size):
+    """Return the `Framing` of a command's options.
+
+    Args:
+        own_size: side in pixels of the model's images, the default resolution.
+    """
+    from keras_sd.data.framing import Framing
+
+    return Framing(
+        options["resolution"] or own_size,
+        "center" if options["center_crop"] else "random",
+        options["random_flip"],
+        options["interpolation"],
+        options["aspect_ratio_buckets"],
+        options["bucket_upscale"],
+    )
+
+
+def framed(source, framing, batch_size):
+    """Return the `FramedSource` of a run, and print how its images fall into buckets.
+
+    Raises:
+        UserError: images are too small.
+    """
+    from keras_sd import backend
+    from keras_sd.data.framing import FramedSource
+
+    framed_source = FramedSource(source, framing, batch_size)
+    if backend.process_index() == 0:
+        for line in framed_source.summary():
+            print(in_flags(line), file=sys.stderr, flush=True)
+    return framed_source
+
+
+def check_sides(framing, factor):
+    """Raise UserError unless the sides of all buckets are multiples of a VAE's factor."""
+    if any(side % factor for size in framing.grid() for side in size):
+        raise UserError(
+            f"resolution {framing.resolution}: does not fit the VAE, as the sides of all buckets must be "
+            f"multiples of {factor}; give another one"
+        )
