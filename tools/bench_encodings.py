@@ -110,7 +110,7 @@ class Stored:
 
 def measure_memory(folder, count):
     """Train on few and on many images; compare the memory, and the time to the first step."""
-    model = small_model(folder / "model")
+    model = small_model(folder / "model-64", 64)
     runs = {}
     for number in (200, count):
         images = write_images(folder / f"images-{number}", number, 64)
@@ -119,7 +119,7 @@ def measure_memory(folder, count):
         for state in ("empty", "warm"):
             output = folder / f"run-{number}-{state}"
             shutil.rmtree(output, ignore_errors=True)
-            arguments = command(model, images, cache, output, 64, steps=10)
+            arguments = command(model, images, cache, output, steps=10)
             began, process = time.time(), subprocess.Popen(arguments)
             _, status, usage = os.wait4(process.pid, 0)
             if status:
@@ -138,20 +138,20 @@ def first_time(output):
 
 def measure_kills(folder, count, kills):
     """Kill a run at random moments while it encodes and while it trains; compare it with one left alone."""
-    model = small_model(folder / "model")
+    model = small_model(folder / "model-512", 512)
     images = write_images(folder / f"images-512-{count}", count, 512)
     runs = {name: (folder / f"cache-{name}", folder / f"run-{name}") for name in ("whole", "killed")}
     for paths in runs.values():
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
     began = time.monotonic()
-    subprocess.run(command(model, images, *runs["whole"], 512, steps=100), check=True)
+    subprocess.run(command(model, images, *runs["whole"], steps=100), check=True)
     duration, generator, moments = time.monotonic() - began, random.Random(0), []
     while True:
         resumed = (
             ["--resume-from-checkpoint", "latest"] if list(runs["killed"][1].glob("checkpoint-*")) else []
         )
-        process = subprocess.Popen([*command(model, images, *runs["killed"], 512, steps=100), *resumed])
+        process = subprocess.Popen([*command(model, images, *runs["killed"], steps=100), *resumed])
         try:
             # Starting takes some seconds, in which nothing is written.
             process.wait(generator.uniform(0.1, 0.5) * duration if len(moments) < kills else None)
@@ -181,7 +181,7 @@ def contents(folder, pattern):
     }
 
 
-def command(model, images, cache, output, resolution, steps):
+def command(model, images, cache, output, steps):
     """Return the command of a run with encodings on disk."""
     arguments = [sys.executable, "-m", "keras_sd.train", "text-to-image"]
     arguments += [
@@ -192,7 +192,7 @@ def command(model, images, cache, output, resolution, steps):
         "--output-dir",
         output,
     ]
-    arguments += ["--resolution", resolution, "--cache-latents", "disk", "--cache-dir", cache]
+    arguments += ["--cache-latents", "disk", "--cache-dir", cache]
     arguments += ["--max-train-steps", steps, "--train-batch-size", 4, "--evaluation-steps", 0]
     arguments += ["--checkpointing-steps", 10, "--lr-warmup-steps", 0]
     return [str(argument) for argument in arguments]
@@ -211,8 +211,8 @@ def write_images(folder, count, side):
     return folder
 
 
-def small_model(folder):
-    """Write a model with a VAE of factor 8 and hardly any weights, unless it is there."""
+def small_model(folder, side):
+    """Write a model of images of this side, with a VAE of factor 8 and hardly any weights."""
     if (folder / "model_index.json").exists():
         return folder
     from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
@@ -236,7 +236,7 @@ def small_model(folder):
         pad_token_id=tokenizer.pad_token_id,
     )
     unet = UNetConfig(
-        sample_size=8,
+        sample_size=side // 8,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -245,7 +245,7 @@ def small_model(folder):
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    vae = VAEConfig(sample_size=64, block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
+    vae = VAEConfig(sample_size=side, block_out_channels=(8, 8, 8, 16), layers_per_block=1, norm_num_groups=4)
     parts = TextEncoder(text_encoder), UNet(unet), AutoencoderKL(vae)
     StableDiffusion(tokenizer, *parts, SchedulerConfig()).save(folder)
     return folder
