@@ -10,6 +10,7 @@ from keras_sd.cli.caption import caption
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd.cli.command import HELP_SETTINGS, Command
 from keras_sd.cli.convert import convert
+from keras_sd.cli.encode import encode
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
 from keras_sd.cli.model_options import check_sampling, open_model
@@ -27,7 +28,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, caption, train, export):
+for command in (*COMMANDS, convert, caption, encode, train, export):
     cli.add_command(command)
 
 

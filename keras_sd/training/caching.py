@@ -44,6 +44,19 @@ class Caching:
                 f"cache_dtype {self.cache_dtype}: has no effect with `cache_latents='off'`; leave one out"
             )
 
+    def with_random_crops(self) -> "Caching":
+        """Return the settings for images that are cropped anew each time.
+
+        Raises:
+            UserError: encodings would be kept.
+        """
+        if self.cache_latents not in (None, "off"):
+            raise UserError(
+                f"cache_latents {self.cache_latents}: keeps one crop of an image, and random crops are drawn "
+                "each time; use `cache_latents='off'`, or crop the centre"
+            )
+        return dataclasses.replace(self, cache_latents="off")
+
     def folder(self) -> Path:
         """Return the folder for encodings on disk."""
         if self.cache_dir is not None:

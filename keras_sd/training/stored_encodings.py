@@ -73,14 +73,8 @@ def encoded_source(
         if mode not in (None, "memory") or caching.cache_dir is not None:
             raise UserError(f"cache_latents {mode or 'disk'}: images are not framed; use a `FramedSource`")
         mode = "memory"
-    is_cropped = framing_of(source, "crop") == "random"
-    if mode not in (None, "off") and is_cropped:
-        raise UserError(
-            f"cache_latents {mode}: keeps one crop of an image, and `crop='random'` draws another each "
-            "time; use `cache_latents='off'`, or crop the centre"
-        )
-    if mode is None and is_cropped:
-        mode = "off"
+    if framing_of(source, "crop") == "random":
+        mode = caching.with_random_crops().cache_latents
     captions = None
     if mode != "memory":
         captions = CaptionIndex(source.captions(), tokenizer)

@@ -38,4 +38,5 @@ def caching_of(options):
     Raises:
         UserError: an option has no effect.
     """
-    return Caching(options["cache_latents"], options["cache_dir"], options["cache_dtype"])
+    caching = Caching(options["cache_latents"], options["cache_dir"], options["cache_dtype"])
+    return caching if options["center_crop"] else caching.with_random_crops()

@@ -66,6 +66,13 @@ def source_options(captions=True):
     return decorated(*options)
 
 
+max_token_length_option = click.option(
+    "--max-token-length",
+    default="75",
+    type=click.Choice(["75", "150", "225"]),
+    help="Tokens of a caption, in one, two or three chunks of 75; the rest of longer ones is cut.",
+)
+
 caption_options = decorated(
     click.option(
         "--dataset-config",
@@ -87,12 +94,7 @@ caption_options = decorated(
         type=SHARE,
         help="Share of the tags that is left out at each draw, 0 to 1.",
     ),
-    click.option(
-        "--max-token-length",
-        default="75",
-        type=click.Choice(["75", "150", "225"]),
-        help="Tokens of a caption, in one, two or three chunks of 75; the rest of longer ones is cut.",
-    ),
+    max_token_length_option,
 )
 """Adds the options of how a caption is drawn and tokenized."""
 

@@ -37,6 +37,14 @@ _FOLLOWS_MODEL = {
 }
 
 
+mixed_precision_option = click.option(
+    "--mixed-precision",
+    default="auto",
+    type=click.Choice(["auto", "no", "fp16", "bf16"]),
+    help="Precision of the layers. `auto`: bf16 on a GPU or TPU that supports it, otherwise no (float32).",
+)
+
+
 def model_option(method, name, text=None):
     """Return a click option whose value is None until `prepare` has looked up the model's default."""
     kind, usual_text = _FOLLOWS_MODEL[name]
@@ -88,12 +96,7 @@ def run_options(method, *, without=(), **defaults):
             "--max-grad-norm", 1.0, "Clip gradients to this global norm; 0: no clipping.", type=NOT_NEGATIVE
         ),
         follows_model("ema_decay"),
-        option(
-            "--mixed-precision",
-            "auto",
-            "Precision of the layers. `auto`: bf16 on a GPU or TPU that supports it, otherwise no (float32).",
-            type=click.Choice(["auto", "no", "fp16", "bf16"]),
-        ),
+        ("mixed_precision", mixed_precision_option),
         option("--jit-compile/--no-jit-compile", True, "Compile the training step with XLA."),
         option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
