@@ -10,6 +10,7 @@ from keras_sd.cli.caption import caption
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd.cli.command import HELP_SETTINGS, Command
 from keras_sd.cli.convert import convert
+from keras_sd.cli.dataset import dataset
 from keras_sd.cli.encode import encode
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
@@ -28,7 +29,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, caption, encode, train, export):
+for command in (*COMMANDS, convert, caption, dataset, encode, train, export):
     cli.add_command(command)
 
 

@@ -1,0 +1,98 @@
+"""`keras-sd dataset`: what a run would see."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_sd.cli.main import cli
+from keras_sd.data.survey import similar_pairs
+from keras_sd.errors import UserError
+from tests.programs import run_python
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(64, 64), (96, 64), (64, 128), (200, 100), (64, 64)]):
+        path = tmp_path / "images" / ("3_cat" if number == 1 else "") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), "uint8")).save(path)
+        path.with_suffix(".txt").write_text("a cat\na photo of " + "very " * 40 * number + "good cat")
+    shutil.copy(tmp_path / "images" / "0.png", tmp_path / "images" / "4.png")
+    return tmp_path / "images"
+
+
+def shown(capsys, *arguments):
+    cli.main([str(one) for one in ("dataset", *arguments)], standalone_mode=False)
+    return capsys.readouterr()
+
+
+def test_figures_and_drawing(folder, tmp_path, capsys):
+    output = tmp_path / "seen.png"
+    options = ("--resolution", 64, "--aspect-ratio-buckets", 5, "--caption-lines", "each")
+    printed = shown(capsys, folder, "--output", output, *options)
+    text = printed.out
+    assert f"{folder}: 5 images, 7 in an epoch" in text
+    assert "width: 64 to 200, median 64; height: 64 to 128, median 64 pixels" in text
+    assert "0.5 to 0.667: 1, 0.95 to 1.05: 2, 1.5 to 2: 1, from 2: 1" in text
+    assert re.search(r"buckets, width x height: images: .*64 x 64: 2", text)
+    assert "captions: 10, 6 different; tokens: 2 to 165" in text
+    assert "3 are longer than 75" in text
+    assert re.search(r"the same image: 1 too many: \S+0.png = \S+4.png", text)
+    assert "'3_cat' (1 images) 3" in printed.err
+    image = np.asarray(Image.open(output))
+    assert image.shape[1] > 400 and len(np.unique(image)) > 100
+    with pytest.raises(UserError, match="exists"):
+        shown(capsys, folder, "--output", output)
+
+
+def test_a_run_that_would_be_refused(folder, tmp_path, capsys):
+    options = ("--resolution", 128, "--aspect-ratio-buckets", 3, "--output", tmp_path / "seen.png")
+    text = shown(capsys, folder, *options, "--no-captions").out
+    assert "a run would be refused: --resolution 128: " in text and "--bucket-upscale" in text
+    assert "captions:" not in text and (tmp_path / "seen.png").is_file()
+
+
+def test_a_file_of_data_sets(folder, tmp_path, capsys):
+    (tmp_path / "data.toml").write_text(
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{folder}'\nnum_repeats = 2\n"
+    )
+    text = shown(capsys, tmp_path / "data.toml", "--resolution", 64, "--output", tmp_path / "seen.png").out
+    assert "5 images, 14 in an epoch" in text
+    with pytest.raises(UserError, match="--caption-lines: has no effect with"):
+        shown(capsys, tmp_path / "data.toml", "--caption-lines", "first")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--similarity", 0.9), "--similarity: has no effect without --clip"),
+        (("--no-captions", "--caption-lines", "first"), "--caption-lines: has no effect with --no-captions"),
+        (("--split", "validation"), "no sub-folder 'validation'"),
+        (("--resolution", 100), "100"),
+    ],
+)
+def test_bad_options(folder, capsys, options, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        shown(capsys, folder, "--aspect-ratio-buckets", 3, *options)
+
+
+def test_similar_pairs():
+    vectors = np.random.default_rng(0).standard_normal((2500, 8)).astype("float32")
+    vectors[2400] = vectors[7] + 0.01
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    (pair, *others) = similar_pairs(vectors, 0.99)
+    assert pair[:2] == (7, 2400) and pair[2] > 0.999
+    assert all(value >= 0.99 for *_, value in others)
+
+
+def test_similar_images_by_clip(folder, tmp_path):
+    """In processes of their own: TensorFlow and torch do not share one."""
+    run_python(["-m", "keras_sd", "convert", "emoji", tmp_path / "clip", "--open-clip"])
+    options = ["--clip", tmp_path / "clip", "--similarity", 0.999, "--resolution", 64]
+    options += ["--output", tmp_path / "seen.png"]
+    text = run_python(["-m", "keras_sd", "dataset", folder, *options])
+    assert re.search(r"similar images: \d+ pairs: .*0.png ~ \S+4.png \(1.000\)", text)
