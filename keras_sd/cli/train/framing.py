@@ -95,13 +95,19 @@ def check_framing(method, options):
     """
     if options["aspect_ratio_buckets"] is None:
         options["aspect_ratio_buckets"] = ENABLED_BUCKETS if options["enable_bucket"] else 1
-    if method in _ONE_SHAPE:
-        refuse_unused(_BUCKETS, False, _ONE_SHAPE[method])
-    refuse_unused(["resolution"], method != "clip", _ONE_SHAPE["clip"])
-    if options.get("crop_size"):
-        refuse_unused(_BUCKETS, False, "with --crop-size, whose squares have one size")
+    reason = _ONE_SHAPE.get(method)
+    if options.get("crop_size") and not reason:
+        reason = "with --crop-size, whose squares have one size"
     if options.get("with_prior_preservation"):
-        refuse_unused(_BUCKETS, False, "with --with-prior-preservation: both images of a pair have one size")
+        reason = "with --with-prior-preservation: both images of a pair have one size"
+    if reason:
+        refuse_unused(_BUCKETS, False, reason)
+        if options["aspect_ratio_buckets"] > 1:  # of a --dataset-config
+            raise UserError(f"--aspect-ratio-buckets: has no effect {reason}; leave it out")
+    if method == "clip":
+        refuse_unused(["resolution"], False, _ONE_SHAPE["clip"])
+        if options["resolution"]:
+            raise UserError(f"--resolution: has no effect {_ONE_SHAPE['clip']}; leave it out")
     if not options["center_crop"] and options.get("cache_latents") in ("memory", "disk"):
         raise UserError(
             f"--cache-latents {options['cache_latents']}: keeps one crop of an image, and --no-center-crop "
