@@ -44,10 +44,10 @@ _OF_RUN: dict[str, tuple[str, tuple[type, ...]]] = {
 _NEGATED = ("bucket_no_upscale", "random_crop")
 # Other keys of kohya's scripts, and what there is in their place.
 _REMEDIES = {
-    "is_reg": "train with dreambooth --with-prior-preservation",
-    "caption_dropout_rate": "give --proportion-empty-prompts, for all data sets",
+    "is_reg": "train by DreamBooth with prior preservation",
+    "caption_dropout_rate": "give `proportion_empty_prompts`, for all data sets",
     **dict.fromkeys(
-        ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), "give --aspect-ratio-buckets"
+        ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), "give `aspect_ratio_buckets`"
     ),
     **dict.fromkeys(
         ("validation_split", "validation_seed"), "put held-out images into a folder of their own"
