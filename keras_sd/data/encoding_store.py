@@ -299,7 +299,8 @@ class EncodingStore:
     def _read_catalogue(self) -> dict[str, _Shard]:
         """Return the shards that the catalogue describes; none if it is missing or damaged."""
         try:
-            with np.load(self.folder / _CATALOGUE, allow_pickle=False) as file:
+            path = self.folder / _CATALOGUE
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 names, headers = ([text.decode() for text in file[name]] for name in ("names", "headers"))
                 sizes, header_of = file["sizes"].tolist(), file["header_of"].tolist()
                 starts, keys = file["starts"], file["keys"]
@@ -313,7 +314,7 @@ class EncodingStore:
             return shards
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):
             return {}  # the shards themselves are read instead
 
 
