@@ -11,7 +11,10 @@ resuming           adapts a checkpoint to changed settings
 run_folder         the lock, records and exports of a run folder
 logs               metrics.jsonl, TensorBoard, sample images
 evaluation         samples, KID and CLIP score during training
-encodings          images and captions encoded once before training
+encoder            the frozen VAE and text encoder, compiled, batch by batch
+encodings          encoded examples in memory, or encoded while a step runs; stored_encodings: on disk
+caching            chooses among them
+caption_tokenizer  token ids of captions that are drawn anew each time
 distribution       several devices and processes; rendezvous connects them
 
 text_to_image, lora, consistency (LCM), dreambooth, textual_inversion, autoencoder, contrastive (CLIP),
