@@ -159,7 +159,7 @@ def workplace(tmp_path, monkeypatch):
 
 def test_commands_of_the_readme(workplace):
     # The others need a model of the hub or of one's own, or train, or are run by the next test.
-    elsewhere = re.compile(r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export")
+    elsewhere = re.compile(r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export|dataset|encode")
     found = [arguments for program, arguments in commands(ROOT / "README.md") if program == "keras-sd"]
     found = [arguments for arguments in found if not elsewhere.search(" ".join(arguments))]
     tasks = {"generate", "image-to-image", "inpaint", "upscale", "walk", "reconstruct", "presets"}
@@ -191,6 +191,12 @@ def test_folder_of_images_becomes_a_model_by_the_commands_of_the_page(workplace)
     PROGRAMS[" ".join(program)].main(shlex.split(arguments), standalone_mode=False)
     captions = (workplace / "images/metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(captions) == 4 and "Monet" not in "".join(captions)
+    readme = [arguments for _, arguments in commands(ROOT / "README.md")]
+    of_data = [arguments for arguments in readme if arguments[0] in ("dataset", "encode")]
+    for arguments in of_data:
+        cli.main(arguments, standalone_mode=False)
+    assert len(of_data) == 2 and list(workplace.glob("encodings/*.arrayrecord"))
+    assert (workplace / "dataset.png").is_file()
     assert list(workplace.glob("runs/*/model/*.safetensors"))
 
 
