@@ -1,6 +1,7 @@
 """Reads image files from users: checks format and size, rotates by EXIF, crops and resizes."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import threading
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -21,8 +23,26 @@ from keras_sd.errors import UserError
 from keras_sd.files.image_files import check_plain
 from keras_sd.models.pixels import WHITE
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-"""Formats that are read; a file's format is recognised by its content, not by its name."""
+_READERS = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "WEBP": WebPImageFile,
+    "BMP": BmpImageFile,
+    "GIF": GifImageFile,
+}
+if features.check("avif"):  # in Pillow's own wheels since 11.3
+    from PIL.AvifImagePlugin import AvifImageFile
+
+    _READERS["AVIF"] = AvifImageFile
+
+if importlib.util.find_spec("pillow_heif"):  # an optional package, for photos of phones (HEIC)
+    _READERS["HEIF"] = importlib.import_module("pillow_heif").HeifImageFile
+
+FORMATS = tuple(_READERS)
+"""Formats that are read; a file's format is recognised by its content, not by its name.
+
+TIFF is not: a file chooses among libtiff's many decoders, and the size of the tiles that they allocate.
+"""
 
 SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".webp"),
@@ -39,6 +59,8 @@ _MEMORY = 500_000_000
 _BYTES_OF_JPEG = 2  # JPEGs are reduced while they are decoded
 _BYTES_OF_PROGRESSIVE = 8  # progressive JPEGs are held as coefficients until their last byte
 _BYTES_OF_WEBP = {"RGB": 20, "RGBA": 22}
+_BYTES_OF_AVIF = {"RGB": 20, "RGBA": 26}  # twice the planes of 8 bits, and two copies
+_BYTES_OF_FORMAT = {"WEBP": _BYTES_OF_WEBP, "AVIF": _BYTES_OF_AVIF, "HEIF": _BYTES_OF_AVIF}
 _BYTES_OF_MODE = {"1": 4, "L": 4, "RGB": 4, "CMYK": 4, "RGBA": 8, "P": 12, "PA": 12, "LA": 12}
 _BYTES_OF_OTHER = 16
 _BYTES_WHOLE = 5  # additional bytes per pixel for an image that is read at its own size
@@ -56,8 +78,6 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that rotates or flips an image upright, by EXIF orientation."""
-
-_READERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "BMP": BmpImageFile, "WEBP": WebPImageFile}
 
 _ORIENTATION = 0x0112
 
@@ -422,7 +442,7 @@ def _check_pixels(image: Image.Image, path: Path | StoredImage, more_bytes: int 
     if image.format == "JPEG":
         size = _BYTES_OF_PROGRESSIVE if image.info.get("progressive") else _BYTES_OF_JPEG
     else:
-        by_mode = _BYTES_OF_WEBP if image.format == "WEBP" else _BYTES_OF_MODE
+        by_mode = _BYTES_OF_FORMAT.get(image.format or "", _BYTES_OF_MODE)
         size = by_mode.get(image.mode, _BYTES_OF_OTHER)
     most = _MEMORY // (size + more_bytes)
     if image.width * image.height > most:

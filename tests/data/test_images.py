@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from keras_sd.data import images
-from keras_sd.data.images import check_image, format_of, read_image, read_mask, read_square
+from keras_sd.data.images import check_image, examine_image, format_of, read_image, read_mask, read_square
 from keras_sd.errors import UserError
 
 EXIF = b"Exif\0\0"
@@ -190,7 +190,6 @@ def test_the_first_frame_of_an_animation(tmp_path, suffix, recwarn):
     ("head", "found"),
     [
         (b"\0\0\0\x18ftypheic", "HEIF"),
-        (b"\0\0\0\x1cftypavif", "AVIF"),
         (b"II*\0", "TIFF"),
         (b"\xff\x0a", "JPEG XL"),
         (b"8BPS", "PSD"),
@@ -205,13 +204,13 @@ def test_other_formats_are_named(tmp_path, head, found):
             read(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "avif", "gif"])
 def test_damage_anywhere_is_one_line_or_an_image(tmp_path, suffix):
     """Bytes changed at random, most of them in the headers, where Pillow's errors have many types."""
     path = tmp_path / f"a.{suffix}"
     exif = Image.Exif()
     exif[ORIENTATION], exif[0x010F], exif[0x011A] = 6, "maker", 72.5
-    options = {} if suffix == "bmp" else {"exif": exif, "icc_profile": b"profile" * 9}
+    options = {} if suffix in ("bmp", "gif") else {"exif": exif, "icc_profile": b"profile" * 9}
     Image.fromarray(gradient()).save(path, **options)
     whole = np.frombuffer(path.read_bytes(), "uint8")
     generator = np.random.default_rng(0)
@@ -314,3 +313,30 @@ def test_what_is_no_plain_file_is_told_from_nothing(tmp_path):
     for name, line in faults.items():
         with pytest.raises(UserError, match=f"{name}: {line}"):
             read_image(tmp_path / name)
+
+
+def test_avif_and_gif(tmp_path, recwarn):
+    """AVIF with EXIF and transparency, and the first frame of a GIF."""
+    alpha = np.linspace(0, 255, 40).astype("uint8")[None].repeat(30, 0)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    with_alpha = Image.fromarray(gradient())
+    with_alpha.putalpha(Image.fromarray(alpha))
+    share = alpha[..., None] / 255
+    frames = [Image.fromarray(pixels).quantize(64) for pixels in (gradient(), 255 - gradient())]
+    first = np.asarray(frames[0].convert("RGB"))
+    cases = {
+        "a.avif": (Image.fromarray(gradient()), gradient(), {"quality": 95}),
+        "turned.avif": (Image.fromarray(gradient()), np.rot90(gradient(), -1), {"quality": 95, "exif": exif}),
+        "clear.avif": (with_alpha, gradient() * share + 255 * (1 - share), {"quality": 95}),
+        "a.gif": (frames[0], first, {"save_all": True, "append_images": frames[1:]}),
+    }
+    for name, (image, expected, options) in cases.items():
+        path = saved(tmp_path / name, image, **options)
+        examined = examine_image(path)
+        assert (examined.height, examined.width) == expected.shape[:2], name
+        assert np.abs(read_image(path).astype(float) - expected).mean() < 4, name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            examine_image(path)
+    assert not recwarn.list
