@@ -7,7 +7,7 @@ tfds_source      TensorFlow Datasets
 dataset_config   several data sets in one TOML file; joined_source is their examples
 framing          how images are cropped and resized to the sizes of a run, and flipped
 buckets          the sizes, and which images go into which
-images           reads and checks image files; catalogue remembers what checking found, faults lists what is wrong
+images           reads and checks image files; catalogue remembers what was found, faults lists what is wrong
 captions         how a caption is drawn: which one, and which of its tags
 encoding_store   encodings of images and captions on disk
 survey           what a run would see of a data set
