@@ -91,7 +91,8 @@ def train_function_by_shape(make_function):
 
     def train(iterator):
         batch = next(iterator)
-        shapes = tuple(tuple(array.shape) for array in keras.tree.flatten(batch))
+        # `train_on_batch` has None in place of targets and weights.
+        shapes = tuple(tuple(getattr(array, "shape", ())) for array in keras.tree.flatten(batch))
         if shapes not in functions:
             functions[shapes] = make_function()
         return functions[shapes](iter([batch]))
