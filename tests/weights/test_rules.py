@@ -242,7 +242,7 @@ def test_after_a_refusal_models_are_made_as_before(published):
     bad = published | {"visual_projection.weight": np.full((12, 16), np.nan, "float32")}
     with pytest.raises(UserError, match="1 tensors hold NaN or infinity, the first is visual_projection"):
         open_model(ImageEncoder, tiny.IMAGE_ENCODER, bad)
-    with pytest.raises(UserError, match="precision 'int4': unknown"):
+    with pytest.raises(UserError, match="dtype 'int4': unknown"):
         open_model(ImageEncoder, tiny.IMAGE_ENCODER, published, dtype="int4")
     model = open_model(ImageEncoder, tiny.IMAGE_ENCODER, published)
     np.testing.assert_array_equal(

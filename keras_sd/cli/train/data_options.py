@@ -48,7 +48,9 @@ def source_options(captions=True):
             help="Column of images in a data set, or of file names in metadata.jsonl or .csv. By default the "
             "only one of images, and file_name.",
         ),
-        click.option("--streaming", is_flag=True, hidden=True, callback=_refuse_streaming),
+        click.option(
+            "--streaming", is_flag=True, hidden=True, expose_value=False, callback=_refuse_streaming
+        ),
     ]
     if captions:
         options += [
