@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from keras_sd.data.catalogue import examine_stored, stored_hashes
-from keras_sd.data.faults import Faults
+from keras_sd.data.faults import Faults, first_line
 from keras_sd.data.folders import digest
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import StoredImage, read_frame
@@ -139,7 +139,7 @@ class DatasetsSource:
         try:
             value = self._images[index][self._image_column]
         except Exception as error:
-            raise UserError(f"{place}: cannot be read ({_line(error)}); download it again") from error
+            raise UserError(f"{place}: cannot be read ({first_line(error)}); download it again") from error
         content, path = (value or {}).get("bytes"), (value or {}).get("path")
         if content is None and path:
             try:
@@ -215,7 +215,7 @@ def open_dataset(name: str, config_name: str | None = None) -> dict[str, Any]:
 
 def _fault(name: str, config_name: str | None, error: Exception, is_local: bool) -> str:
     cause = error.__cause__ or error.__context__
-    line = _line(cause if type(error).__name__ == "DatasetGenerationError" and cause else error)
+    line = first_line(cause if type(error).__name__ == "DatasetGenerationError" and cause else error)
     if is_local:
         return f"data set {name}: cannot be read ({line}); fetch its files again"
     if "config" in line.lower():
@@ -230,12 +230,6 @@ def _fault(name: str, config_name: str | None, error: Exception, is_local: bool)
             "network, or give a folder"
         )
     return f"data set {name}: cannot be loaded ({line}); check its name, and log in if it is private"
-
-
-def _line(error: BaseException) -> str:
-    """Return the type and the shortened first line of another library's error."""
-    text = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
 def _identity(table: Any, column: str) -> str:

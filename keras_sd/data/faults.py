@@ -1,6 +1,7 @@
 """Gathers the faults of a data set, so that all are named before a run begins."""
 
 import functools
+import re
 import warnings
 
 from keras_sd.errors import BadSamples, UserError
@@ -43,3 +44,9 @@ class Faults:
 def warn_once(message: str) -> None:
     """Warn once in a process. Python's own filter forgets past warnings when Pillow's are suppressed."""
     warnings.warn(message, stacklevel=3)
+
+
+def first_line(error: BaseException, longest: int = 160) -> str:
+    """Return the type and the first line of another library's error, cut to `longest` characters."""
+    text = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
+    return f"{type(error).__name__}: {text[:longest]}" if text else type(error).__name__

@@ -123,11 +123,6 @@ class Framing:
         """Return the same with the middle square of every image, which evaluations are made on."""
         return Framing(self.resolution, interpolation=self.interpolation)
 
-    @property
-    def is_random(self) -> bool:
-        """Whether an image has another crop or flip each time that it is drawn."""
-        return self.crop == "random" or self.random_flip
-
     def identity(self) -> dict[str, Any]:
         """Return the JSON values that a run shares with the run that resumes it."""
         return dataclasses.asdict(self)

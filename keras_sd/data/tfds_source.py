@@ -1,15 +1,16 @@
 """Random access to TensorFlow Datasets, read without TensorFlow where their files allow it."""
 
 import copy
+import functools
 import importlib
 import io
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from keras_sd.data.faults import first_line
 from keras_sd.data.folders import digest
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import framed
@@ -17,6 +18,7 @@ from keras_sd.errors import UserError, is_installed, require
 from keras_sd.files.json_files import read_json
 
 _OWN = "tensorflow_datasets."
+_line = functools.partial(first_line, longest=120)
 # Keys of a `features.json` that name a Python class: the current one in its two spellings, and the old one.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _CAPTION_FEATURES = ("captions", "caption", "text")
@@ -199,9 +201,3 @@ def _class_names(values) -> Iterator[str]:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
-
-
-def _line(error: Exception) -> str:
-    """Return the type and the shortened first line of another library's error."""
-    text = re.sub(r"\s+", " ", str(error).strip().partition("\n")[0])
-    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
