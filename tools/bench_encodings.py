@@ -124,7 +124,7 @@ def measure_memory(folder, count):
             output = folder / f"run-{number}-{state}"
             shutil.rmtree(output, ignore_errors=True)
             arguments = command(model, images, cache, output, steps=10)
-            began, process = time.time(), subprocess.Popen(arguments)
+            began, process = time.time(), subprocess.Popen(arguments, env=environment())
             _, status, usage = os.wait4(process.pid, 0)
             if status:
                 raise SystemExit(f"{' '.join(map(str, arguments))}: ended with status {status}")
@@ -133,6 +133,11 @@ def measure_memory(folder, count):
                 "logged_steps_s": round(first_time(output) - began, 2),
             }
     return {"runs": runs}
+
+
+def environment():
+    """Return the environment of a run: JAX sets TensorFlow's level of logging in this process."""
+    return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
 
 
 def first_time(output):
@@ -149,13 +154,15 @@ def measure_kills(folder, count, kills):
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
     began = time.monotonic()
-    subprocess.run(command(model, images, *runs["whole"], steps=100), check=True)
+    subprocess.run(command(model, images, *runs["whole"], steps=100), check=True, env=environment())
     duration, generator, moments = time.monotonic() - began, random.Random(0), []
     while True:
         resumed = (
             ["--resume-from-checkpoint", "latest"] if list(runs["killed"][1].glob("checkpoint-*")) else []
         )
-        process = subprocess.Popen([*command(model, images, *runs["killed"], steps=100), *resumed])
+        process = subprocess.Popen(
+            [*command(model, images, *runs["killed"], steps=100), *resumed], env=environment()
+        )
         try:
             # Starting takes some seconds, in which nothing is written.
             process.wait(generator.uniform(0.1, 0.5) * duration if len(moments) < kills else None)
