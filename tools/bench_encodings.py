@@ -32,6 +32,7 @@ from machine import description
 
 PACKAGES = ("keras", "tensorflow", "jax", "grain", "array_record", "numpy")
 BATCH = 16
+KILLED_STEPS = 400  # about as long as encoding, so that kills fall into both
 
 
 def main():
@@ -154,18 +155,18 @@ def measure_kills(folder, count, kills):
         for path in paths:
             shutil.rmtree(path, ignore_errors=True)
     began = time.monotonic()
-    subprocess.run(command(model, images, *runs["whole"], steps=100), check=True, env=environment())
+    subprocess.run(command(model, images, *runs["whole"], steps=KILLED_STEPS), check=True, env=environment())
     duration, generator, moments = time.monotonic() - began, random.Random(0), []
     while True:
         resumed = (
             ["--resume-from-checkpoint", "latest"] if list(runs["killed"][1].glob("checkpoint-*")) else []
         )
         process = subprocess.Popen(
-            [*command(model, images, *runs["killed"], steps=100), *resumed], env=environment()
+            [*command(model, images, *runs["killed"], steps=KILLED_STEPS), *resumed], env=environment()
         )
         try:
             # Starting takes some seconds, in which nothing is written.
-            process.wait(generator.uniform(0.1, 0.5) * duration if len(moments) < kills else None)
+            process.wait(generator.uniform(0.05, 0.15) * duration if len(moments) < kills else None)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
