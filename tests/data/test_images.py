@@ -3,9 +3,12 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import warnings
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageOps
 
@@ -189,8 +192,6 @@ def test_the_first_frame_of_an_animation(tmp_path, suffix, recwarn):
 @pytest.mark.parametrize(
     ("head", "found"),
     [
-        (b"\0\0\0\x18ftypheic", "HEIF"),
-        (b"II*\0", "TIFF"),
         (b"\xff\x0a", "JPEG XL"),
         (b"8BPS", "PSD"),
     ],
@@ -204,7 +205,7 @@ def test_other_formats_are_named(tmp_path, head, found):
             read(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "avif", "gif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "avif", "gif", "tiff"])
 def test_damage_anywhere_is_one_line_or_an_image(tmp_path, suffix):
     """Bytes changed at random, most of them in the headers, where Pillow's errors have many types."""
     path = tmp_path / f"a.{suffix}"
@@ -340,3 +341,139 @@ def test_avif_and_gif(tmp_path, recwarn):
         with pytest.raises(UserError, match="truncated or damaged"):
             examine_image(path)
     assert not recwarn.list
+
+
+def with_alpha(pixels):
+    """An image whose opacity rises from left to right, and what it looks like on white."""
+    alpha = np.linspace(0, 255, pixels.shape[1]).astype("uint8")[None].repeat(len(pixels), 0)
+    share = alpha[..., None] / 255
+    image = Image.fromarray(pixels)
+    image.putalpha(Image.fromarray(alpha))
+    return image, pixels * share + 255 * (1 - share)
+
+
+def test_heic(tmp_path, recwarn):
+    """Photos of phones, on their sides, and with transparency."""
+    clear, on_white = with_alpha(gradient(64, 80))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    cases = {
+        "a.heic": (Image.fromarray(gradient(64, 80)), gradient(64, 80), {}),
+        "turned.heic": (Image.fromarray(gradient(64, 80)), np.rot90(gradient(64, 80), -1), {"exif": exif}),
+        "clear.heif": (clear, on_white, {}),
+    }
+    for name, (image, expected, options) in cases.items():
+        path = tmp_path / name
+        pillow_heif.from_pillow(image).save(
+            path, quality=95, **{key: value.tobytes() for key, value in options.items()}
+        )
+        examined = examine_image(path)
+        assert format_of(path) == "HEIF"
+        assert (examined.height, examined.width) == expected.shape[:2], name
+        assert np.abs(read_image(path).astype(float) - expected).mean() < 4, name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            examine_image(path)
+    assert not recwarn.list
+
+
+WITHOUT_HEIF = """
+import sys
+sys.modules["pillow_heif"] = None  # as where it is not installed
+from pathlib import Path
+from keras_sd.data.folders import FolderSource
+from keras_sd.data.images import FORMATS, read_image
+from keras_sd.errors import UserError
+assert "HEIF" not in FORMATS
+folder = Path(sys.argv[1])
+for read in (lambda: read_image(folder / "a.heic"), lambda: FolderSource(folder, 16, need_captions=False)):
+    try:
+        read()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_heic_without_its_package_is_a_line_with_the_command(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    found = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HEIF, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2 and all("pip install 'keras_sd[heif]'" in line for line in lines), found
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_tiff(tmp_path, compression, recwarn):
+    """Every kind that programs for photographs and scanners write; of several pages the first."""
+    pixels = gradient()
+    grey = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype("uint16")
+    grey8 = (grey >> 8).astype("uint8")[..., None].repeat(3, -1)
+    palette = Image.fromarray(pixels).quantize(64)
+    clear, on_white = with_alpha(pixels)
+    pages = {"save_all": True, "append_images": [Image.fromarray(255 - pixels)]}
+    cases = {
+        "rgb": (Image.fromarray(pixels), pixels, {}),
+        "16 bits": (Image.fromarray(grey), grey8, {}),
+        "palette": (palette, np.asarray(palette.convert("RGB")), {}),
+        "cmyk": (Image.fromarray(pixels).convert("CMYK"), pixels, {}),
+        "alpha": (clear, on_white, {}),
+        "pages": (Image.fromarray(pixels), pixels, pages),
+        "bits": (Image.fromarray(pixels[..., 0] > 127), (pixels[..., :1] > 127) * np.full(3, 255), {}),
+    }
+    for name, (image, expected, options) in cases.items():
+        path = saved(tmp_path / f"{name}.tif", image, compression=compression, **options)
+        examined = examine_image(path)
+        assert (examined.height, examined.width) == expected.shape[:2], name
+        assert np.abs(read_image(path).astype(float) - expected).mean() < 1, name
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        path = saved(tmp_path / "turned.tiff", Image.fromarray(pixels), compression=compression, exif=exif)
+        # What Pillow's own function makes of a format that it does not rotate on its own.
+        as_png = saved(tmp_path / "turned.png", Image.fromarray(pixels), exif=exif)
+        examined, expected = examine_image(path), read_image(as_png)
+        assert (examined.height, examined.width) == expected.shape[:2] and examined.has_sound_exif
+        np.testing.assert_array_equal(read_image(path), expected)
+        np.testing.assert_array_equal(read_square(path, 20), read_square(as_png, 20))
+    path = saved(tmp_path / "a.tif", Image.fromarray(pixels), compression=compression)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        examine_image(path)
+    assert not recwarn.list
+
+
+def tiff(pixels, **others):
+    """A TIFF of unsigned integers in one strip, written here, as Pillow writes few kinds."""
+    data, (height, width, channels) = pixels.tobytes(), pixels.shape
+    bits, photometric = 8 * pixels.dtype.itemsize, 1 if channels == 1 else 2
+    tags = {256: width, 257: height, 259: 1, 262: photometric, 273: 8, 277: channels, 279: len(data)}
+    entries = {number: (4, 1, value) for number, value in tags.items()}
+    entries[258] = (3, channels, bits if channels == 1 else 8 + len(data))
+    entries |= {number: (4, 1, value) for number, value in others.get("tags", {}).items()}
+    packed = [struct.pack("<HHII", number, *entries[number]) for number in sorted(entries)]
+    of_bits = struct.pack(f"<{channels}H", *[bits] * channels)
+    directory = struct.pack("<H", len(packed)) + b"".join(packed) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data) + len(of_bits)) + data + of_bits + directory
+
+
+def test_sixteen_bits_of_every_colour_in_a_tiff(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(gradient().astype("<u2") * 257))
+    examine_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), gradient())
+
+
+def test_kinds_of_tiff_that_are_refused(tmp_path):
+    path = saved(tmp_path / "a.tif", Image.fromarray(gradient()[..., 0].astype("float32")))
+    with pytest.raises(UserError, match="holds 32 bits of mode F, which is not read; save it with 8 or 16"):
+        read_image(path)
+    path = tmp_path / "b.tif"
+    path.write_bytes(tiff(gradient(), tags={322: 2**15, 323: 2**15, 324: 8}))
+    with pytest.raises(UserError, match="has strips or tiles of 3221 million bytes; save it"):
+        examine_image(path)
+    Image.fromarray(gradient()[..., 0]).save(tmp_path / "c.tif", compression="zstd")
+    with pytest.raises(UserError, match="is packed by zstd, which is not read"):
+        examine_image(tmp_path / "c.tif")
+    path.write_bytes(tiff(gradient()[..., :1].astype("<u2"), tags={262: 0}))
+    with pytest.raises(UserError, match="holds 16 bits of mode I;16, with white as 0, which is not read"):
+        examine_image(path)
