@@ -194,7 +194,7 @@ def load_source(
         need_captions: False opens images that have no captions.
         config_name: the configuration of a data set on the hub.
         caption_files: where the captions of a folder are, or the columns of a data set.
-        on_bad_sample: "error" names all faulty examples of a folder; "skip" leaves them out.
+        on_bad_sample: "error" names all faulty examples; "skip" leaves them out.
 
     Raises:
         UserError: the source is missing, empty or damaged, or has no such split; or an argument has no effect
@@ -227,7 +227,7 @@ def load_source(
             caption_column=files.caption_column,
             on_bad_sample=on_bad_sample,
         )
-    return TFDSSource(str(name), split, image_size, need_captions)
+    return TFDSSource(str(name), split, image_size, need_captions, on_bad_sample=on_bad_sample)
 
 
 def load_config(path: Path, image_size: int, on_bad_sample: str = "error") -> ConfiguredSource:
@@ -239,7 +239,7 @@ def load_config(path: Path, image_size: int, on_bad_sample: str = "error") -> Co
     config = read_dataset_config(path)
     sources = []
     for subset in config.subsets:
-        has_samples = _kind(subset.place) in ("folder", "datasets")
+        has_samples = _kind(subset.place) != "emoji"
         sources.append(
             load_source(
                 subset.place,
@@ -259,7 +259,7 @@ _USED = {
     "folder": (*_OF_ALL, "caption_extension", "caption_lines", "class_tokens"),
     "datasets": (*_OF_ALL, "dataset_config_name"),
     "emoji": (),
-    "tfds": (),
+    "tfds": ("on_bad_sample",),
 }
 
 

@@ -3,17 +3,17 @@
 import copy
 import functools
 import importlib
-import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from keras_sd.data.faults import first_line
+from keras_sd.data.catalogue import examine_stored
+from keras_sd.data.faults import Faults, first_line
 from keras_sd.data.folders import digest
 from keras_sd.data.framing import Frame, frame_of
-from keras_sd.data.images import framed
+from keras_sd.data.images import StoredImage, read_frame
 from keras_sd.errors import UserError, is_installed, require
 from keras_sd.files.json_files import read_json
 
@@ -36,66 +36,87 @@ class TFDSSource:
         split: "train", "validation", or any other split of the data set.
         image_size: side in pixels of the square that an image is cropped and resized to.
         need_captions: False accepts a data set without captions and classes.
+        on_bad_sample: "error" names all faulty images; "skip" leaves them out and counts them.
+
+    Attributes:
+        notes: what the user should know of the data, each in a line.
 
     Raises:
-        UserError: TFDS or the data set is missing, or it has no such split, no images or no captions.
+        UserError: TFDS or the data set is missing, or it has no such split, no images or no captions; or
+            images are faulty.
     """
 
-    def __init__(self, name: str, split: str, image_size: int, need_captions: bool = True):
-        self.image_size = image_size
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        image_size: int,
+        need_captions: bool = True,
+        *,
+        on_bad_sample: str = "error",
+    ):
+        self.image_size, self.notes = image_size, []
+        self._place = f"data set {name}, {split}"
         builder = prepared_builder(name)
         features = builder.info.features
         if split not in builder.info.splits:
             splits = ", ".join(builder.info.splits)
             raise UserError(f"data set {name}: no split {split!r}; it has {splits}")
-        if "image" not in features or getattr(features["image"], "shape", ())[-1:] not in ((1,), (3,), (4,)):
+        image_feature = importlib.import_module("tensorflow_datasets").features.Image
+        image = features["image"] if "image" in features else None
+        if not isinstance(image, image_feature) or image.np_dtype not in (np.uint8, np.uint16):
             raise UserError(f"data set {name}: no feature 'image'; choose a data set of images")
         self._caption_feature = next((key for key in _CAPTION_FEATURES if key in features), None)
         self._class_names = getattr(features["label"], "names", None) if "label" in features else None
         if need_captions and not self._caption_feature and not self._class_names:
             raise UserError(f"data set {name}: neither captions nor classes; choose one with captions")
         self._identity = ["tfds", builder.info.full_name, split]
-        self._examples = builder.as_data_source(split=split)
-        # Reading captions or sizes decodes no image.
+        # Reading captions decodes no image; images are decoded here, as those of folders are.
         decoding = importlib.import_module("tensorflow_datasets").decode
         decoders = {"image": decoding.SkipDecoding()}
         self._encoded = builder.as_data_source(split=split, decoders=decoders)
-        self._shape = features["image"].shape
-        self._sizes: np.ndarray | None = None
+        self._indices = np.arange(len(self._encoded))
+        faults = Faults(self._place, on_bad_sample)
+        state = os.stat(Path(builder.data_path) / "dataset_info.json")
+        prepared = [*self._identity, str(builder.data_path), state.st_size, state.st_mtime_ns]
+        found = examine_stored(
+            f"tfds:{digest(prepared)}",
+            len(self._encoded),
+            self._stored,
+            lambda index, error: faults.add(error),
+        )
+        self._indices = np.array([index for index, one in enumerate(found) if one is not None], int)
+        faults.raise_or_note(len(self._indices), self.notes)
+        sizes = [(one.height, one.width) for one in found if one is not None]
+        self._sizes = np.array(sizes, "int32").reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict:
         """Keys: image uint8 (image_size, image_size, 3), captions (tuple of str)."""
-        example = self._examples[index]
-        image = _image(example)
-        frame = frame_of((image.height, image.width), (self.image_size, self.image_size))
-        return {"image": framed(image, frame), "captions": self._captions(example)}
+        frame = frame_of(tuple(self._sizes[index].tolist()), (self.image_size, self.image_size))
+        return {"image": self.read(index, frame), **self.details(index)}
 
     def details(self, index: int) -> dict:
         """Keys: captions (tuple of str)."""
-        return {"captions": self._captions(self._encoded[index])}
+        return {"captions": self._captions(self._encoded[int(self._indices[index])])}
 
     def sizes(self) -> np.ndarray:
-        """Return height and width in pixels of each image, int (n, 2); this reads all examples once."""
-        if self._sizes is None:
-            shape = self._shape[:2]
-            if None in shape:
-                self._sizes = np.array(
-                    [_encoded_size(example["image"]) for example in self._encoded], "int32"
-                )
-            else:
-                self._sizes = np.broadcast_to(np.array(shape, "int32"), (len(self), 2))
+        """Return height and width of each upright image in pixels, int32 (n, 2); no image is read."""
         return self._sizes
 
     def read(self, index: int, frame: Frame) -> np.ndarray:
         """Return what a frame takes of an image, uint8 (height, width, 3)."""
-        return framed(_image(self._examples[index]), frame)
+        return read_frame(self._stored(int(self._indices[index])), frame)
+
+    def _stored(self, index: int) -> StoredImage:
+        """Return an image's file by its index in the split."""
+        return StoredImage(f"{self._place} {index}", bytes(self._encoded[index]["image"]))
 
     def content_keys(self) -> list[str]:
         """Return the SHA-256 of the data set's name, configuration, version and split, and each index."""
-        return [digest([*self._identity, index]) for index in range(len(self))]
+        return [digest([*self._identity, int(index)]) for index in self._indices]
 
     def at_size(self, image_size: int) -> "TFDSSource":
         """Return the same examples at another size."""
@@ -105,11 +126,12 @@ class TFDSSource:
 
     def captions(self) -> list[tuple[str, ...]]:
         """Return the captions of every example; this reads all examples."""
-        return [self._captions(self._encoded[index]) for index in range(len(self))]
+        return [self._captions(self._encoded[int(index)]) for index in self._indices]
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the data set's name, configuration and version, and of the split."""
-        return digest(self._identity)
+        left_out = len(self._encoded) - len(self._indices)
+        return digest([*self._identity, self._indices.tolist()] if left_out else self._identity)
 
     def _captions(self, example: dict) -> tuple[str, ...]:
         if self._caption_feature:
@@ -120,17 +142,6 @@ class TFDSSource:
             article = "an" if name[:1] in "aeiou" else "a"
             return (name, f"a photo of {article} {name}")
         return ()
-
-
-def _image(example: dict) -> Image.Image:
-    pixels = np.asarray(example["image"])
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _encoded_size(encoded: bytes) -> tuple[int, int]:
-    """Return height and width of an encoded image, of which only the header is read."""
-    with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
-        return image.height, image.width
 
 
 def knows_name(name: str) -> bool:

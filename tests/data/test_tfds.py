@@ -77,6 +77,9 @@ assert examples[0] == ("disc", "a photo of a disc"), examples
 assert examples[150] == ("oval ring", "a photo of an oval ring"), examples
 assert source.sizes().tolist() == [[30, 40]] * 4 and len(set(source.content_keys())) == 4
 assert source.captions() == [source[i]["captions"] for i in range(4)]
+import keras_sd.data.images
+keras_sd.data.images.read_frame, decoded = None, load_source("tiny_shapes", "train", 16)  # from the catalogue
+assert decoded.sizes().tolist() == source.sizes().tolist()
 framed = FramedSource(source, Framing(16, aspect_ratio_buckets=3))
 assert framed[1]["image"].shape == (16, 16, 3) and framed[1]["captions"] == source.captions()[1]
 for name, split in (("tiny_shapes", "test"), ("no_such_set", "train")):
@@ -90,6 +93,44 @@ for name, split in (("tiny_shapes", "test"), ("no_such_set", "train")):
     split, name = result.stdout.strip().splitlines()[-2:]
     assert split == "data set tiny_shapes: no split 'test'; it has train"
     assert name.startswith("no_such_set: neither a folder nor a data set that TFDS knows")
+
+
+def test_pixels_that_cannot_be_decoded(tmp_path):
+    """In files that TFDS has prepared from faulty ones, as it copies their bytes."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "__init__.py").touch()
+    cut = """
+import io
+from PIL import Image
+
+def encoded(i):
+    file = io.BytesIO()
+    Image.fromarray(np.full((30, 40, 3), 50 * i, "uint8")).save(file, "JPEG")
+    content = file.getvalue()
+    return io.BytesIO(content[:-40] if i == 2 else content)
+"""
+    made = TINY.replace('np.full((30, 40, 3), 50 * i, "uint8")', "encoded(i)")
+    made = made.replace("tfds\n", f"tfds\n{cut}", 1)
+    (tmp_path / "tiny" / "tiny_shapes.py").write_text(made)
+    code = """
+import tiny.tiny_shapes
+from keras_sd.data.sources import load_source
+from keras_sd.errors import UserError
+
+try:
+    load_source("tiny_shapes", "train", 16)
+except UserError as error:
+    print(error)
+source = load_source("tiny_shapes", "train", 16, on_bad_sample="skip")
+print(*source.notes)
+assert len(source) == len(source.sizes()) == len(source.captions()) == len(source.content_keys()) == 3
+assert sorted(round(int(source[i]["image"].mean()) / 50) for i in range(3)) == [0, 1, 3]
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    fault, note = result.stdout.strip().splitlines()[-2:]
+    assert fault.startswith("data set tiny_shapes, train") and "truncated or damaged" in fault
+    assert "1 faulty examples are left out" in note
 
 
 def test_missing_package_is_named(tmp_path):
