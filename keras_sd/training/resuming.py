@@ -107,7 +107,7 @@ def describe(checkpoint, settings):
     if not changed:
         return f"resuming after step {checkpoint.step}"
     parts = [f"{name} is {getattr(settings, name)}, it was {value}" for name, value in changed.items()]
-    if "max_train_steps" in changed and settings.lr_scheduler != "constant":
+    if "max_train_steps" in changed and not settings.lr_scheduler.startswith("constant"):
         parts.append(f"the {settings.lr_scheduler} schedule of the learning rate ends at the new last step")
     if changed.keys() & {"train_batch_size", "gradient_accumulation_steps"}:
         size = settings.train_batch_size * settings.gradient_accumulation_steps

@@ -10,9 +10,9 @@ import numpy as np
 
 from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError
+from keras_sd.training.learning_rate import SCHEDULES
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
-SCHEDULES = ("cosine", "constant")
 
 # Settings that may change when a run is resumed; the run prints the changes and uses the new values.
 MAY_CHANGE = (
@@ -34,6 +34,9 @@ _CHANGES_NOTHING = {
     "offload_ema",
 }
 
+# Settings of one learning-rate schedule alone.
+_OF_SCHEDULE = {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}
+
 # Types of the settings, and their names in messages.
 _TYPES = {
     bool: ((bool, np.bool_), "True or False"),
@@ -54,6 +57,8 @@ _RANGES = {
     "gradient_accumulation_steps": _COUNT,
     "learning_rate": _POSITIVE,
     "lr_warmup_steps": ((lambda value: value >= 0), "0 or more"),
+    "lr_num_cycles": _COUNT,
+    "lr_power": _POSITIVE,
     "adam_beta1": _SHARE,
     "adam_beta2": _SHARE,
     "adam_weight_decay": ((lambda value: value >= 0), "0 or more"),
@@ -79,8 +84,11 @@ class Settings:
         train_batch_size: examples in a batch, over all devices.
         gradient_accumulation_steps: batches whose mean gradient makes one step.
         learning_rate: the highest, reached at the end of the warm-up.
-        lr_scheduler: what follows the warm-up: "cosine" (down to 0 at the last step) or "constant".
+        lr_scheduler: what follows the warm-up: "constant" ("constant_with_warmup" is the same), or a fall to
+            0 at the last step: "linear", "cosine", "cosine_with_restarts" or "polynomial".
         lr_warmup_steps: number of steps in which the learning rate rises linearly from 0.
+        lr_num_cycles: how often "cosine_with_restarts" falls to 0; None is 1.
+        lr_power: exponent of "polynomial"; None is 1, which is linear.
         adam_beta1, adam_beta2: decay rates of AdamW's first and second moments, 0 to just below 1.
         adam_weight_decay: AdamW's decoupled weight decay (Loshchilov and Hutter, 2019).
         adam_epsilon: what is added to the root of the second moment.
@@ -107,6 +115,8 @@ class Settings:
     learning_rate: float = 1e-4
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
+    lr_num_cycles: int | None = None
+    lr_power: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
@@ -140,6 +150,21 @@ class Settings:
             raise UserError(f"mixed_precision {self.mixed_precision!r}: unknown; use {', '.join(PRECISIONS)}")
         if self.lr_scheduler not in SCHEDULES:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
+        self._check_schedule_options()
+
+    def _check_schedule_options(self):
+        for name, schedule in _OF_SCHEDULE.items():
+            value = getattr(self, name)
+            if value is not None and self.lr_scheduler != schedule:
+                raise UserError(
+                    f"{name} {value:g}: has no effect with `lr_scheduler='{self.lr_scheduler}'`; leave it "
+                    f"out, or use `lr_scheduler='{schedule}'`"
+                )
+        if self.lr_num_cycles is not None and self.lr_num_cycles > self.max_train_steps:
+            raise UserError(
+                f"lr_num_cycles {self.lr_num_cycles}: more than the {self.max_train_steps} steps of the run; "
+                "give fewer"
+            )
 
     def _check_types(self):
         for field in dataclasses.fields(self):
@@ -159,7 +184,9 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """Return the settings that a checkpoint must share with the run that resumes it, as JSON values."""
         return {
-            name: value for name, value in dataclasses.asdict(self).items() if name not in _CHANGES_NOTHING
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _CHANGES_NOTHING and not (name in _OF_SCHEDULE and value is None)
         }
 
 

@@ -30,6 +30,7 @@ from keras_sd.training.callbacks import (
     StopOnSignal,
 )
 from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.learning_rate import LearningRate
 from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
@@ -138,15 +139,13 @@ class Trainer:
 
     def _make_optimizer(self):
         settings = self.settings
-        warmup = min(settings.lr_warmup_steps, settings.max_train_steps)
-        decay = settings.max_train_steps - warmup
-        # The constant schedule is a cosine schedule that ends at its initial value.
-        learning_rate = keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup else settings.learning_rate,
-            decay_steps=max(decay, 1),
-            alpha=1.0 if settings.lr_scheduler == "constant" else 0.0,
-            warmup_target=settings.learning_rate if warmup else None,
-            warmup_steps=warmup,
+        learning_rate = LearningRate(
+            settings.learning_rate,
+            settings.lr_scheduler,
+            settings.max_train_steps,
+            min(settings.lr_warmup_steps, settings.max_train_steps),
+            settings.lr_num_cycles or 1,
+            settings.lr_power or 1.0,
         )
         accumulation = settings.gradient_accumulation_steps
         return AdamW(

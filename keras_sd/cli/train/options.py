@@ -24,12 +24,18 @@ OF_EVALUATIONS = (
     *("kid", "kid_images", "guidance_scale"),
 )
 
+# Those of `training.learning_rate`, which imports a backend.
+LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial".split()
+
 # Options whose defaults depend on the model (`keras_sd.pipeline.defaults`), with their types and help texts.
 _FOLLOWS_MODEL = {
     "max_train_steps": (COUNT, "Optimizer updates in the whole run."),
     "train_batch_size": (COUNT, "Images in a batch, summed over all devices."),
     "learning_rate": (POSITIVE, "Peak learning rate of AdamW."),
-    "lr_scheduler": (click.Choice(["cosine", "constant"]), "Learning-rate schedule after the warm-up."),
+    "lr_scheduler": (
+        click.Choice(LR_SCHEDULERS),
+        "Learning rate after the warm-up: constant, or falling to 0 at the last update.",
+    ),
     "lr_warmup_steps": (FROM_ZERO, "Updates over which the learning rate rises linearly from 0."),
     "adam_beta2": (DECAY, "Decay rate of AdamW's second moment."),
     "ema_decay": (DECAY, "Largest decay of the exponential moving average (EMA) of the weights."),
@@ -88,6 +94,10 @@ def run_options(method, *, without=(), **defaults):
         follows_model("learning_rate"),
         follows_model("lr_scheduler"),
         follows_model("lr_warmup_steps"),
+        option(
+            "--lr-num-cycles", None, "How often cosine_with_restarts falls to 0; by default once.", type=COUNT
+        ),
+        option("--lr-power", None, "Exponent of polynomial; by default 1, which is linear.", type=POSITIVE),
         option("--adam-beta1", 0.9, "Decay rate of AdamW's first moment.", type=DECAY),
         follows_model("adam_beta2"),
         option("--adam-epsilon", 1e-8, "Added to the root of AdamW's second moment.", type=POSITIVE),
