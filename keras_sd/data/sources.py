@@ -427,6 +427,18 @@ def fingerprint_of(source: Any) -> str | int:
     return (fingerprint() if fingerprint else None) or len(source)
 
 
+def own_repeats(source: Any) -> np.ndarray | None:
+    """Return how often an epoch shows each example of a source, by its own account; None for once."""
+    return source.repeats() if hasattr(source, "repeats") else None
+
+
+def repeats_identity(repeats: Sequence[int] | np.ndarray | None) -> dict[str, Any]:
+    """Return the JSON values of the repeats that a resumed run shares; none if an epoch shows each once."""
+    if repeats is None or (np.asarray(repeats) == 1).all():
+        return {}
+    return {"repeats": digest(np.asarray(repeats).tolist())}
+
+
 def framing_identity(source: Any) -> dict[str, Any]:
     """Return the JSON values of a source's framing that a resumed run shares; none without a framing."""
     framing = getattr(source, "framing", None)

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches
+from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches, repeats_identity
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_from_unit, images_to_unit
@@ -105,6 +105,7 @@ def train_autoencoder(
             "model": config.to_dict(),
             "data": fingerprint_of(source),
             **framing_identity(source),
+            **repeats_identity(repeats),
             "kl_weight": kl_weight,
             "random_crop": crop_size,
             "decoder_only": decoder_only,

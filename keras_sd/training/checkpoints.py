@@ -421,6 +421,7 @@ _WORDS = {
     "schedule": "noise schedule",
     "low_res_schedule": "noise schedule of the small image",
     "data": "images or captions",
+    "repeats": "repeats of the images",
     "class_images": "number of images of the class",
     "crop": "crop_size",
     "random_crop": "crop_size",
@@ -433,7 +434,7 @@ _WORDS = {
     "vae": "weights of the VAE",
     "text_encoder": "weights of the text encoder",
 }
-_HASHES = {"frozen", "unet", "vae", "text_encoder", "data"}
+_HASHES = {"frozen", "unet", "vae", "text_encoder", "data", "repeats"}
 
 
 def _words(key: str) -> str:

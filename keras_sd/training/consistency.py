@@ -125,7 +125,7 @@ def train_consistency(
     trainer = Trainer(
         ConsistencyObjective(unet, schedule, **distillation),
         settings,
-        diffusion_identity("lcm", unet, scheduler_config, source, **distillation) | (identity or {}),
+        diffusion_identity("lcm", unet, scheduler_config, source, repeats, **distillation) | (identity or {}),
     )
     return trainer.run(
         source,

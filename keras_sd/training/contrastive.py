@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches
+from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches, repeats_identity
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import images_to_unit
 from keras_sd.training.objectives import ContrastiveObjective
@@ -81,6 +81,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
             "image_model": image_config.to_dict(),
             "data": fingerprint_of(source),
             **framing_identity(source),
+            **repeats_identity(repeats),
         },
     )
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from keras_sd import backend
 from keras_sd.data.folders import FolderSource, count_images
 from keras_sd.data.framing import FramedSource, Framing
+from keras_sd.data.sources import own_repeats
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import save_png
@@ -75,12 +76,13 @@ def generate_class_images(pipeline, folder, prompt, count, *, num_inference_step
                     save_png(image, place(index), parameters)
 
 
-def dreambooth_example(example, generator, class_examples=(), **options):
+def dreambooth_example(example, generator, class_examples=(), class_repeats=None, **options):
     """Draw the arrays of one training example: an image of the subject and a random one of the class.
 
     Args:
         example: an encoded image of the subject (`encodings.EncodedSource`).
         class_examples: encoded images of the class; empty without prior preservation.
+        class_repeats: how often each of them counts; once by default.
         options: num_train_timesteps and condition, as in `text_to_image.diffusion_example`.
 
     Returns:
@@ -90,13 +92,17 @@ def dreambooth_example(example, generator, class_examples=(), **options):
     subject = diffusion_example(example, generator, **options)
     if not len(class_examples):
         return subject
-    prior = diffusion_example(drawn_example(class_examples, generator), generator, **options)
+    prior = diffusion_example(drawn_example(class_examples, generator, class_repeats), generator, **options)
     return {name: np.stack([subject[name], prior[name]]) for name in subject}
 
 
-def drawn_example(examples, generator):
+def drawn_example(examples, generator, repeats=None):
     """Return any one of the examples, flipped or cropped at random if they are."""
-    index = int(generator.integers(len(examples)))
+    if repeats is None:
+        index = int(generator.integers(len(examples)))
+    else:
+        ends = np.cumsum(repeats)
+        index = int(np.searchsorted(ends, generator.integers(ends[-1]), side="right"))
     draw = getattr(examples, "draw_example", None)
     return draw(index, generator) if draw else examples[index]
 
@@ -121,7 +127,7 @@ def train_dreambooth(
         settings: `trainer.Settings`; a batch holds `train_batch_size` images of the subject and, with prior
             preservation, as many of the class.
         pipeline: the `StableDiffusion`, with or without low-rank updates (`training.lora`).
-        instances: examples of the subject, from `read_images`.
+        instances: examples of the subject, from `read_images`; an epoch shows each as often as it says.
         class_images: examples of the class for prior preservation; empty for none.
         train_text_encoder: whether to train the text encoder, too.
         prior_loss_weight: the weight of the class in the loss, lambda in equation 2.
@@ -149,6 +155,7 @@ def train_dreambooth(
         jit_compile=settings.jit_compile,
     )
     subject, others = encoded.split(len(instances))
+    repeats, class_repeats = own_repeats(instances), own_repeats(class_images)
     schedule = NoiseSchedule(pipeline.scheduler_config)
     parts = (pipeline.unet, schedule, min_snr_gamma, pipeline.text_encoder if train_text_encoder else None)
     if len(others):
@@ -163,6 +170,7 @@ def train_dreambooth(
             pipeline.unet,
             pipeline.scheduler_config,
             encoded,
+            repeats,
             class_images=len(others),
             prompts=[images[0]["captions"] for images in (instances, class_images) if len(images)],
             prior_loss_weight=prior_loss_weight if len(others) else None,
@@ -174,7 +182,8 @@ def train_dreambooth(
     draw = functools.partial(
         dreambooth_example,
         class_examples=others,
+        class_repeats=class_repeats,
         num_train_timesteps=schedule.num_train_timesteps,
         condition=encoded.condition,
     )
-    return trainer.run(subject, draw, make_evaluation=make_evaluation, export=export)
+    return trainer.run(subject, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)

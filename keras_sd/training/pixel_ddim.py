@@ -31,7 +31,9 @@ def sample_images(
     return np.concatenate(images)[:count]
 
 
-def train_pixel_ddim(settings, config, scheduler_config, source, *, min_snr_gamma=None, make_evaluation=None):
+def train_pixel_ddim(
+    settings, config, scheduler_config, source, *, repeats=None, min_snr_gamma=None, make_evaluation=None
+):
     """Train an unconditional UNet on images and write it under `output_dir/model`.
 
     Args:
@@ -41,6 +43,7 @@ def train_pixel_ddim(settings, config, scheduler_config, source, *, min_snr_gamm
             `beta_schedule="squaredcos_cap_v2"`.
         source: examples with an `image`, of `config.sample_size` or of several sizes in buckets. A
             `data.framing.FramedSource` crops and flips them at random.
+        repeats: how often an epoch shows each example.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
         make_evaluation: `make_evaluation(trainer, denoiser)` returns a function of the step.
 
@@ -58,6 +61,7 @@ def train_pixel_ddim(settings, config, scheduler_config, source, *, min_snr_gamm
             unet,
             scheduler_config,
             source,
+            repeats,
             min_snr_gamma=min_snr_gamma,
             flip=framing_identity(source).get("framing", {}).get("random_flip", False),
         ),
@@ -75,6 +79,7 @@ def train_pixel_ddim(settings, config, scheduler_config, source, *, min_snr_gamm
     return trainer.run(
         source,
         draw,
+        repeats=repeats,
         make_evaluation=make_evaluation and (lambda trainer: make_evaluation(trainer, denoiser)),
         export=lambda folder: save_model(folder, unet, scheduler_config),
     )

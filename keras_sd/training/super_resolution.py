@@ -131,6 +131,7 @@ def train_super_resolution(
             unet,
             upscaler.scheduler_config,
             source,
+            repeats,
             low_res_schedule=upscaler.low_res_scheduler_config.noise_schedule(),
             factor=factor,
             crop=crop_size,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_sd.data.sources import fingerprint_of, framing_identity
+from keras_sd.data.sources import fingerprint_of, framing_identity, repeats_identity
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.text_encoder import TextEncoder
@@ -68,12 +68,12 @@ def diffusion_example(
     return drawn
 
 
-def diffusion_identity(method, unet, scheduler_config, source, **values):
+def diffusion_identity(method, unet, scheduler_config, source, repeats=None, **values):
     """Return the JSON values that a run of a diffusion model shares with the run that resumes it.
 
     Args:
         method: the training method's name.
-        unet, scheduler_config, source: as in `train_text_to_image`.
+        unet, scheduler_config, source, repeats: as in `train_text_to_image`.
         values: the method's own values.
     """
     cache_dtype = getattr(source, "cache_dtype", "float32")  # of a source that holds encodings
@@ -84,6 +84,7 @@ def diffusion_identity(method, unet, scheduler_config, source, **values):
         "data": fingerprint_of(source),
         **({"cache_dtype": cache_dtype} if cache_dtype != "float32" else {}),
         **framing_identity(source),
+        **repeats_identity(repeats),
         **values,
     }
 
@@ -125,7 +126,7 @@ def train_text_to_image(
         DiffusionObjective(unet, schedule, min_snr_gamma, text_encoder),
         settings,
         diffusion_identity(
-            "text-to-image", unet, scheduler_config, source, min_snr_gamma=min_snr_gamma, **drawing
+            "text-to-image", unet, scheduler_config, source, repeats, min_snr_gamma=min_snr_gamma, **drawing
         )
         | (identity or {}),
     )

@@ -83,6 +83,7 @@ def train_textual_inversion(
     num_vectors=1,
     learnable_property="object",
     identity=None,
+    repeats=None,
     min_snr_gamma=None,
     caching=None,
     make_evaluation=None,
@@ -102,6 +103,7 @@ def train_textual_inversion(
         num_vectors: number of vectors, and of tokens in a prompt.
         learnable_property: "object" or "style": what the images have in common.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
+        repeats: how often an epoch shows each example.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
         caching: `caching.Caching`: where the images' encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
@@ -140,6 +142,7 @@ def train_textual_inversion(
             pipeline.unet,
             pipeline.scheduler_config,
             encoded,
+            repeats,
             tokens=vector_names(placeholder_token, num_vectors),
             initializer_token=initializer_token,
             learnable_property=learnable_property,
@@ -157,7 +160,7 @@ def train_textual_inversion(
     def export(folder):
         save_embedding(folder, placeholder_token, ops.convert_to_numpy(learned))
 
-    return trainer.run(encoded, draw, make_evaluation=make_evaluation, export=export)
+    return trainer.run(encoded, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)
 
 
 def encode_examples(settings, pipeline, source, token, learnable_property, caching=None):

@@ -42,7 +42,9 @@ def ddim(unet_config, snr_gamma, kid, kid_images, num_inference_steps, **options
 
     unet_config = read_config(unet_config, config.UNetConfig, architectures.PIXEL_UNET)
     unet_config = dataclasses.replace(unet_config, sample_size=run.resolution(unet_config.sample_size))
-    source, held_out, _ = run.sources(unet_config.sample_size)
+    source, held_out, repeats = run.sources(unet_config.sample_size)
+    if getattr(run.source, "is_drawn", False):  # without captions, emoji and their variants count alike
+        repeats = None
 
     def make_evaluation(trainer, denoiser):
         sets = example_sets(source.squares(), held_out, kid_images)
@@ -65,6 +67,7 @@ def ddim(unet_config, snr_gamma, kid, kid_images, num_inference_steps, **options
         unet_config,
         architectures.PIXEL_SCHEDULER,
         source,
+        repeats=repeats,
         min_snr_gamma=snr_gamma,
         make_evaluation=make_evaluation,
     )

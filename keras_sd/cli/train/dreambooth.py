@@ -7,6 +7,7 @@ import click
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.caching import caching_of, caching_options
+from keras_sd.cli.train.data_options import print_notes
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -133,7 +134,9 @@ def _images(run, pipeline, class_folder):
     options, sizes = run.options, (image_size_of(pipeline), pipeline.vae.config.downsampling)
 
     def read(folder, prompt):
-        return run.framed(read_images(folder, prompt, MINIMUM_SIDE).source, *sizes)
+        source = read_images(folder, prompt, MINIMUM_SIDE).source
+        print_notes(source, options)
+        return run.framed(source, *sizes)
 
     instances = read(options["instance_data_dir"], options["instance_prompt"])
     if class_folder is None:

@@ -61,7 +61,7 @@ def textual_inversion(**options):
     from keras_sd.weights.textual_inversion import DIFFUSERS_FILE
 
     pipeline = open_pipeline(run)
-    source, _, _ = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
+    source, _, repeats = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
     finished = train_textual_inversion(
         run.settings,
         pipeline,
@@ -70,6 +70,7 @@ def textual_inversion(**options):
         initializer_token=options["initializer_token"],
         num_vectors=options["num_vectors"],
         learnable_property=options["learnable_property"],
+        repeats=repeats,
         identity=part_fingerprints(pipeline, "vae"),
         min_snr_gamma=options["snr_gamma"],
         caching=caching_of(options),
