@@ -1,11 +1,13 @@
 """Random access to data sets of the `datasets` library: the hub's, parquet, arrow and WebDataset's tars."""
 
+import contextlib
 import copy
 import functools
 import glob
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 
 _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
 _SAVED = ("dataset_dict.json", "state.json")
+_PROBE_SECONDS = 4.0
+_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}
 _SPLITS = {
     "validation": re.compile(r"(^|[-_./])(validation|valid|val|dev)([-_./0-9]|$)"),
     "test": re.compile(r"(^|[-_./])(test|eval)([-_./0-9]|$)"),
@@ -205,12 +209,40 @@ def open_dataset(name: str, config_name: str | None = None) -> dict[str, Any]:
         elif is_data_files(name):
             found = library.load_dataset(BUILDERS[path.suffix], data_files=name)
         else:
-            found = library.load_dataset(name, config_name)
+            with _offline_without_connection(name):
+                found = library.load_dataset(name, config_name)
     except Exception as error:
         raise UserError(_fault(name, config_name, error, is_data_files(name))) from error
     if config_name is not None and is_data_files(name):
         raise UserError(f"dataset_config_name: has no effect on the files of {name}; leave it out")
     return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+
+
+@contextlib.contextmanager
+def _offline_without_connection(name: str) -> Iterator[None]:
+    """Let the library use what it has kept if the hub cannot be reached.
+
+    On its own it tries again and again, for half a minute. Here one request tells, in a few seconds.
+    """
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        hub.HfApi().dataset_info(name, timeout=_PROBE_SECONDS)
+    except Exception as error:  # the classes are of a package that changes with the hub's versions
+        is_reached = _NO_CONNECTION.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+    else:
+        is_reached = True
+    if is_reached:
+        yield
+        return
+    places = importlib.import_module("datasets").config, hub.constants
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _fault(name: str, config_name: str | None, error: Exception, is_local: bool) -> str:

@@ -1,7 +1,12 @@
 """Data sets of the `datasets` library, from files as people have them; the hub is never reached."""
 
 import io
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -180,6 +185,46 @@ def test_a_second_start_decodes_no_image(tmp_path, monkeypatch):
     second = load_source(str(folder), "train", 16)
     second._images = None  # none is read any more
     assert second.content_keys() == keys and second.fingerprint() == first.fingerprint()
+
+
+OFFLINE = """
+import sys, time
+from pathlib import Path
+import datasets
+from keras_sd.data.sources import load_source
+from keras_sd.errors import UserError
+
+began = time.monotonic()
+try:
+    load_source("nobody/no-such-data", "train", 16)
+except UserError as error:
+    print(error)
+assert time.monotonic() - began < 5
+kept = load_source("owner/kept", "train", 16)  # was downloaded earlier
+print(kept.captions())
+assert not datasets.config.HF_HUB_OFFLINE
+"""
+
+
+def test_no_connection_is_a_line_within_seconds(tmp_path):
+    """A port that nobody listens on in place of the hub."""
+    table(text=TEXTS).to_parquet(str(tmp_path / "a.parquet"))
+    kept = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path))
+    folder = Path(kept["train"].cache_files[0]["filename"]).parent
+    shutil.copytree(folder, tmp_path / "owner___kept" / "default" / "0.0.0" / ("a" * 40))
+    (tmp_path / "owner___kept" / "default" / "0.0.0" / ("a" * 40) / "parquet-train.arrow").rename(
+        tmp_path / "owner___kept" / "default" / "0.0.0" / ("a" * 40) / "kept-train.arrow"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_DATASETS_CACHE": str(tmp_path)}
+    environment = {name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"}
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    line, captions = run.stdout.splitlines()
+    assert line.startswith("data set nobody/no-such-data: no such folder, and the hub cannot be reached (")
+    assert captions == str([(text,) for text in TEXTS])
+    assert "Retrying" not in run.stderr
 
 
 def test_the_hub_without_a_connection(monkeypatch):
