@@ -1,38 +1,23 @@
 """Random access to data sets of the `datasets` library: the hub's, parquet, arrow and WebDataset's tars."""
 
-import contextlib
 import copy
-import functools
-import glob
 import importlib
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_sd.data.catalogue import examine_stored, stored_hashes
+from keras_sd.data.dataset_library import keep_stream, open_dataset, open_streams
 from keras_sd.data.faults import Faults, first_line
 from keras_sd.data.folders import digest
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import StoredImage, read_frame
-from keras_sd.data.listing import holds_images
-from keras_sd.errors import UserError, require
+from keras_sd.errors import UserError
 from keras_sd.files.json_files import shown
 
-BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
-"""The library's reader of each suffix of data files; beside tars, parquet files hold their metadata."""
-
 _CAPTION_COLUMNS = ("text", "caption", "captions", "txt")
-_SAVED = ("dataset_dict.json", "state.json")
-_PROBE_SECONDS = 4.0
-_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}
-_SPLITS = {
-    "validation": re.compile(r"(^|[-_./])(validation|valid|val|dev)([-_./0-9]|$)"),
-    "test": re.compile(r"(^|[-_./])(test|eval)([-_./0-9]|$)"),
-}
 
 
 class DatasetsSource:
@@ -48,6 +33,8 @@ class DatasetsSource:
         image_column, caption_column: the columns; by default the only one of images, and the first of `text`,
             `caption`, `captions` and `txt`. A list of texts is several captions of one image.
         on_bad_sample: "error" names all faulty examples; "skip" leaves them out and counts them.
+        streaming: fetch only the columns of images and captions, example by example, and keep them.
+        max_samples: with streaming, fetch only so many examples, the first ones; None fetches all.
 
     Attributes:
         notes: what the user should know of the data, each in a line.
@@ -68,14 +55,21 @@ class DatasetsSource:
         image_column: str | None = None,
         caption_column: str | None = None,
         on_bad_sample: str = "error",
+        streaming: bool = False,
+        max_samples: int | None = None,
     ) -> None:
         self.name, self.split, self.image_size = str(name), split, image_size
         self.notes: list[str] = []
-        splits = open_dataset(str(name), config_name)
+        splits = (open_streams if streaming else open_dataset)(str(name), config_name)
         if split not in splits:
             raise UserError(f"data set {name}: no split {split!r}; it has {', '.join(splits)}")
         table = splits[split]
-        self._image_column = _image_column(table, self.name, image_column)
+        self._image_column = _image_column(table.features or {}, self.name, image_column)
+        column = _caption_column(table.features, self.name, caption_column) if need_captions else None
+        if streaming:
+            names = [self._image_column, *([column] if column else [])]
+            kept = importlib.import_module("datasets").Features({one: table.features[one] for one in names})
+            table = keep_stream(self.name, config_name, split, names, max_samples, kept)
         self._identity = _identity(table, self._image_column)
         features = importlib.import_module("datasets")
         self._images = table.select_columns([self._image_column]).cast_column(
@@ -83,7 +77,7 @@ class DatasetsSource:
         )
         self._count = len(table)
         faults = Faults(f"data set {name}, {split}", on_bad_sample)
-        captions = _captions(table, self, caption_column, faults) if need_captions else [()] * self._count
+        captions = _captions(table, self, column, faults) if column else [()] * self._count
         on_fault = lambda index, error: faults.add(error)  # noqa: E731
         found = examine_stored(self._identity, self._count, self._stored, on_fault)
         good = [index for index, one in enumerate(found) if one is not None and captions[index] is not None]
@@ -155,115 +149,6 @@ class DatasetsSource:
         return StoredImage(place, content)
 
 
-def is_data_files(name: str | Path) -> bool:
-    """Return whether a name means data files of this library: a file, a pattern, or a folder of them.
-
-    A folder with images is a folder of images, whatever lies beside them.
-    """
-    path = Path(name)
-    if not path.is_dir():
-        return path.suffix in BUILDERS and bool(path.is_file() or glob.glob(str(name)))
-    return _is_saved(path) or (bool(_data_files(path)) and not holds_images(path))
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / saved).is_file() for saved in _SAVED)
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """Return the data files in a folder and the folders in it, all of one kind."""
-    files = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
-    for suffix in BUILDERS:
-        found = [path for path in files if path.suffix == suffix]
-        if found:
-            return found
-    return []
-
-
-def _by_split(folder: Path, files: list[Path]) -> dict[str, list[str]]:
-    """Return data files by the split that their name or folder says; others are for training."""
-    splits: dict[str, list[str]] = {}
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        split = next((split for split, pattern in _SPLITS.items() if pattern.search(name)), "train")
-        splits.setdefault(split, []).append(str(path))
-    return splits
-
-
-@functools.lru_cache(maxsize=4)
-def open_dataset(name: str, config_name: str | None = None) -> dict[str, Any]:
-    """Return the splits of a data set: name -> table of the `datasets` library, memory-mapped.
-
-    Raises:
-        UserError: the library is missing, or the data set cannot be found, read or downloaded.
-    """
-    require("datasets", instead="give a folder of images")
-    library = importlib.import_module("datasets")
-    path = Path(name)
-    try:
-        if path.is_dir() and _is_saved(path):
-            found = library.load_from_disk(name)
-        elif path.is_dir():
-            files = _data_files(path)
-            found = library.load_dataset(BUILDERS[files[0].suffix], data_files=_by_split(path, files))
-        elif is_data_files(name):
-            found = library.load_dataset(BUILDERS[path.suffix], data_files=name)
-        else:
-            with _offline_without_connection(name):
-                found = library.load_dataset(name, config_name)
-    except Exception as error:
-        raise UserError(_fault(name, config_name, error, is_data_files(name))) from error
-    if config_name is not None and is_data_files(name):
-        raise UserError(f"dataset_config_name: has no effect on the files of {name}; leave it out")
-    return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
-
-
-@contextlib.contextmanager
-def _offline_without_connection(name: str) -> Iterator[None]:
-    """Let the library use what it has kept if the hub cannot be reached.
-
-    On its own it tries again and again, for half a minute. Here one request tells, in a few seconds.
-    """
-    hub = importlib.import_module("huggingface_hub")
-    try:
-        hub.HfApi().dataset_info(name, timeout=_PROBE_SECONDS)
-    except Exception as error:  # the classes are of a package that changes with the hub's versions
-        is_reached = _NO_CONNECTION.isdisjoint(kind.__name__ for kind in type(error).__mro__)
-    else:
-        is_reached = True
-    if is_reached:
-        yield
-        return
-    places = importlib.import_module("datasets").config, hub.constants
-    before = [place.HF_HUB_OFFLINE for place in places]
-    try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
-
-
-def _fault(name: str, config_name: str | None, error: Exception, is_local: bool) -> str:
-    cause = error.__cause__ or error.__context__
-    line = first_line(cause if type(error).__name__ == "DatasetGenerationError" and cause else error)
-    if is_local:
-        return f"data set {name}: cannot be read ({line}); fetch its files again"
-    if "config" in line.lower():
-        known = re.findall(r"'([^']+)'", str(error))
-        return (
-            f"dataset_config_name {shown(config_name or 'missing')}: data set {name} has others "
-            f"({', '.join(known)[:200]}); choose one"
-        )
-    if isinstance(error, ConnectionError):
-        return (
-            f"data set {name}: no such folder, and the hub cannot be reached ({line}); connect to the "
-            "network, or give a folder"
-        )
-    return f"data set {name}: cannot be loaded ({line}); check its name, and log in if it is private"
-
-
 def _identity(table: Any, column: str) -> str:
     """Return what names a column's content: the library's files with their sizes and times of change."""
     states = [(file["filename"], os.stat(file["filename"])) for file in table.cache_files]
@@ -271,9 +156,8 @@ def _identity(table: Any, column: str) -> str:
     return f"datasets:{digest([described, len(table), column])}" if described else ""
 
 
-def _image_column(table: Any, name: str, wanted: str | None) -> str:
+def _image_column(features: Any, name: str, wanted: str | None) -> str:
     """Return the name of the column of images, which holds files or encoded bytes."""
-    features = table.features
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
     listed = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
     if wanted is None:
@@ -293,24 +177,26 @@ def _image_column(table: Any, name: str, wanted: str | None) -> str:
     return wanted
 
 
-def _captions(table: Any, source: DatasetsSource, wanted: str | None, faults: Faults) -> list[Any]:
-    """Return the captions of each example; None for a faulty one, which is reported."""
-    listed = ", ".join(table.features)
-    column = wanted or next((one for one in _CAPTION_COLUMNS if one in table.features), None)
+def _caption_column(features: Any, name: str, wanted: str | None) -> str:
+    """Return the name of the column of captions, which holds texts or lists of texts."""
+    listed = ", ".join(features)
+    column = wanted or next((one for one in _CAPTION_COLUMNS if one in features), None)
     if column is None:
-        raise UserError(
-            f"data set {source.name}: no column of captions, only {listed}; name the `caption_column`"
-        )
-    if column not in table.features:
-        raise UserError(f"caption_column {shown(column)}: not in the data set {source.name}; it has {listed}")
-    feature = table.features[column]
-    inner = getattr(feature, "feature", feature)
+        raise UserError(f"data set {name}: no column of captions, only {listed}; name the `caption_column`")
+    if column not in features:
+        raise UserError(f"caption_column {shown(column)}: not in the data set {name}; it has {listed}")
+    inner = getattr(features[column], "feature", features[column])
     if getattr(inner, "dtype", None) not in ("string", "large_string", "null"):
         kind = getattr(inner, "dtype", type(inner).__name__)
         raise UserError(
-            f"caption_column {shown(column)}: holds {kind} in the data set {source.name}, not texts; choose "
-            f"one of {listed}"
+            f"caption_column {shown(column)}: holds {kind} in the data set {name}, not texts; choose one of "
+            f"{listed}"
         )
+    return column
+
+
+def _captions(table: Any, source: DatasetsSource, column: str, faults: Faults) -> list[Any]:
+    """Return the captions of each example; None for a faulty one, which is reported."""
     captions: list[tuple[str, ...] | None] = []
     lists = 0
     for index, value in enumerate(table.select_columns([column])[column]):

@@ -33,8 +33,10 @@ from PIL import Image
 
 from keras_sd.arguments import checked_path, shown
 from keras_sd.data.caption_files import CaptionFiles
+from keras_sd.data.chosen_source import ChosenSource, chosen
 from keras_sd.data.dataset_config import read_dataset_config
-from keras_sd.data.datasets_source import DatasetsSource, is_data_files, open_dataset
+from keras_sd.data.dataset_library import is_data_files, open_dataset, open_streams
+from keras_sd.data.datasets_source import DatasetsSource
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.framing import Frame, frame_of
@@ -153,11 +155,13 @@ def _kind(name: str | Path) -> str:
     return "datasets" if "/" in name and not knows_name(name) else "tfds"
 
 
-def available_splits(name: str | Path, config_name: str | None = None) -> tuple[str, ...]:
+def available_splits(
+    name: str | Path, config_name: str | None = None, streaming: bool = False
+) -> tuple[str, ...]:
     """Return the splits that `load_source` offers: "train" and, if images are held out, "validation".
 
     Args:
-        name, config_name: as `load_source` takes them.
+        name, config_name, streaming: as `load_source` takes them.
     """
     kind = _kind(name)
     if kind == "folder":
@@ -167,7 +171,7 @@ def available_splits(name: str | Path, config_name: str | None = None) -> tuple[
     if kind == "emoji":
         return ("train", "validation")
     if kind == "datasets":
-        return tuple(open_dataset(str(name), config_name))
+        return tuple((open_streams if streaming else open_dataset)(str(name), config_name))
     return tuple(prepared_builder(str(name)).info.splits)
 
 
@@ -180,7 +184,10 @@ def load_source(
     config_name: str | None = None,
     caption_files: CaptionFiles | None = None,
     on_bad_sample: str = "error",
-) -> EmojiSource | FolderSource | DatasetsSource | TFDSSource:
+    streaming: bool = False,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> EmojiSource | FolderSource | DatasetsSource | TFDSSource | ChosenSource:
     """Open and check a source of images.
 
     Args:
@@ -195,6 +202,10 @@ def load_source(
         config_name: the configuration of a data set on the hub.
         caption_files: where the captions of a folder are, or the columns of a data set.
         on_bad_sample: "error" names all faulty examples; "skip" leaves them out.
+        streaming: of a data set of the `datasets` library fetch only images and captions, example by example,
+            and keep them in the library's cache.
+        max_samples: take so many examples at most: chosen by the seed or, with streaming, the first ones.
+        seed: of that choice.
 
     Raises:
         UserError: the source is missing, empty or damaged, or has no such split; or an argument has no effect
@@ -205,19 +216,21 @@ def load_source(
         "dataset_config_name": config_name,
         **dataclasses.asdict(files),
         "on_bad_sample": on_bad_sample if on_bad_sample != "error" else None,
+        "streaming": streaming or None,
     }
     for argument, value in given.items():
         if value is not None and argument not in _USED[kind]:
             raise UserError(f"{argument}: has no effect on {name}; leave it out")
+    source: EmojiSource | FolderSource | DatasetsSource | TFDSSource
     if kind == "folder":
         folder = split_folder(Path(name), split)
-        return FolderSource(
+        source = FolderSource(
             folder, image_size, need_captions, caption_files=caption_files, on_bad_sample=on_bad_sample
         )
-    if kind == "emoji":
-        return EmojiSource(split, image_size, _EMOJI[str(name)])
-    if kind == "datasets":
-        return DatasetsSource(
+    elif kind == "emoji":
+        source = EmojiSource(split, image_size, _EMOJI[str(name)])
+    elif kind == "datasets":
+        source = DatasetsSource(
             name,
             split,
             image_size,
@@ -226,12 +239,27 @@ def load_source(
             image_column=files.image_column,
             caption_column=files.caption_column,
             on_bad_sample=on_bad_sample,
+            streaming=streaming,
+            max_samples=max_samples,
         )
-    return TFDSSource(str(name), split, image_size, need_captions, on_bad_sample=on_bad_sample)
+    else:
+        source = TFDSSource(str(name), split, image_size, need_captions, on_bad_sample=on_bad_sample)
+    return chosen(source, max_samples, seed)
 
 
-def load_config(path: Path, image_size: int, on_bad_sample: str = "error") -> ConfiguredSource:
+def load_config(
+    path: Path,
+    image_size: int,
+    on_bad_sample: str = "error",
+    *,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> ConfiguredSource | ChosenSource:
     """Open and check the sources of a file of data sets (`data.dataset_config`).
+
+    Args:
+        path: the file.
+        image_size, on_bad_sample, max_samples, seed: as `load_source` takes them.
 
     Raises:
         UserError: the file or one of its sources is faulty.
@@ -250,14 +278,14 @@ def load_config(path: Path, image_size: int, on_bad_sample: str = "error") -> Co
                 on_bad_sample=on_bad_sample if has_samples else "error",
             )
         )
-    return ConfiguredSource(config, sources)
+    return chosen(ConfiguredSource(config, sources), max_samples, seed)
 
 
 _OF_ALL = ("image_column", "caption_column", "on_bad_sample")
 # The arguments that have an effect on each kind of source.
 _USED = {
     "folder": (*_OF_ALL, "caption_extension", "caption_lines", "class_tokens"),
-    "datasets": (*_OF_ALL, "dataset_config_name"),
+    "datasets": (*_OF_ALL, "dataset_config_name", "streaming"),
     "emoji": (),
     "tfds": ("on_bad_sample",),
 }

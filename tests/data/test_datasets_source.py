@@ -8,13 +8,14 @@ import sys
 import tarfile
 from pathlib import Path
 
+import click
 import datasets
 import pytest
 from PIL import Image
 
 from keras_sd.cli.train.main import train
 from keras_sd.data.caption_files import CaptionFiles
-from keras_sd.data.datasets_source import open_dataset
+from keras_sd.data.dataset_library import open_dataset, open_streams
 from keras_sd.data.framing import FramedSource, Framing
 from keras_sd.data.sources import available_splits, load_source
 from keras_sd.errors import BadSamples, UserError
@@ -29,6 +30,7 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_SD_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
     open_dataset.cache_clear()
+    open_streams.cache_clear()
 
 
 def encoded(colour, size=(40, 30), **options):
@@ -160,11 +162,11 @@ def test_the_command_names_its_flags(tmp_path):
             ["--caption-column", "words", "--dataset-config-name", "a"],
             "--dataset-config-name: has no effect on",
         ),
-        (["--streaming"], "--streaming: not offered"),
+        (["--max-train-samples", "0"], "0 is not in the range 1"),
         (["--caption-column", "words", "--caption-lines", "each"], "--caption-lines: has no effect on"),
     ):
         arguments = ["lora", "--dataset-name", str(folder), "--output-dir", str(tmp_path / "run"), *options]
-        with pytest.raises(UserError, match=line):
+        with pytest.raises((UserError, click.BadParameter), match=line):
             train.main(arguments, standalone_mode=False)
 
 
@@ -225,6 +227,63 @@ def test_no_connection_is_a_line_within_seconds(tmp_path):
     assert line.startswith("data set nobody/no-such-data: no such folder, and the hub cannot be reached (")
     assert captions == str([(text,) for text in TEXTS])
     assert "Retrying" not in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_streaming_keeps_images_and_captions(tmp_path, kind):
+    columns = {"text": TEXTS} if kind == "tar" else {"text": TEXTS, "heavy": ["x" * 1000] * 3}
+    folder = save(table(**columns), tmp_path / "data", kind)
+    options = {"caption_files": CaptionFiles(caption_column="txt")} if kind == "tar" else {}
+    plain = load_source(str(folder), "train", 16, **options)
+    source = load_source(str(folder), "train", 16, streaming=True, **options)
+    assert source.captions() == plain.captions() and source.sizes().tolist() == plain.sizes().tolist()
+    assert (source[2]["image"] == plain[2]["image"]).all()
+    assert source.fingerprint() == plain.fingerprint() and source.content_keys() == plain.content_keys()
+    assert available_splits(str(folder), streaming=True) == ("train",)
+    kept = sorted((tmp_path / "library" / "generator").rglob("*.arrow"))
+    assert len(kept) == 1 and b"xxxx" not in kept[0].read_bytes()
+    state = kept[0].stat().st_mtime_ns
+    open_streams.cache_clear()
+    load_source(str(folder), "train", 16, streaming=True, **options)
+    assert kept[0].stat().st_mtime_ns == state  # nothing was fetched again
+    first = load_source(str(folder), "train", 16, streaming=True, max_samples=2, **options)
+    assert first.captions() == plain.captions()[:2] and first.notes == []
+    (path,) = folder.iterdir()
+    os.utime(path, ns=(state, state))  # as if the file had changed
+    load_source(str(folder), "train", 16, streaming=True, **options)
+    assert len(list((tmp_path / "library" / "generator").rglob("*.arrow"))) == 3
+
+
+def test_streaming_that_has_no_effect_or_breaks_off(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    saved = save(table(), tmp_path / "saved", "saved")
+    for place in (tmp_path, saved):
+        with pytest.raises(UserError, match="streaming: has no effect on .*; leave it out"):
+            load_source(place, "train", 16, streaming=True)
+    folder = save(table(), tmp_path / "data", "parquet")
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:4] + bytes(40) + path.read_bytes()[44:])
+    with pytest.raises(UserError, match=f"data set {folder}: cannot be read .*; fetch its files again"):
+        load_source(str(folder), "train", 16, streaming=True)
+
+
+def test_some_of_the_examples(tmp_path):
+    for index in range(9):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"number {index}")
+    source, again = (load_source(tmp_path, "train", 16, max_samples=4, seed=1) for _ in range(2))
+    other = load_source(tmp_path, "train", 16, max_samples=4, seed=2)
+    assert len(source) == len(set(source.captions())) == len(source.sizes()) == 4
+    assert source.captions() == again.captions() and source.fingerprint() == again.fingerprint()
+    assert source.captions() != other.captions() and source.fingerprint() != other.fingerprint()
+    assert source.notes == ["4 of 9 examples are taken"]
+    assert [source[index]["captions"] for index in range(4)] == source.captions()
+    assert [Path(source.details(index)["path"]).stem for index in range(4)] == [
+        text.split()[1] for (text,) in source.captions()
+    ]
+    framed = FramedSource(source, Framing(16))
+    assert len(framed) == len(framed.content_keys()) == 4 and framed[3]["image"].shape == (16, 16, 3)
+    assert len(load_source(tmp_path, "train", 16, max_samples=20)) == 9
 
 
 def test_the_hub_without_a_connection(monkeypatch):

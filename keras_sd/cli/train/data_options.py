@@ -14,16 +14,8 @@ from keras_sd.errors import UserError
 _OF_TAGS = ("keep_tokens", "caption_separator")
 _OF_FILES = (
     *("caption_extension", "caption_lines", "image_column", "caption_column", "dataset_config_name"),
-    *("train_data_dir", "dataset_name"),
+    *("train_data_dir", "dataset_name", "streaming"),
 )
-
-
-def _refuse_streaming(context, parameter, value):
-    if value:
-        raise UserError(
-            "--streaming: not offered, as a run reads examples in any order; leave it out: a data set is "
-            "downloaded once, and is not held in memory"
-        )
 
 
 def source_options(captions=True):
@@ -49,7 +41,10 @@ def source_options(captions=True):
             "only one of images, and file_name.",
         ),
         click.option(
-            "--streaming", is_flag=True, hidden=True, expose_value=False, callback=_refuse_streaming
+            "--streaming",
+            is_flag=True,
+            help="Of a data set on the hub fetch only images and captions, example by example, with "
+            "--max-train-samples the first ones. They are kept for the next start.",
         ),
     ]
     if captions:
@@ -174,6 +169,9 @@ def reading_of(options):
         "caption_files": files,
         "on_bad_sample": options.get("on_bad_sample") or "error",
         "config_name": options.get("dataset_config_name"),
+        "streaming": bool(options.get("streaming")),
+        "max_samples": options.get("max_train_samples"),
+        "seed": options.get("seed") or 0,
     }
 
 

@@ -25,7 +25,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @click.command(cls=Command)
 @run_options(
     "dreambooth",
-    without=("dataset_name", "train_data_dir"),
+    without=("dataset_name", "train_data_dir", "max_train_samples"),
     output_dir="runs/dreambooth",
     evaluation_steps=100,
 )

@@ -87,6 +87,12 @@ def run_options(method, *, without=(), **defaults):
             "TensorFlow Datasets (TFDS).",
         ),
         option("--train-data-dir", None, "Folder of training images, instead of --dataset-name."),
+        option(
+            "--max-train-samples",
+            None,
+            "Train on so many images at most, which --seed chooses; with --streaming on the first ones.",
+            type=COUNT,
+        ),
         *framing_options(flips=defaults.get("random_flip", False)),
         follows_model("max_train_steps"),
         follows_model("train_batch_size"),

@@ -209,7 +209,8 @@ def _check_sources(options, need_captions):
 
     reading = reading_of(options)
     if options.get("dataset_config"):
-        source = load_config(Path(options["dataset_config"]), MINIMUM_SIDE, reading["on_bad_sample"])
+        named = {name: reading[name] for name in ("on_bad_sample", "max_samples", "seed")}
+        source = load_config(Path(options["dataset_config"]), MINIMUM_SIDE, **named)
         print_notes(source, options)
         return source, ()
     folder, name = options["train_data_dir"], options.get("dataset_name")
@@ -223,7 +224,9 @@ def _check_sources(options, need_captions):
     source = load_source(place, "train", MINIMUM_SIDE, need_captions, **reading)
     print_notes(source, options)
     held_out = ()
-    if "validation" in available_splits(place, reading["config_name"]):
+    if not reading["streaming"]:
+        reading["max_samples"] = None  # which are of training
+    if "validation" in available_splits(place, reading["config_name"], reading["streaming"]):
         held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions, **reading)
         print_notes(held_out, options)
     return source, held_out
