@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_sd import config, presets
 from keras_sd.cli.train.clip import new_text_encoder
-from keras_sd.cli.train.data_options import reading_of
+from keras_sd.cli.train.data_options import configured_source, reading_of
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, trained_parts
 from keras_sd.cli.train.preparation import Run, open_pipeline
 from keras_sd.data.sources import load_source
@@ -165,6 +165,8 @@ def _vae(options, identity):
 
 def _source(options, image_size, need_captions):
     """Return the training images of the run, from which a part of its model is computed."""
+    if options.get("dataset_config"):
+        return configured_source(options, need_captions).at_size(image_size)
     folder = options["train_data_dir"]
     place = Path(folder) if folder else options["dataset_name"] or "emoji"
     return load_source(place, "train", image_size, need_captions, **reading_of(options))

@@ -31,7 +31,12 @@ _OF_ONE: dict[str, tuple[type, ...]] = {
     "dataset_config_name": (str,),
     "class_tokens": (str,),
     "weight": (int, float),
+    "is_reg": (bool,),
 }
+_OF_CAPTIONS = (
+    *("caption_extension", "shuffle_caption", "keep_tokens", "caption_separator"),
+    *("caption_tag_dropout_rate", "caption_column", "class_tokens"),
+)
 # Keys of a whole run, the option that they set, and their types.
 _OF_RUN: dict[str, tuple[str, tuple[type, ...]]] = {
     "resolution": ("resolution", (int, list)),
@@ -44,7 +49,6 @@ _OF_RUN: dict[str, tuple[str, tuple[type, ...]]] = {
 _NEGATED = ("bucket_no_upscale", "random_crop")
 # Other keys of kohya's scripts, and what there is in their place.
 _REMEDIES = {
-    "is_reg": "train by DreamBooth with prior preservation",
     "caption_dropout_rate": "give `proportion_empty_prompts`, for all data sets",
     **dict.fromkeys(
         ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), "give `aspect_ratio_buckets`"
@@ -68,6 +72,8 @@ class Subset:
         caption_files: where its captions are.
         captions: how they are drawn.
         config_name: the configuration of a data set on the hub.
+        is_reg: whether it holds images of the class for DreamBooth's prior preservation.
+        caption_keys: the keys that say something of captions.
     """
 
     place: str | Path
@@ -76,6 +82,8 @@ class Subset:
     caption_files: CaptionFiles
     captions: Captions
     config_name: str | None = None
+    is_reg: bool = False
+    caption_keys: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """Return the JSON values that a run shares with the run that resumes it."""
@@ -93,6 +101,10 @@ class DatasetConfig:
 
     subsets: tuple[Subset, ...]
     options: dict[str, Any]
+
+    def part(self, is_reg: bool) -> "DatasetConfig":
+        """Return the subsets of the class for DreamBooth, or the others."""
+        return DatasetConfig(tuple(one for one in self.subsets if one.is_reg == is_reg), self.options)
 
     def identity(self) -> dict[str, Any]:
         """Return the JSON values that a run shares with the run that resumes it."""
@@ -195,7 +207,9 @@ def _subset(path: Path, where: str, table: dict) -> Subset:
     except UserError as error:
         raise UserError(f"{path}, {where}: {error}") from error
     place = _folder(folder, path) if folder else str(name)
-    return Subset(place, repeats, weight, files, captions, table.get("dataset_config_name"))
+    keys = tuple(key for key in _OF_CAPTIONS if table.get(key))
+    name, is_reg = table.get("dataset_config_name"), table.get("is_reg", False)
+    return Subset(place, repeats, weight, files, captions, name, is_reg, keys)
 
 
 def _folder(name: str, path: Path) -> Path:

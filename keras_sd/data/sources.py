@@ -251,20 +251,33 @@ def load_config(
     path: Path,
     image_size: int,
     on_bad_sample: str = "error",
+    need_captions: bool = True,
     *,
     max_samples: int | None = None,
     seed: int = 0,
+    is_reg: bool | None = None,
 ) -> ConfiguredSource | ChosenSource:
     """Open and check the sources of a file of data sets (`data.dataset_config`).
 
     Args:
         path: the file.
-        image_size, on_bad_sample, max_samples, seed: as `load_source` takes them.
+        image_size, on_bad_sample, need_captions, max_samples, seed: as `load_source` takes them.
+        is_reg: take the images of the class for DreamBooth, or the others; None refuses images of a class.
 
     Raises:
         UserError: the file or one of its sources is faulty.
     """
     config = read_dataset_config(path)
+    if is_reg is not None:
+        config = config.part(is_reg)
+    for subset in config.subsets:
+        if is_reg is None and subset.is_reg:
+            raise UserError(f"{path}: is_reg has an effect in DreamBooth alone; remove it")
+        if not need_captions and subset.caption_keys:
+            key = subset.caption_keys[0]
+            raise UserError(f"{path}: {key} has no effect, as no captions are read; remove it")
+    if not config.subsets:
+        raise UserError(f"{path}: no subset of images of the subject; add one without is_reg")
     sources = []
     for subset in config.subsets:
         has_samples = _kind(subset.place) != "emoji"
@@ -273,12 +286,18 @@ def load_config(
                 subset.place,
                 "train",
                 image_size,
+                need_captions,
                 config_name=subset.config_name,
-                caption_files=subset.caption_files,
+                caption_files=subset.caption_files if need_captions else _image_files(subset.caption_files),
                 on_bad_sample=on_bad_sample if has_samples else "error",
             )
         )
     return chosen(ConfiguredSource(config, sources), max_samples, seed)
+
+
+def _image_files(files: CaptionFiles) -> CaptionFiles | None:
+    """Return what tells where images are, without captions."""
+    return CaptionFiles(image_column=files.image_column) if files.image_column else None
 
 
 _OF_ALL = ("image_column", "caption_column", "on_bad_sample")

@@ -1,26 +1,33 @@
 """DreamBooth training (Ruiz et al., 2023): a model learns a subject from a few images."""
 
 import functools
+import warnings
 
 import numpy as np
 from tqdm import tqdm
 
 from keras_sd import backend
+from keras_sd.data.captions import Captions
 from keras_sd.data.folders import FolderSource, count_images
 from keras_sd.data.framing import FramedSource, Framing
 from keras_sd.data.sources import own_repeats
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import save_png
+from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
 from keras_sd.training.encodings import JoinedSource
+from keras_sd.training.lora import freeze
 from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.stored_encodings import encoded_source
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
 
 
-def read_images(folder, prompt, image_size):
+def read_images(folder, prompt, image_size, on_bad_sample="error"):
     """Return all images in a folder and its sub-folders, each with the prompt as its caption.
+
+    Args:
+        on_bad_sample: "error" names all faulty images; "skip" leaves them out and counts them.
 
     Returns:
         A `FramedSource` of squares, which reads each image on access.
@@ -28,8 +35,8 @@ def read_images(folder, prompt, image_size):
     Raises:
         UserError: there are no images, or one of them cannot be used for training.
     """
-    source = FolderSource(folder, image_size, need_captions=False).with_captions((prompt,))
-    return FramedSource(source, Framing(image_size))
+    source = FolderSource(folder, image_size, need_captions=False, on_bad_sample=on_bad_sample)
+    return FramedSource(source.with_captions((prompt,)), Framing(image_size))
 
 
 def generate_class_images(pipeline, folder, prompt, count, *, num_inference_steps, guidance_scale, seed):
@@ -117,6 +124,7 @@ def train_dreambooth(
     prior_loss_weight=1.0,
     identity=None,
     min_snr_gamma=None,
+    captions=None,
     caching=None,
     make_evaluation=None,
     export=None,
@@ -133,6 +141,8 @@ def train_dreambooth(
         prior_loss_weight: the weight of the class in the loss, lambda in equation 2.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
         min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        captions: how captions of the subject and of the class are drawn: None, or a pair of lists with
+            `data.captions.Captions` for each example, or of None for captions that are fixed.
         caching: `caching.Caching`: where encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
@@ -146,18 +156,32 @@ def train_dreambooth(
             "aspect_ratio_buckets: an image of the subject and one of its class are trained together, and "
             "need one size; leave it out, or train without prior preservation"
         )
+    has_drawn = any(rules is not None for rules in captions or ())
+    if has_drawn and not train_text_encoder:
+        freeze(pipeline.text_encoder)  # it becomes a part of the objective
+    text_encoder = pipeline.text_encoder if train_text_encoder or has_drawn else None
+    tokenizer = pipeline.tokenizer if captions is None else CaptionTokenizer(pipeline.tokenizer)
     encoded = encoded_source(
         images,
         pipeline.vae,
-        None if train_text_encoder else pipeline.text_encoder,
-        pipeline.tokenizer,
+        None if text_encoder is not None else pipeline.text_encoder,
+        tokenizer,
         caching,
         jit_compile=settings.jit_compile,
     )
+    if captions is not None and tokenizer.cut_line():
+        warnings.warn(tokenizer.cut_line(), stacklevel=2)
     subject, others = encoded.split(len(instances))
+    if has_drawn:
+        subject, others = (
+            DrawnCaptions(part, source.captions(), rules or Captions(), tokenizer) if len(part) else part
+            for part, source, rules in zip(
+                (subject, others), (instances, class_images), captions, strict=True
+            )
+        )
     repeats, class_repeats = own_repeats(instances), own_repeats(class_images)
     schedule = NoiseSchedule(pipeline.scheduler_config)
-    parts = (pipeline.unet, schedule, min_snr_gamma, pipeline.text_encoder if train_text_encoder else None)
+    parts = (pipeline.unet, schedule, min_snr_gamma, text_encoder)
     if len(others):
         objective = PriorPreservationObjective(*parts, prior_loss_weight=prior_loss_weight)
     else:

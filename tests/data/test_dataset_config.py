@@ -117,7 +117,7 @@ ONE = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'dogs'\n"
         ("", "no datasets; write [[datasets]]"),
         ("[[datasets]]\n", "[[datasets]] 1: subsets; write"),
         ("[other]\nx = 1\n" + ONE, "the file: other is not supported; remove it"),
-        (ONE + "is_reg = true\n", "subset 1: is_reg is not supported; train by DreamBooth"),
+        (ONE + "is_reg = true\n", "data.toml: is_reg has an effect in DreamBooth alone; remove it"),
         (ONE + "caption_dropout_rate = 0.1\n", "give `proportion_empty_prompts`"),
         (ONE + "batch_size = 4\n", "subset 1: batch_size has no place there"),
         (ONE + "num_repeats = 'ten'\n", "num_repeats 'ten': not of type int"),

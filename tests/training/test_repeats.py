@@ -1,5 +1,7 @@
 """Repeats of images by the names of kohya's folders, in methods without captions, and on resuming."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,8 +50,10 @@ def arguments(place, method, images, *options):
 
 
 def trained(place, method, images):
-    train.main(arguments(place, method, images), standalone_mode=False)
-    return load_file(place / f"{method}-{images}" / "checkpoint-1" / "weights.safetensors")
+    file = place / f"{method}-{images}" / "checkpoint-1" / "weights.safetensors"
+    if not file.exists():
+        train.main(arguments(place, method, images), standalone_mode=False)
+    return load_file(file)
 
 
 @pytest.mark.parametrize("method", ["ddim", "textual-inversion", "dreambooth"])
@@ -63,6 +67,93 @@ def test_repeats_are_honoured(place, method, capfd):
         more = ("--max-train-steps", "2", "--resume-from-checkpoint", "latest")
         train.main(arguments(place, method, "repeated", *more), standalone_mode=False)
     (place / "repeated" / "2_x").rename(place / "repeated" / "3_x")
+
+
+def write_config(place, name, *subsets):
+    text = "".join(f"[[datasets.subsets]]\n{subset}\n" for subset in subsets)
+    path = place / f"{name}.toml"
+    path.write_text(f"[[datasets]]\nresolution = {SIDES[name]}\n{text}")
+    return path
+
+
+SIDES = {"ddim": 8, "textual-inversion": 16, "dreambooth": 16, "refused": 16}
+
+
+def with_config(place, method, path, *options):
+    command = arguments(place, method, "none", "--dataset-config", path, *options)
+    for flag in ("--train-data-dir", "--instance-data-dir", "--instance-prompt"):
+        if flag in command:
+            index = command.index(flag)
+            del command[index : index + 2]
+    command[command.index("--output-dir") + 1] = str(place / f"config-{Path(path).stem}")
+    return command
+
+
+@pytest.mark.parametrize("method", ["ddim", "textual-inversion", "dreambooth"])
+def test_a_file_of_data_sets_says_the_same(place, method):
+    words = "class_tokens = 'a sks'\n" if method == "dreambooth" else ""
+    subsets = [f"image_dir = '{place}/plain/{name}'\n{words}" for name in ("x", "y")]
+    path = write_config(place, method, subsets[0] + "num_repeats = 3", subsets[1])
+    train.main(with_config(place, method, path), standalone_mode=False)
+    expected = trained(place, method, "repeated")
+    found = load_file(place / f"config-{method}" / "checkpoint-1" / "weights.safetensors")
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    path = write_config(place, method, subsets[0] + "num_repeats = 2", subsets[1])
+    with pytest.raises(UserError, match="made with "):
+        more = ("--max-train-steps", "2", "--resume-from-checkpoint", "latest")
+        train.main(with_config(place, method, path, *more), standalone_mode=False)
+
+
+def test_images_of_a_class_in_a_file_of_data_sets(place, capfd):
+    """The same as with folders and prompts, and with tags that are drawn anew."""
+    folders = arguments(place, "dreambooth", "plain", "--class-prompt", "a toy", "--num-class-images", 2)
+    folders += ["--with-prior-preservation", "--class-data-dir", str(place / "repeated")]
+    folders[folders.index("--output-dir") + 1] = str(place / "folders")
+    train.main(folders, standalone_mode=False)
+    expected = load_file(place / "folders" / "checkpoint-1" / "weights.safetensors")
+    subject = f"image_dir = '{place}/plain'\nclass_tokens = 'a sks'"
+    others = f"image_dir = '{place}/repeated'\nclass_tokens = 'a toy'\nis_reg = true"
+    for index, more in enumerate(("", "\nshuffle_caption = true")):
+        path = write_config(
+            place, "dreambooth", subject.replace("a sks", "a sks" + ", a, b" * index) + more, others
+        )
+        command = with_config(place, "dreambooth", path)
+        command[command.index("--output-dir") + 1] = str(place / f"pairs{index}")
+        train.main(command, standalone_mode=False)
+        found = load_file(place / f"pairs{index}" / "checkpoint-1" / "weights.safetensors")
+        is_same = all((found[name] == array).all() for name, array in expected.items())
+        assert is_same == (index == 0) and found.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "lines", "fault"),
+    [
+        ("ddim", "shuffle_caption = true", "shuffle_caption has no effect, as no captions are read; remove"),
+        ("ddim", "is_reg = true", "is_reg has an effect in DreamBooth alone; remove it"),
+        ("textual-inversion", "class_tokens = 'x'", "class_tokens has no effect, as no captions are read"),
+        ("dreambooth", "class_tokens = 'x'\nis_reg = true", "no subset of images of the subject; add one"),
+    ],
+)
+def test_keys_without_an_effect(place, method, lines, fault):
+    path = write_config(place, "refused", f"image_dir = '{place}/plain'\n{lines}")
+    with pytest.raises(UserError, match=fault):
+        train.main(with_config(place, method, path), standalone_mode=False)
+
+
+def test_dreambooth_names_what_is_missing_or_too_much(place):
+    command = with_config(place, "dreambooth", write_config(place, "refused", f"image_dir = '{place}/plain'"))
+    del command[command.index("--dataset-config") : command.index("--dataset-config") + 2]
+    with pytest.raises(UserError, match="--instance-data-dir: missing; give a folder of images"):
+        train.main(command, standalone_mode=False)
+    path = write_config(place, "refused", f"image_dir = '{place}/plain'\nclass_tokens = 'x'")
+    for option in ("--class-prompt", "--instance-prompt"):
+        with pytest.raises(UserError, match=f"{option}: has no effect with --dataset-config"):
+            train.main(with_config(place, "dreambooth", path, option, "x"), standalone_mode=False)
+    lcm = ["lcm", "--dataset-config", str(path), "--pretrained-model-name-or-path", str(place / "model")]
+    path.write_text(path.read_text() + "shuffle_caption = true\n")
+    with pytest.raises(UserError, match="caption_tag_dropout_rate have no effect with lcm; remove them"):
+        train.main([*lcm, "--output-dir", str(place / "lcm")], standalone_mode=False)
 
 
 def test_images_of_a_class_count_as_often_as_they_are_repeated():

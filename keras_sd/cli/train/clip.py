@@ -4,7 +4,7 @@ import click
 
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
-from keras_sd.cli.train.data_options import source_options
+from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.data.emoji import architecture
@@ -13,6 +13,7 @@ from keras_sd.data.emoji import architecture
 @click.command(cls=Command)
 @run_options("clip", output_dir="runs/clip")
 @source_options()
+@dataset_config_option
 @click.option(
     "--text-config", type=FILE, help="config.json of the text encoder; by default the emoji model's."
 )

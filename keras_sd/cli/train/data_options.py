@@ -18,6 +18,15 @@ _OF_FILES = (
 )
 
 
+on_bad_sample_option = click.option(
+    "--on-bad-sample",
+    default="error",
+    type=click.Choice(["error", "skip"]),
+    help="Faulty images and captions: `error` names them all and stops, `skip` leaves them out and counts "
+    "them.",
+)
+
+
 def source_options(captions=True):
     """Return a decorator that adds the options of how a data set is read.
 
@@ -25,13 +34,7 @@ def source_options(captions=True):
         captions: whether its captions are read, too.
     """
     options = [
-        click.option(
-            "--on-bad-sample",
-            default="error",
-            type=click.Choice(["error", "skip"]),
-            help="Faulty images and captions: `error` names them all and stops, `skip` leaves them out and "
-            "counts them.",
-        ),
+        on_bad_sample_option,
         click.option(
             "--dataset-config-name", help="Configuration of a data set on the hub, if it has several."
         ),
@@ -70,13 +73,14 @@ max_token_length_option = click.option(
     help="Tokens of a caption, in one, two or three chunks of 75; the rest of longer ones is cut.",
 )
 
+dataset_config_option = click.option(
+    "--dataset-config",
+    type=FILE,
+    help="TOML file of several data sets with repeats or weights, as kohya's, instead of a single one.",
+)
+
 caption_options = decorated(
-    click.option(
-        "--dataset-config",
-        type=FILE,
-        help="TOML file of several data sets with repeats or weights, as kohya's, instead of "
-        "--train-data-dir.",
-    ),
+    dataset_config_option,
     click.option("--shuffle-caption", is_flag=True, help="Put a caption's tags in a new order at each draw."),
     click.option(
         "--keep-tokens",
@@ -118,10 +122,28 @@ def caption_rules(options, source):
     Args:
         source: the source of the run, not framed.
     """
-    if hasattr(source, "caption_rules"):
+    if options.get("dataset_config"):
         return source.caption_rules()
     captions = captions_of(options)
     return None if captions.is_fixed else captions
+
+
+def configured_source(options, need_captions, is_reg=None):
+    """Return the source of a run with a --dataset-config; the arguments are those of `load_config`."""
+    from keras_sd.data.images import MINIMUM_SIDE
+    from keras_sd.data.sources import load_config
+
+    reading = reading_of(options)
+    named = {name: reading[name] for name in ("on_bad_sample", "max_samples", "seed")}
+    path = Path(options["dataset_config"])
+    return load_config(path, MINIMUM_SIDE, need_captions=need_captions, is_reg=is_reg, **named)
+
+
+def refuse_drawn_captions(options, source, method):
+    """Raise UserError for a --dataset-config that draws tags, for a method that cannot."""
+    if options.get("dataset_config") and source.caption_rules() is not None:
+        keys = "shuffle_caption and caption_tag_dropout_rate"
+        raise UserError(f"{options['dataset_config']}: {keys} have no effect with {method}; remove them")
 
 
 def apply_config(options):

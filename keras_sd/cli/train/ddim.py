@@ -4,7 +4,7 @@ import click
 
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
-from keras_sd.cli.train.data_options import source_options
+from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.options import FILE, evaluation_options, run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
 from keras_sd.training import architectures
@@ -13,6 +13,7 @@ from keras_sd.training import architectures
 @click.command(cls=Command)
 @run_options("ddim", output_dir="runs/ddim", random_flip=True)
 @source_options(captions=False)
+@dataset_config_option
 @click.option(
     "--unet-config", type=FILE, help="config.json of the UNet; by default a small one without attention."
 )

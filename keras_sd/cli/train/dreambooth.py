@@ -7,7 +7,13 @@ import click
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.caching import caching_of, caching_options
-from keras_sd.cli.train.data_options import print_notes
+from keras_sd.cli.train.data_options import (
+    caption_identity,
+    configured_source,
+    dataset_config_option,
+    on_bad_sample_option,
+    print_notes,
+)
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -19,6 +25,7 @@ from keras_sd.cli.train.options import COUNT, run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
 
+_OF_FOLDERS = ("instance_data_dir", "instance_prompt", "with_prior_preservation")
 _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
 
 
@@ -30,10 +37,10 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
     evaluation_steps=100,
 )
 @pretrained_option
-@click.option("--instance-data-dir", required=True, help="Folder with images of the subject.")
-@click.option(
-    "--instance-prompt", required=True, help="Prompt of the subject with a rare word, such as `a sks toy`."
-)
+@click.option("--instance-data-dir", help="Folder with images of the subject.")
+@click.option("--instance-prompt", help="Prompt of the subject with a rare word, such as `a sks toy`.")
+@dataset_config_option
+@on_bad_sample_option
 @click.option(
     "--with-prior-preservation",
     is_flag=True,
@@ -59,9 +66,9 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 def dreambooth(**options):
     """Teach a model one subject from a few images of it (DreamBooth)."""
     refuse_unused(["rank", "lora_alpha"], options["lora"], "without --lora")
-    refuse_unused(_CLASS_OPTIONS, options["with_prior_preservation"], "without --with-prior-preservation")
-    class_folder = _class_folder(options)
-    _check_images(Path(options["instance_data_dir"]), class_folder)
+    sources, class_folder = _config_sources(options), None
+    if sources is None:
+        class_folder = _check_folders(options)
     of_class = ["num_inference_steps", "guidance_scale"] if class_folder else []
     trained = trained_parts(options)
     run = prepare(
@@ -81,7 +88,12 @@ def dreambooth(**options):
         identity = part_fingerprints(pipeline, *trained)
     pipeline.batch_size = options["sample_batch_size"]
     models = {name: getattr(pipeline, name) for name in trained}
-    instances, class_images = _images(run, pipeline, class_folder)
+    if sources is None:
+        instances, class_images = _images(run, pipeline, class_folder)
+    else:
+        sizes = image_size_of(pipeline), pipeline.vae.config.downsampling
+        instances, class_images = (run.framed(one, *sizes) if one else [] for one in sources)
+    prompt = options["instance_prompt"] or instances.captions()[0][0]
     frozen = ["vae", *(["text_encoder"] if "text_encoder" not in trained else [])]
     finished = train_dreambooth(
         run.settings,
@@ -90,14 +102,44 @@ def dreambooth(**options):
         class_images,
         train_text_encoder=options["train_text_encoder"],
         prior_loss_weight=options["prior_loss_weight"],
-        identity=part_fingerprints(pipeline, *frozen) | identity,
+        identity=part_fingerprints(pipeline, *frozen) | caption_identity(options) | identity,
         min_snr_gamma=options["snr_gamma"],
+        captions=None if sources is None else [one and one.caption_rules() for one in sources],
         caching=caching_of(options),
-        make_evaluation=subject_evaluation(run, pipeline, options["instance_prompt"]),
+        make_evaluation=subject_evaluation(run, pipeline, prompt),
         export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
     )
     if finished:
-        run.print_next_command("--lora" if options["lora"] else None, prompt=options["instance_prompt"])
+        run.print_next_command("--lora" if options["lora"] else None, prompt=prompt)
+
+
+def _config_sources(options):
+    """Return the sources of the subject and of its class by --dataset-config; None without one."""
+    if not options["dataset_config"]:
+        return None
+    from keras_sd.data.dataset_config import read_dataset_config
+
+    said = (*_OF_FOLDERS, "class_prompt", "class_data_dir", "num_class_images")
+    refuse_unused(said, False, "with --dataset-config, whose file says it")
+    has_class = bool(read_dataset_config(Path(options["dataset_config"])).part(is_reg=True).subsets)
+    refuse_unused(["prior_loss_weight"], has_class, "without images of the class (is_reg)")
+    options["with_prior_preservation"] = has_class
+    sources = [configured_source(options, True, is_reg) for is_reg in (False, *([True] if has_class else []))]
+    for source in sources:
+        print_notes(source, options)
+    return sources[0], sources[1] if has_class else None
+
+
+def _check_folders(options):
+    """Check the folders of the subject and of its class; return that of the class, or None."""
+    refuse_unused(_CLASS_OPTIONS, options["with_prior_preservation"], "without --with-prior-preservation")
+    for name, title in (("instance_data_dir", "a folder of images"), ("instance_prompt", "a prompt")):
+        if not options[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: missing; give {title} of the subject, or --dataset-config")
+    class_folder = _class_folder(options)
+    _check_images(Path(options["instance_data_dir"]), class_folder, options["on_bad_sample"])
+    return class_folder
 
 
 def _class_folder(options):
@@ -109,12 +151,12 @@ def _class_folder(options):
     return Path(options["class_data_dir"] or Path(options["output_dir"]) / "class-images")
 
 
-def _check_images(instance_folder, class_folder):
+def _check_images(instance_folder, class_folder, on_bad_sample):
     """Raise UserError for images that cannot be trained on, before any long work."""
     from keras_sd.data.folders import FolderSource, count_images
     from keras_sd.data.images import MINIMUM_SIDE
 
-    FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False)
+    FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False, on_bad_sample=on_bad_sample)
     if class_folder is None:
         return
     count_images(class_folder)
@@ -134,7 +176,7 @@ def _images(run, pipeline, class_folder):
     options, sizes = run.options, (image_size_of(pipeline), pipeline.vae.config.downsampling)
 
     def read(folder, prompt):
-        source = read_images(folder, prompt, MINIMUM_SIDE).source
+        source = read_images(folder, prompt, MINIMUM_SIDE, options["on_bad_sample"]).source
         print_notes(source, options)
         return run.framed(source, *sizes)
 

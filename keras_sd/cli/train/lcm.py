@@ -5,7 +5,7 @@ import click
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.caching import caching_options
-from keras_sd.cli.train.data_options import source_options
+from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
     part_fingerprints,
@@ -22,6 +22,7 @@ _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scal
 @click.command(cls=Command)
 @run_options("lcm", output_dir="runs/lcm")
 @source_options()
+@dataset_config_option
 @pretrained_option
 @low_rank_options(rank=16, layers="all")
 @model_option("lcm", "guidance_scale", "Guidance scale of the teacher; the student learns its result.")

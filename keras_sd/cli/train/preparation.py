@@ -13,7 +13,14 @@ from pathlib import Path
 from keras_sd import config, interruption, presets
 from keras_sd.cli.command import refuse_unused
 from keras_sd.cli.train.caching import caching_of
-from keras_sd.cli.train.data_options import apply_config, caption_identity, print_notes, reading_of
+from keras_sd.cli.train.data_options import (
+    apply_config,
+    caption_identity,
+    configured_source,
+    print_notes,
+    reading_of,
+    refuse_drawn_captions,
+)
 from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
@@ -145,6 +152,8 @@ def prepare(
     )
     interruption.set_run_folder(options["output_dir"], options["resume_from_checkpoint"])
     source, held_out = _check_sources(options, need_captions)
+    if method in ("clip", "lcm"):
+        refuse_drawn_captions(options, source, method)
     model = None
     if options.get("pretrained_model_name_or_path"):
         model = presets.find(options["pretrained_model_name_or_path"])
@@ -205,12 +214,11 @@ def _check_sources(options, need_captions):
     if "train_data_dir" not in options:
         return None, None
     from keras_sd.data.images import MINIMUM_SIDE
-    from keras_sd.data.sources import available_splits, load_config, load_source
+    from keras_sd.data.sources import available_splits, load_source
 
     reading = reading_of(options)
     if options.get("dataset_config"):
-        named = {name: reading[name] for name in ("on_bad_sample", "max_samples", "seed")}
-        source = load_config(Path(options["dataset_config"]), MINIMUM_SIDE, **named)
+        source = configured_source(options, need_captions)
         print_notes(source, options)
         return source, ()
     folder, name = options["train_data_dir"], options.get("dataset_name")

@@ -4,7 +4,7 @@ import click
 
 from keras_sd import config
 from keras_sd.cli.command import Command
-from keras_sd.cli.train.data_options import source_options
+from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.options import COUNT, FILE, inference_steps_option, run_options, snr_gamma_option
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.training import architectures
@@ -13,6 +13,7 @@ from keras_sd.training import architectures
 @click.command("super-resolution", cls=Command)
 @run_options("super-resolution", output_dir="runs/super-resolution", random_flip=True)
 @source_options(captions=False)
+@dataset_config_option
 @click.option("--unet-config", type=FILE, help="config.json of the UNet; by default a small one.")
 @click.option("--factor", default=2, type=click.IntRange(2), help="Upscaling factor of the sides.")
 @click.option(

@@ -5,6 +5,7 @@ import click
 from keras_sd import presets
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.caching import caching_of, caching_options
+from keras_sd.cli.train.data_options import dataset_config_option
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -42,6 +43,7 @@ from keras_sd.models.tokenizer import Tokenizer, vector_names
     type=click.Choice(["object", "style"]),
     help="What the images have in common; chooses the training prompts.",
 )
+@dataset_config_option
 @snr_gamma_option
 @caching_options
 @subject_options("textual-inversion", "the new word alone")
@@ -50,7 +52,7 @@ def textual_inversion(**options):
 
     Only the vectors of the word are trained. The model stays as it is, and the file has a few kilobytes.
     """
-    if not options["train_data_dir"]:
+    if not options["train_data_dir"] and not options["dataset_config"]:
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")
     tokenizer = presets.find(options["pretrained_model_name_or_path"]) / "tokenizer"
     if tokenizer.is_dir():  # otherwise the words are checked when the model is open

@@ -5,7 +5,7 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import NOT_NEGATIVE
-from keras_sd.cli.train.data_options import source_options
+from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.data.emoji import architecture
@@ -15,6 +15,7 @@ from keras_sd.errors import UserError
 @click.command(cls=Command)
 @run_options("vae", output_dir="runs/vae", random_flip=True)
 @source_options(captions=False)
+@dataset_config_option
 @click.option("--vae-config", type=FILE, help="config.json of a new VAE; by default the emoji model's.")
 @click.option(
     "--kl-weight", default=3e-4, type=NOT_NEGATIVE, help="Weight of the KL divergence per latent value."
