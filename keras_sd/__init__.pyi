@@ -47,6 +47,7 @@ from .models.vae import AutoencoderKL as AutoencoderKL
 from .pipeline.stable_diffusion import StableDiffusion as StableDiffusion
 from .pipeline.upscaler import Upscaler as Upscaler
 from .training.callbacks import EMACallback as EMACallback
+from .training.diffusion_settings import DiffusionSettings as DiffusionSettings
 from .training.encodings import EncodedSource as EncodedSource
 from .training.lora import add_lora as add_lora
 from .training.lora import save_lora as save_lora

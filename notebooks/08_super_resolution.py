@@ -61,6 +61,7 @@ from keras_sd import (
     resized,
 )
 from keras_sd.metrics.reconstruction import edge_error
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.super_resolution import measure_upscaling, upscaling_example
 
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
@@ -309,7 +310,7 @@ drawn = [
     upscaling_example(
         {"image": truth[index]},
         generator,
-        schedule=schedule,
+        noise=NoiseDrawing(DiffusionSettings(), schedule),
         low_res_schedule=low_res,
         noise_levels=config.num_class_embeds,
         factor=2,

@@ -53,12 +53,14 @@ def main():
 
 def measure_reading(count=4096):
     """Read batches from shards through Grain: the arrays alone, and with the noise of a training example."""
+    from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
     from keras_sd.training.text_to_image import diffusion_example
 
     def arrays(example, generator):
         return {name: example[name] for name in ("mean", "standard_deviation", "empty_context")}
 
-    draws = {"arrays": arrays, "with noise": functools.partial(diffusion_example, num_train_timesteps=1000)}
+    noise = NoiseDrawing(DiffusionSettings(), 1000)
+    draws = {"arrays": arrays, "with noise": functools.partial(diffusion_example, noise=noise)}
     rates = {}
     for dtype in ("float32", "float16", "bfloat16"):
         with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from keras_sd.files.writing import write_json, write_text
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_example, train_text_to_image
@@ -162,9 +163,10 @@ class Measurement:
         return {"loss": self.loss(), "kid": kid.mean}
 
     def loss(self):
+        noise = NoiseDrawing(DiffusionSettings(), self.schedule)
+
         def draw(example, generator):
-            timesteps = self.schedule.num_train_timesteps
-            return diffusion_example(example, generator, num_train_timesteps=timesteps, caption_dropout=0.0)
+            return diffusion_example(example, generator, noise=noise, caption_dropout=0.0)
 
         batch_size = min(50, len(self.encoded))
         stream = iter(batches(self.encoded, batch_size=batch_size, seed=1, draw=draw))

@@ -9,6 +9,7 @@ network may predict the noise ("epsilon", Ho et al., 2020), the velocity
 import numpy as np
 
 from keras_sd.arguments import Tensor
+from keras_sd.errors import UserError
 
 
 def add_noise(sample: Tensor, noise: Tensor, signal_rate: Tensor, noise_rate: Tensor) -> Tensor:
@@ -62,3 +63,20 @@ def min_snr_weight(kind, signal_to_noise, gamma):
     if kind == "v_prediction":
         return capped / (signal_to_noise + 1.0)
     return capped
+
+
+def debiased_weight(kind, signal_to_noise):
+    """Return the loss weight that balances the errors of all timesteps (Yu et al., 2023, equation 9).
+
+    `signal_to_noise` is the ratio of the squared rates. The weight is 1 / sqrt(SNR) with an SNR of at most
+    1,000, and 1 / (SNR + 1) for velocity, as trainers have it.
+
+    Raises:
+        UserError: the network predicts the sample, for which no such weight is in use.
+    """
+    capped = np.minimum(signal_to_noise, 1000.0)
+    if kind == "epsilon":
+        return 1.0 / np.sqrt(capped)
+    if kind == "v_prediction":
+        return 1.0 / (capped + 1.0)
+    raise UserError(f"debiased_estimation: is not defined for prediction_type {kind}; leave it out")

@@ -9,6 +9,7 @@ from keras_sd.diffusion import spacing
 from keras_sd.diffusion.guidance import checked_guidance_scale, gives_guidance, guided_prediction
 from keras_sd.diffusion.prediction import add_noise, consistency_shares, to_sample_and_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.lora import without_updates
 from keras_sd.training.objectives import DiffusionObjective, at_timesteps
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
@@ -81,7 +82,7 @@ def consistency_example(example, generator, timesteps):
         example: an example of an `encodings.EncodedSource`.
         timesteps: the timesteps to draw from, int `(n,)`.
     """
-    drawn = diffusion_example(example, generator, num_train_timesteps=len(timesteps))
+    drawn = diffusion_example(example, generator, noise=NoiseDrawing(DiffusionSettings(), len(timesteps)))
     return drawn | {
         "timesteps": np.int32(timesteps[drawn["timesteps"]]),
         "negative": example["empty_context"],

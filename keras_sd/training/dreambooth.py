@@ -15,6 +15,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import save_png
 from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import JoinedSource
 from keras_sd.training.lora import freeze
 from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective
@@ -90,7 +91,7 @@ def dreambooth_example(example, generator, class_examples=(), class_repeats=None
         example: an encoded image of the subject (`encodings.EncodedSource`).
         class_examples: encoded images of the class; empty without prior preservation.
         class_repeats: how often each of them counts; once by default.
-        options: num_train_timesteps and condition, as in `text_to_image.diffusion_example`.
+        options: noise and condition, as in `text_to_image.diffusion_example`.
 
     Returns:
         A dictionary of arrays. With class images each array is a pair `(2, ...)` of subject and class, whose
@@ -123,7 +124,7 @@ def train_dreambooth(
     train_text_encoder=False,
     prior_loss_weight=1.0,
     identity=None,
-    min_snr_gamma=None,
+    diffusion=None,
     captions=None,
     caching=None,
     make_evaluation=None,
@@ -140,7 +141,7 @@ def train_dreambooth(
         train_text_encoder: whether to train the text encoder, too.
         prior_loss_weight: the weight of the class in the loss, lambda in equation 2.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
-        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        diffusion: `DiffusionSettings`; None for their defaults.
         captions: how captions of the subject and of the class are drawn: None, or a pair of lists with
             `data.captions.Captions` for each example, or of None for captions that are fixed.
         caching: `caching.Caching`: where encodings are kept.
@@ -181,7 +182,8 @@ def train_dreambooth(
         )
     repeats, class_repeats = own_repeats(instances), own_repeats(class_images)
     schedule = NoiseSchedule(pipeline.scheduler_config)
-    parts = (pipeline.unet, schedule, min_snr_gamma, text_encoder)
+    diffusion = diffusion or DiffusionSettings()
+    parts = (pipeline.unet, schedule, diffusion, text_encoder)
     if len(others):
         objective = PriorPreservationObjective(*parts, prior_loss_weight=prior_loss_weight)
     else:
@@ -195,11 +197,11 @@ def train_dreambooth(
             pipeline.scheduler_config,
             encoded,
             repeats,
+            diffusion,
             class_images=len(others),
             prompts=[images[0]["captions"] for images in (instances, class_images) if len(images)],
             prior_loss_weight=prior_loss_weight if len(others) else None,
             train_text_encoder=train_text_encoder,
-            min_snr_gamma=min_snr_gamma,
         )
         | (identity or {}),
     )
@@ -207,7 +209,7 @@ def train_dreambooth(
         dreambooth_example,
         class_examples=others,
         class_repeats=class_repeats,
-        num_train_timesteps=schedule.num_train_timesteps,
+        noise=NoiseDrawing(diffusion, schedule),
         condition=encoded.condition,
     )
     return trainer.run(subject, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)

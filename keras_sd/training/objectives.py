@@ -19,6 +19,7 @@ from keras_sd.models.layers import dense
 from keras_sd.models.pixels import images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
+from keras_sd.training.diffusion_settings import DiffusionSettings
 
 
 class Objective(keras.Model):
@@ -75,39 +76,37 @@ class DiffusionObjective(Objective):
     Args:
         unet: the network.
         schedule: `NoiseSchedule`.
-        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        diffusion: `DiffusionSettings`, whose weights of the timesteps are taken; None for equal weights.
         text_encoder: encodes `token_ids`; None if batches hold `context`.
 
     Raises:
-        UserError: the prediction type cannot be trained with this schedule, or gamma is out of range.
+        UserError: the prediction type cannot be trained with this schedule or these weights.
     """
 
     def __init__(
         self,
         unet: UNet,
         schedule: NoiseSchedule,
-        min_snr_gamma: float | None = None,
+        diffusion: DiffusionSettings | None = None,
         text_encoder: TextEncoder | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value, kind in (("unet", unet, keras.Model), ("schedule", schedule, NoiseSchedule)):
+        diffusion = DiffusionSettings() if diffusion is None else diffusion
+        for name, value, kind in (
+            ("unet", unet, keras.Model),
+            ("schedule", schedule, NoiseSchedule),
+            ("diffusion", diffusion, DiffusionSettings),
+        ):
             if not isinstance(value, kind):
                 raise UserError(f"{name} {shown(value)}: not a {kind.__name__}; give one")
         schedule.check_learnable()
-        if min_snr_gamma is not None and not 0 < min_snr_gamma < float("inf"):
-            raise UserError(f"min_snr_gamma {min_snr_gamma}: out of range; use more than 0, such as 5")
         self.unet = unet
         self.text_encoder = text_encoder
         self.prediction_type = schedule.prediction_type
         self.signal_rates = schedule.signal_rates
         self.noise_rates = schedule.noise_rates
-        if min_snr_gamma is None:
-            self.weights_by_timestep = np.ones_like(schedule.signal_rates)
-        else:
-            ratio = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
-            weight = prediction.min_snr_weight(self.prediction_type, ratio, min_snr_gamma)
-            self.weights_by_timestep = weight.astype("float32")
+        self.weights_by_timestep = diffusion.weights(schedule)
 
     def call(self, batch: dict[str, Any]) -> Tensor:
         samples = batch["samples"]

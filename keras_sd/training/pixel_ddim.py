@@ -9,6 +9,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.batches import equal_batches
 from keras_sd.models.pixels import images_from_unit
 from keras_sd.models.unet import UNet
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
@@ -32,7 +33,7 @@ def sample_images(
 
 
 def train_pixel_ddim(
-    settings, config, scheduler_config, source, *, repeats=None, min_snr_gamma=None, make_evaluation=None
+    settings, config, scheduler_config, source, *, repeats=None, diffusion=None, make_evaluation=None
 ):
     """Train an unconditional UNet on images and write it under `output_dir/model`.
 
@@ -44,7 +45,7 @@ def train_pixel_ddim(
         source: examples with an `image`, of `config.sample_size` or of several sizes in buckets. A
             `data.framing.FramedSource` crops and flips them at random.
         repeats: how often an epoch shows each example.
-        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        diffusion: `DiffusionSettings`; None for their defaults.
         make_evaluation: `make_evaluation(trainer, denoiser)` returns a function of the step.
 
     Returns:
@@ -52,9 +53,9 @@ def train_pixel_ddim(
     """
     settings.use_precision()
     unet = UNet(config)
-    schedule = NoiseSchedule(scheduler_config)
+    schedule, diffusion = NoiseSchedule(scheduler_config), diffusion or DiffusionSettings()
     trainer = Trainer(
-        DiffusionObjective(unet, schedule, min_snr_gamma),
+        DiffusionObjective(unet, schedule, diffusion),
         settings,
         diffusion_identity(
             "ddim",
@@ -62,18 +63,15 @@ def train_pixel_ddim(
             scheduler_config,
             source,
             repeats,
-            min_snr_gamma=min_snr_gamma,
+            diffusion,
             flip=framing_identity(source).get("framing", {}).get("random_flip", False),
         ),
     )
 
+    noise = NoiseDrawing(diffusion, schedule)
+
     def draw(example, generator):
-        image = example["image"]
-        return {
-            "samples": image,
-            "noise": generator.standard_normal(image.shape, dtype="float32"),
-            "timesteps": np.int32(generator.integers(schedule.num_train_timesteps)),
-        }
+        return {"samples": example["image"], **noise.draw(generator, example["image"].shape)}
 
     denoiser = Denoiser(unet, schedule, settings.jit_compile)
     return trainer.run(

@@ -14,6 +14,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_to_unit, resized
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
@@ -38,12 +39,13 @@ def degraded(image, factor, generator):
     return resized(small, (height, width))
 
 
-def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_levels, factor, crop):
+def upscaling_example(example, generator, *, noise, low_res_schedule, noise_levels, factor, crop):
     """Draw the arrays of one training example: a random crop, its degraded version, noise and timestep.
 
     Args:
         example: with an `image`.
-        schedule, low_res_schedule: `NoiseSchedule` of the image and of the degraded image.
+        noise: `NoiseDrawing` of the image.
+        low_res_schedule: `NoiseSchedule` of the degraded image.
         noise_levels: number of noise levels of the degraded image; low levels are drawn more often.
         factor: the upscaling factor.
         crop: side of the square crop in pixels.
@@ -55,14 +57,12 @@ def upscaling_example(example, generator, *, schedule, low_res_schedule, noise_l
     noise_level = int(noise_levels * generator.random() ** 2)
     rates = low_res_schedule.signal_rates[noise_level], low_res_schedule.noise_rates[noise_level]
 
-    def normal():
-        return generator.standard_normal(image.shape, dtype="float32")
-
+    drawn = noise.draw(generator, image.shape)
+    low_res_noise = generator.standard_normal(image.shape, dtype="float32")
     return {
         "samples": image,
-        "noise": normal(),
-        "timesteps": np.int32(generator.integers(schedule.num_train_timesteps)),
-        "channels": add_noise(seen, normal(), *rates),
+        **drawn,
+        "channels": add_noise(seen, low_res_noise, *rates),
         "class_labels": np.int32(noise_level),
     }
 
@@ -94,7 +94,7 @@ def measure_upscaling(upscaler, images, *, factor=2, **options):
 
 
 def train_super_resolution(
-    settings, upscaler, source, *, factor, crop_size, repeats=None, min_snr_gamma=None, make_evaluation=None
+    settings, upscaler, source, *, factor, crop_size, repeats=None, diffusion=None, make_evaluation=None
 ):
     """Train an upscaler and write it to `output_dir/model`.
 
@@ -105,7 +105,7 @@ def train_super_resolution(
         factor: the upscaling factor.
         crop_size: side in pixels of the random squares of the images to train on.
         repeats: how often an epoch shows each example.
-        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        diffusion: `DiffusionSettings`; None for their defaults.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
 
     Returns:
@@ -115,6 +115,7 @@ def train_super_resolution(
         UserError: the crops do not fit the images or the UNet.
     """
     unet, schedule = upscaler.unet, NoiseSchedule(upscaler.scheduler_config)
+    diffusion = diffusion or DiffusionSettings()
     halvings = 2 ** (len(unet.config.block_out_channels) - 1)
     framing = getattr(source, "framing", None)
     side = framing.resolution if framing else unet.config.sample_size
@@ -124,7 +125,7 @@ def train_super_resolution(
         )
     low_res_schedule = NoiseSchedule(upscaler.low_res_scheduler_config)
     trainer = Trainer(
-        DiffusionObjective(unet, schedule, min_snr_gamma),
+        DiffusionObjective(unet, schedule, diffusion),
         settings,
         diffusion_identity(
             "super-resolution",
@@ -132,15 +133,15 @@ def train_super_resolution(
             upscaler.scheduler_config,
             source,
             repeats,
+            diffusion,
             low_res_schedule=upscaler.low_res_scheduler_config.noise_schedule(),
             factor=factor,
             crop=crop_size,
-            min_snr_gamma=min_snr_gamma,
         ),
     )
     draw = functools.partial(
         upscaling_example,
-        schedule=schedule,
+        noise=NoiseDrawing(diffusion, schedule),
         low_res_schedule=low_res_schedule,
         noise_levels=unet.config.num_class_embeds,
         factor=factor,

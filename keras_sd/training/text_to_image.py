@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keras_sd.data.sources import fingerprint_of, framing_identity, repeats_identity
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.settings import Settings
@@ -22,11 +21,9 @@ def diffusion_example(
     example,
     generator,
     *,
-    num_train_timesteps,
+    noise,
     caption_dropout=0.0,
     condition="context",
-    noise_offset=0.0,
-    input_perturbation=0.0,
 ):
     """Draw the arrays of one training example: latents, noise, timestep and the encoding of a caption.
 
@@ -36,13 +33,9 @@ def diffusion_example(
     Args:
         example: an example of an `encodings.EncodedSource`. One of an `UnencodedSource` gives its image and
             the noise of its posterior, from which `encode_batches` makes the latents.
-        num_train_timesteps: timesteps are drawn from 0 to this number, exclusive.
+        noise: `NoiseDrawing`.
         caption_dropout: the share of empty captions, 0 to 1.
         condition: the source's `condition`, the key of the encoding.
-        noise_offset: scale of additional noise that is constant over a channel, which lets a model learn to
-            change the brightness of whole images.
-        input_perturbation: scale of additional noise on the latents that is not part of the target (Ning et
-            al., 2023).
     """
     contexts = example["contexts"]
     choice = generator.integers(len(contexts)) if generator.random() < 0.5 else 0
@@ -56,24 +49,16 @@ def diffusion_example(
         drawn = {"samples": example["mean"] + example["standard_deviation"] * normal(*shape)}
     else:
         drawn = {"image": example["image"], "posterior_noise": normal(*shape)}
-    drawn |= {
-        "noise": normal(*shape),
-        "timesteps": np.int32(generator.integers(num_train_timesteps)),
-        condition: example["empty_context"] if dropped else contexts[choice],
-    }
-    if noise_offset:
-        drawn["noise"] += np.float32(noise_offset) * normal(1, 1, shape[-1])
-    if input_perturbation:
-        drawn["input_noise"] = drawn["noise"] + np.float32(input_perturbation) * normal(*shape)
-    return drawn
+    context = example["empty_context"] if dropped else contexts[choice]
+    return {**drawn, **noise.draw(generator, shape), condition: context}
 
 
-def diffusion_identity(method, unet, scheduler_config, source, repeats=None, **values):
+def diffusion_identity(method, unet, scheduler_config, source, repeats=None, diffusion=None, **values):
     """Return the JSON values that a run of a diffusion model shares with the run that resumes it.
 
     Args:
         method: the training method's name.
-        unet, scheduler_config, source, repeats: as in `train_text_to_image`.
+        unet, scheduler_config, source, repeats, diffusion: as in `train_text_to_image`.
         values: the method's own values.
     """
     cache_dtype = getattr(source, "cache_dtype", "float32")  # of a source that holds encodings
@@ -85,6 +70,7 @@ def diffusion_identity(method, unet, scheduler_config, source, repeats=None, **v
         **({"cache_dtype": cache_dtype} if cache_dtype != "float32" else {}),
         **framing_identity(source),
         **repeats_identity(repeats),
+        **(diffusion.identity() if diffusion else {}),
         **values,
     }
 
@@ -98,10 +84,10 @@ def train_text_to_image(
     text_encoder: TextEncoder | None = None,
     identity: dict[str, Any] | None = None,
     repeats: int | None = None,
-    min_snr_gamma: float | None = None,
+    diffusion: DiffusionSettings | None = None,
+    caption_dropout: float = 0.0,
     make_evaluation: Callable[[Trainer], Callable[[int], object]] | None = None,
     export: Callable[[Path], object] | None = None,
-    **drawing: Any,
 ) -> bool:
     """Train the trainable weights of a UNet, and of a text encoder, on encoded examples.
 
@@ -113,27 +99,33 @@ def train_text_to_image(
         text_encoder: the text encoder to train, too, or None.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
         repeats: how often an epoch shows each example.
-        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        diffusion: `DiffusionSettings`; None for their defaults.
+        caption_dropout: as in `diffusion_example`.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
-        drawing: caption_dropout, noise_offset and input_perturbation, as in `diffusion_example`.
 
     Returns:
         Whether training reached its end.
     """
-    schedule = NoiseSchedule(scheduler_config)
+    schedule, diffusion = NoiseSchedule(scheduler_config), diffusion or DiffusionSettings()
     trainer = Trainer(
-        DiffusionObjective(unet, schedule, min_snr_gamma, text_encoder),
+        DiffusionObjective(unet, schedule, diffusion, text_encoder),
         settings,
         diffusion_identity(
-            "text-to-image", unet, scheduler_config, source, repeats, min_snr_gamma=min_snr_gamma, **drawing
+            "text-to-image",
+            unet,
+            scheduler_config,
+            source,
+            repeats,
+            diffusion,
+            caption_dropout=caption_dropout,
         )
         | (identity or {}),
     )
     draw = functools.partial(
         diffusion_example,
-        num_train_timesteps=schedule.num_train_timesteps,
+        noise=NoiseDrawing(diffusion, schedule),
         condition=source.condition,
-        **drawing,
+        caption_dropout=caption_dropout,
     )
     return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)

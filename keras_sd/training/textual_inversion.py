@@ -8,6 +8,7 @@ from keras import ops
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.lora import freeze
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.stored_encodings import encoded_source
@@ -67,7 +68,7 @@ def inversion_example(example, generator, captions, **options):
     Args:
         example: an example of an `encodings.EncodedSource`; its own captions are ignored.
         captions: token ids `(n, tokens)`.
-        options: num_train_timesteps and condition, as in `text_to_image.diffusion_example`.
+        options: noise and condition, as in `text_to_image.diffusion_example`.
     """
     chosen = captions[generator.integers(len(captions))]
     return diffusion_example({**example, "contexts": chosen[None]}, generator, **options)
@@ -84,7 +85,7 @@ def train_textual_inversion(
     learnable_property="object",
     identity=None,
     repeats=None,
-    min_snr_gamma=None,
+    diffusion=None,
     caching=None,
     make_evaluation=None,
 ):
@@ -104,7 +105,7 @@ def train_textual_inversion(
         learnable_property: "object" or "style": what the images have in common.
         identity: further JSON values that a checkpoint must share with the run that resumes it.
         repeats: how often an epoch shows each example.
-        min_snr_gamma: gamma of min-SNR weighting, or None for equal weights.
+        diffusion: `DiffusionSettings`; None for their defaults.
         caching: `caching.Caching`: where the images' encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
 
@@ -134,8 +135,9 @@ def train_textual_inversion(
     encoded, captions = encode_examples(
         settings, pipeline, source, placeholder_token, learnable_property, caching
     )
+    diffusion = diffusion or DiffusionSettings()
     trainer = Trainer(
-        DiffusionObjective(pipeline.unet, schedule, min_snr_gamma, text_encoder),
+        DiffusionObjective(pipeline.unet, schedule, diffusion, text_encoder),
         settings,
         diffusion_identity(
             "textual-inversion",
@@ -143,17 +145,17 @@ def train_textual_inversion(
             pipeline.scheduler_config,
             encoded,
             repeats,
+            diffusion,
             tokens=vector_names(placeholder_token, num_vectors),
             initializer_token=initializer_token,
             learnable_property=learnable_property,
-            min_snr_gamma=min_snr_gamma,
         )
         | (identity or {}),
     )
     draw = functools.partial(
         inversion_example,
         captions=captions,
-        num_train_timesteps=schedule.num_train_timesteps,
+        noise=NoiseDrawing(diffusion, schedule),
         condition=encoded.condition,
     )
 

@@ -110,7 +110,7 @@ def test_commands_are_found():
     with pytest.raises(click.NoSuchOption):
         parse(cli, ["generate", "red heart", "--colour", "red"])
     with pytest.raises(click.MissingParameter):
-        parse(train, ["dreambooth", "--rank", "4"])
+        parse(train, ["textual-inversion", "--num-vectors", "4"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

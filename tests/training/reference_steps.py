@@ -95,6 +95,9 @@ SCRIPT = """
         if "snr_gamma" in case:
             snr = compute_snr(scheduler, timesteps)
             errors = errors * snr.clamp(max=case["snr_gamma"]) / (snr + 1 if is_velocity else snr)
+        if "debiased_estimation" in case:
+            snr = compute_snr(scheduler, timesteps).clamp(max=1000)
+            errors = errors / (snr + 1 if is_velocity else snr.sqrt())
         return errors.mean()
 
 

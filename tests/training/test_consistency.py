@@ -15,6 +15,7 @@ from keras_sd.diffusion.denoiser import NoiseStreams
 from keras_sd.errors import UserError
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
 from keras_sd.training.consistency import consistency_example, train_consistency
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.dreambooth import read_images
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.lora import add_lora
@@ -78,7 +79,7 @@ def test_examples_are_those_of_diffusion_at_the_steps_of_the_teacher():
     drawn = [consistency_example(example, np.random.default_rng(seed), timesteps) for seed in range(200)]
     counts = [sum(one["timesteps"] == timestep for one in drawn) for timestep in timesteps]
     assert sum(counts) == 200 and min(counts) > 30
-    plain = diffusion_example(example, np.random.default_rng(7), num_train_timesteps=4)
+    plain = diffusion_example(example, np.random.default_rng(7), noise=NoiseDrawing(DiffusionSettings(), 4))
     for name in ("samples", "noise", "context"):
         np.testing.assert_array_equal(drawn[7][name], plain[name])
     np.testing.assert_array_equal(drawn[7]["negative"], example["empty_context"])

@@ -14,6 +14,7 @@ from keras_sd.cli.train.dreambooth import dreambooth
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import read_parameters
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.dreambooth import (
     dreambooth_example,
     generate_class_images,
@@ -30,7 +31,7 @@ from tests import tiny
 from tests.training.test_trainer import copy_as_of_step
 
 STEPS = 4
-DRAWING = {"num_train_timesteps": 1000, "condition": "context"}
+DRAWING = {"noise": NoiseDrawing(DiffusionSettings(), 1000), "condition": "context"}
 
 
 def write_pictures(folder, count, seed):
@@ -105,7 +106,7 @@ def test_loss_is_that_of_the_subject_and_a_share_of_that_of_the_class():
         for _ in range(3)
     ]
     batch = {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
-    parts = (sd.unet, sd._denoiser.schedule, 5.0)
+    parts = (sd.unet, sd._denoiser.schedule, DiffusionSettings(5.0))
     losses = [
         np.asarray(DiffusionObjective(*parts)({name: array[:, half] for name, array in batch.items()}))
         for half in (0, 1)

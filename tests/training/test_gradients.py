@@ -22,6 +22,7 @@ from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training import lora
 from keras_sd.training.consistency import ConsistencyObjective
+from keras_sd.training.diffusion_settings import DiffusionSettings
 from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.optimizer import AdamW
 from keras_sd.weights.diffusers_folder import write_part
@@ -54,6 +55,8 @@ CASES = {
     "noise": {"trains": ["unet"]},
     "noise, min-SNR": {"trains": ["unet"], "snr_gamma": 5.0},
     "velocity, min-SNR": {"trains": ["unet"], "scheduler": VELOCITY, "snr_gamma": 5.0},
+    "noise, debiased": {"trains": ["unet"], "debiased_estimation": True},
+    "velocity, debiased": {"trains": ["unet"], "scheduler": VELOCITY, "debiased_estimation": True},
     "velocity, zero terminal SNR": {
         "trains": ["unet"],
         "scheduler": VELOCITY | {"rescale_betas_zero_snr": True},
@@ -176,7 +179,8 @@ def make_objective(case, models):
     if "num_ddim_timesteps" in case:
         names = ("num_ddim_timesteps", "guidance_scale", "huber_c")
         return ConsistencyObjective(models["unet"], schedule, **{name: case.get(name) for name in names})
-    arguments = (models["unet"], schedule, case.get("snr_gamma"), models["text_encoder"])
+    weighting = DiffusionSettings(case.get("snr_gamma"), case.get("debiased_estimation", False))
+    arguments = (models["unet"], schedule, weighting, models["text_encoder"])
     if "prior_loss_weight" in case:
         return PriorPreservationObjective(*arguments, prior_loss_weight=case["prior_loss_weight"])
     return DiffusionObjective(*arguments)

@@ -13,6 +13,7 @@ from keras_sd.data.framing import FramedSource, Framing
 from keras_sd.data.sources import batches
 from keras_sd.errors import UserError
 from keras_sd.training.caching import MODES, Caching
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import EncodedSource, UnencodedSource
 from keras_sd.training.stored_encodings import StoredSource, encoded_source
 from keras_sd.training.text_to_image import diffusion_example
@@ -46,7 +47,7 @@ def encode(source, sd, mode, folder=None, dtype="float32", text_encoder=None, ji
 
 def drawn(encoded, count=6):
     """The first batches of a training run."""
-    options = {"num_train_timesteps": 1000, "caption_dropout": 0.2, "input_perturbation": 0.1}
+    options = {"noise": NoiseDrawing(DiffusionSettings(input_perturbation=0.1), 1000), "caption_dropout": 0.2}
     draw = functools.partial(diffusion_example, condition=encoded.condition, **options)
     stream = batches(encoded, batch_size=3, seed=1, draw=draw, buckets=encoded.buckets)
     if hasattr(encoded, "encode_batches"):

@@ -12,6 +12,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.pipeline.upscaler import Upscaler
 from keras_sd.training.architectures import LOW_RES_SCHEDULER, UPSCALER_SCHEDULER
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.super_resolution import degraded, upscaling_example
 from tests import tiny
 
@@ -34,7 +35,7 @@ def draw(image, seed, **options):
     return upscaling_example(
         {"image": image},
         np.random.default_rng(seed),
-        schedule=NoiseSchedule(UPSCALER_SCHEDULER),
+        noise=NoiseDrawing(DiffusionSettings(), NoiseSchedule(UPSCALER_SCHEDULER)),
         low_res_schedule=NoiseSchedule(LOW_RES_SCHEDULER),
         **arguments,
     )

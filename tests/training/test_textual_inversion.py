@@ -13,6 +13,7 @@ from keras_sd.cli.program import run_command
 from keras_sd.cli.train.textual_inversion import textual_inversion
 from keras_sd.data.folders import FolderSource
 from keras_sd.errors import UserError
+from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.textual_inversion import (
     TEMPLATES,
@@ -87,7 +88,7 @@ def drawn(sd, pictures, count):
         Settings("run", jit_compile=False), sd, FolderSource(pictures, 16, False), "<cat>", "object"
     )
     generator = np.random.default_rng(9)
-    options = {"num_train_timesteps": 1000, "condition": encoded.condition}
+    options = {"noise": NoiseDrawing(DiffusionSettings(), 1000), "condition": encoded.condition}
     draws = [inversion_example(encoded[index % 3], generator, captions, **options) for index in range(count)]
     return {name: np.stack([draw[name] for draw in draws]) for name in draws[0]}, captions
 

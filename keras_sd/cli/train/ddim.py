@@ -5,7 +5,8 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
-from keras_sd.cli.train.options import FILE, evaluation_options, run_options, snr_gamma_option
+from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
+from keras_sd.cli.train.options import FILE, evaluation_options, run_options
 from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
 from keras_sd.training import architectures
 
@@ -17,7 +18,7 @@ from keras_sd.training import architectures
 @click.option(
     "--unet-config", type=FILE, help="config.json of the UNet; by default a small one without attention."
 )
-@snr_gamma_option
+@diffusion_options
 @click.option(
     "--kid",
     type=click.Choice(["kid_emoji", "kid_inception"]),
@@ -25,7 +26,7 @@ from keras_sd.training import architectures
     help="Feature extractor of KID: the emoji model's CLIP, or Inception v3.",
 )
 @evaluation_options()
-def ddim(unet_config, snr_gamma, kid, kid_images, num_inference_steps, **options):
+def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
     """Train an unconditional diffusion model on pixels, like the Keras example for DDIM."""
     refuse_unused(["kid"], kid_images, "with --kid-images 0")
     run = prepare(
@@ -69,6 +70,6 @@ def ddim(unet_config, snr_gamma, kid, kid_images, num_inference_steps, **options
         architectures.PIXEL_SCHEDULER,
         source,
         repeats=repeats,
-        min_snr_gamma=snr_gamma,
+        diffusion=diffusion_of(options),
         make_evaluation=make_evaluation,
     )

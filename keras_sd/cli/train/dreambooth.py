@@ -14,6 +14,7 @@ from keras_sd.cli.train.data_options import (
     on_bad_sample_option,
     print_notes,
 )
+from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -21,7 +22,7 @@ from keras_sd.cli.train.fine_tuning import (
     subject_options,
 )
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options, trained_parts
-from keras_sd.cli.train.options import COUNT, run_options, snr_gamma_option
+from keras_sd.cli.train.options import COUNT, run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
 
@@ -59,7 +60,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @click.option("--train-text-encoder", is_flag=True, help="Train the text encoder too.")
 @click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)
-@snr_gamma_option
+@diffusion_options
 @caching_options
 @click.option("--sample-batch-size", default=4, type=COUNT, help="Images per batch when sampling.")
 @subject_options("dreambooth", "the instance prompt")
@@ -103,7 +104,7 @@ def dreambooth(**options):
         train_text_encoder=options["train_text_encoder"],
         prior_loss_weight=options["prior_loss_weight"],
         identity=part_fingerprints(pipeline, *frozen) | caption_identity(options) | identity,
-        min_snr_gamma=options["snr_gamma"],
+        diffusion=diffusion_of(options),
         captions=None if sources is None else [one and one.caption_rules() for one in sources],
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, prompt),

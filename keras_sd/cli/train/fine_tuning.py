@@ -6,7 +6,7 @@ import warnings
 import click
 
 from keras_sd.cli.command import decorated
-from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE
+from keras_sd.cli.option_types import SHARE
 from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.data_options import (
     caption_identity,
@@ -14,11 +14,11 @@ from keras_sd.cli.train.data_options import (
     caption_rules,
     source_options,
 )
+from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.options import (
     evaluation_options,
     inference_steps_option,
     model_option,
-    snr_gamma_option,
 )
 from keras_sd.cli.train.preparation import SMALL_IMAGE, example_sets, image_size_of
 
@@ -44,19 +44,7 @@ def captioned_options(method):
         pretrained_option,
         source_options(),
         caption_options,
-        snr_gamma_option,
-        click.option(
-            "--noise-offset",
-            default=0.0,
-            type=NOT_NEGATIVE,
-            help="Scale of extra noise that is constant over a channel; usually 0.1. 0: none.",
-        ),
-        click.option(
-            "--input-perturbation",
-            default=0.0,
-            type=NOT_NEGATIVE,
-            help="Scale of extra noise on the input that is not in the target; usually 0.1. 0: none.",
-        ),
+        diffusion_options,
         click.option(
             "--proportion-empty-prompts",
             default=0.1,
@@ -192,12 +180,10 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         | caption_identity(options)
         | (identity or {}),
         repeats=repeats,
-        min_snr_gamma=options["snr_gamma"],
+        diffusion=diffusion_of(options),
         make_evaluation=make_evaluation,
         export=export,
         caption_dropout=options["proportion_empty_prompts"],
-        noise_offset=options["noise_offset"],
-        input_perturbation=options["input_perturbation"],
     )
 
 

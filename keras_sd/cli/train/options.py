@@ -190,8 +190,3 @@ def inference_steps_option(default):
     return click.option(
         "--num-inference-steps", default=default, type=COUNT, help="Sampling steps of sample images."
     )
-
-
-snr_gamma_option = click.option(
-    "--snr-gamma", type=POSITIVE, help="Gamma of min-SNR loss weighting, usually 5. Off by default."
-)

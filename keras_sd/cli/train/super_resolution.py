@@ -5,7 +5,8 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
-from keras_sd.cli.train.options import COUNT, FILE, inference_steps_option, run_options, snr_gamma_option
+from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
+from keras_sd.cli.train.options import COUNT, FILE, inference_steps_option, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.training import architectures
 
@@ -22,14 +23,12 @@ from keras_sd.training import architectures
     type=COUNT,
     help="Side in pixels of the random squares of the resized images to train on.",
 )
-@snr_gamma_option
+@diffusion_options
 @inference_steps_option(10)
 @click.option(
     "--validation-images", default=32, type=COUNT, help="Held-out images that evaluations shrink and upscale."
 )
-def super_resolution(
-    unet_config, factor, crop_size, snr_gamma, num_inference_steps, validation_images, **options
-):
+def super_resolution(unet_config, factor, crop_size, num_inference_steps, validation_images, **options):
     """Train a diffusion upscaler on images and smaller copies of them."""
     run = prepare(
         "super-resolution",
@@ -76,6 +75,6 @@ def super_resolution(
         factor=factor,
         crop_size=crop_size,
         repeats=repeats,
-        min_snr_gamma=snr_gamma,
+        diffusion=diffusion_of(options),
         make_evaluation=make_evaluation,
     )

@@ -6,13 +6,14 @@ from keras_sd import presets
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.caching import caching_of, caching_options
 from keras_sd.cli.train.data_options import dataset_config_option
+from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
     subject_evaluation,
     subject_options,
 )
-from keras_sd.cli.train.options import run_options, snr_gamma_option
+from keras_sd.cli.train.options import run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import Tokenizer, vector_names
@@ -44,7 +45,7 @@ from keras_sd.models.tokenizer import Tokenizer, vector_names
     help="What the images have in common; chooses the training prompts.",
 )
 @dataset_config_option
-@snr_gamma_option
+@diffusion_options
 @caching_options
 @subject_options("textual-inversion", "the new word alone")
 def textual_inversion(**options):
@@ -74,7 +75,7 @@ def textual_inversion(**options):
         learnable_property=options["learnable_property"],
         repeats=repeats,
         identity=part_fingerprints(pipeline, "vae"),
-        min_snr_gamma=options["snr_gamma"],
+        diffusion=diffusion_of(options),
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
     )
