@@ -92,7 +92,7 @@ def _message(error):
     if is_out_of_memory(error):
         return (
             "out of memory; use half precision (--dtype bfloat16, in training --mixed-precision bf16), a "
-            "smaller batch size or smaller images"
+            "smaller batch size or smaller images (in training a smaller --resolution)"
         )
     return None
 

@@ -243,7 +243,7 @@ class Trainer:
         """
         settings = self.settings
         try:
-            with self._with_memory_advice(), StopOnSignal() as stop:
+            with self._with_memory_advice(source), StopOnSignal() as stop:
                 if self.step < settings.max_train_steps:
                     if self._is_evaluated_at(self.step):
                         self._evaluate(make_evaluation, self.step)
@@ -352,23 +352,25 @@ class Trainer:
             print_above_bars(f"evaluated step {step}: {shown}")
 
     @contextlib.contextmanager
-    def _with_memory_advice(self):
+    def _with_memory_advice(self, source=None):
         """Turn out-of-memory errors inside the block into a UserError that names the arguments that help."""
         try:
             yield
         except Exception as error:
             if not backend.is_out_of_memory(error):
                 raise
-            savers = list(self._memory_savers()) or ["a smaller model or smaller images"]
+            savers = list(self._memory_savers(source)) or ["a smaller model or smaller images"]
             raise UserError(f"training: out of memory; use {', or '.join(savers)}") from error
 
-    def _memory_savers(self):
+    def _memory_savers(self, source):
         """Yield further arguments that save device memory, those with the least cost first."""
         settings = self.settings
         if settings.mixed_precision == "no":
             yield "`mixed_precision='bf16'`"
         if not settings.gradient_checkpointing and recomputing_layers(self.objective):
             yield "`gradient_checkpointing=True`"
+        if hasattr(source, "encode_batches"):  # the VAE runs beside the step
+            yield "`cache_latents='disk'`"
         if settings.train_batch_size > 1:
             size = settings.train_batch_size
             parts = next(divisor for divisor in range(2, size + 1) if size % divisor == 0)
@@ -376,6 +378,9 @@ class Trainer:
             yield f"`train_batch_size={size // parts}` `gradient_accumulation_steps={accumulation}`"
         if not settings.offload_ema and backend.has_accelerator():
             yield "`offload_ema=True`"
+        framing = getattr(source, "framing", None)
+        if framing is not None:  # all buckets have its area, so their number matters little
+            yield f"a `resolution` below {framing.resolution}"
 
     def _callbacks(self, stop, make_evaluation):
         """Return the callbacks in the order in which each step calls them."""

@@ -174,6 +174,7 @@ HUGE = """if True:
     import click, keras, numpy as np
     from keras import ops
     from keras_sd.cli.program import run_command
+    from keras_sd.data.framing import Framing
     from keras_sd.training.objectives import Objective
     from keras_sd.training.trainer import Settings, Trainer
 
@@ -189,11 +190,14 @@ HUGE = """if True:
             products = ops.exp(-ops.square(features - ops.transpose(features)))
             return ops.sum(products @ products, axis=-1)
 
+    class Source(list):
+        framing = Framing(512, aspect_ratio_buckets=9)  # what it says of its images
+
     @click.command()
     @click.argument("folder")
     def train(folder):
         trainer = Trainer(HugeObjective(), Settings(folder, max_train_steps=1, train_batch_size=2**12), {})
-        trainer.run([{"x": np.ones(4, "float32")}], lambda example, generator: example)
+        trainer.run(Source([{"x": np.ones(4, "float32")}]), lambda example, generator: example)
 
     raise SystemExit(run_command(train, "train"))
 """
@@ -205,7 +209,7 @@ def test_step_without_enough_memory_names_the_arguments_that_help(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stderr.splitlines()[-1] == (
         "train: error: training: out of memory; use `mixed_precision='bf16'`, or "
-        "`train_batch_size=2048` `gradient_accumulation_steps=2`"
+        "`train_batch_size=2048` `gradient_accumulation_steps=2`, or a `resolution` below 512"
     )
     assert done.returncode == 2
 
