@@ -34,6 +34,7 @@ class _State:
         self.printed = set()  # phases that have been printed
         self.timer = None
         self.run_folder = None
+        self.kept = None  # what stays of a command that is no training, and goes on if it is repeated
         self.checkpoints_before = None  # set if an older checkpoint was resumed
 
 
@@ -146,12 +147,19 @@ def _print_phase(name):
     print_above_bars(name)
 
 
+def set_kept(kept):
+    """Set what stays of a command that goes on when it is repeated, such as "shards in FOLDER stay"."""
+    _state.kept = kept
+
+
 def how_to_resume():
-    """Return one line on how to resume an interrupted training, or None if there is no training."""
-    if _state.run_folder is None:
-        return None
+    """Return one line on how to go on with an interrupted command; None if it has to begin anew."""
     name = signal.Signals(_state.received).name
     during = f" while {_state.phase}" if _state.phase else ""
+    if _state.run_folder is None:
+        if _state.kept is None:
+            return None
+        return f"{name}: ended{during}; {_state.kept}; go on with: {_state.command(False)}"
     checkpoints = _checkpoints()
     if not checkpoints:
         return f"{name}: ended{during}; there is no checkpoint yet, start again"
