@@ -51,7 +51,7 @@ _BAR_HEIGHT, _BAR_WIDTH = 16, 400
 @click.option("--images", "shown", default=24, type=click.IntRange(1, 400), help="Images in the grid.")
 def dataset(data, output, overwrite, split, resolution, clip, similarity, shown, captions, **options):
     """Print and draw what a run on DATA would see: a folder, a data set's name, or a .toml of several."""
-    from keras_sd.data.framing import FramedSource, Framing
+    from keras_sd.data.framing import FramedSource, Framing, framed_source
     from keras_sd.data.survey import name_of, similar_pairs, survey
     from keras_sd.files.image_files import save_png
 
@@ -69,11 +69,11 @@ def dataset(data, output, overwrite, split, resolution, clip, similarity, shown,
     buckets = {name: options[name] for name in ("aspect_ratio_buckets", "bucket_upscale")}
     framing = Framing(resolution, **buckets)
     try:
-        framed = FramedSource(source, framing)
+        framed = framed_source(source, framing, on_bad_sample=options["on_bad_sample"])
     except UserError as error:  # a run would stop here; the figures tell more
         click.echo(f"a run would be refused: {in_flags(str(error))}")
         framed = FramedSource(source, Framing(resolution, **buckets | {"bucket_upscale": True}))
-    tokens, room = _tokens(source.captions(), int(options["max_token_length"]))
+    tokens, room = _tokens(framed.captions(), int(options["max_token_length"]))
     found = survey(data, framed, tokens, room)
     if clip:
         vectors = _vectors(framed, clip)

@@ -62,6 +62,7 @@ def encode(dataset, folder, **options):
     if not options["center_crop"]:
         raise UserError("--no-center-crop: another crop at each draw cannot be kept; leave it out")
     require("array_record", "grain")
+    interruption.set_kept(f"the shards in {folder} stay")
     from keras_sd.data.encoding_store import EncodingStore
     from keras_sd.data.images import MINIMUM_SIDE
     from keras_sd.data.sources import load_source
@@ -95,10 +96,10 @@ def _fill(store, source, model, options):
     factor = pipeline.vae.config.downsampling
     framing = framing_of(options, pipeline.unet.config.sample_size * factor)
     check_sides(framing, factor)
-    framed_source = framed(source, framing, options["train_batch_size"])
+    framed_source = framed(source, framing, options["train_batch_size"], options["on_bad_sample"])
     tokenizer = CaptionTokenizer(pipeline.tokenizer, int(options["max_token_length"]))
     text_encoder = None if options["images_only"] else pipeline.text_encoder
-    captions = CaptionIndex(source.captions(), tokenizer)
+    captions = CaptionIndex(framed_source.captions(), tokenizer)
     if text_encoder is not None and tokenizer.cut_line():
         print(tokenizer.cut_line(), file=sys.stderr, flush=True)
     encoder = Encoder(pipeline.vae, text_encoder, tokenizer, options["batch_size"], options["jit_compile"])

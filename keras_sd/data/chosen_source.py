@@ -1,13 +1,16 @@
-"""A part of the examples of a source, which a seed chooses."""
+"""A part of the examples of a source."""
 
 import copy
-from typing import Any
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_sd.data.captions import Captions
-from keras_sd.data.folders import digest
-from keras_sd.data.framing import Frame
+
+if TYPE_CHECKING:
+    from keras_sd.data.framing import Frame
 
 
 class ChosenSource:
@@ -38,7 +41,7 @@ class ChosenSource:
         """Return what the source tells of the example; no image is read."""
         return self.source.details(int(self._indices[index]))
 
-    def read(self, index: int, frame: Frame) -> np.ndarray:
+    def read(self, index: int, frame: "Frame") -> np.ndarray:
         """Return what a frame takes of an image, uint8 (height, width, 3)."""
         return self.source.read(int(self._indices[index]), frame)
 
@@ -66,7 +69,8 @@ class ChosenSource:
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of the source's fingerprint and of what is taken."""
-        return digest(["chosen", self.source.fingerprint(), self._indices.tolist()])
+        described = json.dumps([self.source.fingerprint(), self._indices.tolist()])
+        return hashlib.sha256(f"chosen {described}".encode()).hexdigest()
 
     def at_size(self, image_size: int) -> "ChosenSource":
         """Return the same examples at another size."""

@@ -9,11 +9,13 @@ import numpy as np
 
 from keras_sd.data import buckets
 from keras_sd.data.buckets import Size
+from keras_sd.data.chosen_source import ChosenSource
 from keras_sd.errors import UserError
 
 CROPS = ("center", "random")
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "nearest")
 
+_NAMED = 3  # an error names so many images
 _VERSION = 1  # of the pixels that a frame names; encodings that are kept depend on it
 
 
@@ -128,6 +130,49 @@ class Framing:
         return dataclasses.asdict(self)
 
 
+class SmallImages(UserError):
+    """Images are smaller than their bucket, and are not to be enlarged.
+
+    Attributes:
+        indices: of the images, int (n,).
+        names: of the first ones, with their sizes.
+    """
+
+    def __init__(self, message: str, indices: np.ndarray, names: str) -> None:
+        super().__init__(message)
+        self.indices, self.names = indices, names
+
+
+def framed_source(
+    source: Any, framing: Framing, smallest_bucket: int = 1, on_bad_sample: str = "error"
+) -> "FramedSource":
+    """Return a source with its images framed.
+
+    Args:
+        source, framing, smallest_bucket: as `FramedSource` takes them.
+        on_bad_sample: "error", or "skip" leaves out images that are smaller than their bucket, with a note.
+
+    Raises:
+        UserError: images are too small, or all are.
+    """
+    left, first = source, None
+    while True:  # fewer images may be in other buckets, as small buckets are merged
+        try:
+            framed = FramedSource(left, framing, smallest_bucket)
+        except SmallImages as error:
+            first = first or error
+            if on_bad_sample != "skip" or len(error.indices) == len(left):
+                raise first from None
+            left = ChosenSource(left, np.setdiff1d(np.arange(len(left)), error.indices))
+            continue
+        if first is not None:
+            framed.notes.append(
+                f"{len(source) - len(left)} of {len(source)} images are smaller than their bucket, and are "
+                f"left out: {first.names}"
+            )
+        return framed
+
+
 class FramedSource:
     """The examples of a source with their images framed: cropped and resized to the size of a bucket.
 
@@ -151,6 +196,7 @@ class FramedSource:
 
     def __init__(self, source: Any, framing: Framing, smallest_bucket: int = 1) -> None:
         self.source, self.framing = source, framing
+        self.notes: list[str] = []
         self._flip = False
         self._sizes = np.asarray(source.sizes()).reshape(-1, 2)
         grid = framing.grid()
@@ -247,10 +293,13 @@ class FramedSource:
         framing = self.framing
         small, _ = self._small()
         if len(small) and framing.aspect_ratio_buckets > 1 and not framing.bucket_upscale:
-            raise UserError(
+            first = ", ".join(map(self._described, small[:_NAMED])) + (", ..." if len(small) > _NAMED else "")
+            raise SmallImages(
                 f"resolution {framing.resolution}: {len(small)} of {len(self)} images are smaller than their "
-                f"bucket, the first is {self._described(small[0])}; enlarge them by `bucket_upscale=True`, "
-                "lower `resolution`, or remove them"
+                f"bucket: {first}; enlarge them by `bucket_upscale=True`, leave them out by "
+                "`on_bad_sample='skip'`, or lower `resolution`",
+                small,
+                first,
             )
 
     def _described(self, index):
@@ -263,7 +312,7 @@ class FramedSource:
 
         They name arguments, as errors do.
         """
-        lines = []
+        lines = list(self.notes)
         cropped = f"{self.cropped_share():.1%} of the images' area is cropped away"
         if self.framing.aspect_ratio_buckets > 1:
             counts = np.bincount(self.buckets, minlength=len(self.bucket_sizes))

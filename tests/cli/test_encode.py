@@ -1,6 +1,11 @@
 """`keras-sd encode` fills a folder, and training on it encodes nothing."""
 
+import shlex
+import signal
+import time
+
 import pytest
+from PIL import Image
 
 from keras_sd.cli.main import main
 from keras_sd.cli.train.main import main as train
@@ -40,6 +45,71 @@ def test_training_encodes_nothing_that_was_encoded(folder, tmp_path, run_program
     code, _, told = run_program(train, *arguments, "--lr-warmup-steps", 0)
     assert code == 0 and f"encodings: 18 of 18 images are in {cache}" in told
     assert "encoding images" not in told and shards(cache) == written
+
+
+@pytest.fixture(scope="module")
+def many(folder):
+    """Enough images for several shards, and the shards of a run that nothing interrupted."""
+    write_images(folder / "many", 200)
+    done = Program(["-m", "keras_sd", *encode_many(folder, folder / "whole")]).finish()
+    assert done.returncode == 0, done.stderr
+    return shards(folder / "whole")
+
+
+def encode_many(folder, cache, *more):
+    arguments = list(encode(folder, cache, "--images-only", *more))
+    return [folder / "many" if argument == folder / "images" else argument for argument in arguments]
+
+
+def started(folder, cache, count):
+    """A run that has written so many shards."""
+    program = Program(["-m", "keras_sd", *encode_many(folder, cache)])
+    deadline = time.monotonic() + 300
+    while len(list(cache.glob("latents-*"))) < count:
+        assert program.is_running() and time.monotonic() < deadline, program.printed()
+        time.sleep(0.005)
+    return program
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_second_run_goes_on_where_one_was_ended(folder, many, tmp_path, number):
+    program, began = started(folder, tmp_path / "cache", 1), time.monotonic()
+    program.send(number)
+    done = program.finish()
+    assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
+    if number == signal.SIGINT:
+        assert time.monotonic() - began < 10
+        line = done.stderr.splitlines()[-1]
+        assert f"SIGINT: ended; the shards in {tmp_path / 'cache'} stay; go on with: " in line, done.stderr
+        assert line.endswith(shlex.join(map(str, encode_many(folder, tmp_path / "cache"))))
+        assert "Traceback" not in done.stderr
+    kept = shards(tmp_path / "cache")
+    assert kept.items() < many.items()
+    done = Program(["-m", "keras_sd", *encode_many(folder, tmp_path / "cache")]).finish()
+    assert done.returncode == 0 and shards(tmp_path / "cache") == many, done.stderr
+
+
+def test_two_runs_at_once_write_the_same(folder, many, tmp_path):
+    first = started(folder, tmp_path / "cache", 1)
+    second = Program(["-m", "keras_sd", *encode_many(folder, tmp_path / "cache")])
+    for program in (first, second):
+        done = program.finish()
+        assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / "cache") == many
+
+
+def test_images_that_are_too_small_are_left_out(folder, tmp_path, run_program):
+    command = list(encode(folder, tmp_path / "cache", "--images-only"))
+    command.remove("--bucket-upscale")
+    command[command.index("--resolution") + 1] = 32
+    code, _, told = run_program(main, *command)
+    assert code == 2 and "images are smaller than their bucket: " in told
+    assert "enlarge them by --bucket-upscale, leave them out by --on-bad-sample skip, or lower" in told
+    Image.new("RGB", (64, 64)).save(folder / "images" / "large.png")
+    code, _, told = run_program(main, *command, "--on-bad-sample", "skip")
+    (folder / "images" / "large.png").unlink()
+    assert code == 0 and "9 of 10 images are smaller than their bucket, and are left out: " in told
+    assert "1 are in" in told.splitlines()[-1]
 
 
 def test_on_jax(folder, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from keras_sd.data.folders import FolderSource
-from keras_sd.data.framing import FramedSource, Framing, frame_of
+from keras_sd.data.framing import FramedSource, Framing, SmallImages, frame_of, framed_source
 from keras_sd.data.images import read_frame
 from keras_sd.data.sources import EmojiSource, batches
 from keras_sd.errors import UserError
@@ -145,8 +145,15 @@ def test_no_image_is_enlarged_unless_it_may_be(tmp_path):
     source = write(tmp_path, [(100, 120), (30, 40)])
     with pytest.raises(UserError) as caught:
         FramedSource(source, Framing(64, aspect_ratio_buckets=9))
-    assert "1 of 2 images are smaller than their bucket, the first is " in str(caught.value)
-    assert "001.png (40 x 30); enlarge them by `bucket_upscale=True`" in str(caught.value)
+    assert "1 of 2 images are smaller than their bucket: " in str(caught.value)
+    assert "001.png (40 x 30); enlarge them by `bucket_upscale=True`, leave them out by" in str(caught.value)
+    framing = Framing(64, aspect_ratio_buckets=9)
+    (kept,) = framed_source(source, framing, on_bad_sample="skip").captions()
+    assert kept == source.captions()[0]
+    lines = framed_source(source, framing, on_bad_sample="skip").summary()
+    assert lines[0].startswith("1 of 2 images are smaller than their bucket, and are left out: ")
+    with pytest.raises(SmallImages, match="2 of 2 images are smaller"):
+        framed_source(source, Framing(512, aspect_ratio_buckets=9), on_bad_sample="skip")
     for framing in (Framing(64, aspect_ratio_buckets=9, bucket_upscale=True), Framing(64)):
         framed = FramedSource(source, framing)
         assert framed[1]["image"].shape[:2] == framed.bucket_sizes[framed.buckets[1]]

@@ -105,7 +105,7 @@ def dreambooth(**options):
         prior_loss_weight=options["prior_loss_weight"],
         identity=part_fingerprints(pipeline, *frozen) | caption_identity(options) | identity,
         diffusion=diffusion_of(options),
-        captions=None if sources is None else [one and one.caption_rules() for one in sources],
+        captions=_caption_rules(instances, class_images) if sources else None,
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, prompt),
         export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
@@ -129,6 +129,11 @@ def _config_sources(options):
     for source in sources:
         print_notes(source, options)
     return sources[0], sources[1] if has_class else None
+
+
+def _caption_rules(*parts):
+    """Return how captions of the subject and of its class are drawn, as `train_dreambooth` takes it."""
+    return [part.source.caption_rules() if part else None for part in parts]
 
 
 def _check_folders(options):

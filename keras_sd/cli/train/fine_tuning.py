@@ -114,6 +114,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
     if tokenizer.cut_line():
         warnings.warn(tokenizer.cut_line(), stacklevel=2)
     if captions is not None:
+        captions = caption_rules(run.options, run.source)  # of the images that are left
         encoded = DrawnCaptions(encoded, source.captions(), captions, tokenizer)
 
     sample = _sampling(run, pipeline, **sampling)

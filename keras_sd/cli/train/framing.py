@@ -81,7 +81,8 @@ def framing_options(flips):
             click.option(
                 "--bucket-upscale/--bucket-no-upscale",
                 default=False,
-                help="Enlarge images that are smaller than their bucket. By default they are an error.",
+                help="Enlarge images that are smaller than their bucket. By default they are an error; "
+                "--on-bad-sample skip leaves them out.",
             ),
         ),
     ]
@@ -134,20 +135,23 @@ def framing_of(options, own_size):
     )
 
 
-def framed(source, framing, batch_size):
+def framed(source, framing, batch_size, on_bad_sample="error"):
     """Return the `FramedSource` of a run, and print how its images fall into buckets.
+
+    Args:
+        on_bad_sample: "skip" leaves out images that are smaller than their bucket.
 
     Raises:
         UserError: images are too small.
     """
     from keras_sd import backend
-    from keras_sd.data.framing import FramedSource
+    from keras_sd.data.framing import framed_source
 
-    framed_source = FramedSource(source, framing, batch_size)
+    result = framed_source(source, framing, batch_size, on_bad_sample)
     if backend.process_index() == 0:
-        for line in framed_source.summary():
+        for line in result.summary():
             print(in_flags(line), file=sys.stderr, flush=True)
-    return framed_source
+    return result
 
 
 def check_sides(framing, factor):

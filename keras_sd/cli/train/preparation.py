@@ -69,6 +69,7 @@ class Run:
             UserError: images do not fit, or a checkpoint to resume has other sizes or crops.
         """
         source = self.framed(self.source, own_size, factor)
+        self.source = source.source  # without images that are too small
         held_out = FramedSource(self.held_out, source.framing.of_squares()) if self.held_out else ()
         return source, held_out, source.repeats()
 
@@ -80,7 +81,8 @@ class Run:
         check_sides(framing, factor)
         if self.checkpoint is not None:
             check_same_run(self.checkpoint, {"framing": framing.identity()})
-        return framed(source, framing, self.settings.train_batch_size)
+        on_bad_sample = self.options.get("on_bad_sample") or "error"
+        return framed(source, framing, self.settings.train_batch_size, on_bad_sample)
 
     def print_next_command(self, option=None, result="", prompt="PROMPT", more=()):
         """Print a command that generates with what was trained.

@@ -5,7 +5,7 @@ import click
 from keras_sd import presets
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.caching import caching_of, caching_options
-from keras_sd.cli.train.data_options import dataset_config_option
+from keras_sd.cli.train.data_options import dataset_config_option, on_bad_sample_option
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
@@ -45,6 +45,7 @@ from keras_sd.models.tokenizer import Tokenizer, vector_names
     help="What the images have in common; chooses the training prompts.",
 )
 @dataset_config_option
+@on_bad_sample_option
 @diffusion_options
 @caching_options
 @subject_options("textual-inversion", "the new word alone")
