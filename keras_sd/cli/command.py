@@ -79,17 +79,21 @@ def decorated(*options):
 
 
 def refuse_unused(names, has_effect, reason):
-    """Raise UserError if the user has given one of the named options although it has no effect.
+    """Raise UserError if the user has given some of the named options although they have no effect.
 
     Args:
         reason: the cause, as the rest of the message "--name: has no effect ...".
     """
     context = click.get_current_context()
     given = click.core.ParameterSource.COMMANDLINE
-    for parameter in context.command.params:
-        if not has_effect and parameter.name in names:
-            if context.get_parameter_source(parameter.name) is given:
-                raise UserError(f"{parameter.opts[0]}: has no effect {reason}; leave it out")
+    flags = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is given
+    ]
+    if flags and not has_effect:
+        has, it = ("has", "it") if len(flags) == 1 else ("have", "them")
+        raise UserError(f"{', '.join(flags)}: {has} no effect {reason}; leave {it} out")
 
 
 def in_flags(text):

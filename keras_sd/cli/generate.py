@@ -1,5 +1,6 @@
 """The commands that generate images: one for each task of `StableDiffusion`."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -16,10 +17,10 @@ from keras_sd.arguments import (
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd.cli.command import Command, decorated, refuse_unused
-from keras_sd.cli.model_options import check_sampling, check_size, model_options, open_model
+from keras_sd.cli.model_options import check_sampling, check_size, model_options, open_model, size_factor
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.cli.outputs import check_output, output_option
-from keras_sd.diffusion.samplers import SAMPLERS
+from keras_sd.diffusion.samplers import SAMPLERS, sampler_key
 from keras_sd.errors import UserError
 from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 
@@ -54,11 +55,19 @@ sampling_options = decorated(
     ),
 )
 
+
+class _SamplerChoice(click.Choice):
+    def convert(self, value, parameter, context):
+        return super().convert(sampler_key(value), parameter, context)
+
+
 prompt_options = decorated(
     click.option("--negative-prompt", help="What the images must not show. By default nothing."),
     sampling_options,
     click.option(
-        "--sampler", type=click.Choice(tuple(SAMPLERS)), help="By default the one that the model names."
+        "--sampler",
+        type=_SamplerChoice(tuple(SAMPLERS)),
+        help="By default the one that the model names. A1111's names are understood.",
     ),
     click.option(
         "--eta", default=0.0, type=SHARE, help="Fraction of fresh noise in a step of DDIM and TCD; 0: none."
@@ -154,7 +163,8 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
     """
     first_step(strength, options["num_inference_steps"])
     pixels = _read_image(image, options, height, width)
-    mask = _read_mask(mask, pixels.shape[:2], is_scaled=height is not None)
+    is_scaled = height is not None or width is not None
+    mask = _read_mask(mask, image, pixels.shape[:2], is_scaled)
     output = _check_images(options, num_images)
     pipeline, sampling = _open(options)
     images = pipeline.inpaint(pixels, mask, prompt, num_images=num_images, strength=strength, **sampling)
@@ -318,30 +328,48 @@ def _open(options):
 
 
 def _read_image(path, options=None, height=None, width=None):
-    """Return the pixels of an image file; with a model's options, check that the model can take its size."""
-    from keras_sd.data.images import read_image
+    """Return the pixels of an image file, in the given size or, with a model's options, one that fits it.
 
-    if (height is None) != (width is None):
-        raise UserError("--height and --width: only one is given; give both, or none to keep the image's")
-    if height is not None:
-        check_size(options, height, width)
-    pixels = read_image(Path(path), (height, width) if height else None)
-    if options is not None and height is None:
-        check_size(options, *pixels.shape[:2], f"{path}: ", "; give --height and --width, or scale it")
-    return pixels
+    A side that is not given follows from the image's ratio. Sides are rounded to what the model can take.
+    """
+    from keras_sd.data.images import examine_image, read_image
+
+    if options is None:
+        return read_image(Path(path))
+    check_size(options, height, width)
+    own, factor = examine_image(Path(path))[:2], size_factor(options)
+    if height is None and width is None:
+        # Rounded down, as diffusers does.
+        height, width = (max(factor, side - side % factor) for side in own)
+        if (height, width) != own:
+            print(
+                f"{path}: {own[1]} x {own[0]} pixels, scaled to {width} x {height}, multiples of {factor}",
+                file=sys.stderr,
+            )
+    elif height is None:
+        height = max(factor, round(width * own[0] / own[1] / factor) * factor)
+    elif width is None:
+        width = max(factor, round(height * own[1] / own[0] / factor) * factor)
+    return read_image(Path(path), (height, width))
 
 
-def _read_mask(path, size, is_scaled):
-    """Return the mask for an image of this size; it is scaled if the image was."""
-    from keras_sd.data.images import read_mask
+def _read_mask(path, image, size, is_scaled):
+    """Return the mask for an image, at the size in which that is read.
 
-    mask = read_mask(Path(path), size if is_scaled else None)
-    if mask.shape != size:
+    Args:
+        path, image: the files.
+        size: height and width in pixels.
+        is_scaled: whether the user has given a size, so that the mask may have any.
+    """
+    from keras_sd.data.images import examine_image, read_mask
+
+    (own_height, own_width, _), (height, width, _) = (examine_image(Path(file)) for file in (path, image))
+    if not is_scaled and (own_height, own_width) != (height, width):
         raise UserError(
-            f"{path}: is {mask.shape[1]}x{mask.shape[0]}, the image {size[1]}x{size[0]}; scale it to the "
-            "image's size, or both with --height and --width"
+            f"{path}: is {own_width}x{own_height}, the image {width}x{height}; scale it to the image's size, "
+            "or both with --height and --width"
         )
-    return mask
+    return read_mask(Path(path), size)
 
 
 def _parameters(pipeline, prompt, sampling, size, index=0):

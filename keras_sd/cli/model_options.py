@@ -94,28 +94,30 @@ def check_sampling(model, options):
     refuse_unused(unused, scale > 1, f"with --guidance-scale {scale:g}, which is no guidance")
 
 
-def check_size(options, height, width, title="", remedy=""):
+def check_size(options, height, width):
     """Raise UserError for a size that does not fit the latents, if the VAE's config can be read already.
 
     Args:
         options: the command's options, of which "model" and "vae" are used.
         height, width: in pixels; None is the model's own.
-        title, remedy: the beginning and the end of the message.
     """
+    factor = size_factor(options, default=1)
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side % factor:
+            raise UserError(f"{name} {side}: does not fit the model; use a multiple of {factor}")
+
+
+def size_factor(options, default=8):
+    """Return what images' sides are multiples of; `default` if the VAE's config cannot be read yet."""
     folder = Path(options["vae"]) if options.get("vae") else presets.find(options["model"])
     config = folder / "vae" / "config.json"
     if options.get("vae") and not config.is_file():
         config = folder / "config.json"
     if not config.is_file():
-        return
+        return default
     from keras_sd.config import VAEConfig
 
-    factor = VAEConfig.load(config).downsampling
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and side % factor:
-            raise UserError(
-                f"{title}{name} {side}: does not fit the model; use a multiple of {factor}{remedy}"
-            )
+    return VAEConfig.load(config).downsampling
 
 
 def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):

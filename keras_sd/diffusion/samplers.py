@@ -267,7 +267,7 @@ def find_sampler(name: str | Sampler | None, config: SchedulerConfig | None = No
     """Return the sampler with this name; None means the one of the model's own file.
 
     Args:
-        name: a key of `SAMPLERS`, a `Sampler`, or None.
+        name: a key of `SAMPLERS`, the name that A1111's web UI has for one, a `Sampler`, or None.
         config: the model's `SchedulerConfig`, for its own sampler.
 
     Raises:
@@ -277,9 +277,21 @@ def find_sampler(name: str | Sampler | None, config: SchedulerConfig | None = No
         return name
     if name is None:
         return _own_sampler(config)
-    if not isinstance(name, str) or name not in SAMPLERS:
+    key = sampler_key(name) if isinstance(name, str) else None
+    if key not in SAMPLERS:
         raise UserError(f"sampler {shown(name)}: unknown; use one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
+    return SAMPLERS[key]
+
+
+# A1111's names in lower case, and those of its interface for programs -> ours.
+_BY_TITLE = {sampler.name.lower(): key for key, sampler in SAMPLERS.items()}
+_BY_TITLE |= {f"k_{key}": key for key in SAMPLERS}
+_BY_TITLE |= {"euler_ancestral": "euler_a", "k_euler_ancestral": "euler_a"}
+
+
+def sampler_key(name: str) -> str:
+    """Return the key of `SAMPLERS` for a name of A1111's; a name that is no such one as it is."""
+    return _BY_TITLE.get(name.lower(), name)
 
 
 def _own_sampler(config: SchedulerConfig) -> Sampler:

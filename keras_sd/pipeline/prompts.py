@@ -291,9 +291,11 @@ def _mean_and_norm(encodings):
 
 def _without_unknown_syntax(prompt):
     """Remove unsupported tags, and warn of them and of syntax that is read as plain text."""
-    lines = [
-        f"{_quoted(tag)} is left out, as no such network is loaded" for tag in _EXTRA_NETWORK.findall(prompt)
-    ]
+    lines = []
+    for tag in _EXTRA_NETWORK.findall(prompt):
+        is_lora = tag.startswith("<lora:")
+        fault = "no LoRA of that name is loaded; set `lora_folder`" if is_lora else "only LoRAs are supported"
+        lines.append(f"{_quoted(tag)} is left out, as {fault}")
     prompt = _EXTRA_NETWORK.sub("", prompt)
     lines += [
         f"{_quoted(text)} is read as a weight; it does not change over steps" for text in _schedules(prompt)

@@ -40,6 +40,7 @@ from keras_sd.models.batches import batches_of_lengths
 from keras_sd.models.pixels import any_white, as_images, as_masks, images_to_unit
 from keras_sd.pipeline.primitives import Primitives
 from keras_sd.pipeline.prompts import as_texts, repeated, take_loras
+from keras_sd.weights.lora import loras_in
 
 Progress: TypeAlias = bool | Callable[[int, int, Tensor], object]
 
@@ -76,7 +77,8 @@ def _task(task: Callable[Parameters, Images]) -> Callable[Parameters, Images]:
         with self._lock:
             if "<lora:" not in str(texts):
                 return task(**given)
-            taken = [[take_loras(text, self.find_lora) for text in kind] for kind in texts]
+            find = functools.partial(_find_lora, self)
+            taken = [[take_loras(text, find) for text in kind] for kind in texts]
             asked = [positive | negative for (_, positive), (_, negative) in zip(*taken, strict=True)]
             if any(weights != asked[0] for weights in asked):
                 raise UserError("prompts: ask for different LoRAs; make their images in calls of their own")
@@ -85,6 +87,17 @@ def _task(task: Callable[Parameters, Images]) -> Callable[Parameters, Images]:
                 return task(**given)
 
     return cast(Callable[Parameters, Images], run)
+
+
+def _find_lora(model, name):
+    """Return whether a LoRA is loaded or in the model's folder; without a folder, tags are left out later."""
+    found = model.find_lora(name)
+    if not found and model.lora_folder is not None:
+        there = ", ".join(path.stem for path in loras_in(model.lora_folder)) or "none"
+        raise UserError(
+            f"prompt: <lora:{name}> is not in {model.lora_folder}, which has {there}; correct the name"
+        )
+    return found
 
 
 class StableDiffusion(Primitives):

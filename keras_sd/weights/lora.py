@@ -8,6 +8,7 @@ names. A joined name cannot be split again, so the names of the model are joined
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ PARTS = ("unet", "text_encoder")
 
 # The files of a folder in the order in which they are looked for: diffusers' names, then PEFT's.
 _FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+_MOST_NAMED = 10
 _DORA = ("dora_scale", "magnitude_vector")
 _PEFT_PREFIX = "base_model.model."
 
@@ -60,9 +62,31 @@ def holds_lora(folder):
     return any(os.path.isfile(os.path.join(folder, name)) for name in _FOLDER_FILES)
 
 
+def loras_in(folder):
+    """Return the paths of the LoRAs in a folder: its safetensors files, and folders as PEFT writes them."""
+    paths = sorted(Path(folder).iterdir())
+    return [path for path in paths if path.suffix == ".safetensors" or holds_lora(path)]
+
+
 def lora_file(path):
-    """Return the path of a LoRA file: the path itself, or the file in a folder."""
-    return file_in(path, _FOLDER_FILES)
+    """Return the path of a LoRA file: the path itself, or the file in a folder.
+
+    Raises:
+        UserError: the folder holds no LoRA. The message names those near it.
+    """
+    file = file_in(path, _FOLDER_FILES)
+    if file.exists() or not Path(path).is_dir():
+        return file
+    run = next((parent for parent in (Path(path), Path(path).parent) if holds_lora(parent / "model")), None)
+    if run is not None:
+        remedy = f"give {run / 'model'}"
+    elif Path(path).name.startswith("checkpoint-"):
+        remedy = "make a LoRA of it by `keras-sd export`"
+    elif there := loras_in(path):
+        remedy = f"give one of {', '.join(map(str, there[:_MOST_NAMED]))}"
+    else:
+        remedy = f"give a file, or a folder with {PEFT_FILE}"
+    raise UserError(f"{path}: is no folder of a LoRA; {remedy}")
 
 
 def read_lora(path, models):

@@ -151,7 +151,6 @@ BAD_INPUT = [
     ("image-to-image heart.png", "PROMPT", "keras-sd image-to-image --help"),
     ("image-to-image none.png heart", "none.png", "no such image file"),
     ("image-to-image file heart", "file: not an image", "replace it by PNG"),
-    ("image-to-image file heart --height 64", "only one is given", "give both"),
     ("inpaint file file heart --strength 2", "'--strength'", "0<x<=1"),
     ("inpaint file file heart --strength 0", "'--strength'", "0<x<=1"),
     ("image-to-image file heart --strength 0.01", "strength 0.01: leaves none of 30 steps", "use 0.034"),
@@ -160,12 +159,10 @@ BAD_INPUT = [
     ("upscale none.png", "none.png", "add it"),
     ("generate heart --height 100 --width 70", "height 100: does not fit the model", "multiple of 8"),
     ("walk heart --height 64 --width 70", "width 70: does not fit the model", "multiple of 8"),
-    ("image-to-image odd.png heart", "odd.png: height 70: does not fit", "give --height and --width"),
     ("image-to-image odd.png heart --height 64 --width 65", "width 65: does not fit", "multiple of 8"),
     ("inpaint odd.png taken.png heart --height 70 --width 64", "height 70: does not fit", "multiple of 8"),
     ("inpaint taken.png taken.png heart", "taken.png: has no white", "paint white"),
     ("inpaint taken.png mask.png heart", "mask.png: is 20x20, the image 16x16", "scale it"),
-    ("reconstruct odd.png", "odd.png: height 70: does not fit", "give --height and --width"),
     ("upscale taken.png --negative-prompt a", "--negative-prompt: has no effect", "leave it out"),
     ("upscale taken.png --guidance-scale 2", "--guidance-scale: has no effect", "leave it out"),
     ("upscale taken.png --lora a.safetensors", "--lora: has no effect", "leave it out"),
@@ -462,14 +459,21 @@ def test_pictures_from_pictures(keras_sd_command, model, picture, tmp_path):
     assert code == 0 and np.asarray(Image.open(path)).shape == (16, 32, 3)
 
 
-def test_a_picture_that_does_not_fit_is_one_line(keras_sd_command, model, tmp_path):
-    Image.new("RGB", (18, 24)).save(tmp_path / "odd.png")
-    code, _, errors = keras_sd_command("reconstruct", tmp_path / "odd.png", "--model", model)
+def test_a_picture_is_scaled_to_what_the_model_takes(keras_sd_command, model, tmp_path):
+    Image.new("RGB", (18, 27)).save(tmp_path / "odd.png")
+    output, place = ("--output", tmp_path / "made.png"), tmp_path / "odd.png"
+    code, _, errors = keras_sd_command("reconstruct", place, "--model", model, *output)
+    assert code == 0 and Image.open(output[1]).size == (16, 24)
+    assert f"{place}: 18 x 27 pixels, scaled to 16 x 24, multiples of 4\n" in errors
+    # A side that is not given follows from the ratio.
+    for sides, size in ((("--height", 40), (28, 40)), (("--width", 24), (24, 36))):
+        code, *_ = keras_sd_command("reconstruct", place, "--model", model, *output, *sides, "--overwrite")
+        assert code == 0 and Image.open(output[1]).size == size
+    code, _, errors = keras_sd_command("reconstruct", place, "--model", model, *output, "--height", 18)
     assert code == 2
-    assert errors.strip().split("\n")[-1] == (
-        f"keras-sd: error: {tmp_path / 'odd.png'}: width 18: does not fit the model; use a multiple of 4; "
-        "give --height and --width, or scale it"
-    )
+
+
+def test_a_picture_for_another_command_is_one_line(keras_sd_command, model, tmp_path):
     Image.new("RGB", (16, 24)).save(tmp_path / "even.png")
     code, _, errors = keras_sd_command("upscale", tmp_path / "even.png", "heart", "--model", model)
     assert code == 2 and "is no upscaler" in errors

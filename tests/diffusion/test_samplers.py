@@ -450,3 +450,17 @@ def test_absurd_options_of_a_file_are_one_short_line(class_name, changes, line):
         config = SchedulerConfig.from_dict({"_class_name": class_name} | changes)
         find_sampler(None, config).tables(NoiseSchedule(config), 7)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("euler a", "euler_a"),
+        ("PLMS", "pndm"),
+        ("k_euler_a", "euler_a"),
+        ("euler_ancestral", "euler_a"),
+    ],
+)
+def test_names_of_other_programs_are_understood(name, key):
+    assert find_sampler(name, SchedulerConfig()) is SAMPLERS[key]

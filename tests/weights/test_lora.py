@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
 from keras_sd.files.writing import write_json
-from keras_sd.weights.lora import PEFT_FILE, LowRank, read_lora, write_lora
+from keras_sd.weights.lora import PEFT_FILE, LowRank, lora_file, read_lora, write_lora
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference
@@ -349,13 +349,15 @@ def test_tags_of_prompts_hold_for_their_call(pipeline, folder):
         images = threads.map(lambda prompt: pipeline.text_to_image(prompt, **options), prompts)
         for made, expected in zip(images, [wanted, plain] * 3, strict=True):
             np.testing.assert_array_equal(made, expected)
-    with pytest.warns(UserWarning, match="unheard"):
+    with pytest.raises(UserError, match="prompt: <lora:unheard> is not in .*, which has .*ours_peft"):
         pipeline.text_to_image("red heart <lora:unheard:1>", **options)
     with pytest.raises(UserError, match="no number"):
         pipeline.text_to_image("red heart <lora:ours_peft:much>", **options)
     with pytest.raises(UserError, match="different LoRAs"):
         pipeline.text_to_image(["a <lora:ours_peft:1>", "b"], **options)
     pipeline.lora_folder = None
+    with pytest.warns(UserWarning, match="unheard.* is left out, as no LoRA of that name is loaded"):
+        pipeline.text_to_image("red heart <lora:unheard:1>", **options)
     pipeline.unload_lora()
 
 
@@ -508,3 +510,22 @@ def test_arguments_of_another_type_or_length_are_told_in_one_line(pipeline, tmp_
     assert not pipeline.find_lora("..")
     pipeline.lora_folder = None
     pipeline.unload_lora()
+
+
+def test_folders_near_a_lora_are_told(tmp_path):
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    save_file({"a": np.zeros(1)}, run / "model" / "pytorch_lora_weights.safetensors")
+    (run / "checkpoint-4").mkdir()
+    (tmp_path / "loras").mkdir()
+    save_file({"a": np.zeros(1)}, tmp_path / "loras" / "ink.safetensors")
+    (tmp_path / "empty").mkdir()
+    for folder, remedy in (
+        (run, f"give {run / 'model'}"),
+        (run / "checkpoint-4", f"give {run / 'model'}"),
+        (tmp_path / "loras", f"give one of {tmp_path / 'loras' / 'ink.safetensors'}"),
+        (tmp_path / "empty", "give a file, or a folder with pytorch_lora_weights.safetensors"),
+    ):
+        with pytest.raises(UserError) as error:
+            lora_file(folder)
+        assert str(error.value) == f"{folder}: is no folder of a LoRA; {remedy}"
