@@ -35,6 +35,7 @@ from keras_sd.training.encodings import (
     Examples,
     UnencodedSource,
     cached_example,
+    fingerprint_of,
     framing_of,
 )
 
@@ -139,7 +140,7 @@ class StoredSource(Examples):
     ) -> None:
         super().__init__(source, encoder, dtype)
         self._store, self._captions = store, captions
-        filling = _Filling(source, encoder, captions, store, dtype, progress and not backend.process_index())
+        filling = Filling(source, encoder, captions, store, dtype, progress and not backend.process_index())
         filling.run()
         self.encoded = filling.encoded
         self._latents = store.find(filling.keys).reshape(-1, len(source))
@@ -175,7 +176,7 @@ class _StoredContexts(Sequence):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
     """What becomes one shard: its keys, and the rows of a source or of its captions."""
 
     kind: str
@@ -186,107 +187,61 @@ class _Job:
         """Return which of so many processes encodes it, whatever else is missing."""
         return int.from_bytes(hashlib.sha256(self.keys.tobytes()).digest()[:4], "big") % count
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, for another machine."""
+        return {"kind": self.kind, "keys": self.keys.tobytes().hex(), "rows": self.rows.tolist()}
 
-class _Filling:
-    """Encodes what a store lacks of a source.
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Job":
+        """Return the job of such values."""
+        return cls(
+            values["kind"],
+            np.frombuffer(bytes.fromhex(values["keys"]), "S32"),
+            np.array(values["rows"], np.int64),
+        )
 
-    What is missing is divided into shards bucket by bucket, in the source's order. Encoding takes away whole
-    shards of this division, so a killed run goes on with the same ones, and so do other processes.
+
+class ShardEncoder:
+    """Encodes jobs, each into a shard of a store.
+
+    Args:
+        source, encoder, captions, store, dtype: as in `StoredSource`.
+        show: whether to show progress on standard error.
+
+    Attributes:
+        encoded: number of images so far.
     """
 
-    def __init__(self, source, encoder, captions, store, dtype, show):
+    def __init__(
+        self,
+        source: Any,
+        encoder: Encoder,
+        captions: CaptionIndex,
+        store: EncodingStore,
+        dtype: str,
+        show: bool = False,
+    ) -> None:
         self._encoder, self._captions, self._store = encoder, captions, store
         self._dtype, self._show = dtype, show
         self._versions = [source, source.flipped()] if framing_of(source, "random_flip") else [source]
         self._count = len(source)
-        self._buckets = np.tile(source.buckets, len(self._versions))
         self.encoded = 0
         self._vae = encoder.vae_identity()
-        contents = source.content_keys()
-        frames = (version.frame_key(index) for version in self._versions for index in range(self._count))
-        self.keys = keys_of(
-            ["latents", self._vae, dtype],
-            (f"{content} {frame}" for content, frame in zip(itertools.cycle(contents), frames, strict=False)),
-        )
-        self.text_keys = None
-        if encoder.text_encoder is not None:
-            self._text_encoder = encoder.text_identity()
-            ids = captions.token_ids.astype("<i4")
-            self.text_keys = keys_of(
-                ["text", self._text_encoder, dtype], (row.tobytes().hex() for row in ids)
-            )
+        self._text_encoder = None if encoder.text_encoder is None else encoder.text_identity()
 
-    def run(self):
-        """Encode until nothing is missing. Each process takes its part first, and then what is left."""
-        processes, process = backend.process_count(), backend.process_index()
-        self._tell(self._jobs())
-        part = processes > 1
-        while True:
-            jobs = self._jobs()
-            own = [job for job in jobs if not part or job.process(processes) == process]
-            try:
-                self._encode_images([job for job in own if job.kind == "latents"])
-                self._encode_captions([job for job in own if job.kind == "text"])
-            finally:
-                if not process:
-                    self._store.save_catalogue()
-            # Also waits for the other processes.
-            if not backend.any_process(np.array([bool(jobs)])).any() or processes == 1:
-                return
-            self._store.refresh()
-            part = False
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same on all machines that share the work, as JSON values."""
+        fingerprint = fingerprint_of(self._versions[0])
+        return {"data set": fingerprint, "VAE": self._vae, "text encoder": self._text_encoder}
 
-    def _jobs(self):
-        jobs = self._divided("latents", self.keys, self._buckets)
-        if self.text_keys is not None:
-            jobs += self._divided("text", self.text_keys, np.zeros(len(self.text_keys), int))
-        return jobs
+    def encode(self, jobs: Sequence[Job]) -> None:
+        """Encode jobs, and write their shards.
 
-    def _divided(self, kind, keys, groups):
-        missing = np.flatnonzero(self._store.find(keys) < 0)
-        _, first = np.unique(keys[missing], return_index=True)
-        missing = missing[np.sort(first)]
-        jobs = []
-        for group in np.unique(groups[missing]):
-            rows = missing[groups[missing] == group]
-            parts = (rows[start : start + SHARD_SIZE] for start in range(0, len(rows), SHARD_SIZE))
-            jobs += [_Job(kind, keys[part], part) for part in parts]
-        return jobs
-
-    def _tell(self, jobs):
-        """Print what is there, and warn if the rest does not fit on the disk."""
-        store = self._store
-        missing = sum(len(job.rows) for job in jobs if job.kind == "latents")
-        there = len(self.keys) - missing
-        if self._show and there:
-            _say(f"encodings: {there} of {len(self.keys)} images are in {store.folder}")
-        others = {model: size for model, size in store.models("latents").items() if model != self._vae}
-        if self._show and missing == len(self.keys) and others:
-            size = sum(others.values()) / 2**20
-            _say(
-                f"{store.folder}: holds encodings of another VAE or precision ({size:.0f} MiB, which stay); "
-                "images are encoded anew"
-            )
-        needed = sum(self._bytes(job) for job in jobs)
-        free = shutil.disk_usage(store.folder).free
-        if needed > free and not backend.process_index():
-            warnings.warn(
-                f"{store.folder}: {needed / 2**30:.1f} GiB of encodings are missing and {free / 2**30:.1f} "
-                "GiB are free; choose another `cache_dir`, `cache_dtype='float16'` or `cache_latents='off'`",
-                stacklevel=2,
-            )
-
-    def _bytes(self, job):
-        encoder = self._encoder
-        if job.kind == "text":
-            size = self._captions.token_ids.shape[1] * encoder.text_encoder.config.hidden_size
-        else:
-            size = 2 * math.prod(encoder.latent_shape(*self._size_of(job)))
-        return len(job.rows) * size * np.dtype(self._dtype).itemsize
-
-    def _size_of(self, job):
-        source = self._versions[0]
-        return source.bucket_sizes[self._buckets[job.rows[0]]]
+        Raises:
+            UserError: an image cannot be read or encoded, or a shard cannot be written.
+        """
+        self._encode_images([job for job in jobs if job.kind == "latents"])
+        self._encode_captions([job for job in jobs if job.kind == "text"])
 
     def _encode_images(self, jobs):
         total = sum(len(job.rows) for job in jobs)
@@ -320,3 +275,111 @@ class _Filling:
                 contexts = self._encoder.contexts(self._captions.token_ids[job.rows])
                 self._store.write("text", self._text_encoder, job.keys, list(contexts), self._dtype)
                 bar.update(len(job.rows))
+
+
+class Filling(ShardEncoder):
+    """Encodes what a store lacks of a source; the arguments are those of `ShardEncoder`.
+
+    What is missing is divided into shards bucket by bucket, in the source's order. Encoding takes away whole
+    shards of this division, so a killed run goes on with the same ones, and so do other processes.
+
+    Attributes:
+        keys: of all images, and then of the flipped ones.
+        text_keys: of the distinct captions; None without a text encoder.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        encoder: Encoder,
+        captions: CaptionIndex,
+        store: EncodingStore,
+        dtype: str,
+        show: bool = False,
+    ) -> None:
+        super().__init__(source, encoder, captions, store, dtype, show)
+        self._buckets = np.tile(source.buckets, len(self._versions))
+        contents = source.content_keys()
+        frames = (version.frame_key(index) for version in self._versions for index in range(self._count))
+        self.keys = keys_of(
+            ["latents", self._vae, dtype],
+            (f"{content} {frame}" for content, frame in zip(itertools.cycle(contents), frames, strict=False)),
+        )
+        self.text_keys = None
+        if encoder.text_encoder is not None:
+            ids = captions.token_ids.astype("<i4")
+            self.text_keys = keys_of(
+                ["text", self._text_encoder, dtype], (row.tobytes().hex() for row in ids)
+            )
+
+    def run(self) -> None:
+        """Encode until nothing is missing. Each process takes its part first, and then what is left."""
+        processes, process = backend.process_count(), backend.process_index()
+        self.tell(self.jobs())
+        part = processes > 1
+        while True:
+            jobs = self.jobs()
+            own = [job for job in jobs if not part or job.process(processes) == process]
+            try:
+                self.encode(own)
+            finally:
+                if not process:
+                    self._store.save_catalogue()
+            # Also waits for the other processes.
+            if not backend.any_process(np.array([bool(jobs)])).any() or processes == 1:
+                return
+            self._store.refresh()
+            part = False
+
+    def jobs(self) -> list[Job]:
+        """Return what is missing, as the shards that it becomes."""
+        jobs = self._divided("latents", self.keys, self._buckets)
+        if self.text_keys is not None:
+            jobs += self._divided("text", self.text_keys, np.zeros(len(self.text_keys), int))
+        return jobs
+
+    def _divided(self, kind, keys, groups):
+        missing = np.flatnonzero(self._store.find(keys) < 0)
+        _, first = np.unique(keys[missing], return_index=True)
+        missing = missing[np.sort(first)]
+        jobs = []
+        for group in np.unique(groups[missing]):
+            rows = missing[groups[missing] == group]
+            parts = (rows[start : start + SHARD_SIZE] for start in range(0, len(rows), SHARD_SIZE))
+            jobs += [Job(kind, keys[part], part) for part in parts]
+        return jobs
+
+    def tell(self, jobs: Sequence[Job]) -> None:
+        """Print what is there, and warn if the rest does not fit on the disk."""
+        store = self._store
+        missing = sum(len(job.rows) for job in jobs if job.kind == "latents")
+        there = len(self.keys) - missing
+        if self._show and there:
+            _say(f"encodings: {there} of {len(self.keys)} images are in {store.folder}")
+        others = {model: size for model, size in store.models("latents").items() if model != self._vae}
+        if self._show and missing == len(self.keys) and others:
+            size = sum(others.values()) / 2**20
+            _say(
+                f"{store.folder}: holds encodings of another VAE or precision ({size:.0f} MiB, which stay); "
+                "images are encoded anew"
+            )
+        needed = sum(self._bytes(job) for job in jobs)
+        free = shutil.disk_usage(store.folder).free
+        if needed > free and not backend.process_index():
+            warnings.warn(
+                f"{store.folder}: {needed / 2**30:.1f} GiB of encodings are missing and {free / 2**30:.1f} "
+                "GiB are free; choose another `cache_dir`, `cache_dtype='float16'` or `cache_latents='off'`",
+                stacklevel=2,
+            )
+
+    def _bytes(self, job):
+        encoder = self._encoder
+        if job.kind == "text":
+            size = self._captions.token_ids.shape[1] * encoder.text_encoder.config.hidden_size
+        else:
+            size = 2 * math.prod(encoder.latent_shape(*self._size_of(job)))
+        return len(job.rows) * size * np.dtype(self._dtype).itemsize
+
+    def _size_of(self, job):
+        source = self._versions[0]
+        return source.bucket_sizes[self._buckets[job.rows[0]]]
