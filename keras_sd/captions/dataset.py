@@ -5,42 +5,23 @@ was killed resumes where it stopped, and the cleaning can be changed without cap
 """
 
 import collections
-import concurrent.futures
 import dataclasses
-import gc
 import json
-import os
 from pathlib import Path
-from typing import Any, NotRequired
-
-from PIL import Image
-from typing_extensions import TypedDict
+from typing import Any
 
 from keras_sd.arguments import checked_path
 from keras_sd.captions.caption_settings import CaptionSettings, CleaningSettings
-from keras_sd.captions.captioner import Captioner
 from keras_sd.captions.edited_captions import ByHand, Written, read_lines, text_path, with_caption
-from keras_sd.captions.interrogator import Interrogator
-from keras_sd.captions.journal import Journal, count_lines, read_journal
-from keras_sd.captions.ranking import Clip
+from keras_sd.captions.journal import Entry, Journal, count_lines, read_journal
+from keras_sd.captions.shards import ShardCaptioner
 from keras_sd.data.folders import METADATA, image_paths
-from keras_sd.data.images import read_image
 from keras_sd.errors import UserError
-from keras_sd.files.cache import cache_root
 from keras_sd.files.json_files import read_json
 from keras_sd.files.writing import utf8, write_json, write_text
 
 JOURNALS = ".captions"
 _SETTINGS, _WRITTEN = "settings.json", "written.json"
-_SMALLEST_SIDE = 1024  # larger images are shrunk to this; the models see 224 to 384 pixels
-
-
-class Entry(TypedDict):
-    """The shape of a line in a journal of captions: the caption of an image, or why it has none."""
-
-    file_name: str
-    text: NotRequired[str]
-    fault: NotRequired[str]
 
 
 @dataclasses.dataclass
@@ -299,87 +280,9 @@ def caption_shard(captioned, shard_index=0, num_shards=1, device="cpu", threads=
         threads: CPU threads of torch; None for torch's default.
         advance: called with the number of images after each batch.
     """
-    settings = captioned.settings
     captioned.missing(shard_index, num_shards)  # a UserError for a wrong shard, before a model is loaded
     captioned.begin()
-    if threads is not None:
-        _limit_threads(threads)
-    advance = advance or (lambda _: None)
-    sentences = {}
-    by_turns = settings.low_memory and settings.captioner is not None and settings.mode != "caption"
-    if by_turns:
-        with captioned.journal(shard_index, num_shards, "sentences") as journal:
-            names = captioned.missing(shard_index, num_shards, "sentences")
-            if names:
-                captioner = Captioner(settings.captioner, device)
-                _describe(captioned, names, journal, lambda images, _: captioner(images), lambda _: None)
-                del captioner
-        _free()
-        sentences, _ = captioned.described("sentences")
-    with captioned.journal(shard_index, num_shards) as journal:
-        names = captioned.missing(shard_index, num_shards)
-        if not names:
-            return
-        interrogator = _open_interrogator(settings, device, with_captioner=not by_turns)
-
-        def describe(images, names):
-            known = [sentences[name] for name in names] if by_turns else None
-            return interrogator.describe(images, settings.mode, known)
-
-        _describe(captioned, names, journal, describe, advance)
-
-
-def _open_interrogator(settings, device, with_captioner):
-    captioner = settings.captioner if with_captioner else None
-    root = cache_root()
-    return Interrogator(
-        None if settings.mode == "caption" else Clip(settings.clip, device, root and root / "captions"),
-        settings.lists,
-        Captioner(captioner, device) if captioner is not None else None,
-        settings.maximum_phrases,
+    captioner = ShardCaptioner(captioned, device, threads)
+    captioner.caption(
+        shard_index, num_shards, lambda kind: captioned.missing(shard_index, num_shards, kind), advance
     )
-
-
-def _describe(captioned, names, journal, describe, advance):
-    """Read images, one batch ahead, and append the captions of `describe(images, names)` to the journal."""
-    parent, size = os.getppid(), captioned.settings.batch_size
-    batches = [names[start : start + size] for start in range(0, len(names), size)]
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        loaded = ahead.submit(_read_batch, captioned.folder, batches[0]) if batches else None
-        for number, batch in enumerate(batches, start=1):
-            images, faults = loaded.result()
-            if number < len(batches):
-                loaded = ahead.submit(_read_batch, captioned.folder, batches[number])
-            texts = describe(list(images.values()), list(images)) if images else []
-            entries = [{"file_name": n, "text": t} for n, t in zip(images, texts, strict=True)]
-            journal.append(entries + [{"file_name": n, "fault": fault} for n, fault in faults.items()])
-            advance(len(batch))
-            if os.getppid() != parent:  # the parent process was killed
-                break
-
-
-def _read_batch(folder, names):
-    images, faults = {}, {}
-    for name in names:
-        try:
-            images[name] = Image.fromarray(read_image(folder / name, smallest_side=_SMALLEST_SIDE))
-        except UserError as error:
-            faults[name] = str(error)
-    return images, faults
-
-
-def _limit_threads(threads):
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return  # the UserError comes when a model is opened
-    torch.set_num_threads(threads)
-
-
-def _free():
-    """Free the memory of a deleted model."""
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -3,8 +3,10 @@
 import json
 import os
 import warnings
+from typing import NotRequired
 
 import filelock
+from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, parse_json, read_bytes
@@ -13,6 +15,14 @@ from keras_sd.files.writing import utf8
 # Seconds to wait for a lock: a worker whose parent was killed ends within one batch.
 _PATIENCE = 60
 _LARGEST_FILE = 512 * MIB  # captions of some millions of images
+
+
+class Entry(TypedDict):
+    """The shape of a line in a journal of captions: the caption of an image, or why it has none."""
+
+    file_name: str
+    text: NotRequired[str]
+    fault: NotRequired[str]
 
 
 class Journal:
