@@ -24,7 +24,7 @@ collect_garbage_less_often()  # as every command does
 
 # Files that take longest go first, so that no process is left with one of them at the end.
 LONGEST = (
-    *("test_shapes", "test_framing", "test_caching", "test_killed_encoding", "test_encode"),
+    *("test_shapes", "test_framing", "test_caching", "test_killed_encoding", "test_encode", "test_ray"),
     *("test_text_to_image", "test_flags", "test_bench", "test_distribution", "test_train", "test_main"),
     *("test_keras_cv", "test_lora", "test_interruption", "test_stable_diffusion", "test_trainer"),
     *("test_documentation", "test_gradient_checkpointing", "test_image_parameters", "test_small_folders"),

@@ -1,18 +1,24 @@
 """The command that captions a folder of images."""
 
 import dataclasses
+import platform
 
 import click
 
 from keras_sd.captions import MODES, CaptionSettings, CleaningSettings, Vocabulary, workers
 from keras_sd.captions.dataset import CaptionedFolder, caption_shard
+from keras_sd.captions.shards import ShardCaptioner
 from keras_sd.captions.vocabulary import KINDS
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.outputs import check_output
+from keras_sd.cli.ray_cluster import RayCluster, check_ray, ray_options
 from keras_sd.data.folders import METADATA
 from keras_sd.data.images import check_image, read_square
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import image_grid, save_png
+
+_PARTS = 256  # journals of a run on Ray, at most
+_BATCHES_OF_PART = 4  # ... at least
 
 _SHEET_IMAGES = 48
 _SHEET_SIDE = 128
@@ -75,9 +81,8 @@ _SHEET_SIDE = 128
     "--overwrite", is_flag=True, help="Replace captions of another model, mode or vocabulary, and your own."
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")
-def caption(
-    folder, devices, threads, num_shards, shard_index, txt, contact_sheet, overwrite, dry_run, **options
-):
+@ray_options
+def caption(folder, threads, num_shards, shard_index, txt, contact_sheet, overwrite, dry_run, **options):
     """Caption the images in FOLDER and write metadata.jsonl, which training reads.
 
     An interrupted run continues when the same command is given again. Cleaning (--remove-artists to
@@ -87,6 +92,7 @@ def caption(
     if contact_sheet is not None:
         contact_sheet = check_output(contact_sheet, ".png", overwrite=overwrite, remedy="remove it")
     _refuse_unused(options)
+    check_ray(options)
     settings, cleaning = _settings(options)
     clean = cleaning.prepare()
     captioned = CaptionedFolder(folder, settings, overwrite)
@@ -96,21 +102,70 @@ def caption(
     if dry_run:
         _print_plan(captioned, missing, shard_index, num_shards)
         return
-    if missing:
-        names = workers.devices(devices)
-        if len(names) > 1 and num_shards > 1:
-            raise UserError(f"--devices {devices}: already splits the folder; leave out --num-shards")
-        from tqdm import tqdm
-
-        with tqdm(total=len(missing), desc="captions", unit="image") as bar:
-            if len(names) > 1:
-                workers.caption_by_workers(captioned, names, threads, bar.update)
-            else:
-                caption_shard(captioned, shard_index, num_shards, names[0], threads, bar.update)
+    if missing and options["ray_address"] is not None:
+        _caption_on_ray(captioned, missing, threads, options)
+    elif missing:
+        with _bar(missing) as bar:
+            _caption(captioned, shard_index, num_shards, threads, options["devices"], bar.update)
     summary = captioned.write(clean, txt)
     if contact_sheet is not None and summary.captions:
         _write_sheet(captioned, summary, contact_sheet.free())
     _print_summary(captioned, summary)
+
+
+def _bar(missing):
+    from tqdm import tqdm
+
+    return tqdm(total=len(missing), desc="captions", unit="image")
+
+
+def _caption(captioned, shard_index, num_shards, threads, devices, advance):
+    """Caption a shard on the devices of this machine."""
+    names = workers.devices(devices)
+    if len(names) == 1:
+        caption_shard(captioned, shard_index, num_shards, names[0], threads, advance)
+    elif num_shards > 1:
+        raise UserError(f"--devices {devices}: already splits the folder; leave out --num-shards")
+    else:
+        workers.caption_by_workers(captioned, names, threads, advance)
+
+
+def _caption_on_ray(captioned, missing, threads, options):
+    """Caption images on a Ray cluster, in parts of whole batches, as one process would make them."""
+    settings = captioned.settings
+    with RayCluster(options["ray_address"], options["ray_workers"]) as cluster:
+        captioned.begin()
+        batches = -(-len(missing) // settings.batch_size)
+        # With --low-memory each part opens both models.
+        size = -(-batches // (cluster.workers if settings.low_memory else _PARTS))
+        size = settings.batch_size * (size if settings.low_memory else max(_BATCHES_OF_PART, size))
+        parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+        tasks = [{"names": part, "index": index, "count": len(parts)} for index, part in enumerate(parts)]
+        arguments = {"folder": str(captioned.folder), "settings": dataclasses.asdict(settings)}
+        arguments |= {"overwrite": captioned.overwrite, "threads": threads, "identity": settings.identity()}
+        with _bar(missing) as bar:
+            for count in cluster.run(
+                "keras_sd.cli.caption:open_worker", arguments, tasks, captioned.journals
+            ):
+                bar.update(count)
+
+
+def open_worker(arguments):
+    """Return the function of a Ray worker that captions a part of the folder, and returns the number."""
+    settings = CaptionSettings(**arguments["settings"])
+    for name, found in settings.identity().items():
+        if found != arguments["identity"][name]:
+            raise UserError(
+                f"{name}: is another one on {platform.node()}; use the same files on all machines"
+            )
+    captioned = CaptionedFolder(arguments["folder"], settings, arguments["overwrite"])
+    captioner = ShardCaptioner(captioned, workers.devices()[0], arguments["threads"])
+
+    def run(part):
+        captioner.caption_part(part["names"], part["index"], part["count"])
+        return len(part["names"])
+
+    return run
 
 
 def _refuse_unused(options):
@@ -122,6 +177,8 @@ def _refuse_unused(options):
     refuse_unused({"artists"}, mode != "caption" or options["remove_artists"], reason)
     refuse_unused({"maximum_phrases"}, mode not in ("caption", "classic"), reason)
     refuse_unused({"negative"}, mode == "negative", reason)
+    of_machine = {"devices", "num_shards", "shard_index"}
+    refuse_unused(of_machine, options["ray_address"] is None, "with --ray, which divides the folder itself")
     refuse_unused({"keywords"}, options["introductions"] is not None, "without --introductions")
 
 

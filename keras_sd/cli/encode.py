@@ -1,5 +1,6 @@
 """The command that fills a folder with the encodings of a data set, for `--cache-latents disk`."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import click
 from keras_sd import interruption, presets
 from keras_sd.cli.command import Command, decorated, refuse_unused
 from keras_sd.cli.option_types import COUNT
+from keras_sd.cli.ray_cluster import RayCluster, check_ray, hide_accelerators, ray_options
 from keras_sd.cli.train.caching import dtype_option
 from keras_sd.cli.train.data_options import (
     max_token_length_option,
@@ -19,7 +21,9 @@ from keras_sd.cli.train.fine_tuning import pretrained_option
 from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of, framing_options
 from keras_sd.cli.train.options import mixed_precision_option
 from keras_sd.errors import UserError, require
+from keras_sd.progress import Progress
 
+_SHARDS_OF_TASK = 4
 _OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_token_length")
 
 
@@ -50,6 +54,7 @@ _OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_tok
     help="Images in a batch of the training: buckets with fewer images are merged.",
 )
 @click.option("--jit-compile/--no-jit-compile", default=True, help="Compile with XLA.")
+@ray_options
 def encode(dataset, folder, **options):
     """Encode the images and captions of DATASET once, into FOLDER.
 
@@ -58,11 +63,25 @@ def encode(dataset, folder, **options):
     interrupted goes on where it was.
     """
     refuse_unused(_OF_CAPTIONS, not options["images_only"], "with --images-only")
+    check_ray(options)
     check_framing("encode", options)
     if not options["center_crop"]:
         raise UserError("--no-center-crop: another crop at each draw cannot be kept; leave it out")
     require("array_record", "grain")
     interruption.set_kept(f"the shards in {folder} stay")
+    if options["ray_address"] is None:
+        parts = _open(dataset, folder, options)
+        from keras_sd.training.stored_encodings import StoredSource
+
+        stored = StoredSource(*parts.values(), options["cache_dtype"])
+        encoded, count = stored.encoded, len(stored)
+    else:
+        encoded, count = _encode_on_ray(dataset, folder, options)
+    print(f"{encoded} images encoded, {count} are in {folder}", file=sys.stderr, flush=True)
+
+
+def _open(dataset, folder, options):
+    """Return the first arguments of `StoredSource`."""
     from keras_sd.data.encoding_store import EncodingStore
     from keras_sd.data.images import MINIMUM_SIDE
     from keras_sd.data.sources import load_source
@@ -72,24 +91,21 @@ def encode(dataset, folder, **options):
     print_notes(source, options)
     model = presets.find(options["pretrained_model_name_or_path"])
     store = EncodingStore(folder)
-    stored = _fill(store, source, model, options)
-    print(f"{stored.encoded} images encoded, {len(stored)} are in {folder}", file=sys.stderr, flush=True)
+    return {**_encoder(source, model, options), "store": store}
 
 
-def _fill(store, source, model, options):
-    """Encode what the store lacks of a source."""
+def _encoder(source, model, options):
+    """Return the framed source, the encoder and the captions of a source."""
     import keras
 
-    from keras_sd import backend
     from keras_sd.pipeline.stable_diffusion import StableDiffusion
     from keras_sd.training.caption_tokenizer import CaptionTokenizer
     from keras_sd.training.encoder import CaptionIndex, Encoder
     from keras_sd.training.settings import PRECISIONS
-    from keras_sd.training.stored_encodings import StoredSource
 
     precision = options["mixed_precision"]
     if precision == "auto":
-        precision = "bf16" if backend.multiplies_bfloat16() else "no"
+        precision = own_precision()
     keras.config.set_dtype_policy(PRECISIONS[precision])
     with interruption.phase(f"opening {options['pretrained_model_name_or_path']}"):
         pipeline = StableDiffusion.load(model, dtype=PRECISIONS[precision])
@@ -103,4 +119,63 @@ def _fill(store, source, model, options):
     if text_encoder is not None and tokenizer.cut_line():
         print(tokenizer.cut_line(), file=sys.stderr, flush=True)
     encoder = Encoder(pipeline.vae, text_encoder, tokenizer, options["batch_size"], options["jit_compile"])
-    return StoredSource(framed_source, encoder, captions, store, options["cache_dtype"])
+    return {"source": framed_source, "encoder": encoder, "captions": captions}
+
+
+def own_precision():
+    """Return the precision of "auto" on this machine: of a Ray worker, on its own."""
+    from keras_sd import backend
+
+    return "bf16" if backend.multiplies_bfloat16() else "no"
+
+
+def _encode_on_ray(dataset, folder, options):
+    """Let a Ray cluster encode what the store lacks; return how many images that were, and of how many."""
+    with RayCluster(options["ray_address"], options["ray_workers"]) as cluster:
+        hide_accelerators()
+        if options["mixed_precision"] == "auto":
+            own = "keras_sd.cli.encode:own_precision"
+            options["mixed_precision"] = cluster.call(own) if cluster.has_gpus else "no"
+        parts = _open(dataset, folder, options)
+        from keras_sd.training.stored_encodings import Filling
+
+        filling = Filling(*parts.values(), options["cache_dtype"], show=True)
+        store, jobs = parts["store"], filling.jobs()
+        filling.tell(jobs)
+        store.save_catalogue()  # which the workers read
+        arguments = {"dataset": dataset, "folder": folder, "options": options}
+        arguments["identity"] = filling.identity()
+        # Several shards at a time keep a worker busy; few at the end let all end together.
+        size = min(_SHARDS_OF_TASK, max(1, len(jobs) // (4 * cluster.workers)))
+        tasks = [[job.to_dict() for job in jobs[at : at + size]] for at in range(0, len(jobs), size)]
+        with Progress("encoding on Ray", len(jobs), "shards", disable=not jobs) as bar:
+            for count in cluster.run("keras_sd.cli.encode:open_worker", arguments, tasks, store.folder):
+                bar.update(count)
+    store.refresh()
+    store.save_catalogue()
+    missing = filling.jobs()
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} shards of the Ray workers are missing; start again")
+    return sum(len(job.rows) for job in jobs if job.kind == "latents"), len(parts["source"])
+
+
+def open_worker(arguments):
+    """Return the function of a Ray worker that encodes a list of jobs, and returns their number."""
+    options = arguments["options"]
+    parts = _open(arguments["dataset"], arguments["folder"], options)
+    from keras_sd.training.stored_encodings import Job, ShardEncoder
+
+    store = parts["store"]
+    shards = ShardEncoder(*parts.values(), options["cache_dtype"])
+    for name, found in shards.identity().items():
+        if found != arguments["identity"][name]:
+            machine = platform.node()
+            raise UserError(f"{name}: is another one on {machine}; use the same files on all machines")
+
+    def run(task):
+        jobs = [Job.from_dict(values) for values in task]
+        # A worker that died may have written some.
+        shards.encode([job for job in jobs if (store.find(job.keys) < 0).any()])
+        return len(jobs)
+
+    return run

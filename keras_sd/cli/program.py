@@ -67,7 +67,7 @@ def _run(command, program):
     except click.Abort:
         return 130
     except Exception as error:
-        message = _message(error)
+        message = message_of(error)
         if message is None:
             raise
         _leave(program, message, at_once=is_out_of_memory(error))
@@ -83,8 +83,11 @@ def collect_garbage_less_often():
     gc.set_threshold(50_000, *gc.get_threshold()[1:])
 
 
-def _message(error):
-    """Return the line for an exception that the user can correct, or None for a bug."""
+def message_of(error):
+    """Return the line for an exception that the user can correct, or None for a bug.
+
+    A `UserError` is no concern of it.
+    """
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error.name)
     if isinstance(error, OSError) and error.errno is not None:
