@@ -3,11 +3,14 @@
     python tools/bench_encodings.py reading
     python tools/bench_encodings.py memory --folder bench/encodings
     python tools/bench_encodings.py kills --folder bench/encodings
+    python tools/bench_encodings.py ray --folder bench/encodings
 
 `reading` reads batches of 16 examples at 512 px, with one caption each. `memory` trains with `--cache-latents
 disk` on 20,000 images of 64 px and on 200, each in a process of its own, with an empty cache and again with a
 warm one. `kills` encodes 2,000 images of 512 px through a small VAE of factor 8 and trains on them, is killed
 at random moments and goes on; its shards and weights are compared with those of a run that was left alone.
+`ray` encodes the same images by `keras-sd encode` in one process and by two workers of a Ray cluster on this
+machine, of which some are killed, and compares the shards.
 Each prints a JSON object.
 """
 
@@ -30,22 +33,24 @@ from PIL import Image
 
 from machine import description
 
-PACKAGES = ("keras", "tensorflow", "jax", "grain", "array_record", "numpy")
+PACKAGES = ("keras", "tensorflow", "jax", "grain", "array_record", "numpy", "ray")
 BATCH = 16
+SHARD_SIZE = 64
 KILLED_STEPS = 400  # about as long as encoding, so that kills fall into both
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("measure", choices=("reading", "memory", "kills"))
+    parser.add_argument("measure", choices=("reading", "memory", "kills", "ray"))
     parser.add_argument("--folder", type=Path, default=Path("bench/encodings"), help="for images and runs")
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--images", type=int, help="by default 2,000 for kills, 20,000 for memory")
+    parser.add_argument("--kills", type=int, help="by default 10, and 3 for ray")
+    parser.add_argument("--images", type=int, help="by default 2,000, and 20,000 for memory")
     arguments = parser.parse_args()
     results = {
         "reading": measure_reading,
         "memory": lambda: measure_memory(arguments.folder, arguments.images or 20_000),
-        "kills": lambda: measure_kills(arguments.folder, arguments.images or 2000, arguments.kills),
+        "kills": lambda: measure_kills(arguments.folder, arguments.images or 2000, arguments.kills or 10),
+        "ray": lambda: measure_ray(arguments.folder, arguments.images or 2000, arguments.kills or 3),
     }[arguments.measure]()
     command = f"python tools/bench_encodings.py {' '.join(sys.argv[1:])}"
     print(json.dumps({"command": command, **description(PACKAGES), **results}, indent=2))
@@ -90,7 +95,7 @@ class Stored:
     """Examples of random numbers in shards: moments of 512 px, and one context of 77 x 768 each."""
 
     def __init__(self, folder, count, dtype):
-        from keras_sd.data.encoding_store import SHARD_SIZE, EncodingStore, keys_of
+        from keras_sd.data.encoding_store import EncodingStore, keys_of
 
         generator = np.random.default_rng(0)
         shapes = {"latents": (2, 64, 64, 4), "text": (77, 768)}
@@ -185,6 +190,64 @@ def measure_kills(folder, count, kills):
         "shards_are_equal": shards[0] == shards[1],
         "weights_are_equal": len(weights[0]) > 0 and weights[0] == weights[1],
     }
+
+
+def measure_ray(folder, count, kills):
+    """Encode by one process, and by two Ray workers of which some are killed; compare the shards."""
+    model = small_model(folder / "model-512", 512)
+    images = write_images(folder / f"images-512-{count}", count, 512)
+    caches = {name: folder / f"cache-{name}" for name in ("one-process", "ray")}
+    encode = [sys.executable, "-m", "keras_sd", "encode", str(images)]
+    options = ["--pretrained-model-name-or-path", str(model)]
+    seconds, moments = {}, []
+    for name, cache in caches.items():
+        shutil.rmtree(cache, ignore_errors=True)
+        on_ray = ["--ray", "local", "--ray-workers", "2"] if name == "ray" else []
+        began = time.monotonic()
+        process = subprocess.Popen([*encode, str(cache), *options, *on_ray], env=environment())
+        total = -(-count // SHARD_SIZE)
+        for number in range(kills if on_ray else 0):
+            workers = []
+            while process.poll() is None and not workers:
+                time.sleep(0.05)
+                if written(cache) > number * total // (kills + 1):
+                    workers = list(worker_processes(process.pid))
+            moments.append(f"{written(cache)} of {total} shards of images written")
+            os.kill(workers[0], signal.SIGKILL)
+        if process.wait():
+            raise SystemExit(f"{name}: ended with status {process.returncode}")
+        seconds[name] = round(time.monotonic() - began, 1)
+    shards = [contents(cache, "*.arrayrecord") for cache in caches.values()]
+    return {
+        "images": count,
+        "load_average": os.getloadavg()[0],
+        "seconds": seconds,
+        "killed_workers": moments,
+        "shards": len(shards[0]),
+        "shards_are_equal": len(shards[0]) > 0 and shards[0] == shards[1],
+    }
+
+
+def written(cache):
+    """Return how many shards of images there are."""
+    return len(list(cache.glob("latents-*")))
+
+
+def worker_processes(program):
+    """Yield the ids of the Ray workers of a command that are at work, one after another."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes()
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it has ended
+    for number, title in titles.items():
+        above = number
+        while above in parents and above != program:
+            above = parents[above]
+        if above == program and title.startswith(b"ray::MapWorker") and b".submit" in title:
+            yield number
 
 
 def contents(folder, pattern):
