@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 SECONDS = 120
+OF_THIS_PROCESS = {"RAY_CLUSTER_OF_TEST": str(os.getpid())}
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def started_cluster(*options):
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+                env={**os.environ, **OF_THIS_PROCESS, "RAY_AUTH_MODE": "disabled"},
             )
         try:
             end = time.monotonic() + SECONDS
@@ -45,7 +46,7 @@ def started_cluster(*options):
 
 
 def processes(title="MapWorker"):
-    """The ids of a cluster's processes, by the beginning of their title."""
+    """The ids of the cluster's processes, by the beginning of their title."""
     return [number for number, name in _titles() if name.startswith(f"ray::{title}")]
 
 
@@ -64,6 +65,10 @@ def _is_at_work(number):
 
 
 def _titles():
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            yield int(path.parent.name), path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    """The ids and titles of the processes of clusters that were started here."""
+    mark = "=".join(*OF_THIS_PROCESS.items()).encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # of another user, or ended
+            if mark in (path / "environ").read_bytes().split(b"\0"):
+                title = (path / "cmdline").read_bytes().replace(b"\0", b" ")
+                yield int(path.name), title.decode(errors="replace")
