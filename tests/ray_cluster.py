@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SECONDS = 120
+SECONDS = 300
 OF_THIS_PROCESS = {"RAY_CLUSTER_OF_TEST": str(os.getpid())}
 
 

@@ -118,6 +118,7 @@ class RayCluster:
         settings["folder"] = str(self._folder) if short else None
         self._send(settings)
         try:
+            self._receive()  # once Ray is imported
             found = self._receive(_PATIENCE_LOCAL if self._address == "local" else _PATIENCE)
         except UserError as error:
             if self._address == "local":

@@ -72,7 +72,12 @@ def main():
 
     try:
         is_busy.set()
-        cluster = _connect(requests.get())
+        settings = requests.get()
+        _prepare(settings["address"])
+        import ray  # which takes a while on a busy machine
+
+        send({"imported": ray.__version__})
+        cluster = _connect(settings)
         send(cluster)
         is_busy.clear()
         while (request := requests.get()) is not None:
@@ -103,9 +108,9 @@ def _read(requests, is_busy):
 
 def _connect(settings):
     """Connect with the cluster of an address, or start one."""
-    address, workers = settings["address"], settings["workers"]
-    _prepare(address)
     import ray
+
+    address, workers = settings["address"], settings["workers"]
 
     options = {"runtime_env": {"env_vars": settings["variables"]}, "logging_level": logging.ERROR}
     if address == "local":
