@@ -104,9 +104,9 @@ def _log_ratios(sizes):
 
 
 def merge_small(
-    buckets: np.ndarray, grid: list[Size], smallest: int
+    buckets: np.ndarray, grid: list[Size], smallest: int, repeats: np.ndarray | None = None
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Move the images of buckets with fewer than `smallest` images into the neighbouring bucket.
+    """Move the images of buckets that an epoch shows fewer than `smallest` images of into a neighbour.
 
     The smallest bucket goes first, into its neighbour of the nearest ratio among those in use, until every
     bucket in use has enough images, or one bucket is left.
@@ -114,6 +114,7 @@ def merge_small(
     Args:
         buckets: index in the grid of each image's bucket, int (n,).
         smallest: images that a bucket needs, such as those of a batch.
+        repeats: how often an epoch shows each image, and so how often it counts, int (n,); by default once.
 
     Returns:
         The new buckets, and the pairs of a bucket and the one that it was merged into.
@@ -121,8 +122,8 @@ def merge_small(
     buckets, merged = np.array(buckets), []
     ratios = _log_ratios(grid)
     while True:
-        counts = np.bincount(buckets, minlength=len(grid))
-        used = np.flatnonzero(counts)
+        used = np.unique(buckets)
+        counts = np.bincount(buckets, repeats, minlength=len(grid))
         if len(used) < 2 or counts[used].min() >= smallest:
             return buckets, merged
         small = used[np.argmin(counts[used])]

@@ -181,8 +181,8 @@ class FramedSource:
     Args:
         source: a source (`data.sources`).
         framing: how its images are framed.
-        smallest_bucket: images that a bucket needs, such as those of a batch; smaller buckets are merged into
-            a neighbour.
+        smallest_bucket: images that a bucket needs in an epoch, such as those of a batch, each counted as
+            often as it is repeated; smaller buckets are merged into a neighbour.
 
     Attributes:
         bucket_sizes: sizes (height, width) of the buckets in use.
@@ -200,7 +200,9 @@ class FramedSource:
         self._flip = False
         self._sizes = np.asarray(source.sizes()).reshape(-1, 2)
         grid = framing.grid()
-        places, merged = buckets.merge_small(buckets.assign(self._sizes, grid), grid, smallest_bucket)
+        self._smallest_bucket = smallest_bucket
+        places = buckets.assign(self._sizes, grid)
+        places, merged = buckets.merge_small(places, grid, smallest_bucket, self.repeats())
         self.merged = [(grid[small], grid[large]) for small, large in merged]
         used, self.buckets = np.unique(places, return_inverse=True)
         self.bucket_sizes = [grid[place] for place in used]
@@ -320,13 +322,14 @@ class FramedSource:
                 f"{width} x {height}: {count}"
                 for (height, width), count in zip(self.bucket_sizes, counts, strict=True)
             )
-            lines.append(f"buckets, width x height: images: {shown}; {cropped}")
+            batch = f"buckets for batches of {self._smallest_bucket}"
+            lines.append(f"{batch}, width x height: images: {shown}; {cropped}")
         elif self.cropped_share() >= 0.001:
             side = self.framing.resolution
             lines.append(f"squares of {side} pixels: {cropped}; `aspect_ratio_buckets=9` crops less")
         for (height, width), (rows, columns) in self.merged:
             lines.append(
-                f"bucket {width} x {height}: has fewer images than a batch, so they go into "
+                f"bucket {width} x {height}: has fewer images in an epoch than a batch, so they go into "
                 f"{columns} x {rows}"
             )
         small, factors = self._small()

@@ -38,7 +38,7 @@ def test_figures_and_drawing(folder, tmp_path, capsys):
     assert f"{folder}: 5 images, 7 in an epoch" in text
     assert "width: 64 to 200, median 64; height: 64 to 128, median 64 pixels" in text
     assert "0.5 to 0.667: 1, 0.95 to 1.05: 2, 1.5 to 2: 1, from 2: 1" in text
-    assert re.search(r"buckets, width x height: images: .*64 x 64: 2", text)
+    assert re.search(r"buckets for batches of 1, width x height: images: .*64 x 64: 2", text)
     assert "captions: 10, 6 different; tokens: 2 to 165" in text
     assert "3 are longer than 75" in text
     assert re.search(r"the same image: 1 too many: \S+0.png = \S+4.png", text)

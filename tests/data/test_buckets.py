@@ -58,6 +58,13 @@ def test_small_buckets_are_merged_into_their_neighbours():
     assert merged == [] and (buckets == 3).all()
 
 
+def test_repeats_count_where_buckets_are_merged():
+    grid, places = bucket_grid(512, 9), np.array([0, 4, 4, 8])
+    buckets, merged = merge_small(places, grid, 4, np.array([10, 2, 2, 3]))
+    assert merged == [(8, 4)] and buckets.tolist() == [0, 4, 4, 4]
+    assert merge_small(places, grid, 4, np.array([10, 2, 2, 0]))[1] == [(8, 4)]
+
+
 @pytest.mark.parametrize(("resolution", "count"), [(500, 9), (0, 9), (-8, 9), (512, 0)])
 def test_bad_arguments(resolution, count):
     with pytest.raises(UserError, match="resolution|aspect_ratio_buckets"):

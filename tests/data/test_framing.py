@@ -126,9 +126,8 @@ def test_images_fall_into_buckets(tmp_path):
     assert framed.buckets[0] == framed.buckets[4] and framed.buckets[1] == framed.buckets[5]
     assert framed.fingerprint() == source.fingerprint() and len(framed) == 6
     (line,) = framed.summary()
-    assert (
-        line.startswith("buckets, width x height: images: 24 x 40: 2, ") and "% of the images' area" in line
-    )
+    assert line.startswith("buckets for batches of 1, width x height: images: 24 x 40: 2, ")
+    assert "% of the images' area" in line
     # An added image moves no other.
     keys = [framed.frame_key(index) for index in range(6)]
     more = FramedSource(write(tmp_path, [*SIZES, (45, 88)]), framed.framing)
@@ -138,7 +137,15 @@ def test_images_fall_into_buckets(tmp_path):
 def test_small_buckets_are_merged_with_a_line(tmp_path):
     framed = FramedSource(write(tmp_path, SIZES), Framing(32, aspect_ratio_buckets=5), smallest_bucket=2)
     assert np.bincount(framed.buckets).min() >= 2
-    assert any("has fewer images than a batch, so they go into" in line for line in framed.summary())
+    assert any("fewer images in an epoch than a batch, so they go into" in line for line in framed.summary())
+
+
+def test_an_image_counts_as_often_as_it_is_repeated(tmp_path):
+    (tmp_path / "10_dog").mkdir()
+    write(tmp_path / "10_dog", [(64, 64)])
+    write(tmp_path, [(40, 64)] * 4)
+    framed = FramedSource(FolderSource(tmp_path, 16), Framing(32, aspect_ratio_buckets=5), smallest_bucket=4)
+    assert not framed.merged and framed.frame(4).size == (32, 32)
 
 
 def test_no_image_is_enlarged_unless_it_may_be(tmp_path):

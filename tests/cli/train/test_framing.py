@@ -16,7 +16,7 @@ from tests.programs import Program
 # Height and width; with three buckets of 32 pixels, four images in each.
 SIZES = [(40, 80), (50, 90), (48, 80), (44, 88), (80, 40), (90, 50), (80, 48), (88, 44), (50, 50), (60, 66)]
 SIZES += [(70, 64), (40, 44)]
-LINE = "buckets, width x height: images: 24 x 40: 4, 32 x 32: 4, 40 x 24: 4; "
+LINE = "buckets for batches of 2, width x height: images: 24 x 40: 4, 32 x 32: 4, 40 x 24: 4; "
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_pixel_models_train_on_buckets_with_random_crops_and_flips(folder, monke
     options = ("--unet-config", folder / "unet.json", "--resolution", 16, "--enable-bucket")
     options += ("--no-center-crop", "--random-flip", "--interpolation", "bicubic", "--max-train-steps", 4)
     assert run_here(monkeypatch, *arguments(folder, "ddim", *options, method="ddim")) == 0
-    assert "buckets, width x height: images: " in capsys.readouterr().err
+    assert "buckets for batches of 2, width x height: images: " in capsys.readouterr().err
     config = json.loads((folder / "ddim" / "model" / "unet" / "config.json").read_text())
     assert config["sample_size"] == 16
 
