@@ -8,6 +8,11 @@ from keras_sd.backend import compat, devices
 from keras_sd.backend.program_cache import keep_programs
 
 
+def first_call(jit_compile: bool) -> str:
+    """Return what the first call of a step does: "compiling", or "tracing" for TensorFlow without XLA."""
+    return "compiling" if jit_compile or keras.backend.backend() == "jax" else "tracing"
+
+
 def jit(function, variables=(), jit_compile=True, *, of_process=False):
     """Compile a pure function of tensors by XLA; it is traced once for each set of input shapes.
 

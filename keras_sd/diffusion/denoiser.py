@@ -89,6 +89,7 @@ class Denoiser:
         self.unet = unet
         self.schedule = schedule
         jit_compile = switch("jit_compile", jit_compile)
+        self._first_call = backend.first_call(jit_compile)
         self._program, self._storing_program, self._reusing_program = (
             backend.jit(step, unet.variables, jit_compile)
             for step in (self._step, self._storing_step, self._reusing_step)
@@ -189,7 +190,7 @@ class Denoiser:
         ]
         kinds = _kinds(guided, reuse_interval)
         steps = self._run(tables, latents, guidance, guided, kinds, channels, known, streams)
-        return interruption.first_is_phase("compiling a sampling step", steps)
+        return interruption.first_is_phase(f"{self._first_call} a sampling step", steps)
 
     def noisy(
         self,

@@ -312,9 +312,7 @@ class StopOnSignal(StepCallback):
 
     def on_train_begin(self, logs=None):
         self._install()
-        # Without XLA, TensorFlow still traces the step. JAX always compiles it.
-        is_compiled = self.model.jit_compile or keras.backend.backend() == "jax"
-        work = "compiling" if is_compiled else "tracing"
+        work = backend.first_call(self.model.jit_compile)
         self._compiling.enter_context(interruption.phase(f"{work} the training step"))
 
     def on_train_batch_begin(self, batch, logs=None):

@@ -1,7 +1,9 @@
-"""Programs whose kernels are laid out as a GPU wants them."""
+"""What depends on the backend; programs whose kernels are laid out as a GPU wants them."""
 
+import keras
 import pytest
 
+from keras_sd.backend import first_call
 from tests.programs import run_python
 
 
@@ -55,3 +57,8 @@ def test_program_refuses_what_would_be_a_constant_in_it():
             np.testing.assert_allclose(backend.recomputed(layer, layer.variables)(inputs), 2 * before)
     """
     run_python(["-c", script])
+
+
+def test_what_a_first_call_does():
+    assert first_call(True) == "compiling"
+    assert first_call(False) == ("compiling" if keras.backend.backend() == "jax" else "tracing")
