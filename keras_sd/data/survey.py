@@ -28,7 +28,8 @@ class Survey:
         buckets: lines about buckets and what is cropped away.
         captions: number of captions of each image, int (n,).
         tokens: tokens of each distinct caption, without begin and end, int.
-        room: the most tokens of a caption that are not cut.
+        cut: how many of these captions lose their end.
+        room: the most tokens of a caption.
         equal: groups of images of the same content, by their names.
         similar: pairs of names and their similarity, the most similar first; None if not measured.
     """
@@ -39,6 +40,7 @@ class Survey:
     buckets: list[str]
     captions: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
+    cut: int
     room: int
     equal: list[list[str]]
     similar: list[tuple[str, str, float]] | None = None
@@ -60,10 +62,9 @@ class Survey:
         ratios = ", ".join(f"{name}: {count}" for name, count in self.ratio_counts().items() if count)
         lines += [f"width / height: images: {ratios}", *self.buckets]
         if self.captions.any():
-            cut = int((self.tokens > self.room).sum())
             lines.append(
                 f"captions: {self.captions.sum()}, {len(self.tokens)} different; tokens: "
-                f"{_range(self.tokens)}; {cut} are longer than {self.room} and lose their end"
+                f"{_range(self.tokens)}; {self.cut} are longer than {self.room} and lose their end"
             )
         if not self.equal:
             lines.append("no image is there twice")
@@ -88,14 +89,15 @@ def _rest(groups: Sequence[Any]) -> str:
     return f"; and {len(groups) - _PAIRS} more" if len(groups) > _PAIRS else ""
 
 
-def survey(name: str, source: FramedSource, tokens: Sequence[int], room: int) -> Survey:
+def survey(name: str, source: FramedSource, tokens: Sequence[int], cut: int, room: int) -> Survey:
     """Return the figures of a framed source; each image's file is read once, for its hash.
 
     Args:
         name: the data set.
         source: the framed source.
         tokens: tokens of each distinct caption.
-        room: the most tokens of a caption that are not cut.
+        cut: how many captions lose their end.
+        room: the most tokens of a caption.
     """
     repeats = source.repeats()
     groups = collections.defaultdict(list)
@@ -108,6 +110,7 @@ def survey(name: str, source: FramedSource, tokens: Sequence[int], room: int) ->
         source.summary(),
         np.array([len(captions) for captions in source.captions()], int),
         np.array(tokens, int),
+        cut,
         room,
         [[name_of(source, index) for index in group] for group in groups.values() if len(group) > 1],
     )

@@ -7,7 +7,7 @@ from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.files.json_files import read_json, shown
 from keras_sd.weights import diffusers_folder
-from keras_sd.weights.checkpoint import Checkpoint
+from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.keras_cv_h5 import read_keras_cv
 from keras_sd.weights.old_models import UPSCALE, repaired
 from keras_sd.weights.open_clip import is_open_clip, read_open_clip
@@ -103,6 +103,26 @@ def _part_of(path):
         if part is not None:
             return part
     raise UserError(f"{path}: describes no part of Stable Diffusion; give a folder in diffusers' layout")
+
+
+def read_configs(path: str | Path) -> Checkpoint:
+    """Read a model as `read_checkpoint` does, but of a diffusers folder without the weights.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    path = checked_path("path", path)
+    with os_errors_in_one_line(path):
+        if not (path / diffusers_folder.INDEX).is_file():
+            return _read_checkpoint(path, "ema", None, None)
+        parts = {
+            part: Part(read_json(path / part / "config.json"), {}, path / part)
+            for part in diffusers_folder.PARTS
+            if os.path.lexists(path / part / "config.json")
+        }
+        pipeline = read_json(path / diffusers_folder.INDEX).get("_class_name")
+        checkpoint = Checkpoint(parts, *diffusers_folder.read_companions(path))
+        return repaired(checkpoint, pipeline if isinstance(pipeline, str) else None)
 
 
 def read_part(path, part, variant=None):

@@ -33,14 +33,15 @@ def shown(capsys, *arguments):
 def test_figures_and_drawing(folder, tmp_path, capsys):
     output = tmp_path / "seen.png"
     options = ("--resolution", 64, "--aspect-ratio-buckets", 5, "--caption-lines", "each")
+    options += ("--train-batch-size", 1)
     printed = shown(capsys, folder, "--output", output, *options)
     text = printed.out
     assert f"{folder}: 5 images, 7 in an epoch" in text
     assert "width: 64 to 200, median 64; height: 64 to 128, median 64 pixels" in text
     assert "0.5 to 0.667: 1, 0.95 to 1.05: 2, 1.5 to 2: 1, from 2: 1" in text
     assert re.search(r"buckets for batches of 1, width x height: images: .*64 x 64: 2", text)
-    assert "captions: 10, 6 different; tokens: 2 to 165" in text
-    assert "3 are longer than 75" in text
+    # The tokens and the length of the model, as a run counts them.
+    assert "captions: 10, 6 different; tokens: 2 to 328, median 128; 4 are longer than 30" in text
     assert re.search(r"the same image: 1 too many: \S+0.png = \S+4.png", text)
     assert "'3_cat' (1 images) 3" in printed.err
     image = np.asarray(Image.open(output))
@@ -62,8 +63,28 @@ def test_a_file_of_data_sets(folder, tmp_path, capsys):
     )
     text = shown(capsys, tmp_path / "data.toml", "--resolution", 64, "--output", tmp_path / "seen.png").out
     assert "5 images, 14 in an epoch" in text
-    with pytest.raises(UserError, match="--caption-lines: has no effect with"):
+    with pytest.raises(UserError, match=r"--caption-lines: has no effect with \S+data.toml, whose"):
         shown(capsys, tmp_path / "data.toml", "--caption-lines", "first")
+
+
+def test_the_settings_of_a_run_in_a_file_of_data_sets(folder, tmp_path, capsys):
+    (tmp_path / "data.toml").write_text(
+        "[[datasets]]\nresolution = 32\nbatch_size = 2\nenable_bucket = true\nbucket_no_upscale = false\n"
+        f"shuffle_caption = true\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
+    )
+    text = shown(capsys, tmp_path / "data.toml", "--output", tmp_path / "seen.png").out
+    assert re.search(r"buckets for batches of 2, width x height: images: .*32 x 32: 3", text)
+    with pytest.warns(UserWarning, match="--train-batch-size: 1, not the 2 of"):
+        text = shown(capsys, tmp_path / "data.toml", "--train-batch-size", 1, "--overwrite").out
+    assert "buckets for batches of 1," in text
+
+
+def test_the_defaults_are_those_of_a_run(folder, tmp_path, capsys):
+    options = ("--enable-bucket", "--no-center-crop", "--shuffle-caption", "--caption-separator", ";")
+    text = shown(capsys, folder, "--output", tmp_path / "seen.png", *options).out
+    assert "buckets for batches of 64, width x height: images: 72 x 48: 5;" in text
+    assert "a run would be refused: --resolution 64: 3 of 5 images are smaller than their bucket" in text
+    assert "has fewer images in an epoch than a batch, so they go into" in text
 
 
 @pytest.mark.parametrize(
@@ -72,7 +93,7 @@ def test_a_file_of_data_sets(folder, tmp_path, capsys):
         (("--similarity", 0.9), "--similarity: has no effect without --clip"),
         (("--no-captions", "--caption-lines", "first"), "--caption-lines: has no effect with --no-captions"),
         (("--split", "validation"), "no sub-folder 'validation'"),
-        (("--resolution", 100), "100"),
+        (("--keep-tokens", 1), "--keep-tokens: has no effect without --shuffle-caption"),
     ],
 )
 def test_bad_options(folder, capsys, options, line):

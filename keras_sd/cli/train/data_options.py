@@ -79,8 +79,7 @@ dataset_config_option = click.option(
     help="TOML file of several data sets with repeats or weights, as kohya's, instead of a single one.",
 )
 
-caption_options = decorated(
-    dataset_config_option,
+drawing_options = decorated(
     click.option("--shuffle-caption", is_flag=True, help="Put a caption's tags in a new order at each draw."),
     click.option(
         "--keep-tokens",
@@ -99,6 +98,8 @@ caption_options = decorated(
 )
 """Adds the options of how a caption is drawn and tokenized."""
 
+caption_options = decorated(dataset_config_option, drawing_options)
+
 
 def captions_of(options):
     """Return `data.captions.Captions` of a command's options.
@@ -111,7 +112,9 @@ def captions_of(options):
     names = ("shuffle_caption", "caption_tag_dropout_rate", *_OF_TAGS)
     captions = Captions(**{name: options[name] for name in names if name in options})
     if options.get("dataset_config"):
-        refuse_unused((*names, *_OF_FILES), False, "with --dataset-config, whose file says it")
+        has_option = any(one.name == "dataset_config" for one in click.get_current_context().command.params)
+        file = "--dataset-config" if has_option else options["dataset_config"]
+        refuse_unused((*names, *_OF_FILES), False, f"with {file}, whose file says it")
     refuse_unused(_OF_TAGS, not captions.is_fixed, "without --shuffle-caption or --caption-tag-dropout-rate")
     return captions
 

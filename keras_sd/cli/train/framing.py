@@ -8,6 +8,7 @@ from keras_sd.cli.command import in_flags, refuse_unused
 from keras_sd.cli.option_types import COUNT, SIDE
 from keras_sd.data.framing import INTERPOLATIONS
 from keras_sd.errors import UserError
+from keras_sd.pipeline.defaults import ModelDefaults
 
 ENABLED_BUCKETS = 9  # of --enable-bucket
 
@@ -86,6 +87,25 @@ def framing_options(flips):
             ),
         ),
     ]
+
+
+train_batch_size_option = click.option(
+    "--train-batch-size",
+    type=COUNT,
+    show_default="the model's own for LoRA; usually 4",
+    help="Images in a batch of the training: buckets that an epoch shows fewer images of are merged.",
+)
+
+
+def train_batch_size_of(options, model):
+    """Return the batch size of the training that a command prepares.
+
+    Args:
+        options: of the command.
+        model: path of the model.
+    """
+    default = ModelDefaults.load(model).training("lora")["train_batch_size"]
+    return options["train_batch_size"] or default
 
 
 def check_framing(method, options):
