@@ -12,13 +12,24 @@ from keras_sd.cli.option_types import COUNT
 from keras_sd.cli.ray_cluster import RayCluster, check_ray, hide_accelerators, ray_options
 from keras_sd.cli.train.caching import dtype_option
 from keras_sd.cli.train.data_options import (
+    apply_config,
+    captions_of,
+    configured_source,
     max_token_length_option,
     print_notes,
     reading_of,
     source_options,
 )
 from keras_sd.cli.train.fine_tuning import pretrained_option
-from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of, framing_options
+from keras_sd.cli.train.framing import (
+    check_framing,
+    check_sides,
+    framed,
+    framing_of,
+    framing_options,
+    train_batch_size_of,
+    train_batch_size_option,
+)
 from keras_sd.cli.train.options import mixed_precision_option
 from keras_sd.errors import UserError, require
 from keras_sd.progress import Progress
@@ -47,21 +58,20 @@ _OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_tok
     type=COUNT,
     help="Images per batch. Training encodes 4, and another number may round differently.",
 )
-@click.option(
-    "--train-batch-size",
-    default=1,
-    type=COUNT,
-    help="Images in a batch of the training: buckets with fewer images are merged.",
-)
+@train_batch_size_option
 @click.option("--jit-compile/--no-jit-compile", default=True, help="Compile with XLA.")
 @ray_options
 def encode(dataset, folder, **options):
     """Encode the images and captions of DATASET once, into FOLDER.
 
-    DATASET is a folder of images or the name of a data set, as for training. A run with the same model, size,
-    crops and precision and with --cache-latents disk --cache-dir FOLDER then encodes nothing. A run that was
-    interrupted goes on where it was.
+    DATASET is a folder of images, the name of a data set, or a .toml of several, as for training. A run with
+    the same model, size, crops, batch size and precision and with --cache-latents disk --cache-dir FOLDER
+    then encodes nothing. A run that was interrupted goes on where it was.
     """
+    if dataset.endswith(".toml"):
+        options["dataset_config"] = dataset
+    apply_config(options)
+    captions_of(options)
     refuse_unused(_OF_CAPTIONS, not options["images_only"], "with --images-only")
     check_ray(options)
     check_framing("encode", options)
@@ -69,6 +79,8 @@ def encode(dataset, folder, **options):
         raise UserError("--no-center-crop: another crop at each draw cannot be kept; leave it out")
     require("array_record", "grain")
     interruption.set_kept(f"the shards in {folder} stay")
+    model = presets.find(options["pretrained_model_name_or_path"])
+    options["train_batch_size"] = train_batch_size_of(options, model)
     if options["ray_address"] is None:
         parts = _open(dataset, folder, options)
         from keras_sd.training.stored_encodings import StoredSource
@@ -77,6 +89,9 @@ def encode(dataset, folder, **options):
         encoded, count = stored.encoded, len(stored)
     else:
         encoded, count = _encode_on_ray(dataset, folder, options)
+    if options["aspect_ratio_buckets"] > 1:
+        batch = f"--train-batch-size {options['train_batch_size']}"
+        print(f"buckets: merged as in training with {batch}; give it there, too", file=sys.stderr)
     print(f"{encoded} images encoded, {count} are in {folder}", file=sys.stderr, flush=True)
 
 
@@ -86,8 +101,13 @@ def _open(dataset, folder, options):
     from keras_sd.data.images import MINIMUM_SIDE
     from keras_sd.data.sources import load_source
 
-    place = Path(dataset) if Path(dataset).is_dir() else dataset
-    source = load_source(place, "train", MINIMUM_SIDE, not options["images_only"], **reading_of(options))
+    if options.get("dataset_config"):
+        source = configured_source(options, need_captions=True)
+        if not options["images_only"] and source.caption_rules() is not None:
+            raise UserError(f"{dataset}: captions are drawn anew each time; encode --images-only")
+    else:
+        place = Path(dataset) if Path(dataset).is_dir() else dataset
+        source = load_source(place, "train", MINIMUM_SIDE, not options["images_only"], **reading_of(options))
     print_notes(source, options)
     model = presets.find(options["pretrained_model_name_or_path"])
     store = EncodingStore(folder)

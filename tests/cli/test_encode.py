@@ -14,6 +14,7 @@ from tests.programs import Program
 from tests.training.test_stored_encodings import shards, write_images
 
 SHAPES = ("--resolution", 24, "--aspect-ratio-buckets", 3, "--bucket-upscale", "--random-flip")
+SHAPES += ("--train-batch-size", 2)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,32 @@ def test_training_encodes_nothing_that_was_encoded(folder, tmp_path, run_program
     arguments = ["text-to-image", "--train-data-dir", folder / "images", "--output-dir", tmp_path / "run"]
     arguments += ["--pretrained-model-name-or-path", folder / "model", *SHAPES]
     arguments += ["--cache-latents", "disk", "--cache-dir", cache, "--no-jit-compile"]
-    arguments += ["--max-train-steps", 2, "--train-batch-size", 2, "--evaluation-steps", 0]
+    arguments += ["--max-train-steps", 2, "--evaluation-steps", 0]
     code, _, told = run_program(train, *arguments, "--lr-warmup-steps", 0)
     assert code == 0 and f"encodings: 18 of 18 images are in {cache}" in told
     assert "encoding images" not in told and shards(cache) == written
+
+
+def test_buckets_are_merged_as_in_lora(folder, tmp_path, run_program):
+    """With the batch size of LoRA of the model, which is also that of a file of data sets."""
+    (tmp_path / "data.toml").write_text(
+        "[[datasets]]\nresolution = 24\nenable_bucket = true\nbucket_no_upscale = false\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder / 'images'}'\n"
+    )
+    model = ("--pretrained-model-name-or-path", folder / "model")
+    cache = tmp_path / "cache"
+    code, _, told = run_program(main, "encode", tmp_path / "data.toml", cache, *model)
+    assert code == 0 and "buckets for batches of 4, width x height: images: " in told
+    assert "buckets: merged as in training with --train-batch-size 4; give it there, too" in told
+    arguments = ["lora", "--dataset-config", tmp_path / "data.toml", "--output-dir", tmp_path / "run", *model]
+    arguments += ["--cache-latents", "disk", "--cache-dir", cache, "--no-jit-compile", "--max-train-steps", 1]
+    code, _, told = run_program(train, *arguments, "--lr-warmup-steps", 0, "--evaluation-steps", 0)
+    assert code == 0 and f"encodings: 9 of 9 images are in {cache}" in told, told
+    (tmp_path / "data.toml").write_text(
+        (tmp_path / "data.toml").read_text().replace("resolution", "shuffle_caption = true\nresolution")
+    )
+    code, _, told = run_program(main, "encode", tmp_path / "data.toml", cache, *model)
+    assert code == 2 and "captions are drawn anew each time; encode --images-only" in told
 
 
 @pytest.fixture(scope="module")
