@@ -52,7 +52,7 @@ from .training.encodings import EncodedSource as EncodedSource
 from .training.lora import add_lora as add_lora
 from .training.lora import save_lora as save_lora
 from .training.objectives import DiffusionObjective as DiffusionObjective
-from .training.optimizer import AdamW as AdamW
+from .training.optimizers import AdamW as AdamW
 from .training.pixel_ddim import sample_images as sample_images
 from .training.settings import Settings as Settings
 from .training.text_to_image import train_text_to_image as train_text_to_image

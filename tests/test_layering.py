@@ -233,7 +233,9 @@ def test_private_methods_are_overridden_by_compat_only():
     found = [value for name in names for value in vars(importlib.import_module(name)).values()]
     classes = {value for value in found if isinstance(value, type) and value.__module__ in names}
     overriding = {cls.__qualname__: private_overrides(cls) for cls in classes if private_overrides(cls)}
-    assert overriding == {"JointAdamW": {"_apply_weight_decay", "_backend_update_step"}}
+    assert overriding == {
+        "JointOptimizer": {"_apply_weight_decay", "_backend_update_step", "_clip_gradients"}
+    }
 
 
 def test_an_overridden_private_method_is_found():

@@ -13,6 +13,7 @@ import secrets
 from pathlib import Path
 
 import keras
+from keras import ops
 
 from keras_sd.errors import UserError
 
@@ -74,23 +75,60 @@ def sync_state(model):
         model.jax_state_sync()
 
 
-class JointAdamW(keras.optimizers.AdamW):
-    """AdamW with one call, of `update_all` in a subclass, for all variables and the weight decay.
+class JointOptimizer(keras.optimizers.Optimizer):
+    """An optimizer with one call, of `update_all` in a subclass, for all variables and the weight decay.
 
     The public hook, `update_step`, is called for each variable, which takes most of the time to trace a small
-    model.
+    model. No public hook passes the norm of the gradients on, which clipping computes.
     """
 
     def _apply_weight_decay(self, variables):
         """Do nothing: the update applies the decay. Keras would trace the schedule once for each variable."""
 
+    def _clip_gradients(self, gradients):
+        norm = ops.sqrt(ops.sum(ops.stack([ops.sum(ops.square(gradient)) for gradient in gradients])))
+        self.measure(norm)
+        if not self.global_clipnorm:
+            return super()._clip_gradients(gradients)
+        # As Keras clips, with the norm from above; one that is not finite makes all gradients so.
+        scale = self.global_clipnorm * ops.minimum(1.0 / norm, 1.0 / self.global_clipnorm) + (norm - norm)
+        return [gradient * scale for gradient in gradients]
+
     def _backend_update_step(self, gradients, variables, learning_rate):
         self.update_all(gradients, variables, learning_rate)
 
-    def slots(self, variable: keras.Variable) -> tuple[int, keras.Variable, keras.Variable]:
-        """Return the position of a variable among the optimizer's own, and its first and second moment."""
-        index = self._get_variable_index(variable)
-        return index, self._momentums[index], self._velocities[index]
+    def index_of(self, variable: keras.Variable) -> int:
+        """Return the position of a variable among the trained ones."""
+        return self._get_variable_index(variable)
+
+    def add_state(
+        self,
+        variable: keras.Variable | None,
+        kind: str,
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
+        first: float = 0.0,
+    ) -> keras.Variable:
+        """Create a variable of the optimizer.
+
+        Args:
+            variable: the trained variable, whose shape and split over devices it has unless `shape` is given.
+            kind: its name.
+            shape: its own shape.
+            dtype: its own type; by default that of the trained variable, or float32.
+            first: its first value.
+        """
+        name = kind.replace(" ", "_")
+        if shape is None and dtype is None:
+            return self.add_variable_from_reference(variable, name=name)
+        return self.add_variable(
+            variable.shape if shape is None else shape,
+            initializer=keras.initializers.Constant(first) if first else "zeros",
+            dtype=dtype or "float32",
+            layout=getattr(variable, "_layout", None) if shape is None else None,
+            name=name,
+        )
 
 
 # TensorFlow
@@ -177,8 +215,8 @@ _KERAS = (
     ("keras.src.backend.common.stateless_scope", "", "get_stateless_scope"),
     ("keras.src.utils.tracking", "Tracker", "lock", "unlock", "untrack"),
     ("keras", "layers.Layer", "_tracker"),
-    ("keras", "optimizers.AdamW", "_apply_weight_decay", "_backend_update_step", "_get_variable_index"),
-    ("keras", "optimizers.AdamW", "_momentums", "_velocities"),
+    ("keras", "optimizers.Optimizer", "_apply_weight_decay", "_backend_update_step", "_clip_gradients"),
+    ("keras", "optimizers.Optimizer", "_get_variable_index"),
 )
 _BACKENDS = {
     "tensorflow": (

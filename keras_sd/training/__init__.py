@@ -3,7 +3,7 @@
 trainer            the training loop around Keras' `fit()`
 settings           the settings that all methods share
 objectives         a network with its loss
-optimizer          AdamW with EMA weights
+optimizers         AdamW, AdamW8bit, Adafactor, Lion and Prodigy with EMA weights; optimizer_options: settings
 offloaded_ema      EMA weights in host memory
 callbacks          checkpoints, signals, progress, non-finite losses
 checkpoints        training checkpoints that survive a kill

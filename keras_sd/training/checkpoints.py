@@ -185,6 +185,9 @@ class Checkpoints:
 
     def _check_config(self, folder: Path) -> None:
         there, here = read_json(folder / CONFIG, largest=_LARGEST_FILE), json.loads(self._config_text)
+        sides = [{"optimizer": side.get("optimizer", _UNNAMED_OPTIMIZER)} for side in (there, here)]
+        if sides[0] != sides[1]:  # before its options, which differ too
+            raise UserError(_another_run(folder, *sides))
         for name in self.may_change:
             there.pop(name, None), here.pop(name, None)
         unknown = here.keys() - there.keys()
@@ -390,6 +393,7 @@ def check_same_run(folder, values: Mapping) -> None:
         config = read_json(folder / CONFIG, largest=_LARGEST_FILE)
     except UserError:
         return  # damaged; `Checkpoints` raises the error
+    config = {"optimizer": _UNNAMED_OPTIMIZER} | config
     for name, value in json.loads(_json_text(values)).items():
         if config.get(name, value) != value:
             raise UserError(_another_run(folder, {name: config[name]}, {name: value}))
@@ -411,6 +415,9 @@ def _is_valid(folder: Path) -> bool:
 def _same_checkpoint(staging: Path, target: Path) -> bool:
     return _is_valid(target) and (staging / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
 
+
+# Of a run whose config names none.
+_UNNAMED_OPTIMIZER = "adamw"
 
 # The user's words for the keys of a run's config.
 _WORDS = {

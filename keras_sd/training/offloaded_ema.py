@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_sd import backend
 from keras_sd.training.callbacks import EMACallback, StepCallback
-from keras_sd.training.optimizer import young_decay
+from keras_sd.training.optimizers import young_decay
 
 
 def _host_copy(values):
@@ -13,12 +13,12 @@ def _host_copy(values):
 
 
 class OffloadedEMACallback(EMACallback, StepCallback):
-    """Updates the EMA weights after each step like `optimizer.AdamW`, but in NumPy arrays.
+    """Updates the EMA weights after each step like `optimizers.EMAOptimizer`, but in NumPy arrays.
 
     Every step copies the trained weights to the host, which is slow.
 
     Args:
-        optimizer: an `AdamW` without EMA weights.
+        optimizer: an `EMAOptimizer` without EMA weights.
         trainable_variables: the model's; the EMA weights start as copies of them.
         decay: the largest decay.
     """

@@ -30,11 +30,12 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
     now = settings.gradient_accumulation_steps
     scaling = len(optimizer.variables) - len(inner_optimizer.variables)
     tensors = list(saved.get("optimizer", {}).values())
-    names = _optimizer_names(scaling, len(state["weights"]), before > 1)
+    kinds = inner_optimizer.state_names
+    names = _optimizer_names(scaling, kinds, len(state["weights"]), before > 1)
     if len(tensors) != len(names):
         raise UserError(_misfit(f"{path}: optimizer", f"{len(tensors)} tensors and not {len(names)}"))
     theirs = dict(zip(names, tensors, strict=True))
-    names = _optimizer_names(scaling, len(state["weights"]), now > 1)
+    names = _optimizer_names(scaling, kinds, len(state["weights"]), now > 1)
     own = dict(zip(names, state["optimizer"].values(), strict=True))
     if before != now:
         theirs, own = (
@@ -46,11 +47,12 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
     saved["optimizer"], state["optimizer"] = theirs, own
 
 
-def _optimizer_names(scaling, trained, accumulates):
+def _optimizer_names(scaling, kinds, trained, accumulates):
     """Return the names of an optimizer's variables in Keras' order.
 
     Args:
         scaling: number of variables for loss scaling.
+        kinds: the names of the optimizer's own state, such as moments.
         trained: number of trained variables.
         accumulates: whether gradients are accumulated over several batches.
     """
@@ -58,7 +60,7 @@ def _optimizer_names(scaling, trained, accumulates):
         *(f"loss scale/{index}" for index in range(scaling)),
         "iterations",
         *(f"{_SUMS}{index}" for index in range(trained if accumulates else 0)),
-        *(f"{moment}/{index}" for index in range(trained) for moment in ("first moment", "second moment")),
+        *kinds,
     ]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError
 from keras_sd.training.learning_rate import SCHEDULES
+from keras_sd.training.optimizer_options import OPTIONS, TITLES, default_learning_rate
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
 
@@ -51,6 +52,12 @@ _SMALLEST, _LARGEST = (float(getattr(np.finfo("float32"), name)) for name in ("t
 _COUNT = (lambda value: value >= 1), "1 or more"
 _SHARE = (lambda value: 0 <= value < 1), "a number from 0 to just below 1"
 _POSITIVE = (lambda value: value > 0), "a number above 0"
+_RANGE_OF = {
+    "share": _SHARE,
+    "positive": _POSITIVE,
+    "not negative": ((lambda value: value >= 0), "0 or more"),
+    "factor": ((lambda value: value >= 1), "1 or more"),
+}
 _RANGES = {
     "max_train_steps": _COUNT,
     "train_batch_size": _COUNT,
@@ -59,10 +66,7 @@ _RANGES = {
     "lr_warmup_steps": ((lambda value: value >= 0), "0 or more"),
     "lr_num_cycles": _COUNT,
     "lr_power": _POSITIVE,
-    "adam_beta1": _SHARE,
-    "adam_beta2": _SHARE,
-    "adam_weight_decay": ((lambda value: value >= 0), "0 or more"),
-    "adam_epsilon": _POSITIVE,
+    **{name: _RANGE_OF[option.range] for name, option in OPTIONS.items() if option.range},
     "max_grad_norm": ((lambda value: value >= 0), "a number above 0, or 0 for no clipping"),
     "ema_decay": _SHARE,
     "seed": ((lambda value: 0 <= value < 2**32), f"one from 0 to {2**32 - 1}"),
@@ -83,15 +87,20 @@ class Settings:
         max_train_steps: number of steps of the whole run.
         train_batch_size: examples in a batch, over all devices.
         gradient_accumulation_steps: batches whose mean gradient makes one step.
-        learning_rate: the highest, reached at the end of the warm-up.
+        optimizer: "adamw", "adamw8bit" (moments of 8 bits), "adafactor", "lion" or "prodigy".
+        learning_rate: the highest, reached at the end of the warm-up; None is 1e-4, 2e-5 for Lion and 1 for
+            Prodigy. `adafactor_relative_step` replaces it and its schedule.
         lr_scheduler: what follows the warm-up: "constant" ("constant_with_warmup" is the same), or a fall to
             0 at the last step: "linear", "cosine", "cosine_with_restarts" or "polynomial".
         lr_warmup_steps: number of steps in which the learning rate rises linearly from 0.
         lr_num_cycles: how often "cosine_with_restarts" falls to 0; None is 1.
         lr_power: exponent of "polynomial"; None is 1, which is linear.
-        adam_beta1, adam_beta2: decay rates of AdamW's first and second moments, 0 to just below 1.
-        adam_weight_decay: AdamW's decoupled weight decay (Loshchilov and Hutter, 2019).
+        adam_beta1, adam_beta2: decay rates of the first and second moments, 0 to just below 1; of AdamW, in
+            8 bits too, and of Prodigy. None is the optimizer's default, here and below.
+        adam_weight_decay: decoupled weight decay of any optimizer (Loshchilov and Hutter, 2019).
         adam_epsilon: what is added to the root of the second moment.
+        lion_beta1, lion_beta2, adafactor_..., prodigy_...: arguments of `Lion`, `Adafactor` and `Prodigy` in
+            `training.optimizers`. A setting of another optimizer is refused.
         max_grad_norm: norm to which the gradient of all weights together is clipped; 0 does not clip.
         ema_decay: decay rate of the EMA weights for each step, 0 to just below 1.
         mixed_precision: "no" (float32), "fp16" or "bf16", of the computation; weights stay float32.
@@ -112,15 +121,29 @@ class Settings:
     max_train_steps: int = 1000
     train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    learning_rate: float | None = None
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
     lr_num_cycles: int | None = None
     lr_power: float | None = None
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    adam_weight_decay: float | None = None
+    adam_epsilon: float | None = None
+    lion_beta1: float | None = None
+    lion_beta2: float | None = None
+    adafactor_relative_step: bool | None = None
+    adafactor_scale_parameter: bool | None = None
+    adafactor_warmup_init: bool | None = None
+    adafactor_beta1: float | None = None
+    prodigy_beta3: float | None = None
+    prodigy_d0: float | None = None
+    prodigy_d_coef: float | None = None
+    prodigy_growth_rate: float | None = None
+    prodigy_decouple: bool | None = None
+    prodigy_use_bias_correction: bool | None = None
+    prodigy_safeguard_warmup: bool | None = None
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
     mixed_precision: str = "no"
@@ -136,6 +159,7 @@ class Settings:
     def __post_init__(self):
         object.__setattr__(self, "output_dir", checked_path("output_dir", self.output_dir))
         self._check_types()
+        self._choose_optimizer_options()
         for name, (fits, range_) in _RANGES.items():
             value = getattr(self, name)
             if value is None:
@@ -166,6 +190,51 @@ class Settings:
                 "give fewer"
             )
 
+    def _choose_optimizer_options(self):
+        """Set the optimizer's defaults, and refuse the settings of others."""
+        object.__setattr__(self, "optimizer", self.optimizer.lower())
+        if self.optimizer not in TITLES:
+            raise UserError(f"optimizer {self.optimizer!r}: unknown; use {', '.join(TITLES)}")
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if self.optimizer in option.defaults:
+                object.__setattr__(self, name, option.defaults[self.optimizer] if value is None else value)
+            elif value is not None:
+                raise UserError(
+                    f"{name} {value}: has no effect with `optimizer='{self.optimizer}'`; leave it out"
+                )
+        if self.optimizer == "prodigy" and self.prodigy_safeguard_warmup is None:
+            object.__setattr__(self, "prodigy_safeguard_warmup", self.lr_warmup_steps > 0)
+        if self.optimizer == "adafactor":
+            self._check_relative_step()
+        if self.learning_rate is None and not self.adafactor_relative_step:
+            object.__setattr__(self, "learning_rate", default_learning_rate(self.optimizer, 1e-4))
+
+    def _check_relative_step(self):
+        if self.adafactor_scale_parameter is None:
+            object.__setattr__(self, "adafactor_scale_parameter", self.adafactor_relative_step)
+        if not self.adafactor_relative_step:
+            if self.adafactor_warmup_init:
+                raise UserError(
+                    "adafactor_warmup_init True: has no effect without `adafactor_relative_step=True`; leave "
+                    "it out"
+                )
+            return
+        # Of the schedule only values other than the defaults are known to be given.
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("learning_rate", "lr_scheduler", "lr_warmup_steps", *_OF_SCHEDULE):
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"{name} {getattr(self, name)}: has no effect with `adafactor_relative_step=True`; leave "
+                    "it out"
+                )
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Return the settings that belong to the optimizer, as name -> value."""
+        return {
+            name: getattr(self, name) for name, option in OPTIONS.items() if self.optimizer in option.defaults
+        }
+
     def _check_types(self):
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), get_args(field.type) or (field.type,)
@@ -186,7 +255,9 @@ class Settings:
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in _CHANGES_NOTHING and not (name in _OF_SCHEDULE and value is None)
+            if name not in _CHANGES_NOTHING
+            and not (value is None and (name in _OF_SCHEDULE or name in OPTIONS))
+            and (name, value) != ("optimizer", "adamw")  # which checkpoints of earlier versions do not name
         }
 
 

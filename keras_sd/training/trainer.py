@@ -30,11 +30,10 @@ from keras_sd.training.callbacks import (
     StopOnSignal,
 )
 from keras_sd.training.checkpoints import Checkpoints
-from keras_sd.training.learning_rate import LearningRate
 from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
-from keras_sd.training.optimizer import AdamW, PerUpdate
+from keras_sd.training.optimizers import log_figures, make_optimizer
 from keras_sd.training.run_folder import (
     MODEL,
     RunRecord,
@@ -116,13 +115,14 @@ class Trainer:
         self.checkpoints = Checkpoints(
             settings.output_dir, identity, settings.checkpoints_total_limit, may_change=MAY_CHANGE
         )
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(settings)
         if settings.gradient_checkpointing:
             if not recomputing_layers(objective):
                 raise UserError("gradient_checkpointing: this model has no blocks for it; leave it out")
             enable_gradient_checkpointing(objective)
         # In float16 Keras wraps the optimizer in a loss-scaling one.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
+        log_figures(objective, self.optimizer)
         with self._with_memory_advice():
             # Variables created inside the first traced step would make TensorFlow trace it twice.
             objective.optimizer.build(objective.trainable_variables)
@@ -137,28 +137,6 @@ class Trainer:
         self._evaluation = None
         self.log = MetricsLog(settings.output_dir, self.step) if self.is_writer else SilentLog(self.step)
 
-    def _make_optimizer(self):
-        settings = self.settings
-        learning_rate = LearningRate(
-            settings.learning_rate,
-            settings.lr_scheduler,
-            settings.max_train_steps,
-            min(settings.lr_warmup_steps, settings.max_train_steps),
-            settings.lr_num_cycles or 1,
-            settings.lr_power or 1.0,
-        )
-        accumulation = settings.gradient_accumulation_steps
-        return AdamW(
-            PerUpdate(learning_rate, accumulation),
-            ema_decay=None if settings.offload_ema else settings.ema_decay,
-            beta_1=settings.adam_beta1,
-            beta_2=settings.adam_beta2,
-            weight_decay=settings.adam_weight_decay,
-            epsilon=settings.adam_epsilon,
-            global_clipnorm=settings.max_grad_norm or None,
-            gradient_accumulation_steps=accumulation if accumulation > 1 else None,
-        )
-
     def _make_average(self):
         variables = self.objective.trainable_variables
         if self.settings.offload_ema:
@@ -171,10 +149,11 @@ class Trainer:
         Names are the same in every process. EMA weights in host memory are arrays.
         """
         names = {id(parameter.variable): parameter.name for parameter in parameter_paths(self.objective)}
-        averages = {id(variable) for variable in self.optimizer.ema_variables}
+        averages, figures = self.optimizer.ema_variables, self.optimizer.figures.values()
+        left_out = {id(variable) for variable in (*averages, *figures)}
         trained = [names[id(variable)] for variable in self.objective.trainable_variables]
         # Keras' names of an optimizer's variables depend on the process, so they are named by position.
-        others = [variable for variable in self.objective.optimizer.variables if id(variable) not in averages]
+        others = [variable for variable in self.objective.optimizer.variables if id(variable) not in left_out]
         return {
             "weights": dict(zip(trained, self.objective.trainable_variables, strict=True)),
             "ema": dict(zip(trained, self.ema.averages, strict=True)),

@@ -35,7 +35,7 @@ from keras_sd.training.callbacks import (
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.logs import MetricsLog
 from keras_sd.training.objectives import Objective
-from keras_sd.training.optimizer import AdamW
+from keras_sd.training.optimizers import AdamW
 from tests.programs import run_python
 
 BATCH = 4

@@ -184,7 +184,7 @@ def test_every_device_holds_a_part_of_split_weights():
         from keras_sd import backend
         from keras_sd.errors import UserError
         from keras_sd.training import distribution
-        from keras_sd.training.optimizer import AdamW
+        from keras_sd.training.optimizers import AdamW
         from keras_sd.models.unet import UNet
         from keras_sd.models.parameters import parameter_paths
         from tests import tiny

@@ -24,7 +24,7 @@ from keras_sd.training import lora
 from keras_sd.training.consistency import ConsistencyObjective
 from keras_sd.training.diffusion_settings import DiffusionSettings
 from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
-from keras_sd.training.optimizer import AdamW
+from keras_sd.training.optimizers import AdamW
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.old_names import canonical_name
 from keras_sd.weights.rules import load_weights, torch_state

@@ -10,7 +10,7 @@ from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.unet import UNet
 from keras_sd.training.objectives import DiffusionObjective
-from keras_sd.training.optimizer import AdamW
+from keras_sd.training.optimizers import AdamW
 from tests import tiny
 
 objective = DiffusionObjective(UNet(tiny.ONE_LEVEL_PIXEL_UNET), NoiseSchedule(SchedulerConfig()))

@@ -10,7 +10,7 @@ from keras import ops
 from keras_sd.training.callbacks import EMACallback, StepCallbackList
 from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
-from keras_sd.training.optimizer import AdamW
+from keras_sd.training.optimizers import AdamW
 from tests.programs import run_python
 from tests.reference import run_reference
 

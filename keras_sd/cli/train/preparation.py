@@ -22,6 +22,7 @@ from keras_sd.cli.train.data_options import (
     refuse_drawn_captions,
 )
 from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
+from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
 from keras_sd.data.framing import FramedSource
@@ -29,6 +30,7 @@ from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, require
 from keras_sd.pipeline.defaults import ModelDefaults
+from keras_sd.training.optimizer_options import TITLES
 
 _DATA = ("dataset_config", "train_data_dir", "dataset_name")
 SMALL_IMAGE = 128  # pixels; evaluations generate more images of at most this size, and enlarge them
@@ -143,6 +145,7 @@ def prepare(
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     apply_config(options)
+    choose_optimizer(options)
     refuse_unused({"coordinator_timeout"}, options["coordinator"] is not None, "without --coordinator")
     processes = {name: options[name] for name in ("coordinator", "num_processes", "process_id")}
     check_processes(options["distribution"], **processes)
@@ -163,10 +166,14 @@ def prepare(
         if options.get("unet_config") is None:
             defaults_from = model
     defaults = ModelDefaults.load(defaults_from) if defaults_from else ModelDefaults()
-    for name, value in defaults.training(method, variant).items():
+    relative_step = bool(options["adafactor_relative_step"])
+    own = optimizer_defaults(options["optimizer"], defaults.training(method, variant), relative_step)
+    for name, value in own.items():
         if name in options and options[name] is None:
             options[name] = value
-    _check_warmup(options)
+    if not relative_step:
+        _check_warmup(options)
+        check_learning_rate(options)
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
     with interruption.phase("starting the backend"):
@@ -183,6 +190,7 @@ def _check_resumed(checkpoint, settings, identity):
     from keras_sd.training.settings import MAY_CHANGE
 
     known = {name: value for name, value in settings.identity().items() if name not in MAY_CHANGE}
+    check_same_run(checkpoint, {"optimizer": settings.optimizer})  # first, as its options differ too
     check_same_run(checkpoint, identity | known)
 
 
@@ -252,7 +260,8 @@ def settings_of(options):
     from keras_sd.training.trainer import Settings
 
     names = {field.name for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in options.items() if name in names}
+    # Those that neither the user nor the model has given keep the library's defaults.
+    given = {name: value for name, value in options.items() if name in names and value is not None}
     automatic = given["mixed_precision"] == "auto"
     settings = Settings(**given | ({"mixed_precision": "no"} if automatic else {}))
     distribution.start(
@@ -287,8 +296,12 @@ def _print_summary(method, settings, source, options):
     batch = f"batch size {settings.train_batch_size}"
     if settings.gradient_accumulation_steps > 1:
         batch += f" x {settings.gradient_accumulation_steps}"
-    rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}"
-    parts += [f"{settings.max_train_steps} steps", batch, f"{rate}, warm-up {settings.lr_warmup_steps})"]
+    rate = "relative steps"
+    if settings.learning_rate is not None:
+        rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}, warm-up "
+        rate += f"{settings.lr_warmup_steps})"
+    named = [] if settings.optimizer == "adamw" else [TITLES[settings.optimizer]]
+    parts += [f"{settings.max_train_steps} steps", batch, *named, rate]
     parts += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
     print(f"training: {', '.join([*parts, str(settings.output_dir)])}", file=sys.stderr, flush=True)
 
