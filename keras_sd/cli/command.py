@@ -5,6 +5,7 @@ import warnings
 
 import click
 
+from keras_sd.cli.foreign_flags import FOREIGN_FLAGS
 from keras_sd.errors import UserError
 
 HELP_SETTINGS = {"show_default": True, "max_content_width": 110}
@@ -27,10 +28,14 @@ class Command(click.Command):
     """The class of all commands of this package."""
 
     def parse_args(self, context, arguments):
-        known = {flag for parameter in self.params for flag in parameter.opts}
+        known = {flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         renamed = []
         for argument in arguments:
             flag, equals, value = argument.partition("=")
+            if "--" not in renamed and flag not in known:
+                hyphened = flag.replace("_", "-")  # as diffusers' and kohya's scripts are called
+                if hyphened in known | TAKEN_NAMES.keys() | FOREIGN_FLAGS.keys():
+                    flag, argument = hyphened, f"{hyphened}{equals}{value}"
             new = TAKEN_NAMES.get(flag)
             if new in known and flag not in known and "--" not in renamed:
                 raise UserError(f"{flag}: is called {new} now; --no-center-crop crops at random")
@@ -38,6 +43,8 @@ class Command(click.Command):
             if new in known and flag not in known and "--" not in renamed:
                 warnings.warn(f"{flag}: is called {new} now; use that", stacklevel=2)
                 argument = f"{new}{equals}{value}"
+            elif flag in FOREIGN_FLAGS and flag not in known and "--" not in renamed:
+                raise UserError(f"{flag}: {FOREIGN_FLAGS[flag]}")
             renamed.append(argument)
         try:
             return super().parse_args(context, renamed)

@@ -29,9 +29,13 @@ FROM_ZERO = click.IntRange(0, 2**31 - 1)
 
 
 class _Side(click.IntRange):
-    """A side of images in pixels, a multiple of 8."""
+    """A side of images in pixels, a multiple of 8; also WIDTH,HEIGHT of a square, as in kohya's scripts."""
 
     def convert(self, value, parameter, context):
+        width, comma, height = value.partition(",") if isinstance(value, str) else (value, "", "")
+        if comma and width.strip() != height.strip():
+            self.fail(f"{value} is no square; give one side, and other ratios by buckets", parameter, context)
+        value = width
         side = super().convert(value, parameter, context)
         if side % 8:
             self.fail(f"{side} is not a multiple of 8.", parameter, context)

@@ -10,6 +10,7 @@ import pytest
 
 import keras_sd
 from keras_sd.cli.command import MAY_BE_EMPTY, Command
+from keras_sd.cli.foreign_flags import FOREIGN_FLAGS
 from keras_sd.cli.program import run_command
 from keras_sd.errors import UserError
 
@@ -78,6 +79,59 @@ def test_old_names_work_and_warn_in_one_line(run_program, old):
     code, output, errors = run_program(lambda: run_command(command, "draw"), *old)
     assert (code, output) == (0, "{'num_inference_steps': 4}\n")
     assert errors == "draw: warning: --steps: is called --num-inference-steps now; use that\n"
+
+
+def flags_of_commands():
+    return {
+        flag
+        for command in all_commands().values()
+        for parameter in command.params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--max_train_steps=x",), "'--max-train-steps': 'x' is not a valid integer"),
+        (("--resolution", "512,768"), "512,768 is no square; give one side"),
+        (("--network_dim", 8), "--network-dim: is called --rank here"),
+        (("--random_crop",), "--random-crop: use --no-center-crop with --cache-latents off"),
+        (("--num-train-epochs=3",), "--num-train-epochs: a run is not counted in epochs; give --max-train"),
+        (("--resolution", "64,64", "--train_data_dir", "/none"), "/none: no such folder"),
+    ],
+)
+def test_flags_of_other_scripts(run_program, given, told):
+    from keras_sd.cli.train.main import main
+
+    code, _, errors = run_program(main, "lora", *given)
+    assert code == 2 and told in errors.splitlines()[-1], errors
+
+
+@pytest.mark.parametrize("page", ["data", "finetuning"])
+def test_migration_tables_say_what_commands_answer(page):
+    """Each flag of another script is taken as it is, or the answer names the flags of the table."""
+    text = (PACKAGE.parent / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    rows = text.partition("| kohya | diffusers | here |")[2].split("\n\n")[0].splitlines()[2:]
+    own, checked = flags_of_commands(), 0
+    assert len(rows) > 10
+    for row in rows:
+        *others, here = row.strip("|").split("|")
+        named = set(re.findall(r"--[a-z][\w-]*", here))
+        assert named <= own, row
+        for flag in re.findall(r"--[a-z][\w-]*", " ".join(others)):
+            flag, checked = flag.replace("_", "-"), checked + 1
+            assert flag in own | FOREIGN_FLAGS.keys(), flag
+            if flag in FOREIGN_FLAGS and "same" not in here:
+                answered = set(re.findall(r"--[a-z][\w-]*", FOREIGN_FLAGS[flag]))
+                assert answered <= named | {"--output-dir", "--train-data-dir"}, row
+    assert checked > 10
+
+
+def test_answers_name_flags_that_exist():
+    own = flags_of_commands()
+    for answer in FOREIGN_FLAGS.values():
+        assert set(re.findall(r"--[a-z][\w-]*", answer)) <= own, answer
 
 
 def test_every_command_takes_num_inference_steps_and_steps():

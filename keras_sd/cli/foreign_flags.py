@@ -1,0 +1,81 @@
+"""Flags of diffusers' and kohya's scripts that have another name here or do not exist, and what to use."""
+
+_SIZES = "the sizes of buckets are fixed; --aspect-ratio-buckets sets their number"
+_RATE = "all parts have one rate; give --learning-rate"
+_SAVING = "use --checkpointing-steps, in updates"
+_SAMPLES = "use --evaluation-steps, in updates"
+_EPOCHS = "a run is not counted in epochs; give --max-train-steps"
+_LOGS = "leave it out; logs for TensorBoard are always in the run folder, --output-dir"
+_OPTIMIZER = "AdamW is the only optimizer; leave it out"
+_ATTENTION = "XLA compiles attention; leave it out"
+_THREADS = "threads read images; leave it out"
+_FROM_MODEL = "is read from the model; leave it out"
+_FORMAT = "leave it out; `keras-sd convert` writes other formats"
+_UPLOAD = "nothing is uploaded; leave it out"
+_PRECISION = "use --mixed-precision"
+
+FOREIGN_FLAGS = {
+    "--network-dim": "is called --rank here",
+    "--network-alpha": "is called --lora-alpha here",
+    "--network-module": "leave it out; `train lora` trains LoRA",
+    "--network-args": "leave it out; --lora-layers all adapts convolutions, too",
+    "--network-train-unet-only": "is the default; leave it out",
+    "--network-weights": "LoRA begins anew; --resume-from-checkpoint continues a run",
+    "--min-snr-gamma": "is called --snr-gamma here",
+    "--debiased-estimation-loss": "is called --debiased-estimation here",
+    "--unet-lr": _RATE,
+    "--text-encoder-lr": _RATE,
+    "--scale-lr": "give the product as --learning-rate",
+    "--lr-scheduler-num-cycles": "is called --lr-num-cycles here",
+    "--lr-scheduler-power": "is called --lr-power here",
+    "--optimizer-type": _OPTIMIZER,
+    "--optimizer-args": _OPTIMIZER,
+    "--use-8bit-adam": _OPTIMIZER,
+    "--save-every-n-epochs": _SAVING,
+    "--save-every-n-steps": _SAVING,
+    "--save-model-as": _FORMAT,
+    "--save-precision": _FORMAT,
+    "--output-name": "leave it out; the result is in the folder `model` of --output-dir",
+    "--clip-skip": "training uses the text encoder's last layer; leave it out",
+    "--max-train-epochs": _EPOCHS,
+    "--num-train-epochs": _EPOCHS,
+    "--report-to": _LOGS,
+    "--log-with": _LOGS,
+    "--logging-dir": _LOGS,
+    "--tracker-project-name": _LOGS,
+    "--validation-prompt": "is called --validation-prompts here",
+    "--sample-prompts": "is called --validation-prompts here, one prompt each",
+    "--validation-epochs": _SAMPLES,
+    "--validation-steps": _SAMPLES,
+    "--sample-every-n-steps": _SAMPLES,
+    "--sample-every-n-epochs": _SAMPLES,
+    "--use-ema": "the EMA is always kept; set it by --ema-decay",
+    "--xformers": _ATTENTION,
+    "--sdpa": _ATTENTION,
+    "--mem-eff-attn": _ATTENTION,
+    "--enable-xformers-memory-efficient-attention": _ATTENTION,
+    "--full-fp16": _PRECISION,
+    "--full-bf16": _PRECISION,
+    "--v2": _FROM_MODEL,
+    "--v-parameterization": _FROM_MODEL,
+    "--dataloader-num-workers": _THREADS,
+    "--max-data-loader-n-workers": _THREADS,
+    "--persistent-data-loader-workers": _THREADS,
+    "--push-to-hub": _UPLOAD,
+    "--hub-model-id": _UPLOAD,
+    "--hub-token": _UPLOAD,
+    "--reg-data-dir": "use --class-data-dir of `train dreambooth`",
+    "--min-bucket-reso": _SIZES,
+    "--max-bucket-reso": _SIZES,
+    "--bucket-reso-steps": _SIZES,
+    "--random-crop": "use --no-center-crop with --cache-latents off",
+    "--flip-aug": "is called --random-flip here",
+    "--color-aug": "colours are not changed; leave it out",
+    "--face-crop-aug-range": "faces are not searched; crop the images beforehand",
+    "--cache-latents-to-disk": "use --cache-latents disk",
+    "--vae-batch-size": "leave it out; images are encoded in batches of 4",
+    "--caption-dropout-rate": "is called --proportion-empty-prompts here",
+    "--caption-dropout-every-n-epochs": "use --proportion-empty-prompts",
+    "--in-json": "write metadata.jsonl or metadata.csv into --train-data-dir",
+}
+"""Flag with hyphens -> what to use here, or why there is none. Commands answer with it in one line."""
