@@ -20,6 +20,7 @@ TAKEN_NAMES = {"--random-crop": "--crop-size"}
 MAY_BE_EMPTY = {"prompt", "prompts", "negative_prompt", "validation_prompts"}
 """Names of parameters that may be an empty text: what an image shows."""
 
+_RENAMED = re.compile(r"is called (--[a-z-]+) here")
 # An argument at the beginning of a line, or marked anywhere: `name`, `name=value`.
 _ARGUMENT = re.compile(r"^(?P<first>\w+)(?=[ :])|`(?P<marked>\w+)(?:=(?P<value>[^`]*))?`")
 
@@ -44,7 +45,10 @@ class Command(click.Command):
                 warnings.warn(f"{flag}: is called {new} now; use that", stacklevel=2)
                 argument = f"{new}{equals}{value}"
             elif flag in FOREIGN_FLAGS and flag not in known and "--" not in renamed:
-                raise UserError(f"{flag}: {FOREIGN_FLAGS[flag]}")
+                answer = FOREIGN_FLAGS[flag]
+                name = _RENAMED.match(answer)
+                if name is None or name[1] in known:
+                    raise UserError(f"{flag}: {answer}")
             renamed.append(argument)
         try:
             return super().parse_args(context, renamed)

@@ -36,7 +36,7 @@ FOREIGN_FLAGS = {
     "--save-model-as": _FORMAT,
     "--save-precision": _FORMAT,
     "--output-name": "leave it out; the result is in the folder `model` of --output-dir",
-    "--clip-skip": "training uses the text encoder's last layer; leave it out",
+    "--clip-skip": "the text encoder is used to its last layer; leave it out",
     "--max-train-epochs": _EPOCHS,
     "--num-train-epochs": _EPOCHS,
     "--report-to": _LOGS,

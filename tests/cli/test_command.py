@@ -108,6 +108,13 @@ def test_flags_of_other_scripts(run_program, given, told):
     assert code == 2 and told in errors.splitlines()[-1], errors
 
 
+def test_a_name_that_a_command_lacks_is_not_named(run_program):
+    from keras_sd.cli.main import main
+
+    code, _, errors = run_program(main, "generate", "a heart", "--network_dim", 8)
+    assert code == 2 and "--rank" not in errors and "--network-dim" in errors
+
+
 @pytest.mark.parametrize("page", ["data", "finetuning"])
 def test_migration_tables_say_what_commands_answer(page):
     """Each flag of another script is taken as it is, or the answer names the flags of the table."""
