@@ -74,7 +74,9 @@ def framing_options(flips):
         (
             "enable_bucket",
             click.option(
-                "--enable-bucket", is_flag=True, help=f"As --aspect-ratio-buckets {ENABLED_BUCKETS}."
+                "--enable-bucket",
+                is_flag=True,
+                help=f"As --aspect-ratio-buckets {ENABLED_BUCKETS}, whose number counts if both are given.",
             ),
         ),
         (
