@@ -6,7 +6,6 @@ _SAVING = "use --checkpointing-steps, in updates"
 _SAMPLES = "use --evaluation-steps, in updates"
 _EPOCHS = "a run is not counted in epochs; give --max-train-steps"
 _LOGS = "leave it out; logs for TensorBoard are always in the run folder, --output-dir"
-_OPTIMIZER = "AdamW is the only optimizer; leave it out"
 _ATTENTION = "XLA compiles attention; leave it out"
 _THREADS = "threads read images; leave it out"
 _FROM_MODEL = "is read from the model; leave it out"
@@ -28,9 +27,7 @@ FOREIGN_FLAGS = {
     "--scale-lr": "give the product as --learning-rate",
     "--lr-scheduler-num-cycles": "is called --lr-num-cycles here",
     "--lr-scheduler-power": "is called --lr-power here",
-    "--optimizer-type": _OPTIMIZER,
-    "--optimizer-args": _OPTIMIZER,
-    "--use-8bit-adam": _OPTIMIZER,
+    "--optimizer-args": "each option has a flag of its own, such as --prodigy-d-coef",
     "--save-every-n-epochs": _SAVING,
     "--save-every-n-steps": _SAVING,
     "--save-model-as": _FORMAT,

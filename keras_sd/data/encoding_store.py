@@ -20,9 +20,11 @@ import json
 import math
 import os
 import re
+import stat
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,23 +158,22 @@ class EncodingStore:
             self._index()
 
     def _checked(self, name: str) -> _Shard | str | None:
-        """Read a shard as a whole; remove it, and return its fault, if it is damaged; None if it is gone."""
+        """Read a shard as a whole; remove it, and return its fault, if it is damaged; None if it is gone.
+
+        Raises:
+            UserError: the system cannot read it, or another version of this package has written it.
+        """
         path = self.folder / name
         try:
-            state = path.stat()
-            reader = _open(path)
-            count = reader.num_records() - 1
-            head, _, keys = reader.read([count])[0].partition(b"\n")
-            header: Header = parse_json(head, path, Header)
-            if len(keys) != count * _KEY.itemsize or name != _name_of(header["kind"], keys):
-                raise UserError("its keys do not fit its name")
-            size = math.prod(header["shape"]) * np.dtype(header["dtype"]).itemsize
-            if any(len(reader.read([position])[0]) != size for position in range(count)):
-                raise UserError("a record has another length than its header says")
-            return _Shard(name, state.st_size, state.st_mtime_ns, head.decode(), np.frombuffer(keys, _KEY))
+            return _read_shard(path)
         except FileNotFoundError:
             return None
-        except (UserError, RuntimeError, OSError, IndexError) as error:
+        except (_Damage, RuntimeError):
+            # The reader's exceptions do not tell damage from a fault of the system.
+            _read_bytes(path)
+        try:
+            return _read_shard(path)
+        except (_Damage, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 path.unlink()
             return str(error).partition(";")[0].partition(" (computed")[0].removeprefix(f"{path}: ")
@@ -204,16 +205,31 @@ class EncodingStore:
         place = int(np.searchsorted(self._starts, number, "right")) - 1
         name = self._names[place]
         dtype, shape = _layout(self._shards[name].header)
+        position, path = int(number - self._starts[place]), self.folder / name
         try:
-            record = self._reader(name).read([int(number - self._starts[place])])[0]
-            array = np.frombuffer(record, dtype).reshape(shape)
+            array = np.frombuffer(self._reader(name).read([position])[0], dtype).reshape(shape)
         except (RuntimeError, ValueError, OSError) as error:
-            path = self.folder / name
-            fault = "damaged" if path.exists() else "no longer there"
+            array = np.frombuffer(self._read_again(path, position, error), dtype).reshape(shape)
+        return array.astype(np.float32, copy=dtype != np.float32)
+
+    def _read_again(self, path: Path, position: int, error: Exception) -> bytes:
+        """Return a record by a new reader; remove the shard if that fails and the system can read the file.
+
+        Raises:
+            UserError: the shard is damaged or gone, or the system cannot read it.
+        """
+        with self._lock:
+            self._readers.pop(path.name, None)
+        if not path.exists():
+            raise UserError(f"{path}: no longer there; start again, and it is encoded anew") from error
+        _read_bytes(path)
+        try:
+            record: bytes = _open(path).read([position])[0]
+        except (RuntimeError, OSError):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-            raise UserError(f"{path}: {fault}; start again, and it is encoded anew") from error
-        return array.astype(np.float32, copy=dtype != np.float32)
+            raise UserError(f"{path}: damaged; start again, and it is encoded anew") from error
+        return record
 
     def _reader(self, name: str) -> Any:
         """Return the reader of a shard; those that were used last stay open."""
@@ -298,8 +314,10 @@ class EncodingStore:
 
     def _read_catalogue(self) -> dict[str, _Shard]:
         """Return the shards that the catalogue describes; none if it is missing or damaged."""
+        path = self.folder / _CATALOGUE
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a plain file; remove it, or choose another folder")
         try:
-            path = self.folder / _CATALOGUE
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 names, headers = ([text.decode() for text in file[name]] for name in ("names", "headers"))
                 sizes, header_of = file["sizes"].tolist(), file["header_of"].tolist()
@@ -314,7 +332,10 @@ class EncodingStore:
             return shards
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):
+        except (
+            *(OSError, ValueError, LookupError, TypeError, EOFError),
+            *(zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError),
+        ):
             return {}  # the shards themselves are read instead
 
 
@@ -327,6 +348,63 @@ def _layout(header: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
 
 def _name_of(kind: str, keys: bytes) -> str:
     return f"{kind}-{hashlib.sha256(keys).hexdigest()[:32]}.arrayrecord"
+
+
+class _Damage(Exception):
+    """The content of a shard is not what was written."""
+
+
+def _read_shard(path: Path) -> _Shard:
+    """Read a shard as a whole.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        _Damage, RuntimeError: it is damaged, or the system cannot read it.
+        UserError: it is no plain file, or another version of this package has written it.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise UserError(f"{path}: not a plain file; remove it, or choose another folder")
+    try:
+        reader = _open(path)
+        count = reader.num_records() - 1
+        head, _, keys = reader.read([count])[0].partition(b"\n")
+    except (OSError, IndexError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise _Damage(str(error)) from error
+    version = re.search(rb'"version": *([0-9]+)', head)
+    if version is not None and int(version[1]) != 1:
+        raise UserError(
+            f"{path}: was written by another version of keras_sd ({version[1].decode()}); choose another "
+            "folder"
+        )
+    try:
+        header: Header = parse_json(head, path, Header)
+    except UserError as error:
+        raise _Damage(str(error)) from error
+    if len(keys) != count * _KEY.itemsize or path.name != _name_of(header["kind"], keys):
+        raise _Damage("its keys do not fit its name")
+    size = math.prod(header["shape"]) * np.dtype(header["dtype"]).itemsize
+    if any(len(reader.read([position])[0]) != size for position in range(count)):
+        raise _Damage("a record has another length than its header says")
+    return _Shard(path.name, state.st_size, state.st_mtime_ns, head.decode(), np.frombuffer(keys, _KEY))
+
+
+def _read_bytes(path: Path) -> None:
+    """Read a file to its end.
+
+    Raises:
+        UserError: the system cannot; the file itself may be sound.
+    """
+    try:
+        with path.open("rb") as file:
+            while file.read(2**20):
+                pass
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); nothing is removed, start again when it can"
+        ) from error
 
 
 def _open(path: Path) -> Any:

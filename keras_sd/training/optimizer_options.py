@@ -63,13 +63,13 @@ OPTIONS = {
     "adafactor_relative_step": OptimizerOption(
         bool,
         {"adafactor": False},
-        "Learning rate min(0.01, 1/sqrt(t)) at update t, in place of --learning-rate and its schedule.",
+        "Learning rate min(0.01, 1/sqrt(t)) at update t, in place of the learning rate and its schedule.",
     ),
     "adafactor_scale_parameter": OptimizerOption(
         bool,
         {"adafactor": None},
         "Multiply Adafactor's learning rate by the root mean square of each weight; by default with "
-        "--adafactor-relative-step only.",
+        "its relative step only.",
     ),
     "adafactor_warmup_init": OptimizerOption(
         bool, {"adafactor": False}, "Relative steps start at 1e-6 t in place of 0.01."
@@ -83,7 +83,7 @@ OPTIONS = {
     "prodigy_beta3": OptimizerOption(
         float,
         {"prodigy": None},
-        "Decay rate of the sums that Prodigy estimates d from; by default the root of --adam-beta2.",
+        "Decay rate of the sums that Prodigy estimates d from; by default the root of beta2.",
         "share",
     ),
     "prodigy_d0": OptimizerOption(

@@ -186,3 +186,73 @@ def test_reading_needs_no_keras(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], env=os.environ, capture_output=True, text=True
     )
     assert done.stdout.split() == ["10", "False", "False"], done.stderr
+
+
+WITHOUT_DESCRIPTORS = """if True:
+    import os, resource, sys
+    from array_record.python.array_record_module import ArrayRecordReader
+    from keras_sd.data.encoding_store import EncodingStore
+    from keras_sd.errors import UserError
+
+    store = EncodingStore(sys.argv[1])  # modules are imported when they are first used
+    store = None if sys.argv[2] == "open" else store
+    resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+    held = []
+    try:
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        os.close(held.pop())  # the listing of the folder takes one
+    try:
+        EncodingStore(sys.argv[1]) if store is None else store.read(0)
+    except UserError as error:
+        os.write(1, str(error).encode())
+"""
+
+
+@pytest.mark.parametrize("moment", ["open", "read"])
+def test_a_fault_of_the_system_removes_no_shard(tmp_path, moment):
+    filled(tmp_path)
+    if moment == "open":
+        (tmp_path / "catalogue.npz").unlink()
+    before = shards(tmp_path)
+    held = ["-c", WITHOUT_DESCRIPTORS, str(tmp_path), moment]
+    done = subprocess.run([sys.executable, *held], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert shards(tmp_path) == before
+    if done.stdout:
+        assert "Too many open files" in done.stdout and "\n" not in done.stdout
+    assert_whole(EncodingStore(tmp_path))
+
+
+def test_shards_of_a_later_version_stay(tmp_path, monkeypatch):
+    filled(tmp_path)
+    (tmp_path / "catalogue.npz").unlink()
+    later = tmp_path / "later"
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding_store, "_VERSION", 2)
+        filled(later)
+    (later / "catalogue.npz").unlink()
+    before = shards(later)
+    with pytest.raises(UserError, match=r"written by another version of keras_sd \(2\); choose another"):
+        EncodingStore(later)
+    assert shards(later) == before
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["catalogue.npz", "latents-" + 32 * "0" + ".arrayrecord"])
+def test_what_is_no_plain_file_is_one_line(tmp_path, make, name):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: not a plain file; remove it, or choose another folder"):
+        EncodingStore(tmp_path)
+
+
+def test_every_damage_of_the_catalogue_is_made_good(tmp_path):
+    filled(tmp_path)
+    path, generator = tmp_path / "catalogue.npz", np.random.default_rng(0)
+    content = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[generator.integers(len(content))] = generator.integers(256)
+        path.write_bytes(damaged)
+        assert len(EncodingStore(tmp_path)) == 10
