@@ -77,6 +77,8 @@ def encode(dataset, folder, **options):
     check_framing("encode", options)
     if not options["center_crop"]:
         raise UserError("--no-center-crop: another crop at each draw cannot be kept; leave it out")
+    if Path(folder).exists() and Path(dataset).exists() and Path(folder).samefile(dataset):
+        raise UserError(f"{folder}: holds the images; give another folder for the encodings")
     require("array_record", "grain")
     interruption.set_kept(f"the shards in {folder} stay")
     model = presets.find(options["pretrained_model_name_or_path"])

@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -149,7 +150,7 @@ def _warn(program, show, message, category, *place):
     if issubclass(category, UserWarning):
         from keras_sd.cli.command import in_flags
 
-        print(f"{program}: warning: {in_flags(' '.join(str(message).split()))}", file=sys.stderr)
+        print(f"{program}: warning: {_line(in_flags(str(message)))}", file=sys.stderr)
     else:
         show(message, category, *place)
 
@@ -161,12 +162,17 @@ def _leave(program, message, at_once=False, faults=()):
     abort the program.
     """
     for fault in faults[:_MOST_FAULTS]:
-        print(f"{program}: {' '.join(fault.split())}", file=sys.stderr)
+        print(f"{program}: {_line(fault)}", file=sys.stderr)
     if len(faults) > _MOST_FAULTS:
         print(f"{program}: ... and {len(faults) - _MOST_FAULTS} more", file=sys.stderr)
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: error: {_line(message)}", file=sys.stderr)
     if at_once and "tensorflow" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
     sys.exit(2)
+
+
+def _line(text):
+    """Return a message in one line. Names of files may hold control characters, which terminals obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], " ".join(text.split()))

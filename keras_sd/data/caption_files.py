@@ -71,11 +71,16 @@ def repeats_of(name: str) -> tuple[int, str] | None:
     """Return repeats and words of an image's relative path in a folder `10_words`, as kohya's scripts do.
 
     A year, as in `2019_italy`, is no number of repeats.
+
+    Raises:
+        UserError: the number is 0, so that the folder would not be seen.
     """
     first, separator, _ = name.partition(os.sep)
     match = _REPEATED.fullmatch(first) if separator else None
     if match is None or (len(match[1]) == 4 and int(match[1]) in _YEARS):
         return None
+    if not int(match[1]):
+        raise UserError(f"{first}: 0 repeats, so no image is shown; rename the folder, or take it away")
     return int(match[1]), match[2].replace("_", " ").strip()
 
 
@@ -307,7 +312,7 @@ def _quick_text(path: str) -> str | None:
         return None
     finally:
         os.close(descriptor)
-    return text if text and not text.isspace() else None
+    return text if text and not text.isspace() and "\0" not in text else None
 
 
 def _lines(

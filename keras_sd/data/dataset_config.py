@@ -185,14 +185,23 @@ def _run_options(path: Path, where: str, table: dict) -> dict[str, Any]:
     return options
 
 
+# Of the order of an epoch, memory holds an entry for each repeat of each image.
+_REPEATS, _WEIGHTS = (1, 1_000_000), (1e-6, 1_000_000)
+
+
 def _subset(path: Path, where: str, table: dict) -> Subset:
     folder, name = table.get("image_dir"), table.get("dataset_name")
     if bool(folder) == bool(name):
         raise UserError(f"{path}, {where}: give image_dir, a folder, or dataset_name, and not both")
     repeats, weight = table.get("num_repeats", 1), table.get("weight")
-    if repeats < 1 or (weight is not None and not 0 < weight < float("inf")):
-        key = "num_repeats" if repeats < 1 else "weight"
-        raise UserError(f"{path}, {where}: {key} {shown(table[key])}: out of range; give more than 0")
+    for key, value, (least, most) in (
+        ("num_repeats", repeats, _REPEATS),
+        ("weight", weight, _WEIGHTS),
+    ):
+        if value is not None and not least <= value <= most:
+            raise UserError(
+                f"{path}, {where}: {key} {shown(value)}: out of range; give {least:g} to {most:,}"
+            )
     if weight is not None and "num_repeats" in table:
         raise UserError(f"{path}, {where}: num_repeats has no effect beside weight; remove one of them")
     try:

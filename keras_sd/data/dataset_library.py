@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import importlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
 """The library's reader of each suffix of data files; beside tars, parquet files hold their metadata."""
 
 _SAVED = ("dataset_dict.json", "state.json")
+_TAR_END = 1024  # two blocks of zeros
 _PROBE_SECONDS = 4.0
 _NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}
 _SPLITS = {
@@ -157,10 +159,23 @@ def _arguments(name: str, config_name: str | None) -> dict[str, Any]:
     path = Path(name)
     if path.is_dir():
         files = _data_files(path)
+        _check_tars(files)
         return {"path": BUILDERS[files[0].suffix], "data_files": _by_split(path, files)}
     if is_data_files(name):
+        _check_tars([path] if path.is_file() else sorted(map(Path, glob.glob(name))))
         return {"path": BUILDERS[path.suffix], "data_files": name}
     return {"path": name, "name": config_name}
+
+
+def _check_tars(paths: list[Path]) -> None:
+    """Raise UserError for a tar that was cut short: the library would leave out the rest without a word."""
+    for path in paths:
+        if path.suffix != ".tar" or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAR_END))
+            if file.read() != bytes(_TAR_END):
+                raise UserError(f"{path}: a tar without its end, so it was cut short; fetch it again")
 
 
 @contextlib.contextmanager
@@ -168,6 +183,8 @@ def _faults_in_one_line(name: str, config_name: str | None) -> Iterator[None]:
     is_local = is_data_files(name)
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(_fault(name, config_name, error, is_local)) from error
     if config_name is not None and is_local:

@@ -140,6 +140,8 @@ class DatasetsSource:
             raise UserError(f"{place}: cannot be read ({first_line(error)}); download it again") from error
         content, path = (value or {}).get("bytes"), (value or {}).get("path")
         if content is None and path:
+            if not os.path.isfile(path):  # a pipe would never end
+                raise UserError(f"{place}: {path} is no file; put it back")
             try:
                 content = Path(path).read_bytes()
             except OSError as error:
@@ -209,6 +211,9 @@ def _captions(table: Any, source: DatasetsSource, column: str, faults: Faults) -
             captions.append(None)
         elif not all(text and text.strip() for text in texts):
             faults.add(UserError(f"{place}: empty; write a caption"))
+            captions.append(None)
+        elif any("\0" in text for text in texts):
+            faults.add(UserError(f"{place}: has a NUL character; write it as plain text"))
             captions.append(None)
         else:
             captions.append(tuple(text.strip() for text in texts))

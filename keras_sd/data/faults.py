@@ -35,7 +35,9 @@ class Faults:
         if not self._errors:
             return
         first = next(iter(self._errors.values()))
-        if not self.skips or not left:
+        if self.skips and not left:
+            raise UserError(f"{self.place}: every example is faulty, the first is {first}")
+        if not self.skips:
             raise first if len(self._errors) == 1 else BadSamples(self.place, self._errors)
         notes.append(f"{self.place}: {len(self._errors)} faulty examples are left out, the first is {first}")
 

@@ -175,17 +175,20 @@ def read_text(path, largest=LARGEST_FILE, remedy="save it as UTF-8"):
     """
     content = read_bytes(path, largest, remedy)
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); {remedy}") from error
+    if "\0" in text:  # of UTF-16, or no text at all
+        raise UserError(f"{path}: no text, as it has NUL characters; {remedy}")
+    return text
 
 
 def _opened(path, remedy):
     try:
         # Reading a pipe or a device might never end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            kind = "a folder" if Path(path).is_dir() else "not a plain file"
-            raise UserError(f"{path}: cannot be read ({kind}, not a file); {remedy}")
+            kind = "a folder, not a file" if Path(path).is_dir() else "not a plain file"
+            raise UserError(f"{path}: cannot be read ({kind}); {remedy}")
         return open(path, "rb")
     except UserError:  # a subclass of ValueError, which is caught below
         raise

@@ -23,9 +23,10 @@ class DiffusionSettings:
             change the brightness of whole images; usually 0.1.
         input_perturbation: scale of additional noise on the input that is not part of the target (Ning et
             al., 2023); usually 0.1.
-        multires_noise_iterations: number of coarser and coarser noises that are added up; usually 6 to 10.
-            0 draws white noise.
-        multires_noise_discount: weight of each noise as a multiple of the finer one's, 0 to 1; None is 0.3.
+        multires_noise_iterations: number of coarser and coarser noises that are added up, 2 or more; usually
+            6 to 10. 0 draws white noise.
+        multires_noise_discount: weight of each noise as a multiple of the finer one's, above 0, up to 1; None
+            is 0.3.
         timestep_sampling: "uniform", or "log_normal": the logarithm of sigma, which is noise rate / signal
             rate, is normal (Karras et al., 2022, table 1), and the nearest timestep is taken.
         log_sigma_mean, log_sigma_std: of that normal distribution; None is -1.2 and 1.2, as in the paper.
@@ -99,8 +100,9 @@ _RANGES = {
     "snr_gamma": ((lambda value: value > 0), "more than 0, such as 5"),
     "noise_offset": _NOT_NEGATIVE,
     "input_perturbation": _NOT_NEGATIVE,
-    "multires_noise_iterations": _NOT_NEGATIVE,
-    "multires_noise_discount": ((lambda value: 0 <= value <= 1), "a number from 0 to 1"),
+    # The first of the added noises is white as well.
+    "multires_noise_iterations": ((lambda value: value == 0 or value >= 2), "2 or more, or 0 for none"),
+    "multires_noise_discount": ((lambda value: 0 < value <= 1), "a number above 0, up to 1"),
     "log_sigma_mean": ((lambda value: True), "a number"),
     "log_sigma_std": ((lambda value: value > 0), "more than 0"),
 }

@@ -187,3 +187,10 @@ def test_empty_values_are_refused_by_their_own_names(run_program, name):
         code, _, errors = run_program(main, *name.split(), *given)
         assert code == 2 and errors.count("\n") == 1
         assert errors.startswith(f"keras-sd: error: {title}: empty; give a value"), errors
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(run_program, tmp_path):
+    from keras_sd.cli.main import main
+
+    code, _, errors = run_program(main, "dataset", tmp_path / "\x1b[31mred")
+    assert code == 2 and "\x1b" not in errors and "\\x1b[31mred" in errors

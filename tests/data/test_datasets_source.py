@@ -177,7 +177,34 @@ def test_files_that_are_cut_short(tmp_path, kind):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2 - 300])
     line = fault(folder)
-    assert line.startswith(f"data set {folder}: cannot be read (") and line.endswith("fetch its files again")
+    if kind == "tar":
+        assert line == f"{path}: a tar without its end, so it was cut short; fetch it again"
+    else:
+        assert line.startswith(f"data set {folder}: cannot be read (")
+        assert line.endswith("fetch its files again")
+
+
+@pytest.mark.parametrize("members", [2, 3, 4])
+def test_a_tar_that_is_cut_between_its_members(tmp_path, members):
+    """The library reads what is there, and says nothing."""
+    (path,) = save(table(), tmp_path / "data", "tar").iterdir()
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[members].offset
+    path.write_bytes(path.read_bytes()[: end + 100 * (members % 2)])
+    assert fault(path) == f"{path}: a tar without its end, so it was cut short; fetch it again"
+
+
+def test_a_caption_with_a_nul_and_a_path_to_a_pipe(tmp_path):
+    line = fault(save(table(text=["a\0b", *TEXTS[1:]]), tmp_path / "nul", "parquet"))
+    assert line.endswith("text: has a NUL character; write it as plain text")
+    os.mkfifo(tmp_path / "pipe")
+    whole = table()
+    images = [{"bytes": None, "path": str(tmp_path / "pipe")} for _ in range(len(whole))]
+    piped = datasets.Dataset.from_dict({"image": images, "text": TEXTS})
+    features = piped.features.copy()
+    features["image"] = datasets.Image()
+    line = fault(save(piped.cast(features), tmp_path / "piped", "parquet"))
+    assert f"{tmp_path / 'pipe'} is no file; put it back" in line
 
 
 def test_a_second_start_decodes_no_image(tmp_path, monkeypatch):

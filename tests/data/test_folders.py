@@ -454,3 +454,17 @@ def test_a_caption_of_a_file_that_is_left_out_is_left_out_with_it(tmp_path, recw
     (tmp_path / "b.txt").write_text("a phone's image")
     assert len(FolderSource(tmp_path, 16)) == 1
     assert "b.jxl" in " ".join(str(warning.message) for warning in recwarn)
+
+
+def test_a_folder_of_no_repeats_is_refused(tmp_path):
+    (tmp_path / "0_cat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "0_cat" / "a.png")
+    with pytest.raises(UserError, match="0_cat: 0 repeats, so no image is shown; rename the folder"):
+        FolderSource(tmp_path, "train", 16)
+
+
+def test_captions_with_nul_characters_are_no_text(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a red heart".encode("utf-16-le"))
+    with pytest.raises(UserError, match="a.txt: no text, as it has NUL characters; save it as UTF-8"):
+        FolderSource(tmp_path, "train", 16)

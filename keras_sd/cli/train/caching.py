@@ -1,9 +1,12 @@
 """The options of methods that train on latents: where encodings are kept."""
 
+from pathlib import Path
+
 import click
 
 from keras_sd.cli.command import decorated
 from keras_sd.data.encoding_store import DTYPES
+from keras_sd.errors import UserError
 from keras_sd.training.caching import MODES, Caching
 
 dtype_option = click.option(
@@ -39,4 +42,7 @@ def caching_of(options):
         UserError: an option has no effect.
     """
     caching = Caching(options["cache_latents"], options["cache_dir"], options["cache_dtype"])
+    if caching.cache_dir is not None and Path(caching.cache_dir).exists():
+        if not Path(caching.cache_dir).is_dir():
+            raise UserError(f"--cache-dir {caching.cache_dir}: not a folder; choose another place")
     return caching if options["center_crop"] else caching.with_random_crops()

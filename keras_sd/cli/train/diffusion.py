@@ -5,7 +5,7 @@ import dataclasses
 import click
 
 from keras_sd.cli.command import decorated
-from keras_sd.cli.option_types import FROM_ZERO, NOT_NEGATIVE, POSITIVE, SHARE, Number
+from keras_sd.cli.option_types import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
 
 diffusion_options = decorated(
     click.option(
@@ -30,7 +30,7 @@ diffusion_options = decorated(
     ),
     click.option(
         "--multires-noise-discount",
-        type=SHARE,
+        type=Number(min=0, min_open=True, max=1),
         help="Weight of each coarser noise as a multiple of the finer one's. By default 0.3.",
     ),
     click.option(

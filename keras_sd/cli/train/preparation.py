@@ -21,6 +21,7 @@ from keras_sd.cli.train.data_options import (
     reading_of,
     refuse_drawn_captions,
 )
+from keras_sd.cli.train.diffusion import diffusion_of
 from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
@@ -142,6 +143,8 @@ def prepare(
     require("array_record", "grain", "tensorboard")
     if "cache_latents" in options:
         caching_of(options)
+    if "timestep_sampling" in options:
+        diffusion_of(options)
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     apply_config(options)
@@ -172,12 +175,13 @@ def prepare(
         if name in options and options[name] is None:
             options[name] = value
     if not relative_step:
-        _check_warmup(options)
         check_learning_rate(options)
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
+    if not relative_step:
+        _check_warmup(options)
     if checkpoint is not None:
         _check_resumed(checkpoint, settings, identity)
     _print_summary(method, settings, source, options)

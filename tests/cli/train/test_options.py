@@ -91,6 +91,11 @@ BAD = [
     # Zero terminal SNR leaves nothing of a sample at the last timestep, which only epsilon cannot learn.
     ("lora", ["--train-data-dir", "images", "--pretrained-model-name-or-path", "zero-snr"], "epsilon"),
     ("text-to-image", ["--dataset-name", "emoji", "--pretrained-model-name-or-path", "zero-snr"], "epsilon"),
+    # Options of noise and loss, before data is read and a run's folder is made.
+    ("lora", ["--snr-gamma", "5", "--debiased-estimation"], "--snr-gamma 5.0: --debiased-estimation"),
+    ("lora", ["--multires-noise-discount", "0.3"], "has no effect without --multires-noise-iterations"),
+    ("ddim", ["--log-sigma-mean", "1"], "--log-sigma-mean 1.0: has no effect"),
+    ("lora", ["--cache-latents", "disk", "--cache-dir", "file"], "--cache-dir file: not a folder"),
     # Options without an effect.
     ("text-to-image", ["--unet-config", "unet.json"], "--unet-config: has no effect"),
     ("lcm", ["--loss-type", "l2", "--huber-c", "0.1"], "--huber-c: has no effect"),
