@@ -73,7 +73,7 @@ def open_dataset(name: str, config_name: str | None = None) -> dict[str, Any]:
     """
     require("datasets", instead="give a folder of images")
     library = importlib.import_module("datasets")
-    with _faults_in_one_line(name, config_name):
+    with _faults_in_one_line(name, config_name), _quiet(library, name):
         if _is_saved(Path(name)):
             found = library.load_from_disk(name)
         else:
@@ -165,6 +165,22 @@ def _arguments(name: str, config_name: str | None) -> dict[str, Any]:
         _check_tars([path] if path.is_file() else sorted(map(Path, glob.glob(name))))
         return {"path": BUILDERS[path.suffix], "data_files": name}
     return {"path": name, "name": config_name}
+
+
+@contextlib.contextmanager
+def _quiet(library: Any, name: str) -> Iterator[None]:
+    """Hide the library's log lines, whose fault is in its exception, and its bars, except of a download."""
+    logging, hides_bars = library.utils.logging, is_data_files(name)
+    verbosity, had_bars = logging.get_verbosity(), not library.utils.are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if hides_bars:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hides_bars and had_bars:
+            library.enable_progress_bars()
 
 
 def _check_tars(paths: list[Path]) -> None:

@@ -320,3 +320,15 @@ def test_the_hub_without_a_connection(monkeypatch):
     assert line.startswith("data set nobody/No-Such-Data: no such folder, and the hub cannot be reached (")
     with pytest.raises(UserError, match="dataset_config_name: has no effect on emoji"):
         load_source("emoji", "train", 16, config_name="plain")
+
+
+def test_the_library_prints_nothing_of_files_on_this_disk(tmp_path, capfd):
+    whole = save(table(), tmp_path / "data", "parquet")
+    (path,) = save(table(), tmp_path / "cut", "parquet").iterdir()
+    path.write_bytes(path.read_bytes()[:300])
+    capfd.readouterr()
+    datasets.enable_progress_bars()
+    load_source(str(whole), "train", 16)
+    fault(tmp_path / "cut")
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.utils.are_progress_bars_disabled()
