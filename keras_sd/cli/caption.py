@@ -105,8 +105,16 @@ def caption(folder, threads, num_shards, shard_index, txt, contact_sheet, overwr
     if missing and options["ray_address"] is not None:
         _caption_on_ray(captioned, missing, threads, options)
     elif missing:
+        names = workers.devices(options["devices"])
+        if len(names) > 1 and num_shards > 1:
+            raise UserError(
+                f"--devices {options['devices']}: already splits the folder; leave out --num-shards"
+            )
         with _bar(missing) as bar:
-            _caption(captioned, shard_index, num_shards, threads, options["devices"], bar.update)
+            if len(names) > 1:
+                workers.caption_by_workers(captioned, names, threads, bar.update)
+            else:
+                caption_shard(captioned, shard_index, num_shards, names[0], threads, bar.update)
     summary = captioned.write(clean, txt)
     if contact_sheet is not None and summary.captions:
         _write_sheet(captioned, summary, contact_sheet.free())
@@ -117,17 +125,6 @@ def _bar(missing):
     from tqdm import tqdm
 
     return tqdm(total=len(missing), desc="captions", unit="image")
-
-
-def _caption(captioned, shard_index, num_shards, threads, devices, advance):
-    """Caption a shard on the devices of this machine."""
-    names = workers.devices(devices)
-    if len(names) == 1:
-        caption_shard(captioned, shard_index, num_shards, names[0], threads, advance)
-    elif num_shards > 1:
-        raise UserError(f"--devices {devices}: already splits the folder; leave out --num-shards")
-    else:
-        workers.caption_by_workers(captioned, names, threads, advance)
 
 
 def _caption_on_ray(captioned, missing, threads, options):

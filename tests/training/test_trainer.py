@@ -296,7 +296,7 @@ def test_numbers_that_a_step_has_none_for_are_refused(tmp_path, name, value):
     "name, values",
     {
         "max_train_steps": [1.5, 3.0, True, None],
-        "learning_rate": [None, True, "1"],
+        "learning_rate": [[], True, "1"],
         "seed": [None, 1.5],
         "checkpoints_total_limit": [2.0, True],
         "resume_from_checkpoint": [5],
