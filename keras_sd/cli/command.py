@@ -95,6 +95,8 @@ def refuse_unused(names, has_effect, reason):
     Args:
         reason: the cause, as the rest of the message "--name: has no effect ...".
     """
+    if has_effect:
+        return
     context = click.get_current_context()
     given = click.core.ParameterSource.COMMANDLINE
     flags = [
@@ -102,7 +104,7 @@ def refuse_unused(names, has_effect, reason):
         for parameter in context.command.params
         if parameter.name in names and context.get_parameter_source(parameter.name) is given
     ]
-    if flags and not has_effect:
+    if flags:
         has, it = ("has", "it") if len(flags) == 1 else ("have", "them")
         raise UserError(f"{', '.join(flags)}: {has} no effect {reason}; leave {it} out")
 

@@ -75,14 +75,15 @@ class ConsistencyObjective(DiffusionObjective):
         return of_noisy * noisy + of_sample * sample
 
 
-def consistency_example(example, generator, timesteps):
+def consistency_example(example, generator, timesteps, noise):
     """Draw the arrays of one training example: those of `diffusion_example` and the empty caption.
 
     Args:
         example: an example of an `encodings.EncodedSource`.
         timesteps: the timesteps to draw from, int `(n,)`.
+        noise: `NoiseDrawing` of so many timesteps.
     """
-    drawn = diffusion_example(example, generator, noise=NoiseDrawing(DiffusionSettings(), len(timesteps)))
+    drawn = diffusion_example(example, generator, noise=noise)
     return drawn | {
         "timesteps": np.int32(timesteps[drawn["timesteps"]]),
         "negative": example["empty_context"],
@@ -130,7 +131,11 @@ def train_consistency(
     )
     return trainer.run(
         source,
-        functools.partial(consistency_example, timesteps=timesteps),
+        functools.partial(
+            consistency_example,
+            timesteps=timesteps,
+            noise=NoiseDrawing(DiffusionSettings(), len(timesteps)),
+        ),
         repeats=repeats,
         make_evaluation=make_evaluation,
         export=export,

@@ -76,10 +76,13 @@ def test_examples_are_those_of_diffusion_at_the_steps_of_the_teacher():
         "empty_context": np.zeros((12, 16), "float32"),
     }
     timesteps = np.array([999, 749, 499, 249])
-    drawn = [consistency_example(example, np.random.default_rng(seed), timesteps) for seed in range(200)]
+    noise = NoiseDrawing(DiffusionSettings(), 4)
+    drawn = [
+        consistency_example(example, np.random.default_rng(seed), timesteps, noise) for seed in range(200)
+    ]
     counts = [sum(one["timesteps"] == timestep for one in drawn) for timestep in timesteps]
     assert sum(counts) == 200 and min(counts) > 30
-    plain = diffusion_example(example, np.random.default_rng(7), noise=NoiseDrawing(DiffusionSettings(), 4))
+    plain = diffusion_example(example, np.random.default_rng(7), noise=noise)
     for name in ("samples", "noise", "context"):
         np.testing.assert_array_equal(drawn[7][name], plain[name])
     np.testing.assert_array_equal(drawn[7]["negative"], example["empty_context"])
