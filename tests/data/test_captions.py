@@ -164,7 +164,7 @@ def test_all_faults_are_named_or_left_out(folder, capsys):
     assert any("32 faulty examples are left out, the first is" in note for note in source.notes)
     for name in "ab":
         (folder / f"{name}.png").write_bytes(b"no image")
-    with pytest.raises(BadSamples):  # none is left
+    with pytest.raises(UserError, match="every example is faulty, the first is"):
         opened(folder, skip=True)
     with pytest.raises(UserError, match="on_bad_sample 'ignore': unknown"):
         FolderSource(folder, 16, on_bad_sample="ignore")
