@@ -30,6 +30,7 @@ from keras_sd.cli.train.framing import (
     train_batch_size_of,
     train_batch_size_option,
 )
+from keras_sd.cli.train.masks import mask_options
 from keras_sd.cli.train.options import mixed_precision_option
 from keras_sd.errors import UserError, require
 from keras_sd.progress import Progress
@@ -43,6 +44,7 @@ _OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_tok
 @click.argument("folder", type=click.Path(file_okay=False))
 @pretrained_option
 @source_options()
+@mask_options
 @max_token_length_option
 @click.option(
     "--images-only",

@@ -65,6 +65,8 @@ FOREIGN_FLAGS = {
     "--min-bucket-reso": _SIZES,
     "--max-bucket-reso": _SIZES,
     "--bucket-reso-steps": _SIZES,
+    "--masked-loss": "give --mask-data-dir or --alpha-mask, which mean it",
+    "--conditioning-data-dir": "is called --mask-data-dir here",
     "--random-crop": "use --no-center-crop with --cache-latents off",
     "--flip-aug": "is called --random-flip here",
     "--color-aug": "colours are not changed; leave it out",

@@ -45,6 +45,19 @@ class ChosenSource:
         """Return what a frame takes of an image, uint8 (height, width, 3)."""
         return self.source.read(int(self._indices[index]), frame)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether `read_mask` gives the masks of images."""
+        return bool(getattr(self.source, "has_masks", False))
+
+    def read_mask(self, index: int, frame: "Frame") -> np.ndarray:
+        """Return what a frame takes of an image's mask, uint8 (height, width)."""
+        return self.source.read_mask(int(self._indices[index]), frame)
+
+    def mask_keys(self) -> list[str]:
+        """Return a text for each image that names its mask's content."""
+        return self._of(self.source.mask_keys())
+
     def sizes(self) -> np.ndarray:
         """Return (height, width) of each upright image in pixels, int (n, 2)."""
         return np.asarray(self.source.sizes())[self._indices]

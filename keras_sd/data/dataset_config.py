@@ -11,6 +11,7 @@ from typing import Any
 
 from keras_sd.data.caption_files import METADATA, TABLE, CaptionFiles
 from keras_sd.data.captions import Captions
+from keras_sd.data.masks import MaskFiles
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_text, shown
 
@@ -24,9 +25,12 @@ _OF_SUBSETS: dict[str, tuple[type, ...]] = {
     "caption_tag_dropout_rate": (int, float),
     "image_column": (str,),
     "caption_column": (str,),
+    "alpha_mask": (bool,),
+    "unmasked_weight": (int, float),
 }
 _OF_ONE: dict[str, tuple[type, ...]] = {
     "image_dir": (str,),
+    "conditioning_data_dir": (str,),
     "dataset_name": (str,),
     "dataset_config_name": (str,),
     "class_tokens": (str,),
@@ -74,6 +78,7 @@ class Subset:
         config_name: the configuration of a data set on the hub.
         is_reg: whether it holds images of the class for DreamBooth's prior preservation.
         caption_keys: the keys that say something of captions.
+        masks: where the masks of its images are.
     """
 
     place: str | Path
@@ -84,6 +89,7 @@ class Subset:
     config_name: str | None = None
     is_reg: bool = False
     caption_keys: tuple[str, ...] = ()
+    masks: MaskFiles = MaskFiles()
 
     def identity(self) -> dict[str, Any]:
         """Return the JSON values that a run shares with the run that resumes it."""
@@ -213,12 +219,24 @@ def _subset(path: Path, where: str, table: dict) -> Subset:
             table.get("class_tokens"),
         )
         captions = Captions(**{key: table[key] for key in _RULES if key in table})
+        masks = _masks(table, path)
     except UserError as error:
         raise UserError(f"{path}, {where}: {error}") from error
     place = _folder(folder, path) if folder else str(name)
     keys = tuple(key for key in _OF_CAPTIONS if table.get(key))
     name, is_reg = table.get("dataset_config_name"), table.get("is_reg", False)
-    return Subset(place, repeats, weight, files, captions, name, is_reg, keys)
+    return Subset(place, repeats, weight, files, captions, name, is_reg, keys, masks)
+
+
+def _masks(table: dict, path: Path) -> MaskFiles:
+    """Return where masks are; a folder of its own overrules an `alpha_mask` of all data sets."""
+    folder = table.get("conditioning_data_dir")
+    alpha = table.get("alpha_mask", False) and folder is None
+    if folder is None and not alpha and "unmasked_weight" in table:
+        raise UserError(
+            "unmasked_weight has no effect without alpha_mask or conditioning_data_dir; remove it"
+        )
+    return MaskFiles(alpha, None if folder is None else _folder(folder, path), table.get("unmasked_weight"))
 
 
 def _folder(name: str, path: Path) -> Path:

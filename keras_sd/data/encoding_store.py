@@ -58,7 +58,8 @@ _MOST_READERS = 256  # open files; a process may usually have 1024
 class Header(TypedDict):
     """The schema of a shard's header.
 
-    `kind` is "latents" or "text"; `model` names the weights and the precision that computed the arrays.
+    `kind` is "latents", "text" or "masks"; `model` names the weights and the precision that computed the
+    arrays, and is empty for masks.
     """
 
     version: Literal[1]

@@ -16,6 +16,7 @@ from keras_sd.data.faults import Faults, warn_once
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import MINIMUM_SIDE, read_frame
 from keras_sd.data.listing import holds_images, image_paths, list_folder, no_folder
+from keras_sd.data.masks import MaskFiles, Masks
 from keras_sd.errors import UserError
 
 __all__ = ["METADATA", "FolderSource", "count_images", "digest", "image_paths", "no_folder", "split_folder"]
@@ -39,6 +40,7 @@ class FolderSource:
         need_captions: False reads every image below the folder and no captions.
         caption_files: where captions are.
         on_bad_sample: "error" names all faulty examples; "skip" leaves them out and counts them.
+        masks: where masks of the images are; without any, all of an image counts.
 
     Attributes:
         notes: what the user should know of the data, each in a line.
@@ -55,6 +57,7 @@ class FolderSource:
         *,
         caption_files: CaptionFiles | None = None,
         on_bad_sample: str = "error",
+        masks: MaskFiles | None = None,
     ) -> None:
         self.folder = checked_path("folder", folder)
         self.image_size = image_size
@@ -75,6 +78,12 @@ class FolderSource:
         names = [name for name in listing.images if name in captions]
         paths = [self.folder / name for name in names]
         found = examine_images(paths, lambda path, error: faults.add(error))
+        self._masks: Masks | None = None
+        if masks:
+            arguments = names, found, lambda path, error: faults.add(error), self.notes
+            self._masks = Masks(masks, self.folder, *arguments)
+            masked = self._masks
+            found = [one if name in masked else None for name, one in zip(names, found, strict=True)]
         faults.raise_or_note(len(paths) - found.count(None), self.notes)
         good = [(path, name, one) for path, name, one in zip(paths, names, found, strict=True) if one]
         self._examples = [(path, captions[name]) for path, name, _ in good]
@@ -105,6 +114,24 @@ class FolderSource:
             UserError: the file is missing or damaged, or was replaced by an image of another size.
         """
         return read_frame(self._examples[index][0], frame, self._damage_found)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether `read_mask` gives the masks of images."""
+        return self._masks is not None
+
+    def read_mask(self, index: int, frame: Frame) -> np.ndarray:
+        """Return what a frame takes of an image's mask, uint8 (height, width); errors are those of `read`."""
+        return self._checked_masks().read(self._name(self._examples[index][0]), frame)
+
+    def mask_keys(self) -> list[str]:
+        """Return a text for each image that names its mask's content."""
+        return self._checked_masks().keys([self._name(path) for path, _ in self._examples])
+
+    def _checked_masks(self) -> Masks:
+        if self._masks is None:
+            raise UserError(f"{self.folder}: was opened without masks; give `masks`")
+        return self._masks
 
     def _damage_found(self, path: Path) -> None:
         if not self._damaged:
@@ -189,6 +216,8 @@ class FolderSource:
                 raise UserError(f"{path}: cannot be found ({error.strerror}); put it back") from error
             name = self._name(path).replace(os.sep, "/")
             described.append([name, state.st_size, state.st_mtime_ns, *captions])
+            if self._masks is not None:
+                described[-1] += self._masks.described(self._name(path))
         return digest(["folder", described])
 
 

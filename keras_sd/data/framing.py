@@ -173,6 +173,12 @@ def framed_source(
         return framed
 
 
+def _framed(read, index, frame):
+    """Return what a source reads of an image, or of its mask, flipped if the frame says so."""
+    pixels = read(index, dataclasses.replace(frame, flip=False))
+    return pixels[:, ::-1] if frame.flip else pixels
+
+
 class FramedSource:
     """The examples of a source with their images framed: cropped and resized to the size of a bucket.
 
@@ -216,10 +222,20 @@ class FramedSource:
         return self._example(index, self.frame(index))
 
     def _example(self, index, frame):
-        image = self.source.read(index, dataclasses.replace(frame, flip=False))
-        if frame.flip:
-            image = image[:, ::-1]
-        return {**self.source.details(index), "image": image}
+        return {**self.source.details(index), "image": _framed(self.source.read, index, frame)}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether `mask` gives the masks of images."""
+        return bool(getattr(self.source, "has_masks", False))
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask of `self[index]`, uint8 (height, width): of 255 the weight of each pixel."""
+        return _framed(self.source.read_mask, index, self.frame(index))
+
+    def mask_keys(self) -> list[str]:
+        """Return a text for each image that names its mask's content."""
+        return self.source.mask_keys()
 
     def frame(self, index: int) -> Frame:
         """Return the frame of `self[index]`."""
@@ -239,8 +255,10 @@ class FramedSource:
         return self._frame(index, **options)
 
     def draw_example(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
-        """Return an example with its image cropped and flipped as `draw_frame` says."""
-        return self._example(index, self.draw_frame(index, generator))
+        """Return an example with its image, and its `mask`, cropped and flipped as `draw_frame` says."""
+        frame = self.draw_frame(index, generator)
+        example = self._example(index, frame)
+        return example | {"mask": _framed(self.source.read_mask, index, frame)} if self.has_masks else example
 
     def draw_image(self, index: int, generator: np.random.Generator) -> np.ndarray:
         """Return the image of `draw_example`, uint8 (height, width, 3)."""

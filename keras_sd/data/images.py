@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageChops, features
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -152,11 +152,16 @@ def check_image(path: Path) -> bool:
 
 
 def read_frame(
-    path: Path | StoredImage, frame: Frame, on_damage: Callable[[Any], None] | None = None
+    path: Path | StoredImage,
+    frame: Frame,
+    on_damage: Callable[[Any], None] | None = None,
+    of: str = "colours",
 ) -> np.ndarray:
     """Return a part of an image, resized: uint8 (height, width, 3), upright, transparency on white.
 
     Args:
+        of: "colours"; or "alpha" or "brightness" for one channel, uint8 (height, width). Transparent pixels
+            have no brightness, and an image without an alpha channel is opaque.
         on_damage: called with the path if the EXIF block is damaged, so that the image is not rotated. By
             default there is a warning.
 
@@ -170,21 +175,33 @@ def read_frame(
         if found != frame.original:
             sides = [f"{width} x {height}" for height, width in (found, frame.original)]
             raise UserError(f"{path}: is {sides[0]} pixels now, but was {sides[1]}; start again")
-        return framed(upright, frame, reduced)
+        return framed(upright, frame, reduced, of)
 
 
-def framed(image: Image.Image, frame: Frame, reduced: float = 1) -> np.ndarray:
+def framed(image: Image.Image, frame: Frame, reduced: float = 1, of: str = "colours") -> np.ndarray:
     """Return what a frame takes of a Pillow image: uint8 (height, width, 3), transparency on white.
 
     Args:
         image: upright.
         reduced: the factor by which the image's sides are already smaller.
+        of: as `read_frame` takes it.
     """
     top, left, bottom, right = (side / reduced for side in frame.box)
     box = left, top, min(right, image.width), min(bottom, image.height)
     method = Image.Resampling[frame.interpolation.upper()]
-    pixels = np.asarray(_on_white(image).resize(frame.size[::-1], method, box))
+    converted = {"colours": _on_white, "alpha": _alpha, "brightness": _brightness}[of](image)
+    pixels = np.asarray(converted.resize(frame.size[::-1], method, box))
     return pixels[:, ::-1] if frame.flip else pixels
+
+
+def has_transparency(path: Path | StoredImage) -> bool:
+    """Return whether an image has an alpha channel or a transparent colour, by its header.
+
+    Raises:
+        UserError: as `check_image`.
+    """
+    with _open(path) as image, _damage_as_user_error(path):
+        return image.has_transparency_data
 
 
 def read_square(path: Path, size: int, on_damage: Callable[[Path], None] | None = None) -> np.ndarray:
@@ -310,6 +327,22 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         return _composed(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    """Return the opacity of an image's pixels, 8 bits."""
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _brightness(image: Image.Image) -> Image.Image:
+    """Return the brightness of an image's pixels, 8 bits; transparent ones are black."""
+    image = _in_eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB").convert("L")
+    image = image.convert("RGBA")
+    return ImageChops.multiply(image.convert("RGB").convert("L"), image.getchannel("A"))
 
 
 def _composed(image: Image.Image) -> Image.Image:

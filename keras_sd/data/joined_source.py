@@ -10,6 +10,7 @@ from keras_sd.data.captions import Captions
 from keras_sd.data.dataset_config import DatasetConfig
 from keras_sd.data.folders import digest
 from keras_sd.data.framing import Frame
+from keras_sd.data.masks import mask_keys, read_mask
 
 _PARTS = 20  # the smallest repeats of weighted sources, so that shares are within a few percent
 
@@ -54,6 +55,20 @@ class ConfiguredSource:
         """Return what a frame takes of an image, uint8 (height, width, 3)."""
         source, place = self._find(index)
         return source.read(place, frame)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether one of the sources has masks; in the others all of an image counts."""
+        return any(getattr(source, "has_masks", False) for source in self.sources)
+
+    def read_mask(self, index: int, frame: Frame) -> np.ndarray:
+        """Return what a frame takes of an image's mask, uint8 (height, width)."""
+        source, place = self._find(index)
+        return read_mask(source, place, frame)
+
+    def mask_keys(self) -> list[str]:
+        """Return a text for each image that names its mask's content."""
+        return [key for source in self.sources for key in mask_keys(source)]
 
     def sizes(self) -> np.ndarray:
         """Return (height, width) of each upright image in pixels, int (n, 2)."""

@@ -42,6 +42,7 @@ from keras_sd.data.folders import FolderSource, digest, no_folder, split_folder
 from keras_sd.data.framing import Frame, frame_of
 from keras_sd.data.images import framed
 from keras_sd.data.joined_source import ConfiguredSource
+from keras_sd.data.masks import MaskFiles
 from keras_sd.data.tfds_source import TFDSSource, knows_name, prepared_builder
 from keras_sd.errors import UserError, installed_version
 
@@ -187,6 +188,7 @@ def load_source(
     streaming: bool = False,
     max_samples: int | None = None,
     seed: int = 0,
+    masks: MaskFiles | None = None,
 ) -> EmojiSource | FolderSource | DatasetsSource | TFDSSource | ChosenSource:
     """Open and check a source of images.
 
@@ -206,6 +208,7 @@ def load_source(
             and keep them in the library's cache.
         max_samples: take so many examples at most: chosen by the seed or, with streaming, the first ones.
         seed: of that choice.
+        masks: where masks of the images of a folder are.
 
     Raises:
         UserError: the source is missing, empty or damaged, or has no such split; or an argument has no effect
@@ -217,15 +220,23 @@ def load_source(
         **dataclasses.asdict(files),
         "on_bad_sample": on_bad_sample if on_bad_sample != "error" else None,
         "streaming": streaming or None,
+        "masks": masks or None,
     }
     for argument, value in given.items():
         if value is not None and argument not in _USED[kind]:
+            if argument == "masks":
+                raise UserError(f"{name}: masks are read from folders of images alone; leave them out")
             raise UserError(f"{argument}: has no effect on {name}; leave it out")
     source: EmojiSource | FolderSource | DatasetsSource | TFDSSource
     if kind == "folder":
         folder = split_folder(Path(name), split)
         source = FolderSource(
-            folder, image_size, need_captions, caption_files=caption_files, on_bad_sample=on_bad_sample
+            folder,
+            image_size,
+            need_captions,
+            caption_files=caption_files,
+            on_bad_sample=on_bad_sample,
+            masks=masks,
         )
     elif kind == "emoji":
         source = EmojiSource(split, image_size, _EMOJI[str(name)])
@@ -290,6 +301,7 @@ def load_config(
                 config_name=subset.config_name,
                 caption_files=subset.caption_files if need_captions else _image_files(subset.caption_files),
                 on_bad_sample=on_bad_sample if has_samples else "error",
+                masks=subset.masks,
             )
         )
     return chosen(ConfiguredSource(config, sources), max_samples, seed)
@@ -303,7 +315,7 @@ def _image_files(files: CaptionFiles) -> CaptionFiles | None:
 _OF_ALL = ("image_column", "caption_column", "on_bad_sample")
 # The arguments that have an effect on each kind of source.
 _USED = {
-    "folder": (*_OF_ALL, "caption_extension", "caption_lines", "class_tokens"),
+    "folder": (*_OF_ALL, "caption_extension", "caption_lines", "class_tokens", "masks"),
     "datasets": (*_OF_ALL, "dataset_config_name", "streaming"),
     "emoji": (),
     "tfds": ("on_bad_sample",),

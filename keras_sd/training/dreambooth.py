@@ -24,11 +24,12 @@ from keras_sd.training.text_to_image import diffusion_example, diffusion_identit
 from keras_sd.training.trainer import Trainer
 
 
-def read_images(folder, prompt, image_size, on_bad_sample="error"):
+def read_images(folder, prompt, image_size, on_bad_sample="error", masks=None):
     """Return all images in a folder and its sub-folders, each with the prompt as its caption.
 
     Args:
         on_bad_sample: "error" names all faulty images; "skip" leaves them out and counts them.
+        masks: `data.masks.MaskFiles`: where masks of the images are; None for none.
 
     Returns:
         A `FramedSource` of squares, which reads each image on access.
@@ -36,7 +37,7 @@ def read_images(folder, prompt, image_size, on_bad_sample="error"):
     Raises:
         UserError: there are no images, or one of them cannot be used for training.
     """
-    source = FolderSource(folder, image_size, need_captions=False, on_bad_sample=on_bad_sample)
+    source = FolderSource(folder, image_size, need_captions=False, on_bad_sample=on_bad_sample, masks=masks)
     return FramedSource(source.with_captions((prompt,)), Framing(image_size))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_sd import backend
+from keras_sd.data.masks import mask_keys
 from keras_sd.errors import UserError
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class Examples:
         # Computed before the files are read, so that a change meanwhile is noticed by the next run.
         self._fingerprint = fingerprint_of(source)
         self._has_flips = bool(framing_of(source, "random_flip"))
+        self._has_masks = bool(getattr(source, "has_masks", False))
         self._start, self._count = 0, len(source)
 
     @property
@@ -76,7 +78,8 @@ class Examples:
 
         Keys: mean and standard_deviation of the scaled latents `(h, w, c)`, contexts and empty_context. The
         contexts `(n, tokens, width)` are those of the captions; `(n, tokens)` without a text encoder. In
-        place of the moments an `UnencodedSource` has the image and latent_shape.
+        place of the moments an `UnencodedSource` has the image and latent_shape. A source with masks has
+        mask: the weight of each latent `(h, w, 1)`.
         """
         return self._example(self._place(index), is_flipped=False)
 
@@ -104,14 +107,48 @@ class Examples:
         return parts
 
 
-def cached_example(moments, contexts, empty_context):
-    """Return an example of kept encodings."""
-    return {
+def cached_example(moments, contexts, empty_context, mask=None, is_flipped=False):
+    """Return an example of kept encodings; a mask is kept as that of the image that is not flipped."""
+    example = {
         "mean": moments[0].astype("float32", copy=False),
         "standard_deviation": moments[1].astype("float32", copy=False),
         "contexts": contexts,
         "empty_context": empty_context,
     }
+    if mask is not None:
+        example["mask"] = mask[:, ::-1] if is_flipped else mask
+    return example
+
+
+def latent_mask(mask: npt.NDArray[np.uint8], latent_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    """Return the weight of each latent: the mean of its pixels in a mask, from 0 to 1.
+
+    Args:
+        mask: uint8 `(height, width)`.
+        latent_shape: (height / factor, width / factor, channels).
+
+    Returns:
+        float32 `(height / factor, width / factor, 1)`.
+    """
+    rows, columns, _ = latent_shape
+    cells = mask.reshape(rows, mask.shape[0] // rows, columns, mask.shape[1] // columns)
+    return (cells.mean(axis=(1, 3)) / 255).astype("float32")[..., None]
+
+
+class MaskReading:
+    """The masks of a framed source by latents, for `encoder.read_ahead`.
+
+    Args:
+        source: a `data.framing.FramedSource` with masks.
+        encoder: `encoder.Encoder`.
+    """
+
+    def __init__(self, source: Any, encoder: Encoder) -> None:
+        self._source, self._encoder = source, encoder
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.float32]:
+        mask = self._source.mask(index)
+        return latent_mask(mask, self._encoder.latent_shape(*mask.shape))
 
 
 class EncodedSource(Examples):
@@ -180,6 +217,13 @@ class EncodedSource(Examples):
             total = len(self._captions.token_ids)
             with Progress("encoding captions", total, "captions", delay=2.0, disable=not show) as bar:
                 self._contexts = self._encode_captions(encoder, bar)
+        self._masks = None
+        if self._has_masks:
+            with Progress("reading masks", len(source), "masks", delay=2.0, disable=not show) as bar:
+                self._masks = []
+                for mask in read_ahead(MaskReading(source, encoder), range(len(source))):
+                    self._masks.append(mask)
+                    bar.update(1)
 
     def _encode_captions(self, encoder, bar):
         ids, size = self._captions.token_ids, encoder.text_batch_size
@@ -222,7 +266,9 @@ class EncodedSource(Examples):
     def _example(self, index, is_flipped):
         bucket = 0 if self._buckets is None else self._buckets[index]
         moments = self._moments[is_flipped][bucket][self._within[index]]
-        return cached_example(moments, self._context(self._captions.rows(index)), self._context(0))
+        mask = None if self._masks is None else self._masks[index]
+        contexts = self._context(self._captions.rows(index)), self._context(0)
+        return cached_example(moments, *contexts, mask, is_flipped)
 
     def _context(self, rows):
         kind = "int32" if self.condition == "token_ids" else "float32"
@@ -258,7 +304,8 @@ class UnencodedSource(Examples):
         self._lock = threading.Lock()
 
     def _example(self, index, is_flipped):
-        return self._with_captions(index, self._source[index])
+        masks = {"mask": self._source.mask(index)} if self._has_masks else {}
+        return self._with_captions(index, self._source[index] | masks)
 
     def draw_example(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
         """Return an example, cropped and flipped as the source's framing says."""
@@ -268,9 +315,11 @@ class UnencodedSource(Examples):
 
     def _with_captions(self, index, example):
         ids = self._captions.token_ids
-        return {
+        shape = self._encoder.latent_shape(*example["image"].shape[:2])
+        masks = {"mask": latent_mask(example["mask"], shape)} if self._has_masks else {}
+        return masks | {
             "image": example["image"],
-            "latent_shape": self._encoder.latent_shape(*example["image"].shape[:2]),
+            "latent_shape": shape,
             "contexts": ids[self._captions.rows(index)].astype("int32"),
             "empty_context": ids[0].astype("int32"),
         }
@@ -315,6 +364,10 @@ class UnencodedSource(Examples):
         return contexts.reshape(*token_ids.shape[:-1], *contexts.shape[1:])
 
 
+def _white(size):
+    return np.full(size, 255, np.uint8)
+
+
 class JoinedSource:
     """The examples of several framed sources with one framing, one source after the other.
 
@@ -348,7 +401,22 @@ class JoinedSource:
     def draw_example(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
         """Return an example, cropped and flipped as its source's framing says."""
         source, index = self._found(index)
-        return source.draw_example(index, generator)
+        example = source.draw_example(index, generator)
+        return {"mask": _white(example["image"].shape[:2])} | example if self.has_masks else example
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether one of the sources has masks; in the others all of an image counts."""
+        return any(source.has_masks for source in self.sources)
+
+    def mask(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return the mask of `self[index]`, uint8 `(height, width)`."""
+        source, index = self._found(index)
+        return source.mask(index) if source.has_masks else _white(source.bucket_sizes[source.buckets[index]])
+
+    def mask_keys(self) -> list[str]:
+        """Return a text for each image that names its mask's content."""
+        return [key for source in self.sources for key in mask_keys(source)]
 
     def frame_key(self, index: int) -> str:
         """Return what names the framing of an image."""

@@ -70,6 +70,7 @@ class DiffusionObjective(Objective):
 
     - `context (n, tokens, features)`, or `token_ids (n, tokens)` if the text encoder is trained, too;
     - `channels (n, h, w, c)`, additional input channels, and `class_labels (n,)`: an upscaler has both;
+    - `mask (n, h, w, 1)`, the weight of each latent in the loss, 0 to 1;
     - `input_noise`, which is added to the samples in place of `noise`, the target (input perturbation, Ning
       et al., 2023).
 
@@ -119,7 +120,8 @@ class DiffusionObjective(Objective):
         )
         noisy = prediction.add_noise(samples, batch.get("input_noise", noise), signal_rate, noise_rate)
         target = prediction.target(self.prediction_type, samples, noise, signal_rate, noise_rate)
-        return ops.mean(weight * ops.square(self._predict(noisy, timesteps, batch) - target), axis=(1, 2, 3))
+        errors = weight * ops.square(self._predict(noisy, timesteps, batch) - target)
+        return ops.mean(batch["mask"] * errors if "mask" in batch else errors, axis=(1, 2, 3))
 
     def _predict(self, noisy, timesteps, batch):
         if "channels" in batch:

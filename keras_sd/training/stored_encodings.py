@@ -33,6 +33,7 @@ from keras_sd.training.encoder import (
 from keras_sd.training.encodings import (
     EncodedSource,
     Examples,
+    MaskReading,
     UnencodedSource,
     cached_example,
     fingerprint_of,
@@ -145,6 +146,7 @@ class StoredSource(Examples):
         self.encoded = filling.encoded
         self._latents = store.find(filling.keys).reshape(-1, len(source))
         self._texts = None if filling.text_keys is None else store.find(filling.text_keys)
+        self._masks = None if filling.mask_keys is None else store.find(filling.mask_keys)
         self._empty = self._context(0)
 
     def _example(self, index, is_flipped):
@@ -154,7 +156,8 @@ class StoredSource(Examples):
             contexts = self._captions.token_ids[rows].astype("int32")
         else:
             contexts = _StoredContexts(self._store, self._texts[rows])
-        return cached_example(moments, contexts, self._empty)
+        mask = None if self._masks is None else self._store.read(self._masks[index])
+        return cached_example(moments, contexts, self._empty, mask, is_flipped)
 
     def _context(self, row):
         if self._texts is None:
@@ -242,6 +245,7 @@ class ShardEncoder:
         """
         self._encode_images([job for job in jobs if job.kind == "latents"])
         self._encode_captions([job for job in jobs if job.kind == "text"])
+        self._write_masks([job for job in jobs if job.kind == "masks"])
 
     def _encode_images(self, jobs):
         total = sum(len(job.rows) for job in jobs)
@@ -276,6 +280,17 @@ class ShardEncoder:
                 self._store.write("text", self._text_encoder, job.keys, list(contexts), self._dtype)
                 bar.update(len(job.rows))
 
+    def _write_masks(self, jobs):
+        total = sum(len(job.rows) for job in jobs)
+        hidden = not self._show or not jobs
+        with Progress("reading masks", total, "masks", delay=2.0, disable=hidden) as bar:
+            rows = np.concatenate([np.empty(0, int), *(job.rows for job in jobs)])
+            masks = read_ahead(MaskReading(self._versions[0], self._encoder), rows) if jobs else iter(())
+            for job in jobs:
+                (arrays,) = batched(masks, [len(job.rows)])
+                self._store.write("masks", "", job.keys, arrays)
+                bar.update(len(job.rows))
+
 
 class Filling(ShardEncoder):
     """Encodes what a store lacks of a source; the arguments are those of `ShardEncoder`.
@@ -286,6 +301,7 @@ class Filling(ShardEncoder):
     Attributes:
         keys: of all images, and then of the flipped ones.
         text_keys: of the distinct captions; None without a text encoder.
+        mask_keys: of the masks of images that are not flipped; None without masks.
     """
 
     def __init__(
@@ -310,6 +326,13 @@ class Filling(ShardEncoder):
             ids = captions.token_ids.astype("<i4")
             self.text_keys = keys_of(
                 ["text", self._text_encoder, dtype], (row.tobytes().hex() for row in ids)
+            )
+        self.mask_keys = None
+        if source.has_masks:
+            described = enumerate(source.mask_keys())
+            self.mask_keys = keys_of(
+                ["masks", encoder.vae.config.downsampling],
+                (f"{mask} {source.frame_key(index)}" for index, mask in described),
             )
 
     def run(self) -> None:
@@ -336,6 +359,8 @@ class Filling(ShardEncoder):
         jobs = self._divided("latents", self.keys, self._buckets)
         if self.text_keys is not None:
             jobs += self._divided("text", self.text_keys, np.zeros(len(self.text_keys), int))
+        if self.mask_keys is not None:
+            jobs += self._divided("masks", self.mask_keys, self._buckets[: self._count])
         return jobs
 
     def _divided(self, kind, keys, groups):
@@ -374,6 +399,8 @@ class Filling(ShardEncoder):
 
     def _bytes(self, job):
         encoder = self._encoder
+        if job.kind == "masks":
+            return 4 * len(job.rows) * math.prod(encoder.latent_shape(*self._size_of(job))[:2])
         if job.kind == "text":
             size = self._captions.token_ids.shape[1] * encoder.text_encoder.config.hidden_size
         else:

@@ -49,6 +49,8 @@ def diffusion_example(
         drawn = {"samples": example["mean"] + example["standard_deviation"] * normal(*shape)}
     else:
         drawn = {"image": example["image"], "posterior_noise": normal(*shape)}
+    if "mask" in example:
+        drawn["mask"] = example["mask"]
     context = example["empty_context"] if dropped else contexts[choice]
     return {**drawn, **noise.draw(generator, shape), condition: context}
 

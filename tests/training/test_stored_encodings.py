@@ -10,6 +10,7 @@ from PIL import Image
 
 from keras_sd.data.folders import FolderSource
 from keras_sd.data.framing import FramedSource, Framing
+from keras_sd.data.masks import MaskFiles
 from keras_sd.data.sources import batches
 from keras_sd.errors import UserError
 from keras_sd.training.caching import MODES, Caching
@@ -35,8 +36,18 @@ def write_images(folder, count):
     return folder
 
 
-def framed(folder, **framing):
-    return FramedSource(FolderSource(folder, 16), Framing(16, **framing))
+def framed(folder, masks=None, **framing):
+    return FramedSource(FolderSource(folder, 16, masks=masks), Framing(16, **framing))
+
+
+def write_masks(images, folder):
+    """A mask of grey levels for each image."""
+    folder.mkdir()
+    for index, path in enumerate(sorted(images.glob("*.png"))):
+        height, width = np.asarray(Image.open(path)).shape[:2]
+        pixels = np.random.default_rng(100 + index).integers(0, 256, (height, width), "uint8")
+        Image.fromarray(pixels).save(folder / path.name)
+    return MaskFiles(mask_data_dir=folder)
 
 
 def encode(source, sd, mode, folder=None, dtype="float32", text_encoder=None, jit_compile=False):
@@ -85,8 +96,8 @@ def store(tmp_path_factory, folder, sd):
     return place
 
 
-def check_modes(folder, cache, sd, **framing):
-    source = framed(folder, **framing)
+def check_modes(folder, cache, sd, masks=None, **framing):
+    source = framed(folder, masks, **framing)
     options = {"text_encoder": sd.text_encoder, "jit_compile": True}
     encoded = [encode(source, sd, mode, cache, **options) for mode in MODES]
     assert [type(one) for one in encoded] == [EncodedSource, StoredSource, UnencodedSource]
@@ -100,6 +111,20 @@ def check_modes(folder, cache, sd, **framing):
 
 def test_training_is_the_same_wherever_encodings_are_kept(tmp_path, folder, sd):
     check_modes(folder, tmp_path, sd, **BUCKETS)
+
+
+def test_masks_are_the_same_wherever_they_are_kept(tmp_path, folder, sd):
+    masks = write_masks(folder, tmp_path / "masks")
+    batch = check_modes(folder, tmp_path / "cache", sd, masks, random_flip=True, **BUCKETS)[0]
+    assert batch["mask"].shape == (*batch["samples"].shape[:3], 1) and batch["mask"].dtype == np.float32
+    source = framed(folder, masks)
+    encoded = encode(source, sd, "disk", tmp_path / "cache")
+    factor = sd.vae.config.downsampling
+    expected = np.asarray(Image.fromarray(source.mask(3)).convert("F").reduce(factor)) / 255
+    np.testing.assert_allclose(encoded[3]["mask"][..., 0], expected, atol=1e-6)
+    written = len(shards(tmp_path / "cache"))
+    assert encode(source, sd, "disk", tmp_path / "cache").encoded == 0
+    assert len(shards(tmp_path / "cache")) == written
 
 
 def test_without_a_text_encoder_a_caption_is_its_token_ids(tmp_path, folder, sd):

@@ -8,13 +8,14 @@ import click
 
 from keras_sd.cli.command import decorated, refuse_unused
 from keras_sd.cli.option_types import FROM_ZERO, SHARE
+from keras_sd.cli.train.masks import masks_of
 from keras_sd.cli.train.options import FILE
 from keras_sd.errors import UserError
 
 _OF_TAGS = ("keep_tokens", "caption_separator")
 _OF_FILES = (
     *("caption_extension", "caption_lines", "image_column", "caption_column", "dataset_config_name"),
-    *("train_data_dir", "dataset_name", "streaming"),
+    *("train_data_dir", "dataset_name", "streaming", "alpha_mask", "mask_data_dir", "unmasked_weight"),
 )
 
 
@@ -197,6 +198,7 @@ def reading_of(options):
         "streaming": bool(options.get("streaming")),
         "max_samples": options.get("max_train_samples"),
         "seed": options.get("seed") or 0,
+        "masks": masks_of(options),
     }
 
 

@@ -22,6 +22,7 @@ from keras_sd.cli.train.fine_tuning import (
     subject_options,
 )
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options, trained_parts
+from keras_sd.cli.train.masks import mask_options, masks_of
 from keras_sd.cli.train.options import COUNT, run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
@@ -42,6 +43,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @click.option("--instance-prompt", help="Prompt of the subject with a rare word, such as `a sks toy`.")
 @dataset_config_option
 @on_bad_sample_option
+@mask_options
 @click.option(
     "--with-prior-preservation",
     is_flag=True,
@@ -144,7 +146,7 @@ def _check_folders(options):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag}: missing; give {title} of the subject, or --dataset-config")
     class_folder = _class_folder(options)
-    _check_images(Path(options["instance_data_dir"]), class_folder, options["on_bad_sample"])
+    _check_images(Path(options["instance_data_dir"]), class_folder, options)
     return class_folder
 
 
@@ -157,12 +159,13 @@ def _class_folder(options):
     return Path(options["class_data_dir"] or Path(options["output_dir"]) / "class-images")
 
 
-def _check_images(instance_folder, class_folder, on_bad_sample):
+def _check_images(instance_folder, class_folder, options):
     """Raise UserError for images that cannot be trained on, before any long work."""
     from keras_sd.data.folders import FolderSource, count_images
     from keras_sd.data.images import MINIMUM_SIDE
 
-    FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False, on_bad_sample=on_bad_sample)
+    reading = {"on_bad_sample": options["on_bad_sample"], "masks": masks_of(options)}
+    FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False, **reading)
     if class_folder is None:
         return
     count_images(class_folder)
@@ -181,12 +184,12 @@ def _images(run, pipeline, class_folder):
 
     options, sizes = run.options, (image_size_of(pipeline), pipeline.vae.config.downsampling)
 
-    def read(folder, prompt):
-        source = read_images(folder, prompt, MINIMUM_SIDE, options["on_bad_sample"]).source
+    def read(folder, prompt, masks=None):
+        source = read_images(folder, prompt, MINIMUM_SIDE, options["on_bad_sample"], masks).source
         print_notes(source, options)
         return run.framed(source, *sizes)
 
-    instances = read(options["instance_data_dir"], options["instance_prompt"])
+    instances = read(options["instance_data_dir"], options["instance_prompt"], masks_of(options))
     if class_folder is None:
         return instances, []
     prompt = options["class_prompt"]

@@ -15,6 +15,7 @@ from keras_sd.cli.train.data_options import (
     source_options,
 )
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
+from keras_sd.cli.train.masks import mask_options
 from keras_sd.cli.train.options import (
     evaluation_options,
     inference_steps_option,
@@ -44,6 +45,7 @@ def captioned_options(method):
         pretrained_option,
         source_options(),
         caption_options,
+        mask_options,
         diffusion_options,
         click.option(
             "--proportion-empty-prompts",

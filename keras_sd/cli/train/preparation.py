@@ -23,6 +23,7 @@ from keras_sd.cli.train.data_options import (
 )
 from keras_sd.cli.train.diffusion import diffusion_of
 from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
+from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.data.emoji import architecture
@@ -160,6 +161,8 @@ def prepare(
     )
     interruption.set_run_folder(options["output_dir"], options["resume_from_checkpoint"])
     source, held_out = _check_sources(options, need_captions)
+    if "alpha_mask" not in options:
+        refuse_masks(source, options, method)
     if method in ("clip", "lcm"):
         refuse_drawn_captions(options, source, method)
     model = None
@@ -248,6 +251,7 @@ def _check_sources(options, need_captions):
     held_out = ()
     if not reading["streaming"]:
         reading["max_samples"] = None  # which are of training
+    reading["masks"] = None
     if "validation" in available_splits(place, reading["config_name"], reading["streaming"]):
         held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions, **reading)
         print_notes(held_out, options)

@@ -13,6 +13,7 @@ from keras_sd.cli.train.fine_tuning import (
     subject_evaluation,
     subject_options,
 )
+from keras_sd.cli.train.masks import mask_options
 from keras_sd.cli.train.options import run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.errors import UserError
@@ -46,6 +47,7 @@ from keras_sd.models.tokenizer import Tokenizer, vector_names
 )
 @dataset_config_option
 @on_bad_sample_option
+@mask_options
 @diffusion_options
 @caching_options
 @subject_options("textual-inversion", "the new word alone")
