@@ -171,6 +171,9 @@ def measure_kills(folder, count, kills):
         process = subprocess.Popen(
             [*command(model, images, *runs["killed"], steps=KILLED_STEPS), *resumed], env=environment()
         )
+        # The second half of the kills falls into training: it begins with the first checkpoint.
+        while len(moments) >= kills // 2 and not list(runs["killed"][1].glob("checkpoint-*")):
+            time.sleep(0.5)
         try:
             # Starting takes some seconds, in which nothing is written.
             process.wait(generator.uniform(0.05, 0.15) * duration if len(moments) < kills else None)

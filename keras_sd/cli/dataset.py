@@ -28,6 +28,7 @@ from keras_sd.cli.train.framing import (
     train_batch_size_of,
     train_batch_size_option,
 )
+from keras_sd.cli.train.options import max_train_samples_option, seed_option
 from keras_sd.data.images import MINIMUM_SIDE
 from keras_sd.errors import UserError, require
 
@@ -48,6 +49,8 @@ _BAR_HEIGHT, _BAR_WIDTH = 16, 400
 @decorated(*(option for _, option in framing_options(flips=False)))
 @click.option("--captions/--no-captions", default=True, help="Read captions.")
 @source_options()
+@max_train_samples_option
+@seed_option
 @drawing_options
 @click.option("--clip", help="open_clip MODEL/WEIGHTS, or a folder, to find similar images. Off by default.")
 @click.option(
@@ -76,6 +79,7 @@ def dataset(data, output, overwrite, split, clip, similarity, shown, captions, *
         refuse_unused(("split", "captions"), False, f"with {data}, whose file says it")
     apply_config(options)
     captions_of(options)
+    refuse_unused({"seed"}, options["max_train_samples"] is not None, "without --max-train-samples")
     check_framing("dataset", options)
     name = options["pretrained_model_name_or_path"]
     model = presets.find(name, weights=False)
@@ -111,7 +115,7 @@ def _open(data, split, captions, options):
     from keras_sd.data.sources import load_source
 
     if options.get("dataset_config"):
-        return configured_source(options, need_captions=True)
+        return configured_source(options, need_captions=True, is_reg="any")
     return load_source(data, split, MINIMUM_SIDE, captions, **reading_of(options))
 
 

@@ -31,7 +31,7 @@ from keras_sd.cli.train.framing import (
     train_batch_size_option,
 )
 from keras_sd.cli.train.masks import mask_options
-from keras_sd.cli.train.options import mixed_precision_option
+from keras_sd.cli.train.options import max_train_samples_option, mixed_precision_option, seed_option
 from keras_sd.errors import UserError, require
 from keras_sd.progress import Progress
 
@@ -44,6 +44,8 @@ _OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_tok
 @click.argument("folder", type=click.Path(file_okay=False))
 @pretrained_option
 @source_options()
+@max_train_samples_option
+@seed_option
 @mask_options
 @max_token_length_option
 @click.option(
@@ -74,6 +76,7 @@ def encode(dataset, folder, **options):
         options["dataset_config"] = dataset
     apply_config(options)
     captions_of(options)
+    refuse_unused({"seed"}, options["max_train_samples"] is not None, "without --max-train-samples")
     refuse_unused(_OF_CAPTIONS, not options["images_only"], "with --images-only")
     check_ray(options)
     check_framing("encode", options)
@@ -106,7 +109,7 @@ def _open(dataset, folder, options):
     from keras_sd.data.sources import load_source
 
     if options.get("dataset_config"):
-        source = configured_source(options, need_captions=True)
+        source = configured_source(options, need_captions=True, is_reg="any")
         if not options["images_only"] and source.caption_rules() is not None:
             raise UserError(f"{dataset}: captions are drawn anew each time; encode --images-only")
     else:

@@ -117,6 +117,8 @@ def read_captions(
     for name in ("caption_extension", "caption_lines", "class_tokens"):
         if getattr(files, name) is not None:
             raise UserError(f"{name}: has no effect beside {listing.folder / metadata}; leave one out")
+    if {METADATA, TABLE} <= names:
+        notes.append(f"{listing.folder}: captions are of {METADATA}, not of {TABLE}")
     return _metadata_captions(listing, metadata, files, on_fault)
 
 
@@ -182,7 +184,7 @@ def _json_entries(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, o
             continue
         place = f"{path}, line {number}"
         try:
-            entry = json_files.parse_json(line, place, dict, remedy=remedy, file_names=True)
+            entry = json_files.parse_json(line, place, dict, remedy=remedy, file_names=True, unique=True)
             yield place, _entry(entry, columns, place, remedy)
         except UserError as error:
             yield place, error
@@ -197,7 +199,10 @@ def _table_entries(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, 
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{place}: not comma-separated values ({error}); correct it") from error
+            fault, remedy = f"not comma-separated values ({error})", "correct it"
+            if "new-line character" in str(error):
+                fault, remedy = "its lines end in CR alone", "save it with LF or CRLF"
+            raise UserError(f"{place}: {fault}; {remedy}") from error
         if row is None:
             return
         if not any(row):
@@ -205,6 +210,8 @@ def _table_entries(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, 
         if header is None:
             header = [name.strip() for name in row]
             for name in columns:
+                if header.count(name) > 1:
+                    raise UserError(f"{path}: has the column {shown(name)} twice; rename one")
                 if name not in header:
                     raise UserError(
                         f"{path}: has no column {shown(name)}, only {shown(', '.join(header))}; name its "
@@ -267,6 +274,8 @@ def _text_captions(
                 of_folders.append(image)
             else:
                 text = Path(image).stem + files.extensions[0]
+                if (folder / (stem + files.extensions[0])).is_dir():
+                    raise UserError(f"{folder / stem}{files.extensions[0]}: a folder, not a file; rename it")
                 raise UserError(
                     f"{folder / image}: no caption; write {text} beside it, or {METADATA} in {folder} "
                     '(lines with "file_name" and "text")'

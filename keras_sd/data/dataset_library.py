@@ -240,6 +240,8 @@ def _offline_without_connection(name: str) -> Iterator[None]:
 def _fault(name: str, config_name: str | None, error: Exception, is_local: bool) -> str:
     cause = error.__cause__ or error.__context__
     line = first_line(cause if type(error).__name__ == "DatasetGenerationError" and cause else error)
+    if is_local and "BatchSize must be greater than 0" in line:  # of a parquet file without rows
+        return f"data set {name}: holds no examples; give files with images"
     if is_local:
         return f"data set {name}: cannot be read ({line}); fetch its files again"
     if "config" in line.lower():

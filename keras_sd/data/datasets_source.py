@@ -164,6 +164,8 @@ def _image_column(features: Any, name: str, wanted: str | None) -> str:
     listed = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
     if wanted is None:
         found = [column for column, kind in kinds.items() if kind == "Image"]
+        # A file that pandas or another program wrote does not say that its column holds images.
+        found = found or [column for column, feature in features.items() if _is_stored_image(feature)]
         if len(found) != 1:
             fault = "several columns of images" if found else "no column of images"
             raise UserError(f"data set {name}: {fault}, in {listed}; name the `image_column`")
@@ -171,12 +173,18 @@ def _image_column(features: Any, name: str, wanted: str | None) -> str:
     if wanted not in features:
         raise UserError(f"image_column {shown(wanted)}: not in the data set {name}; it has {listed}")
     kind = getattr(features[wanted], "dtype", kinds[wanted])
-    if kinds[wanted] != "Image" and kind not in ("binary", "large_binary"):
+    is_image = kinds[wanted] == "Image" or _is_stored_image(features[wanted])
+    if not is_image and kind not in ("binary", "large_binary"):
         raise UserError(
             f"image_column {shown(wanted)}: holds {kind} in the data set {name}, not images; choose one of "
             f"{listed}"
         )
     return wanted
+
+
+def _is_stored_image(feature: Any) -> bool:
+    """Return whether a column has the bytes and the path of an image, as the library stores images."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
 
 
 def _caption_column(features: Any, name: str, wanted: str | None) -> str:

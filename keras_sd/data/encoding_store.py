@@ -21,6 +21,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 import threading
 import warnings
 import zipfile
@@ -37,7 +38,7 @@ from typing_extensions import TypedDict
 
 from keras_sd.errors import FULL_DISK, UserError, os_errors_in_one_line, require
 from keras_sd.files.json_files import parse_json
-from keras_sd.files.writing import replaced
+from keras_sd.files.writing import replaced, write_errors_in_one_line
 
 SHARD_SIZE = 64
 """Arrays in a shard. A killed run loses at most one; of 512 px it takes 8 MiB in float32."""
@@ -125,6 +126,11 @@ class EncodingStore:
     def __len__(self) -> int:
         """Return the number of arrays."""
         return len(self._keys)
+
+    def check_writable(self) -> None:
+        """Raise a UserError if no file can be created in the folder."""
+        with write_errors_in_one_line(self.folder), tempfile.TemporaryFile(dir=self.folder):
+            pass
 
     def refresh(self) -> None:
         """Look for shards that other processes have written or removed."""

@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -266,20 +266,21 @@ def load_config(
     *,
     max_samples: int | None = None,
     seed: int = 0,
-    is_reg: bool | None = None,
+    is_reg: bool | Literal["any"] | None = None,
 ) -> ConfiguredSource | ChosenSource:
     """Open and check the sources of a file of data sets (`data.dataset_config`).
 
     Args:
         path: the file.
         image_size, on_bad_sample, need_captions, max_samples, seed: as `load_source` takes them.
-        is_reg: take the images of the class for DreamBooth, or the others; None refuses images of a class.
+        is_reg: take the images of the class for DreamBooth, or the others; "any" takes both, and None refuses
+            images of a class.
 
     Raises:
         UserError: the file or one of its sources is faulty.
     """
     config = read_dataset_config(path)
-    if is_reg is not None:
+    if isinstance(is_reg, bool):
         config = config.part(is_reg)
     for subset in config.subsets:
         if is_reg is None and subset.is_reg:

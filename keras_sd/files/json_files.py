@@ -84,6 +84,7 @@ def parse_json(
     file_names=False,
     error=UserError,
     damaged="not valid JSON",
+    unique=False,
 ):
     """Parse a JSON text within the limits of this module, and check its shape.
 
@@ -93,6 +94,7 @@ def parse_json(
         shape, remedy, error: as in `read_json`.
         file_names: allow strings with file names that are not UTF-8, as Python represents them.
         damaged: the fault in the message for invalid JSON.
+        unique: refuse an object with two equal keys, of which Python's parser keeps the last.
 
     Raises:
         UserError: as `read_json`.
@@ -100,7 +102,12 @@ def parse_json(
     try:
         if isinstance(content, bytes):
             content = content.decode("utf-8-sig")
-        value = json.loads(content, parse_int=_limited(int), parse_float=_limited(float))
+        value = json.loads(
+            content,
+            parse_int=_limited(int),
+            parse_float=_limited(float),
+            object_pairs_hook=_without_repetition if unique else None,
+        )
         _check_limits(value, _NO_TEXT_BUT_NAMES if file_names else _NO_TEXT)
     except RecursionError as fault:
         raise error(f"{place}: {damaged} (nested too deeply); {remedy}") from fault
@@ -152,8 +159,11 @@ def read_lines(path, remedy="correct it"):
                 raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); {remedy}") from error
 
 
-def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
+def read_bytes(path, largest=LARGEST_FILE, remedy="check the file", too_large=None):
     """Return the content of a file of at most `largest` bytes.
+
+    Args:
+        too_large: the remedy for a larger file, if it is another one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -162,7 +172,7 @@ def read_bytes(path, largest=LARGEST_FILE, remedy="check the file"):
     with _opened(path, remedy) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
-        raise UserError(f"{path}: larger than {largest // MIB} MiB; {remedy}")
+        raise UserError(f"{path}: larger than {largest // MIB} MiB; {too_large or remedy}")
     return content
 
 
@@ -173,7 +183,7 @@ def read_text(path, largest=LARGEST_FILE, remedy="save it as UTF-8"):
         FileNotFoundError: there is no such file.
         UserError: as `read_bytes`, or it is not UTF-8.
     """
-    content = read_bytes(path, largest, remedy)
+    content = read_bytes(path, largest, remedy, too_large="shorten it")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -235,6 +245,16 @@ def _limited(convert):
         return convert(text)
 
     return convert_short
+
+
+def _without_repetition(pairs):
+    """Return the dictionary of an object's pairs; raise a ValueError for equal keys."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} twice")
+    return values
 
 
 def _check_limits(value, no_text):

@@ -388,12 +388,14 @@ class Filling(ShardEncoder):
                 f"{store.folder}: holds encodings of another VAE or precision ({size:.0f} MiB, which stay); "
                 "images are encoded anew"
             )
+        if jobs:
+            store.check_writable()
         needed = sum(self._bytes(job) for job in jobs)
         free = shutil.disk_usage(store.folder).free
         if needed > free and not backend.process_index():
             warnings.warn(
-                f"{store.folder}: {needed / 2**30:.1f} GiB of encodings are missing and {free / 2**30:.1f} "
-                "GiB are free; choose another `cache_dir`, `cache_dtype='float16'` or `cache_latents='off'`",
+                f"{store.folder}: {needed / 2**20:,.0f} MiB of encodings are missing and {free / 2**20:,.0f} "
+                "MiB are free; choose a folder on another disk, or `cache_dtype='float16'`",
                 stacklevel=2,
             )
 

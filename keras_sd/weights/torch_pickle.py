@@ -77,7 +77,8 @@ def read_torch(path, any_type=False):
     """
     path = checked_path("path", path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a file of torch.save")
+        fault = "not a plain file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {fault}; give a file of torch.save")
     if not path.stat().st_size:
         raise UserError(f"{path}: an empty file; fetch it again")
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))  # slices of a memmap itself take 1 kB each

@@ -63,6 +63,11 @@ def test_a_file_of_data_sets(folder, tmp_path, capsys):
     )
     text = shown(capsys, tmp_path / "data.toml", "--resolution", 64, "--output", tmp_path / "seen.png").out
     assert "5 images, 14 in an epoch" in text
+    (tmp_path / "data.toml").write_text((tmp_path / "data.toml").read_text() + "is_reg = true\n")
+    options = ("--resolution", 64, "--output", tmp_path / "part.png", "--max-train-samples", 3)
+    assert "3 images, " in shown(capsys, tmp_path / "data.toml", *options, "--seed", 1).out
+    with pytest.raises(UserError, match="--seed: has no effect without --max-train-samples"):
+        shown(capsys, folder, "--seed", 1)
     with pytest.raises(UserError, match=r"--caption-lines: has no effect with \S+data.toml, whose"):
         shown(capsys, tmp_path / "data.toml", "--caption-lines", "first")
 
@@ -75,7 +80,8 @@ def test_the_settings_of_a_run_in_a_file_of_data_sets(folder, tmp_path, capsys):
     text = shown(capsys, tmp_path / "data.toml", "--output", tmp_path / "seen.png").out
     assert re.search(r"buckets for batches of 2, width x height: images: .*32 x 32: 3", text)
     with pytest.warns(UserWarning, match="--train-batch-size: 1, not the 2 of"):
-        text = shown(capsys, tmp_path / "data.toml", "--train-batch-size", 1, "--overwrite").out
+        options = ("--train-batch-size", 1, "--output", tmp_path / "other.png")
+        text = shown(capsys, tmp_path / "data.toml", *options).out
     assert "buckets for batches of 1," in text
 
 

@@ -39,6 +39,8 @@ def test_training_encodes_nothing_that_was_encoded(folder, tmp_path, run_program
     assert {name.partition("-")[0] for name in written} == {"latents", "text"}
     assert cache.stat().st_mode & 0o777 == 0o700
     assert run_program(main, *encode(folder, cache))[2].endswith(f"0 images encoded, 9 are in {cache}\n")
+    _, _, told = run_program(main, *encode(folder, tmp_path / "part", "--max-train-samples", 4))
+    assert told.endswith(f"8 images encoded, 4 are in {tmp_path / 'part'}\n")
     arguments = ["text-to-image", "--train-data-dir", folder / "images", "--output-dir", tmp_path / "run"]
     arguments += ["--pretrained-model-name-or-path", folder / "model", *SHAPES]
     arguments += ["--cache-latents", "disk", "--cache-dir", cache, "--no-jit-compile"]

@@ -219,3 +219,23 @@ def test_dropped_tags():
 def test_bad_rules(options, line):
     with pytest.raises(UserError, match=line):
         Captions(**options)
+
+
+def test_what_would_be_read_silently_is_named(folder):
+    (folder / "c.txt").mkdir()
+    image(folder / "c.png")
+    with pytest.raises(UserError, match=r"c\.txt: a folder, not a file; rename it"):
+        opened(folder)
+    (folder / "metadata.csv").write_text("file_name,text,text\na.png,x,y\n")
+    with pytest.raises(UserError, match="has the column 'text' twice; rename one"):
+        opened(folder, caption_column="text")
+    (folder / "metadata.csv").write_bytes(b"file_name,text\ra.png,x\r")
+    with pytest.raises(UserError, match="line 1: its lines end in CR alone; save it with LF or CRLF"):
+        opened(folder, caption_column="text")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "text": "y"}')
+    with pytest.raises(UserError, match="the key 'text' twice"):
+        opened(folder)
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    with pytest.warns(UserWarning, match="2 are left out"):
+        source = opened(folder)
+    assert any("captions are of metadata.jsonl, not of metadata.csv" in note for note in source.notes)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import click
 import datasets
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from keras_sd.cli.train.main import train
 from keras_sd.data.caption_files import CaptionFiles
@@ -137,6 +139,18 @@ def test_columns(tmp_path):
     assert "no column of captions, only image, words; name the `caption_column`" in fault(other)
     nested = save(table(text=[[["a"]], [["b"]], [["c"]]]), tmp_path / "nested", "parquet")
     assert "caption_column 'text': holds" in fault(nested)
+
+
+def test_columns_of_other_programs(tmp_path):
+    """pandas writes the bytes and the path of an image without the library's note of what they are."""
+    rows = [{"bytes": encoded(colour), "path": "a.png"} for colour in COLOURS]
+    parquet.write_table(pyarrow.table({"image": rows, "text": TEXTS}), tmp_path / "pandas.parquet")
+    source = load_source(str(tmp_path / "pandas.parquet"), "train", 16)
+    assert source.captions() == [(text,) for text in TEXTS]
+    assert [tuple(example["image"][0, 0]) for example in source] == COLOURS
+    empty = pyarrow.table({"image": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], "string")})
+    parquet.write_table(empty, tmp_path / "empty.parquet")
+    assert "empty.parquet: holds no examples; give files with images" in fault(tmp_path / "empty.parquet")
 
 
 def test_faulty_examples(tmp_path):

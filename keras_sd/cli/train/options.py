@@ -47,6 +47,19 @@ _FOLLOWS_MODEL = {
 }
 
 
+max_train_samples_option = click.option(
+    "--max-train-samples",
+    type=COUNT,
+    help="Train on so many images at most, which --seed chooses; with --streaming on the first ones.",
+)
+
+seed_option = click.option(
+    "--seed",
+    default=0,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Seed of weights, data order, noise and timesteps.",
+)
+
 mixed_precision_option = click.option(
     "--mixed-precision",
     default="auto",
@@ -91,12 +104,7 @@ def run_options(method, *, without=(), **defaults):
             "TensorFlow Datasets (TFDS).",
         ),
         option("--train-data-dir", None, "Folder of training images, instead of --dataset-name."),
-        option(
-            "--max-train-samples",
-            None,
-            "Train on so many images at most, which --seed chooses; with --streaming on the first ones.",
-            type=COUNT,
-        ),
+        ("max_train_samples", max_train_samples_option),
         *framing_options(flips=defaults.get("random_flip", False)),
         follows_model("max_train_steps"),
         follows_model("train_batch_size"),
@@ -121,12 +129,7 @@ def run_options(method, *, without=(), **defaults):
             "Recompute activations in the backward pass: less memory, about a third more time.",
         ),
         option("--offload-ema/--no-offload-ema", False, "Keep the EMA weights in host memory."),
-        option(
-            "--seed",
-            0,
-            "Seed of weights, data order, noise and timesteps.",
-            type=click.IntRange(0, 2**32 - 1),
-        ),
+        ("seed", seed_option),
         option("--checkpointing-steps", 500, "Save a checkpoint every N updates.", type=COUNT),
         option("--checkpoints-total-limit", 2, "Number of latest checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "Continue from `latest` or from this checkpoint folder."),
@@ -162,7 +165,8 @@ def _check_files():
     for parameter in context.command.params:
         flag, value = parameter.opts[0], context.params.get(parameter.name)
         if value is not None and parameter.type is FILE and not Path(value).is_file():
-            raise UserError(f"{flag} {value}: no such file; correct the path")
+            fault = "not a plain file" if Path(value).exists() else "no such file"
+            raise UserError(f"{flag} {value}: {fault}; correct the path")
         if value is not None and parameter.type is FILE_OR_FOLDER and not Path(value).exists():
             raise UserError(f"{flag} {value}: no such file or folder; correct the path")
 
