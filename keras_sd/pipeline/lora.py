@@ -1,4 +1,4 @@
-"""LoRA in sampling: several low-rank updates are added to a model's kernels, and removed again."""
+"""LoRA in sampling: several updates are added to a model's kernels, and removed again."""
 
 import contextlib
 import itertools
@@ -15,7 +15,8 @@ from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights.lora import lora_file, read_lora
-from keras_sd.weights.rules import from_torch
+from keras_sd.weights.lora_updates import change_of
+from keras_sd.weights.rules import from_torch, to_torch
 
 # Characters that cannot be in the name of a prompt's tag, <lora:name:0.8>.
 _NO_NAME = re.compile(r"[<>:]")
@@ -23,6 +24,8 @@ _NO_NAME = re.compile(r"[<>:]")
 
 class Adapters:
     """The LoRAs of a model. Each kernel is its base plus the weighted updates, so sampling stays as fast.
+
+    What DoRA adds depends on the kernel; it is computed from the base, so the order of LoRAs has no effect.
 
     The base of every changed kernel is kept in host memory. Without updates the model is again exactly what
     it was. Methods take no lock: call them while no other thread uses the model.
@@ -151,8 +154,10 @@ class Adapters:
         base = self._bases.setdefault(key, np.array(parameter.variable))
         if updates:
             with np.errstate(over="ignore", invalid="ignore"):  # checked below
-                total = sum(np.float32(weight) * update.scaled_product for weight, update in updates.values())
-                kernel = (np.asarray(base, "float32") + from_torch(parameter, total)).astype(base.dtype)
+                own = np.asarray(base, "float32")
+                plain = to_torch(parameter, own)
+                total = sum(change_of(update, plain, weight) for weight, update in updates.values())
+                kernel = (own + from_torch(parameter, total)).astype(base.dtype)
             if not np.isfinite(kernel).all():
                 raise UserError(
                     f"LoRA {', '.join(map(repr, updates))}: makes {'.'.join(key)} infinite in {base.dtype}; "

@@ -267,7 +267,7 @@ class Primitives:
 
         Raises:
             UserError: the file is damaged, belongs to another kind of model or uses what is not supported
-                (DoRA, ...); or another LoRA has the given name.
+                (OFT, ...); or another LoRA has the given name.
 
         Example:
             ```python

@@ -9,7 +9,8 @@ from keras_sd.models.layers import LowRankUpdate
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
-from keras_sd.weights.lora import PEFT_FILE, LowRank, write_lora
+from keras_sd.weights.lora import PEFT_FILE, write_lora
+from keras_sd.weights.lora_updates import LowRank
 from keras_sd.weights.rules import torch_state
 
 # Suffixes of layer names. LoRA was published for attention, and is mostly used there.

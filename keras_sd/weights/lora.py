@@ -1,4 +1,4 @@
-"""LoRA as a file format (Hu et al., 2022): reads and writes low-rank updates in PEFT's and kohya's dialects.
+"""LoRA as a file format (Hu et al., 2022): reads and writes updates in PEFT's and kohya's dialects.
 
 PEFT's dialect, which diffusers writes, names layers as the models do (`unet.….to_q.lora_A.weight`). kohya's
 joins the names by underscores (`lora_unet_…_to_q.lora_down.weight`) and sometimes has latent-diffusion's
@@ -9,7 +9,6 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights import ldm_names
 from keras_sd.weights.lora_strength import ADAPTER_CONFIG, read_strengths
+from keras_sd.weights.lora_updates import Decomposed, Kronecker, LowRank, decomposed, fitted, update_of
 from keras_sd.weights.rules import torch_shape
 from keras_sd.weights.safetensors_files import DTYPES, file_in, read_safetensors, write_safetensors
 from keras_sd.weights.torch_pickle import read_torch
@@ -27,34 +27,19 @@ PARTS = ("unet", "text_encoder")
 # The files of a folder in the order in which they are looked for: diffusers' names, then PEFT's.
 _FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_NAMED = 10
-_DORA = ("dora_scale", "magnitude_vector")
 _PEFT_PREFIX = "base_model.model."
 
 _KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-_HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
+_HALVES = {"A": "down", "B": "up"}
 # PEFT inserts the name of the adapter before ".weight" while it trains.
 _TENSOR_PATTERN = re.compile(
     r"(?P<layer>.+?)[._](?:lora_(?P<peft>A|B)(?:\.\w+)?\.weight"
-    r"|lora(?:_linear_layer)?[._](?P<half>down|up)\.weight|(?P<alpha>alpha))"
+    r"|lora(?:_linear_layer)?[._](?P<half>down|up|mid)\.weight"
+    r"|lora_(?P<magnitude>magnitude)_vector(?:\.\w+)?"
+    r"|(?P<other>alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2))"
 )
 # diffusers' first dialect keeps the updates of attention in an attention processor.
 _PROCESSOR_PATTERN = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")
-
-
-class LowRank(NamedTuple):
-    """The update `alpha / rank * up @ down` of one layer, in torch layout: (rank, in, …), (out, rank, …)."""
-
-    down: np.ndarray
-    up: np.ndarray
-    alpha: float
-
-    @property
-    def scaled_product(self):
-        """The full update of the layer's weight, in torch layout, float32."""
-        rank = len(self.down)
-        down = np.asarray(self.down, "float32").reshape(rank, -1)
-        product = np.asarray(self.up, "float32").reshape(-1, rank) @ down
-        return np.float32(self.alpha / rank) * product.reshape(-1, *self.down.shape[1:])
 
 
 def holds_lora(folder):
@@ -101,7 +86,7 @@ def read_lora(path, models):
         models: dictionary of part ("unet", "text_encoder") -> the Keras model that the LoRA is for.
 
     Returns:
-        A dictionary of part -> layer -> `LowRank`.
+        A dictionary of part -> layer -> `lora_updates.Update`.
 
     Raises:
         UserError: the file is damaged or no LoRA, is for another model, or its config has an unsupported
@@ -133,18 +118,16 @@ def read_lora(path, models):
 
 
 def _by_layer(tensors, names, path):
-    """Return a dictionary of part -> layer -> "down", "up" or "alpha" -> array for the tensors of a file."""
+    """Return a dictionary of part -> layer -> role -> array; roles are those of `lora_updates.update_of`."""
     found = {}
     for key, array in tensors.items():
         match = _TENSOR_PATTERN.fullmatch(key) if isinstance(key, str) else None
-        if match is None and str(key).endswith(_DORA):
-            raise UserError(f"{path}: {key} belongs to DoRA, which is not supported; use a plain LoRA")
         if match is None or not isinstance(array, np.ndarray):
             raise UserError(
                 f"{path}: {key} is not a tensor of a LoRA; give one in diffusers', PEFT's or kohya's format"
             )
         part, layer = _resolve(match["layer"], names, path)
-        half = _HALVES.get(match["peft"] or match["half"], "alpha")
+        half = _HALVES.get(match["peft"]) or match["half"] or match["magnitude"] or match["other"]
         halves = found.setdefault(part, {}).setdefault(layer, {})
         if half in halves:
             raise UserError(
@@ -159,7 +142,7 @@ def _layer_shapes(model):
     return {
         parameter.name.removesuffix(".weight"): torch_shape(parameter)
         for parameter in parameter_paths(model)
-        if parameter.variable.name == "kernel" and ".lora_" not in parameter.name
+        if parameter.variable.name == "kernel" and not is_update(parameter.name)
     }
 
 
@@ -188,28 +171,33 @@ def _resolve(name, names, path):
     raise UserError(f"{path}: the model has no layer {name}; use a LoRA that was made for this kind of model")
 
 
+def is_update(name):
+    """Return whether a variable of this published name belongs to an update that is trained."""
+    return ".lora_" in name or ".lokr_" in name
+
+
 def _checked(part, layer, halves, strength, shape, path):
     name = f"{part}.{layer}"
-    missing = {"down", "up"} - halves.keys()
-    if missing:
-        raise UserError(f"{path}: {name} lacks its {missing.pop()} half; fetch the file again")
-    down, up = halves["down"], halves["up"]
-    if not down.size or not up.size:
-        raise UserError(f"{path}: {name} has a half that is empty; fetch the file again")
-    if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1]:
-        raise UserError(f"{path}: {name} has halves {down.shape} and {up.shape} that do not fit together")
-    # A 1x1 convolution and a linear layer hold the same numbers; files use either shape.
-    own = (up.shape[0], *down.shape[1:])
-    if np.prod(own) != np.prod(shape) or own[:2] != shape[:2]:
+    tensors = {role: array for role, array in halves.items() if role != "alpha"}
+
+    def alpha_of(rank):
+        if "alpha" in halves:
+            return _single_alpha(name, halves["alpha"], path)
+        return strength.alpha(layer, rank) if strength else float(rank)
+
+    update = update_of(tensors, shape, name, path, alpha_of)
+    suited = fitted(update, shape)
+    if suited is None:
         raise UserError(
-            f"{path}: {name} is for a layer of {own}, the model's is {shape}; use a LoRA of this base model"
+            f"{path}: {name} is for a layer of {update.shape}, the model's is {shape}; "
+            "use a LoRA of this base model"
         )
-    for array in (down, up):
-        if not np.isfinite(np.asarray(array, "float32")).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity; use an undamaged file")
-    if "alpha" in halves:
-        return LowRank(down, up, _single_alpha(name, halves["alpha"], path))
-    return LowRank(down, up, strength.alpha(layer, len(down)) if strength else float(len(down)))
+    if strength is not None and strength.use_dora != ("magnitude" in tensors):
+        raise UserError(
+            f"{path}: {name} {'lacks' if strength.use_dora else 'has'} a magnitude of DoRA, against use_dora "
+            "of its config; use the config that was written with the weights"
+        )
+    return decomposed(suited, tensors, shape, name, path)
 
 
 def _single_alpha(name, array, path):
@@ -219,34 +207,73 @@ def _single_alpha(name, array, path):
     return float(alpha.item())
 
 
-def write_lora(path, lora, dialect="peft", dtype=None):
-    """Write low-rank updates as a safetensors file.
+def write_lora(path, lora, dialect="peft", dtype=None, metadata=None):
+    """Write the updates of a LoRA as a safetensors file.
 
     Args:
         path: the file.
-        lora: dictionary of part -> layer -> `LowRank`, as `read_lora` returns it.
+        lora: dictionary of part -> layer -> `lora_updates.Update`, as `read_lora` returns it.
         dialect: "peft", which diffusers reads, or "kohya". PEFT's dialect has no entry for alpha that all
-            readers know, so the scale is multiplied into `up`.
+            readers know, so the scale is multiplied into `up`. It has no LoKr and no LoHa.
         dtype: as in `write_safetensors`.
+        metadata: dictionary of texts for the file's header.
 
     Raises:
-        UserError: the dialect is unknown, or as `write_safetensors`.
+        UserError: the dialect is unknown or has no such kind of update, or as `write_safetensors`.
     """
     if dialect not in ("peft", "kohya"):
         raise UserError(f"LoRA dialect {dialect!r}: unknown; use peft or kohya")
     tensors = {}
     for part, layers in lora.items():
-        for layer, (down, up, alpha) in layers.items():
+        for layer, update in layers.items():
             if dialect == "peft":
-                down, up = _with_scale(down, up, alpha / len(down), dtype)
-                tensors[f"{part}.{layer}.lora_A.weight"] = down
-                tensors[f"{part}.{layer}.lora_B.weight"] = up
+                tensors |= _peft_tensors(f"{part}.{layer}", update, dtype)
             else:
-                name = _KOHYA_PREFIXES[part] + layer.replace(".", "_")
-                tensors[f"{name}.lora_down.weight"] = down
-                tensors[f"{name}.lora_up.weight"] = up
-                tensors[f"{name}.alpha"] = np.asarray(alpha, "float32")
-    write_safetensors(path, tensors, dtype)
+                tensors |= _kohya_tensors(_KOHYA_PREFIXES[part] + layer.replace(".", "_"), update)
+    write_safetensors(path, tensors, dtype, metadata)
+
+
+def _peft_tensors(name, update, dtype):
+    tensors = {}
+    if isinstance(update, Decomposed):
+        if update.by_input:
+            raise UserError(f"{name}: PEFT has no DoRA of columns; use the dialect kohya")
+        tensors[f"{name}.lora_magnitude_vector"] = _peft_magnitude(update)
+        update = update.update
+    if not isinstance(update, LowRank):
+        raise UserError(f"{name}: diffusers reads no LoKr and no LoHa; use the dialect kohya")
+    down, up = _with_scale(update.down, update.up, update.alpha / len(update.down), dtype)
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up} | tensors
+
+
+def _peft_magnitude(update):
+    magnitude = np.asarray(update.magnitude).reshape(-1)
+    window = len(update.update.shape) - 2
+    return magnitude.reshape(1, -1, *(1,) * window) if window else magnitude
+
+
+def _kohya_tensors(name, update):
+    tensors = {}
+    if isinstance(update, Decomposed):
+        axes = len(update.update.shape) - 1
+        shape = (1, -1, *(1,) * (axes - 1)) if update.by_input else (-1, *(1,) * axes)
+        tensors["dora_scale"] = np.asarray(update.magnitude).reshape(shape)
+        update = update.update
+    if isinstance(update, LowRank):
+        tensors |= {"lora_down.weight": update.down, "lora_up.weight": update.up}
+    elif isinstance(update, Kronecker):
+        tensors |= _factors("lokr_w1", update.w1) | _factors("lokr_w2", update.w2)
+    else:
+        tensors |= _factors("hada_w1", update.first) | _factors("hada_w2", update.second)
+    tensors["alpha"] = np.asarray(update.alpha, "float32")
+    return {f"{name}.{role}": array for role, array in tensors.items()}
+
+
+def _factors(name, factors):
+    if len(factors) == 1:
+        return {name: factors[0]}
+    a, b = factors
+    return {f"{name}_a": a, f"{name}_b": b.reshape(len(b), -1)}
 
 
 def _with_scale(down, up, scale, dtype):

@@ -27,7 +27,7 @@ _NEUTRAL = {
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     **dict.fromkeys(
         [
-            *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
+            *("lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
             *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "target_parameters"),
             *("monteclora_config", "kasa_config", "velora_config"),
         ],
@@ -42,6 +42,7 @@ class _Shape(TypedDict, total=False):
     r: int | None
     lora_alpha: float | None
     use_rslora: bool | None
+    use_dora: bool | None
     rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, float] | None
 
@@ -65,6 +66,9 @@ class LoraStrength:
         config: the fields of PEFT's `LoraConfig`, as a dictionary.
         source: the config's name in messages.
 
+    Attributes:
+        use_dora: whether the updates are those of DoRA, which have a magnitude.
+
     Raises:
         UserError: a field is not supported or has a wrong type.
     """
@@ -83,6 +87,7 @@ class LoraStrength:
         self._rank = _USUAL_RANK if rank is None else rank
         self._alpha = _USUAL_ALPHA if alpha is None else alpha
         self._rank_stabilized = bool(config.get("use_rslora"))
+        self.use_dora = bool(config.get("use_dora"))
 
     def alpha(self, layer, rank):
         """Return the alpha of a layer's update of this rank; alpha / rank is its scale.

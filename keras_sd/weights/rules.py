@@ -44,10 +44,7 @@ def torch_state(model):
     Returns:
         A dictionary of NumPy arrays, in the variables' own precision.
     """
-    return {
-        parameter.name: np.asarray(parameter.variable).transpose(_torch_axes(parameter))
-        for parameter in parameter_paths(model)
-    }
+    return {parameter.name: to_torch(parameter, parameter.variable) for parameter in parameter_paths(model)}
 
 
 def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
@@ -118,6 +115,11 @@ def _to_keras(parameter, array):
 def from_torch(parameter, array):
     """Return an array in torch layout transposed to the layout of the `Parameter`'s variable, float32."""
     return np.asarray(_to_keras(parameter, array), "float32")
+
+
+def to_torch(parameter, array):
+    """Return an array in the layout of the `Parameter`'s variable transposed to torch layout."""
+    return np.asarray(array).transpose(_torch_axes(parameter))
 
 
 def _is_finite(array):

@@ -139,13 +139,14 @@ def release(array):
         base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
-def write_safetensors(path, tensors, dtype=None):
+def write_safetensors(path, tensors, dtype=None, metadata=None):
     """Write arrays atomically as a safetensors file that torch libraries accept.
 
     Args:
         path: the file; an existing one is replaced by a rename once the new one is on disk.
         tensors: a dictionary of NumPy arrays.
         dtype: "float32", "float16" or "bfloat16" for all of them; None keeps their types.
+        metadata: further entries of the header, a dictionary of texts.
 
     Raises:
         UserError: `dtype` is unknown or cannot hold a value, or the file cannot be written.
@@ -155,7 +156,7 @@ def write_safetensors(path, tensors, dtype=None):
     arrays = {name: _convert(name, array, dtype) for name, array in tensors.items()}
     with replaced(path) as staging:
         try:
-            save_file(arrays, staging, metadata={"format": "pt"})
+            save_file(arrays, staging, metadata={"format": "pt"} | (metadata or {}))
         except SafetensorError as error:
             # The library gives the operating system's error number in its text only.
             number = re.search(r"\(os error (\d+)\)", str(error))

@@ -56,7 +56,12 @@ def _loras():
     config = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "use_rslora": False, "target_modules": ["to_q"]}
     config |= {"alpha_pattern": {"to_q": 3}, "rank_pattern": {}}
     written = {f"unet.{name}": value for name, value in config.items()}
+    lokr = {"lokr_w1": np.ones((2, 2), "float32"), "lokr_w2_a": up[:4], "lokr_w2_b": down[:, :4]}
+    lokr |= {"dora_scale": np.ones((8, 1), "float32"), "alpha": np.array(1.0, "float32")}
     return {
+        "lokr.safetensors": safetensors_bytes(
+            {f"{kohya_name}.{role}": array for role, array in lokr.items()}
+        ),
         "kohya.safetensors": safetensors_bytes({**kohya, f"{kohya_name}.alpha": np.array(1.0, "float32")}),
         "diffusers.safetensors": safetensors_bytes(peft, {"lora_adapter_metadata": json.dumps(written)}),
         "peft/adapter_config.json": json_bytes(config),
@@ -74,7 +79,12 @@ def loras(folder, file):
 
     global _unet
     _unet = _unet or UNet(tiny.ONE_BLOCK_UNET)
-    for name in ("kohya.safetensors", "diffusers.safetensors", "peft/adapter_model.safetensors"):
+    for name in (
+        "kohya.safetensors",
+        "lokr.safetensors",
+        "diffusers.safetensors",
+        "peft/adapter_model.safetensors",
+    ):
         read_lora(folder / name, {"unet": _unet})
 
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
 from keras_sd.files.writing import write_json
-from keras_sd.weights.lora import PEFT_FILE, LowRank, lora_file, read_lora, write_lora
+from keras_sd.weights.lora import PEFT_FILE, lora_file, read_lora, write_lora
+from keras_sd.weights.lora_updates import LowRank
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference
@@ -189,7 +190,8 @@ def peft_folder(folder, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"use_dora": True}, "lacks a magnitude of DoRA, against use_dora of its config"),
+        ({"use_dora": 1}, "use_dora 1"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
