@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # The pages, in the order in which they are listed.
 PAGES = (
     *("README.md", "notebooks/README.md"),
-    *(f"docs/{name}.md" for name in ("models", "prompts", "samplers", "finetuning", "captions", "devices")),
+    *(
+        f"docs/{name}.md"
+        for name in ("models", "prompts", "samplers", "finetuning", "training-guide", "captions", "devices")
+    ),
     *(f"docs/{name}.md" for name in ("results", "parity", "questions", "architecture")),
     *(f"docs/{name}.md" for name in ("model-card-emoji", "responsible-use")),
     *("CONTRIBUTING.md", "CHANGELOG.md"),

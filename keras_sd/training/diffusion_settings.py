@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 
 from keras_sd.diffusion import prediction
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -112,6 +113,9 @@ _DISCOUNT, _LOG_SIGMA = 0.3, (-1.2, 1.2)
 class NoiseDrawing:
     """Draws the noise and the timestep of training examples.
 
+    Attributes:
+        num_timesteps: number of timesteps to draw from.
+
     Args:
         settings: `DiffusionSettings`.
         schedule: `NoiseSchedule` of the model; or the number of timesteps to draw from uniformly.
@@ -119,7 +123,7 @@ class NoiseDrawing:
 
     def __init__(self, settings: DiffusionSettings, schedule: NoiseSchedule | int) -> None:
         self.settings = settings
-        self._count = schedule if isinstance(schedule, int) else schedule.num_train_timesteps
+        self.num_timesteps = schedule if isinstance(schedule, int) else schedule.num_train_timesteps
         if settings.timestep_sampling == "log_normal":
             if isinstance(schedule, int):
                 raise UserError("timestep_sampling log_normal: needs a noise schedule; use 'uniform'")
@@ -131,11 +135,21 @@ class NoiseDrawing:
     def timestep(self, generator: np.random.Generator) -> np.int32:
         """Draw a timestep, from 0 to the number of timesteps, exclusive."""
         if self.settings.timestep_sampling == "uniform":
-            return np.int32(generator.integers(self._count))
+            return np.int32(generator.integers(self.num_timesteps))
+        return self._log_normal(generator.standard_normal())
+
+    def timestep_at(self, quantile: float) -> np.int32:
+        """Return the timestep at a quantile, 0 to just below 1, of the distribution of timesteps."""
+        if self.settings.timestep_sampling == "uniform":
+            return np.int32(quantile * self.num_timesteps)
+        return self._log_normal(scipy.special.ndtri(quantile))
+
+    def _log_normal(self, normal):
+        """Return the timestep of a value of the standard normal distribution."""
         default_mean, default_std = _LOG_SIGMA
         mean, std = self.settings.log_sigma_mean, self.settings.log_sigma_std
         mean, std = default_mean if mean is None else mean, default_std if std is None else std
-        return np.int32(np.searchsorted(self._limits, mean + std * generator.standard_normal()))
+        return np.int32(np.searchsorted(self._limits, mean + std * normal))
 
     def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> dict[str, Any]:
         """Draw an example's `noise`, its `timesteps`, and its `input_noise` where the input is perturbed.

@@ -63,6 +63,12 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     keras.distribution.set_distribution(distribution)
 
 
+def num_replicas():
+    """Return among how many replicas of the model a batch is divided; 1 without a distribution."""
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else distribution.num_model_replicas
+
+
 def _distribution(kind):
     """Return the `keras.distribution` over all devices; None for "auto" on one device."""
     devices, processes = backend.device_names(), backend.process_count()

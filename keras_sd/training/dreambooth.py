@@ -22,6 +22,7 @@ from keras_sd.training.objectives import DiffusionObjective, PriorPreservationOb
 from keras_sd.training.stored_encodings import encoded_source
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
+from keras_sd.training.validation import Validation, validation_maker
 
 
 def read_images(folder, prompt, image_size, on_bad_sample="error", masks=None):
@@ -129,6 +130,7 @@ def train_dreambooth(
     captions=None,
     caching=None,
     make_evaluation=None,
+    validation_examples=None,
     export=None,
 ):
     """Train the trainable weights of a model's UNet, and of its text encoder, on a subject.
@@ -147,6 +149,8 @@ def train_dreambooth(
             `data.captions.Captions` for each example, or of None for captions that are fixed.
         caching: `caching.Caching`: where encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
+        validation_examples: number of training examples that the validation loss is measured on; None for
+            no validation.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
 
     Returns:
@@ -206,11 +210,20 @@ def train_dreambooth(
         )
         | (identity or {}),
     )
+    noise = NoiseDrawing(diffusion, schedule)
+    validation = Validation({"train": subject}, validation_examples) if validation_examples else None
     draw = functools.partial(
         dreambooth_example,
         class_examples=others,
         class_repeats=class_repeats,
-        noise=NoiseDrawing(diffusion, schedule),
+        noise=noise,
         condition=encoded.condition,
     )
-    return trainer.run(subject, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)
+    return trainer.run(
+        subject,
+        draw,
+        repeats=repeats,
+        make_evaluation=make_evaluation,
+        make_validation=validation_maker(validation, draw, noise),
+        export=export,
+    )

@@ -332,9 +332,10 @@ class UnencodedSource(Examples):
         """
         from grain.experimental import ThreadPrefetchIterDataset
 
-        return ThreadPrefetchIterDataset(batches.map(self._encoded), prefetch_buffer_size=_BATCHES_AHEAD)
+        return ThreadPrefetchIterDataset(batches.map(self.encode_batch), prefetch_buffer_size=_BATCHES_AHEAD)
 
-    def _encoded(self, batch):
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with latents and contexts in place of images and token ids."""
         batch = dict(batch)
         images, noise = batch.pop("image"), batch.pop("posterior_noise")
         moments = self._encoder.moments(images.reshape(-1, *images.shape[-3:]))

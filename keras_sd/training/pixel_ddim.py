@@ -13,6 +13,7 @@ from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
+from keras_sd.training.validation import validation_maker
 from keras_sd.weights.diffusers_folder import SCHEDULER, write_part, write_scheduler
 from keras_sd.weights.rules import torch_state
 
@@ -33,7 +34,15 @@ def sample_images(
 
 
 def train_pixel_ddim(
-    settings, config, scheduler_config, source, *, repeats=None, diffusion=None, make_evaluation=None
+    settings,
+    config,
+    scheduler_config,
+    source,
+    *,
+    repeats=None,
+    diffusion=None,
+    make_evaluation=None,
+    validation=None,
 ):
     """Train an unconditional UNet on images and write it under `output_dir/model`.
 
@@ -47,6 +56,7 @@ def train_pixel_ddim(
         repeats: how often an epoch shows each example.
         diffusion: `DiffusionSettings`; None for their defaults.
         make_evaluation: `make_evaluation(trainer, denoiser)` returns a function of the step.
+        validation: `validation.Validation`: examples of the validation loss, or None for none.
 
     Returns:
         Whether training reached its end.
@@ -79,6 +89,7 @@ def train_pixel_ddim(
         draw,
         repeats=repeats,
         make_evaluation=make_evaluation and (lambda trainer: make_evaluation(trainer, denoiser)),
+        make_validation=validation_maker(validation, draw, noise),
         export=lambda folder: save_model(folder, unet, scheduler_config),
     )
 

@@ -30,6 +30,8 @@ _CHANGES_NOTHING = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "evaluation_steps",
+    "sample_at_first",
+    "validation_steps",
     "jit_compile",
     "gradient_checkpointing",
     "offload_ema",
@@ -73,6 +75,7 @@ _RANGES = {
     "checkpointing_steps": _COUNT,
     "checkpoints_total_limit": _COUNT,
     "evaluation_steps": ((lambda value: value >= 0), "1 or more, or 0 for no evaluations"),
+    "validation_steps": ((lambda value: value >= 0), "1 or more, or 0 for no validation"),
 }
 
 
@@ -112,6 +115,9 @@ class Settings:
         checkpoints_total_limit: number of newest checkpoints to keep; None keeps all.
         resume_from_checkpoint: a checkpoint folder's name, or "latest"; None begins a new run.
         evaluation_steps: number of steps from one evaluation to the next; 0 evaluates at no step.
+        sample_at_first: whether to evaluate before the first step, too.
+        validation_steps: number of steps from one measurement of the validation loss to the next; 0 measures
+            it at no step.
 
     Raises:
         UserError: a value is out of range.
@@ -155,6 +161,8 @@ class Settings:
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
     evaluation_steps: int = 1000
+    sample_at_first: bool = False
+    validation_steps: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "output_dir", checked_path("output_dir", self.output_dir))

@@ -18,6 +18,7 @@ from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
+from keras_sd.training.validation import validation_maker
 
 # Filters by which images from any source may have been shrunk.
 _FILTERS = (
@@ -94,7 +95,16 @@ def measure_upscaling(upscaler, images, *, factor=2, **options):
 
 
 def train_super_resolution(
-    settings, upscaler, source, *, factor, crop_size, repeats=None, diffusion=None, make_evaluation=None
+    settings,
+    upscaler,
+    source,
+    *,
+    factor,
+    crop_size,
+    repeats=None,
+    diffusion=None,
+    make_evaluation=None,
+    validation=None,
 ):
     """Train an upscaler and write it to `output_dir/model`.
 
@@ -107,6 +117,7 @@ def train_super_resolution(
         repeats: how often an epoch shows each example.
         diffusion: `DiffusionSettings`; None for their defaults.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
+        validation: `validation.Validation`: encoded examples of the validation loss, or None for none.
 
     Returns:
         Whether training reached its end.
@@ -139,12 +150,20 @@ def train_super_resolution(
             crop=crop_size,
         ),
     )
+    noise = NoiseDrawing(diffusion, schedule)
     draw = functools.partial(
         upscaling_example,
-        noise=NoiseDrawing(diffusion, schedule),
+        noise=noise,
         low_res_schedule=low_res_schedule,
         noise_levels=unet.config.num_class_embeds,
         factor=factor,
         crop=crop_size,
     )
-    return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=upscaler.save)
+    return trainer.run(
+        source,
+        draw,
+        repeats=repeats,
+        make_evaluation=make_evaluation,
+        make_validation=validation_maker(validation, draw, noise),
+        export=upscaler.save,
+    )

@@ -15,6 +15,7 @@ from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.settings import Settings
 from keras_sd.training.trainer import Trainer
+from keras_sd.training.validation import Validation, validation_maker
 
 
 def diffusion_example(
@@ -89,6 +90,7 @@ def train_text_to_image(
     diffusion: DiffusionSettings | None = None,
     caption_dropout: float = 0.0,
     make_evaluation: Callable[[Trainer], Callable[[int], object]] | None = None,
+    validation: Validation | None = None,
     export: Callable[[Path], object] | None = None,
 ) -> bool:
     """Train the trainable weights of a UNet, and of a text encoder, on encoded examples.
@@ -104,6 +106,7 @@ def train_text_to_image(
         diffusion: `DiffusionSettings`; None for their defaults.
         caption_dropout: as in `diffusion_example`.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
+        validation: `validation.Validation`: encoded examples of the validation loss, or None for none.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
 
     Returns:
@@ -124,10 +127,13 @@ def train_text_to_image(
         )
         | (identity or {}),
     )
-    draw = functools.partial(
-        diffusion_example,
-        noise=NoiseDrawing(diffusion, schedule),
-        condition=source.condition,
-        caption_dropout=caption_dropout,
+    noise = NoiseDrawing(diffusion, schedule)
+    draw = functools.partial(diffusion_example, noise=noise, condition=source.condition)
+    return trainer.run(
+        source,
+        functools.partial(draw, caption_dropout=caption_dropout),
+        repeats=repeats,
+        make_evaluation=make_evaluation,
+        make_validation=validation_maker(validation, draw, noise),
+        export=export,
     )
-    return trainer.run(source, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)

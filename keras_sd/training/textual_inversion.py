@@ -14,6 +14,7 @@ from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.stored_encodings import encoded_source
 from keras_sd.training.text_to_image import diffusion_example, diffusion_identity
 from keras_sd.training.trainer import Trainer
+from keras_sd.training.validation import Validation, validation_maker
 from keras_sd.weights.textual_inversion import DIFFUSERS_FILE, write_embeddings
 
 KOHYA_FILE = "embedding_kohya.safetensors"
@@ -88,6 +89,7 @@ def train_textual_inversion(
     diffusion=None,
     caching=None,
     make_evaluation=None,
+    validation_examples=None,
 ):
     """Add a token to a model's vocabulary and train its vectors; all other weights are frozen.
 
@@ -108,6 +110,8 @@ def train_textual_inversion(
         diffusion: `DiffusionSettings`; None for their defaults.
         caching: `caching.Caching`: where the images' encodings are kept.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
+        validation_examples: number of training examples that the validation loss is measured on; None for
+            no validation.
 
     Returns:
         Whether training reached its end.
@@ -152,17 +156,21 @@ def train_textual_inversion(
         )
         | (identity or {}),
     )
-    draw = functools.partial(
-        inversion_example,
-        captions=captions,
-        noise=NoiseDrawing(diffusion, schedule),
-        condition=encoded.condition,
-    )
+    noise = NoiseDrawing(diffusion, schedule)
+    draw = functools.partial(inversion_example, captions=captions, noise=noise, condition=encoded.condition)
+    validation = Validation({"train": encoded}, validation_examples) if validation_examples else None
 
     def export(folder):
         save_embedding(folder, placeholder_token, ops.convert_to_numpy(learned))
 
-    return trainer.run(encoded, draw, repeats=repeats, make_evaluation=make_evaluation, export=export)
+    return trainer.run(
+        encoded,
+        draw,
+        repeats=repeats,
+        make_evaluation=make_evaluation,
+        make_validation=validation_maker(validation, draw, noise),
+        export=export,
+    )
 
 
 def encode_examples(settings, pipeline, source, token, learnable_property, caching=None):

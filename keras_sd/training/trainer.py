@@ -1,7 +1,6 @@
 """The training loop: Keras' `fit()` on an objective, with checkpoints, exact resumption and evaluations."""
 
 import contextlib
-import functools
 import json
 import sys
 import warnings
@@ -24,12 +23,12 @@ from keras_sd.training.callbacks import (
     CheckpointCallback,
     EMACallback,
     ProgressCallback,
-    StepCallback,
     StepCallbackList,
     StopOnNonFiniteLoss,
     StopOnSignal,
 )
 from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.evaluation_schedule import EvaluationCallback, EvaluationSchedule
 from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
@@ -48,27 +47,6 @@ from keras_sd.training.settings import MAY_CHANGE, PRECISIONS, Settings
 from keras_sd.weights.rules import weights_fingerprint
 
 __all__ = ["PRECISIONS", "Settings", "Trainer"]
-
-
-class EvaluationCallback(StepCallback):
-    """Calls `evaluate(step)` every `every` steps, except at the last step, with all variables up to date.
-
-    A run that was signalled to stop is not evaluated first; the evaluation follows when it is resumed.
-    """
-
-    def __init__(self, evaluate, progress, *, every, initial_step, total_steps):
-        super().__init__(initial_step)
-        self.evaluate = evaluate
-        self.progress = progress
-        self.every = every
-        self.total_steps = total_steps
-
-    def on_step(self, logs):
-        if self.step % self.every or self.step == self.total_steps or self.model.stop_training:
-            return
-        backend.sync_state(self.model)
-        with self.progress.paused():
-            self.evaluate(self.step)
 
 
 class Trainer:
@@ -134,7 +112,7 @@ class Trainer:
         if self.is_writer:
             write_description(settings.output_dir)
         self._record = RunRecord(settings.output_dir, self.step)
-        self._evaluation = None
+        self._schedules: list[EvaluationSchedule] = []
         self.log = MetricsLog(settings.output_dir, self.step) if self.is_writer else SilentLog(self.step)
 
     def _make_average(self):
@@ -196,6 +174,7 @@ class Trainer:
         *,
         repeats: int | None = None,
         make_evaluation: Callable[[Any], Callable[[int], object]] | None = None,
+        make_validation: Callable[[Any], Callable[[int], object]] | None = None,
         prepare_export: Callable[[], object] | None = None,
         export: Callable[[Path], object] | None = None,
     ) -> bool:
@@ -208,8 +187,10 @@ class Trainer:
             source, draw, repeats: as in `data.sources.batches`. An attribute `buckets` of the source is the
                 number of each example's bucket; the step is compiled once for each bucket.
             make_evaluation: `make_evaluation(trainer)` returns `evaluate(step)`, which is called every
-                `evaluation_steps` and at the end. It is called before the first evaluation; with
-                `evaluation_steps` 0 there is none. A failing evaluation is a warning.
+                `evaluation_steps` and at the end, and with `sample_at_first` before the first step. It is
+                called before the first evaluation; with `evaluation_steps` 0 there is none. A failing
+                evaluation is a warning.
+            make_validation: the same for `validation_steps`; also called before the first step.
             prepare_export: called in every process before the export, with the EMA weights swapped in.
             export: `export(folder)` writes the model in one process, with the EMA weights swapped in; the
                 folder becomes `output_dir/model` once it is complete.
@@ -221,15 +202,29 @@ class Trainer:
             UserError: the loss is not finite, no checkpoint can be written, or memory is not sufficient.
         """
         settings = self.settings
+        self._schedules = [
+            EvaluationSchedule(
+                self, make_validation, self._record, "validated", "validation_steps", at_first=True
+            ),
+            EvaluationSchedule(
+                self,
+                make_evaluation,
+                self._record,
+                "evaluated",
+                "evaluation_steps",
+                at_first=settings.sample_at_first,
+            ),
+        ]
         try:
             with self._with_memory_advice(source), StopOnSignal() as stop:
                 if self.step < settings.max_train_steps:
-                    if self._is_evaluated_at(self.step):
-                        self._evaluate(make_evaluation, self.step)
+                    for schedule in self._schedules:
+                        if stop.signal_received is None:
+                            schedule.run_if_due(self.step)
                     if stop.signal_received is None:
-                        self._fit(source, draw, repeats, self._callbacks(stop, make_evaluation))
+                        self._fit(source, draw, repeats, self._callbacks(stop))
                 if self.step >= settings.max_train_steps and stop.signal_received is None:
-                    did_more = self._finish(make_evaluation, prepare_export, export)
+                    did_more = self._finish(prepare_export, export)
                     if self._resumed_step == self.step and not did_more and self.is_writer:
                         warnings.warn(
                             f"{settings.output_dir}: complete, as step {self.step} is the last; give a "
@@ -268,7 +263,7 @@ class Trainer:
         )
         self.step = self.log.step
 
-    def _finish(self, make_evaluation, prepare_export, export):
+    def _finish(self, prepare_export, export):
         """Export and evaluate after the last step, where not done before; return whether one was due."""
         export_is_due = export is not None and not self._is_exported()
         if export_is_due:
@@ -279,44 +274,13 @@ class Trainer:
                     write_whole_folder(self.settings.output_dir / MODEL, export)
                     self._record.write("exported", self.step)
                     print(f"saved: {self.settings.output_dir / MODEL}", file=sys.stderr, flush=True)
-        evaluation_is_due = self._is_evaluated_at(self.step)
-        if evaluation_is_due:
-            self._evaluate(make_evaluation, self.step)
-        return export_is_due or evaluation_is_due
+        return export_is_due | any([schedule.run_if_due(self.step) for schedule in self._schedules])
 
     def _is_exported(self):
         model = self.settings.output_dir / MODEL
         if self.is_writer:
             restore_folder(model)
         return self._record.last("exported") == self.step and model.is_dir()
-
-    def _is_evaluated_at(self, step):
-        """Return whether an evaluation at this step, the first or last of the process, is still due."""
-        every, last = self.settings.evaluation_steps, self.settings.max_train_steps
-        due = every and step and (step % every == 0 or step >= last)
-        return bool(due) and self._record.last("evaluated") < step
-
-    def _evaluate(self, make_evaluation, step):
-        """Evaluate, if the method has an evaluation; warn of a failure and continue."""
-        if make_evaluation is None:
-            return
-        try:
-            with interruption.interruptible(), interruption.phase("evaluating"):
-                if self._evaluation is None:
-                    self._evaluation = make_evaluation(self)
-                self._evaluation(step)
-        except Exception as error:
-            if self.ema.swapped_in:  # the raw weights could not be restored, so training cannot continue
-                raise
-            fault = "out of memory" if backend.is_out_of_memory(error) else _first_line(error)
-            warnings.warn(
-                f"evaluation at step {step}: failed ({fault}); training continues, `evaluation_steps=0` "
-                "turns evaluations off",
-                stacklevel=2,
-            )
-        else:
-            if self.is_writer:
-                self._record.write("evaluated", step)
 
     def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of an evaluation, and print them.
@@ -361,7 +325,7 @@ class Trainer:
         if framing is not None:  # all buckets have its area, so their number matters little
             yield f"a `resolution` below {framing.resolution}"
 
-    def _callbacks(self, stop, make_evaluation):
+    def _callbacks(self, stop):
         """Return the callbacks in the order in which each step calls them."""
         settings = self.settings
         guard = StopOnNonFiniteLoss(self.checkpoints, self.step)
@@ -385,22 +349,11 @@ class Trainer:
             ),
             *([progress] if self.is_writer else []),
         ]
-        if make_evaluation is not None and settings.evaluation_steps:
-            callbacks.append(
-                EvaluationCallback(
-                    functools.partial(self._evaluate, make_evaluation),
-                    progress,
-                    every=settings.evaluation_steps,
-                    initial_step=self.step,
-                    total_steps=settings.max_train_steps,
-                )
-            )
+        callbacks += [
+            EvaluationCallback(schedule, progress, self.step, settings.max_train_steps)
+            for schedule in self._schedules
+            if schedule.every
+        ]
         for callback in callbacks:
             callback.batches_per_step = settings.gradient_accumulation_steps
         return callbacks
-
-
-def _first_line(error):
-    """Return the type and the message of an exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -63,6 +63,7 @@ def train(folder, output, *options, flags=""):
     arguments += ["--max-train-steps", STEPS, "--train-batch-size", 4, "--checkpointing-steps", STEPS // 2]
     arguments += ["--learning-rate", 1e-3, "--lr-warmup-steps", 1, "--evaluation-steps", STEPS]
     arguments += ["--kid-images", 0, "--num-inference-steps", 1, "--validation-prompts", "red heart"]
+    arguments += ["--validation-steps", STEPS // 2, "--validation-examples", 6, "--validation-split", 0.25]
     return start([*arguments, *options], flags)
 
 
@@ -115,6 +116,18 @@ def losses(folder):
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
+def validated(folder):
+    """The figures of the validation loss, which has two sets, by step."""
+    records = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
+    found = {
+        record["step"]: {name: value for name, value in record.items() if name.startswith("validation")}
+        for record in records
+        if "validation_loss_held_out_ema" in record
+    }
+    assert all("validation_loss_train_raw_standard_error" in figures for figures in found.values())
+    return found
+
+
 def largest_difference(folder, other, group):
     """Of all tensors, each relative to its largest number."""
     ours, theirs = (
@@ -137,6 +150,10 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
         assert loss == pytest.approx(expected[step], rel=1e-4)
     for group in ("weights", "ema"):
         assert largest_difference(runs / "one", runs / output, group) < 1e-4
+    expected, found = validated(runs / "one"), validated(runs / output)
+    assert sorted(expected) == [0, 2, 4] and sorted(found) == ([2, 4] if output == "resumed" else [0, 2, 4])
+    for step, figures in found.items():
+        assert figures == pytest.approx(expected[step], rel=1e-3)
     sample = f"samples/step-{STEPS:06}.png"
     pictures = [np.asarray(Image.open(runs / name / sample)).astype(int) for name in ("one", output)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1

@@ -8,6 +8,7 @@ from keras_sd.cli.train.data_options import dataset_config_option, source_option
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.options import FILE, evaluation_options, run_options
 from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
+from keras_sd.cli.train.validation import validation_of, validation_options, validation_sets
 from keras_sd.training import architectures
 
 
@@ -19,6 +20,7 @@ from keras_sd.training import architectures
     "--unet-config", type=FILE, help="config.json of the UNet; by default a small one without attention."
 )
 @diffusion_options
+@validation_options
 @click.option(
     "--kid",
     type=click.Choice(["kid_emoji", "kid_inception"]),
@@ -72,4 +74,5 @@ def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
         repeats=repeats,
         diffusion=diffusion_of(options),
         make_evaluation=make_evaluation,
+        validation=validation_of(run, validation_sets(run, source, held_out)),
     )

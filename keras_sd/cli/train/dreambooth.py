@@ -25,6 +25,7 @@ from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_opt
 from keras_sd.cli.train.masks import mask_options, masks_of
 from keras_sd.cli.train.options import COUNT, run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
+from keras_sd.cli.train.validation import validated_examples
 from keras_sd.errors import UserError
 
 _OF_FOLDERS = ("instance_data_dir", "instance_prompt", "with_prior_preservation")
@@ -110,6 +111,7 @@ def dreambooth(**options):
         captions=_caption_rules(instances, class_images) if sources else None,
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, prompt),
+        validation_examples=validated_examples(run),
         export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
     )
     if finished:

@@ -22,6 +22,12 @@ from keras_sd.cli.train.options import (
     model_option,
 )
 from keras_sd.cli.train.preparation import SMALL_IMAGE, example_sets, image_size_of
+from keras_sd.cli.train.validation import (
+    encoded_validation,
+    of_training_images,
+    validation_options,
+    validation_sets,
+)
 
 pretrained_option = click.option(
     "--pretrained-model-name-or-path",
@@ -54,6 +60,7 @@ def captioned_options(method):
             help="Fraction of captions replaced by the empty prompt, as guidance needs.",
         ),
         caching_options,
+        validation_options,
         validation_option("some of the captions"),
         model_option(method, "guidance_scale"),
         evaluation_options(),
@@ -67,6 +74,7 @@ def subject_options(method, prompt):
         prompt: describes the default prompt in the help.
     """
     return decorated(
+        of_training_images,
         validation_option(prompt),
         click.option(
             "--num-validation-images", default=4, type=click.IntRange(1, 256), help="Images of each prompt."
@@ -91,7 +99,7 @@ def _sampling(run, pipeline, **options):
 
 
 def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampling):
-    """Return the encoded source of a run on captioned images, its repeats and its `make_evaluation`.
+    """Return encoded source, repeats, `make_evaluation` and `Validation` of a run on captioned images.
 
     Args:
         frozen_text_encoder: None if the text encoder encodes captions in the training step, so that they are
@@ -113,6 +121,8 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
         caching_of(run.options),
         jit_compile=run.settings.jit_compile,
     )
+    sets = validation_sets(run, source, held_out)
+    validation = encoded_validation(run, sets, pipeline, frozen_text_encoder, tokenizer)
     if tokenizer.cut_line():
         warnings.warn(tokenizer.cut_line(), stacklevel=2)
     if captions is not None:
@@ -150,7 +160,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
             score=score,
         )
 
-    return encoded, repeats, make_evaluation
+    return encoded, repeats, make_evaluation, validation
 
 
 def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None):
@@ -166,7 +176,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
     is_encoded_before = frozen_text_encoder is not None and captions is None
     if frozen_text_encoder is not None and captions is not None:
         freeze(frozen_text_encoder)  # it becomes a part of the objective
-    encoded, repeats, make_evaluation = encoded_examples(
+    encoded, repeats, make_evaluation, validation = encoded_examples(
         run,
         pipeline,
         frozen_text_encoder if is_encoded_before else None,
@@ -185,6 +195,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         repeats=repeats,
         diffusion=diffusion_of(options),
         make_evaluation=make_evaluation,
+        validation=validation,
         export=export,
         caption_dropout=options["proportion_empty_prompts"],
     )

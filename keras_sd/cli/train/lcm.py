@@ -51,7 +51,7 @@ def lcm(**options):
     from keras_sd.training.lora import save_lora
 
     pipeline, alpha, identity = open_with_loras(run, ["unet"])
-    encoded, repeats, make_evaluation = encoded_examples(
+    encoded, repeats, make_evaluation, _ = encoded_examples(
         run, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
     )
     finished = train_consistency(

@@ -22,7 +22,7 @@ FILE, FILE_OR_FOLDER = click.Path(dir_okay=False), click.Path()
 # Options that only affect evaluations.
 OF_EVALUATIONS = (
     *("validation_prompts", "num_validation_images", "validation_images", "num_inference_steps"),
-    *("kid", "kid_images", "guidance_scale"),
+    *("kid", "kid_images", "guidance_scale", "sample_at_first"),
 )
 
 # Those of `training.learning_rate`, which imports a backend.
@@ -134,6 +134,7 @@ def run_options(method, *, without=(), **defaults):
         option("--checkpoints-total-limit", 2, "Number of latest checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "Continue from `latest` or from this checkpoint folder."),
         option("--evaluation-steps", 1000, "Sample and measure every N updates; 0: never.", type=FROM_ZERO),
+        option("--sample-at-first", False, "Sample and measure before the first update, too.", is_flag=True),
         option(
             "--distribution",
             None,

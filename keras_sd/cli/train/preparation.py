@@ -26,6 +26,7 @@ from keras_sd.cli.train.framing import check_framing, check_sides, framed, frami
 from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
+from keras_sd.cli.train.validation import choose_validation, split_source
 from keras_sd.data.emoji import architecture
 from keras_sd.data.framing import FramedSource
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -177,6 +178,7 @@ def prepare(
     for name, value in own.items():
         if name in options and options[name] is None:
             options[name] = value
+    choose_validation(options)
     if not relative_step:
         check_learning_rate(options)
     if scheduler_config is not None:
@@ -235,9 +237,9 @@ def _check_sources(options, need_captions):
 
     reading = reading_of(options)
     if options.get("dataset_config"):
-        source = configured_source(options, need_captions)
+        source, held_out = split_source(configured_source(options, need_captions), (), options)
         print_notes(source, options)
-        return source, ()
+        return source, held_out
     folder, name = options["train_data_dir"], options.get("dataset_name")
     if folder and name:
         raise UserError(f"--train-data-dir {folder}: --dataset-name {name} is given too; leave one out")
@@ -255,6 +257,9 @@ def _check_sources(options, need_captions):
     if "validation" in available_splits(place, reading["config_name"], reading["streaming"]):
         held_out = load_source(place, "validation", MINIMUM_SIDE, need_captions, **reading)
         print_notes(held_out, options)
+    source, held_out = split_source(source, held_out, options)
+    if options.get("validation_split"):
+        print_notes(source, options)
     return source, held_out
 
 

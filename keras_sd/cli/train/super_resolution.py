@@ -8,6 +8,7 @@ from keras_sd.cli.train.data_options import dataset_config_option, source_option
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.options import COUNT, FILE, inference_steps_option, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
+from keras_sd.cli.train.validation import validation_of, validation_options, validation_sets
 from keras_sd.training import architectures
 
 
@@ -24,6 +25,7 @@ from keras_sd.training import architectures
     help="Side in pixels of the random squares of the resized images to train on.",
 )
 @diffusion_options
+@validation_options
 @inference_steps_option(10)
 @click.option(
     "--validation-images", default=32, type=COUNT, help="Held-out images that evaluations shrink and upscale."
@@ -77,4 +79,5 @@ def super_resolution(unet_config, factor, crop_size, num_inference_steps, valida
         repeats=repeats,
         diffusion=diffusion_of(options),
         make_evaluation=make_evaluation,
+        validation=validation_of(run, validation_sets(run, source, held_out)),
     )

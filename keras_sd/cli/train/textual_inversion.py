@@ -16,6 +16,7 @@ from keras_sd.cli.train.fine_tuning import (
 from keras_sd.cli.train.masks import mask_options
 from keras_sd.cli.train.options import run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
+from keras_sd.cli.train.validation import validated_examples
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import Tokenizer, vector_names
 
@@ -81,6 +82,7 @@ def textual_inversion(**options):
         diffusion=diffusion_of(options),
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
+        validation_examples=validated_examples(run),
     )
     if finished:
         run.print_next_command("--embedding", DIFFUSERS_FILE, prompt=options["placeholder_token"])

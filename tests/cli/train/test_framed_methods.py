@@ -15,13 +15,14 @@ from keras_sd.cli.train.main import train
 from tests import tiny
 
 BUCKETS = ("--resolution", 32, "--aspect-ratio-buckets", 3)
+VALIDATION = ("--validation-steps", 2, "--validation-examples", 4)
 METHODS = {
     "vae": BUCKETS,
-    "ddim": BUCKETS,
+    "ddim": (*BUCKETS, *VALIDATION, "--validation-split", 0.2),
     "lcm": (*BUCKETS, "--rank", 2),
-    "textual-inversion": (*BUCKETS, "--placeholder-token", "<x>"),
-    "dreambooth": (*BUCKETS, "--instance-prompt", "a sks heart"),
-    "super-resolution": ("--resolution", 24, "--crop-size", 16),
+    "textual-inversion": (*BUCKETS, *VALIDATION, "--placeholder-token", "<x>"),
+    "dreambooth": (*BUCKETS, *VALIDATION, "--instance-prompt", "a sks heart"),
+    "super-resolution": ("--resolution", 24, "--crop-size", 16, *VALIDATION),
 }
 
 
@@ -73,7 +74,8 @@ def run(monkeypatch, capfd, *given):
 def test_resumed_training_is_the_same_to_the_bit(folder, monkeypatch, capfd, method):
     whole, resumed = f"{method}-whole", f"{method}-resumed"
     told = run(monkeypatch, capfd, *command(folder, method, whole, "--max-train-steps", 4))
-    assert "images: 32 x 32: 3, 40 x 24: 3; " in told or method == "super-resolution", told
+    counts = {"super-resolution": "training: ", "ddim": "1 of 6 images are held out"}
+    assert counts.get(method, "images: 32 x 32: 3, 40 x 24: 3; ") in told, told
     shutil.copytree(folder / whole / "checkpoint-2", folder / resumed / "checkpoint-2")
     more = ("--max-train-steps", 4, "--resume-from-checkpoint", "latest")
     run(monkeypatch, capfd, *command(folder, method, resumed, *more))
@@ -82,3 +84,20 @@ def test_resumed_training_is_the_same_to_the_bit(folder, monkeypatch, capfd, met
     assert any((before[name] != array).any() for name, array in arrays[0].items())
     for name, array in arrays[0].items():
         np.testing.assert_array_equal(arrays[1][name], array, err_msg=name)
+    figures = [validated(folder / one) for one in (whole, resumed)]
+    if "--validation-steps" in METHODS[method]:
+        sets = ["train", *(["held_out"] if method == "ddim" else [])]
+        names = {f"validation_loss_{part}_{weights}" for part in sets for weights in ("ema", "raw")}
+        assert names <= figures[0][4].keys() and len(figures[0][4]) == len(names) * 2 * 5
+        assert list(figures[0]) == [0, 2, 4] and figures[1] == {step: figures[0][step] for step in (2, 4)}
+
+
+def validated(run_folder):
+    """The figures of the validation loss, by step."""
+    records = map(json.loads, (run_folder / "logs" / "metrics.jsonl").read_text().splitlines())
+    found = {}
+    for record in records:
+        figures = {name: value for name, value in record.items() if name.startswith("validation_loss")}
+        if figures:
+            found[record["step"]] = figures
+    return found
