@@ -5,6 +5,7 @@ import warnings
 
 import click
 
+from keras_sd.cli import config_file
 from keras_sd.cli.foreign_flags import FOREIGN_FLAGS
 from keras_sd.errors import UserError
 
@@ -50,6 +51,8 @@ class Command(click.Command):
                 if name is None or name[1] in known:
                     raise UserError(f"{flag}: {answer}")
             renamed.append(argument)
+        if config_file.FLAG in known:
+            renamed = config_file.with_config_file(self, renamed)
         try:
             return super().parse_args(context, renamed)
         except click.UsageError as error:
@@ -89,6 +92,12 @@ def decorated(*options):
     return decorate
 
 
+def is_given(name):
+    """Return whether the user has given an option of the running command, or its file of options has."""
+    given = click.get_current_context().get_parameter_source(name)
+    return given is click.core.ParameterSource.COMMANDLINE
+
+
 def refuse_unused(names, has_effect, reason):
     """Raise UserError if the user has given some of the named options although they have no effect.
 
@@ -97,13 +106,8 @@ def refuse_unused(names, has_effect, reason):
     """
     if has_effect:
         return
-    context = click.get_current_context()
-    given = click.core.ParameterSource.COMMANDLINE
-    flags = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in names and context.get_parameter_source(parameter.name) is given
-    ]
+    parameters = click.get_current_context().command.params
+    flags = [one.opts[0] for one in parameters if one.name in names and is_given(one.name)]
     if flags:
         has, it = ("has", "it") if len(flags) == 1 else ("have", "them")
         raise UserError(f"{', '.join(flags)}: {has} no effect {reason}; leave {it} out")

@@ -4,7 +4,6 @@ _SIZES = "the sizes of buckets are fixed; --aspect-ratio-buckets sets their numb
 _RATE = "all parts have one rate; give --learning-rate"
 _SAVING = "use --checkpointing-steps, in updates"
 _SAMPLES = "use --evaluation-steps, in updates"
-_EPOCHS = "a run is not counted in epochs; give --max-train-steps"
 _LOGS = "leave it out; logs for TensorBoard are always in the run folder, --output-dir"
 _ATTENTION = "XLA compiles attention; leave it out"
 _THREADS = "threads read images; leave it out"
@@ -28,14 +27,13 @@ FOREIGN_FLAGS = {
     "--lr-scheduler-num-cycles": "is called --lr-num-cycles here",
     "--lr-scheduler-power": "is called --lr-power here",
     "--optimizer-args": "each option has a flag of its own, such as --prodigy-d-coef",
+    "--output-config": "leave it out; a run writes `options.toml` into its --output-dir",
     "--save-every-n-epochs": _SAVING,
     "--save-every-n-steps": _SAVING,
     "--save-model-as": _FORMAT,
     "--save-precision": _FORMAT,
     "--output-name": "leave it out; the result is in the folder `model` of --output-dir",
     "--clip-skip": "the text encoder is used to its last layer; leave it out",
-    "--max-train-epochs": _EPOCHS,
-    "--num-train-epochs": _EPOCHS,
     "--report-to": _LOGS,
     "--log-with": _LOGS,
     "--logging-dir": _LOGS,

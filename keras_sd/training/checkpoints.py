@@ -375,6 +375,19 @@ def check_manifest(folder) -> None:
     _checked(_read_manifest, Path(folder))
 
 
+def steps_and_examples(folder) -> tuple[int, int]:
+    """Return the step of a checkpoint and how many examples the run had seen.
+
+    Raises:
+        UserError: the folder has no valid manifest.
+    """
+    folder = Path(folder)
+    manifest = _checked(_read_manifest, folder)
+    config, position = (read_json(folder / name, largest=_LARGEST_FILE) for name in (CONFIG, POSITION))
+    # Earlier versions stored only the number of batches.
+    return manifest["step"], position.get("examples", position["batch"] * config.get("train_batch_size", 1))
+
+
 def _checked(check: Callable[[Path], dict], folder: Path) -> dict:
     """Return the manifest that `_verify` or `_read_manifest` returns, or raise a UserError."""
     try:

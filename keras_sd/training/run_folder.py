@@ -11,11 +11,12 @@ from pathlib import Path
 from keras_sd import interruption
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_json
-from keras_sd.files.writing import sync, write_json
+from keras_sd.files.writing import replaced, sync, write_json
 
 LOCK = ".lock"
 MODEL = "model"
 DESCRIPTION = "run.json"
+OPTIONS = "options.toml"
 RECORD = Path("logs") / "record.json"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -162,17 +163,20 @@ def _lock(folder):
 
 
 _description = None  # description of the run that this process' command starts
+_given = ""  # the options that it was given, as TOML
 
 
 @contextlib.contextmanager
-def described(method, options):
-    """Inside the block, a run that starts or resumes records its command in `run.json`.
+def described(method, options, given):
+    """Inside the block, a run that starts or resumes records its command in `run.json` and `options.toml`.
 
     Args:
         method: the training command's name.
         options: the command's options, as JSON values and tuples.
+        given: those that the user has given, as TOML.
     """
-    global _description
+    global _description, _given
+    _given = given
     _description = {"version": 1, "method": method, "directory": os.getcwd(), "options": options}
     try:
         yield
@@ -189,6 +193,9 @@ def write_description(run_folder):
     """Write the description of the run, if a command started it."""
     if _description is not None:
         write_json(Path(run_folder) / DESCRIPTION, _description)
+        with replaced(Path(run_folder) / OPTIONS) as staging:
+            # Names of files may hold bytes that are no text.
+            staging.write_text(_given, encoding="utf-8", errors="backslashreplace")
 
 
 class RunRecord:

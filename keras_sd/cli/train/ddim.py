@@ -37,6 +37,8 @@ def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
         defaults_from=defaults_from(unet_config),
         need_captions=False,
         scheduler_config=architectures.PIXEL_SCHEDULER,
+        # Without captions, emoji and their variants count alike.
+        counts_repeats=lambda source: not getattr(source, "is_drawn", False),
     )
     import dataclasses
 
@@ -47,8 +49,6 @@ def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
     unet_config = read_config(unet_config, config.UNetConfig, architectures.PIXEL_UNET)
     unet_config = dataclasses.replace(unet_config, sample_size=run.resolution(unet_config.sample_size))
     source, held_out, repeats = run.sources(unet_config.sample_size)
-    if getattr(run.source, "is_drawn", False):  # without captions, emoji and their variants count alike
-        repeats = None
 
     def make_evaluation(trainer, denoiser):
         sets = example_sets(source.squares(), held_out, kid_images)

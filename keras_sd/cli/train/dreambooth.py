@@ -15,6 +15,7 @@ from keras_sd.cli.train.data_options import (
     print_notes,
 )
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
+from keras_sd.cli.train.epochs import images_of_epoch
 from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
@@ -72,7 +73,9 @@ def dreambooth(**options):
     refuse_unused(["rank", "lora_alpha"], options["lora"], "without --lora")
     sources, class_folder = _config_sources(options), None
     if sources is None:
-        class_folder = _check_folders(options)
+        class_folder, count = _check_folders(options)
+    else:
+        count = images_of_epoch(sources[0], sources[0].repeats())
     of_class = ["num_inference_steps", "guidance_scale"] if class_folder else []
     trained = trained_parts(options)
     run = prepare(
@@ -81,6 +84,7 @@ def dreambooth(**options):
         variant="lora" if options["lora"] else None,
         used=of_class,
         identity=low_rank_identity(options, trained) if options["lora"] else None,
+        images=count,
     )
     from keras_sd.training.dreambooth import train_dreambooth
     from keras_sd.training.lora import save_lora
@@ -97,6 +101,7 @@ def dreambooth(**options):
     else:
         sizes = image_size_of(pipeline), pipeline.vae.config.downsampling
         instances, class_images = (run.framed(one, *sizes) if one else [] for one in sources)
+    run.count_epochs(instances, instances.repeats())
     prompt = options["instance_prompt"] or instances.captions()[0][0]
     frozen = ["vae", *(["text_encoder"] if "text_encoder" not in trained else [])]
     finished = train_dreambooth(
@@ -141,15 +146,19 @@ def _caption_rules(*parts):
 
 
 def _check_folders(options):
-    """Check the folders of the subject and of its class; return that of the class, or None."""
+    """Check the folders of the subject and of its class.
+
+    Returns:
+        The folder of the class, or None, and the number of images of the subject.
+    """
     refuse_unused(_CLASS_OPTIONS, options["with_prior_preservation"], "without --with-prior-preservation")
     for name, title in (("instance_data_dir", "a folder of images"), ("instance_prompt", "a prompt")):
         if not options[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag}: missing; give {title} of the subject, or --dataset-config")
     class_folder = _class_folder(options)
-    _check_images(Path(options["instance_data_dir"]), class_folder, options)
-    return class_folder
+    count = _check_images(Path(options["instance_data_dir"]), class_folder, options)
+    return class_folder, count
 
 
 def _class_folder(options):
@@ -162,14 +171,18 @@ def _class_folder(options):
 
 
 def _check_images(instance_folder, class_folder, options):
-    """Raise UserError for images that cannot be trained on, before any long work."""
+    """Check images before any long work; return how many of the subject an epoch shows.
+
+    Raises:
+        UserError: some cannot be trained on.
+    """
     from keras_sd.data.folders import FolderSource, count_images
     from keras_sd.data.images import MINIMUM_SIDE
 
     reading = {"on_bad_sample": options["on_bad_sample"], "masks": masks_of(options)}
-    FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False, **reading)
+    source = FolderSource(instance_folder, MINIMUM_SIDE, need_captions=False, **reading)
     if class_folder is None:
-        return
+        return images_of_epoch(source, source.repeats())
     count_images(class_folder)
     places = instance_folder.resolve(), class_folder.resolve()
     if any(place.is_relative_to(other) for place, other in (places, places[::-1])):
@@ -177,6 +190,7 @@ def _check_images(instance_folder, class_folder, options):
             f"{class_folder}: images of the class and of the subject {instance_folder} in one folder; "
             "keep them apart"
         )
+    return images_of_epoch(source, source.repeats())
 
 
 def _images(run, pipeline, class_folder):

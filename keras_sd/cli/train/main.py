@@ -5,6 +5,7 @@ import functools
 import click
 
 from keras_sd.cli.command import HELP_SETTINGS
+from keras_sd.cli.config_file import as_toml, given_options
 from keras_sd.cli.program import run_command
 from keras_sd.cli.train.clip import clip
 from keras_sd.cli.train.ddim import ddim
@@ -39,7 +40,9 @@ def _describing(command):
     def call(**options):
         from keras_sd.training.run_folder import described
 
-        with described(command.name, dict(options)):
+        context = click.get_current_context()
+        text = as_toml(command.name, given_options(context))
+        with described(command.name, dict(options), text):
             return callback(**options)
 
     return call

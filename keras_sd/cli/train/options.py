@@ -6,7 +6,9 @@ from pathlib import Path
 import click
 
 from keras_sd.cli.command import decorated
+from keras_sd.cli.config_file import config_file_option
 from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE
+from keras_sd.cli.train.epochs import epochs_option
 from keras_sd.cli.train.framing import framing_options
 from keras_sd.cli.train.optimizer import DECAY, optimizer_options
 from keras_sd.errors import UserError
@@ -96,6 +98,7 @@ def run_options(method, *, without=(), **defaults):
         return name, model_option(method, name)
 
     options = [
+        ("config_file", config_file_option),
         option("--output-dir", None, "Run folder: checkpoints, logs, sample images, and the trained model."),
         option(
             "--dataset-name",
@@ -107,6 +110,7 @@ def run_options(method, *, without=(), **defaults):
         ("max_train_samples", max_train_samples_option),
         *framing_options(flips=defaults.get("random_flip", False)),
         follows_model("max_train_steps"),
+        ("num_train_epochs", epochs_option),
         follows_model("train_batch_size"),
         option("--gradient-accumulation-steps", 1, "Batches per optimizer update.", type=COUNT),
         follows_model("learning_rate"),

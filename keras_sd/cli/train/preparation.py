@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from keras_sd import config, interruption, presets
-from keras_sd.cli.command import refuse_unused
+from keras_sd.cli.command import is_given, refuse_unused
 from keras_sd.cli.train.caching import caching_of
 from keras_sd.cli.train.data_options import (
     apply_config,
@@ -22,6 +22,7 @@ from keras_sd.cli.train.data_options import (
     refuse_drawn_captions,
 )
 from keras_sd.cli.train.diffusion import diffusion_of
+from keras_sd.cli.train.epochs import check_epochs, images_of_epoch, steps_of_epochs
 from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
 from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
@@ -50,6 +51,7 @@ class Run:
         model: path of the pretrained model, or None.
         options: all options of the command, with the model's defaults filled in.
         checkpoint: folder of the checkpoint to resume from, or None.
+        counts_repeats: whether an epoch shows images as often as their repeats say.
     """
 
     settings: object
@@ -58,6 +60,7 @@ class Run:
     model: Path | None
     options: dict
     checkpoint: Path | None = None
+    counts_repeats: bool = True
 
     def resolution(self, own_size):
         """Return the side of the run's square images in pixels; `own_size` is that of the model's."""
@@ -76,7 +79,23 @@ class Run:
         source = self.framed(self.source, own_size, factor)
         self.source = source.source  # without images that are too small
         held_out = FramedSource(self.held_out, source.framing.of_squares()) if self.held_out else ()
-        return source, held_out, source.repeats()
+        repeats = source.repeats() if self.counts_repeats else None
+        self.count_epochs(source, repeats)
+        return source, held_out, repeats
+
+    def count_epochs(self, source, repeats=None):
+        """Count the updates of --num-train-epochs anew, as images that are too small were left out."""
+        if not self.options["num_train_epochs"]:
+            return
+        from keras_sd import backend
+
+        images = images_of_epoch(source, repeats)
+        steps = steps_of_epochs(self.options, images, self.checkpoint)
+        if steps != self.settings.max_train_steps:
+            self.options["max_train_steps"] = steps
+            self.settings = dataclasses.replace(self.settings, max_train_steps=steps)
+            if backend.process_index() == 0:
+                print(f"epochs of {images} images: {steps} steps", file=sys.stderr, flush=True)
 
     def framed(self, source, own_size, factor=1):
         """Return a source with its images framed as the options say, and print what is cropped away."""
@@ -120,6 +139,8 @@ def prepare(
     scheduler_config=None,
     used=(),
     identity=None,
+    images=None,
+    counts_repeats=None,
 ):
     """Check a run before long work, and start its backend.
 
@@ -132,6 +153,8 @@ def prepare(
         scheduler_config: the noise schedule, if it is not the pretrained model's.
         used: options of evaluations that the method also uses elsewhere.
         identity: JSON values, derived from the options, that a checkpoint to resume must share.
+        images: how many images an epoch shows, if the method reads its own.
+        counts_repeats: `counts_repeats(source)` tells whether repeats count; None if they always do.
 
     Returns:
         `Run`.
@@ -139,6 +162,7 @@ def prepare(
     Raises:
         UserError: an option, the run folder, the images or the model's location is wrong.
     """
+    from keras_sd.data.sources import own_repeats
     from keras_sd.training.rendezvous import check_processes
     from keras_sd.training.run_folder import claim_output_dir
 
@@ -151,6 +175,7 @@ def prepare(
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     apply_config(options)
     choose_optimizer(options)
+    check_epochs(options)
     refuse_unused({"coordinator_timeout"}, options["coordinator"] is not None, "without --coordinator")
     processes = {name: options[name] for name in ("coordinator", "num_processes", "process_id")}
     check_processes(options["distribution"], **processes)
@@ -178,19 +203,23 @@ def prepare(
     for name, value in own.items():
         if name in options and options[name] is None:
             options[name] = value
+    counts_repeats = counts_repeats is None or counts_repeats(source)
+    if options["num_train_epochs"]:
+        if images is None:
+            images = images_of_epoch(source, own_repeats(source) if counts_repeats else None)
+        options["max_train_steps"] = steps_of_epochs(options, images, checkpoint)
     choose_validation(options)
     if not relative_step:
         check_learning_rate(options)
+        _check_warmup(options)
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
-    if not relative_step:
-        _check_warmup(options)
     if checkpoint is not None:
         _check_resumed(checkpoint, settings, identity)
     _print_summary(method, settings, source, options)
-    return Run(settings, source, held_out, model, options, checkpoint)
+    return Run(settings, source, held_out, model, options, checkpoint, counts_repeats)
 
 
 def _check_resumed(checkpoint, settings, identity):
@@ -220,6 +249,8 @@ def _check_schedule(scheduler_config, options):
 
 def _check_warmup(options):
     warmup, steps = options["lr_warmup_steps"], options["max_train_steps"]
+    if warmup > steps and is_given("lr_warmup_steps"):
+        raise UserError(f"--lr-warmup-steps {warmup}: more than the {steps} steps of the run; give fewer")
     if warmup > steps / 2:
         warnings.warn(
             f"the learning rate rises over {warmup} of {steps} steps; give a shorter warm-up, such as "
@@ -314,7 +345,9 @@ def _print_summary(method, settings, source, options):
         rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}, warm-up "
         rate += f"{settings.lr_warmup_steps})"
     named = [] if settings.optimizer == "adamw" else [TITLES[settings.optimizer]]
-    parts += [f"{settings.max_train_steps} steps", batch, *named, rate]
+    epochs = options["num_train_epochs"]
+    length = f"{settings.max_train_steps} steps" + (f" ({epochs} epochs)" if epochs else "")
+    parts += [length, batch, *named, rate]
     parts += [f"EMA {settings.ema_decay:g}", f"mixed precision {settings.mixed_precision}"]
     print(f"training: {', '.join([*parts, str(settings.output_dir)])}", file=sys.stderr, flush=True)
 

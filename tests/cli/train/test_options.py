@@ -29,6 +29,7 @@ BAD = [
     ("clip", ["--learning-rate", "nan"], "--learning-rate"),
     ("ddim", ["--max-grad-norm", "-1"], "--max-grad-norm"),
     ("lora", ["--lr-warmup-steps", "-5"], "--lr-warmup-steps"),
+    ("lora", ["--lr-warmup-steps", "9", "--max-train-steps", "8"], "--lr-warmup-steps 9: more than the 8"),
     ("lora", ["--adam-beta2", "1"], "--adam-beta2"),
     ("lora", ["--adam-epsilon", "0"], "--adam-epsilon"),
     ("lora", ["--adam-weight-decay", "-0.1"], "--adam-weight-decay"),

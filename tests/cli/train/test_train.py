@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
 def method_arguments(folder, method, output, *options, steps):
     arguments = ["--train-data-dir", folder / "images", "--output-dir", folder / output]
     arguments += ["--max-train-steps", steps, "--train-batch-size", 8, "--evaluation-steps", steps]
-    return [method, *arguments, "--lr-warmup-steps", 5, "--learning-rate", "5e-3", *options]
+    return [method, *arguments, "--lr-warmup-steps", min(5, steps), "--learning-rate", "5e-3", *options]
 
 
 def run(folder, method, output, *options, steps=30):
