@@ -41,6 +41,8 @@ def with_config_file(command: click.Command, arguments: list[str]) -> list[str]:
     name = _value_of(FLAG, arguments)
     if name is None:
         return arguments
+    if not name.strip():
+        raise UserError(f"{FLAG}: empty; give a value, or leave it out")
     path = Path(name).expanduser()
     if not path.is_file() and Path(f"{path}.toml").is_file():  # as kohya's scripts name it
         path = Path(f"{path}.toml")

@@ -1,7 +1,7 @@
 """Flags of diffusers' and kohya's scripts that have another name here or do not exist, and what to use."""
 
 _SIZES = "the sizes of buckets are fixed; --aspect-ratio-buckets sets their number"
-_RATE = "all parts have one rate; give --learning-rate"
+_BLOCKS = "use --learning-rate-by-block, with factors of blocks by their names"
 _SAVING = "use --checkpointing-steps, in updates"
 _SAMPLES = "use --evaluation-steps, in updates"
 _LOGS = "leave it out; logs for TensorBoard are always in the run folder, --output-dir"
@@ -21,8 +21,15 @@ FOREIGN_FLAGS = {
     "--network-weights": "LoRA begins anew; --resume-from-checkpoint continues a run",
     "--min-snr-gamma": "is called --snr-gamma here",
     "--debiased-estimation-loss": "is called --debiased-estimation here",
-    "--unet-lr": _RATE,
-    "--text-encoder-lr": _RATE,
+    "--unet-lr": "is called --learning-rate here",
+    "--learning-rate-te": "is called --text-encoder-lr here",
+    "--block-lr": _BLOCKS,
+    "--down-lr-weight": _BLOCKS,
+    "--mid-lr-weight": _BLOCKS,
+    "--up-lr-weight": _BLOCKS,
+    "--block-lr-zero-threshold": _BLOCKS,
+    "--text-encoder-lr": "this method does not train the text encoder; leave it out",
+    "--train-text-encoder": "this method does not train the text encoder; leave it out",
     "--scale-lr": "give the product as --learning-rate",
     "--lr-scheduler-num-cycles": "is called --lr-num-cycles here",
     "--lr-scheduler-power": "is called --lr-power here",

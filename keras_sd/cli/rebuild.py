@@ -12,7 +12,8 @@ from keras import ops
 from keras_sd import config, presets
 from keras_sd.cli.train.clip import new_text_encoder
 from keras_sd.cli.train.data_options import configured_source, reading_of
-from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, trained_parts
+from keras_sd.cli.train.fine_tuning import trained_parts
+from keras_sd.cli.train.lora import low_rank_identity, open_with_loras
 from keras_sd.cli.train.preparation import Run, open_pipeline
 from keras_sd.data.sources import load_source
 from keras_sd.diffusion.scheduler_config import SchedulerConfig

@@ -1,7 +1,7 @@
 """Training: one module per method, and the loop, losses and callbacks that all methods share.
 
 trainer            the training loop around Keras' `fit()`
-settings           the settings that all methods share
+settings           the settings that all methods share; rate_factors: learning rates of parts
 objectives         a network with its loss
 optimizers         AdamW, AdamW8bit, Adafactor, Lion and Prodigy with EMA weights; optimizer_options: settings
 offloaded_ema      EMA weights in host memory

@@ -12,12 +12,15 @@ from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError
 from keras_sd.training.learning_rate import SCHEDULES
 from keras_sd.training.optimizer_options import OPTIONS, TITLES, default_learning_rate
+from keras_sd.training.rate_factors import parse_block_factors
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
 
 # Settings that may change when a run is resumed; the run prints the changes and uses the new values.
 MAY_CHANGE = (
     "learning_rate",
+    "text_encoder_lr",
+    "learning_rate_by_block",
     "max_grad_norm",
     "max_train_steps",
     "train_batch_size",
@@ -36,6 +39,9 @@ _CHANGES_NOTHING = {
     "gradient_checkpointing",
     "offload_ema",
 }
+
+# Learning rates of parts of the model.
+_OF_PARTS = ("text_encoder_lr", "learning_rate_by_block")
 
 # Settings of one learning-rate schedule alone.
 _OF_SCHEDULE = {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}
@@ -65,6 +71,7 @@ _RANGES = {
     "train_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "learning_rate": _POSITIVE,
+    "text_encoder_lr": _POSITIVE,
     "lr_warmup_steps": ((lambda value: value >= 0), "0 or more"),
     "lr_num_cycles": _COUNT,
     "lr_power": _POSITIVE,
@@ -93,6 +100,9 @@ class Settings:
         optimizer: "adamw", "adamw8bit" (moments of 8 bits), "adafactor", "lion" or "prodigy".
         learning_rate: the highest, reached at the end of the warm-up; None is 1e-4, 2e-5 for Lion and 1 for
             Prodigy. `adafactor_relative_step` replaces it and its schedule.
+        text_encoder_lr: that of the text encoder, where it is trained; None is `learning_rate`.
+        learning_rate_by_block: factors of the learning rate of blocks of the UNet, such as "down_blocks=0.5
+            up_blocks.2=0"; the longest name counts, and 0 freezes. None is 1 for all.
         lr_scheduler: what follows the warm-up: "constant" ("constant_with_warmup" is the same), or a fall to
             0 at the last step: "linear", "cosine", "cosine_with_restarts" or "polynomial".
         lr_warmup_steps: number of steps in which the learning rate rises linearly from 0.
@@ -129,6 +139,8 @@ class Settings:
     gradient_accumulation_steps: int = 1
     optimizer: str = "adamw"
     learning_rate: float | None = None
+    text_encoder_lr: float | None = None
+    learning_rate_by_block: str | None = None
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 100
     lr_num_cycles: int | None = None
@@ -183,6 +195,8 @@ class Settings:
         if self.lr_scheduler not in SCHEDULES:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
         self._check_schedule_options()
+        if self.learning_rate_by_block is not None:
+            parse_block_factors(self.learning_rate_by_block)
 
     def _check_schedule_options(self):
         for name, schedule in _OF_SCHEDULE.items():
@@ -230,7 +244,7 @@ class Settings:
             return
         # Of the schedule only values other than the defaults are known to be given.
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("learning_rate", "lr_scheduler", "lr_warmup_steps", *_OF_SCHEDULE):
+        for name in ("learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", *_OF_SCHEDULE):
             if getattr(self, name) != defaults[name]:
                 raise UserError(
                     f"{name} {getattr(self, name)}: has no effect with `adafactor_relative_step=True`; leave "
@@ -264,7 +278,7 @@ class Settings:
             name: value
             for name, value in dataclasses.asdict(self).items()
             if name not in _CHANGES_NOTHING
-            and not (value is None and (name in _OF_SCHEDULE or name in OPTIONS))
+            and not (value is None and (name in _OF_SCHEDULE or name in OPTIONS or name in _OF_PARTS))
             and (name, value) != ("optimizer", "adamw")  # which checkpoints of earlier versions do not name
         }
 

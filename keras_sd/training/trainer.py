@@ -33,6 +33,7 @@ from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
 from keras_sd.training.optimizers import log_figures, make_optimizer
+from keras_sd.training.rate_factors import RateFactors
 from keras_sd.training.run_folder import (
     MODEL,
     RunRecord,
@@ -86,6 +87,7 @@ class Trainer:
         claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
         if is_described():  # started by a command that can be repeated
             interruption.set_run_folder(settings.output_dir, settings.resume_from_checkpoint)
+        rates = RateFactors(objective, settings)
         distribution.split_weights(objective)
         # A checkpoint does not hold the frozen weights, only their fingerprint.
         frozen = weights_fingerprint(objective, left_out=objective.trainable_variables)
@@ -94,6 +96,7 @@ class Trainer:
             settings.output_dir, identity, settings.checkpoints_total_limit, may_change=MAY_CHANGE
         )
         self.optimizer = make_optimizer(settings)
+        self.optimizer.rate_factors, self.optimizer.rate_figures = rates.factors, rates.figures
         if settings.gradient_checkpointing:
             if not recomputing_layers(objective):
                 raise UserError("gradient_checkpointing: this model has no blocks for it; leave it out")

@@ -18,6 +18,10 @@ from keras_sd.errors import UserError
 from tests import tiny
 
 METHODS = {
+    "text-to-image": (
+        *("--train-text-encoder", "--text-encoder-lr", 0.02),
+        *("--learning-rate-by-block", "conv_in=0 down_blocks=0.5"),
+    ),
     "lora": ("--train-text-encoder", "--rank", 2),
     "lcm": ("--rank", 2),
     "dreambooth": ("--instance-prompt", "a sks heart", "--train-text-encoder"),

@@ -42,7 +42,13 @@ CASES = {
     "prodigy": (Prodigy, 1.0, {}),
     "prodigy, all options": (Prodigy, 1.0, PRODIGY_OPTIONS),
     "prodigy, coupled decay": (Prodigy, 0.5, {"decouple": False, "weight_decay": 0.1, "beta_3": 0.9}),
+    "adamw, factors": (AdamW, 1e-3, {"weight_decay": 0.1}),
+    "adamw8bit, factors": (AdamW8bit, 1e-3, {"weight_decay": 0.01}),
+    "lion, factors": (Lion, 1e-3, {"weight_decay": 0.1}),
+    "adafactor, factors": (Adafactor, 1e-3, {"weight_decay": 0.1}),
 }
+# Of the learning rate of each variable; vectors of one length have several. Small ones drown in rounding.
+FACTORS = [0.5, 2.0, 1.0, 3.0, 1.0, 2.0, 0.5, 4.0]
 
 
 def starts():
@@ -65,6 +71,8 @@ def changes(case):
     kind, rate, options = CASES[case]
     variables = [keras.Variable(start) for start in starts()]
     optimizer = kind(rate, ema_decay=0.9, **options)
+    if case.endswith("factors"):
+        optimizer.rate_factors = dict(zip(map(id, variables), FACTORS, strict=True))
     optimizer.build(variables)
     for step in gradients():
         optimizer.apply([ops.convert_to_tensor(gradient) for gradient in step], variables)
@@ -123,7 +131,11 @@ REFERENCE = """
         "prodigy, coupled decay": (
             Prodigy, {"lr": 0.5, "decouple": False, "weight_decay": 0.1, "beta3": 0.9},
         ),
+        "adamw, factors": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}),
+        "lion, factors": (Lion, {"lr": 1e-3, "weight_decay": 0.1}),
+        "adafactor, factors": (Adafactor, absolute | {"weight_decay": 0.1}),
     }
+    factors = inputs["factors"].tolist()
 
     def layout(array):  # of torch: outputs first
         return array.permute(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
@@ -135,7 +147,13 @@ REFERENCE = """
     for name, (kind, options) in cases.items():
         starts = [inputs[f"start {place}"] for place in range(count)]
         weights = [torch.nn.Parameter(layout(start).contiguous().clone()) for start in starts]
-        optimizer = kind(weights, **options)
+        groups = weights
+        if name.endswith("factors"):
+            groups = [
+                {"params": [weight], "lr": options["lr"] * factor}
+                for weight, factor in zip(weights, factors)
+            ]
+        optimizer = kind(groups, **options)
         for step in range(20):
             for place, weight in enumerate(weights):
                 weight.grad = layout(inputs[f"gradient {step} {place}"]).contiguous().clone()
@@ -148,12 +166,13 @@ REFERENCE = """
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     arrays = {f"start {place}": start for place, start in enumerate(starts())}
+    arrays["factors"] = np.array(FACTORS, "float32")
     for step, values in enumerate(gradients()):
         arrays |= {f"gradient {step} {place}": gradient for place, gradient in enumerate(values)}
     return run_reference(REFERENCE, arrays, tmp_path_factory.mktemp("reference"))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "adamw8bit"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("adamw8bit")])
 def test_updates_are_those_of_the_reference(found, expected, case):
     for place, shape in enumerate(SHAPES):
         ours, theirs = (arrays[f"{case}/{place}"] for arrays in (found, expected))
@@ -235,6 +254,30 @@ def test_8_bit_updates_are_those_of_the_formula(found):
     assert np.linalg.norm(ours - reference) < 1e-4 * np.linalg.norm(reference)
     for place in range(len(SHAPES) - 1):  # small variables keep 32 bits
         np.testing.assert_array_equal(found[f"adamw8bit/{place}"], found[f"adamw/{place}"])
+
+
+def test_8_bit_updates_have_factors_of_the_learning_rate(found):
+    ours = found[f"adamw8bit, factors/{len(SHAPES) - 1}"]
+    steps = [step[-1] for step in gradients()]
+    reference = reference_8bit(starts()[-1], steps, rate=1e-3 * FACTORS[-1])
+    assert np.linalg.norm(ours - reference) < 1e-4 * np.linalg.norm(reference)
+
+
+def test_factor_scales_the_step_of_prodigy_and_not_its_estimate():
+    def trained(factors):
+        variables = [keras.Variable(start) for start in starts()[3:6]]
+        optimizer = Prodigy(1.0, d0=1e-3)
+        optimizer.rate_factors = dict(zip(map(id, variables), factors, strict=True))
+        optimizer.build(variables)
+        optimizer.apply([ops.convert_to_tensor(one) for one in gradients()[0][3:6]], variables)
+        return [
+            ops.convert_to_numpy(one) - start for one, start in zip(variables, starts()[3:6], strict=True)
+        ]
+
+    whole, scaled = trained([1.0, 1.0, 1.0]), trained([0.5, 1.0, 2.0])
+    for factor, one, other in zip([0.5, 1.0, 2.0], whole, scaled, strict=True):
+        assert np.abs(one).max() > 1e-5
+        np.testing.assert_allclose(other, factor * one, rtol=1e-2, atol=1e-6)
 
 
 def test_moments_of_8_bits_take_a_quarter_of_the_memory():

@@ -21,9 +21,12 @@ from keras_sd.cli.train.fine_tuning import (
     pretrained_option,
     subject_evaluation,
     subject_options,
+    text_encoder_options,
+    trained_parts,
 )
-from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options, trained_parts
+from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options
 from keras_sd.cli.train.masks import mask_options, masks_of
+from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import COUNT, run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
 from keras_sd.cli.train.validation import validated_examples
@@ -61,7 +64,8 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @click.option(
     "--prior-loss-weight", default=1.0, type=POSITIVE, help="Weight of the class images in the loss."
 )
-@click.option("--train-text-encoder", is_flag=True, help="Train the text encoder too.")
+@text_encoder_options("Train the text encoder too.")
+@block_rates_option
 @click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)
 @diffusion_options

@@ -16,6 +16,7 @@ from keras_sd.cli.train.data_options import (
 )
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.masks import mask_options
+from keras_sd.cli.train.optimizer import text_encoder_rate_option
 from keras_sd.cli.train.options import (
     evaluation_options,
     inference_steps_option,
@@ -43,6 +44,20 @@ def validation_option(default):
         multiple=True,
         help=f"Prompt of sample images; may be repeated. By default {default}.",
     )
+
+
+def text_encoder_options(text):
+    """Return a decorator that adds the options of training the text encoder, too.
+
+    Args:
+        text: the help of the first.
+    """
+    return decorated(click.option("--train-text-encoder", is_flag=True, help=text), text_encoder_rate_option)
+
+
+def trained_parts(options):
+    """Return the names of the models that are trained."""
+    return ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
 
 
 def captioned_options(method):
@@ -108,7 +123,9 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
             a frozen text encoder.
         sampling: options of sampling in evaluations, such as guidance_scale and sampler.
     """
+    from keras_sd.models.parameters import parameter_paths
     from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
+    from keras_sd.training.lora import without_updates
     from keras_sd.training.stored_encodings import encoded_source
 
     source, held_out, repeats = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
@@ -130,34 +147,47 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
         encoded = DrawnCaptions(encoded, source.captions(), captions, tokenizer)
 
     sample = _sampling(run, pipeline, **sampling)
+    compiled = run.settings.jit_compile
+
+    def score_of(captions):
+        """Return the CLIP score of sets of captions by the pretrained text encoder."""
+        from keras_sd.metrics.clip_score import ClipScore
+
+        if not captions or pipeline.clip_head is None:
+            return None
+        with without_updates(pipeline.text_encoder):
+            return ClipScore(pipeline, captions, compiled)
+
+    def captions_of_sets():
+        sets = example_sets(source.squares(), held_out, run.options["kid_images"])
+        sets = sets if pipeline.image_encoder else {}
+        return sets, {name: [one["captions"][0] for one in examples] for name, examples in sets.items()}
+
+    # A text encoder whose own weights are trained is another one later, and in a resumed run from the start.
+    scores_now = frozen_text_encoder is None and any(
+        one.variable.trainable and ".lora_" not in one.name for one in parameter_paths(pipeline.text_encoder)
+    )
+    scores_now = scores_now and run.settings.evaluation_steps
+    score_before = score_of(captions_of_sets()[1]) if scores_now else None
 
     def make_evaluation(trainer):
         from keras_sd.data.sources import evenly
         from keras_sd.files.image_files import image_grid
-        from keras_sd.metrics.clip_score import ClipScore
         from keras_sd.metrics.features import ClipFeatures
         from keras_sd.training.evaluation import SampleEvaluation
-        from keras_sd.training.lora import without_updates
 
         is_small = source.framing.resolution <= SMALL_IMAGE
         prompts = list(run.options["validation_prompts"]) or [
             captions[0] for captions in evenly((held_out or source).captions(), 16 if is_small else 4)
         ]
-        count = run.options["kid_images"]
-        sets = example_sets(source.squares(), held_out, count) if pipeline.image_encoder else {}
-        captions = {name: [example["captions"][0] for example in examples] for name, examples in sets.items()}
-        scored = sets and pipeline.clip_head is not None
-        compiled = run.settings.jit_compile
-        # With the pretrained text encoder, also in a resumed run.
-        with without_updates(pipeline.text_encoder):
-            score = ClipScore(pipeline, captions, compiled) if scored else None
+        sets, captions = captions_of_sets()
         return SampleEvaluation(
             trainer,
             lambda: image_grid(sample(prompts), labels=prompts, scale=2 if is_small else 1),
             sets=sets,
             generate=lambda examples: sample([example["captions"][0] for example in examples]),
             extractor=ClipFeatures(pipeline.image_encoder, jit_compile=compiled) if sets else None,
-            score=score,
+            score=score_before or score_of(captions),
         )
 
     return encoded, repeats, make_evaluation, validation

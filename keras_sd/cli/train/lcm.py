@@ -13,6 +13,7 @@ from keras_sd.cli.train.fine_tuning import (
     validation_option,
 )
 from keras_sd.cli.train.lora import low_rank_identity, low_rank_options, open_with_loras
+from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import evaluation_options, model_option, run_options
 from keras_sd.cli.train.preparation import prepare
 
@@ -25,6 +26,7 @@ _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scal
 @dataset_config_option
 @pretrained_option
 @low_rank_options(rank=16, layers="all")
+@block_rates_option
 @model_option("lcm", "guidance_scale", "Guidance scale of the teacher; the student learns its result.")
 @click.option(
     "--num-ddim-timesteps",

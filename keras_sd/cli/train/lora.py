@@ -4,7 +4,13 @@ import click
 
 from keras_sd.cli.command import Command, decorated
 from keras_sd.cli.option_types import POSITIVE
-from keras_sd.cli.train.fine_tuning import captioned_options, train_on_captions
+from keras_sd.cli.train.fine_tuning import (
+    captioned_options,
+    text_encoder_options,
+    train_on_captions,
+    trained_parts,
+)
+from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import run_options
 from keras_sd.cli.train.preparation import open_pipeline, prepare
 
@@ -34,16 +40,12 @@ def low_rank_options(*, rank, layers):
     )
 
 
-def trained_parts(options):
-    """Return the names of the models that are trained."""
-    return ("unet", "text_encoder") if options["train_text_encoder"] else ("unet",)
-
-
 @click.command(cls=Command)
 @run_options("lora", output_dir="runs/lora")
 @captioned_options("lora")
 @low_rank_options(rank=8, layers="attention")
-@click.option("--train-text-encoder", is_flag=True, help="Train LoRA weights of the text encoder too.")
+@text_encoder_options("Train LoRA weights of the text encoder too.")
+@block_rates_option
 def lora(**options):
     """Fine-tune the UNet on captioned images by LoRA, saved as a small file."""
     trained = trained_parts(options)

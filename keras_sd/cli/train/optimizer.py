@@ -8,11 +8,19 @@ from keras_sd.cli.command import refuse_unused
 from keras_sd.cli.option_types import NOT_NEGATIVE, POSITIVE, Number
 from keras_sd.errors import UserError
 from keras_sd.training.optimizer_options import OPTIONS, TITLES, default_learning_rate
+from keras_sd.training.rate_factors import parse_block_factors
 
 DECAY = Number(min=0, max=1, max_open=True)
 _TYPES = {"share": DECAY, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "factor": Number(min=1)}
 
-OF_SCHEDULE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power")
+OF_SCHEDULE = (
+    "learning_rate",
+    "text_encoder_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
+)
 
 
 def optimizer_options(follows_model):
@@ -65,6 +73,19 @@ def _shown(option):
     return ", ".join(f"{name} {word}" for name, word in words.items())
 
 
+block_rates_option = click.option(
+    "--learning-rate-by-block",
+    help="Factors of the learning rate of the UNet's blocks, such as `down_blocks=0.5 up_blocks.2=0`. The "
+    "longest name counts; 0 freezes.",
+)
+
+text_encoder_rate_option = click.option(
+    "--text-encoder-lr",
+    type=POSITIVE,
+    help="Peak learning rate of the text encoder. By default that of the UNet.",
+)
+
+
 def choose_optimizer(options):
     """Set `optimizer` among a command's options, and refuse the options of others.
 
@@ -75,6 +96,8 @@ def choose_optimizer(options):
         if options["optimizer"] not in ("adamw", "adamw8bit"):
             raise UserError(f"--use-8bit-adam: not with --optimizer {options['optimizer']}; leave one out")
         options["optimizer"] = "adamw8bit"
+    if options.get("learning_rate_by_block") is not None:
+        parse_block_factors(options["learning_rate_by_block"])
     optimizer = options["optimizer"]
     others = [name for name, option in OPTIONS.items() if optimizer not in option.defaults]
     refuse_unused(others, False, f"with --optimizer {optimizer}")
@@ -108,9 +131,11 @@ def optimizer_defaults(optimizer, defaults, relative_step=False):
 
 def check_learning_rate(options):
     """Warn of a learning rate that Prodigy would multiply with its own."""
-    if options["optimizer"] == "prodigy" and options["learning_rate"] < 0.1:
-        warnings.warn(
-            f"Prodigy multiplies --learning-rate {options['learning_rate']:g} by its own estimate; leave it "
-            "out, or give about 1",
-            stacklevel=3,
-        )
+    for name in ("learning_rate", "text_encoder_lr"):
+        rate = options.get(name)
+        if options["optimizer"] == "prodigy" and rate is not None and rate < 0.1:
+            warnings.warn(
+                f"Prodigy multiplies --{name.replace('_', '-')} {rate:g} by its own estimate; leave it out, "
+                "or give about 1",
+                stacklevel=3,
+            )

@@ -35,6 +35,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, require
 from keras_sd.pipeline.defaults import ModelDefaults
 from keras_sd.training.optimizer_options import TITLES
+from keras_sd.training.rate_factors import check_blocks
 
 _DATA = ("dataset_config", "train_data_dir", "dataset_name")
 SMALL_IMAGE = 128  # pixels; evaluations generate more images of at most this size, and enlarge them
@@ -175,6 +176,8 @@ def prepare(
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     apply_config(options)
     choose_optimizer(options)
+    if "train_text_encoder" in options:
+        refuse_unused(["text_encoder_lr"], options["train_text_encoder"], "without --train-text-encoder")
     check_epochs(options)
     refuse_unused({"coordinator_timeout"}, options["coordinator"] is not None, "without --coordinator")
     processes = {name: options[name] for name in ("coordinator", "num_processes", "process_id")}
@@ -344,6 +347,10 @@ def _print_summary(method, settings, source, options):
     if settings.learning_rate is not None:
         rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler}, warm-up "
         rate += f"{settings.lr_warmup_steps})"
+    if settings.text_encoder_lr is not None:
+        rate += f", of the text encoder {settings.text_encoder_lr:g}"
+    if settings.learning_rate_by_block is not None:
+        rate += f", times {settings.learning_rate_by_block}"
     named = [] if settings.optimizer == "adamw" else [TITLES[settings.optimizer]]
     epochs = options["num_train_epochs"]
     length = f"{settings.max_train_steps} steps" + (f" ({epochs} epochs)" if epochs else "")
@@ -413,6 +420,8 @@ def open_pipeline(run, adapt=None):
         )
     if adapt is not None:
         adapt(parts)
+    if options.get("learning_rate_by_block"):
+        check_blocks(parts["unet"], options["learning_rate_by_block"])
     pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])
     # Sample images are generated while all that training needs stays in memory.
     largest = 64 if run.resolution(image_size_of(pipeline)) <= SMALL_IMAGE else 4

@@ -3,7 +3,14 @@
 import click
 
 from keras_sd.cli.command import Command, refuse_unused
-from keras_sd.cli.train.fine_tuning import captioned_options, part_fingerprints, train_on_captions
+from keras_sd.cli.train.fine_tuning import (
+    captioned_options,
+    part_fingerprints,
+    text_encoder_options,
+    train_on_captions,
+    trained_parts,
+)
+from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import open_pipeline, prepare
 
@@ -11,6 +18,8 @@ from keras_sd.cli.train.preparation import open_pipeline, prepare
 @click.command("text-to-image", cls=Command)
 @run_options("text-to-image", output_dir="runs/text-to-image")
 @captioned_options("text-to-image")
+@text_encoder_options("Train the text encoder too.")
+@block_rates_option
 @click.option("--from-scratch", is_flag=True, help="Train a new UNet with random initial weights.")
 @click.option("--unet-config", type=FILE, help="config.json of the new UNet; by default the emoji model's.")
 @click.option(
@@ -31,8 +40,12 @@ from keras_sd.cli.train.preparation import open_pipeline, prepare
 def text_to_image(**options):
     """Train the whole UNet on captioned images: fine-tune it, or train a new one from scratch."""
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
+    refuse_unused(["learning_rate_by_block"], not options["from_scratch"], "with --from-scratch")
     run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
     pipeline = open_pipeline(run)
-    identity = part_fingerprints(pipeline, *([] if options["from_scratch"] else ["unet"]))
-    if train_on_captions(run, pipeline, pipeline.text_encoder, identity=identity, export=pipeline.save):
+    known = [name for name in trained_parts(options) if name != "unet" or not options["from_scratch"]]
+    identity = part_fingerprints(pipeline, *known)
+    identity |= {"train_text_encoder": True} if options["train_text_encoder"] else {}
+    frozen = None if options["train_text_encoder"] else pipeline.text_encoder
+    if train_on_captions(run, pipeline, frozen, identity=identity, export=pipeline.save):
         run.print_next_command()

@@ -22,10 +22,11 @@ class Part:
         state: for each kind of state, one variable of each trained variable.
         shape: of each of the variables.
         gradient: of all of them, float32.
+        factor: of the learning rate.
     """
 
-    def __init__(self, variables, state, gradients):
-        self.variables, self.state = variables, state
+    def __init__(self, variables, state, gradients, factor=1.0):
+        self.variables, self.state, self.factor = variables, state, factor
         self.shape = tuple(variables[0].shape)
         self.gradient = joined(gradients)
 
@@ -42,6 +43,9 @@ class EMAOptimizer(JointOptimizer):
         state_names: the names of the optimizer's state, in the order of its variables.
         figures: name -> scalar variable with a figure of the last update, for the log. They are no state: no
             update depends on them.
+        rate_factors: id of a trained variable -> factor of its learning rate, as torch's parameter groups
+            have; None if all have the same. Set it before `build`.
+        rate_figures: name -> factor of a learning rate that the log shows as well.
     """
 
     option_names: tuple[str, ...] = ()  # arguments of the subclass, for `get_config`
@@ -55,6 +59,8 @@ class EMAOptimizer(JointOptimizer):
         self.ema_variables = []
         self.state_names = []
         self.figures = {}
+        self.rate_factors: dict[int, float] | None = None
+        self.rate_figures: dict[str, float] = {}
 
     def build(self, variables: Any) -> None:
         """Create the state and the EMA weights, which start as exact copies of the weights."""
@@ -74,7 +80,8 @@ class EMAOptimizer(JointOptimizer):
             for average, variable in zip(self.ema_variables, variables, strict=True):
                 # A copy: JAX donates the buffers of both to the compiled step, so they must not be shared.
                 average.assign(ops.copy(variable))
-        self.figures = {name: self.add_variable((), dtype="float32", name=name) for name in self.figure_names}
+        names_of_figures = (*self.figure_names, *self.rate_figures)
+        self.figures = {name: self.add_variable((), dtype="float32", name=name) for name in names_of_figures}
 
     def add_common_state(self) -> list[str]:
         """Create the state that belongs to no single variable; return its names (for subclasses)."""
@@ -94,6 +101,13 @@ class EMAOptimizer(JointOptimizer):
     def start_update(self, rate: Tensor, parts: list[Part]) -> Any:
         """Return what the updates of all parts have in common (for subclasses)."""
         return rate
+
+    def updates_by_factor(self, rate: Tensor, parts: list[Part]) -> dict[float, Any]:
+        """Return for each factor of the learning rate what the updates of its parts have in common."""
+        factors = dict.fromkeys(part.factor for part in parts)
+        return {
+            factor: self.start_update(rate if factor == 1.0 else rate * factor, parts) for factor in factors
+        }
 
     def rule(self, part: Part, weight: Tensor, state: list[Tensor], common: Any) -> tuple[Tensor, ...]:
         """Return a part's new weight and state (for subclasses).
@@ -124,14 +138,16 @@ class EMAOptimizer(JointOptimizer):
         """
         rate = self.rate_of_update(learning_rate)
         self.figures["learning_rate"].assign(rate)
+        for name, factor in self.rate_figures.items():
+            self.figures[name].assign(rate * factor)
         parts = self._parts(gradients, variables)
-        common = self.start_update(rate, parts)
+        common = self.updates_by_factor(rate, parts)
         if self.ema_decay is not None:
             decay = ops.minimum(self.ema_decay, young_decay(ops.cast(self.iterations, "float32")))
             average_share = 1.0 - decay
         for part in parts:
             state = [joined(kind) for kind in part.state]
-            weight, *state = self.rule(part, joined(part.variables), state, common)
+            weight, *state = self.rule(part, joined(part.variables), state, common[part.factor])
             if self.ema_decay is not None:
                 averages = [self.ema_variables[self.index_of(variable)] for variable in part.variables]
                 values = joined(averages)
@@ -142,17 +158,19 @@ class EMAOptimizer(JointOptimizer):
 
     def _parts(self, gradients, variables):
         groups, alone = {}, []
+        rates = self.rate_factors
+        factors = [1.0 if rates is None else rates[id(variable)] for variable in variables]
         for place, variable in enumerate(variables):
             key = self.group_of(variable)
             if key is None:
                 alone.append([place])
             else:
-                groups.setdefault(key, []).append(place)
+                groups.setdefault((key, factors[place]), []).append(place)
         parts = []
         for places in (*groups.values(), *alone):
             members = [variables[place] for place in places]
             state = list(zip(*(self.state[self.index_of(variable)] for variable in members), strict=True))
-            parts.append(Part(members, state, [gradients[place] for place in places]))
+            parts.append(Part(members, state, [gradients[place] for place in places], factors[places[0]]))
         return parts
 
     def get_config(self) -> dict[str, Any]:

@@ -118,6 +118,12 @@ class Prodigy(EMAOptimizer):
         self.figures["prodigy_d"].assign(d_now)
         return has_rate, moves, d, step_size, gain, d_now
 
+    def updates_by_factor(self, rate: Tensor, parts: list[Part]) -> dict[float, Any]:
+        """Return the factors of the updates; the estimate is one, and a factor is of the step alone."""
+        has_rate, moves, d, step_size, *others = self.start_update(rate, parts)
+        factors = dict.fromkeys(part.factor for part in parts)
+        return {factor: (has_rate, moves, d, step_size * factor, *others) for factor in factors}
+
     def rule(self, part: Part, weight: Tensor, state: list[Tensor], common: Any) -> tuple[Tensor, ...]:
         has_rate, moves, d, step_size, gain, d_now = common
         first, second, total, start = state
