@@ -127,6 +127,7 @@ def _encoder(source, model, options):
 
     from keras_sd.pipeline.stable_diffusion import StableDiffusion
     from keras_sd.training.caption_tokenizer import CaptionTokenizer
+    from keras_sd.training.conditioning import conditioning_of
     from keras_sd.training.encoder import CaptionIndex, Encoder
     from keras_sd.training.settings import PRECISIONS
 
@@ -136,6 +137,11 @@ def _encoder(source, model, options):
     keras.config.set_dtype_policy(PRECISIONS[precision])
     with interruption.phase(f"opening {options['pretrained_model_name_or_path']}"):
         pipeline = StableDiffusion.load(model, dtype=PRECISIONS[precision])
+    conditioning = conditioning_of(pipeline)
+    if conditioning is not None:
+        raise UserError(
+            f"model {pipeline.name}: {conditioning.reason}, so encodings are of no use to training"
+        )
     factor = pipeline.vae.config.downsampling
     framing = framing_of(options, pipeline.unet.config.sample_size * factor)
     check_sides(framing, factor)

@@ -50,10 +50,23 @@ class Caching:
         Raises:
             UserError: encodings would be kept.
         """
+        return self.encoding_each_time(
+            "keeps one crop of an image, and random crops are drawn each time", ", or crop the centre"
+        )
+
+    def encoding_each_time(self, reason: str, instead: str = "") -> "Caching":
+        """Return the settings for images that are encoded anew each time.
+
+        Args:
+            reason: why their encodings cannot be kept, for the message.
+            instead: what else the user may do, for the message.
+
+        Raises:
+            UserError: encodings would be kept.
+        """
         if self.cache_latents not in (None, "off"):
             raise UserError(
-                f"cache_latents {self.cache_latents}: keeps one crop of an image, and random crops are drawn "
-                "each time; use `cache_latents='off'`, or crop the centre"
+                f"cache_latents {self.cache_latents}: {reason}; use `cache_latents='off'`{instead}"
             )
         return dataclasses.replace(self, cache_latents="off")
 

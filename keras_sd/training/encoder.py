@@ -17,7 +17,7 @@ from keras import ops
 from keras_sd import backend
 from keras_sd.errors import UserError
 from keras_sd.models.batches import padded_indices
-from keras_sd.models.pixels import images_to_unit
+from keras_sd.models.pixels import any_white, images_to_unit
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer
 from keras_sd.models.vae import AutoencoderKL
@@ -60,6 +60,14 @@ class Encoder:
             jit_compile,
             of_process=True,
         )
+        self._masked = backend.jit(
+            lambda images, hidden: _scaled_mean(
+                vae, images_to_unit(images) * (1.0 - ops.cast(hidden, "float32"))
+            ),
+            vae.variables,
+            jit_compile,
+            of_process=True,
+        )
         if text_encoder is not None:
             encode = text_encoder  # of the type that is not None
             self._encode_text = backend.jit(
@@ -75,7 +83,23 @@ class Encoder:
         Returns:
             float32 `(n, 2, height / factor, width / factor, channels)`.
         """
-        return _in_batches(self._posterior, images, self.batch_size)
+        return _in_batches(self._posterior, self.batch_size, images)
+
+    def inpainting_channels(
+        self, images: npt.NDArray[np.uint8], hidden: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float32]:
+        """Return what an inpainting UNet gets: masks, and the latents of images without what they hide.
+
+        Args:
+            images: uint8 `(n, height, width, 3)`.
+            hidden: bool `(n, height, width, 1)`; True is hidden.
+
+        Returns:
+            float32 `(n, height / factor, width / factor, 1 + channels)`.
+        """
+        latents = _in_batches(self._masked, self.batch_size, images, hidden)
+        small = any_white(hidden, self.vae.config.downsampling).astype("float32")
+        return np.concatenate([small, latents], axis=-1)
 
     def contexts(self, token_ids: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return the encodings of captions, float32 `(n, tokens, width)`, by the text encoder.
@@ -83,7 +107,7 @@ class Encoder:
         Args:
             token_ids: integers `(n, tokens)`.
         """
-        return _in_batches(self._encode_text, token_ids.astype("int32"), self.text_batch_size)
+        return _in_batches(self._encode_text, self.text_batch_size, token_ids.astype("int32"))
 
     def batch_sizes(self, count: int) -> list[int]:
         """Return how many of so many images are in each batch."""
@@ -151,13 +175,19 @@ def _scaled_moments(vae, images):
     return ops.cast(ops.stack(moments, axis=1), "float32")
 
 
-def _in_batches(function, array, batch_size):
-    """Return a compiled function of an array as float32, computed in batches of exactly this size."""
+def _scaled_mean(vae, images):
+    """Return the mean of the images' latents, scaled as the UNet takes them."""
+    return ops.cast(vae.encode(images).mean * vae.config.scaling_factor, "float32")
+
+
+def _in_batches(function, batch_size, *arrays):
+    """Return a compiled function of arrays as float32, computed in batches of exactly this size."""
     parts = []
-    for start in range(0, len(array), batch_size):
-        part = array[start : start + batch_size]
-        padded = part[padded_indices(0, batch_size, len(part))]
-        parts.append(np.asarray(ops.convert_to_numpy(function(padded))[: len(part)], "float32"))
+    for start in range(0, len(arrays[0]), batch_size):
+        count = len(arrays[0][start : start + batch_size])
+        padded = padded_indices(0, batch_size, count)
+        found = function(*(array[start : start + batch_size][padded] for array in arrays))
+        parts.append(np.asarray(ops.convert_to_numpy(found)[:count], "float32"))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -342,6 +342,8 @@ class UnencodedSource(Examples):
         check_finite(moments, [f"image {index} of a batch" for index in range(len(moments))])
         means, deviations = (moments[:, part].reshape(noise.shape) for part in range(2))
         batch["samples"] = means + deviations * noise
+        if "hidden" in batch:
+            batch["channels"] = self._encoder.inpainting_channels(images, batch.pop("hidden"))
         for name in ("context", "negative"):
             if name in batch and self._encoder.text_encoder is not None:
                 batch[name] = self._encoded_captions(batch[name])

@@ -7,37 +7,24 @@ on the degraded image, with its level as a label, follows Ho et al., "Cascaded D
 import functools
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from keras_sd.diffusion.prediction import add_noise
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import edge_error, peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_to_unit, resized
+from keras_sd.training.degradation import shrunk
 from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.text_to_image import diffusion_identity
 from keras_sd.training.trainer import Trainer
 from keras_sd.training.validation import validation_maker
 
-# Filters by which images from any source may have been shrunk.
-_FILTERS = (
-    *(Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.HAMMING),
-    *(Image.Resampling.BICUBIC, Image.Resampling.LANCZOS),
-)
-_BLURRED = 0.25  # share of images that are blurred before they are shrunk
-_LARGEST_BLUR = 0.7  # standard deviation in pixels of the large image
-
 
 def degraded(image, factor, generator):
     """Return a uint8 image, sometimes blurred, shrunk by a random filter and enlarged again (bicubic)."""
-    opened = Image.fromarray(image)
-    if generator.random() < _BLURRED:
-        opened = opened.filter(ImageFilter.GaussianBlur(generator.uniform(0, _LARGEST_BLUR)))
-    height, width = image.shape[:2]
-    method = _FILTERS[generator.integers(len(_FILTERS))]
-    small = resized(np.asarray(opened), (height // factor, width // factor), method)
-    return resized(small, (height, width))
+    return resized(shrunk(image, factor, generator), image.shape[:2])
 
 
 def upscaling_example(example, generator, *, noise, low_res_schedule, noise_levels, factor, crop):

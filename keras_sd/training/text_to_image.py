@@ -10,6 +10,7 @@ from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
+from keras_sd.training.conditioning import Inpainting, Upscaling
 from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.objectives import DiffusionObjective
@@ -25,6 +26,7 @@ def diffusion_example(
     noise,
     caption_dropout=0.0,
     condition="context",
+    conditioning=None,
 ):
     """Draw the arrays of one training example: latents, noise, timestep and the encoding of a caption.
 
@@ -37,6 +39,7 @@ def diffusion_example(
         noise: `NoiseDrawing`.
         caption_dropout: the share of empty captions, 0 to 1.
         condition: the source's `condition`, the key of the encoding.
+        conditioning: of `training.conditioning`: what the UNet gets beside latents, made of the image.
     """
     contexts = example["contexts"]
     choice = generator.integers(len(contexts)) if generator.random() < 0.5 else 0
@@ -53,7 +56,8 @@ def diffusion_example(
     if "mask" in example:
         drawn["mask"] = example["mask"]
     context = example["empty_context"] if dropped else contexts[choice]
-    return {**drawn, **noise.draw(generator, shape), condition: context}
+    drawn |= {**noise.draw(generator, shape), condition: context}
+    return drawn if conditioning is None else drawn | conditioning.draw(example["image"], generator)
 
 
 def diffusion_identity(method, unet, scheduler_config, source, repeats=None, diffusion=None, **values):
@@ -89,6 +93,7 @@ def train_text_to_image(
     repeats: int | None = None,
     diffusion: DiffusionSettings | None = None,
     caption_dropout: float = 0.0,
+    conditioning: Inpainting | Upscaling | None = None,
     make_evaluation: Callable[[Trainer], Callable[[int], object]] | None = None,
     validation: Validation | None = None,
     export: Callable[[Path], object] | None = None,
@@ -104,7 +109,7 @@ def train_text_to_image(
         identity: further JSON values that a checkpoint must share with the run that resumes it.
         repeats: how often an epoch shows each example.
         diffusion: `DiffusionSettings`; None for their defaults.
-        caption_dropout: as in `diffusion_example`.
+        caption_dropout, conditioning: as in `diffusion_example`.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
         validation: `validation.Validation`: encoded examples of the validation loss, or None for none.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
@@ -128,7 +133,9 @@ def train_text_to_image(
         | (identity or {}),
     )
     noise = NoiseDrawing(diffusion, schedule)
-    draw = functools.partial(diffusion_example, noise=noise, condition=source.condition)
+    draw = functools.partial(
+        diffusion_example, noise=noise, condition=source.condition, conditioning=conditioning
+    )
     return trainer.run(
         source,
         functools.partial(draw, caption_dropout=caption_dropout),

@@ -86,12 +86,14 @@ SCRIPT = """
             low_res_scheduler = DDPMScheduler(**settings["scheduler"] | settings["low_res_scheduler"])
             low = low_res_scheduler.add_noise(batch["low_resolution"], batch["low_resolution_noise"], levels)
             noisy = torch.cat([noisy, low], dim=1)
+        if "hidden" in batch:
+            noisy = torch.cat([noisy, batch["hidden"], batch["masked_latents"]], dim=1)
         context = text_encoder(batch["token_ids"].long())[0] if "token_ids" in batch else None
         output = unet(noisy, timesteps, context, class_labels=levels).sample
         if "prior_loss_weight" in case:
             (output, prior_output), (target, prior_target) = output.chunk(2), target.chunk(2)
             return mse_loss(output, target) + case["prior_loss_weight"] * mse_loss(prior_output, prior_target)
-        errors = mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+        errors = (mse_loss(output, target, reduction="none") * batch.get("mask", 1)).mean(dim=(1, 2, 3))
         if "snr_gamma" in case:
             snr = compute_snr(scheduler, timesteps)
             errors = errors * snr.clamp(max=case["snr_gamma"]) / (snr + 1 if is_velocity else snr)

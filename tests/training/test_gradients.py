@@ -46,7 +46,12 @@ UPSCALER_UNET = UNetConfig(
     num_class_embeds=351,
     norm_num_groups=4,
 )
-UNETS = {"sd1": tiny.SD1_UNET, "upscaler": UPSCALER_UNET, "pixels": tiny.PIXEL_UNET}
+UNETS = {
+    "sd1": tiny.SD1_UNET,
+    "inpainting": dataclasses.replace(tiny.SD1_UNET, in_channels=9),
+    "upscaler": UPSCALER_UNET,
+    "pixels": tiny.PIXEL_UNET,
+}
 TOKENS = tiny.tokenizer()
 
 VELOCITY = {"prediction_type": "v_prediction"}
@@ -81,6 +86,8 @@ CASES = {
     "DreamBooth": {"trains": ["unet", "text_encoder"], "prior_loss_weight": 0.7},
     "textual inversion": {"trains": ["text_encoder"], "new_tokens": 2},
     "super-resolution": {"trains": ["unet"], "unet": "upscaler", "scheduler": VELOCITY},
+    "inpainting": {"trains": ["unet"], "unet": "inpainting"},
+    "masked loss": {"trains": ["unet"], "is_masked": True},
     "pixels": {
         "trains": ["unet"],
         "unet": "pixels",
@@ -125,6 +132,10 @@ def draw(name):
         drawn["token_ids"][:, 3:5] = TOKENS.vocab_size + np.arange(case["new_tokens"])
     if "noise_offset" in case:
         drawn |= {"offset_noise": normal(1, 1, 4), "perturbation": normal(4, 6, 4)}
+    if case.get("unet") == "inpainting":
+        drawn |= {"hidden": whole(2, 4, 6, 1).astype("float32"), "masked_latents": normal(4, 6, 4)}
+    if "is_masked" in case:
+        drawn["mask"] = generator.random((*examples, 4, 6, 1), "float32")
     if case.get("unet") == "upscaler":
         drawn |= {"low_resolution": normal(4, 6, 3), "low_resolution_noise": normal(4, 6, 3)}
         drawn["noise_levels"] = whole(UPSCALER_UNET.num_class_embeds)
@@ -202,6 +213,10 @@ def make_batch(case, models, drawn):
         )
         batch["channels"] = add_noise(drawn["low_resolution"], drawn["low_resolution_noise"], *rates)
         batch["class_labels"] = drawn["noise_levels"]
+    if "hidden" in drawn:
+        batch["channels"] = np.concatenate([drawn["hidden"], drawn["masked_latents"]], axis=-1)
+    if "mask" in drawn:
+        batch["mask"] = drawn["mask"]
     if "text_encoder" in case["trains"]:
         batch["token_ids"] = drawn["token_ids"]
     elif "token_ids" in drawn:

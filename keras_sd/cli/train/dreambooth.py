@@ -90,6 +90,7 @@ def dreambooth(**options):
         identity=low_rank_identity(options, trained) if options["lora"] else None,
         images=count,
     )
+    from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.dreambooth import train_dreambooth
     from keras_sd.training.lora import save_lora
 
@@ -98,6 +99,7 @@ def dreambooth(**options):
     else:
         pipeline = open_pipeline(run)
         identity = part_fingerprints(pipeline, *trained)
+    refuse_conditioning(pipeline, "dreambooth")
     pipeline.batch_size = options["sample_batch_size"]
     models = {name: getattr(pipeline, name) for name in trained}
     if sources is None:

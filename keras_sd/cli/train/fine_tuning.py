@@ -1,9 +1,9 @@
 """Options and evaluations that the methods for fine-tuning a pretrained model share."""
 
-import functools
 import warnings
 
 import click
+import numpy as np
 
 from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import SHARE
@@ -99,18 +99,21 @@ def subject_options(method, prompt):
     )
 
 
-def _sampling(run, pipeline, **options):
-    """Return `sample(texts)`, which generates a square of each text for an evaluation."""
+def _sampling(run, pipeline, conditioning=None, **options):
+    """Return `sample(texts, examples)`, which generates a square of each text for an evaluation.
+
+    The examples are used with a conditioning alone, which makes the model's further inputs of their images.
+    """
     side = run.resolution(image_size_of(pipeline))
-    return functools.partial(
-        pipeline.text_to_image,
-        num_inference_steps=run.options["num_inference_steps"],
-        seed=run.settings.seed,
-        height=side,
-        width=side,
-        progress=False,
-        **options,
-    )
+    options |= {"num_inference_steps": run.options["num_inference_steps"], "seed": run.settings.seed}
+
+    def sample(texts, examples=()):
+        if conditioning is None:
+            return pipeline.text_to_image(texts, height=side, width=side, progress=False, **options)
+        images = np.stack([examples[index % len(examples)]["image"] for index in range(len(texts))])
+        return conditioning.generate(pipeline, images, list(texts), progress=False, **options)
+
+    return sample
 
 
 def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampling):
@@ -125,9 +128,15 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
     """
     from keras_sd.models.parameters import parameter_paths
     from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
+    from keras_sd.training.conditioning import conditioning_of
     from keras_sd.training.lora import without_updates
     from keras_sd.training.stored_encodings import encoded_source
 
+    conditioning = conditioning_of(pipeline)
+    caching = caching_of(run.options)
+    if conditioning is not None:
+        caching = caching.encoding_each_time(conditioning.reason)
+        run.command = conditioning.command
     source, held_out, repeats = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
     tokenizer = CaptionTokenizer(pipeline.tokenizer, int(run.options.get("max_token_length", 75)))
     encoded = encoded_source(
@@ -135,18 +144,19 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
         pipeline.vae,
         frozen_text_encoder,
         tokenizer,
-        caching_of(run.options),
+        caching,
         jit_compile=run.settings.jit_compile,
     )
     sets = validation_sets(run, source, held_out)
-    validation = encoded_validation(run, sets, pipeline, frozen_text_encoder, tokenizer)
+    mode = "memory" if conditioning is None else "off"
+    validation = encoded_validation(run, sets, pipeline, frozen_text_encoder, tokenizer, mode)
     if tokenizer.cut_line():
         warnings.warn(tokenizer.cut_line(), stacklevel=2)
     if captions is not None:
         captions = caption_rules(run.options, run.source)  # of the images that are left
         encoded = DrawnCaptions(encoded, source.captions(), captions, tokenizer)
 
-    sample = _sampling(run, pipeline, **sampling)
+    sample = _sampling(run, pipeline, conditioning, **sampling)
     compiled = run.settings.jit_compile
 
     def score_of(captions):
@@ -181,11 +191,12 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
             captions[0] for captions in evenly((held_out or source).captions(), 16 if is_small else 4)
         ]
         sets, captions = captions_of_sets()
+        shown = evenly(held_out or source.squares(), len(prompts)) if conditioning else ()
         return SampleEvaluation(
             trainer,
-            lambda: image_grid(sample(prompts), labels=prompts, scale=2 if is_small else 1),
+            lambda: image_grid(sample(prompts, shown), labels=prompts, scale=2 if is_small else 1),
             sets=sets,
-            generate=lambda examples: sample([example["captions"][0] for example in examples]),
+            generate=lambda examples: sample([example["captions"][0] for example in examples], examples),
             extractor=ClipFeatures(pipeline.image_encoder, jit_compile=compiled) if sets else None,
             score=score_before or score_of(captions),
         )
@@ -199,6 +210,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
     Returns:
         Whether training reached its end.
     """
+    from keras_sd.training.conditioning import conditioning_of
     from keras_sd.training.lora import freeze
     from keras_sd.training.text_to_image import train_text_to_image
 
@@ -228,6 +240,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         validation=validation,
         export=export,
         caption_dropout=options["proportion_empty_prompts"],
+        conditioning=conditioning_of(pipeline),
     )
 
 

@@ -49,10 +49,12 @@ def lcm(**options):
     refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
     identity = low_rank_identity(options, ["unet"])
     run = prepare("lcm", options, used=["guidance_scale"], identity=identity)
+    from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.consistency import train_consistency
     from keras_sd.training.lora import save_lora
 
     pipeline, alpha, identity = open_with_loras(run, ["unet"])
+    refuse_conditioning(pipeline, "lcm")
     encoded, repeats, make_evaluation, _ = encoded_examples(
         run, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
     )

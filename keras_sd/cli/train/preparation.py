@@ -53,6 +53,7 @@ class Run:
         options: all options of the command, with the model's defaults filled in.
         checkpoint: folder of the checkpoint to resume from, or None.
         counts_repeats: whether an epoch shows images as often as their repeats say.
+        command: the command that uses the model, and what it takes before a prompt.
     """
 
     settings: object
@@ -62,6 +63,7 @@ class Run:
     options: dict
     checkpoint: Path | None = None
     counts_repeats: bool = True
+    command: tuple = ("generate",)
 
     def resolution(self, own_size):
         """Return the side of the run's square images in pixels; `own_size` is that of the model's."""
@@ -126,7 +128,7 @@ class Run:
         base = self.options["pretrained_model_name_or_path"]
         if option and base != "emoji":  # which is the default
             words = ["--model", base, *words]
-        command = shlex.join(map(str, ["keras-sd", "generate", prompt, *words, *more]))
+        command = shlex.join(map(str, ["keras-sd", *self.command, prompt, *words, *more]))
         print(f"generate with it: {command}", file=sys.stderr, flush=True)
 
 
@@ -383,7 +385,10 @@ def extractor_of(name, jit_compile=True):
     return ClipFeatures(load_part(presets.find("emoji"), "image_encoder"), jit_compile=jit_compile)
 
 
-PARTS = ("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae", "scheduler_config")
+PARTS = (
+    *("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae", "scheduler_config"),
+    "low_res_scheduler_config",
+)
 
 
 def open_pipeline(run, adapt=None):

@@ -64,10 +64,12 @@ def textual_inversion(**options):
         words = vector_names(options["placeholder_token"], options["num_vectors"])
         Tokenizer.load(tokenizer).add_tokens(words)
     run = prepare("textual-inversion", options, need_captions=False)
+    from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.textual_inversion import train_textual_inversion
     from keras_sd.weights.textual_inversion import DIFFUSERS_FILE
 
     pipeline = open_pipeline(run)
+    refuse_conditioning(pipeline, "textual-inversion")
     source, _, repeats = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
     finished = train_textual_inversion(
         run.settings,

@@ -104,13 +104,14 @@ def validation_of(run, sets):
     return Validation(sets, run.options["validation_examples"]) if sets else None
 
 
-def encoded_validation(run, sets, pipeline, text_encoder, tokenizer):
-    """Return the `Validation` of sets of captioned images, encoded in memory; None without validation.
+def encoded_validation(run, sets, pipeline, text_encoder, tokenizer, mode="memory"):
+    """Return the `Validation` of sets of captioned images; None without validation.
 
     Args:
         sets: from `validation_sets`.
         text_encoder: None if captions are encoded in the training step.
         tokenizer: of the captions.
+        mode: "memory", where their encodings are kept, or "off" for a model that gets images, too.
     """
     from keras_sd.training.caching import Caching
     from keras_sd.training.stored_encodings import encoded_source
@@ -121,7 +122,7 @@ def encoded_validation(run, sets, pipeline, text_encoder, tokenizer):
             pipeline.vae,
             text_encoder,
             tokenizer,
-            Caching("memory"),
+            Caching(mode),
             jit_compile=run.settings.jit_compile,
             progress=False,
         )
