@@ -2,6 +2,9 @@
 
 _SIZES = "the sizes of buckets are fixed; --aspect-ratio-buckets sets their number"
 _BLOCKS = "use --learning-rate-by-block, with factors of blocks by their names"
+_SCHEDULE = (
+    "the result holds no noise schedule; set rescale_betas_zero_snr in the model's scheduler_config.json"
+)
 _SAVING = "use --checkpointing-steps, in updates"
 _SAMPLES = "use --evaluation-steps, in updates"
 _LOGS = "leave it out; logs for TensorBoard are always in the run folder, --output-dir"
@@ -34,6 +37,8 @@ FOREIGN_FLAGS = {
     "--lr-scheduler-num-cycles": "is called --lr-num-cycles here",
     "--lr-scheduler-power": "is called --lr-power here",
     "--optimizer-args": "each option has a flag of its own, such as --prodigy-d-coef",
+    "--zero-terminal-snr": _SCHEDULE,
+    "--rescale-betas-zero-snr": _SCHEDULE,
     "--output-config": "leave it out; a run writes `options.toml` into its --output-dir",
     "--save-every-n-epochs": _SAVING,
     "--save-every-n-steps": _SAVING,

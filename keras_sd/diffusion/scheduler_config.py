@@ -98,6 +98,20 @@ class SchedulerConfig(Config):
         """The scheduler class of diffusers in the file."""
         return (self.published or {}).get("_class_name") or self.json_header["_class_name"]
 
+    def with_zero_terminal_snr(self) -> Self:
+        """Return the config whose last timestep is noise alone, and where sampling starts there.
+
+        That takes "trailing" timesteps (Lin et al., 2023, section 3.4). A scheduler class that has no such
+        option, such as PNDM's, is replaced by DDIM's.
+        """
+        changes: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if self.published is None or "rescale_betas_zero_snr" in OPTIONS[self.class_name]:
+            return dataclasses.replace(self, **changes)
+        plain = dataclasses.replace(self, **changes, published=None, repairs=None)
+        betas = self.trained_betas
+        published = None if betas is None else plain.noise_schedule() | {"trained_betas": betas}
+        return dataclasses.replace(plain, published=published)
+
     def options(self) -> dict[str, Any]:
         """Return the options for a scheduler of diffusers: the file's dictionary with the repairs."""
         return self.to_dict() | (self.repairs or {})

@@ -21,6 +21,7 @@ METHODS = {
     "text-to-image": (
         *("--train-text-encoder", "--text-encoder-lr", 0.02),
         *("--learning-rate-by-block", "conv_in=0 down_blocks=0.5"),
+        *("--prediction-type", "v_prediction", "--rescale-betas-zero-snr"),
     ),
     "lora": ("--train-text-encoder", "--rank", 2),
     "lcm": ("--rank", 2),
@@ -82,6 +83,10 @@ def test_last_checkpoint_gives_the_model_of_the_run(folder, method):
     export(output / "checkpoint-1", folder / f"{method}-1")
     assert files_of(folder / f"{method}-1") != exported
     export(output / "checkpoint-1", folder / f"{method}-1", "--weights", "raw", "--overwrite")
+    if method == "text-to-image":
+        schedule = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
+        assert schedule["rescale_betas_zero_snr"] and schedule["timestep_spacing"] == "trailing"
+        assert schedule["prediction_type"] == "v_prediction"
     if method == "lora":
         check_options_and_refusals(folder, output)
 

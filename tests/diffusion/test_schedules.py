@@ -59,3 +59,23 @@ def test_unknown_settings_are_refused():
         NoiseSchedule(SchedulerConfig(beta_schedule="sigmoid"))
     with pytest.raises(ConfigError, match="prediction_type 'flow'"):
         SchedulerConfig(prediction_type="flow")
+
+
+@pytest.mark.parametrize("class_name", ["PNDMScheduler", "EulerDiscreteScheduler", None])
+@pytest.mark.parametrize("has_betas", [False, True])
+def test_schedule_with_zero_terminal_snr_is_written_and_read(class_name, has_betas):
+    """A class without the option, or no file, becomes DDIM; the betas stay those of the model."""
+    betas = np.linspace(0.001, 0.02, 1000).tolist()
+    values = {"prediction_type": "v_prediction", **({"trained_betas": betas} if has_betas else {})}
+    config = SchedulerConfig.from_dict(values | ({"_class_name": class_name} if class_name else {}))
+    changed = config.with_zero_terminal_snr()
+    written = changed.to_dict()
+    expected = class_name if class_name == "EulerDiscreteScheduler" else "DDIMScheduler"
+    assert written["_class_name"] == expected and written["timestep_spacing"] == "trailing"
+    again, before = NoiseSchedule(SchedulerConfig.from_dict(written)), NoiseSchedule(config)
+    assert again.signal_rates[-1] == 0 and again.signal_rates[0] == before.signal_rates[0]
+    np.testing.assert_array_equal(again.signal_rates, NoiseSchedule(changed).signal_rates)
+    rates = before.signal_rates.astype("float64")
+    np.testing.assert_allclose(
+        again.signal_rates, (rates - rates[-1]) * rates[0] / (rates[0] - rates[-1]), atol=1e-6
+    )

@@ -23,6 +23,7 @@ from keras_sd.cli.train.fine_tuning import (
     subject_options,
     text_encoder_options,
     trained_parts,
+    zero_snr_option,
 )
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options
 from keras_sd.cli.train.masks import mask_options, masks_of
@@ -66,6 +67,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 )
 @text_encoder_options("Train the text encoder too.")
 @block_rates_option
+@zero_snr_option
 @click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)
 @diffusion_options
@@ -75,6 +77,9 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 def dreambooth(**options):
     """Teach a model one subject from a few images of it (DreamBooth)."""
     refuse_unused(["rank", "lora_alpha"], options["lora"], "without --lora")
+    refuse_unused(
+        ["rescale_betas_zero_snr"], not options["lora"], "on a LoRA, whose file has no noise schedule"
+    )
     sources, class_folder = _config_sources(options), None
     if sources is None:
         class_folder, count = _check_folders(options)

@@ -46,6 +46,15 @@ def validation_option(default):
     )
 
 
+zero_snr_option = click.option(
+    "--rescale-betas-zero-snr",
+    "--zero-terminal-snr",
+    is_flag=True,
+    help="Make the last timestep noise alone (zero terminal SNR), in the written model, too. The UNet must "
+    "predict v or the sample.",
+)
+
+
 def text_encoder_options(text):
     """Return a decorator that adds the options of training the text encoder, too.
 

@@ -243,9 +243,25 @@ def _scheduler_of(model):
     return SchedulerConfig.load(path) if path.is_file() else SchedulerConfig()
 
 
-def _check_schedule(scheduler_config, options):
+def _chosen_schedule(scheduler_config, options):
+    """Return a model's schedule as the options change it."""
     if options.get("prediction_type"):
         scheduler_config = dataclasses.replace(scheduler_config, prediction_type=options["prediction_type"])
+    if options.get("rescale_betas_zero_snr"):
+        return scheduler_config.with_zero_terminal_snr()
+    return scheduler_config
+
+
+def _check_schedule(scheduler_config, options):
+    scheduler_config = _chosen_schedule(scheduler_config, options)
+    if options.get("rescale_betas_zero_snr") and scheduler_config.prediction_type == "epsilon":
+        remedy = (
+            "give --prediction-type v_prediction" if "prediction_type" in options else "take another model"
+        )
+        raise UserError(
+            "--rescale-betas-zero-snr: cannot be learned by a model that predicts epsilon, as its last "
+            f"timestep is noise alone; {remedy}, or leave it out"
+        )
     NoiseSchedule(scheduler_config).check_learnable()
     steps, most = options["num_inference_steps"], scheduler_config.num_train_timesteps
     if steps > most:
@@ -419,10 +435,7 @@ def open_pipeline(run, adapt=None):
     if options.get("from_scratch"):
         parts["unet"] = UNet(read_config(options["unet_config"], config.UNetConfig, architecture.EMOJI_UNET))
         parts.setdefault("scheduler_config", architecture.EMOJI_SCHEDULER)
-    if options.get("prediction_type"):
-        parts["scheduler_config"] = dataclasses.replace(
-            parts["scheduler_config"], prediction_type=options["prediction_type"]
-        )
+    parts["scheduler_config"] = _chosen_schedule(parts["scheduler_config"], options)
     if adapt is not None:
         adapt(parts)
     if options.get("learning_rate_by_block"):

@@ -9,6 +9,7 @@ from keras_sd.cli.train.fine_tuning import (
     text_encoder_options,
     train_on_captions,
     trained_parts,
+    zero_snr_option,
 )
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
@@ -37,6 +38,7 @@ from keras_sd.cli.train.preparation import open_pipeline, prepare
     type=click.Choice(["epsilon", "v_prediction", "sample"]),
     help="Quantity that the UNet predicts. By default the pretrained model's.",
 )
+@zero_snr_option
 def text_to_image(**options):
     """Train the whole UNet on captioned images: fine-tune it, or train a new one from scratch."""
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")

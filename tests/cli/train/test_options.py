@@ -67,6 +67,23 @@ BAD = [
         ["--from-scratch", "--learning-rate-by-block", "mid_block=0"],
         "--learning-rate-by-block: has no effect with --from-scratch",
     ),
+    (
+        "text-to-image",
+        [
+            "--train-data-dir",
+            "images",
+            "--pretrained-model-name-or-path",
+            "zero-snr",
+            "--rescale-betas-zero-snr",
+        ],
+        "--rescale-betas-zero-snr: cannot be learned by a model that predicts epsilon",
+    ),
+    (
+        "dreambooth",
+        [*SUBJECT, "--lora", "--zero-terminal-snr"],
+        "--rescale-betas-zero-snr: has no effect on a LoRA, whose file has no noise schedule",
+    ),
+    ("lora", ["--zero-terminal-snr"], "--zero-terminal-snr: the result holds no noise schedule; set"),
     ("lora", ["--optimizer", "prodigy", "--prodigy-growth-rate", "0.5"], "--prodigy-growth-rate"),
     ("lora", ["--proportion-empty-prompts", "5"], "--proportion-empty-prompts"),
     ("lora", ["--noise-offset", "-1"], "--noise-offset"),
