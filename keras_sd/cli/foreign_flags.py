@@ -45,7 +45,6 @@ FOREIGN_FLAGS = {
     "--save-model-as": _FORMAT,
     "--save-precision": _FORMAT,
     "--output-name": "leave it out; the result is in the folder `model` of --output-dir",
-    "--clip-skip": "the text encoder is used to its last layer; leave it out",
     "--report-to": _LOGS,
     "--log-with": _LOGS,
     "--logging-dir": _LOGS,

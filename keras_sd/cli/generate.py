@@ -17,7 +17,14 @@ from keras_sd.arguments import (
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd.cli.command import Command, decorated, refuse_unused
-from keras_sd.cli.model_options import check_sampling, check_size, model_options, open_model, size_factor
+from keras_sd.cli.model_options import (
+    check_sampling,
+    check_size,
+    model_options,
+    open_model,
+    size_factor,
+    skipped_layers,
+)
 from keras_sd.cli.option_types import NOT_NEGATIVE, SHARE, Number
 from keras_sd.cli.outputs import check_output, output_option
 from keras_sd.diffusion.samplers import SAMPLERS, sampler_key
@@ -77,6 +84,12 @@ prompt_options = decorated(
         default=0.0,
         type=SHARE,
         help="Reduce overexposure by guidance; 0: off, usually 0.7.",
+    ),
+    click.option(
+        "--clip-skip",
+        default=1,
+        type=click.IntRange(1, 1000),
+        help="Layer of the text encoder that is used, counted from the last, which is 1, as in A1111.",
     ),
 )
 
@@ -197,7 +210,7 @@ def upscale(image, prompt, num_images, noise_level, **options):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
         unused = {"guidance_scale", "guidance_interval", "guidance_rescale", "negative_prompt"}
-        unused |= {"vae", "loras", "lora_folder", "embeddings"}
+        unused |= {"vae", "loras", "lora_folder", "embeddings", "clip_skip"}
         refuse_unused(unused, False, f"on {options['model']}, which takes no text")
         check_sampling(folder, options)
         _upscale_pixels(folder, pixels, output, num_images, more, options)
@@ -324,6 +337,7 @@ def _open(options):
     pipeline = open_model(**model)
     if options["guidance_scale"] is None:
         options["guidance_scale"] = pipeline.defaults.guidance_scale
+    options["clip_skip"] = skipped_layers(pipeline.text_encoder, options["clip_skip"])
     return pipeline, options
 
 

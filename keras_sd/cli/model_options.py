@@ -120,6 +120,18 @@ def size_factor(options, default=8):
     return VAEConfig.load(config).downsampling
 
 
+def skipped_layers(text_encoder, clip_skip):
+    """Return the number of skipped layers, as the library counts, of a --clip-skip, where the last is 1.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip > layers:
+        raise UserError(f"--clip-skip {clip_skip}: the text encoder has {layers} layers; give 1 to {layers}")
+    return clip_skip - 1
+
+
 def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
     """Open a preset, a hub id, a folder or a file; an unknown name fails before a backend is loaded.
 

@@ -67,6 +67,10 @@ class TextEncoder(ConfiguredModel):
     float32 `(n, tokens, hidden_size)`. Sequences of two or three times `max_position_embeddings` (or more)
     are chunks, which are encoded one by one. All weights exist after construction.
 
+    Attributes:
+        clip_skip: number of the last blocks that a call leaves out, 0 by default. Set it before anything is
+            compiled with the encoder.
+
     Args:
         config: a `TextEncoderConfig`.
         learned_tokens: number of the last tokens of the vocabulary that `add_tokens` has added.
@@ -85,6 +89,7 @@ class TextEncoder(ConfiguredModel):
         self.embeddings = TextEmbeddings(config)
         self.encoder = Transformer(config, causal=True)
         self.final_layer_norm = LayerNormalization(config.hidden_size, config.layer_norm_eps)
+        self.clip_skip = 0
         self.built = True
         if learned_tokens:
             self.add_tokens(np.zeros((learned_tokens, config.hidden_size)))
@@ -99,7 +104,20 @@ class TextEncoder(ConfiguredModel):
         return super().__call__(ids, **kwargs)
 
     def call(self, ids: Tensor) -> Tensor:
-        return self._hidden_states(ids, depth=None)
+        return self._hidden_states(ids, self.depth(self.clip_skip))
+
+    def depth(self, clip_skip: int) -> int:
+        """Return how many blocks are left if the last `clip_skip` ones are left out.
+
+        Raises:
+            UserError: none would be left.
+        """
+        blocks = self.config.num_hidden_layers
+        if not 0 <= clip_skip < blocks:
+            raise UserError(
+                f"text encoder: {clip_skip} of {blocks} layers cannot be skipped; skip 0 to {blocks - 1}"
+            )
+        return blocks - clip_skip
 
     def add_tokens(self, vectors: npt.ArrayLike) -> None:
         """Add tokens with these vectors; their ids continue from `config.vocab_size`.
@@ -147,8 +165,11 @@ class TextEncoder(ConfiguredModel):
         return self._hidden_states(ids, depth=blocks + 1 + layer)
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """Return the vector of each text, `(n, hidden_size)`: the last hidden state at its end token."""
-        return self.pool(self(ids), ids)
+        """Return the vector of each text, `(n, hidden_size)`: the last hidden state at its end token.
+
+        It is that of all blocks, whatever `clip_skip` is.
+        """
+        return self.pool(self.hidden_states(ids) if self.clip_skip else self(ids), ids)
 
     def pool(self, hidden_states: Tensor, ids: Tensor) -> Tensor:
         """Return the vector at the first end token of each text, from `(n, tokens, hidden_size)`.

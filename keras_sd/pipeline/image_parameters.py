@@ -74,6 +74,7 @@ def sampling_parameters(
     reuse_interval=1,
     sampler=None,
     eta=0.0,
+    clip_skip=None,
     scheduler_config=None,
 ):
     """Return the settings of a task under the names that image files use.
@@ -102,6 +103,7 @@ def sampling_parameters(
             "Eta": number(eta) if eta else None,
             "Guidance interval": f"{number(start)} to {number(end)}" if (start, end) != (0, 1) else None,
             "Guidance rescale": number(guidance_rescale) if guidance_rescale else None,
+            "Clip skip": clip_skip + 1 if clip_skip else None,  # the last layer is 1
             "Reuse interval": reuse_interval if reuse_interval > 1 else None,
         }
     )
@@ -255,6 +257,7 @@ _READERS = {
     "Guidance interval": ("guidance_interval", _interval),
     "Guidance rescale": ("guidance_rescale", _number(0, 1)),
     "Reuse interval": ("reuse_interval", _whole(1)),
+    "Clip skip": ("clip_skip", _whole(1)),  # counted as the commands do
     "Denoising strength": ("strength", _number(_SMALLEST_STRENGTH, 1)),
     "Noise level": ("noise_level", _whole(0)),
     "Model": ("model", str),

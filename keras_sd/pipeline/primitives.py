@@ -99,7 +99,7 @@ class Primitives:
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
         self._jit_compile = jit_compile = switch("jit_compile", jit_compile)
-        self._encode_text = self._compile_text_encoding()
+        self._text_encodings: dict[int, Any] = {}  # number of skipped layers -> compiled function
         self._encode_image = backend.jit(self._image_to_latents, vae.variables, jit_compile)
         self._decode = backend.jit(self._latents_to_image, vae.variables, jit_compile)
 
@@ -365,11 +365,13 @@ class Primitives:
         with self._lock:
             self.text_encoder.add_tokens(np.concatenate(list(embeddings.values())))
             self.tokenizer = tokenizer
-            self._encode_text = self._compile_text_encoding()
+            self._text_encodings = {}
 
     # Primitives
 
-    def encode_text(self, prompts: str | Sequence[str], chunks: int | None = None) -> Floats:
+    def encode_text(
+        self, prompts: str | Sequence[str], chunks: int | None = None, clip_skip: int | None = None
+    ) -> Floats:
         """Encode prompts by the text encoder.
 
         Args:
@@ -378,30 +380,33 @@ class Primitives:
             chunks: number of token chunks for each prompt, a multiple of what each needs; by default the
                 least common multiple. A shorter prompt's chunks are repeated, which does not change the
                 result of attention.
+            clip_skip: number of the text encoder's last layers that are left out, as in diffusers; None is
+                the encoder's own, usually 0.
 
         Returns:
             float32 `(n, chunks * tokens, width)`.
 
         Raises:
-            UserError: a prompt is no text, or `chunks` does not fit.
+            UserError: a prompt is no text, `chunks` does not fit, or there are not so many layers.
         """
-        return self._encode_chunks(*chunk_prompts(self.tokenizer, as_texts("prompts", prompts), chunks))
+        chunked = chunk_prompts(self.tokenizer, as_texts("prompts", prompts), chunks)
+        return self._encode_chunks(chunked.ids, chunked.weights, clip_skip)
 
-    def encode_each(self, prompts: Sequence[str]) -> list[Floats]:
+    def encode_each(self, prompts: Sequence[str], clip_skip: int | None = None) -> list[Floats]:
         """Encode prompts like `encode_text`, each at its own length: a list of float32 `(tokens, width)`."""
         chunked = [chunk_prompts(self.tokenizer, [prompt]) for prompt in as_texts("prompts", prompts)]
         ids, weights = (np.concatenate(parts, axis=1) for parts in zip(*chunked, strict=True))
-        encoding = self._encode_chunks(ids, weights)[0]
+        encoding = self._encode_chunks(ids, weights, clip_skip)[0]
         ends = np.cumsum([each.ids[0].size for each in chunked])
         return np.split(encoding, ends[:-1])
 
-    def _encode_chunks(self, ids, weights):
+    def _encode_chunks(self, ids, weights, clip_skip):
         """Return encodings `(n, chunks * tokens, width)` of ids and weights, both `(n, chunks, tokens)`."""
         count, chunks, tokens = ids.shape
         # Each distinct chunk once: chunks of short prompts are repeated, and prompts may share chunks.
         unique, places = np.unique(ids.reshape(-1, tokens), axis=0, return_inverse=True)
         with interruption.phase("encoding prompts", in_commands=True):
-            encodings = self._in_batches(self._encode_text, unique)[places.reshape(-1)]
+            encodings = self._in_batches(self._text_encoding(clip_skip), unique)[places.reshape(-1)]
         return weighted_encoding(encodings.reshape(count, chunks, tokens, -1), weights)
 
     @formerly(images="image")
@@ -540,9 +545,22 @@ class Primitives:
         """
         return image_parameters(self, prompt, negative_prompt, **settings)
 
-    def _compile_text_encoding(self):
+    def _text_encoding(self, clip_skip):
+        """Return the compiled text encoder without its last layers."""
         encoder = self.text_encoder
-        return backend.jit(lambda ids: encoder(ids), encoder.variables, self._jit_compile)
+        if clip_skip is None:
+            clip_skip = encoder.clip_skip
+        blocks = encoder.config.num_hidden_layers
+        clip_skip = whole_number("clip_skip", clip_skip, 0, blocks - 1)
+        if clip_skip not in self._text_encodings:
+
+            def encode(ids):
+                if clip_skip == encoder.clip_skip:
+                    return encoder(ids)
+                return encoder.hidden_states(ids, -1 - clip_skip)
+
+            self._text_encodings[clip_skip] = backend.jit(encode, encoder.variables, self._jit_compile)
+        return self._text_encodings[clip_skip]
 
     def _checked(self, images):
         """Return images as `(n, height, width, 3)`, after checking that their size fits the VAE."""

@@ -55,6 +55,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_rescale: float
     guidance_interval: tuple[float, float]
     reuse_interval: int
+    clip_skip: int | None
     progress: Progress
 
 
@@ -152,6 +153,7 @@ class StableDiffusion(Primitives):
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         reuse_interval: int = 1,
+        clip_skip: int | None = None,
         progress: Progress = True,
     ) -> Images:
         """Generate images from a text.
@@ -175,6 +177,8 @@ class StableDiffusion(Primitives):
                 the time (Kynkäänniemi et al., 2024).
             reuse_interval: run the whole UNet every so many steps; steps between reuse its deep features
                 (DeepCache, Ma et al., 2024). 1 reuses none.
+            clip_skip: number of the text encoder's last layers that are left out, as in diffusers: 1 where
+                A1111's "Clip skip" is 2. None is the encoder's own, usually 0.
             progress: True for a progress bar on stderr, False for none, or a function that is called with
                 (completed steps, all steps, latents).
 
@@ -192,7 +196,7 @@ class StableDiffusion(Primitives):
             ```
         """
         self._refuse_more_channels("text_to_image")
-        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed, clip_skip)
         return self._sample(
             context,
             negative,
@@ -240,7 +244,8 @@ class StableDiffusion(Primitives):
             ```
         """
         self._refuse_more_channels("image_to_image")
-        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        clip_skip = options.pop("clip_skip", None)
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed, clip_skip)
         latents = _one_for_each(self.encode_image(image), len(seeds), "images")
 
         def begin(noise, batch, streams):
@@ -291,7 +296,8 @@ class StableDiffusion(Primitives):
         """
         images = self._checked(image)
         mask = as_masks(mask, images.shape[1:3])
-        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        clip_skip = options.pop("clip_skip", None)
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed, clip_skip)
         count, factor = len(seeds), self.vae.config.downsampling
         latents = _one_for_each(self.encode_image(images), count, "images")
         small_mask = _one_for_each(any_white(mask, factor).astype("float32"), count, "masks")
@@ -344,7 +350,8 @@ class StableDiffusion(Primitives):
         if not levels or schedule_config is None or self._extra_channels != self.vae.config.in_channels:
             raise UserError(f"upscale: {self.name} is no upscaler; load one such as the SD x4 upscaler")
         whole_number("noise_level", noise_level, 0, levels - 1)
-        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed)
+        clip_skip = options.pop("clip_skip", None)
+        context, negative, seeds = self._conditions(prompt, negative_prompt, num_images, seed, clip_skip)
         images = _one_for_each(images_to_unit(as_images(image)), len(seeds), "images")
         schedule = NoiseSchedule(schedule_config)
         rates = schedule.signal_rates[noise_level], schedule.noise_rates[noise_level]
@@ -391,7 +398,8 @@ class StableDiffusion(Primitives):
         prompts, negatives = _prompts(prompts, negative_prompt)
         if whole_number("num_frames", num_frames, 1, MOST_IMAGES) < len(prompts):
             raise UserError(f"num_frames {num_frames}: fewer than the {len(prompts)} prompts; use more")
-        contexts, negatives = np.split(self.encode_text(prompts + negatives), 2)
+        clip_skip = options.pop("clip_skip", None)
+        contexts, negatives = np.split(self.encode_text(prompts + negatives, clip_skip=clip_skip), 2)
         shape = self.latent_shape(height, width)
         noises = NoiseStreams(image_seeds(seed, 2)).draw(shape)
         if len(prompts) == 1:
@@ -447,11 +455,11 @@ class StableDiffusion(Primitives):
             use = "upscale" if self.unet.config.num_class_embeds else "inpaint"
             raise UserError(f"{task}: {self.name} was trained for another task; use {use}")
 
-    def _conditions(self, prompt, negative_prompt, num_images, seed):
+    def _conditions(self, prompt, negative_prompt, num_images, seed, clip_skip):
         """Return for each image the encodings of both prompts `(tokens, width)`, and its seed."""
         prompts, negatives = _prompts(prompt, negative_prompt)
         num_images, seed = whole_number("num_images", num_images, 1, MOST_IMAGES), checked_seed(seed)
-        encodings = self.encode_each(prompts + negatives)
+        encodings = self.encode_each(prompts + negatives, clip_skip)
         context, negative = (
             [encoding for encoding in kind for _ in range(num_images)]
             for kind in (encodings[: len(prompts)], encodings[len(prompts) :])

@@ -83,7 +83,7 @@ class Encoder:
         Returns:
             float32 `(n, 2, height / factor, width / factor, channels)`.
         """
-        return _in_batches(self._posterior, self.batch_size, images)
+        return in_batches(self._posterior, self.batch_size, images)
 
     def inpainting_channels(
         self, images: npt.NDArray[np.uint8], hidden: npt.NDArray[np.bool_]
@@ -97,7 +97,7 @@ class Encoder:
         Returns:
             float32 `(n, height / factor, width / factor, 1 + channels)`.
         """
-        latents = _in_batches(self._masked, self.batch_size, images, hidden)
+        latents = in_batches(self._masked, self.batch_size, images, hidden)
         small = any_white(hidden, self.vae.config.downsampling).astype("float32")
         return np.concatenate([small, latents], axis=-1)
 
@@ -107,7 +107,7 @@ class Encoder:
         Args:
             token_ids: integers `(n, tokens)`.
         """
-        return _in_batches(self._encode_text, self.text_batch_size, token_ids.astype("int32"))
+        return in_batches(self._encode_text, self.text_batch_size, token_ids.astype("int32"))
 
     def batch_sizes(self, count: int) -> list[int]:
         """Return how many of so many images are in each batch."""
@@ -124,7 +124,8 @@ class Encoder:
 
     def text_identity(self) -> str:
         """Return what names the text encoder; its input is the token ids, so the tokenizer is not in it."""
-        return _identity(self.text_encoder)
+        skipped = self.text_encoder.clip_skip if self.text_encoder is not None else 0
+        return _identity(self.text_encoder) + (f"-{skipped} skipped" if skipped else "")
 
 
 def _identity(model):
@@ -180,7 +181,7 @@ def _scaled_mean(vae, images):
     return ops.cast(vae.encode(images).mean * vae.config.scaling_factor, "float32")
 
 
-def _in_batches(function, batch_size, *arrays):
+def in_batches(function, batch_size, *arrays):
     """Return a compiled function of arrays as float32, computed in batches of exactly this size."""
     parts = []
     for start in range(0, len(arrays[0]), batch_size):

@@ -23,7 +23,7 @@ METHODS = {
         *("--learning-rate-by-block", "conv_in=0 down_blocks=0.5"),
         *("--prediction-type", "v_prediction", "--rescale-betas-zero-snr"),
     ),
-    "lora": ("--train-text-encoder", "--rank", 2),
+    "lora": ("--train-text-encoder", "--rank", 2, "--clip-skip", 2),
     "lcm": ("--rank", 2),
     "dreambooth": ("--instance-prompt", "a sks heart", "--train-text-encoder"),
     "textual-inversion": ("--placeholder-token", "<heart>", "--num-vectors", 2),
@@ -83,6 +83,10 @@ def test_last_checkpoint_gives_the_model_of_the_run(folder, method):
     export(output / "checkpoint-1", folder / f"{method}-1")
     assert files_of(folder / f"{method}-1") != exported
     export(output / "checkpoint-1", folder / f"{method}-1", "--weights", "raw", "--overwrite")
+    if method == "lora":
+        trained = load_file(output / "model" / "pytorch_lora_weights.safetensors")
+        layers = {name.split("layers.")[1][0] for name in trained if name.startswith("text_encoder.")}
+        assert layers == {"0"}  # of two, the last of which is skipped
     if method == "text-to-image":
         schedule = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
         assert schedule["rescale_betas_zero_snr"] and schedule["timestep_spacing"] == "trailing"

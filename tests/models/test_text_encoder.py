@@ -88,6 +88,18 @@ def test_layer_before_the_last(loaded):
     assert np.abs(expected["before_last"] - expected["last"]).max() > 0.1
 
 
+def test_skipped_layers_are_left_out_of_a_call_alone(loaded):
+    encoder, expected = loaded
+    encoder.clip_skip = 1
+    try:
+        assert_close(encoder(token_ids()), expected["before_last"])
+        assert_close(encoder.pooled(token_ids()), expected["pooled"])
+    finally:
+        encoder.clip_skip = 0
+    with pytest.raises(UserError, match="3 of 3 layers cannot be skipped; skip 0 to 2"):
+        encoder.depth(3)
+
+
 def test_pooled_is_the_first_end_token(loaded):
     encoder, expected = loaded
     assert_close(encoder.pooled(token_ids()), expected["pooled"])

@@ -27,6 +27,7 @@ VALUES = {
     "guidance_interval": (0.25, 1.0),
     "guidance_rescale": 0.35,
     "reuse_interval": 2,
+    "clip_skip": 2,
     "seed": 2**64 - 1,
     "sampler": "euler_a",
     "eta": 0.0,
@@ -246,8 +247,8 @@ def test_what_does_not_say_how_an_image_was_made():
 
 
 def test_settings_that_are_not_known_are_named():
-    settings = {"Clip skip": "2", "VAE": "foo", "Model hash": "12", "Version": "v1"}
-    with pytest.warns(UserWarning, match="^Clip skip: '2', VAE: 'foo': not known here, and left out"):
+    settings = {"Hires upscale": "2", "VAE": "foo", "Model hash": "12", "Version": "v1"}
+    with pytest.warns(UserWarning, match="^Hires upscale: '2', VAE: 'foo': not known here, and left out"):
         assert options_of(GOOD | settings) == GOOD
 
 

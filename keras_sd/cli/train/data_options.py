@@ -181,8 +181,15 @@ def caption_identity(options):
     identity = captions_of(options).identity()
     if options.get("dataset_config"):
         identity = read_dataset_config(Path(options["dataset_config"])).identity()
+    identity |= clip_skip_identity(options)
     length = options.get("max_token_length", "75")
     return identity if length == "75" else identity | {"max_token_length": int(length)}
+
+
+def clip_skip_identity(options):
+    """Return the JSON values of the text encoder's layer, which a resumed run must share."""
+    skip = options.get("clip_skip", 1)
+    return {} if skip == 1 else {"clip_skip": skip}
 
 
 def reading_of(options):

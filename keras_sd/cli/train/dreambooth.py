@@ -17,6 +17,7 @@ from keras_sd.cli.train.data_options import (
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.epochs import images_of_epoch
 from keras_sd.cli.train.fine_tuning import (
+    clip_skip_option,
     part_fingerprints,
     pretrained_option,
     subject_evaluation,
@@ -68,6 +69,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @text_encoder_options("Train the text encoder too.")
 @block_rates_option
 @zero_snr_option
+@clip_skip_option
 @click.option("--lora", is_flag=True, help="Train LoRA weights instead of all weights.")
 @rank_options(8)
 @diffusion_options

@@ -55,6 +55,14 @@ zero_snr_option = click.option(
 )
 
 
+clip_skip_option = click.option(
+    "--clip-skip",
+    default=1,
+    type=click.IntRange(1, 1000),
+    help="Layer of the text encoder that is used, counted from the last, which is 1, as in kohya's scripts.",
+)
+
+
 def text_encoder_options(text):
     """Return a decorator that adds the options of training the text encoder, too.
 
@@ -75,6 +83,7 @@ def captioned_options(method):
         pretrained_option,
         source_options(),
         caption_options,
+        clip_skip_option,
         mask_options,
         diffusion_options,
         click.option(

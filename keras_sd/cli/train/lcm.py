@@ -5,8 +5,9 @@ import click
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import POSITIVE
 from keras_sd.cli.train.caching import caching_options
-from keras_sd.cli.train.data_options import dataset_config_option, source_options
+from keras_sd.cli.train.data_options import clip_skip_identity, dataset_config_option, source_options
 from keras_sd.cli.train.fine_tuning import (
+    clip_skip_option,
     encoded_examples,
     part_fingerprints,
     pretrained_option,
@@ -27,6 +28,7 @@ _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scal
 @pretrained_option
 @low_rank_options(rank=16, layers="all")
 @block_rates_option
+@clip_skip_option
 @model_option("lcm", "guidance_scale", "Guidance scale of the teacher; the student learns its result.")
 @click.option(
     "--num-ddim-timesteps",
@@ -66,7 +68,7 @@ def lcm(**options):
         num_ddim_timesteps=options["num_ddim_timesteps"],
         guidance_scale=options["guidance_scale"],
         huber_c=options["huber_c"] if is_huber else None,
-        identity=part_fingerprints(pipeline, "vae", "text_encoder") | identity,
+        identity=part_fingerprints(pipeline, "vae", "text_encoder") | clip_skip_identity(options) | identity,
         repeats=repeats,
         make_evaluation=make_evaluation,
         export=lambda folder: save_lora(folder, {"unet": pipeline.unet}, alpha),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from keras_sd import config, interruption, presets
 from keras_sd.cli.command import is_given, refuse_unused
+from keras_sd.cli.model_options import skipped_layers
 from keras_sd.cli.train.caching import caching_of
 from keras_sd.cli.train.data_options import (
     apply_config,
@@ -124,6 +125,8 @@ class Run:
 
         if backend.process_index():
             return
+        if self.options.get("clip_skip", 1) > 1:
+            more = ["--clip-skip", self.options["clip_skip"], *more]
         words = [option or "--model", self.settings.output_dir / "model" / result]
         base = self.options["pretrained_model_name_or_path"]
         if option and base != "emoji":  # which is the default
@@ -416,6 +419,7 @@ def open_pipeline(run, adapt=None):
     """
     from keras_sd.models.unet import UNet
     from keras_sd.pipeline.stable_diffusion import StableDiffusion
+    from keras_sd.training.clip_skip import skip_layers
     from keras_sd.training.trainer import PRECISIONS
     from keras_sd.weights.loading import load_clip, load_part
 
@@ -438,6 +442,8 @@ def open_pipeline(run, adapt=None):
     parts["scheduler_config"] = _chosen_schedule(parts["scheduler_config"], options)
     if adapt is not None:
         adapt(parts)
+    if options.get("clip_skip", 1) > 1:
+        skip_layers(parts["text_encoder"], skipped_layers(parts["text_encoder"], options["clip_skip"]))
     if options.get("learning_rate_by_block"):
         check_blocks(parts["unet"], options["learning_rate_by_block"])
     pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])

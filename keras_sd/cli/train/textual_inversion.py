@@ -5,9 +5,10 @@ import click
 from keras_sd import presets
 from keras_sd.cli.command import Command
 from keras_sd.cli.train.caching import caching_of, caching_options
-from keras_sd.cli.train.data_options import dataset_config_option, on_bad_sample_option
+from keras_sd.cli.train.data_options import clip_skip_identity, dataset_config_option, on_bad_sample_option
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.fine_tuning import (
+    clip_skip_option,
     part_fingerprints,
     pretrained_option,
     subject_evaluation,
@@ -48,6 +49,7 @@ from keras_sd.models.tokenizer import Tokenizer, vector_names
 )
 @dataset_config_option
 @on_bad_sample_option
+@clip_skip_option
 @mask_options
 @diffusion_options
 @caching_options
@@ -80,7 +82,7 @@ def textual_inversion(**options):
         num_vectors=options["num_vectors"],
         learnable_property=options["learnable_property"],
         repeats=repeats,
-        identity=part_fingerprints(pipeline, "vae"),
+        identity=part_fingerprints(pipeline, "vae") | clip_skip_identity(options),
         diffusion=diffusion_of(options),
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, options["placeholder_token"]),
