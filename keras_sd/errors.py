@@ -19,6 +19,7 @@ _EXTRAS = {
     **dict.fromkeys(("tensorflow_datasets", "importlib_resources"), "tfds"),
     "datasets": "datasets",
     "pillow_heif": "heif",
+    "matplotlib": "plot",
     "ray": "ray",
     **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
 }

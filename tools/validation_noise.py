@@ -1,8 +1,8 @@
 """Measures how exactly the validation loss compares two models; docs/training-guide.md has the result.
 
 The difference of two models' losses on held-out emoji is measured for many seeds: with the same noise and
-timesteps for both, as validation does, and with fresh ones for each. Its standard deviation over the seeds is
-what noise adds to it.
+timesteps for both, as validation does, and with fresh ones for each, drawn as in training. Its standard
+deviation over the seeds is what noise adds to it.
 """
 
 import functools
@@ -26,8 +26,15 @@ from keras_sd.training.validation import fixed_examples
 from machine import description
 
 
-def losses_of(model, dataset, examples, seeds):
-    """Return the validation loss of a model for each seed."""
+def fresh_examples(source, examples, seed, draw):
+    """Return a batch of all examples, with noise and timesteps as training draws them."""
+    generators = (np.random.default_rng((seed, index)) for index in range(examples))
+    drawn = [draw(source[index], generator) for index, generator in enumerate(generators)]
+    return {name: np.stack([arrays[name] for arrays in drawn]) for name in drawn[0]}
+
+
+def losses_of(model, dataset, examples, seeds, first_fresh):
+    """Return the losses of a model for each seed, `(seeds, 2)`: of validation, and with fresh noise."""
     pipeline = StableDiffusion.load(model, jit_compile=False)
     schedule = NoiseSchedule(pipeline.scheduler_config)
     images = load_source(dataset, "validation", 64)
@@ -37,12 +44,15 @@ def losses_of(model, dataset, examples, seeds):
     draw = functools.partial(diffusion_example, noise=noise)
     objective = DiffusionObjective(pipeline.unet, schedule)
     step = backend.jit(lambda batch: objective.call(batch), objective.variables, False)
-    return np.array(
-        [
-            backend.to_numpy(step(fixed_examples(source, examples, seed, draw, noise))).mean()
-            for seed in tqdm(range(seeds), desc=str(model))
-        ]
-    )
+
+    def losses(seed):
+        batches = (
+            fixed_examples(source, examples, seed, draw, noise),
+            fresh_examples(source, examples, first_fresh + seed, draw),
+        )
+        return [backend.to_numpy(step(batch)).mean() for batch in batches]
+
+    return np.array([losses(seed) for seed in tqdm(range(seeds), desc=str(model))])
 
 
 @click.command()
@@ -55,19 +65,20 @@ def losses_of(model, dataset, examples, seeds):
 def main(first, second, dataset_name, examples, seeds, output, overwrite):
     """Compare the models FIRST and SECOND, two exported checkpoints of a run."""
     place = check_output(output, ".json", default="validation-noise.json", overwrite=overwrite)
-    losses = [losses_of(model, dataset_name, examples, seeds) for model in (first, second)]
-    fixed = losses[1] - losses[0]
-    # The same seeds in another order: each pair of two seeds.
-    fresh = losses[1] - np.roll(losses[0], 1)
+    losses = [
+        losses_of(model, dataset_name, examples, seeds, index * seeds)
+        for index, model in enumerate((first, second))
+    ]
+    deviations = np.std(losses[1] - losses[0], axis=0, ddof=1)
     results = {
         **description(("keras_sd", "keras", "tensorflow", "jax")),
         "dataset": dataset_name,
         "examples": examples,
         "seeds": seeds,
-        "losses": [float(one.mean()) for one in losses],
-        "standard_deviation_fixed": float(np.std(fixed, ddof=1)),
-        "standard_deviation_fresh": float(np.std(fresh, ddof=1)),
-        "ratio": float(np.std(fixed, ddof=1) / np.std(fresh, ddof=1)),
+        "losses": [float(one[:, 0].mean()) for one in losses],
+        "standard_deviation_fixed": float(deviations[0]),
+        "standard_deviation_fresh": float(deviations[1]),
+        "ratio": float(deviations[0] / deviations[1]),
     }
     write_json(place.free(), results)
     click.echo(results)

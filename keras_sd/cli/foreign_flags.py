@@ -50,7 +50,7 @@ FOREIGN_FLAGS = {
     "--logging-dir": _LOGS,
     "--tracker-project-name": _LOGS,
     "--validation-prompt": "is called --validation-prompts here",
-    "--sample-prompts": "is called --validation-prompts here, one prompt each",
+    "--sample-prompts": "is called --validation-prompts-file here",
     "--validation-epochs": _SAMPLES,
     "--validation-steps": "this method has no validation loss; use --evaluation-steps, in updates",
     "--validate-every-n-steps": "is called --validation-steps here",

@@ -16,6 +16,7 @@ from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
 from keras_sd.cli.model_options import check_sampling, open_model
 from keras_sd.cli.outputs import check_output, check_output_folder, output_option
+from keras_sd.cli.plot import plot
 from keras_sd.cli.program import run_command
 from keras_sd.cli.train.main import train
 from keras_sd.data.emoji.source import PACKAGES as EMOJI_PACKAGES
@@ -29,7 +30,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, caption, dataset, encode, train, export):
+for command in (*COMMANDS, convert, caption, dataset, encode, train, export, plot):
     cli.add_command(command)
 
 

@@ -49,6 +49,7 @@ _OF_RUN: dict[str, tuple[str, tuple[type, ...]]] = {
     "bucket_no_upscale": ("bucket_upscale", (bool,)),
     "flip_aug": ("random_flip", (bool,)),
     "random_crop": ("center_crop", (bool,)),
+    "validation_split": ("validation_split", (int, float)),
 }
 _NEGATED = ("bucket_no_upscale", "random_crop")
 # Other keys of kohya's scripts, and what there is in their place.
@@ -57,9 +58,7 @@ _REMEDIES = {
     **dict.fromkeys(
         ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), "give `aspect_ratio_buckets`"
     ),
-    **dict.fromkeys(
-        ("validation_split", "validation_seed"), "put held-out images into a folder of their own"
-    ),
+    "validation_seed": "the images are chosen by `seed`",
 }
 _RULES = ("shuffle_caption", "keep_tokens", "caption_separator", "caption_tag_dropout_rate")
 _LARGEST_RATIO = 1000

@@ -9,6 +9,15 @@ from keras_sd.metrics.features import extract
 from keras_sd.metrics.kid import KernelInceptionDistance
 
 
+def on_one_size(images):
+    """Return images of any sizes, uint8 `(h, w, 3)` each, on white of the largest height and width."""
+    height, width = (max(image.shape[axis] for image in images) for axis in range(2))
+    sheets = np.full((len(images), height, width, 3), 255, "uint8")
+    for sheet, image in zip(sheets, images, strict=True):
+        sheet[: image.shape[0], : image.shape[1]] = image
+    return sheets
+
+
 class SampleEvaluation:
     """Generates samples with the current weights and compares them with real images.
 

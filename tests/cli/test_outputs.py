@@ -1,15 +1,10 @@
 """What is there already stays, unless it is given up."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from keras_sd.cli.main import main
 from keras_sd.cli.outputs import check_output, check_output_folder
 from keras_sd.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def beside(path):
@@ -78,22 +73,24 @@ def test_folders(tmp_path):
         chosen(tmp_path / "demo" / "file")
 
 
-def test_tools_keep_what_is_there_too(tmp_path):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 0.5}\n')
+def test_plots_keep_what_is_there_too(tmp_path, run_program):
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "logs" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 0.5}\n')
 
     def plot(*options):
-        command = [sys.executable, ROOT / "tools" / "plot_run.py", tmp_path, tmp_path / "run.png", *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.returncode, done.stderr, (tmp_path / "run.png").read_bytes()
+        return run_program(main, "plot", run, *options)
 
-    code, errors, plotted = plot()
-    assert (code, errors) == (0, "") and plotted.startswith(b"\x89PNG")
-    code, errors, kept = plot()
-    assert code == 2 and kept == plotted
+    assert plot()[:2] == (0, f"{run / 'plot.png'}\n")
+    assert plot()[:2] == (0, f"{run / 'plot-1.png'}\n")
+    kept = (run / "plot.png").read_bytes()
+    assert kept.startswith(b"\x89PNG")
+    code, _, errors = plot("--output", run / "plot.png")
+    assert code == 2 and (run / "plot.png").read_bytes() == kept
     assert errors == (
-        f"plot_run.py: error: {tmp_path / 'run.png'}: exists; "
-        "choose another name, or replace it with --overwrite\n"
+        f"keras-sd: error: {run / 'plot.png'}: exists; choose another name, or replace it with --overwrite\n"
     )
-    assert plot("--overwrite")[0] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"logs", "run.png"}
+    assert plot("--output", run / "plot.png", "--overwrite")[0] == 0
+    assert {path.name for path in run.iterdir()} == {"logs", "plot.png", "plot-1.png"}
+    code, _, errors = plot(run)
+    assert code == 2 and "RUN: a run folder is named twice" in errors

@@ -3,7 +3,6 @@
 import warnings
 
 import click
-import numpy as np
 
 from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import SHARE
@@ -23,6 +22,8 @@ from keras_sd.cli.train.options import (
     model_option,
 )
 from keras_sd.cli.train.preparation import SMALL_IMAGE, example_sets, image_size_of
+from keras_sd.cli.train.prompts import sample_options
+from keras_sd.cli.train.samples import sample_grid, sampling
 from keras_sd.cli.train.validation import (
     encoded_validation,
     of_training_images,
@@ -35,15 +36,6 @@ pretrained_option = click.option(
     default="emoji",
     help="Model to train: preset, hub id, diffusers folder, or single file.",
 )
-
-
-def validation_option(default):
-    """Return the option for the prompts of sample images; `default` describes the usual ones."""
-    return click.option(
-        "--validation-prompts",
-        multiple=True,
-        help=f"Prompt of sample images; may be repeated. By default {default}.",
-    )
 
 
 zero_snr_option = click.option(
@@ -94,7 +86,7 @@ def captioned_options(method):
         ),
         caching_options,
         validation_options,
-        validation_option("some of the captions"),
+        sample_options("some of the captions"),
         model_option(method, "guidance_scale"),
         evaluation_options(),
     )
@@ -108,7 +100,7 @@ def subject_options(method, prompt):
     """
     return decorated(
         of_training_images,
-        validation_option(prompt),
+        sample_options(prompt),
         click.option(
             "--num-validation-images", default=4, type=click.IntRange(1, 256), help="Images of each prompt."
         ),
@@ -117,24 +109,7 @@ def subject_options(method, prompt):
     )
 
 
-def _sampling(run, pipeline, conditioning=None, **options):
-    """Return `sample(texts, examples)`, which generates a square of each text for an evaluation.
-
-    The examples are used with a conditioning alone, which makes the model's further inputs of their images.
-    """
-    side = run.resolution(image_size_of(pipeline))
-    options |= {"num_inference_steps": run.options["num_inference_steps"], "seed": run.settings.seed}
-
-    def sample(texts, examples=()):
-        if conditioning is None:
-            return pipeline.text_to_image(texts, height=side, width=side, progress=False, **options)
-        images = np.stack([examples[index % len(examples)]["image"] for index in range(len(texts))])
-        return conditioning.generate(pipeline, images, list(texts), progress=False, **options)
-
-    return sample
-
-
-def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampling):
+def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **options):
     """Return encoded source, repeats, `make_evaluation` and `Validation` of a run on captioned images.
 
     Args:
@@ -142,8 +117,9 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
             only tokenized.
         captions: `data.captions.Captions`, or one for each example, if they are drawn anew each time; without
             a frozen text encoder.
-        sampling: options of sampling in evaluations, such as guidance_scale and sampler.
+        options: of sampling in evaluations, such as guidance_scale and sampler.
     """
+    from keras_sd.data.sources import evenly
     from keras_sd.models.parameters import parameter_paths
     from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
     from keras_sd.training.conditioning import conditioning_of
@@ -155,6 +131,15 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
     if conditioning is not None:
         caching = caching.encoding_each_time(conditioning.reason)
         run.command = conditioning.command
+
+    def texts():
+        some = evenly((held_out or source).captions(), 16 if source.framing.resolution <= SMALL_IMAGE else 4)
+        return [captions[0] for captions in some]
+
+    def images(count):
+        return evenly(held_out or source.squares(), count)
+
+    grid = sample_grid(run, pipeline, texts, conditioning=conditioning, images=images, **options)
     source, held_out, repeats = run.sources(image_size_of(pipeline), pipeline.vae.config.downsampling)
     tokenizer = CaptionTokenizer(pipeline.tokenizer, int(run.options.get("max_token_length", 75)))
     encoded = encoded_source(
@@ -174,7 +159,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
         captions = caption_rules(run.options, run.source)  # of the images that are left
         encoded = DrawnCaptions(encoded, source.captions(), captions, tokenizer)
 
-    sample = _sampling(run, pipeline, conditioning, **sampling)
+    sample = sampling(run, pipeline, conditioning, **options)
     compiled = run.settings.jit_compile
 
     def score_of(captions):
@@ -199,20 +184,13 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **sampli
     score_before = score_of(captions_of_sets()[1]) if scores_now else None
 
     def make_evaluation(trainer):
-        from keras_sd.data.sources import evenly
-        from keras_sd.files.image_files import image_grid
         from keras_sd.metrics.features import ClipFeatures
         from keras_sd.training.evaluation import SampleEvaluation
 
-        is_small = source.framing.resolution <= SMALL_IMAGE
-        prompts = list(run.options["validation_prompts"]) or [
-            captions[0] for captions in evenly((held_out or source).captions(), 16 if is_small else 4)
-        ]
         sets, captions = captions_of_sets()
-        shown = evenly(held_out or source.squares(), len(prompts)) if conditioning else ()
         return SampleEvaluation(
             trainer,
-            lambda: image_grid(sample(prompts, shown), labels=prompts, scale=2 if is_small else 1),
+            grid,
             sets=sets,
             generate=lambda examples: sample([example["captions"][0] for example in examples], examples),
             extractor=ClipFeatures(pipeline.image_encoder, jit_compile=compiled) if sets else None,
@@ -272,16 +250,17 @@ def part_fingerprints(pipeline, *names):
 def subject_evaluation(run, pipeline, prompt):
     """Return `make_evaluation` of a run on one subject: images of the validation prompts, or of `prompt`."""
 
+    grid = sample_grid(
+        run,
+        pipeline,
+        lambda: [prompt],
+        columns=run.options["num_validation_images"],
+        guidance_scale=run.options["guidance_scale"],
+    )
+
     def make_evaluation(trainer):
-        from keras_sd.files.image_files import image_grid
         from keras_sd.training.evaluation import SampleEvaluation
 
-        columns = run.options["num_validation_images"]
-        labels = [text for text in run.options["validation_prompts"] or [prompt] for _ in range(columns)]
-        scale = 2 if run.resolution(image_size_of(pipeline)) <= SMALL_IMAGE else 1
-        sample = _sampling(run, pipeline, guidance_scale=run.options["guidance_scale"])
-        return SampleEvaluation(
-            trainer, lambda: image_grid(sample(labels), columns=columns, labels=labels, scale=scale)
-        )
+        return SampleEvaluation(trainer, grid)
 
     return make_evaluation

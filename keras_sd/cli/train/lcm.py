@@ -11,12 +11,12 @@ from keras_sd.cli.train.fine_tuning import (
     encoded_examples,
     part_fingerprints,
     pretrained_option,
-    validation_option,
 )
 from keras_sd.cli.train.lora import low_rank_identity, low_rank_options, open_with_loras
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import evaluation_options, model_option, run_options
 from keras_sd.cli.train.preparation import prepare
+from keras_sd.cli.train.prompts import sample_options
 
 _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scale", "1")
 
@@ -43,7 +43,7 @@ _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scal
     "--huber-c", default=0.001, type=POSITIVE, help="Error at which the pseudo-Huber loss becomes linear."
 )
 @caching_options
-@validation_option("some of the captions")
+@sample_options("some of the captions")
 @evaluation_options(num_inference_steps=4)
 def lcm(**options):
     """Distil a model for sampling in 2 to 8 steps (sampler `lcm`), saved as a LoRA."""

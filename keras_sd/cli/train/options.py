@@ -24,7 +24,7 @@ FILE, FILE_OR_FOLDER = click.Path(dir_okay=False), click.Path()
 # Options that only affect evaluations.
 OF_EVALUATIONS = (
     *("validation_prompts", "num_validation_images", "validation_images", "num_inference_steps"),
-    *("kid", "kid_images", "guidance_scale", "sample_at_first"),
+    *("validation_prompts_file", "kid", "kid_images", "guidance_scale", "sample_at_first"),
 )
 
 # Those of `training.learning_rate`, which imports a backend.

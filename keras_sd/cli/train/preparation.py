@@ -28,6 +28,7 @@ from keras_sd.cli.train.framing import check_framing, check_sides, framed, frami
 from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
+from keras_sd.cli.train.prompts import prompts_of
 from keras_sd.cli.train.validation import choose_validation, split_source
 from keras_sd.data.emoji import architecture
 from keras_sd.data.framing import FramedSource
@@ -179,6 +180,7 @@ def prepare(
         diffusion_of(options)
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
+    prompts_of(options)
     apply_config(options)
     choose_optimizer(options)
     if "train_text_encoder" in options:

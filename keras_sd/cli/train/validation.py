@@ -55,7 +55,7 @@ def split_source(source, held_out, options):
         UserError: the data has a split of its own, or too few images.
     """
     share = options.get("validation_split")
-    if share is None:
+    if not share:  # 0 in a TOML file
         return source, held_out
     if len(held_out):
         raise UserError(
