@@ -20,6 +20,7 @@ _EXTRAS = {
     "datasets": "datasets",
     "pillow_heif": "heif",
     "matplotlib": "plot",
+    "wandb": "wandb",
     "ray": "ray",
     **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
 }

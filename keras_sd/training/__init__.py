@@ -9,8 +9,11 @@ callbacks          checkpoints, signals, progress, non-finite losses
 checkpoints        training checkpoints that survive a kill
 resuming           adapts a checkpoint to changed settings
 run_folder         the lock, records and exports of a run folder
-logs               metrics.jsonl, TensorBoard, sample images
-evaluation         samples, KID and CLIP score during training
+logs               metrics.jsonl, sample images; trackers: TensorBoard and wandb
+evaluation         samples, KID and CLIP score during training; evaluation_schedule: when
+validation         the validation loss
+run_curves         what a run has logged, and what looks wrong with it; run_plot draws it
+sample_prompts     files of prompts
 encoder            the frozen VAE and text encoder, compiled, batch by batch
 encodings          encoded examples in memory, or encoded while a step runs; stored_encodings: on disk
 caching            chooses among them

@@ -1,16 +1,13 @@
-"""Logs of a training run: `logs/metrics.jsonl`, TensorBoard events beside it, and folders of images."""
+"""Logs of a training run: `logs/metrics.jsonl`, trackers such as TensorBoard, and folders of images."""
 
-import io
+import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import TypedDict
 
 from keras_sd.errors import UserError
@@ -18,6 +15,7 @@ from keras_sd.files.json_files import parse_json
 from keras_sd.files.writing import replaced
 from keras_sd.training.callbacks import BufferedCallback
 from keras_sd.training.checkpoints import disk_fault
+from keras_sd.training.trackers import TensorBoardEvents, Tracker, WandbRun
 
 
 class LogRecord(TypedDict):
@@ -27,7 +25,7 @@ class LogRecord(TypedDict):
 
 
 class MetricsLog(BufferedCallback):
-    """Writes the numbers of a run to `logs/metrics.jsonl` and to TensorBoard, and its images.
+    """Writes the numbers of a run to `logs/metrics.jsonl` and to trackers, and its images.
 
     As a callback it logs the results of every step. The model should return figures of the step's own batch
     (`compute_metrics`), not Keras' mean over the epoch: then the file of a resumed run equals that of an
@@ -38,26 +36,40 @@ class MetricsLog(BufferedCallback):
         initial_step: the step to resume from; later lines, of a run that was killed, are removed. With 0 the
             file starts empty.
         every: number of steps that are read and written together.
+        trackers: names in `trackers.TRACKERS`.
+        tracker_options: arguments of `WandbRun`: project, name and config.
+
+    Raises:
+        UserError: a file cannot be written, or a tracker cannot start.
     """
 
-    def __init__(self, run_folder, initial_step: int = 0, every: int = 10):
+    def __init__(
+        self,
+        run_folder,
+        initial_step: int = 0,
+        every: int = 10,
+        trackers=("tensorboard",),
+        tracker_options=None,
+    ):
         super().__init__(initial_step, every)
         self._initial_step = initial_step
         self._run_folder = Path(run_folder)
         folder = self._run_folder / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        self._events_path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
         # Names that are already logged for the resumed step, for instance by the evaluation after its
         # checkpoint. They are not written again.
         try:
             self.resumed_names = self._cut(initial_step)
         except OSError as error:
             raise UserError(disk_fault(self.path, error)) from error
-        # The second event makes TensorBoard drop later steps of earlier files.
-        now = time.time()
-        start = Event(wall_time=now, step=initial_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._write([], [Event(wall_time=now, file_version="brain.Event:2"), start])
+        self._trackers: list[Tracker] = []
+        with self._disk_faults():
+            if "tensorboard" in trackers:
+                self._trackers.append(TensorBoardEvents(folder, initial_step))
+            if "wandb" in trackers:
+                options = tracker_options or {"project": "keras-sd", "name": None, "config": {}}
+                self._trackers.append(WandbRun(folder, **options, is_new=initial_step == 0))
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log name → number (or scalar on the device) as one line."""
@@ -65,45 +77,43 @@ class MetricsLog(BufferedCallback):
         self.read([(step, values)])
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Write a uint8 (height, width, 3) image to TensorBoard and to `name/step-N.png`."""
-        encoded = io.BytesIO()
-        Image.fromarray(image).save(encoded, "PNG")
-        folder = self._run_folder / name
-        with replaced(folder / f"step-{step:06}.png") as staging:
-            staging.write_bytes(encoded.getvalue())
-        event = Event(step=step, wall_time=time.time())
-        value = event.summary.value.add(tag=name)
-        value.image.height, value.image.width, value.image.colorspace = image.shape
-        value.image.encoded_image_string = encoded.getvalue()
-        self._write([], [event])
+        """Write a uint8 (height, width, 3) image to the trackers and to `name/step-N.png`."""
+        with replaced(self._run_folder / name / f"step-{step:06}.png") as staging:
+            Image.fromarray(image).save(staging, "PNG")
+        with self._disk_faults():
+            for tracker in self._trackers:
+                tracker.log_image(step, name, image)
 
     def read(self, records):
         """Write the numbers of several steps."""
-        lines, events = [], []
-        now = time.time()
+        new = []
         for step, values in records:
             known = self.resumed_names if step == self._initial_step else ()
             scalars = {name: float(value) for name, value in values.items() if name not in known}
-            if not scalars:
-                continue
-            lines.append(json.dumps({"step": step, "time": round(now, 3), **scalars}) + "\n")
-            event = Event(step=step, wall_time=now)
-            for name, value in scalars.items():
-                event.summary.value.add(tag=name, simple_value=value)
-            events.append(event)
-        self._write(lines, events)
+            if scalars:
+                new.append((step, scalars))
+        if not new:
+            return
+        now = round(time.time(), 3)
+        lines = [json.dumps({"step": step, "time": now, **scalars}) + "\n" for step, scalars in new]
+        with self._disk_faults():
+            # Opened for each write, so that no file stays open and no buffer holds data back.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            for tracker in self._trackers:
+                tracker.log(new)
 
-    def _write(self, lines: list[str], events: list[Event]) -> None:
-        # The files are opened for each write, so that none stays open and no buffer holds data back.
+    def close(self) -> None:
+        """Write what is left, and end the trackers' runs."""
+        trackers, self._trackers = self._trackers, []
+        with self._disk_faults():
+            for tracker in trackers:
+                tracker.close()
+
+    @contextlib.contextmanager
+    def _disk_faults(self):
         try:
-            if lines:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(lines)
-            if events:
-                with self._events_path.open("ab") as file:
-                    writer = RecordWriter(file)
-                    for event in events:
-                        writer.write(event.SerializeToString())
+            yield
         except OSError as error:
             raise UserError(disk_fault(self.path.parent, error)) from error
 
@@ -136,4 +146,7 @@ class SilentLog(BufferedCallback):
         """Do nothing."""
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
         """Do nothing."""

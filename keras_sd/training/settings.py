@@ -13,6 +13,7 @@ from keras_sd.errors import UserError
 from keras_sd.training.learning_rate import SCHEDULES
 from keras_sd.training.optimizer_options import OPTIONS, TITLES, default_learning_rate
 from keras_sd.training.rate_factors import parse_block_factors
+from keras_sd.training.trackers import checked_trackers
 
 PRECISIONS = {"no": "float32", "fp16": "mixed_float16", "bf16": "mixed_bfloat16"}
 
@@ -35,6 +36,9 @@ _CHANGES_NOTHING = {
     "evaluation_steps",
     "sample_at_first",
     "validation_steps",
+    "report_to",
+    "tracker_project_name",
+    "wandb_run_name",
     "jit_compile",
     "gradient_checkpointing",
     "offload_ema",
@@ -126,6 +130,10 @@ class Settings:
         resume_from_checkpoint: a checkpoint folder's name, or "latest"; None begins a new run.
         evaluation_steps: number of steps from one evaluation to the next; 0 evaluates at no step.
         sample_at_first: whether to evaluate before the first step, too.
+        report_to: where figures and images go beside the run folder's own files, separated by commas:
+            "tensorboard", "wandb" (Weights & Biases), "all" or "none".
+        tracker_project_name, wandb_run_name: the project and the run on wandb; None is "keras-sd" and the
+            run folder's name.
         validation_steps: number of steps from one measurement of the validation loss to the next; 0 measures
             it at no step.
 
@@ -175,6 +183,9 @@ class Settings:
     evaluation_steps: int = 1000
     sample_at_first: bool = False
     validation_steps: int = 0
+    report_to: str = "tensorboard"
+    tracker_project_name: str | None = None
+    wandb_run_name: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "output_dir", checked_path("output_dir", self.output_dir))
@@ -195,6 +206,13 @@ class Settings:
         if self.lr_scheduler not in SCHEDULES:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
         self._check_schedule_options()
+        if "wandb" not in checked_trackers(self.report_to):
+            for name in ("tracker_project_name", "wandb_run_name"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name} {getattr(self, name)}: has no effect without `report_to='wandb'`; leave it "
+                        "out"
+                    )
         if self.learning_rate_by_block is not None:
             parse_block_factors(self.learning_rate_by_block)
 

@@ -45,6 +45,7 @@ from keras_sd.training.run_folder import (
     write_whole_folder,
 )
 from keras_sd.training.settings import MAY_CHANGE, PRECISIONS, Settings
+from keras_sd.training.trackers import checked_trackers
 from keras_sd.weights.rules import weights_fingerprint
 
 __all__ = ["PRECISIONS", "Settings", "Trainer"]
@@ -116,7 +117,17 @@ class Trainer:
             write_description(settings.output_dir)
         self._record = RunRecord(settings.output_dir, self.step)
         self._schedules: list[EvaluationSchedule] = []
-        self.log = MetricsLog(settings.output_dir, self.step) if self.is_writer else SilentLog(self.step)
+        self.log = self._make_log(identity) if self.is_writer else SilentLog(self.step)
+
+    def _make_log(self, identity):
+        settings = self.settings
+        of_wandb = {
+            "project": settings.tracker_project_name or "keras-sd",
+            "name": settings.wandb_run_name,
+            "config": identity,
+        }
+        trackers = checked_trackers(settings.report_to)
+        return MetricsLog(settings.output_dir, self.step, trackers=trackers, tracker_options=of_wandb)
 
     def _make_average(self):
         variables = self.objective.trainable_variables
@@ -235,6 +246,7 @@ class Trainer:
                             stacklevel=2,
                         )
         finally:
+            self.log.close()
             release_output_dir(settings.output_dir)
         return self.step >= settings.max_train_steps and stop.signal_received is None
 

@@ -138,6 +138,14 @@ def run_options(method, *, without=(), **defaults):
         option("--checkpoints-total-limit", 2, "Number of latest checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "Continue from `latest` or from this checkpoint folder."),
         option("--evaluation-steps", 1000, "Sample and measure every N updates; 0: never.", type=FROM_ZERO),
+        option(
+            "--report-to",
+            "tensorboard",
+            "Where figures and sample images go beside the run folder: tensorboard, wandb, both separated by "
+            "a comma, all or none.",
+        ),
+        option("--tracker-project-name", None, "Project on wandb; by default keras-sd."),
+        option("--wandb-run-name", None, "Name of the run on wandb; by default that of the run folder."),
         option("--sample-at-first", False, "Sample and measure before the first update, too.", is_flag=True),
         option(
             "--distribution",

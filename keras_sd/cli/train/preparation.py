@@ -181,6 +181,7 @@ def prepare(
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
     prompts_of(options)
+    _check_trackers(options)
     apply_config(options)
     choose_optimizer(options)
     if "train_text_encoder" in options:
@@ -230,6 +231,17 @@ def prepare(
         _check_resumed(checkpoint, settings, identity)
     _print_summary(method, settings, source, options)
     return Run(settings, source, held_out, model, options, checkpoint, counts_repeats)
+
+
+def _check_trackers(options):
+    """Raise UserError for figures that cannot go where they should."""
+    from keras_sd.training.trackers import check_wandb, checked_trackers
+
+    trackers = checked_trackers(options["report_to"])
+    of_wandb = ("tracker_project_name", "wandb_run_name")
+    refuse_unused(of_wandb, "wandb" in trackers, "without --report-to wandb")
+    if "wandb" in trackers and not options["process_id"]:  # process 0 reports
+        check_wandb()
 
 
 def _check_resumed(checkpoint, settings, identity):
