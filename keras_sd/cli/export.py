@@ -16,7 +16,7 @@ from keras_sd.cli.outputs import check_output_folder, overwrite_option
 # Whatever loads a backend is imported inside the command, after its options have been checked.
 from keras_sd.cli.train.main import train
 from keras_sd.errors import UserError
-from keras_sd.files.json_files import read_json, shape_fault, shown
+from keras_sd.files.json_files import MIB, read_json, shape_fault, shown
 from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
 
 _MARK = "trained.json"  # the config of the training, and the sign of a folder that this command wrote
@@ -41,32 +41,55 @@ def export(checkpoint, folder, dtype, weights, overwrite):
     The base model of the run must still be where it was, and unchanged.
     """
     checkpoint = Path(checkpoint).resolve()
-    place = check_output_folder(folder, None, overwrite, is_own=_is_exported).resolve()
-    run = read_run(checkpoint)
-    _check_is_apart(place, checkpoint.parent)
+    place = check_output_folder(folder, None, overwrite, is_own=is_exported).resolve()
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: no such checkpoint folder; give RUN/checkpoint-N")
     with interruption.phase(f"opening {checkpoint}"):
-        from keras_sd.cli.rebuild import rebuild
+        read_run(checkpoint.parent)
         from keras_sd.training.checkpoints import Checkpoints
-        from keras_sd.training.run_folder import write_whole_folder
 
         loaded = Checkpoints(checkpoint.parent, {}).load(checkpoint)
+    tensors = loaded.groups["ema" if weights == "ema" else "weights"]
+    export_weights(checkpoint.parent, checkpoint / "config.json", tensors, place, dtype, checkpoint)
+    click.echo(folder)
+
+
+def export_weights(run_folder, config_path, tensors, place, dtype, source):
+    """Write the model of a run with these weights.
+
+    Args:
+        run_folder: the run folder, resolved.
+        config_path: `config.json` of a checkpoint or a snapshot of the run.
+        tensors: name -> array of all trained weights.
+        place: the folder to write, checked and resolved.
+        dtype: precision of the written weights; None for the run's.
+        source: where the weights are from, for messages.
+    """
+    run = read_run(run_folder)
+    _check_is_apart(place, run_folder)
+    with interruption.phase(f"opening {source}"):
+        from keras_sd.cli.rebuild import rebuild
+        from keras_sd.training.run_folder import write_whole_folder
+
         with _in_folder(run["directory"]):
-            objective, write = rebuild(run["method"], run["options"], loaded.config)
-    _assign(objective, loaded.groups["ema" if weights == "ema" else "weights"], checkpoint)
+            objective, write = rebuild(
+                run["method"], run["options"], read_json(config_path, largest=64 * MIB)
+            )
+    _assign(objective, tensors, source)
 
     def write_model(staging):
         with _in_folder(run["directory"]):
             write(staging)
         if dtype is not None:
             _cast(staging, dtype)
-        shutil.copyfile(checkpoint / "config.json", staging / _MARK)
+        shutil.copyfile(config_path, staging / _MARK)
 
-    with interruption.phase(f"writing {folder}"):
+    with interruption.phase(f"writing {place}"):
         write_whole_folder(place, write_model)
-    click.echo(folder)
 
 
-def _is_exported(folder):
+def is_exported(folder):
+    """Return whether a folder was written by `export_weights`."""
     return (folder / _MARK).is_file()
 
 
@@ -101,17 +124,15 @@ class RunDescription(TypedDict):
     options: dict
 
 
-def read_run(checkpoint):
-    """Return how the run of a checkpoint was started: its method, options and working directory.
+def read_run(run_folder):
+    """Return how a run was started: its method, options and working directory.
 
     Raises:
-        UserError: it is no checkpoint of a training command.
+        UserError: it is no run of a training command.
     """
     from keras_sd.training.run_folder import DESCRIPTION
 
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint}: no such checkpoint folder; give RUN/checkpoint-N")
-    path = checkpoint.parent / DESCRIPTION
+    path = run_folder / DESCRIPTION
     absent = "give the checkpoint in the folder of a run that a training command has made"
     run = read_json(path, absent=absent, remedy="resume the run, which writes it anew")
     version = run.get("version")

@@ -11,6 +11,7 @@ from keras_sd.cli.caption import caption
 from keras_sd.cli.command import HELP_SETTINGS, Command
 from keras_sd.cli.convert import convert
 from keras_sd.cli.dataset import dataset
+from keras_sd.cli.ema import ema
 from keras_sd.cli.encode import encode
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
@@ -30,7 +31,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, caption, dataset, encode, train, export, plot):
+for command in (*COMMANDS, convert, caption, dataset, encode, train, export, ema, plot):
     cli.add_command(command)
 
 

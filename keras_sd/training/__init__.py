@@ -12,6 +12,7 @@ run_folder         the lock, records and exports of a run folder
 logs               metrics.jsonl, sample images; trackers: TensorBoard and wandb
 evaluation         samples, KID and CLIP score during training; evaluation_schedule: when
 validation         the validation loss
+post_hoc_ema       averages whose length is chosen after the run
 run_curves         what a run has logged, and what looks wrong with it; run_plot draws it
 sample_prompts     files of prompts
 encoder            the frozen VAE and text encoder, compiled, batch by batch

@@ -200,6 +200,8 @@ class CheckpointCallback(StepCallback):
         total_steps: the last step, after which a checkpoint is always saved.
         flush_before: callbacks with collected logs, flushed before each save, so that the log is complete up
             to every checkpoint, and no checkpoint is saved after a loss that is not finite.
+        before_save: called with the step and the groups before a checkpoint of a multiple of `every` and of
+            the last step is saved, in the same process; None for nothing.
 
     Raises:
         UserError: the state is not finite, or the disk is full; earlier checkpoints stay unchanged.
@@ -213,8 +215,10 @@ class CheckpointCallback(StepCallback):
         initial_step: int = 0,
         flush_before: Sequence[BufferedCallback] = (),
         total_steps: int | None = None,
+        before_save: Callable[[int, dict], object] | None = None,
     ):
         super().__init__(initial_step)
+        self.before_save = before_save
         self.checkpoints = checkpoints
         self.gather_state = gather_state
         self.every = every
@@ -245,6 +249,9 @@ class CheckpointCallback(StepCallback):
                         fault = f"{group}/{name} is not finite after step {self.step}"
                         raise diverged(fault, self.checkpoints)
             if backend.process_index() == 0:
+                is_regular = self.step % self.every == 0 or self.step == self.total_steps
+                if self.before_save is not None and is_regular:
+                    self.before_save(self.step, groups)
                 self.checkpoints.save(self.step, groups, position)
             self._saved_step = self.step
 

@@ -156,6 +156,18 @@ class Checkpoints:
         position, config = (read_json(folder / name, largest=_LARGEST_FILE) for name in (POSITION, CONFIG))
         return TrainingState(manifest["step"], groups, position, config)
 
+    def check(self, path: Path) -> None:
+        """Verify a checkpoint.
+
+        Raises:
+            UserError: a file is missing, damaged or of an unsupported version.
+        """
+        _checked(_verify, path)
+
+    def resume_after(self, step: int, folder: Path) -> None:
+        """Have the first save set aside what is newer than the step of a checkpoint that is resumed."""
+        self._resumed = step, folder
+
     def resolve(self, request: str) -> Path:
         """Return the verified folder that `resume_from_checkpoint` means; it must have this run's config.
 

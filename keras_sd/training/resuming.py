@@ -1,5 +1,7 @@
 """Adapts a checkpoint to the run that resumes it, which may have other settings."""
 
+import warnings
+
 from keras_sd.errors import UserError
 from keras_sd.training.settings import MAY_CHANGE
 
@@ -24,7 +26,15 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
         UserError: names or shapes differ.
     """
     saved = checkpoint.groups
-    for group in ("weights", "ema"):
+    averages = [group for group in state if group.startswith("post_hoc_")]
+    if any(group not in saved for group in averages):
+        raise UserError(
+            f"{path}: has no averages for `post_hoc_ema`, which have to be kept from the first step; leave "
+            "it out, or begin anew"
+        )
+    if not averages and any(group.startswith("post_hoc_") for group in saved):
+        warnings.warn(f"{path}: its averages for `post_hoc_ema` are not kept on", stacklevel=2)
+    for group in ("weights", "ema", *averages):
         _check_same(f"{path}: {group}", saved.get(group, {}), state[group])
     before = _before(checkpoint, settings)["gradient_accumulation_steps"]
     now = settings.gradient_accumulation_steps

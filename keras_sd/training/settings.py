@@ -12,6 +12,7 @@ from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError
 from keras_sd.training.learning_rate import SCHEDULES
 from keras_sd.training.optimizer_options import OPTIONS, TITLES, default_learning_rate
+from keras_sd.training.post_hoc_ema import DTYPES
 from keras_sd.training.rate_factors import parse_block_factors
 from keras_sd.training.trackers import checked_trackers
 
@@ -37,6 +38,7 @@ _CHANGES_NOTHING = {
     "sample_at_first",
     "validation_steps",
     "report_to",
+    "post_hoc_ema",
     "tracker_project_name",
     "wandb_run_name",
     "jit_compile",
@@ -130,6 +132,9 @@ class Settings:
         resume_from_checkpoint: a checkpoint folder's name, or "latest"; None begins a new run.
         evaluation_steps: number of steps from one evaluation to the next; 0 evaluates at no step.
         sample_at_first: whether to evaluate before the first step, too.
+        post_hoc_ema: "float16" or "float32" keeps snapshots of two power-function averages with each
+            checkpoint, from which averages of any length can be made after the run
+            (`training.post_hoc_ema`); None keeps none.
         report_to: where figures and images go beside the run folder's own files, separated by commas:
             "tensorboard", "wandb" (Weights & Biases), "all" or "none".
         tracker_project_name, wandb_run_name: the project and the run on wandb; None is "keras-sd" and the
@@ -183,6 +188,7 @@ class Settings:
     evaluation_steps: int = 1000
     sample_at_first: bool = False
     validation_steps: int = 0
+    post_hoc_ema: str | None = None
     report_to: str = "tensorboard"
     tracker_project_name: str | None = None
     wandb_run_name: str | None = None
@@ -206,6 +212,7 @@ class Settings:
         if self.lr_scheduler not in SCHEDULES:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r}: unknown; use {', '.join(SCHEDULES)}")
         self._check_schedule_options()
+        self._check_post_hoc_ema()
         if "wandb" not in checked_trackers(self.report_to):
             for name in ("tracker_project_name", "wandb_run_name"):
                 if getattr(self, name) is not None:
@@ -215,6 +222,17 @@ class Settings:
                     )
         if self.learning_rate_by_block is not None:
             parse_block_factors(self.learning_rate_by_block)
+
+    def _check_post_hoc_ema(self):
+        if self.post_hoc_ema is None:
+            return
+        if self.post_hoc_ema not in DTYPES:
+            raise UserError(f"post_hoc_ema {self.post_hoc_ema!r}: unknown; use {' or '.join(DTYPES)}")
+        if self.offload_ema:
+            raise UserError(
+                f"post_hoc_ema {self.post_hoc_ema}: its averages are kept in the device's memory, which "
+                "`offload_ema=True` is to save; leave one out"
+            )
 
     def _check_schedule_options(self):
         for name, schedule in _OF_SCHEDULE.items():

@@ -1,6 +1,7 @@
 """The training loop: Keras' `fit()` on an objective, with checkpoints, exact resumption and evaluations."""
 
 import contextlib
+import itertools
 import json
 import sys
 import warnings
@@ -18,7 +19,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.gradient_checkpointing import enable_gradient_checkpointing, recomputing_layers
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.progress import print_above_bars
-from keras_sd.training import distribution, resuming
+from keras_sd.training import distribution, post_hoc_ema, resuming
 from keras_sd.training.callbacks import (
     CheckpointCallback,
     EMACallback,
@@ -96,7 +97,12 @@ class Trainer:
         self.checkpoints = Checkpoints(
             settings.output_dir, identity, settings.checkpoints_total_limit, may_change=MAY_CHANGE
         )
+        self.snapshots = None
+        if settings.post_hoc_ema:
+            self.snapshots = Checkpoints(settings.output_dir / post_hoc_ema.FOLDER, identity)
         self.optimizer = make_optimizer(settings)
+        if settings.post_hoc_ema:
+            self.optimizer.post_hoc_gammas = tuple(map(post_hoc_ema.gamma_of, post_hoc_ema.SIGMAS))
         self.optimizer.rate_factors, self.optimizer.rate_figures = rates.factors, rates.figures
         if settings.gradient_checkpointing:
             if not recomputing_layers(objective):
@@ -142,13 +148,18 @@ class Trainer:
         """
         names = {id(parameter.variable): parameter.name for parameter in parameter_paths(self.objective)}
         averages, figures = self.optimizer.ema_variables, self.optimizer.figures.values()
-        left_out = {id(variable) for variable in (*averages, *figures)}
+        post_hoc = self.optimizer.post_hoc_variables
+        left_out = {id(variable) for variable in itertools.chain(averages, figures, *post_hoc)}
         trained = [names[id(variable)] for variable in self.objective.trainable_variables]
         # Keras' names of an optimizer's variables depend on the process, so they are named by position.
         others = [variable for variable in self.objective.optimizer.variables if id(variable) not in left_out]
         return {
             "weights": dict(zip(trained, self.objective.trainable_variables, strict=True)),
             "ema": dict(zip(trained, self.ema.averages, strict=True)),
+            **{
+                post_hoc_ema.group_of(sigma): dict(zip(trained, variables, strict=True))
+                for sigma, variables in zip(post_hoc_ema.SIGMAS, post_hoc, strict=False)
+            },
             "optimizer": {f"{index:05}": variable for index, variable in enumerate(others)},
         }
 
@@ -162,6 +173,18 @@ class Trainer:
         done = self.log.step - self._resumed_step
         batch = self._first_batch + done * settings.gradient_accumulation_steps
         return groups, {"batch": batch, "examples": batch * settings.train_batch_size}
+
+    def save_snapshot(self, step: int, groups: dict[str, Any]) -> None:
+        """Save the power-function averages of a checkpoint's groups where they stay, in one process."""
+        dtype = self.settings.post_hoc_ema
+        if self.snapshots is None:
+            return
+        names = map(post_hoc_ema.group_of, post_hoc_ema.SIGMAS)
+        self.snapshots.save(
+            step,
+            {name: post_hoc_ema.narrowed(groups[name], dtype) for name in names},
+            {post_hoc_ema.UPDATES: int(self.optimizer.iterations)},
+        )
 
     def _resume(self):
         """Load the state of a checkpoint, and print its step and which settings have changed."""
@@ -177,6 +200,8 @@ class Trainer:
                 else:
                     variable.assign(value)
         self.step = checkpoint.step
+        if self.snapshots is not None:
+            self.snapshots.resume_after(self.step, path)
         self._first_batch = resuming.first_batch(checkpoint, self.settings)
         if self.is_writer and self.step < self.settings.max_train_steps:
             print(resuming.describe(checkpoint, self.settings), file=sys.stderr, flush=True)
@@ -360,6 +385,7 @@ class Trainer:
                 settings.checkpointing_steps,
                 self.step,
                 flush_before=[self.log, guard],
+                before_save=self.save_snapshot,
                 total_steps=settings.max_train_steps,
             ),
             *([progress] if self.is_writer else []),

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from keras_sd.cli.main import cli
 from keras_sd.cli.train.main import train
 from keras_sd.errors import UserError
+from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.post_hoc_ema import Snapshots
 from tests import tiny
 
 METHODS = {
@@ -23,7 +25,7 @@ METHODS = {
         *("--learning-rate-by-block", "conv_in=0 down_blocks=0.5"),
         *("--prediction-type", "v_prediction", "--rescale-betas-zero-snr"),
     ),
-    "lora": ("--train-text-encoder", "--rank", 2, "--clip-skip", 2),
+    "lora": ("--train-text-encoder", "--rank", 2, "--clip-skip", 2, "--post-hoc-ema", "float32"),
     "lcm": ("--rank", 2),
     "dreambooth": ("--instance-prompt", "a sks heart", "--train-text-encoder"),
     "textual-inversion": ("--placeholder-token", "<heart>", "--num-vectors", 2),
@@ -92,7 +94,31 @@ def test_last_checkpoint_gives_the_model_of_the_run(folder, method):
         assert schedule["rescale_betas_zero_snr"] and schedule["timestep_spacing"] == "trailing"
         assert schedule["prediction_type"] == "v_prediction"
     if method == "lora":
+        check_post_hoc_averages(folder, output)
         check_options_and_refusals(folder, output)
+
+
+def check_post_hoc_averages(folder, output):
+    """An average after the run is the model that a checkpoint with its weights gives."""
+    state = Checkpoints(output, {}).load(output / "checkpoint-2")
+    average, _ = Snapshots(output).average(0.08)
+    other = Checkpoints(folder / "averaged", state.config)
+    other.save(2, {**state.groups, "ema": average}, state.position)
+    shutil.copy(output / "run.json", folder / "averaged")
+    export(folder / "averaged" / "checkpoint-2", folder / "expected")
+    ema = ["ema", output, folder / "post-hoc", "--sigma-rel", 0.08]
+    cli.main(list(map(str, ema)), standalone_mode=False)
+    assert files_of(folder / "post-hoc") == files_of(folder / "expected")
+    assert files_of(folder / "post-hoc") != files_of(output / "model")
+    with pytest.warns(UserWarning, match="--sigma-rel 0.28: the snapshots give an average whose weights are"):
+        more = ["ema", output, folder / "post-hoc", "--sigma-rel", 0.28, "--overwrite", "--step", 1]
+        cli.main(list(map(str, more)), standalone_mode=False)
+    for options, told in (
+        (("--sigma-rel", 0.5), "--sigma-rel 0.5: out of range"),
+        (("--sigma-rel", 0.1, "--step", 3), "--step 3: has no snapshot; choose one of the last ones, 1, 2"),
+    ):
+        with pytest.raises(UserError, match=told):
+            cli.main(["ema", str(output), str(folder / "x"), *map(str, options)], standalone_mode=False)
 
 
 def check_options_and_refusals(folder, output):

@@ -64,6 +64,7 @@ def train(folder, output, *options, flags=""):
     arguments += ["--learning-rate", 1e-3, "--lr-warmup-steps", 1, "--evaluation-steps", STEPS]
     arguments += ["--kid-images", 0, "--num-inference-steps", 1, "--validation-prompts", "red heart"]
     arguments += ["--validation-steps", STEPS // 2, "--validation-examples", 6, "--validation-split", 0.25]
+    arguments += ["--post-hoc-ema"]
     return start([*arguments, *options], flags)
 
 
@@ -148,8 +149,9 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
     assert sorted(found) == ([3, 4] if output == "resumed" else [1, 2, 3, 4])
     for step, loss in found.items():
         assert loss == pytest.approx(expected[step], rel=1e-4)
-    for group in ("weights", "ema"):
+    for group in ("weights", "ema", "post_hoc_0.05", "post_hoc_0.1"):
         assert largest_difference(runs / "one", runs / output, group) < 1e-4
+    assert (runs / output / "post-hoc-ema" / f"checkpoint-{STEPS}" / "post_hoc_0.1.safetensors").is_file()
     expected, found = validated(runs / "one"), validated(runs / output)
     assert sorted(expected) == [0, 2, 4] and sorted(found) == ([2, 4] if output == "resumed" else [0, 2, 4])
     for step, figures in found.items():

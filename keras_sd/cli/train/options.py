@@ -132,6 +132,15 @@ def run_options(method, *, without=(), **defaults):
             False,
             "Recompute activations in the backward pass: less memory, about a third more time.",
         ),
+        option(
+            "--post-hoc-ema",
+            None,
+            "Keep snapshots of two averages of the weights with each checkpoint, for `keras-sd ema`; costs "
+            "two copies of the weights. Snapshots are in float16, or float32 if that follows.",
+            type=click.Choice(["float16", "float32"]),
+            is_flag=False,
+            flag_value="float16",
+        ),
         option("--offload-ema/--no-offload-ema", False, "Keep the EMA weights in host memory."),
         ("seed", seed_option),
         option("--checkpointing-steps", 500, "Save a checkpoint every N updates.", type=COUNT),

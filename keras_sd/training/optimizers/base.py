@@ -45,6 +45,9 @@ class EMAOptimizer(JointOptimizer):
             update depends on them.
         rate_factors: id of a trained variable -> factor of its learning rate, as torch's parameter groups
             have; None if all have the same. Set it before `build`.
+        post_hoc_gammas: exponents of power-function averages that are kept as well (`post_hoc_ema`). Set them
+            before `build`.
+        post_hoc_variables: for each exponent the averages, in the order of the trained variables.
         rate_figures: name -> factor of a learning rate that the log shows as well.
     """
 
@@ -61,6 +64,8 @@ class EMAOptimizer(JointOptimizer):
         self.figures = {}
         self.rate_factors: dict[int, float] | None = None
         self.rate_figures: dict[str, float] = {}
+        self.post_hoc_gammas: tuple[float, ...] = ()
+        self.post_hoc_variables: list[list[Any]] = []
 
     def build(self, variables: Any) -> None:
         """Create the state and the EMA weights, which start as exact copies of the weights."""
@@ -80,6 +85,11 @@ class EMAOptimizer(JointOptimizer):
             for average, variable in zip(self.ema_variables, variables, strict=True):
                 # A copy: JAX donates the buffers of both to the compiled step, so they must not be shared.
                 average.assign(ops.copy(variable))
+        # The first update overwrites them, so their first values do not matter.
+        self.post_hoc_variables = [
+            self.add_optimizer_variables(variables, f"post_hoc_{place}")
+            for place in range(len(self.post_hoc_gammas))
+        ]
         names_of_figures = (*self.figure_names, *self.rate_figures)
         self.figures = {name: self.add_variable((), dtype="float32", name=name) for name in names_of_figures}
 
@@ -145,6 +155,7 @@ class EMAOptimizer(JointOptimizer):
         if self.ema_decay is not None:
             decay = ops.minimum(self.ema_decay, young_decay(ops.cast(self.iterations, "float32")))
             average_share = 1.0 - decay
+        post_hoc_shares = [self._power_share(gamma) for gamma in self.post_hoc_gammas]
         for part in parts:
             state = [joined(kind) for kind in part.state]
             weight, *state = self.rule(part, joined(part.variables), state, common[part.factor])
@@ -152,9 +163,18 @@ class EMAOptimizer(JointOptimizer):
                 averages = [self.ema_variables[self.index_of(variable)] for variable in part.variables]
                 values = joined(averages)
                 assign_parts(averages, values - (values - weight) * average_share)
+            for averages, share in zip(self.post_hoc_variables, post_hoc_shares, strict=True):
+                own = [averages[self.index_of(variable)] for variable in part.variables]
+                values = joined(own)
+                assign_parts(own, values + (weight - values) * share)
             assign_parts(part.variables, weight)
             for kind, values in zip(part.state, state, strict=True):
                 assign_parts(kind, values)
+
+    def _power_share(self, gamma):
+        """Return the share of new weights in a power-function average (Karras et al., 2024, section 3)."""
+        update = ops.cast(self.iterations, "float32") + 1.0
+        return -ops.expm1((gamma + 1.0) * ops.log1p(-1.0 / update))
 
     def _parts(self, gradients, variables):
         groups, alone = {}, []
