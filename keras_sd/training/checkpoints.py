@@ -197,7 +197,10 @@ class Checkpoints:
 
     def _check_config(self, folder: Path) -> None:
         there, here = read_json(folder / CONFIG, largest=_LARGEST_FILE), json.loads(self._config_text)
-        sides = [{"optimizer": side.get("optimizer", _UNNAMED_OPTIMIZER)} for side in (there, here)]
+        for name, value in UNNAMED.items():
+            if name in there or name in here:
+                there.setdefault(name, value), here.setdefault(name, value)
+        sides = [{"optimizer": side.get("optimizer", UNNAMED["optimizer"])} for side in (there, here)]
         if sides[0] != sides[1]:  # before its options, which differ too
             raise UserError(_another_run(folder, *sides))
         for name in self.may_change:
@@ -418,7 +421,7 @@ def check_same_run(folder, values: Mapping) -> None:
         config = read_json(folder / CONFIG, largest=_LARGEST_FILE)
     except UserError:
         return  # damaged; `Checkpoints` raises the error
-    config = {"optimizer": _UNNAMED_OPTIMIZER} | config
+    config = UNNAMED | config
     for name, value in json.loads(_json_text(values)).items():
         if config.get(name, value) != value:
             raise UserError(_another_run(folder, {name: config[name]}, {name: value}))
@@ -441,8 +444,25 @@ def _same_checkpoint(staging: Path, target: Path) -> bool:
     return _is_valid(target) and (staging / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes()
 
 
-# Of a run whose config names none.
-_UNNAMED_OPTIMIZER = "adamw"
+# What a run has whose config does not name it: the usual value, which is left out.
+UNNAMED: dict[str, int | float | str | bool | None] = {
+    "optimizer": "adamw",
+    "clip_skip": 1,
+    "max_token_length": 75,
+    "cache_dtype": "float32",
+    "shuffle_caption": False,
+    "keep_tokens": 0,
+    "caption_separator": ",",
+    "caption_tag_dropout_rate": 0.0,
+    "debiased_estimation": False,
+    "noise_offset": 0.0,
+    "input_perturbation": 0.0,
+    "multires_noise_iterations": 0,
+    "multires_noise_discount": None,
+    "timestep_sampling": "uniform",
+    "log_sigma_mean": None,
+    "log_sigma_std": None,
+}
 
 # The user's words for the keys of a run's config.
 _WORDS = {

@@ -1,5 +1,6 @@
 """Checkpoints: exact round trip, damage is found, faults are told, and no kill breaks the newest one."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,9 +18,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from keras_sd.data.captions import Captions
 from keras_sd.errors import UserError
 from keras_sd.training import checkpoints as module
-from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.checkpoints import UNNAMED, Checkpoints, check_same_run
+from keras_sd.training.diffusion_settings import DiffusionSettings
 
 CONFIG = {"seed": 0, "network": {"channels": [32, 64], "width": 32}}
 
@@ -329,6 +332,25 @@ def test_config_may_change_in_what_is_allowed_and_grow(tmp_path):
     assert Checkpoints(tmp_path, CONFIG | {"seed": 7}, may_change=["seed"]).resolve("latest") == folder
     with pytest.warns(UserWarning, match="cannot be compared with this run in: adam_epsilon, noise schedule"):
         Checkpoints(tmp_path, CONFIG | {"schedule": {}, "adam_epsilon": 1}).resolve("latest")
+
+
+def test_what_a_config_leaves_out_has_its_usual_value(tmp_path):
+    """A run that was begun without an option is not resumed with it, nor the other way round."""
+    folder = Checkpoints(tmp_path, CONFIG).save(5, small_groups(5), {})
+    assert Checkpoints(tmp_path, CONFIG | {"noise_offset": 0.0}).resolve("latest") == folder
+    with pytest.raises(UserError, match=r"made with another clip_skip \(1 there and 2 here\)"):
+        Checkpoints(tmp_path, CONFIG | {"clip_skip": 2}).resolve("latest")
+    with pytest.raises(UserError, match=r"made with another noise_offset \(0.0 there and 0.1 here\)"):
+        check_same_run(folder, {"noise_offset": 0.1})
+    Checkpoints(tmp_path / "skipped", CONFIG | {"clip_skip": 2}).save(5, small_groups(5), {})
+    with pytest.raises(UserError, match=r"made with another clip_skip \(2 there and 1 here\)"):
+        Checkpoints(tmp_path / "skipped", CONFIG).resolve("latest")
+
+
+def test_usual_values_are_those_of_the_settings():
+    fields = [*dataclasses.fields(Captions), *dataclasses.fields(DiffusionSettings)]
+    usual = {field.name: field.default for field in fields if field.name != "snr_gamma"}  # always named
+    assert usual.items() <= UNNAMED.items()
 
 
 LARGE = 200_000
