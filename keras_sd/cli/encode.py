@@ -8,6 +8,7 @@ import click
 
 from keras_sd import interruption, presets
 from keras_sd.cli.command import Command, decorated, refuse_unused
+from keras_sd.cli.model_options import skipped_layers
 from keras_sd.cli.option_types import COUNT
 from keras_sd.cli.ray_cluster import RayCluster, check_ray, hide_accelerators, ray_options
 from keras_sd.cli.train.caching import dtype_option
@@ -20,7 +21,7 @@ from keras_sd.cli.train.data_options import (
     reading_of,
     source_options,
 )
-from keras_sd.cli.train.fine_tuning import pretrained_option
+from keras_sd.cli.train.fine_tuning import clip_skip_option, pretrained_option
 from keras_sd.cli.train.framing import (
     check_framing,
     check_sides,
@@ -36,7 +37,7 @@ from keras_sd.errors import UserError, require
 from keras_sd.progress import Progress
 
 _SHARDS_OF_TASK = 4
-_OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_token_length")
+_OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_token_length", "clip_skip")
 
 
 @click.command(cls=Command)
@@ -48,6 +49,7 @@ _OF_CAPTIONS = ("caption_column", "caption_extension", "caption_lines", "max_tok
 @seed_option
 @mask_options
 @max_token_length_option
+@clip_skip_option
 @click.option(
     "--images-only",
     is_flag=True,
@@ -127,6 +129,7 @@ def _encoder(source, model, options):
 
     from keras_sd.pipeline.stable_diffusion import StableDiffusion
     from keras_sd.training.caption_tokenizer import CaptionTokenizer
+    from keras_sd.training.clip_skip import skip_layers
     from keras_sd.training.conditioning import conditioning_of
     from keras_sd.training.encoder import CaptionIndex, Encoder
     from keras_sd.training.settings import PRECISIONS
@@ -137,6 +140,7 @@ def _encoder(source, model, options):
     keras.config.set_dtype_policy(PRECISIONS[precision])
     with interruption.phase(f"opening {options['pretrained_model_name_or_path']}"):
         pipeline = StableDiffusion.load(model, dtype=PRECISIONS[precision])
+    skip_layers(pipeline.text_encoder, skipped_layers(pipeline.text_encoder, options["clip_skip"]))
     conditioning = conditioning_of(pipeline)
     if conditioning is not None:
         raise UserError(

@@ -58,13 +58,17 @@ def test_buckets_are_merged_as_in_lora(folder, tmp_path, run_program):
     )
     model = ("--pretrained-model-name-or-path", folder / "model")
     cache = tmp_path / "cache"
-    code, _, told = run_program(main, "encode", tmp_path / "data.toml", cache, *model)
+    layer = ("--clip-skip", 2)
+    code, _, told = run_program(main, "encode", tmp_path / "data.toml", cache, *model, *layer)
     assert code == 0 and "buckets for batches of 4, width x height: images: " in told
     assert "buckets: merged as in training with --train-batch-size 4; give it there, too" in told
     arguments = ["lora", "--dataset-config", tmp_path / "data.toml", "--output-dir", tmp_path / "run", *model]
     arguments += ["--cache-latents", "disk", "--cache-dir", cache, "--no-jit-compile", "--max-train-steps", 1]
-    code, _, told = run_program(train, *arguments, "--lr-warmup-steps", 0, "--evaluation-steps", 0)
+    written = shards(cache)
+    options = ("--lr-warmup-steps", 0, "--evaluation-steps", 0, *layer)
+    code, _, told = run_program(train, *arguments, *options)
     assert code == 0 and f"encodings: 9 of 9 images are in {cache}" in told, told
+    assert shards(cache) == written
     (tmp_path / "data.toml").write_text(
         (tmp_path / "data.toml").read_text().replace("resolution", "shuffle_caption = true\nresolution")
     )
