@@ -176,7 +176,7 @@ def measure_kills(folder, count, kills):
             time.sleep(0.5)
         try:
             # Starting takes some seconds, in which nothing is written.
-            process.wait(generator.uniform(0.05, 0.15) * duration if len(moments) < kills else None)
+            process.wait(generator.uniform(0.03, 0.1) * duration if len(moments) < kills else None)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
