@@ -28,6 +28,7 @@ from keras_sd.cli.train.framing import (
     train_batch_size_of,
     train_batch_size_option,
 )
+from keras_sd.cli.train.masks import mask_options
 from keras_sd.cli.train.options import max_train_samples_option, seed_option
 from keras_sd.data.images import MINIMUM_SIDE
 from keras_sd.errors import UserError, require
@@ -49,6 +50,7 @@ _BAR_HEIGHT, _BAR_WIDTH = 16, 400
 @decorated(*(option for _, option in framing_options(flips=False)))
 @click.option("--captions/--no-captions", default=True, help="Read captions.")
 @source_options()
+@mask_options
 @max_train_samples_option
 @seed_option
 @drawing_options

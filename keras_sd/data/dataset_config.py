@@ -167,9 +167,13 @@ def _check_keys(path: Path, where: str, table: dict, known: dict[str, tuple[type
                 raise UserError(f"{path}, {where}: {key} {shown(value)}: not of type {kinds}; correct it")
         elif value or key in _OF_ONE or key in _OF_SUBSETS or key in _OF_RUN:
             is_elsewhere = key in _OF_ONE or key in _OF_SUBSETS or key in _OF_RUN
-            remedy = "put it elsewhere" if is_elsewhere else _REMEDIES.get(key, "remove it")
-            fault = "has no place there" if is_elsewhere else "is not supported"
-            raise UserError(f"{path}, {where}: {key} {fault}; {remedy}")
+            if is_elsewhere:
+                place = "[general] or [[datasets]]" if key in _OF_RUN else "[[datasets.subsets]]"
+                raise UserError(f"{path}, {where}: {key} has no place there; put it into {place}")
+            remedy = _REMEDIES.get(key, "remove it")
+            alike = [one for one in table if one not in known and table[one] and _REMEDIES.get(one) == remedy]
+            names, verb = (", ".join(alike), "are") if len(alike) > 1 else (key, "is")
+            raise UserError(f"{path}, {where}: {names} {verb} not supported; {remedy}")
 
 
 def _run_options(path: Path, where: str, table: dict) -> dict[str, Any]:
@@ -228,9 +232,12 @@ def _subset(path: Path, where: str, table: dict) -> Subset:
 
 
 def _masks(table: dict, path: Path) -> MaskFiles:
-    """Return where masks are; a folder of its own overrules an `alpha_mask` of all data sets."""
-    folder = table.get("conditioning_data_dir")
-    alpha = table.get("alpha_mask", False) and folder is None
+    """Return where masks are."""
+    folder, alpha = table.get("conditioning_data_dir"), table.get("alpha_mask", False)
+    if folder is not None and not folder.strip():
+        raise UserError("conditioning_data_dir is empty; give a folder, or leave it out")
+    if folder is not None and alpha:
+        raise UserError("conditioning_data_dir and alpha_mask are both given; leave one out")
     if folder is None and not alpha and "unmasked_weight" in table:
         raise UserError(
             "unmasked_weight has no effect without alpha_mask or conditioning_data_dir; remove it"

@@ -68,6 +68,8 @@ class FolderSource:
         except UserError:
             faults.raise_or_note(0, self.notes)
             raise
+        if masks is not None and masks.mask_data_dir is not None:
+            listing = listing.without(masks.mask_data_dir)
         captions: dict[str, tuple[str, ...]] = dict.fromkeys(listing.images, ())
         if need_captions:
             captions = read_captions(listing, caption_files or CaptionFiles(), faults.add, self.notes)
@@ -87,7 +89,9 @@ class FolderSource:
         faults.raise_or_note(len(paths) - found.count(None), self.notes)
         good = [(path, name, one) for path, name, one in zip(paths, names, found, strict=True) if one]
         self._examples = [(path, captions[name]) for path, name, _ in good]
+        self._states = np.array([_state(path) for path, _ in self._examples], "int64").reshape(-1, 2)
         self._sizes = np.array([(one.height, one.width) for *_, one in good], "int32").reshape(-1, 2)
+        self._has_changed = False
         # One warning for all images with damaged EXIF, whether found here or while reading.
         self._damaged = [path for path, _, one in good if not one.has_sound_exif]
         if self._damaged:
@@ -113,7 +117,14 @@ class FolderSource:
         Raises:
             UserError: the file is missing or damaged, or was replaced by an image of another size.
         """
-        return read_frame(self._examples[index][0], frame, self._damage_found)
+        path = self._examples[index][0]
+        if not self._has_changed and tuple(self._states[index]) != _state(path):
+            self._has_changed = True
+            warn_once(
+                f"{self.folder}: images have changed since the start, the first is {self._name(path)!r}; the "
+                "run is not one of the data set as it was then"
+            )
+        return read_frame(path, frame, self._damage_found)
 
     @property
     def has_masks(self) -> bool:
@@ -219,6 +230,15 @@ class FolderSource:
             if self._masks is not None:
                 described[-1] += self._masks.described(self._name(path))
         return digest(["folder", described])
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return a file's size and modification time; -1 if it is gone, which reading it tells."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return -1, -1
+    return state.st_size, state.st_mtime_ns
 
 
 def digest(value: object) -> str:

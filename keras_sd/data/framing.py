@@ -350,6 +350,11 @@ class FramedSource:
                 f"bucket {width} x {height}: has fewer images in an epoch than a batch, so they go into "
                 f"{columns} x {rows}"
             )
+        if self.merged and len(self.bucket_sizes) == 1:
+            lines.append(
+                f"buckets have no effect, as all are merged for batches of {self._smallest_bucket}; give a "
+                "smaller `train_batch_size`"
+            )
         small, factors = self._small()
         if len(small):
             lines.append(

@@ -52,6 +52,19 @@ class Listing:
     others: dict[str, bool]
     left_out: list[str]
 
+    def without(self, below: Path) -> "Listing":
+        """Return the listing without the files of a folder, if it lies below this one."""
+        try:
+            name = str(below.resolve().relative_to(self.folder.resolve())) + os.sep
+        except ValueError:
+            return self
+        return Listing(
+            self.folder,
+            [image for image in self.images if not image.startswith(name)],
+            {other: is_link for other, is_link in self.others.items() if not other.startswith(name)},
+            [other for other in self.left_out if not other.startswith(name)],
+        )
+
 
 def no_folder(path: Path) -> UserError:
     """Return the error for a path that is no folder."""

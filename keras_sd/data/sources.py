@@ -230,6 +230,9 @@ def load_source(
     source: EmojiSource | FolderSource | DatasetsSource | TFDSSource
     if kind == "folder":
         folder = split_folder(Path(name), split)
+        if masks is not None and masks.mask_data_dir is not None and folder != Path(name):
+            of_split = masks.mask_data_dir / split  # where there is a sub-folder of masks, too
+            masks = dataclasses.replace(masks, mask_data_dir=of_split) if of_split.is_dir() else masks
         source = FolderSource(
             folder,
             image_size,

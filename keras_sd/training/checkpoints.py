@@ -472,7 +472,7 @@ _WORDS = {
     "image_model": "config of the image encoder",
     "schedule": "noise schedule",
     "low_res_schedule": "noise schedule of the small image",
-    "data": "images or captions",
+    "data": "images, masks or captions (names, sizes and times of change count)",
     "repeats": "repeats of the images",
     "class_images": "number of images of the class",
     "crop": "crop_size",

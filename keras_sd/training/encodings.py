@@ -343,7 +343,9 @@ class UnencodedSource(Examples):
         means, deviations = (moments[:, part].reshape(noise.shape) for part in range(2))
         batch["samples"] = means + deviations * noise
         if "hidden" in batch:
-            batch["channels"] = self._encoder.inpainting_channels(images, batch.pop("hidden"))
+            channels = self._encoder.inpainting_channels(images, batch.pop("hidden"))
+            check_finite(channels, [f"masked image {index} of a batch" for index in range(len(channels))])
+            batch["channels"] = channels
         for name in ("context", "negative"):
             if name in batch and self._encoder.text_encoder is not None:
                 batch[name] = self._encoded_captions(batch[name])

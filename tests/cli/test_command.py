@@ -183,7 +183,7 @@ def test_empty_values_are_refused_by_their_own_names(run_program, name):
                 title = parameter.opts[0]
                 given.append(f"{title}=")
             elif other.required:
-                given += [other.opts[0], "x"]
+                given += [other.opts[0], "0.1" if isinstance(other.type, click.types.FloatParamType) else "x"]
         code, _, errors = run_program(main, *name.split(), *given)
         assert code == 2 and errors.count("\n") == 1
         assert errors.startswith(f"keras-sd: error: {title}: empty; give a value"), errors

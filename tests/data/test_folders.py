@@ -468,3 +468,15 @@ def test_captions_with_nul_characters_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("a red heart".encode("utf-16-le"))
     with pytest.raises(UserError, match="a.txt: no text, as it has NUL characters; save it as UTF-8"):
         FolderSource(tmp_path, "train", 16)
+
+
+def test_an_image_that_changes_is_told_once(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("red")
+    source = FolderSource(tmp_path, 16)
+    for name in "ab":
+        Image.new("RGB", (20, 20), "blue").save(tmp_path / f"{name}.png")
+    with pytest.warns(UserWarning, match="images have changed since the start, the first is 'a.png'") as told:
+        source[0], source[1]
+    assert len(told) == 1

@@ -103,7 +103,7 @@ def test_changed_mask_changes_the_fingerprint(folder):
 @pytest.mark.parametrize(
     "spoil, fault",
     [
-        (lambda masks: (masks / "a.webp").unlink(), "a.png: has no mask; add one of this name to"),
+        (lambda masks: (masks / "a.webp").unlink(), r"a\.png: has no mask; add \S+masks/a\.png"),
         (
             lambda masks: save(noise(24, 39), masks / "a.webp"),
             "mask of 39 x 24 pixels, but .*a.png has 40 x 24; make both the same size",
@@ -131,7 +131,7 @@ def test_all_faults_are_named_together(folder):
 
 
 def test_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="mask_data_dir .*: no such folder"):
+    with pytest.raises(UserError, match="none: no such folder of masks"):
         opened(folder, MaskFiles(mask_data_dir=tmp_path / "none"))
     with pytest.raises(UserError, match="alpha_mask: no image in .* has an alpha channel"):
         opened(folder, MaskFiles(alpha_mask=True))
@@ -151,12 +151,43 @@ def test_unused_masks_are_counted(folder):
 
 def test_black_mask_warns_once(folder):
     for name in ("a.webp", "below/b.bmp"):
-        shape = np.asarray(Image.open(folder / "masks" / name)).shape[:2]
-        save(np.zeros(shape), folder / "masks" / name)
+        mask = np.zeros(np.asarray(Image.open(folder / "masks" / name)).shape[:2])
+        mask[0, 0] = mask[-1, -1] = 255  # outside the squares in the middle
+        save(mask, folder / "masks" / name)
     framed = FramedSource(opened(folder, of_folder(folder)), Framing(16))
     with pytest.warns(UserWarning, match="nothing is learned from this image") as caught:
         framed.mask(0), framed.mask(1)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(("value", "fault"), [(0, "all masks are black"), (1, "no value above 1 of 255")])
+def test_masks_that_count_nothing(folder, value, fault):
+    for name in ("a.png", "below/b.png"):
+        shape = np.asarray(Image.open(folder / "images" / name)).shape[:2]
+        save(np.full(shape, value), folder / "values" / name)
+    with pytest.raises(UserError, match=f"values: .*{fault}.*, so nothing would be learned; make white"):
+        opened(folder, MaskFiles(mask_data_dir=folder / "values"))
+    pixels = noise(20, 20, 4)
+    pixels[..., 3] = 0
+    save(pixels, folder / "clear" / "a.png")
+    with pytest.raises(UserError, match="all images are transparent, so nothing would be learned; make opaq"):
+        load_source(folder / "clear", "train", 16, False, masks=MaskFiles(alpha_mask=True))
+
+
+def test_places_of_masks(folder):
+    """Inside the folder of the images, in sub-folders of a split, and not the folder of the images itself."""
+    (folder / "masks").rename(folder / "images" / "masks")
+    masks = MaskFiles(mask_data_dir=folder / "images" / "masks")
+    source = opened(folder, masks)
+    assert len(source) == 2 and any("masks of 2 of 2 images" in note for note in source.notes)
+    with pytest.raises(
+        UserError, match="images: is the folder of the images; give the folder of their masks"
+    ):
+        opened(folder, MaskFiles(mask_data_dir=folder / "images"))
+    save(noise(20, 20, 3), folder / "split" / "train" / "a.png")
+    save(noise(20, 20), folder / "of-split" / "train" / "a.png")
+    of_split = MaskFiles(mask_data_dir=folder / "of-split")
+    assert load_source(folder / "split", "train", 16, False, masks=of_split).has_masks
 
 
 def test_file_of_data_sets(folder):
@@ -172,4 +203,8 @@ def test_file_of_data_sets(folder):
     assert framed.mask(0).min() >= 51 and (framed.mask(2) == 255).all()
     path.write_text(path.read_text().replace(f"conditioning_data_dir = '{folder}/masks'\n", ""))
     with pytest.raises(UserError, match="subset 1: unmasked_weight has no effect without alpha_mask or"):
+        load_config(path, 16)
+    masks = f"conditioning_data_dir = '{folder}/masks'\nalpha_mask = true"
+    path.write_text(path.read_text().replace("unmasked_weight = 0.2", masks))
+    with pytest.raises(UserError, match="conditioning_data_dir and alpha_mask are both given; leave one out"):
         load_config(path, 16)

@@ -228,6 +228,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         encoded,
         text_encoder=None if is_encoded_before else pipeline.text_encoder,
         identity=part_fingerprints(pipeline, "vae", *(["text_encoder"] if frozen_text_encoder else []))
+        | _small_image_identity(pipeline)
         | caption_identity(options)
         | (identity or {}),
         repeats=repeats,
@@ -238,6 +239,12 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         caption_dropout=options["proportion_empty_prompts"],
         conditioning=conditioning_of(pipeline),
     )
+
+
+def _small_image_identity(pipeline):
+    """Return what a resumed run shares of the noise on an upscaler's small image; nothing of other models."""
+    schedule = pipeline.low_res_scheduler_config
+    return {} if schedule is None else {"low_res_schedule": schedule.noise_schedule()}
 
 
 def part_fingerprints(pipeline, *names):

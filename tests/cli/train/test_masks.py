@@ -97,9 +97,7 @@ def test_refused(folder, tmp_path, run_program):
         "--unmasked-weight", 0.5
     )
     assert "--alpha-mask is given too" in told("--alpha-mask", "--mask-data-dir", folder / "white")
-    assert "none: no such folder; give the folder that holds the masks" in told(
-        "--mask-data-dir", tmp_path / "none"
-    )
+    assert "none: no such folder of masks; correct its name" in told("--mask-data-dir", tmp_path / "none")
     assert "has an alpha channel; leave it out" in told("--alpha-mask")
     small = tmp_path / "small"
     small.mkdir()
