@@ -32,6 +32,7 @@ from .metrics.clip_score import clip_score as clip_score
 from .metrics.features import ClipFeatures as ClipFeatures
 from .metrics.features import InceptionFeatures as InceptionFeatures
 from .metrics.features import extract as extract
+from .metrics.fid import frechet_inception_distance as frechet_inception_distance
 from .metrics.kid import KernelInceptionDistance as KernelInceptionDistance
 from .metrics.kid import kernel_inception_distance as kernel_inception_distance
 from .metrics.kid import paired_kernel_inception_distance as paired_kernel_inception_distance

@@ -1,12 +1,14 @@
 """Metrics of image quality.
 
 kid             Kernel Inception Distance (KID), on features and as a Keras metric
-features        the extractors that KID uses: CLIP's image tower, InceptionV3
+fid             Fréchet Inception Distance (FID), on features
+features        the extractors that both use: CLIP's image tower, InceptionV3
 clip_score      CLIP score: how well images fit their captions
 reconstruction  PSNR and edge error of an autoencoder or upscaler
 """
 
 from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract
+from keras_sd.metrics.fid import frechet_inception_distance
 from keras_sd.metrics.kid import (
     KID,
     KernelInceptionDistance,
@@ -22,6 +24,7 @@ __all__ = [
     "InceptionFeatures",
     "KernelInceptionDistance",
     "extract",
+    "frechet_inception_distance",
     "kernel_inception_distance",
     "paired_kernel_inception_distance",
     "peak_signal_to_noise_ratio",

@@ -43,7 +43,7 @@ def kernel_inception_distance(
     Raises:
         UserError: a set has fewer rows than a subset, or the widths differ.
     """
-    real, generated = _checked(real_features, generated_features)
+    real, generated = checked_features(real_features, generated_features)
     smallest = min(len(real), len(generated))
     if not 2 <= whole_number("subset_size", subset_size, 1) <= smallest:
         raise UserError(
@@ -72,7 +72,7 @@ def paired_kernel_inception_distance(
     Raises:
         UserError: there are fewer than four pairs, or the shapes differ.
     """
-    real, generated = _checked(real_features, generated_features)
+    real, generated = checked_features(real_features, generated_features)
     if len(real) != len(generated) or len(real) < 4:
         raise UserError(
             f"KID of {len(real)} real and {len(generated)} generated images in pairs: needs as many of each, "
@@ -90,7 +90,7 @@ def paired_kernel_inception_distance(
 
 def polynomial_mmd(real_features, generated_features):
     """Return the unbiased MMD² of two sets of features, (n, d) and (m, d), without subsets, in float64."""
-    real, generated = _checked(real_features, generated_features)
+    real, generated = checked_features(real_features, generated_features)
     if min(len(real), len(generated)) < 2:
         raise UserError(
             f"KID of {len(real)} real and {len(generated)} generated images: an unbiased estimate "
@@ -161,18 +161,28 @@ class KernelInceptionDistance(keras.metrics.Metric):
         raise NotImplementedError("KernelInceptionDistance holds a feature extractor; build it anew")
 
 
-def _checked(real_features, generated_features):
+def checked_features(real_features, generated_features, metric="KID"):
+    """Return two sets of features as float64 tables of one width.
+
+    Args:
+        metric: what messages name.
+
+    Raises:
+        UserError: they are no tables of finite numbers, or have different widths.
+    """
     try:
         real, generated = (np.asarray(each, np.float64) for each in (real_features, generated_features))
     except (TypeError, ValueError) as error:
-        raise UserError("KID features: not two tables of numbers; extract both with an extractor") from error
+        raise UserError(
+            f"{metric} features: not two tables of numbers; extract both with an extractor"
+        ) from error
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1] or not real.shape[1]:
         raise UserError(
-            f"KID features of shapes {real.shape} and {generated.shape}: not two tables of one width; "
+            f"{metric} features of shapes {real.shape} and {generated.shape}: not two tables of one width; "
             f"extract both with the same extractor"
         )
     if not (np.isfinite(real).all() and np.isfinite(generated).all()):
-        raise UserError("KID features: not all are finite numbers; check the images and the extractor")
+        raise UserError(f"{metric} features: not all are finite numbers; check the images and the extractor")
     return real, generated
 
 

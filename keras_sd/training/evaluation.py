@@ -1,4 +1,4 @@
-"""Evaluation during training: a grid of samples, KID and CLIP score, with raw and EMA weights."""
+"""Evaluation during training: a grid of samples, KID, FID and CLIP score, with raw and EMA weights."""
 
 import contextlib
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from keras_sd import interruption
 from keras_sd.metrics.features import extract
-from keras_sd.metrics.kid import KernelInceptionDistance
+from keras_sd.metrics.fid import frechet_inception_distance, name_of
+from keras_sd.metrics.kid import paired_kernel_inception_distance
 
 
 def on_one_size(images):
@@ -26,7 +27,7 @@ class SampleEvaluation:
         grid: `grid()` returns one uint8 image with samples for the validation prompts.
         sets: dictionary of set name, such as "train" or "held_out", -> its examples, with `image`.
         generate: function from the examples of a set to generated images, one for each.
-        extractor: the feature extractor of KID (`metrics.features`); needed if there are sets.
+        extractor: the feature extractor of KID and FID (`metrics.features`); needed if there are sets.
         score: `metrics.clip_score.ClipScore` of the sets' captions, or None for no score.
     """
 
@@ -35,7 +36,7 @@ class SampleEvaluation:
         self.grid = grid
         self.sets = sets or {}
         self.generate = generate
-        self.kid = KernelInceptionDistance(extractor, name=extractor.name) if self.sets else None
+        self.extractor = extractor
         self.score = score
         self.real_features = {
             name: extract(extractor, np.stack([example["image"] for example in examples]))
@@ -51,15 +52,20 @@ class SampleEvaluation:
                     with interruption.phase("evaluating: samples"):
                         self.trainer.log.log_image(step, "samples", self.grid())
                 for name, examples in self.sets.items():
-                    with interruption.phase(f"evaluating: KID of the {weights} weights"):
+                    with interruption.phase(f"evaluating: KID and FID of the {weights} weights"):
                         figures |= self._figures(name, examples, weights)
         self.trainer.log_figures(step, figures)
 
     def _figures(self, name, examples, weights):
-        """Return KID and the CLIP score of one set with the current weights."""
+        """Return KID, FID and the CLIP score of one set with the current weights."""
         images = self.generate(examples)
-        kid = self.kid.of_pairs(self.real_features[name], images)
-        figures = {f"{self.kid.name}_{name}_{weights}": kid.mean}
+        real, generated = self.real_features[name], extract(self.extractor, images)
+        kid = paired_kernel_inception_distance(real, generated)
+        title = self.extractor.name
+        figures = {
+            f"{title}_{name}_{weights}": kid.mean,
+            f"{name_of(title)}_{name}_{weights}": frechet_inception_distance(real, generated),
+        }
         if self.score is not None:
             figures[f"clip_score_{name}_{weights}"] = self.score(name, images)
         return figures

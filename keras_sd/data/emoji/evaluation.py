@@ -18,6 +18,7 @@ from keras_sd.data.emoji.retrieval import first_of_identical, nearest, top1
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import ClipFeatures, extract
+from keras_sd.metrics.fid import frechet_inception_distance
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.batches import equal_batches
@@ -44,6 +45,7 @@ MEASURES = (
     Measure("held_out_concept", "held-out combinations: right base concept", "{:.1%}", 0.12, 0.50),
     Measure("held_out_variant", "held-out combinations: right variant", "{:.1%}", 0.06, 0.30),
     Measure("kid", "KID of generated against held-out images (kid_emoji)", "{:.5f}"),
+    Measure("fid", "FID of generated against held-out images (fid_emoji)", "{:.4f}"),
     Measure("kid_floor", "KID of real variants against held-out images: the floor", "{:.5f}"),
     Measure("kid_ratio", "KID of generated images over the floor", "{:.2f}x", None, 3.0, False),
     Measure("generation_seconds", "generation of 4 images after the first call", "{:.2f} s", 3.0, 1.5, False),
@@ -78,6 +80,7 @@ def evaluate_emoji(
         `held_out_concept`, `held_out_variant`: share of the held-out captions whose generated image is
         nearest, among all images of the set, to an image of the right concept, or to the right image.
         `kid`, `kid_standard_deviation`: images of the held-out captions against the held-out images.
+        `fid`: of the same images; biased, so it compares with others of as many images only.
         `kid_floor`: root mean square, over 20 draws by hash, of the KID of equally many real training
         variants against the held-out images. The estimator is unbiased, so the mean of these draws,
         `kid_floor_mean`, is about zero with either sign and cannot serve as a floor itself.
@@ -140,6 +143,8 @@ def format_table(results):
     """Return the figures and their bars as a Markdown table with aligned columns."""
     rows = [("measure", "bar", "hoped for", "figure", "met")]
     for measure in MEASURES:
+        if measure.key not in results:  # of an earlier version
+            continue
         targets = ["reported" if t is None else measure.form.format(t) for t in (measure.bar, measure.hoped)]
         figure = measure.form.format(results[measure.key])
         rows.append((measure.title, *targets, figure, _verdict(measure, results[measure.key])))
@@ -206,12 +211,14 @@ def kid_and_floor(emoji, images, held_out, generated, extractor):
         chosen = [by_hash(emoji, candidates, f"floor {draw}")[: len(held_out)] for draw in range(FLOOR_DRAWS)]
         return np.array([kid(real[indices]).mean for indices in chosen])
 
-    measured = kid(extract(extractor, generated))
+    made = extract(extractor, generated)
+    measured = kid(made)
     among_variants = draws(variants)
     floor = float(np.sqrt(np.mean(among_variants**2)))
     return {
         "kid": measured.mean,
         "kid_standard_deviation": measured.standard_deviation,
+        "fid": frechet_inception_distance(real[held_out], made),
         "kid_floor": floor,
         "kid_floor_mean": float(np.mean(among_variants)),
         "kid_ratio": measured.mean / floor,

@@ -184,7 +184,8 @@ def test_text_to_image_writes_a_model_that_opens_and_samples(folder, text_to_ima
     assert fell(text_to_image["loss"], 0.9)
     for split in ("train", "held_out"):
         for weights in ("ema", "raw"):
-            assert np.isfinite(text_to_image[f"kid_emoji_{split}_{weights}"]).all()
+            for metric in ("kid_emoji", "fid_emoji"):
+                assert np.isfinite(text_to_image[f"{metric}_{split}_{weights}"]).all()
     assert (folder / "t2i" / "samples" / "step-000060.png").is_file()
     sd = StableDiffusion.load(folder / "t2i" / "model", jit_compile=False)
     images = sd.text_to_image("red square", num_images=2, num_inference_steps=4, progress=False)

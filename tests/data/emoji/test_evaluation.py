@@ -119,6 +119,7 @@ def test_perfect_pictures_get_perfect_figures():
     assert results["training_prompts"] == results["held_out_prompts"] == 200
     assert 1600 < results["base_concepts"] < results["images"]
     # The very same images on both sides: nothing but the scatter of the subsets is left.
+    assert results["fid"] == pytest.approx(0, abs=1e-6)
     assert abs(results["kid"]) < 3 * results["kid_standard_deviation"]
     assert abs(results["kid_floor_mean"]) <= results["kid_floor"]
     assert results["kid_ratio"] == results["kid"] / results["kid_floor"]
