@@ -379,3 +379,12 @@ def test_killed_run_makes_up_for_what_it_has_not_come_to(tmp_path, whole_run, st
     model = "model/unet/diffusion_pytorch_model.safetensors"
     assert (run / model).read_bytes() == (whole / model).read_bytes()
     assert (run / "logs" / "record.json").read_text() == (whole / "logs" / "record.json").read_text()
+
+
+def test_samples_before_the_first_step_are_made_once(tmp_path):
+    steps = []
+    options = {"evaluation_steps": 2, "sample_at_first": True, "evaluate": steps.append}
+    train(tmp_path, max_train_steps=2, checkpointing_steps=2, **options)
+    assert steps == [0, 2]
+    train(tmp_path, max_train_steps=3, resume_from_checkpoint="latest", **options)
+    assert steps == [0, 2, 3]

@@ -271,6 +271,13 @@ def test_one_backend_goes_on_where_the_other_stopped(folder, ddim):
         (["vae", "--mixed-precision", "fp8"], "fp8"),
         (["lcm", "--num-ddim-timesteps", "51"], "--num-ddim-timesteps"),
         (["ddim", "--kid-images", "3"], "--kid-images 3"),
+        (["lora", "--validation-steps", "0", "--validation-examples", "4"], "--validation-examples: has no"),
+        (["lora", "--max-train-steps", "30", "--validation-examples", "4"], "in a run of fewer than 500"),
+        (["lora", "--validation-split", "0.3"], "--validation-split 0.3: the data has a split"),
+        (["vae", "--validation-steps", "3"], "--validation-steps: this method has no validation loss"),
+        (["lora", "--evaluation-steps", "0", "--sample-at-first"], "--sample-at-first: has no effect"),
+        (["lora", "--post-hoc-ema", "--offload-ema"], "--post-hoc-ema float16: its averages are kept"),
+        (["lora", "--report-to", "comet_ml"], "--report-to 'comet_ml': unknown; use tensorboard, wandb"),
         (["lora", "--dataset-name", "emoji", "--pretrained-model-name-or-path", "unheard"], "unheard"),
     ],
 )
