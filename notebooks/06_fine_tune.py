@@ -252,7 +252,7 @@ seconds["LoRA"] = train(
     "runs/lora",
     LORA_LEARNING_RATE,
     unet,
-    export=lambda folder: save_lora(folder, {"unet": unet}, alpha=LORA_RANK),
+    export=lambda folder: save_lora(folder, {"unet": unet}),
 )
 print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} pictures in {seconds['LoRA']:.0f} s")
 

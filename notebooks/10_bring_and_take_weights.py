@@ -343,7 +343,7 @@ add_lora(unet, rank=4, alpha=2)
 generator = np.random.default_rng(0)
 for variable in unet.trainable_variables:
     variable.assign(0.15 * generator.standard_normal(variable.shape).astype("float32"))
-save_lora(Path("lora"), {"unet": unet}, alpha=2)
+save_lora(Path("lora"), {"unet": unet})
 
 for name in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
     print(name)

@@ -49,7 +49,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     --verify the exit code is 1 if a difference is larger than its tolerance.
     """
     place = presets.find(source)
-    output = _check_place(output, place, overwrite)
+    output = check_place(output, place, overwrite)
     if open_clip and (verify or report is not None or _is_single_file(output)):
         raise UserError("--open-clip: writes a folder and compares nothing; leave out --verify and --report")
     if report is not None:
@@ -96,7 +96,7 @@ def _is_single_file(output):
     return output.suffix == _SINGLE_FILE
 
 
-def _check_place(output, source, overwrite):
+def check_place(output, source, overwrite):
     """Return the output's path, after checking that it can be written and replaces nothing that is needed."""
     path = Path(output)
     check_writable(path)

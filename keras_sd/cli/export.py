@@ -17,7 +17,12 @@ from keras_sd.cli.outputs import check_output_folder, overwrite_option
 from keras_sd.cli.train.main import train
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_json, shape_fault, shown
-from keras_sd.weights.safetensors_files import read_safetensors, write_safetensors
+from keras_sd.weights.safetensors_files import (
+    converted,
+    read_metadata,
+    read_safetensors,
+    write_safetensors,
+)
 
 _MARK = "trained.json"  # the config of the training, and the sign of a folder that this command wrote
 
@@ -151,7 +156,12 @@ def read_run(run_folder):
         if parameter.name in options and not _fits(parameter, options[parameter.name]):
             raise _damaged(f"option {parameter.name} is {json.dumps(options[parameter.name])[:40]}")
     # The UNet's config is in the checkpoint, and nothing is computed.
-    return {**run, "options": _Options(options | {"unet_config": None, "jit_compile": False})}
+    return {
+        **run,
+        "options": _Options(
+            options | {"unet_config": None, "jit_compile": False, "output_dir": str(run_folder)}
+        ),
+    }
 
 
 def _fits(parameter, value):
@@ -196,6 +206,11 @@ def _assign(objective, tensors, checkpoint):
 
 def _cast(folder, dtype):
     """Convert all weights below a folder to another precision."""
+    from keras_sd.weights.lora_writing import with_hashes
+
     for path in folder.rglob("*.safetensors"):
-        tensors = {name: array.copy() for name, array in read_safetensors(path).items()}
-        write_safetensors(path, tensors, dtype)
+        tensors = {name: converted(name, array, dtype) for name, array in read_safetensors(path).items()}
+        metadata = read_metadata(path)
+        if "sshs_model_hash" in metadata:  # of a LoRA
+            metadata = with_hashes(tensors, metadata)
+        write_safetensors(path, tensors, metadata=metadata)

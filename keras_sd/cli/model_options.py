@@ -146,7 +146,7 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
         raise UserError(f"{model}: is an upscaler, which takes no text; use the command upscale")
     if options.get("vae") and not Path(options["vae"]).exists():
         raise UserError(f"vae {options['vae']}: no such file or folder; correct the path")
-    updates = [_path_and_weight(text) for text in loras]
+    updates = [path_and_weight(text) for text in loras]
     for path in [path for path, _ in updates] + ([lora_folder] if lora_folder else []):
         if not Path(path).exists():
             raise UserError(f"{path}: no such LoRA; give a file, or a folder that holds one")
@@ -167,14 +167,15 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
     return pipeline
 
 
-def _path_and_weight(text):
+def path_and_weight(text, title="--lora "):
+    """Return the path and the weight of PATH[:WEIGHT]; `title` is what stands before it in messages."""
     path, _, weight = text.rpartition(":")
     try:
         weight = float(weight)
     except ValueError:
         return text, 1.0  # a colon of the path
     if path and not math.isfinite(weight):
-        raise UserError(f"--lora {text}: {weight} is not a finite number; give another weight")
+        raise UserError(f"{title}{text}: {weight} is not a finite number; give another weight")
     return (path, weight) if path else (text, 1.0)
 
 

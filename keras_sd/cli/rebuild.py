@@ -19,6 +19,7 @@ from keras_sd.data.sources import load_source
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
+from keras_sd.files.json_files import read_json
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.tokenizer import vector_names
 from keras_sd.models.unet import UNet
@@ -27,6 +28,7 @@ from keras_sd.pipeline.upscaler import Upscaler
 from keras_sd.training.autoencoder import measure_scale
 from keras_sd.training.contrastive import save_clip
 from keras_sd.training.lora import save_lora
+from keras_sd.training.lora_metadata import METADATA
 from keras_sd.training.objectives import AutoencoderObjective, ContrastiveObjective, DiffusionObjective
 from keras_sd.training.pixel_ddim import save_model
 from keras_sd.training.settings import Settings
@@ -115,11 +117,14 @@ def _text_to_image(options, identity):
 def _low_rank(options, identity, trained):
     if "rank" not in identity:
         raise _mismatch("rank", None, options["rank"])
+    options = type(options)({**options, "lora_weights": None})  # the checkpoint has what became of them
     _check_same(identity, low_rank_identity(options, trained))
-    pipeline, alpha, _ = open_with_loras(_run(options), trained)
+    pipeline, _ = open_with_loras(_run(options), trained)
     _check_base(pipeline, options, identity)
     models = {name: getattr(pipeline, name) for name in trained}
-    return _diffusion_objective(pipeline), lambda folder: save_lora(folder, models, alpha)
+    written = Path(options["output_dir"]) / METADATA  # older runs have none
+    metadata = read_json(written, dict[str, str]) if written.is_file() else None
+    return _diffusion_objective(pipeline), lambda folder: save_lora(folder, models, metadata)
 
 
 def _lora(options, identity):

@@ -8,6 +8,7 @@ import math
 import re
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_sd import backend
@@ -46,55 +47,139 @@ class Layer(Weights, keras.layers.Layer):
 
 
 class LowRankUpdate(Weights):
-    """The low-rank update (LoRA, Hu et al., 2022) of a linear layer or a convolution.
+    """The update of a linear layer or a convolution that is trained in place of its weights.
 
-    With an update, the layer returns `base(x) + lora_scale * lora_B(lora_A(x))`.
+    LoRA (Hu et al., 2022) returns `base(x) + lora_scale * lora_B(lora_A(x))`. DoRA (Liu et al., 2024) also
+    gives each row of the updated weight the length `lora_magnitude_vector`. LoKr (Yeh et al., 2024) adds
+    `lora_scale` times the Kronecker product of `lokr_w1` and `lokr_w2`, or the product of its factors.
+
+    Attributes:
+        has_active_update: False lets the layer return `base(x)`.
     """
 
-    lora_A = lora_B = None
+    lora_A = lora_B = lora_magnitude_vector = None
+    lokr_w1 = lokr_w2 = lokr_w2_a = lokr_w2_b = None
+    has_active_update = True
 
-    def add_low_rank(self, rank, alpha):
-        """Add an update of that rank, scaled by `alpha / rank`. It has no effect before it is trained.
+    def add_low_rank(self, rank, scale, *, use_dora=False):
+        """Add an update of LoRA, or of DoRA, of that rank. It has no effect before it is trained.
 
         Its initial values are those of Hu et al.'s code: uniform in +-1 / sqrt(inputs), and zeros.
         """
         inputs = math.prod(self.kernel.shape[:-1])
         with backend.unlocked(self):
-            self.lora_A, self.lora_B = self._low_rank_pair(rank, uniform(inputs**-0.5))
-        self.lora_scale = alpha / rank
+            self.lora_A = self._inner(rank, uniform(inputs**-0.5))
+            self.lora_B = self._outer(rank, self.kernel.shape[-1], "zeros")
+            if use_dora:
+                kernel = backend.to_numpy(self.kernel).astype("float32")
+                lengths = np.sqrt(np.square(kernel.reshape(-1, kernel.shape[-1])).sum(axis=0))
+                self.lora_magnitude_vector = self.add_weight(
+                    shape=lengths.shape,
+                    initializer=lambda shape, dtype: ops.convert_to_tensor(lengths, dtype),
+                    name="lora_magnitude_vector",
+                    dtype="float32",
+                    autocast=False,
+                )
+        self.lora_scale = scale
+
+    def add_kronecker(self, inputs, outputs, rank, scale):
+        """Add an update of LoKr. It has no effect before it is trained.
+
+        Its initial values are those of LyCORIS: uniform in +-1 / sqrt(columns), and zeros.
+
+        Args:
+            inputs, outputs: pairs whose products are the layer's inputs and outputs: the columns and the rows
+                of both matrices.
+            rank: that of the second matrix; None for a whole one.
+        """
+        columns, rows = inputs[0], outputs[0]
+        with backend.unlocked(self):
+            self.lokr_w1 = self.add_weight(
+                shape=(rows, columns), initializer=uniform(columns**-0.5), name="lokr_w1"
+            )
+            if rank is None:
+                self.lokr_w2 = self._inner(outputs[1], "zeros", inputs[1])
+            else:
+                self.lokr_w2_b = self._inner(rank, "zeros", inputs[1])
+                self.lokr_w2_a = self._outer(rank, outputs[1], uniform(rank**-0.5))
+        self.lora_scale = scale
 
     def call(self, inputs):
         outputs = super().call(inputs)
+        if not self.has_active_update:
+            return outputs
+        if self.lokr_w1 is not None:
+            return outputs + self.lora_scale * self._kronecker(inputs)
         if self.lora_A is None:
             return outputs
-        return outputs + self.lora_scale * self.lora_B(self.lora_A(inputs))
+        update = self.lora_scale * self.lora_B(self.lora_A(inputs))
+        if self.lora_magnitude_vector is None:
+            return outputs + update
+        own = outputs - ops.cast(self.bias, outputs.dtype) if self.use_bias else outputs
+        growth = ops.cast(self._magnitude_ratio() - 1.0, outputs.dtype)  # small, so it needs no precision
+        return outputs + update + growth * (own + update)
+
+    def _magnitude_ratio(self):
+        """Return by what the updated weight is multiplied to have its magnitude, float32 `(outputs,)`.
+
+        No gradient flows through the present length, as in the paper, section 4.3.
+        """
+        down, up, kernel = (
+            ops.reshape(ops.cast(weight, "float32"), (-1, weight.shape[-1]))
+            for weight in (self.lora_A.kernel, self.lora_B.kernel, self.kernel)
+        )
+        updated = ops.stop_gradient(kernel + self.lora_scale * ops.matmul(down, up))
+        lengths = ops.sqrt(ops.sum(ops.square(updated), axis=0))
+        return self.lora_magnitude_vector / (lengths + keras.config.epsilon())
+
+    def _kronecker(self, inputs):
+        """Return the product with the Kronecker product, which is never made."""
+        rows, columns = self.lokr_w1.shape
+        grouped = ops.reshape(inputs, (-1, *inputs.shape[1:-1], columns, inputs.shape[-1] // columns))
+        if self.lokr_w2 is not None:
+            inner = self._apply_grouped([self.lokr_w2], grouped)
+        else:
+            inner = self._apply_grouped([self.lokr_w2_b, self.lokr_w2_a], grouped)
+        outer = ops.matmul(ops.cast(self.lokr_w1, inner.dtype), inner)
+        return ops.reshape(outer, (-1, *outer.shape[1:-2], rows * outer.shape[-1]))
 
 
 class Dense(LowRankUpdate, keras.layers.Dense):
-    """Keras' linear layer with an optional low-rank update."""
+    """Keras' linear layer with an optional update."""
 
-    def _low_rank_pair(self, rank, initializer):
-        inputs, outputs = self.kernel.shape
-        return (
-            dense(inputs, rank, use_bias=False, kernel_initializer=initializer),
-            dense(rank, outputs, use_bias=False, kernel_initializer="zeros"),
-        )
+    def _inner(self, outputs, initializer, inputs=None):
+        inputs = inputs or self.kernel.shape[0]
+        return dense(inputs, outputs, use_bias=False, kernel_initializer=initializer)
+
+    def _outer(self, inputs, outputs, initializer):
+        return dense(inputs, outputs, use_bias=False, kernel_initializer=initializer)
+
+    def _apply_grouped(self, layers, grouped):
+        return sequential(layers, grouped)
 
 
 class Conv2D(LowRankUpdate, keras.layers.Conv2D):
-    """Keras' convolution with an optional low-rank update: a kernel of the same size, then one of 1x1."""
+    """Keras' convolution with an optional update: a kernel of the same size, then one of 1x1."""
 
     def convolution_op(self, inputs, kernel):
         outputs = convolve(inputs, kernel, self.strides, self.padding)
         return super().convolution_op(inputs, kernel) if outputs is None else outputs
 
-    def _low_rank_pair(self, rank, initializer):
-        inputs, outputs = self.kernel.shape[2:]
+    def _inner(self, outputs, initializer, inputs=None):
+        inputs = inputs or self.kernel.shape[2]
         options = {"strides": self.strides, "padding": self.padding, "kernel_initializer": initializer}
-        return (
-            convolution(inputs, rank, self.kernel_size, use_bias=False, **options),
-            convolution(rank, outputs, 1, use_bias=False, kernel_initializer="zeros"),
-        )
+        return convolution(inputs, outputs, self.kernel_size, use_bias=False, **options)
+
+    def _outer(self, inputs, outputs, initializer):
+        return convolution(inputs, outputs, 1, use_bias=False, kernel_initializer=initializer)
+
+    def _apply_grouped(self, layers, grouped):
+        """Convolve each group of channels of `(n, h, w, groups, channels)` as an image of its own."""
+        _, height, width, groups, channels = grouped.shape
+        images = ops.reshape(ops.transpose(grouped, (0, 3, 1, 2, 4)), (-1, height, width, channels))
+        images = sequential(layers, images)
+        split = ops.reshape(images, (-1, groups, *images.shape[1:]))
+        return ops.transpose(split, (0, 2, 3, 1, 4))
 
 
 def sublayers(layer):

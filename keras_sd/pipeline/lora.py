@@ -14,7 +14,8 @@ import numpy as np
 from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.models.parameters import parameter_paths
-from keras_sd.weights.lora import lora_file, read_lora
+from keras_sd.weights.lora import read_lora
+from keras_sd.weights.lora_files import lora_file
 from keras_sd.weights.lora_updates import change_of
 from keras_sd.weights.rules import from_torch, to_torch
 

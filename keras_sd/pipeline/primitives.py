@@ -47,7 +47,7 @@ from keras_sd.pipeline.tiling import in_tiles
 from keras_sd.weights import diffusers_folder, readers, safetensors_files, single_file
 from keras_sd.weights.checkpoint import Checkpoint
 from keras_sd.weights.loading import check_fit, model_part, open_parts
-from keras_sd.weights.lora import holds_lora
+from keras_sd.weights.lora_files import holds_lora
 from keras_sd.weights.textual_inversion import embedding_file, read_embeddings
 
 # Sides in latent positions. The VAE processes larger images in tiles, as its feature maps at full resolution

@@ -40,7 +40,7 @@ from keras_sd.models.batches import batches_of_lengths
 from keras_sd.models.pixels import any_white, as_images, as_masks, images_to_unit
 from keras_sd.pipeline.primitives import Primitives
 from keras_sd.pipeline.prompts import as_texts, repeated, take_loras
-from keras_sd.weights.lora import loras_in
+from keras_sd.weights.lora_files import loras_in
 
 Progress: TypeAlias = bool | Callable[[int, int, Tensor], object]
 

@@ -7,7 +7,8 @@ single_file        single-file checkpoints; ldm_names translates their names
 derived_config     derives a config from tensors; expected_shapes checks a config against tensors
 keras_cv_h5        KerasCV's H5 files
 open_clip          OpenCLIP's and OpenAI's CLIP
-lora               LoRA files; lora_strength reads their scale
+lora               reads LoRA files; lora_files: names, lora_strength: scales, lora_updates: kinds
+lora_writing       writes them
 textual_inversion  learned embeddings
 safetensors_files  safetensors; torch_pickle and stored_zip read torch's files without torch
 """

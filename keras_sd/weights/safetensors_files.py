@@ -153,10 +153,12 @@ def write_safetensors(path, tensors, dtype=None, metadata=None):
     """
     check_dtype(dtype)
     path = checked_path("path", path)
-    arrays = {name: _convert(name, array, dtype) for name, array in tensors.items()}
+    arrays = {name: converted(name, array, dtype) for name, array in tensors.items()}
     with replaced(path) as staging:
         try:
             save_file(arrays, staging, metadata={"format": "pt"} | (metadata or {}))
+            if metadata:
+                _sort_metadata(staging)
         except SafetensorError as error:
             # The library gives the operating system's error number in its text only.
             number = re.search(r"\(os error (\d+)\)", str(error))
@@ -165,13 +167,30 @@ def write_safetensors(path, tensors, dtype=None, metadata=None):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+def _sort_metadata(path):
+    """Sort the texts of a header, which the library writes in any order, so that bytes are reproducible."""
+    written = memoryview(Path(path).read_bytes())
+    start = 8 + int.from_bytes(written[:8], "little")
+    header = json.loads(bytes(written[8:start]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.writelines((len(text).to_bytes(8, "little"), text, written[start:]))
+
+
 def check_dtype(dtype):
     """Raise a UserError unless `dtype` is None or names a type that weights can be written in."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: unknown; use one of {', '.join(DTYPES)}")
 
 
-def _convert(name, array, dtype):
+def converted(name, array, dtype):
+    """Return an array as it is written: in this type, or its own, and contiguous.
+
+    Raises:
+        UserError: the type cannot hold a value.
+    """
     # Contiguous, as the library writes the memory of a transposed view without regard to its strides.
     with np.errstate(over="ignore"):  # the check below reports it
         converted = np.asarray(array if dtype is None else array.astype(DTYPES[dtype]), order="C")

@@ -104,7 +104,8 @@ def check_post_hoc_averages(folder, output):
     average, _ = Snapshots(output).average(0.08)
     other = Checkpoints(folder / "averaged", state.config)
     other.save(2, {**state.groups, "ema": average}, state.position)
-    shutil.copy(output / "run.json", folder / "averaged")
+    for name in ("run.json", "lora_metadata.json"):
+        shutil.copy(output / name, folder / "averaged")
     export(folder / "averaged" / "checkpoint-2", folder / "expected")
     ema = ["ema", output, folder / "post-hoc", "--sigma-rel", 0.08]
     cli.main(list(map(str, ema)), standalone_mode=False)
@@ -176,7 +177,7 @@ def check_descriptions(output):
             ({"directory": 5}, "run.json: is damaged .directory"),
             ({"options": []}, "run.json: is damaged .options"),
             ({"options": {}}, "run.json: is damaged .option train_text_encoder is missing"),
-            ({"options": lacking("rank")}, "run.json: rank is null, but the checkpoint was trained with 2"),
+            ({"options": lacking("rank")}, "run.json: is damaged .option rank is missing"),
         )),
         *((json.dumps({**run, "options": {**run["options"], name: value}}), told) for name, value, told in (
             ("pretrained_model_name_or_path", 5, "damaged .option pretrained_model_name_or_path is 5"),

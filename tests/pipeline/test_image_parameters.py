@@ -12,8 +12,8 @@ from keras_sd.cli import main as cli
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import read_parameters
 from keras_sd.pipeline.image_parameters import lora_hash, options_of
-from keras_sd.weights.lora import write_lora
 from keras_sd.weights.lora_updates import LowRank
+from keras_sd.weights.lora_writing import write_lora
 from keras_sd.weights.textual_inversion import write_embeddings
 from tests import tiny
 

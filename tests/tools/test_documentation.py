@@ -14,8 +14,8 @@ from keras_sd.cli.train.main import train
 from keras_sd.data.emoji.source import load_emoji
 from keras_sd.diffusion.samplers import SAMPLERS
 from keras_sd.files.image_files import read_parameters, save_png
-from keras_sd.weights.lora import write_lora
 from keras_sd.weights.lora_updates import LowRank
+from keras_sd.weights.lora_writing import write_lora
 from keras_sd.weights.textual_inversion import write_embeddings
 from tests.programs import run_python
 from tools import draw_architecture

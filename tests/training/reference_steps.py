@@ -10,10 +10,10 @@ It gives `CASE/loss` and `CASE/gradients/PART.NAME`, and `adamw/weights/STEP`.
 """
 
 SCRIPT = """
-    import copy, json
+    import copy, json, re
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
     from diffusers.training_utils import compute_snr
-    from peft import LoraConfig
+    from peft import LoKrConfig, LoraConfig
     from torch.nn.functional import mse_loss
     from transformers import CLIPTextModel
 
@@ -32,7 +32,9 @@ SCRIPT = """
 
 
     def published(name):
-        return name.removeprefix("text_model.").replace(".default.", ".")
+        name = re.sub(r"\\.default(?=\\.|$)", "", name.removeprefix("text_model."))
+        name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        return f"{name}.weight" if name.endswith(("lokr_w2_a", "lokr_w2_b")) else name
 
 
     def channels_first(array):
@@ -41,13 +43,18 @@ SCRIPT = """
         return array.permute(0, 3, 1, 2) if array.ndim == 4 else array
 
 
-    def add_lora(model, targets, added):
-        model.add_adapter(LoraConfig(**settings["lora"], target_modules=targets))
-        updates = {published(name): value for name, value in model.named_parameters() if ".lora_" in name}
+    def add_lora(model, targets, added, case):
+        if case.get("adapter") == "lokr":
+            config = LoKrConfig(r=case["rank"], alpha=case["alpha"], target_modules=targets)
+        else:
+            config = LoraConfig(**settings["lora"], **case.get("options", {}), target_modules=targets)
+        model.add_adapter(config)
+        updates = {published(name): value for name, value in model.named_parameters()
+                   if ".lora_" in name or ".lokr_" in name}
         assert updates.keys() == added.keys(), updates.keys() ^ added.keys()
         with torch.no_grad():
             for name, parameter in updates.items():
-                parameter.copy_(added[name])
+                parameter.copy_(added[name].view_as(parameter))
 
 
     def add_tokens(text_encoder, vectors):
@@ -68,7 +75,7 @@ SCRIPT = """
             if "vectors" in added:
                 add_tokens(model, added["vectors"])
             elif added:
-                add_lora(model, settings["lora_targets"][case["lora"]][part], added)
+                add_lora(model, settings["lora_targets"][case["lora"]][part], added, case)
         return parts
 
 
@@ -161,9 +168,12 @@ SCRIPT = """
         loss.backward()
         outputs[f"{name}/loss"] = loss
         for part in case["trains"]:
+            added = group(f"{name}/added/{part}.")
             for parameter, tensor in parts[part].named_parameters():
                 if tensor.requires_grad:
-                    outputs[f"{name}/gradients/{part}.{published(parameter)}"] = tensor.grad
+                    key = published(parameter)
+                    outputs[f"{name}/gradients/{part}.{key}"] = tensor.grad.reshape(
+                        added[key].shape if "lora" in case else tensor.shape)
 
     weights = torch.nn.Parameter(inputs["adamw/weights"])
     optimizer = torch.optim.AdamW([weights], **settings["adamw"])

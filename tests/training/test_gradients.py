@@ -20,7 +20,7 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training import lora
+from keras_sd.training import adapter_settings, lora
 from keras_sd.training.consistency import ConsistencyObjective
 from keras_sd.training.diffusion_settings import DiffusionSettings
 from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
@@ -69,6 +69,18 @@ CASES = {
     "noise offset, input perturbation": {"trains": ["unet"], "noise_offset": 0.1, "input_perturbation": 0.2},
     "LoRA on attention": {"trains": ["unet", "text_encoder"], "lora": "attention"},
     "LoRA on all layers": {"trains": ["unet", "text_encoder"], "lora": "all"},
+    "DoRA, rank-stabilized, on all layers": {
+        "trains": ["unet", "text_encoder"],
+        "lora": "all",
+        "options": {"use_dora": True, "use_rslora": True},
+    },
+    "LoKr on all layers": {
+        "trains": ["unet", "text_encoder"],
+        "lora": "all",
+        "adapter": "lokr",
+        "rank": 1,
+        "alpha": 2,
+    },
     "latent consistency": {
         "trains": ["unet"],
         "lora": "attention",
@@ -98,8 +110,8 @@ CASES = {
 LOW_RES_SCHEDULER = {"beta_start": 0.0001, "beta_end": 0.02}
 LORA = {"r": 4, "lora_alpha": 8}
 LORA_TARGETS = {
-    "attention": {"unet": lora.UNET_ATTENTION, "text_encoder": lora.TEXT_ATTENTION},
-    "all": {"unet": lora.UNET_ALL, "text_encoder": lora.TEXT_ALL},
+    "attention": {"unet": adapter_settings.UNET_ATTENTION, "text_encoder": adapter_settings.TEXT_ATTENTION},
+    "all": {"unet": adapter_settings.UNET_ALL, "text_encoder": adapter_settings.TEXT_ALL},
 }
 ADAMW = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.1}
 MAX_GRAD_NORM = 1.0
@@ -163,7 +175,9 @@ def make_models(case):
         if part not in case["trains"]:
             lora.freeze(model)
         elif "lora" in case:
-            lora.add_lora(model, LORA["r"], LORA["lora_alpha"], everywhere=case["lora"] == "all")
+            rank, alpha = case.get("rank", LORA["r"]), case.get("alpha", LORA["lora_alpha"])
+            options = case.get("options", {}) | {"adapter": case.get("adapter", "lora")}
+            lora.add_lora(model, rank, alpha, everywhere=case["lora"] == "all", **options)
             for variable in model.trainable_variables:
                 variable.assign(0.2 * generator.standard_normal(variable.shape))
     return models

@@ -8,7 +8,8 @@ from keras_sd.errors import UserError
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
-from keras_sd.training.lora import UNET_ALL, UNET_ATTENTION, add_lora, lora_tensors, without_updates
+from keras_sd.training.adapter_settings import UNET_ALL, UNET_ATTENTION
+from keras_sd.training.lora import add_lora, lora_tensors, without_updates
 from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.weights.rules import torch_state
 from tests import tiny

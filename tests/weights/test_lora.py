@@ -13,8 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
 from keras_sd.files.writing import write_json
-from keras_sd.weights.lora import PEFT_FILE, lora_file, read_lora, write_lora
+from keras_sd.weights.lora import read_lora
+from keras_sd.weights.lora_files import PEFT_FILE, lora_file
 from keras_sd.weights.lora_updates import LowRank
+from keras_sd.weights.lora_writing import write_lora
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference

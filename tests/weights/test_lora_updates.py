@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from keras_sd.errors import UserError
-from keras_sd.weights.lora import read_lora, write_lora
+from keras_sd.weights.lora import read_lora
 from keras_sd.weights.lora_updates import Decomposed, Hadamard, Kronecker, change_of
+from keras_sd.weights.lora_writing import write_lora
 from keras_sd.weights.rules import torch_state
 from tests import tiny
 from tests.reference import run_reference

@@ -26,7 +26,13 @@ from keras_sd.cli.train.fine_tuning import (
     trained_parts,
     zero_snr_option,
 )
-from keras_sd.cli.train.lora import low_rank_identity, open_with_loras, rank_options
+from keras_sd.cli.train.lora import (
+    OF_LORA,
+    lora_export,
+    low_rank_identity,
+    open_with_loras,
+    rank_options,
+)
 from keras_sd.cli.train.masks import mask_options, masks_of
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import COUNT, run_options
@@ -78,7 +84,7 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @subject_options("dreambooth", "the instance prompt")
 def dreambooth(**options):
     """Teach a model one subject from a few images of it (DreamBooth)."""
-    refuse_unused(["rank", "lora_alpha"], options["lora"], "without --lora")
+    refuse_unused(OF_LORA, options["lora"], "without --lora")
     refuse_unused(
         ["rescale_betas_zero_snr"], not options["lora"], "on a LoRA, whose file has no noise schedule"
     )
@@ -99,16 +105,14 @@ def dreambooth(**options):
     )
     from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.dreambooth import train_dreambooth
-    from keras_sd.training.lora import save_lora
 
     if options["lora"]:
-        pipeline, alpha, identity = open_with_loras(run, trained)
+        pipeline, identity = open_with_loras(run, trained)
     else:
         pipeline = open_pipeline(run)
         identity = part_fingerprints(pipeline, *trained)
     refuse_conditioning(pipeline, "dreambooth")
     pipeline.batch_size = options["sample_batch_size"]
-    models = {name: getattr(pipeline, name) for name in trained}
     if sources is None:
         instances, class_images = _images(run, pipeline, class_folder)
     else:
@@ -130,7 +134,7 @@ def dreambooth(**options):
         caching=caching_of(options),
         make_evaluation=subject_evaluation(run, pipeline, prompt),
         validation_examples=validated_examples(run),
-        export=(lambda folder: save_lora(folder, models, alpha)) if options["lora"] else pipeline.save,
+        export=lora_export(run, pipeline, trained, [instances.source]) if options["lora"] else pipeline.save,
     )
     if finished:
         run.print_next_command("--lora" if options["lora"] else None, prompt=prompt)
@@ -222,7 +226,7 @@ def _images(run, pipeline, class_folder):
     if class_folder is None:
         return instances, []
     prompt = options["class_prompt"]
-    # LoRA weights start at zero, so these are images of the pretrained model.
+    # Images of the model as training finds it: new updates have no effect yet.
     generate_class_images(
         pipeline,
         class_folder,

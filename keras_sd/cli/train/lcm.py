@@ -12,7 +12,7 @@ from keras_sd.cli.train.fine_tuning import (
     part_fingerprints,
     pretrained_option,
 )
-from keras_sd.cli.train.lora import low_rank_identity, low_rank_options, open_with_loras
+from keras_sd.cli.train.lora import lora_export, low_rank_identity, low_rank_options, open_with_loras
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import evaluation_options, model_option, run_options
 from keras_sd.cli.train.preparation import prepare
@@ -53,9 +53,8 @@ def lcm(**options):
     run = prepare("lcm", options, used=["guidance_scale"], identity=identity)
     from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.consistency import train_consistency
-    from keras_sd.training.lora import save_lora
 
-    pipeline, alpha, identity = open_with_loras(run, ["unet"])
+    pipeline, identity = open_with_loras(run, ["unet"])
     refuse_conditioning(pipeline, "lcm")
     encoded, repeats, make_evaluation, _ = encoded_examples(
         run, pipeline, pipeline.text_encoder, sampler="lcm", guidance_scale=1.0
@@ -71,7 +70,7 @@ def lcm(**options):
         identity=part_fingerprints(pipeline, "vae", "text_encoder") | clip_skip_identity(options) | identity,
         repeats=repeats,
         make_evaluation=make_evaluation,
-        export=lambda folder: save_lora(folder, {"unet": pipeline.unet}, alpha),
+        export=lora_export(run, pipeline, ("unet",), [run.source]),
     )
     if finished:
         run.print_next_command("--lora", more=_FEW_STEPS)
