@@ -15,6 +15,7 @@ from keras_sd.cli.ema import ema
 from keras_sd.cli.encode import encode
 from keras_sd.cli.export import export
 from keras_sd.cli.generate import COMMANDS, sampling_options
+from keras_sd.cli.lora import lora
 from keras_sd.cli.model_options import check_sampling, open_model
 from keras_sd.cli.outputs import check_output, check_output_folder, output_option
 from keras_sd.cli.plot import plot
@@ -31,7 +32,7 @@ def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
 
 
-for command in (*COMMANDS, convert, caption, dataset, encode, train, export, ema, plot):
+for command in (*COMMANDS, convert, caption, dataset, encode, train, export, ema, lora, plot):
     cli.add_command(command)
 
 

@@ -8,7 +8,7 @@ derived_config     derives a config from tensors; expected_shapes checks a confi
 keras_cv_h5        KerasCV's H5 files
 open_clip          OpenCLIP's and OpenAI's CLIP
 lora               reads LoRA files; lora_files: names, lora_strength: scales, lora_updates: kinds
-lora_writing       writes them
+lora_writing       writes them; lora_arithmetic sums and resizes them without a model
 textual_inversion  learned embeddings
 safetensors_files  safetensors; torch_pickle and stored_zip read torch's files without torch
 """
