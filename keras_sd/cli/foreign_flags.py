@@ -192,5 +192,14 @@ FOREIGN_FLAGS = {
     "--network-train-text-encoder-only": "the UNet is always trained; use --text-encoder-lr",
     "--stop-text-encoder-training": "the text encoder is trained to the end; use --text-encoder-lr",
     "--prompt-template-embedding": "is not there; leave it out",
+    "--base-weights": "merge it first, by `keras-sd lora merge`",
+    "--base-weights-multiplier": "merge it first, by `keras-sd lora merge`",
+    **dict.fromkeys(
+        (
+            *("--no-metadata", "--training-comment", "--metadata-title", "--metadata-author"),
+            *("--metadata-description", "--metadata-license", "--metadata-tags"),
+        ),
+        "the header tells how the LoRA was trained, and its trigger words; write the rest into a model card",
+    ),
 }
 """Flag with hyphens -> what to use here, or why there is none. Commands answer with it in one line."""

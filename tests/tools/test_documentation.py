@@ -18,7 +18,7 @@ from keras_sd.weights.lora_updates import LowRank
 from keras_sd.weights.lora_writing import write_lora
 from keras_sd.weights.textual_inversion import write_embeddings
 from tests.programs import run_python
-from tools import draw_architecture
+from tools import draw_architecture, migration_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -105,7 +105,9 @@ def test_commands_are_understood(page, tmp_path, monkeypatch):
             pass  # --help
         except click.MissingParameter:
             # A command that is only named, or an option of it, stands without what it is to work on.
-            assert sum(not word.startswith("-") for word in arguments) == 1, (program, arguments)
+            words = [word for word in arguments if not word.startswith("-")]
+            is_group = isinstance(PROGRAMS[program].commands[words[0]], click.Group)
+            assert len(words) == 1 + is_group, (program, arguments)
         except click.UsageError as error:
             pytest.fail(f"{program} {shlex.join(arguments)}: {error.format_message()}")
 
@@ -271,6 +273,10 @@ def test_the_diagram_is_that_of_the_imports():
     imports = draw_architecture.read_imports()
     assert imports["pipeline"] >= {"weights", "diffusion"} and "pipeline" not in imports["training"]
     assert draw_architecture.OUTPUT.read_text(encoding="utf-8") == draw_architecture.draw(imports)
+
+
+def test_migration_page_says_what_commands_answer():
+    assert migration_tables.PAGE.read_text(encoding="utf-8") == migration_tables.page()
 
 
 def test_documentation_builds_without_warnings(tmp_path):
