@@ -31,7 +31,10 @@ PAGES = (
     *("README.md", "notebooks/README.md"),
     *(
         f"docs/{name}.md"
-        for name in ("models", "prompts", "samplers", "finetuning", "training-guide", "captions", "devices")
+        for name in (
+            *("models", "prompts", "samplers", "data", "finetuning", "training-guide", "migration"),
+            *("captions", "devices"),
+        )
     ),
     *(f"docs/{name}.md" for name in ("results", "parity", "questions", "architecture")),
     *(f"docs/{name}.md" for name in ("model-card-emoji", "responsible-use")),

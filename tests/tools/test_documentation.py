@@ -166,8 +166,10 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_commands_of_the_readme(workplace):
-    # The others need a model of the hub or of one's own, or train, or are run by the next test.
-    elsewhere = re.compile(r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export|dataset|encode")
+    # The others need a model of the hub, or a run or LoRAs of one's own, or train, or are run by the next test.
+    elsewhere = re.compile(
+        r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export|dataset|encode|^(plot|ema|lora) "
+    )
     found = [arguments for program, arguments in commands(ROOT / "README.md") if program == "keras-sd"]
     found = [arguments for arguments in found if not elsewhere.search(" ".join(arguments))]
     tasks = {"generate", "image-to-image", "inpaint", "upscale", "walk", "reconstruct", "presets"}
