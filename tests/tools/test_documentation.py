@@ -166,7 +166,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_commands_of_the_readme(workplace):
-    # The others need a model of the hub, or a run or LoRAs of one's own, or train, or are run by the next test.
+    # The others need a model of the hub, a run or LoRAs of one's own, or train, or are run by the next test.
     elsewhere = re.compile(
         r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export|dataset|encode|^(plot|ema|lora) "
     )
