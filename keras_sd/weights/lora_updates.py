@@ -99,7 +99,7 @@ class Decomposed(NamedTuple):
             are made, go that part of the way to the new kernel. PEFT multiplies the update only.
     """
 
-    update: "LowRank | Hadamard | Kronecker"
+    update: LowRank | Hadamard | Kronecker
     magnitude: np.ndarray
     by_input: bool = False
     is_interpolated: bool = True

@@ -157,6 +157,35 @@ def framing_of(options, own_size):
     )
 
 
+def check_small_images(source, options, model):
+    """Raise UserError for images that are smaller than their bucket, before a backend is loaded.
+
+    Args:
+        source: the source of the run, not framed; or None.
+        options: of the command, with the model's defaults filled in.
+        model: path of the pretrained model; or None.
+    """
+    if source is None or options["aspect_ratio_buckets"] == 1 or options.get("on_bad_sample") == "skip":
+        return
+    side = options["resolution"] or (model and own_size_of(model))
+    if side:
+        from keras_sd.data.framing import FramedSource
+
+        FramedSource(source, framing_of(options, side), options["train_batch_size"])
+
+
+def own_size_of(model):
+    """Return the side of a model's images in pixels, by its configs; None for a part of a model."""
+    from keras_sd.config import UNetConfig, VAEConfig
+    from keras_sd.weights.readers import read_configs
+
+    parts = read_configs(model).parts
+    if not {"unet", "vae"} <= parts.keys():
+        return None
+    factor = VAEConfig.from_dict(parts["vae"].config).downsampling
+    return UNetConfig.from_dict(parts["unet"].config).sample_size * factor
+
+
 def framed(source, framing, batch_size, on_bad_sample="error"):
     """Return the `FramedSource` of a run, and print how its images fall into buckets.
 

@@ -24,7 +24,7 @@ from keras_sd.cli.train.data_options import (
 )
 from keras_sd.cli.train.diffusion import diffusion_of
 from keras_sd.cli.train.epochs import check_epochs, images_of_epoch, steps_of_epochs
-from keras_sd.cli.train.framing import check_framing, check_sides, framed, framing_of
+from keras_sd.cli.train.framing import check_framing, check_sides, check_small_images, framed, framing_of
 from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
@@ -225,6 +225,7 @@ def prepare(
         _check_warmup(options)
     if scheduler_config is not None:
         _check_schedule(scheduler_config, options)
+    check_small_images(source, options, model)
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
     if checkpoint is not None:

@@ -157,3 +157,14 @@ def test_options_without_effect_are_refused_by_name(folder, monkeypatch, capsys,
     given = arguments(folder, "refused", *options, "--max-train-steps", 2, method=method)
     assert run_here(monkeypatch, *given) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("model", "more"), [("model", ("--resolution", 64)), ("emoji", ())])
+def test_small_images_are_refused_before_a_model_is_opened(folder, monkeypatch, capsys, model, more):
+    """Those of the model's own resolution, too, which its configs tell."""
+    given = arguments(folder, "small", "--aspect-ratio-buckets", 3, *more)
+    if model == "emoji":
+        given[given.index("--pretrained-model-name-or-path") + 1] = model
+    assert run_here(monkeypatch, *given) == 2
+    told = capsys.readouterr().err
+    assert "smaller than their bucket" in told.splitlines()[-1] and "opening" not in told
