@@ -104,11 +104,11 @@ class MetricsLog(BufferedCallback):
                 tracker.log(new)
 
     def close(self) -> None:
-        """Write what is left, and end the trackers' runs."""
-        trackers, self._trackers = self._trackers, []
+        """End a run of wandb; event files take more, as `metrics.jsonl` does."""
         with self._disk_faults():
-            for tracker in trackers:
+            for tracker in self._trackers:
                 tracker.close()
+        self._trackers = [tracker for tracker in self._trackers if isinstance(tracker, TensorBoardEvents)]
 
     @contextlib.contextmanager
     def _disk_faults(self):

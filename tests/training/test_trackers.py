@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def history(folder):
     return found, ids
 
 
+def written(folder, count):
+    """The `history`, once it has so many steps: wandb's own process writes it, also after the run's end."""
+    end = time.monotonic() + 20
+    while len(history(folder)[0]) < count and time.monotonic() < end:
+        time.sleep(0.05)
+    return history(folder)
+
+
 def test_all_that_is_logged_goes_to_wandb_and_a_resumed_run_is_the_same_there(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "my-run"
@@ -64,12 +73,13 @@ def test_all_that_is_logged_goes_to_wandb_and_a_resumed_run_is_the_same_there(tm
     log.log_scalars(2, {"kid": 0.5})
     log.log_image(2, "samples", IMAGE)
     log.close()
+    time.sleep(1.1)  # wandb names the files of its offline mode by the second
     resumed = MetricsLog(folder, initial_step=2, trackers=("wandb",), tracker_options=OPTIONS)
     resumed.log_scalars(2, {"kid": 0.5})  # again, as the run was killed before it was recorded
     resumed.log_scalars(3, {"loss": 0.75})
     resumed.close()
 
-    found, ids = history(folder / "logs")
+    found, ids = written(folder / "logs", 3)
     assert len(set(ids)) == 1 and ids[0][1:] == ("mine", "my-run")
     numbers = [
         {name: value for name, value in values.items() if name in ("_step", "loss", "kid", "learning_rate")}
@@ -89,7 +99,7 @@ def test_all_that_is_logged_goes_to_wandb_and_a_resumed_run_is_the_same_there(tm
     again = MetricsLog(folder, trackers=("wandb",), tracker_options=OPTIONS)
     again.log_scalars(1, {"loss": 0.1})
     again.close()
-    assert len(set(history(folder / "logs")[1])) == 2  # a new run is another one
+    assert len(set(written(folder / "logs", 4)[1])) == 2  # a new run is another one
 
 
 def test_names_of_trackers():
