@@ -1,5 +1,6 @@
 """Commands whose errors and warnings name options where the library's messages name arguments."""
 
+import itertools
 import re
 import warnings
 
@@ -51,6 +52,7 @@ class Command(click.Command):
                 if name is None or name[1] in known:
                     raise UserError(f"{flag}: {answer}")
             renamed.append(argument)
+        self._warn_of_repeated(renamed)
         if config_file.FLAG in known:
             renamed = config_file.with_config_file(self, renamed)
         try:
@@ -58,6 +60,17 @@ class Command(click.Command):
         except click.UsageError as error:
             error.ctx = error.ctx or context  # the parser does not always know the command
             raise
+
+    def _warn_of_repeated(self, arguments):
+        """Warn of options that are given twice although one value counts."""
+        single = [one for one in self.params if isinstance(one, click.Option) and not one.multiple]
+        option_of = {flag: one for one in single for flag in (*one.opts, *one.secondary_opts)}
+        seen = set()
+        for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+            option = option_of.get(argument.partition("=")[0])
+            if option is not None and option in seen:
+                warnings.warn(f"{option.opts[0]}: is given twice; the last one counts", stacklevel=4)
+            seen.add(option)
 
     def invoke(self, context):
         _refuse_empty(context)

@@ -19,6 +19,8 @@ from keras_sd.files.json_files import read_text, shown
 
 FLAG = "--config-file"
 _NOT_KEPT = ("config_file", "resume_from_checkpoint")
+# The length of a run is given in one of two ways; that of the command line counts.
+_COUNTERPARTS = {"num_train_epochs": "--max-train-steps", "max_train_steps": "--num-train-epochs"}
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 config_file_option = click.option(
@@ -44,6 +46,8 @@ def with_config_file(command: click.Command, arguments: list[str]) -> list[str]:
     if not name.strip():
         raise UserError(f"{FLAG}: empty; give a value, or leave it out")
     path = Path(name).expanduser()
+    if path.is_dir():
+        raise UserError(f"{FLAG} {path}: a folder, not a file; give a TOML file")
     if not path.is_file() and Path(f"{path}.toml").is_file():  # as kohya's scripts name it
         path = Path(f"{path}.toml")
     options = _read(path)
@@ -64,7 +68,8 @@ def with_config_file(command: click.Command, arguments: list[str]) -> list[str]:
             raise UserError(f"{path}: {given[parameter]} and {key} are one option; remove one of them")
         given[parameter] = key
         found = _arguments(path, key, value, parameter)
-        if parameter not in typed:
+        counterpart = known.get(_COUNTERPARTS.get(parameter.name or "", ""))
+        if parameter not in typed and (counterpart is None or counterpart not in typed):
             words += found
     return words + arguments
 
@@ -192,7 +197,8 @@ def as_toml(method: str, options: dict[str, Any]) -> str:
         options: key -> text, number, bool, or list of texts.
     """
     lines = [f"{key} = {_toml_value(value)}" for key, value in options.items()]
-    return "\n".join([f"# python -m keras_sd.train {method} --config-file THIS_FILE", *lines, ""])
+    command = f"python -m keras_sd.train {method} --config-file THIS_FILE --output-dir ANOTHER_FOLDER"
+    return "\n".join([f"# {command}", *lines, ""])
 
 
 def _toml_value(value: Any) -> str:

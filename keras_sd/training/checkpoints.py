@@ -472,7 +472,8 @@ _WORDS = {
     "image_model": "config of the image encoder",
     "schedule": "noise schedule",
     "low_res_schedule": "noise schedule of the small image",
-    "data": "images, masks or captions (names, sizes and times of change count)",
+    "data": "images, masks or captions, or another part of them held out (names, sizes and times of change "
+    "count)",
     "repeats": "repeats of the images",
     "class_images": "number of images of the class",
     "crop": "crop_size",
@@ -502,7 +503,9 @@ def _difference(there: dict, here: dict) -> str:
     """Return the first difference between two configs, for a message."""
     key, *values = _first_difference(there, here)
     if key.partition(".")[0] in _HASHES:
-        remedy = " (of another base model, VAE or text encoder?)" if "weights" in _words(key) else ""
+        remedy = ""
+        if "weights" in _words(key):
+            remedy = " (of another base model, VAE or text encoder, or of blocks with a learning rate of 0?)"
         return f"made with other {_words(key)}{remedy}"
     return "made with another {} ({} there and {} here)".format(_words(key), *values)
 

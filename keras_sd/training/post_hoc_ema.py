@@ -9,6 +9,7 @@ A length is named by sigma_rel, the standard deviation of the power function as 
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,9 +120,29 @@ class Snapshots:
         self._position = POSITION
         if not self._folders:
             raise UserError(
-                f"{run_folder}: has no snapshots for averages after the run; train with `post_hoc_ema`"
+                f"{run_folder}: has no snapshots of averages, which a run keeps with `post_hoc_ema`; give "
+                "another run folder"
             )
+        self._leave_out_later_ones(run_folder)
         self.steps = list(self._folders)
+
+    def _leave_out_later_ones(self, run_folder: Path) -> None:
+        """Leave out snapshots after the run's last checkpoint: they are of a branch that it has left."""
+        from keras_sd.training.run_folder import children
+
+        names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in children(run_folder)]
+        last = max((int(name[1]) for name in names if name), default=None)
+        later = [step for step in self._folders if last is not None and step > last]
+        if not later:
+            return
+        warnings.warn(
+            f"{run_folder}: its last checkpoint is of step {last}, so the snapshots of later steps are left "
+            f"out, the first of step {later[0]}",
+            stacklevel=3,
+        )
+        self._folders = {step: path for step, path in self._folders.items() if step not in later}
+        if not self._folders:
+            raise UserError(f"{run_folder}: has no snapshots up to its last checkpoint; train on")
 
     def folder(self, step: int | None) -> Path:
         """Return the folder of the snapshot of a step, None for the last one.
@@ -154,7 +175,11 @@ class Snapshots:
         last = self.folder(step)
         gamma, kept, files = gamma_of(sigma_rel), [], []
         for path in list(self._folders.values())[: list(self._folders.values()).index(last) + 1]:
-            self._checkpoints.check(path)
+            try:
+                self._checkpoints.check(path)
+            except UserError as error:
+                fault = str(error).rpartition(";")[0]
+                raise UserError(f"{fault}; remove this folder, and the others are averaged") from error
             updates = read_json(path / self._position).get(UPDATES)
             if not isinstance(updates, int) or updates < 1:
                 raise UserError(f"{path}: names no number of updates; remove it")

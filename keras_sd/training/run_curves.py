@@ -79,7 +79,7 @@ def _read(path):
         lines.pop()  # is being written
     found = {}
     for number, line in enumerate(lines, start=1):
-        record = parse_json(line, f"{path}, line {number}", _Record)
+        record = parse_json(line, f"{path}, line {number}", _Record, remedy="remove the line")
         for name, value in record.items():
             if name in ("step", "time"):
                 continue

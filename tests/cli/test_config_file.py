@@ -62,6 +62,18 @@ def test_command_line_wins(path):
     assert params["jit_compile"] and params["cache_latents"] == "off" and params["learning_rate"] == 1
 
 
+def test_length_on_the_command_line_wins(tmp_path):
+    for key, flag in (("num_train_epochs", "--max-train-steps"), ("max_train_steps", "--max-train-epochs")):
+        (tmp_path / "run.toml").write_text(f"{key} = 10\n", encoding="utf-8")
+        params = parsed("--config-file", tmp_path / "run.toml", flag, "3").params
+        assert {params["num_train_epochs"], params["max_train_steps"]} == {None, 3}
+
+
+def test_options_that_are_given_twice():
+    with pytest.warns(UserWarning, match="--rank: is given twice; the last one counts"):
+        assert parsed("--rank", "4", "--rank=2").params["rank"] == 2
+
+
 def test_written_options_are_read_again(tmp_path):
     context = parsed(*SAME, "--seed", "7", "--adam-epsilon", "1e-9", "--resume-from-checkpoint", "latest")
     given = given_options(context)

@@ -114,6 +114,11 @@ def check_post_hoc_averages(folder, output):
     with pytest.warns(UserWarning, match="--sigma-rel 0.28: the snapshots give an average whose weights are"):
         more = ["ema", output, folder / "post-hoc", "--sigma-rel", 0.28, "--overwrite", "--step", 1]
         cli.main(list(map(str, more)), standalone_mode=False)
+    shutil.copytree(output, folder / "went-back")
+    shutil.rmtree(folder / "went-back" / "checkpoint-2")
+    with pytest.warns(UserWarning, match="so the snapshots of later steps are left out, the first of step 2"):
+        more = ["ema", folder / "went-back", folder / "earlier", "--sigma-rel", 0.08]
+        cli.main(list(map(str, more)), standalone_mode=False)
     for options, told in (
         (("--sigma-rel", 0.5), "--sigma-rel 0.5: out of range"),
         (("--sigma-rel", 0.1, "--step", 3), "--step 3: has no snapshot; choose one of the last ones, 1, 2"),

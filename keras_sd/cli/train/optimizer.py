@@ -4,7 +4,7 @@ import warnings
 
 import click
 
-from keras_sd.cli.command import refuse_unused
+from keras_sd.cli.command import is_given, refuse_unused
 from keras_sd.cli.option_types import NOT_NEGATIVE, POSITIVE, Number
 from keras_sd.errors import UserError
 from keras_sd.training.optimizer_options import OPTIONS, TITLES, default_learning_rate
@@ -93,7 +93,8 @@ def choose_optimizer(options):
         UserError: an option belongs to another optimizer.
     """
     if options["use_8bit_adam"]:
-        if options["optimizer"] not in ("adamw", "adamw8bit"):
+        is_other = options["optimizer"] == "adamw" and is_given("optimizer")
+        if is_other or options["optimizer"] not in ("adamw", "adamw8bit"):
             raise UserError(f"--use-8bit-adam: not with --optimizer {options['optimizer']}; leave one out")
         options["optimizer"] = "adamw8bit"
     if options.get("learning_rate_by_block") is not None:

@@ -7,7 +7,7 @@ import click
 
 from keras_sd.cli.command import decorated
 from keras_sd.cli.config_file import config_file_option
-from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE
+from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
 from keras_sd.cli.train.epochs import epochs_option
 from keras_sd.cli.train.framing import framing_options
 from keras_sd.cli.train.optimizer import DECAY, optimizer_options
@@ -30,12 +30,14 @@ OF_EVALUATIONS = (
 # Those of `training.learning_rate`, which imports a backend.
 LR_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial".split()
 
+_RATE = Number(min=0, min_open=True, max=1e6)
+
 # Options whose defaults depend on the model (`keras_sd.pipeline.defaults`), with their types and help texts.
 _FOLLOWS_MODEL = {
     "max_train_steps": (COUNT, "Optimizer updates in the whole run."),
     "train_batch_size": (COUNT, "Images in a batch, summed over all devices."),
     "learning_rate": (
-        POSITIVE,
+        _RATE,
         "Peak learning rate. By default a fifth of AdamW's with lion, and 1 with prodigy.",
     ),
     "lr_scheduler": (

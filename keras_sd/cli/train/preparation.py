@@ -29,7 +29,7 @@ from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
 from keras_sd.cli.train.prompts import prompts_of
-from keras_sd.cli.train.validation import choose_validation, split_source
+from keras_sd.cli.train.validation import choose_validation, split_source, warn_of_other_draws
 from keras_sd.data.emoji import architecture
 from keras_sd.data.framing import FramedSource
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -229,6 +229,7 @@ def prepare(
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
     if checkpoint is not None:
+        warn_of_other_draws(options)
         _check_resumed(checkpoint, settings, identity)
     _print_summary(method, settings, source, options)
     return Run(settings, source, held_out, model, options, checkpoint, counts_repeats)
@@ -247,9 +248,15 @@ def _check_trackers(options):
 
 def _check_resumed(checkpoint, settings, identity):
     """Raise UserError for a checkpoint of other options before images are encoded."""
-    from keras_sd.training.checkpoints import check_same_run
+    from keras_sd.training.checkpoints import check_same_run, steps_and_examples
     from keras_sd.training.settings import MAY_CHANGE
 
+    step, _ = steps_and_examples(checkpoint)
+    if step > settings.max_train_steps:
+        raise UserError(
+            f"max_train_steps {settings.max_train_steps}: {checkpoint} is of step {step}; give {step} or "
+            "more, or resume from an earlier checkpoint"
+        )
     known = {name: value for name, value in settings.identity().items() if name not in MAY_CHANGE}
     check_same_run(checkpoint, {"optimizer": settings.optimizer})  # first, as its options differ too
     check_same_run(checkpoint, identity | known)
@@ -404,6 +411,12 @@ def example_sets(source, held_out, count):
     from keras_sd.data.sources import evenly
 
     splits = {"train": source, "held_out": held_out}
+    if count and 0 < len(held_out) < FEWEST_FOR_KID:
+        warnings.warn(
+            f"{len(held_out)} images are held out, too few for KID, which is measured on training images "
+            f"alone; hold out {FEWEST_FOR_KID} or more",
+            stacklevel=3,
+        )
     return {
         name: evenly(split, count) for name, split in splits.items() if count and len(split) >= FEWEST_FOR_KID
     }

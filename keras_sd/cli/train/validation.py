@@ -1,13 +1,20 @@
 """The options of the validation loss, the images that it is measured on, and those that are held out."""
 
+import tomllib
+import warnings
+from pathlib import Path
+
 import click
 import numpy as np
 
 from keras_sd.cli.command import decorated, refuse_unused
-from keras_sd.cli.option_types import COUNT, FROM_ZERO, Number
+from keras_sd.cli.option_types import FROM_ZERO, Number
 from keras_sd.errors import UserError
+from keras_sd.files.json_files import read_text
+from keras_sd.training.run_folder import OPTIONS
 
 USUAL_STEPS = 500
+_USUAL_EXAMPLES = 64
 
 _steps_option = click.option(
     "--validation-steps",
@@ -18,9 +25,10 @@ _steps_option = click.option(
 )
 _examples_option = click.option(
     "--validation-examples",
-    default=64,
-    type=COUNT,
-    help="Images, each with a noise and a timestep, that the validation loss is measured on.",
+    default=_USUAL_EXAMPLES,
+    type=click.IntRange(1, 4096),
+    help="Draws of an image, a noise and a timestep that the validation loss is measured on; fewer images "
+    "are drawn several times.",
 )
 _split_option = click.option(
     "--validation-split",
@@ -46,6 +54,26 @@ def choose_validation(options):
             reason = f"in a run of fewer than {USUAL_STEPS} steps without --validation-steps"
             refuse_unused(["validation_examples"], False, reason)
     refuse_unused(["validation_examples"], options["validation_steps"], "with --validation-steps 0")
+    uses_split = options["validation_steps"] or options["evaluation_steps"]
+    reason = "without --validation-steps or --evaluation-steps, which measure on it"
+    refuse_unused(["validation_split"], uses_split, reason)
+
+
+def warn_of_other_draws(options):
+    """Warn if a resumed run measures its validation loss on other draws than before."""
+    path = Path(options["output_dir"]) / OPTIONS
+    if not options.get("validation_steps") or not path.is_file():
+        return
+    try:
+        before = tomllib.loads(read_text(path)).get("validation_examples", _USUAL_EXAMPLES)
+    except (UserError, tomllib.TOMLDecodeError):  # a user may have edited it
+        return
+    if before != options["validation_examples"]:
+        warnings.warn(
+            f"--validation-examples {options['validation_examples']}: it was {before}, so the validation "
+            "losses before and after are of other draws",
+            stacklevel=3,
+        )
 
 
 def split_source(source, held_out, options):

@@ -47,6 +47,22 @@ BAD = [
         "--lion-beta1: has no effect with --optimizer adamw8bit",
     ),
     ("lora", ["--use-8bit-adam", "--optimizer", "Lion"], "--use-8bit-adam: not with --optimizer lion"),
+    ("lora", ["--use-8bit-adam", "--optimizer", "adamw"], "--use-8bit-adam: not with --optimizer adamw"),
+    ("lora", ["--learning-rate", "1e30"], "--learning-rate"),
+    (
+        "lora",
+        [
+            "--train-data-dir",
+            "images",
+            "--validation-split",
+            "0.1",
+            "--max-train-steps",
+            "3",
+            "--evaluation-steps",
+            "0",
+        ],
+        "--validation-split: has no effect without --validation-steps or --evaluation-steps",
+    ),
     ("lora", ["--no-prodigy-decouple"], "--prodigy-decouple: has no effect with --optimizer adamw"),
     (
         "lora",

@@ -215,6 +215,8 @@ def test_another_base_model_is_refused_at_resume(folder, tuned):
     with pytest.raises(UserError, match="made with other weights of the UNet .of another base model"):
         resume = ("--resume-from-checkpoint", "latest")
         run(folder, "text-to-image", "tuned", *tuning_options(other), *resume, steps=6)
+    with pytest.raises(UserError, match="--max-train-steps 2: .*checkpoint-5 is of step 5; give 5 or more"):
+        run(folder, "text-to-image", "tuned", *tuning_options(other), *resume, steps=2)
 
 
 def ddim_options(folder):
