@@ -55,7 +55,7 @@ BAD = [
             "--train-data-dir",
             "images",
             "--validation-split",
-            "0.1",
+            "0.5",
             "--max-train-steps",
             "3",
             "--evaluation-steps",
