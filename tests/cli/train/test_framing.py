@@ -168,3 +168,10 @@ def test_small_images_are_refused_before_a_model_is_opened(folder, monkeypatch, 
     assert run_here(monkeypatch, *given) == 2
     told = capsys.readouterr().err
     assert "smaller than their bucket" in told.splitlines()[-1] and "opening" not in told
+
+
+def test_a_share_that_nothing_measures_is_refused(folder, monkeypatch, capsys):
+    more = ("--validation-split", 0.5, "--max-train-steps", 3)
+    assert run_here(monkeypatch, *arguments(folder, "split", *more)) == 2
+    line = "--validation-split: has no effect without --validation-steps or --evaluation-steps"
+    assert line in capsys.readouterr().err.splitlines()[-1]

@@ -49,20 +49,6 @@ BAD = [
     ("lora", ["--use-8bit-adam", "--optimizer", "Lion"], "--use-8bit-adam: not with --optimizer lion"),
     ("lora", ["--use-8bit-adam", "--optimizer", "adamw"], "--use-8bit-adam: not with --optimizer adamw"),
     ("lora", ["--learning-rate", "1e30"], "--learning-rate"),
-    (
-        "lora",
-        [
-            "--train-data-dir",
-            "images",
-            "--validation-split",
-            "0.5",
-            "--max-train-steps",
-            "3",
-            "--evaluation-steps",
-            "0",
-        ],
-        "--validation-split: has no effect without --validation-steps or --evaluation-steps",
-    ),
     ("lora", ["--no-prodigy-decouple"], "--prodigy-decouple: has no effect with --optimizer adamw"),
     (
         "lora",
