@@ -21,17 +21,6 @@ class Number(click.FloatRange):
         return number
 
 
-class _AnyNumber(click.types.FloatParamType):
-    """A finite float32 number."""
-
-    name = "number"
-
-    def convert(self, value, parameter, context):
-        return _UNLIMITED.convert(value, parameter, context)
-
-
-_UNLIMITED = Number()
-ANY_NUMBER = _AnyNumber()
 POSITIVE = Number(min=0, min_open=True)
 NOT_NEGATIVE = Number(min=0)
 SHARE = Number(min=0, max=1)

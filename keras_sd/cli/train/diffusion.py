@@ -5,7 +5,7 @@ import dataclasses
 import click
 
 from keras_sd.cli.command import decorated
-from keras_sd.cli.option_types import ANY_NUMBER, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
+from keras_sd.cli.option_types import FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
 
 diffusion_options = decorated(
     click.option(
@@ -46,7 +46,9 @@ diffusion_options = decorated(
         help="Distribution of timesteps: all alike, or sigma log-normal, as in EDM.",
     ),
     click.option(
-        "--log-sigma-mean", type=ANY_NUMBER, help="Mean of ln(sigma) with log_normal. By default -1.2."
+        "--log-sigma-mean",
+        type=Number(min=-100, max=100),
+        help="Mean of ln(sigma) with log_normal. By default -1.2.",
     ),
     click.option(
         "--log-sigma-std",
