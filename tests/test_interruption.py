@@ -95,7 +95,8 @@ def test_signal_in_a_step_saves_it_and_tells_how_to_go_on(folder, number):
 def test_signal_in_an_evaluation_ends_it_and_the_last_checkpoint_is_kept(folder):
     run = folder / "evaluation"
     options = ("--max-train-steps", 4, "--evaluation-steps", 2, "--checkpointing-steps", 2)
-    program = start(folder, run.name, *options, "--num-inference-steps", 1000, "--no-jit-compile")
+    large = ("--num-inference-steps", 1000, "--resolution", 64)  # which takes a minute
+    program = start(folder, run.name, *options, *large, "--no-jit-compile")
     wait_for(program, lambda: "evaluating: samples" in program.printed())
     line = ended_by(program, signal.SIGTERM)
     assert "SIGTERM: ended while evaluating: samples; resume with: KERAS_BACKEND=jax " in line

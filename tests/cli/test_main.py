@@ -524,7 +524,7 @@ def test_evaluation_of_the_bundled_model_is_a_table_and_a_file(keras_sd_command,
     assert results["model"] == "emoji" and results["num_inference_steps"] == 1
     assert results["reconstruction_psnr"] > 24
     table = [line for line in output.splitlines() if line.startswith("| ")]
-    assert len(table) == 9 and f"{results['reconstruction_psnr']:.2f} dB" in table[1]
+    assert len(table) == 10 and f"{results['reconstruction_psnr']:.2f} dB" in table[1]
 
 
 def test_demo_fine_tunes_and_names_what_it_wrote(tmp_path):

@@ -311,7 +311,7 @@ def test_resolve(tmp_path):
         ),
         (
             {"seed": 0, "network": CONFIG["network"], "data": "12"},
-            "other images or captions; resume",
+            "other images, masks or captions, or another part",
         ),
     ],
 )

@@ -63,7 +63,7 @@ def test_repeats_are_honoured(place, method, capfd):
     assert any((plain[name] != repeated[name]).any() for name in plain)
     assert "repeats in an epoch, by names of folders: '3_x' (1 images) 3" in capfd.readouterr().err
     (place / "repeated" / "3_x").rename(place / "repeated" / "2_x")
-    with pytest.raises(UserError, match="made with other images or captions; resume with the same"):
+    with pytest.raises(UserError, match="made with other images, masks or captions"):
         more = ("--max-train-steps", "2", "--resume-from-checkpoint", "latest")
         train.main(arguments(place, method, "repeated", *more), standalone_mode=False)
     (place / "repeated" / "2_x").rename(place / "repeated" / "3_x")
