@@ -16,6 +16,8 @@ from keras_sd.backend.compilation import (
     recomputed,
     scan,
     train_function_by_shape,
+    value_and_gradient,
+    with_constant_variables,
 )
 from keras_sd.backend.devices import (
     any_process,

@@ -166,6 +166,42 @@ def recomputed(function, variables):
     return call
 
 
+def value_and_gradient(function, tensor):
+    """Return `function(tensor)`, a scalar, and its gradient by the tensor; also inside a compiled step.
+
+    The gradient does not depend on the backend's tape around it: no second derivative passes through it.
+    """
+    tensor = keras.ops.stop_gradient(tensor)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        value, gradient = jax.value_and_grad(function)(tensor)
+    else:
+        import tensorflow as tf
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(tensor)
+            value = function(tensor)
+        gradient = tape.gradient(value, tensor)
+    return keras.ops.stop_gradient(value), keras.ops.stop_gradient(gradient)
+
+
+def with_constant_variables(function, variables):
+    """Return `function`, of tensors, with variables that get no gradient through it.
+
+    Args:
+        variables: all the Keras variables that the function reads. It may not assign to them.
+    """
+    variables = list(variables)
+
+    def call(*inputs):
+        values = [keras.ops.stop_gradient(compat.current_value(variable)) for variable in variables]
+        with _GivenValues(variables, values):
+            return function(*inputs)
+
+    return call
+
+
 class _GivenValues(keras.StatelessScope):
     """A scope where the given variables have the given values, and no other variable can be read.
 

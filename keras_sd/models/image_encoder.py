@@ -120,9 +120,25 @@ class ImageEncoder(ConfiguredModel):
         Args:
             images: as in a call.
         """
+        return ops.cast(self.post_layernorm(self.encoder(self._embedded(images))[:, 0]), "float32")
+
+    def hidden_states(self, images: Tensor) -> list[Tensor]:
+        """Return each block's outputs for the patches, `(n, patches, hidden_size)`, first block first.
+
+        Patches are in rows from the top left. The class vector is left out.
+
+        Args:
+            images: as in a call.
+        """
+        hidden, states = self._embedded(images), []
+        for layer in self.encoder.layers:
+            hidden = layer(hidden)
+            states.append(hidden[:, 1:])
+        return states
+
+    def _embedded(self, images):
         self._check(images)
-        hidden = self.pre_layrnorm(self.embeddings(normalize_pixels(images)))
-        return ops.cast(self.post_layernorm(self.encoder(hidden)[:, 0]), "float32")
+        return self.pre_layrnorm(self.embeddings(normalize_pixels(images)))
 
     def _check(self, images):
         size, shape = self.config.image_size, tuple(images.shape[1:])

@@ -129,8 +129,11 @@ class Decoder(Layer):
         self.conv_out = convolution(channels[0], config.out_channels)
 
     def call(self, latents):
-        layers = [self.conv_in, self.mid_block, *self.up_blocks, self.conv_norm_out, self.conv_out]
-        return sequential(layers, latents)
+        return self.conv_out(self.features(latents))
+
+    def features(self, latents):
+        """Return what the last convolution takes: `(n, h, w, c)` at the images' resolution."""
+        return sequential([self.conv_in, self.mid_block, *self.up_blocks, self.conv_norm_out], latents)
 
 
 @keras.saving.register_keras_serializable("keras_sd")
@@ -185,10 +188,15 @@ class AutoencoderKL(ConfiguredModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents `(n, h, w, c)` to images, float32, roughly in [-1, 1]."""
+        return ops.cast(self.decoder(self._decoder_inputs(latents)), "float32")
+
+    def decode_features(self, latents: Tensor) -> Tensor:
+        """Return what the decoder's last convolution, `decoder.conv_out`, takes of unscaled latents."""
+        return self.decoder.features(self._decoder_inputs(latents))
+
+    def _decoder_inputs(self, latents):
         latents = ops.cast(latents, self.compute_dtype)
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return ops.cast(self.decoder(latents), "float32")
+        return latents if self.post_quant_conv is None else self.post_quant_conv(latents)
 
     def call(self, images: Tensor) -> Tensor:
         return self.decode(self.encode(images).mode())

@@ -12,8 +12,12 @@ from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
 from keras_sd.models.pixels import images_from_unit, images_to_unit
 from keras_sd.progress import Progress
+from keras_sd.training.autoencoder_objective import (
+    AdversarialAutoencoderObjective,
+    AutoencoderLosses,
+    AutoencoderObjective,
+)
 from keras_sd.training.lora import freeze
-from keras_sd.training.objectives import AutoencoderObjective
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.rules import torch_state
@@ -62,7 +66,16 @@ def _image_batches(vae, examples):
 
 
 def train_autoencoder(
-    settings, vae, source, held_out, *, repeats=None, kl_weight=3e-4, crop_size=None, decoder_only=False
+    settings,
+    vae,
+    source,
+    held_out,
+    *,
+    repeats=None,
+    losses=None,
+    image_encoder=None,
+    crop_size=None,
+    decoder_only=False,
 ):
     """Train an `AutoencoderKL` and write it to `output_dir/model/vae`.
 
@@ -74,18 +87,24 @@ def train_autoencoder(
         held_out: examples, of one size, on which the reconstruction is measured; without any, some training
             examples.
         repeats: how often an epoch shows each example.
-        kl_weight: weight of the divergence, per latent number.
+        losses: `AutoencoderLosses`; None for their defaults.
+        image_encoder: `models.image_encoder.ImageEncoder` of the perceptual distance, which is frozen; needed
+            if `losses.perceptual_weight` is not 0.
         decoder_only: freeze the encoder, and train the decoder to decode the means of the latents, like the
             decoders published after Stable Diffusion 1.
         crop_size: side in pixels of random squares of the images to train on; None trains on whole images.
 
     Raises:
-        UserError: `crop_size` is larger than the images, or no multiple of the downsampling factor.
+        UserError: `crop_size` is larger than the images, or no multiple of the downsampling factor; the
+            perceptual distance has no image encoder.
 
     Returns:
         The trained model, or None if training was stopped before the end.
     """
     vae.check_encoder()
+    losses = losses or AutoencoderLosses()
+    if losses.perceptual_weight and image_encoder is None:
+        raise UserError("perceptual_weight: the distance needs features; give an `image_encoder`")
     config = vae.config
     framing = getattr(source, "framing", None)
     side = framing.resolution if framing else config.sample_size
@@ -97,8 +116,11 @@ def train_autoencoder(
     if decoder_only:
         for part in (vae.encoder, vae.quant_conv):
             freeze(part)
+    if image_encoder is not None:
+        freeze(image_encoder)
+    of_kind = AdversarialAutoencoderObjective if losses.adversarial_weight else AutoencoderObjective
     trainer = Trainer(
-        AutoencoderObjective(vae, kl_weight),
+        of_kind(vae, losses, image_encoder),
         settings,
         {
             "method": "vae",
@@ -106,7 +128,7 @@ def train_autoencoder(
             "data": fingerprint_of(source),
             **framing_identity(source),
             **repeats_identity(repeats),
-            "kl_weight": kl_weight,
+            **losses.identity(),
             "random_crop": crop_size,
             "decoder_only": decoder_only,
         },

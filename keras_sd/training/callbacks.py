@@ -282,6 +282,30 @@ def diverged(fault: str, checkpoints: Checkpoints) -> UserError:
     return UserError(f"training: {fault}; {remedy} with a lower `learning_rate` or `max_grad_norm`")
 
 
+class PhaseCallback(StepCallback):
+    """Has the training step compiled anew after the steps where the objective changes.
+
+    Args:
+        objective: `objectives.Objective`, with `phase_starts`.
+        initial_step: number of steps done before.
+    """
+
+    def __init__(self, objective, initial_step: int = 0):
+        super().__init__(initial_step)
+        self._objective = objective
+        self._compiling = contextlib.ExitStack()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._compiling.close()
+        super().on_train_batch_end(batch, logs)
+
+    def on_step(self, logs):
+        if self._objective.enter_phase_of(self.step):
+            self._objective.make_train_function(force=True)
+            work = backend.first_call(self._objective.jit_compile)
+            self._compiling.enter_context(interruption.phase(f"{work} the training step of the next phase"))
+
+
 class StopOnSignal(StepCallback):
     """Stops training after the current step on SIGTERM or Ctrl-C; a second Ctrl-C aborts at once.
 

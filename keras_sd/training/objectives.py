@@ -4,6 +4,7 @@ An objective's `call` maps a batch, a dictionary of arrays, to one loss per exam
 noise and timesteps, so the compiled step is a pure function.
 """
 
+import bisect
 from typing import Any
 
 import keras
@@ -23,7 +24,15 @@ from keras_sd.training.diffusion_settings import DiffusionSettings
 
 
 class Objective(keras.Model):
-    """Base of all objectives: the model's output is the loss `(n,)`, float32 in every precision."""
+    """Base of all objectives: the model's output is the loss `(n,)`, float32 in every precision.
+
+    Attributes:
+        phase_starts: steps after which the objective changes, in order; the step is compiled anew there.
+        phase: how many of these changes the run has passed. The trainer sets it.
+    """
+
+    phase_starts: tuple[int, ...] = ()
+    phase = 0
 
     def __init__(self, **kwargs: Any) -> None:
         # Noise and targets stay in float32; only the networks run in half precision.
@@ -45,6 +54,13 @@ class Objective(keras.Model):
         # The loss of this batch alone: Keras' own mean over the epoch would differ between a resumed run and
         # an uninterrupted one.
         return {"loss": ops.mean(y_pred)}
+
+    def enter_phase_of(self, step: int) -> bool:
+        """Enter the phase of a run that has taken `step` steps; return whether it is another one."""
+        phase = bisect.bisect_right(self.phase_starts, step)
+        is_new = phase != self.phase
+        self.phase = phase
+        return is_new
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is None or force:
@@ -153,27 +169,6 @@ class PriorPreservationObjective(DiffusionObjective):
 
 def _one_axis(pairs):
     return ops.reshape(pairs, (-1, *pairs.shape[2:]))
-
-
-class AutoencoderObjective(Objective):
-    """Reconstruction error of a KL autoencoder plus the divergence from the standard normal distribution.
-
-    A batch holds uint8 `images` and `noise` of the latents' shape. Squared and absolute errors are means over
-    the pixels of images in [-1, 1]; the divergence is in nats per latent element.
-    """
-
-    def __init__(self, vae, kl_weight=3e-4, **kwargs):
-        super().__init__(**kwargs)
-        self.vae = vae
-        self.kl_weight = kl_weight
-
-    def call(self, batch):
-        images = images_to_unit(batch["images"])
-        posterior = self.vae.encode(images)
-        errors = self.vae.decode(posterior.sample(batch["noise"])) - images
-        reconstruction = ops.mean(ops.abs(errors) + 2.0 * ops.square(errors), axis=(1, 2, 3))
-        latent_size = np.prod(posterior.mean.shape[1:])
-        return reconstruction + self.kl_weight / latent_size * posterior.kl_divergence()
 
 
 class ContrastiveObjective(Objective):

@@ -23,6 +23,7 @@ from keras_sd.training import distribution, post_hoc_ema, resuming
 from keras_sd.training.callbacks import (
     CheckpointCallback,
     EMACallback,
+    PhaseCallback,
     ProgressCallback,
     StepCallbackList,
     StopOnNonFiniteLoss,
@@ -294,6 +295,7 @@ class Trainer:
             training_batches = source.encode_batches(training_batches)
         if buckets is not None and len(np.unique(buckets)) > 1:
             training_batches = backend.batches_of_shapes(training_batches)
+        self.objective.enter_phase_of(self.step)
         self.objective.fit(
             training_batches,
             steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,
@@ -389,6 +391,7 @@ class Trainer:
                 total_steps=settings.max_train_steps,
             ),
             *([progress] if self.is_writer else []),
+            PhaseCallback(self.objective, self.step),
         ]
         callbacks += [
             EvaluationCallback(schedule, progress, self.step, settings.max_train_steps)

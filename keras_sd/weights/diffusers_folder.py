@@ -24,6 +24,11 @@ INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 LOW_RES_SCHEDULER = Path("low_res_scheduler") / "scheduler_config.json"
 PARTS = ("text_encoder", "unet", "vae", "image_encoder")
+# Of a whole CLIP: where `config.json` describes a tower, and how the names of its tensors begin.
+_TOWERS = {
+    "text_encoder": ("text_config", ("text_model.",)),
+    "image_encoder": ("vision_config", ("vision_model.", "visual_projection.")),
+}
 
 _SINGLE_FILE = ".safetensors"
 # Suffixes of weight files that are read but not written, and `.sft`, a short form of `.safetensors`.
@@ -153,7 +158,18 @@ def read_part(directory, part, variant=None):
     """
     config = read_json(Path(directory) / "config.json")
     source = weights_path(directory, part, variant)
-    return Part(config, read_weights(source), source)
+    tensors = read_weights(source)
+    if part in _TOWERS and isinstance(config.get(_TOWERS[part][0]), dict):
+        config, tensors = _tower_of_clip(config, tensors, part)
+    return Part(config, tensors, source)
+
+
+def _tower_of_clip(config, tensors, part):
+    """Return config and tensors of one tower of a whole CLIP, as transformers' `CLIPModel` stores it."""
+    key, prefixes = _TOWERS[part]
+    projection = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+    return config[key] | projection, own
 
 
 def read_folder(folder, variant=None):

@@ -19,7 +19,8 @@ from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
-from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective
+from keras_sd.training.autoencoder_objective import AutoencoderObjective
+from keras_sd.training.objectives import DiffusionObjective
 from keras_sd.training.trainer import Settings, Trainer
 from tests import tiny
 from tests.programs import run_python

@@ -9,6 +9,7 @@ import pytest
 from keras_sd.config import ImageEncoderConfig
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.weights.loading import load_part
 from keras_sd.weights.rules import load_weights
 from tests.reference import group_of, run_reference
 
@@ -24,7 +25,7 @@ SMALL = {
 CONFIGS = {act: ImageEncoderConfig(**SMALL, hidden_act=act) for act in ("quick_gelu", "gelu")}
 SCRIPT = """
     import json
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
@@ -33,7 +34,14 @@ SCRIPT = """
         model = randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**values)), 0.2)
         store_weights(model, name + "/weights")
         outputs[name + "/embeddings"] = model(pixels).image_embeds
-        outputs[name + "/features"] = model.vision_model(pixels).pooler_output
+        result = model.vision_model(pixels, output_hidden_states=True)
+        outputs[name + "/features"] = result.pooler_output
+        outputs[name + "/states"] = torch.stack(result.hidden_states[1:])
+    values = {name: values[name] for name in values if name != "image_size"}
+    towers = {"text_config": values | {"vocab_size": 40}, "vision_config": values | {"image_size": 24}}
+    whole = randomize(CLIPModel(CLIPConfig(**towers, projection_dim=20)), 0.2)
+    whole.save_pretrained(folder / "whole")
+    outputs["whole"] = whole.get_image_features(pixels).pooler_output
 """
 
 
@@ -70,6 +78,19 @@ def test_embeddings(loaded):
 def test_features(loaded):
     encoder, expected = loaded
     assert_close(encoder.features(images()), expected["features"])
+
+
+def test_hidden_states_are_those_of_the_patches(loaded):
+    encoder, expected = loaded
+    states = keras.ops.stack(encoder.hidden_states(images()))
+    assert_close(states, expected["states"][:, :, 1:])
+
+
+def test_towers_of_a_whole_clip_are_opened(reference, tmp_path_factory):
+    """A folder of transformers' `CLIPModel`, with one `config.json` and one file of weights."""
+    folder = next(tmp_path_factory.getbasetemp().glob("reference*/whole"))
+    assert_close(load_part(folder, "image_encoder")(images()), reference["whole"])
+    assert load_part(folder, "text_encoder").config.vocab_size == 40
 
 
 def test_compiled_batches_of_any_size_agree(loaded):

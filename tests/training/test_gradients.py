@@ -21,9 +21,10 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training import adapter_settings, lora
+from keras_sd.training.autoencoder_objective import AutoencoderLosses, AutoencoderObjective
 from keras_sd.training.consistency import ConsistencyObjective
 from keras_sd.training.diffusion_settings import DiffusionSettings
-from keras_sd.training.objectives import AutoencoderObjective, DiffusionObjective, PriorPreservationObjective
+from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective
 from keras_sd.training.optimizers import AdamW
 from keras_sd.weights.diffusers_folder import write_part
 from keras_sd.weights.old_names import canonical_name
@@ -199,7 +200,7 @@ def with_new_tokens(text_encoder, count):
 
 def make_objective(case, models):
     if "vae" in case["trains"]:
-        return AutoencoderObjective(models["vae"], case["kl_weight"])
+        return AutoencoderObjective(models["vae"], AutoencoderLosses(case["kl_weight"]))
     schedule = NoiseSchedule(SchedulerConfig(**case.get("scheduler", {})))
     if "num_ddim_timesteps" in case:
         names = ("num_ddim_timesteps", "guidance_scale", "huber_c")

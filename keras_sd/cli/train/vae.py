@@ -1,10 +1,12 @@
 """The command that trains a VAE: a new one, or a pretrained one further."""
 
+import warnings
+
 import click
 
-from keras_sd import config
+from keras_sd import config, presets
 from keras_sd.cli.command import Command, refuse_unused
-from keras_sd.cli.option_types import NOT_NEGATIVE
+from keras_sd.cli.option_types import FROM_ZERO, NOT_NEGATIVE
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
@@ -21,6 +23,39 @@ from keras_sd.errors import UserError
     "--kl-weight", default=3e-4, type=NOT_NEGATIVE, help="Weight of the KL divergence per latent value."
 )
 @click.option(
+    "--perceptual-weight",
+    default=0.0,
+    type=NOT_NEGATIVE,
+    help="Weight of the perceptual distance (LPIPS on the features of --perceptual-model); 0 leaves it out.",
+)
+@click.option(
+    "--perceptual-model",
+    help="Model, by name or folder, whose CLIP image encoder has the features of --perceptual-weight.",
+)
+@click.option(
+    "--adversarial-weight",
+    default=0.0,
+    type=NOT_NEGATIVE,
+    help="Weight of a patch discriminator's verdict, times the adaptive weight of Esser et al. (2021), where "
+    "0.5 to 0.8 is usual; 0 leaves it out.",
+)
+@click.option(
+    "--adversarial-start",
+    type=FROM_ZERO,
+    help="Number of steps before the discriminator's verdict counts. It learns from the first step. "
+    "[default: 0]",
+)
+@click.option(
+    "--discriminator-width",
+    type=COUNT,
+    help="Channels of the discriminator's first convolution, a multiple of 8. [default: 64]",
+)
+@click.option(
+    "--discriminator-depth",
+    type=COUNT,
+    help="Number of the discriminator's convolutions that halve the resolution. [default: 3]",
+)
+@click.option(
     "--crop-size",
     type=COUNT,
     help="Side in pixels of random squares of the resized images to train on. By default whole images.",
@@ -29,12 +64,13 @@ from keras_sd.errors import UserError
 @click.option(
     "--decoder-only", is_flag=True, help="Train the decoder only, so that latents stay as they are."
 )
-def vae(vae_config, kl_weight, crop_size, pretrained_vae, decoder_only, **options):
+def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, **options):
     """Train the autoencoder (VAE) that encodes images to latents."""
     if decoder_only and not pretrained_vae:
         raise UserError("--decoder-only: there are no latents yet; name an autoencoder with --pretrained-vae")
     refuse_unused(["vae_config"], not pretrained_vae, "with --pretrained-vae")
     refuse_unused(["kl_weight"], not decoder_only, "with --decoder-only")
+    losses = _losses(options, perceptual_model)
     run = prepare(
         "vae",
         options | {"crop_size": crop_size},
@@ -42,15 +78,27 @@ def vae(vae_config, kl_weight, crop_size, pretrained_vae, decoder_only, **option
         defaults_from=pretrained_vae or defaults_from(vae_config),
         need_captions=False,
     )
+    start, end = losses.get("adversarial_start", 0), run.settings.max_train_steps
+    if start and start >= end:
+        warnings.warn(
+            f"--adversarial-start {start}: the run ends at step {end}, before the discriminator counts; give "
+            "fewer steps, or train longer",
+            stacklevel=2,
+        )
     from keras_sd.models.vae import AutoencoderKL
     from keras_sd.training.autoencoder import train_autoencoder
+    from keras_sd.training.autoencoder_objective import AutoencoderLosses
     from keras_sd.training.trainer import PRECISIONS
     from keras_sd.weights.loading import load_part
 
+    precision = PRECISIONS[run.settings.mixed_precision]
     if pretrained_vae:
-        autoencoder = load_part(pretrained_vae, "vae", PRECISIONS[run.settings.mixed_precision])
+        autoencoder = load_part(pretrained_vae, "vae", precision)
     else:
         autoencoder = AutoencoderKL(read_config(vae_config, config.VAEConfig, architecture.EMOJI_VAE))
+    seen_by = None
+    if perceptual_model:
+        seen_by = load_part(presets.find(perceptual_model), "image_encoder", precision)
     sizes = autoencoder.config
     source, held_out, repeats = run.sources(sizes.sample_size, sizes.downsampling)
     train_autoencoder(
@@ -59,7 +107,25 @@ def vae(vae_config, kl_weight, crop_size, pretrained_vae, decoder_only, **option
         source,
         held_out,
         repeats=repeats,
-        kl_weight=kl_weight,
+        losses=AutoencoderLosses(**losses),
+        image_encoder=seen_by,
         crop_size=crop_size,
         decoder_only=decoder_only,
     )
+
+
+def _losses(options, perceptual_model):
+    """Take the arguments of `AutoencoderLosses` out of the options, those that are given; check them."""
+    of_discriminator = ["adversarial_start", "discriminator_width", "discriminator_depth"]
+    names = ["kl_weight", "perceptual_weight", "adversarial_weight", *of_discriminator]
+    values = {name: options.pop(name) for name in names}
+    refuse_unused(["perceptual_model"], values["perceptual_weight"], "without --perceptual-weight")
+    refuse_unused(of_discriminator, values["adversarial_weight"], "without --adversarial-weight")
+    if values["perceptual_weight"] and not perceptual_model:
+        raise UserError(
+            "--perceptual-weight: the distance needs features; name a model with --perceptual-model"
+        )
+    width = values["discriminator_width"]
+    if width and width % 8:
+        raise UserError(f"--discriminator-width {width}: not a multiple of 8; change it")
+    return {name: value for name, value in values.items() if value is not None}
