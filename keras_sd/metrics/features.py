@@ -110,15 +110,19 @@ def extract(extractor: FeatureExtractor, images: Images, batch_size: int = 64) -
 
 
 def resize(images, size):
-    """Resize float images (n, h, w, c) to `size` by `size`: bilinear, with antialiasing when shrinking.
+    """Resize float images (n, h, w, c): bilinear, with antialiasing when shrinking.
+
+    Args:
+        size: the side of square images, or `(height, width)`.
 
     Two matrix multiplications, because XLA has no kernel for TensorFlow's antialiased resize.
     """
     height, width = images.shape[1:3]
-    if height != size:
-        images = ops.einsum("ph,nhwc->npwc", _bilinear_weights(height, size), images)
-    if width != size:
-        images = ops.einsum("qw,nhwc->nhqc", _bilinear_weights(width, size), images)
+    new_height, new_width = (size, size) if isinstance(size, int) else size
+    if height != new_height:
+        images = ops.einsum("ph,nhwc->npwc", _bilinear_weights(height, new_height), images)
+    if width != new_width:
+        images = ops.einsum("qw,nhwc->nhqc", _bilinear_weights(width, new_width), images)
     return images
 
 

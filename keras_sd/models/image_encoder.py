@@ -136,6 +136,18 @@ class ImageEncoder(ConfiguredModel):
             states.append(hidden[:, 1:])
         return states
 
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Return the last block's vectors of the patches, float32 `(n, rows, columns, hidden_size)`.
+
+        They are transformers' `last_hidden_state` without the class vector, on the grid of the patches.
+
+        Args:
+            images: as in a call.
+        """
+        grid = self.config.image_size // self.config.patch_size
+        patches = self.encoder(self._embedded(images))[:, 1:]
+        return ops.cast(ops.reshape(patches, (-1, grid, grid, self.config.hidden_size)), "float32")
+
     def _embedded(self, images):
         self._check(images)
         return self.pre_layrnorm(self.embeddings(normalize_pixels(images)))

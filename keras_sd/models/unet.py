@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_sd.arguments import Tensor
 from keras_sd.config import UNetConfig
+from keras_sd.errors import UserError
 from keras_sd.models.attention import SpatialTransformer
 from keras_sd.models.gradient_checkpointing import RecomputingLayer
 from keras_sd.models.initializers import normal
@@ -151,6 +152,12 @@ class UNet(ConfiguredModel):
     `(n, h, w, features)` that enters the outermost block of the up path. With that feature map as `deep`,
     only the outermost level is computed.
 
+    With `returns_bottleneck`, a call also returns the output of the middle block, or of the last block of the
+    down path in a model without one: `(n, rows, columns, features)` in the computation's precision.
+
+    Raises:
+        UserError: the bottleneck is asked for along with `deep`, which leaves it out.
+
     Example:
         ```python
         unet = keras_sd.UNet(keras_sd.UNetConfig(sample_size=64))
@@ -192,13 +199,21 @@ class UNet(ConfiguredModel):
             embedded = embedded + self.class_embedding(class_labels)
         return ops.silu(embedded)
 
+    def bottleneck_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return rows, columns and features of the bottleneck for latents of that size."""
+        factor = 2 ** (len(self.down_blocks) - 1)  # a convolution of stride 2 rounds up
+        return -(-height // factor), -(-width // factor), self.config.block_out_channels[-1]
+
     def call(
         self,
         inputs: Sequence[Tensor],
         class_labels: Tensor = None,
         deep: Tensor = None,
         returns_deep: bool = False,
+        returns_bottleneck: bool = False,
     ) -> Tensor:
+        if returns_bottleneck and deep is not None:
+            raise UserError("returns_bottleneck True: `deep` leaves the bottleneck out; leave one out")
         latents, timesteps, context = inputs if len(inputs) == 3 else (*inputs, None)
         time_embedding = self._embed_time(timesteps, class_labels)
         if context is not None:
@@ -210,7 +225,8 @@ class UNet(ConfiguredModel):
             skips.extend(block_skips)
         *inner_blocks, outermost = self.up_blocks
         if deep is None:
-            deep = self.mid_block(hidden, time_embedding, context) if self.mid_block else hidden
+            bottleneck = self.mid_block(hidden, time_embedding, context) if self.mid_block else hidden
+            deep = bottleneck
             for block in inner_blocks:
                 count = len(block.resnets)
                 skips, block_skips = skips[:-count], skips[-count:]
@@ -218,4 +234,5 @@ class UNet(ConfiguredModel):
                 deep = block(deep, block_skips, time_embedding, context, size=size)
         hidden = outermost(deep, skips[: len(outermost.resnets)], time_embedding, context)
         outputs = ops.cast(self.conv_out(self.conv_norm_out(hidden)), "float32")
-        return (outputs, deep) if returns_deep else outputs
+        further = ([deep] if returns_deep else []) + ([bottleneck] if returns_bottleneck else [])
+        return (outputs, *further) if further else outputs

@@ -70,6 +70,14 @@ class Caching:
             )
         return dataclasses.replace(self, cache_latents="off")
 
+    def refuse_disk_for_alignment(self) -> None:
+        """Raise UserError if encodings would be kept on disk, for a training with an alignment."""
+        reason = "the targets of an alignment are not kept on disk"
+        if self.cache_latents == "disk":
+            raise UserError(f"cache_latents disk: {reason}; use memory or off")
+        if self.cache_dir is not None:
+            raise UserError(f"cache_dir {self.cache_dir}: {reason}; leave it out")
+
     def folder(self) -> Path:
         """Return the folder for encodings on disk."""
         if self.cache_dir is not None:

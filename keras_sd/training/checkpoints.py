@@ -462,6 +462,7 @@ UNNAMED: dict[str, int | float | str | bool | None] = {
     "timestep_sampling": "uniform",
     "log_sigma_mean": None,
     "log_sigma_std": None,
+    "alignment_weight": 0.0,
 }
 
 # The user's words for the keys of a run's config.
@@ -486,8 +487,9 @@ _WORDS = {
     "unet": "weights of the UNet",
     "vae": "weights of the VAE",
     "text_encoder": "weights of the text encoder",
+    "image_encoder": "weights of the alignment's image encoder",
 }
-_HASHES = {"frozen", "unet", "vae", "text_encoder", "data", "repeats"}
+_HASHES = {"frozen", "unet", "vae", "text_encoder", "image_encoder", "data", "repeats"}
 
 
 def _words(key: str) -> str:

@@ -38,6 +38,7 @@ class Encoder:
             the context of a caption is its token ids.
         batch_size: images per batch.
         jit_compile: whether to compile with XLA on TensorFlow.
+        alignment: `alignment.Alignment`, whose targets examples have, too; None for none.
 
     Attributes:
         condition: the key of contexts in a training batch: "context", or "token_ids" without a text encoder.
@@ -50,7 +51,9 @@ class Encoder:
         tokenizer: Tokenizer,
         batch_size: int = BATCH_SIZE,
         jit_compile: bool = True,
+        alignment: Any = None,
     ) -> None:
+        self.alignment = alignment
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.batch_size, self.text_batch_size = batch_size, _CAPTIONS_PER_IMAGE * batch_size
         self.condition = "token_ids" if text_encoder is None else "context"
@@ -68,6 +71,13 @@ class Encoder:
             jit_compile,
             of_process=True,
         )
+        if alignment is not None:
+            self._targets = backend.jit(
+                lambda images: alignment.targets(images),
+                alignment.image_encoder.variables,
+                jit_compile,
+                of_process=True,
+            )
         if text_encoder is not None:
             encode = text_encoder  # of the type that is not None
             self._encode_text = backend.jit(
@@ -84,6 +94,14 @@ class Encoder:
             float32 `(n, 2, height / factor, width / factor, channels)`.
         """
         return in_batches(self._posterior, self.batch_size, images)
+
+    def alignment_targets(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Return the targets of the images' alignment, float32 `(n, rows, columns, features)`.
+
+        Args:
+            images: uint8 `(n, height, width, 3)`.
+        """
+        return in_batches(self._targets, self.batch_size, images)
 
     def inpainting_channels(
         self, images: npt.NDArray[np.uint8], hidden: npt.NDArray[np.bool_]
@@ -192,13 +210,15 @@ def in_batches(function, batch_size, *arrays):
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def check_finite(moments: npt.NDArray[np.float32], names: Sequence[str]) -> None:
-    """Raise UserError if an image's latents are not finite; it names the image."""
-    for array, name in zip(moments, names, strict=True):
+def check_finite(
+    encodings: npt.NDArray[np.float32], names: Sequence[str], what: str = "latents", model: str = "VAE"
+) -> None:
+    """Raise UserError if an image's latents, or what else is encoded, are not finite; it names the image."""
+    for array, name in zip(encodings, names, strict=True):
         if not np.isfinite(array).all():
             raise UserError(
-                f"{name}: its latents are not finite numbers; use another precision (bf16 or none), or "
-                "another VAE"
+                f"{name}: its {what} are not finite numbers; use another precision (bf16 or none), or "
+                f"another {model}"
             )
 
 

@@ -79,7 +79,7 @@ class Examples:
         Keys: mean and standard_deviation of the scaled latents `(h, w, c)`, contexts and empty_context. The
         contexts `(n, tokens, width)` are those of the captions; `(n, tokens)` without a text encoder. In
         place of the moments an `UnencodedSource` has the image and latent_shape. A source with masks has
-        mask: the weight of each latent `(h, w, 1)`.
+        mask: the weight of each latent `(h, w, 1)`. One for an alignment has alignment_target, in memory.
         """
         return self._example(self._place(index), is_flipped=False)
 
@@ -107,7 +107,7 @@ class Examples:
         return parts
 
 
-def cached_example(moments, contexts, empty_context, mask=None, is_flipped=False):
+def cached_example(moments, contexts, empty_context, mask=None, is_flipped=False, target=None):
     """Return an example of kept encodings; a mask is kept as that of the image that is not flipped."""
     example = {
         "mean": moments[0].astype("float32", copy=False),
@@ -117,6 +117,8 @@ def cached_example(moments, contexts, empty_context, mask=None, is_flipped=False
     }
     if mask is not None:
         example["mask"] = mask[:, ::-1] if is_flipped else mask
+    if target is not None:
+        example["alignment_target"] = target.astype("float32", copy=False)
     return example
 
 
@@ -206,10 +208,10 @@ class EncodedSource(Examples):
         show = progress and backend.process_index() == 0
         total = len(versions) * len(source)
         with Progress("encoding images", total, "images", disable=not show) as bar:
-            self._moments, read = [], []
+            self._images, read = [], []
             for version in versions:
-                moments, of_images = self._encode_images(version, encoder, bar)
-                self._moments.append(moments)
+                encoded, of_images = self._encode_images(version, encoder, bar)
+                self._images.append(encoded)
                 read.append(of_images)
         self._captions = captions or CaptionIndex(read[0], encoder.tokenizer)
         self._contexts = self._captions.token_ids
@@ -234,45 +236,65 @@ class EncodedSource(Examples):
         return np.concatenate(parts)
 
     def _encode_images(self, source, encoder, bar):
-        """Return the moments of all images, an array for each bucket, and their captions."""
+        """Return the encodings of all images by name, for each bucket, and their captions."""
         buckets = np.zeros(len(source), int) if self._buckets is None else np.asarray(self._buckets)
         pixels = None if self._fingerprint else hashlib.sha256()
         places = [np.flatnonzero(buckets == bucket) for bucket in range(buckets.max() + 1)]
         self._within = np.empty(len(source), int)  # where an example is in its bucket
-        captions, moments = [()] * len(source), []
+        captions, encoded = [()] * len(source), []
         examples = read_ahead(source, np.concatenate(places))
         for of_bucket in places:
             self._within[of_bucket] = np.arange(len(of_bucket))
-            whole, done = None, 0
+            whole, done = {}, 0
             for part in batched(examples, encoder.batch_sizes(len(of_bucket))):
                 indices = of_bucket[done : done + len(part)].tolist()
                 images = np.stack([example["image"] for example in part])
                 if pixels:
                     pixels.update(images.data)
-                found = encoder.moments(images)
-                check_finite(found, list(map(name_of, part, indices)))
-                if whole is None:
-                    whole = np.empty((len(of_bucket), *found.shape[1:]), self.cache_dtype)
-                whole[done : done + len(part)] = narrowed(found, self.cache_dtype)
+                found = encoded_images(encoder, images, list(map(name_of, part, indices)))
+                for name, arrays in found.items():
+                    if name not in whole:
+                        whole[name] = np.empty((len(of_bucket), *arrays.shape[1:]), self.cache_dtype)
+                    whole[name][done : done + len(part)] = narrowed(arrays, self.cache_dtype)
                 for index, example in zip(indices, part, strict=True):
                     captions[index] = example.get("captions", ())
                 done += len(part)
                 bar.update(len(part))
-            moments.append(whole)
+            encoded.append(whole)
         if pixels:
             self._fingerprint = hashlib.sha256(f"{pixels.hexdigest()} {captions}".encode()).hexdigest()
-        return moments, captions
+        return encoded, captions
 
     def _example(self, index, is_flipped):
         bucket = 0 if self._buckets is None else self._buckets[index]
-        moments = self._moments[is_flipped][bucket][self._within[index]]
+        encoded, place = self._images[is_flipped][bucket], self._within[index]
+        target = encoded["alignment_target"][place] if "alignment_target" in encoded else None
         mask = None if self._masks is None else self._masks[index]
         contexts = self._context(self._captions.rows(index)), self._context(0)
-        return cached_example(moments, *contexts, mask, is_flipped)
+        return cached_example(encoded["moments"][place], *contexts, mask, is_flipped, target)
 
     def _context(self, rows):
         kind = "int32" if self.condition == "token_ids" else "float32"
         return self._contexts[rows].astype(kind, copy=False)
+
+
+def encoded_images(encoder, images, names):
+    """Return what is encoded of images by name: moments and, for an alignment, alignment_target.
+
+    Args:
+        encoder: `encoder.Encoder`.
+        images: uint8 `(n, height, width, 3)`.
+        names: of the images, for messages.
+
+    Raises:
+        UserError: a number is not finite.
+    """
+    encoded = {"moments": encoder.moments(images)}
+    check_finite(encoded["moments"], names)
+    if encoder.alignment is not None:
+        encoded["alignment_target"] = encoder.alignment_targets(images)
+        check_finite(encoded["alignment_target"], names, "features", "image encoder")
+    return encoded
 
 
 def narrowed(array, dtype):
@@ -338,8 +360,11 @@ class UnencodedSource(Examples):
         """Return a batch with latents and contexts in place of images and token ids."""
         batch = dict(batch)
         images, noise = batch.pop("image"), batch.pop("posterior_noise")
-        moments = self._encoder.moments(images.reshape(-1, *images.shape[-3:]))
-        check_finite(moments, [f"image {index} of a batch" for index in range(len(moments))])
+        images = images.reshape(-1, *images.shape[-3:])  # pairs of images, too
+        names = [f"image {index} of a batch" for index in range(len(images))]
+        encoded = encoded_images(self._encoder, images, names)
+        moments = encoded.pop("moments")
+        batch |= encoded
         means, deviations = (moments[:, part].reshape(noise.shape) for part in range(2))
         batch["samples"] = means + deviations * noise
         if "hidden" in batch:

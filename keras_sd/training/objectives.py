@@ -125,7 +125,12 @@ class DiffusionObjective(Objective):
         self.noise_rates = schedule.noise_rates
         self.weights_by_timestep = diffusion.weights(schedule)
 
-    def call(self, batch: dict[str, Any]) -> Tensor:
+    def call(self, batch: dict[str, Any]) -> Any:
+        noisy, target, weight = self._noised(batch)
+        return self._denoising_losses(self._predict(noisy, batch), target, weight, batch)
+
+    def _noised(self, batch):
+        """Return the noisy samples, the target of the prediction and the weight of its squared error."""
         samples = batch["samples"]
         if keras.backend.standardize_dtype(samples.dtype) == "uint8":
             samples = images_to_unit(samples)
@@ -136,19 +141,23 @@ class DiffusionObjective(Objective):
         )
         noisy = prediction.add_noise(samples, batch.get("input_noise", noise), signal_rate, noise_rate)
         target = prediction.target(self.prediction_type, samples, noise, signal_rate, noise_rate)
-        errors = weight * ops.square(self._predict(noisy, timesteps, batch) - target)
+        return noisy, target, weight
+
+    def _denoising_losses(self, predicted, target, weight, batch):
+        errors = weight * ops.square(predicted - target)
         return ops.mean(batch["mask"] * errors if "mask" in batch else errors, axis=(1, 2, 3))
 
-    def _predict(self, noisy, timesteps, batch):
+    def _predict(self, noisy, batch, **options):
+        """Return what the UNet makes of the noisy samples of a batch; the options are those of its call."""
         if "channels" in batch:
             noisy = ops.concatenate([noisy, batch["channels"]], axis=-1)
-        inputs = [noisy, timesteps]
+        inputs = [noisy, batch["timesteps"]]
         if "token_ids" in batch:
             inputs.append(self.text_encoder(batch["token_ids"]))
         elif "context" in batch:
             inputs.append(batch["context"])
         labels = {"class_labels": batch["class_labels"]} if "class_labels" in batch else {}
-        return self.unet(inputs, **labels)
+        return self.unet(inputs, **labels, **options)
 
 
 class PriorPreservationObjective(DiffusionObjective):

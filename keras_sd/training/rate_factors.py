@@ -97,6 +97,7 @@ class RateFactors:
 
     def __init__(self, objective: Any, settings: Any) -> None:
         from keras_sd.models.parameters import parameter_paths
+        from keras_sd.training.alignment import PROJECTION
 
         self.factors: dict[int, float] | None = None
         self.figures: dict[str, float] = {}
@@ -117,7 +118,7 @@ class RateFactors:
             for one in trained:
                 if not factors[id(one.variable)]:
                     one.variable.trainable = False
-            if not any(one.variable.trainable for one in trained):
+            if not any(one.variable.trainable for one in trained if not one.name.startswith(PROJECTION)):
                 raise UserError("learning_rate_by_block: freezes all that is trained; leave a factor above 0")
         if own_rate is not None:
             of_text = [one for one in trained if one.name.startswith("text_encoder.")]

@@ -54,6 +54,7 @@ def encoded_source(
     batch_size: int = BATCH_SIZE,
     jit_compile: bool = True,
     progress: bool = True,
+    alignment: Any = None,
 ) -> "EncodedSource | StoredSource | UnencodedSource":
     """Return a source of encoded examples, kept where `caching` says.
 
@@ -61,15 +62,18 @@ def encoded_source(
         source: a `data.framing.FramedSource`; any sequence of examples if encodings are kept in memory.
         vae, text_encoder, tokenizer, batch_size, jit_compile, progress: as in `EncodedSource`.
         caching: `Caching`.
+        alignment: `alignment.Alignment`, whose targets the examples have, too; not kept on disk.
 
     Raises:
         UserError: there are no examples, an image cannot be read or encoded, images are cropped at random
             but kept, or the folder cannot be written.
     """
     caching = caching or Caching()
+    if alignment is not None:
+        caching.refuse_disk_for_alignment()
     if not len(source):
         raise UserError("data set: no examples to encode; give one with images")
-    encoder = Encoder(vae, text_encoder, tokenizer, batch_size, jit_compile)
+    encoder = Encoder(vae, text_encoder, tokenizer, batch_size, jit_compile, alignment)
     mode = caching.cache_latents
     if not hasattr(source, "bucket_sizes"):
         if mode not in (None, "memory") or caching.cache_dir is not None:
@@ -82,9 +86,7 @@ def encoded_source(
         captions = CaptionIndex(source.captions(), tokenizer)
         size = _size(source, captions, encoder, caching.cache_dtype)
         if mode is None:
-            mode = "memory" if size <= MOST_IN_MEMORY and caching.cache_dir is None else "disk"
-            if mode == "disk" and caching.cache_dir is None and progress and not backend.process_index():
-                _say(f"encodings take {size / 2**30:.1f} GiB, and are kept in {caching.folder()}")
+            mode = _usual_mode(size, caching, alignment, progress and not backend.process_index())
     if mode == "memory":
         return EncodedSource.of_encoder(source, encoder, caching.cache_dtype, progress, captions)
     assert captions is not None
@@ -92,6 +94,17 @@ def encoded_source(
         return UnencodedSource(source, encoder, captions)
     store = EncodingStore(caching.folder())
     return StoredSource(source, encoder, captions, store, caching.cache_dtype, progress)
+
+
+def _usual_mode(size, caching, alignment, show):
+    """Return where so many bytes of encodings are kept if the user does not say; tell if not in memory."""
+    if size <= MOST_IN_MEMORY and caching.cache_dir is None:
+        return "memory"
+    mode = "disk" if alignment is None else "off"
+    if show and caching.cache_dir is None:
+        where = f"are kept in {caching.folder()}" if mode == "disk" else "are computed anew for each batch"
+        _say(f"encodings take {size / 2**30:.1f} GiB, and {where}")
+    return mode
 
 
 def _say(text):
@@ -103,6 +116,9 @@ def _size(source, captions, encoder, dtype):
     counts = np.bincount(source.buckets, minlength=len(source.bucket_sizes))
     shapes = [encoder.latent_shape(*size) for size in source.bucket_sizes]
     latents = sum(2 * int(count) * math.prod(shape) for count, shape in zip(counts, shapes, strict=True))
+    if encoder.alignment is not None:
+        shapes = [encoder.alignment.shape(*size) for size in source.bucket_sizes]
+        latents += sum(int(count) * math.prod(shape) for count, shape in zip(counts, shapes, strict=True))
     if framing_of(source, "random_flip"):
         latents *= 2
     text_encoder = encoder.text_encoder

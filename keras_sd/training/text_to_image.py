@@ -10,6 +10,7 @@ from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
+from keras_sd.training.alignment import AlignedObjective, Alignment
 from keras_sd.training.conditioning import Inpainting, Upscaling
 from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import EncodedSource
@@ -53,8 +54,9 @@ def diffusion_example(
         drawn = {"samples": example["mean"] + example["standard_deviation"] * normal(*shape)}
     else:
         drawn = {"image": example["image"], "posterior_noise": normal(*shape)}
-    if "mask" in example:
-        drawn["mask"] = example["mask"]
+    for name in ("mask", "alignment_target"):
+        if name in example:
+            drawn[name] = example[name]
     context = example["empty_context"] if dropped else contexts[choice]
     drawn |= {**noise.draw(generator, shape), condition: context}
     return drawn if conditioning is None else drawn | conditioning.draw(example["image"], generator)
@@ -94,6 +96,7 @@ def train_text_to_image(
     diffusion: DiffusionSettings | None = None,
     caption_dropout: float = 0.0,
     conditioning: Inpainting | Upscaling | None = None,
+    alignment: Alignment | None = None,
     make_evaluation: Callable[[Trainer], Callable[[int], object]] | None = None,
     validation: Validation | None = None,
     export: Callable[[Path], object] | None = None,
@@ -110,6 +113,7 @@ def train_text_to_image(
         repeats: how often an epoch shows each example.
         diffusion: `DiffusionSettings`; None for their defaults.
         caption_dropout, conditioning: as in `diffusion_example`.
+        alignment: `alignment.Alignment`, which the source has the targets of; None for none.
         make_evaluation: `make_evaluation(trainer)` returns a function of the step, called at each evaluation.
         validation: `validation.Validation`: encoded examples of the validation loss, or None for none.
         export: called at the end with the folder `output_dir/model`, while the EMA weights are swapped in.
@@ -118,8 +122,12 @@ def train_text_to_image(
         Whether training reached its end.
     """
     schedule, diffusion = NoiseSchedule(scheduler_config), diffusion or DiffusionSettings()
+    if alignment is None:
+        objective = DiffusionObjective(unet, schedule, diffusion, text_encoder)
+    else:
+        objective = AlignedObjective(unet, schedule, diffusion, text_encoder, alignment=alignment)
     trainer = Trainer(
-        DiffusionObjective(unet, schedule, diffusion, text_encoder),
+        objective,
         settings,
         diffusion_identity(
             "text-to-image",
@@ -130,6 +138,7 @@ def train_text_to_image(
             diffusion,
             caption_dropout=caption_dropout,
         )
+        | (alignment.identity() if alignment else {})
         | (identity or {}),
     )
     noise = NoiseDrawing(diffusion, schedule)

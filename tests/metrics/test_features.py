@@ -40,6 +40,8 @@ def test_resize_takes_rectangles():
     images = random_images(2, 64)[:, :40] / np.float32(255)
     expected = ops.image.resize(images, (32, 32), interpolation="bilinear", antialias=True)
     np.testing.assert_allclose(resize(images, 32), expected, atol=2e-6)
+    expected = ops.image.resize(images, (24, 56), interpolation="bilinear", antialias=True)
+    np.testing.assert_allclose(resize(images, (24, 56)), expected, atol=2e-6)
 
 
 def test_range_is_that_of_the_networks():

@@ -36,6 +36,7 @@ SCRIPT = """
         outputs[name + "/embeddings"] = model(pixels).image_embeds
         result = model.vision_model(pixels, output_hidden_states=True)
         outputs[name + "/features"] = result.pooler_output
+        outputs[name + "/hidden"] = result.last_hidden_state
         outputs[name + "/states"] = torch.stack(result.hidden_states[1:])
     values = {name: values[name] for name in values if name != "image_size"}
     towers = {"text_config": values | {"vocab_size": 40}, "vision_config": values | {"image_size": 24}}
@@ -91,6 +92,11 @@ def test_towers_of_a_whole_clip_are_opened(reference, tmp_path_factory):
     folder = next(tmp_path_factory.getbasetemp().glob("reference*/whole"))
     assert_close(load_part(folder, "image_encoder")(images()), reference["whole"])
     assert load_part(folder, "text_encoder").config.vocab_size == 40
+
+
+def test_patch_features(loaded):
+    encoder, expected = loaded
+    assert_close(encoder.patch_features(images()), expected["hidden"][:, 1:].reshape(3, 3, 3, 32))
 
 
 def test_compiled_batches_of_any_size_agree(loaded):

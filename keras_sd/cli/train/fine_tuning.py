@@ -109,7 +109,7 @@ def subject_options(method, prompt):
     )
 
 
-def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **options):
+def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignment=None, **options):
     """Return encoded source, repeats, `make_evaluation` and `Validation` of a run on captioned images.
 
     Args:
@@ -117,6 +117,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **option
             only tokenized.
         captions: `data.captions.Captions`, or one for each example, if they are drawn anew each time; without
             a frozen text encoder.
+        alignment: `training.alignment.Alignment`, or None.
         options: of sampling in evaluations, such as guidance_scale and sampler.
     """
     from keras_sd.data.sources import evenly
@@ -149,6 +150,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **option
         tokenizer,
         caching,
         jit_compile=run.settings.jit_compile,
+        alignment=alignment,
     )
     sets = validation_sets(run, source, held_out)
     mode = "memory" if conditioning is None else "off"
@@ -200,8 +202,11 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, **option
     return encoded, repeats, make_evaluation, validation
 
 
-def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None):
+def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None, alignment=None):
     """Train the trainable weights of the UNet, and of the text encoder unless it is frozen.
+
+    Args:
+        alignment: `training.alignment.Alignment` of the UNet, or None.
 
     Returns:
         Whether training reached its end.
@@ -219,6 +224,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         pipeline,
         frozen_text_encoder if is_encoded_before else None,
         captions,
+        alignment,
         guidance_scale=options["guidance_scale"],
     )
     return train_text_to_image(
@@ -238,6 +244,7 @@ def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=No
         export=export,
         caption_dropout=options["proportion_empty_prompts"],
         conditioning=conditioning_of(pipeline),
+        alignment=alignment,
     )
 
 

@@ -3,6 +3,7 @@
 import click
 
 from keras_sd.cli.command import Command, refuse_unused
+from keras_sd.cli.train.alignment import alignment_of, alignment_options, check_alignment
 from keras_sd.cli.train.fine_tuning import (
     captioned_options,
     part_fingerprints,
@@ -21,6 +22,7 @@ from keras_sd.cli.train.preparation import open_pipeline, prepare
 @captioned_options("text-to-image")
 @text_encoder_options("Train the text encoder too.")
 @block_rates_option
+@alignment_options
 @click.option("--from-scratch", is_flag=True, help="Train a new UNet with random initial weights.")
 @click.option("--unet-config", type=FILE, help="config.json of the new UNet; by default the emoji model's.")
 @click.option(
@@ -43,11 +45,19 @@ def text_to_image(**options):
     """Train the whole UNet on captioned images: fine-tune it, or train a new one from scratch."""
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
     refuse_unused(["learning_rate_by_block"], not options["from_scratch"], "with --from-scratch")
-    run = prepare("text-to-image", options, variant="from scratch" if options["from_scratch"] else None)
+    check_alignment(options)
+    run = prepare(
+        "text-to-image",
+        options,
+        variant="from scratch" if options["from_scratch"] else None,
+        identity={"alignment_weight": options["alignment_weight"]},
+    )
     pipeline = open_pipeline(run)
+    alignment = alignment_of(pipeline, options)
     known = [name for name in trained_parts(options) if name != "unet" or not options["from_scratch"]]
     identity = part_fingerprints(pipeline, *known)
     identity |= {"train_text_encoder": True} if options["train_text_encoder"] else {}
     frozen = None if options["train_text_encoder"] else pipeline.text_encoder
-    if train_on_captions(run, pipeline, frozen, identity=identity, export=pipeline.save):
+    trained = {"identity": identity, "alignment": alignment, "export": pipeline.save}
+    if train_on_captions(run, pipeline, frozen, **trained):
         run.print_next_command()
