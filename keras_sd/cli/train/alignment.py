@@ -1,5 +1,7 @@
 """The options of the alignment of a UNet's features with an image encoder's, and the model that they name."""
 
+from pathlib import Path
+
 import click
 
 from keras_sd import presets
@@ -42,7 +44,7 @@ def check_alignment(options):
         return
     folders = [presets.find(options["pretrained_model_name_or_path"])]
     if options["pretrained_clip"]:
-        folders.append(presets.find(options["pretrained_clip"]))
+        folders.append(Path(options["pretrained_clip"]))
     # What a single file holds is known when it is opened.
     if all(folder.is_dir() and not (folder / _PART).is_dir() for folder in folders):
         raise _missing(options)
