@@ -31,6 +31,7 @@ from .files.image_files import save_png as save_png
 from .metrics.clip_score import clip_score as clip_score
 from .metrics.features import ClipFeatures as ClipFeatures
 from .metrics.features import InceptionFeatures as InceptionFeatures
+from .metrics.features import PublishedInceptionFeatures as PublishedInceptionFeatures
 from .metrics.features import extract as extract
 from .metrics.fid import frechet_inception_distance as frechet_inception_distance
 from .metrics.kid import KernelInceptionDistance as KernelInceptionDistance

@@ -1,11 +1,11 @@
 """Model presets: the source and the licence of each, and the lookup of a model by name."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.files.download import file_hash
 from keras_sd.weights.diffusers_folder import has_weights, weights_path
 
 _BUNDLED = Path(__file__).parent / "bundled"
@@ -103,12 +103,6 @@ def _check(name, folder, sha256):
         raise UserError(f"preset {name!r}: {folder} is missing; install keras_sd again")
     if sha256 is not None and file_hash(weights_path(folder / "unet", "unet")) != sha256:
         raise UserError(f"preset {name!r}: {folder} is damaged (its SHA-256 differs); install keras_sd again")
-
-
-def file_hash(path):
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_hub(repository, title, weights=True):

@@ -2,12 +2,12 @@
 
 kid             Kernel Inception Distance (KID), on features and as a Keras metric
 fid             Fréchet Inception Distance (FID), on features
-features        the extractors that both use: CLIP's image tower, InceptionV3
+features        the extractors that both use: CLIP's image tower, Inception v3
 clip_score      CLIP score: how well images fit their captions
 reconstruction  PSNR and edge error of an autoencoder or upscaler
 """
 
-from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, extract
+from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, PublishedInceptionFeatures, extract
 from keras_sd.metrics.fid import frechet_inception_distance
 from keras_sd.metrics.kid import (
     KID,
@@ -23,6 +23,7 @@ __all__ = [
     "ClipFeatures",
     "InceptionFeatures",
     "KernelInceptionDistance",
+    "PublishedInceptionFeatures",
     "extract",
     "frechet_inception_distance",
     "kernel_inception_distance",

@@ -5,6 +5,7 @@ An extractor maps images in [0, 255] (uint8 or float, (n, h, w, 3)) to float32 f
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from keras_sd.arguments import Floats, Images, Tensor, checked_images, checked_p
 from keras_sd.errors import UserError
 from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
+from keras_sd.models.inception import IMAGE_SIZE, InceptionV3
 from keras_sd.models.pixels import images_to_unit
+from keras_sd.models.precision import dtype_policy
+from keras_sd.weights.inception import FILE_NAME, find_inception_weights, read_inception_weights
+from keras_sd.weights.rules import load_weights
 
 
 class FeatureExtractor:
@@ -28,7 +33,12 @@ class FeatureExtractor:
         image_size: side in pixels of the square images that the network takes.
         name: the name of a KID over these features.
         jit_compile: whether to compile with XLA on TensorFlow; JAX always does.
+
+    Attributes:
+        antialias: whether images are smoothed when they are made smaller.
     """
+
+    antialias = True
 
     def __init__(self, network: keras.Model, image_size: int, name: str, jit_compile: bool = True) -> None:
         self.network, self.image_size, self.name = network, image_size, name
@@ -36,7 +46,8 @@ class FeatureExtractor:
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images_to_unit(ops.convert_to_tensor(images))
-        return ops.cast(self.features(resize(images, self.image_size)), "float32")
+        images = resize(images, self.image_size, self.antialias)
+        return ops.cast(self.features(images), "float32")
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features `(n, d)` of images in [-1, 1] of the network's size."""
@@ -66,8 +77,50 @@ class ClipFeatures(FeatureExtractor):
         return self.network.features(images)
 
 
+class PublishedInceptionFeatures(FeatureExtractor):
+    """Extracts the 2048 features of Inception v3 that the FID and KID of papers are measured on.
+
+    The network and its weights are those of TensorFlow's graph of 2015-12-05. Images are resized to 299
+    pixels as in pytorch-fid: bilinear, without antialiasing. torch-fidelity resizes as TensorFlow 1 did, half
+    a pixel beside, so its values differ by a little.
+
+    Args:
+        inception_weights: the path of the published file `pt_inception-2015-12-05-6726825d.pth`, or of its
+            tensors in another file of torch or safetensors; None looks in torch hub's cache, and downloads
+            the file if it is not there. The name is "kid_inception" for the published file, and
+            "kid_inception_unverified" for another one, with a warning.
+        jit_compile: as in `FeatureExtractor`.
+
+    Raises:
+        UserError: there is no such file, it is damaged or of another network, or could not be downloaded.
+    """
+
+    antialias = False
+
+    def __init__(self, inception_weights: str | Path | None = None, jit_compile: bool = True) -> None:
+        path, is_published = find_inception_weights(inception_weights)
+        if not is_published:
+            warnings.warn(
+                f"{path}: not the published file by its SHA-256, so KID and FID are called unverified; "
+                "compare them with no paper's",
+                stacklevel=2,
+            )
+        with dtype_policy("float32"):
+            network = InceptionV3()
+        remedy = f"name the file {FILE_NAME}"
+        load_weights(network, read_inception_weights(path), source=path, remedy=remedy)
+        name = "kid_inception" if is_published else "kid_inception_unverified"
+        super().__init__(network, IMAGE_SIZE, name, jit_compile)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
 class InceptionFeatures(FeatureExtractor):
-    """Extracts InceptionV3's averaged last feature map, 2048 wide, as in the Keras DDIM example.
+    """Extracts the averaged last feature map of Keras' InceptionV3, 2048 wide, as in the Keras DDIM example.
+
+    Its weights are of ImageNet's 1000 classes, and its values compare with no paper's FID and KID, for which
+    there is `PublishedInceptionFeatures`.
 
     Args:
         image_size: side in pixels to which images are resized: 299 is the network's own, 75 the smallest and
@@ -84,7 +137,7 @@ class InceptionFeatures(FeatureExtractor):
         self,
         image_size: int = 299,
         weights: str | Path | None = "imagenet",
-        name: str = "kid_inception",
+        name: str = "kid_inception_imagenet",
         jit_compile: bool = True,
     ) -> None:
         if whole_number("image_size", image_size, 1) < 75:
@@ -109,31 +162,34 @@ def extract(extractor: FeatureExtractor, images: Images, batch_size: int = 64) -
     return in_batches(extractor.compiled, images, batch_size)
 
 
-def resize(images, size):
-    """Resize float images (n, h, w, c): bilinear, with antialiasing when shrinking.
+def resize(images, size, antialias=True):
+    """Resize float images (n, h, w, c): bilinear, aligned as areas.
+
+    Two matrix multiplications, because XLA has no kernel for TensorFlow's antialiased resize.
 
     Args:
         size: the side of square images, or `(height, width)`.
-
-    Two matrix multiplications, because XLA has no kernel for TensorFlow's antialiased resize.
+        antialias: average over all pixels when shrinking; False takes the two nearest in each direction.
     """
     height, width = images.shape[1:3]
     new_height, new_width = (size, size) if isinstance(size, int) else size
     if height != new_height:
-        images = ops.einsum("ph,nhwc->npwc", _bilinear_weights(height, new_height), images)
+        images = ops.einsum("ph,nhwc->npwc", _bilinear_weights(height, new_height, antialias), images)
     if width != new_width:
-        images = ops.einsum("qw,nhwc->nhqc", _bilinear_weights(width, new_width), images)
+        images = ops.einsum("qw,nhwc->nhqc", _bilinear_weights(width, new_width, antialias), images)
     return images
 
 
-def _bilinear_weights(source, target):
+def _bilinear_weights(source, target, antialias):
     """Return the weights of `source` pixels in `target` pixels, float32 (target, source); rows sum to 1.
 
-    The filter is a triangle around each target pixel's centre, as wide as the coarser of the two grids needs.
+    The filter is a triangle around each target pixel's centre, as wide as the coarser of the two grids needs;
+    without `antialias` always as wide as two source pixels.
     """
     scale = source / target
     centres = (np.arange(target)[:, None] + 0.5) * scale - 0.5
-    distances = np.abs(np.arange(source)[None, :] - centres) / max(scale, 1.0)
+    width = max(scale, 1.0) if antialias else 1.0
+    distances = np.abs(np.arange(source)[None, :] - centres) / width
     weights = np.maximum(1.0 - distances, 0.0)
     return (weights / weights.sum(axis=1, keepdims=True)).astype("float32")
 

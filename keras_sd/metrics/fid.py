@@ -49,9 +49,5 @@ def _root(rows):
 
 
 def name_of(kid_name: str) -> str:
-    """Return the name of an FID over the features of a KID.
-
-    InceptionV3 has Keras' ImageNet weights here, not those of the published FID, whose values differ.
-    """
-    name = kid_name.replace("kid", "fid", 1)
-    return f"{name}_imagenet" if name == "fid_inception" else name
+    """Return the name of an FID over the features of a KID."""
+    return kid_name.replace("kid", "fid", 1)

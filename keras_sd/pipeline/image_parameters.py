@@ -26,9 +26,9 @@ from keras_sd.arguments import (
 )
 from keras_sd.diffusion.samplers import OF_THE_MODEL, SAMPLERS, find_sampler
 from keras_sd.errors import UserError
+from keras_sd.files.download import file_hash
 from keras_sd.files.json_files import parse_json
 from keras_sd.pipeline.prompts import take_loras
-from keras_sd.presets import file_hash
 from keras_sd.weights.safetensors_files import check_dtype, read_metadata
 
 # Digits of hashes in the web interface.

@@ -10,5 +10,6 @@ open_clip          OpenCLIP's and OpenAI's CLIP
 lora               reads LoRA files; lora_files: names, lora_strength: scales, lora_updates: kinds
 lora_writing       writes them; lora_arithmetic sums and resizes them without a model
 textual_inversion  learned embeddings
+inception          the published Inception v3 of FID and KID
 safetensors_files  safetensors; torch_pickle and stored_zip read torch's files without torch
 """

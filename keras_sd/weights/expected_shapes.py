@@ -14,7 +14,7 @@ from keras_sd.errors import UserError
 
 _NAMED_AT_MOST = 5
 _VAE_ENCODER = ("encoder.", "quant_conv.")
-_REMEDY = "use the config.json that belongs to these weights"
+REMEDY = "use the config.json that belongs to these weights"
 # A file with less than a tenth of a model's numbers probably belongs to another model, unless both are small.
 _MOST_MISSING = 10
 _SMALL = 10_000_000
@@ -39,12 +39,12 @@ def check_config(config, shapes, source, partial=False):
     if next(walk, None) is not None:
         raise UserError(
             f"{source}: holds {len(shapes)} tensors, its config describes a {kind} of more than {most}; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     held, described = values_count(shapes.values()), values_count(wanted.values())
     if partial and described > max(_MOST_MISSING * held, _SMALL):
         raise UserError(
-            f"{source}: holds {held} numbers, its config describes a {kind} of {described}; {_REMEDY}"
+            f"{source}: holds {held} numbers, its config describes a {kind} of {described}; {REMEDY}"
         )
     account(kind, wanted, shapes, source, partial)
 
@@ -56,13 +56,14 @@ def is_decoder_alone(names):
     )
 
 
-def account(model_name, wanted, shapes, source, partial=False):
+def account(model_name, wanted, shapes, source, partial=False, remedy=REMEDY):
     """Compare two sets of shapes; raise a UserError, or warn, with the number of faults and the first ones.
 
     Args:
         model_name: the model's name in messages.
         wanted, shapes: dictionaries of the shapes of the model and of the file, by canonical name.
         source, partial: as in `check_config`.
+        remedy: for the message.
     """
     missing = [
         f"{name} is missing, the model has {shape}" for name, shape in wanted.items() if name not in shapes
@@ -81,7 +82,7 @@ def account(model_name, wanted, shapes, source, partial=False):
             f"for {model_name}{_lost_parts(wanted, shapes)}: {named}"
         )
         if not partial:
-            raise UserError(f"{line}. {_REMEDY[:1].upper()}{_REMEDY[1:]}")
+            raise UserError(f"{line}. {remedy[:1].upper()}{remedy[1:]}")
         warnings.warn(f"{line}. The rest is loaded", stacklevel=5)
 
 

@@ -19,7 +19,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.initializers import deferring
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.precision import dtype_policy
-from keras_sd.weights.expected_shapes import account, check_config, same_shape
+from keras_sd.weights.expected_shapes import REMEDY, account, check_config, same_shape
 from keras_sd.weights.old_names import canonical_name
 from keras_sd.weights.safetensors_files import is_weight, release, type_name
 
@@ -129,7 +129,7 @@ def _is_finite(array):
         return bool(np.isfinite(array.sum(dtype="float32")) or np.isfinite(array).all())
 
 
-def load_weights(model, tensors, *, prefix="", source="weights"):
+def load_weights(model, tensors, *, prefix="", source="weights", remedy=REMEDY):
     """Load published tensors into a model.
 
     Nothing is assigned unless every tensor has a variable, every variable has a tensor, all shapes agree and
@@ -140,12 +140,13 @@ def load_weights(model, tensors, *, prefix="", source="weights"):
         tensors: a mapping of published names to arrays in torch layout; any float precision.
         prefix: load only tensors whose names begin with it; the prefix is removed.
         source: the tensors' origin in messages, usually the file.
+        remedy: for the message if they are not the model's.
 
     Raises:
         UserError: tensors are missing, left over, misshapen or not finite.
     """
     tensors = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-    found = _matched(model, tensors, source)
+    found = _matched(model, tensors, source, remedy=remedy)
     bad = [name for _, name in found if not _is_finite(tensors[name])]
     if bad:
         raise _non_finite(bad, source)
@@ -162,13 +163,13 @@ def _given(tensors):
     return given, {name: tuple(tensors[key].shape) for name, key in given.items()}
 
 
-def _matched(model, tensors, source, partial=False):
+def _matched(model, tensors, source, partial=False, remedy=REMEDY):
     """Return pairs of a `Parameter` and the name of its tensor; without `partial`, all must match."""
     given, shapes = _given(tensors)
     wanted = {canonical_name(parameter.name): parameter for parameter in parameter_paths(model)}
     if not partial:
         expected = {name: torch_shape(parameter) for name, parameter in wanted.items()}
-        account(type(model).__name__, expected, shapes, source)
+        account(type(model).__name__, expected, shapes, source, remedy=remedy)
     odd = [given[name] for name in wanted if name in given and not is_weight(tensors[given[name]])]
     if odd:
         raise UserError(

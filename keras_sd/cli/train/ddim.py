@@ -3,11 +3,12 @@
 import click
 
 from keras_sd import config
-from keras_sd.cli.command import Command, refuse_unused
+from keras_sd.cli.command import Command
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
+from keras_sd.cli.train.kid import emoji_image_encoder, example_sets, extractor_of
 from keras_sd.cli.train.options import FILE, evaluation_options, run_options
-from keras_sd.cli.train.preparation import defaults_from, example_sets, extractor_of, prepare, read_config
+from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
 from keras_sd.cli.train.validation import validation_of, validation_options, validation_sets
 from keras_sd.training import architectures
 
@@ -21,16 +22,9 @@ from keras_sd.training import architectures
 )
 @diffusion_options
 @validation_options
-@click.option(
-    "--kid",
-    type=click.Choice(["kid_emoji", "kid_inception"]),
-    default="kid_emoji",
-    help="Feature extractor of KID: the emoji model's CLIP, or Inception v3.",
-)
 @evaluation_options()
-def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
+def ddim(unet_config, num_inference_steps, **options):
     """Train an unconditional diffusion model on pixels, like the Keras example for DDIM."""
-    refuse_unused(["kid"], kid_images, "with --kid-images 0")
     run = prepare(
         "ddim",
         options | {"num_inference_steps": num_inference_steps},
@@ -51,7 +45,7 @@ def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
     source, held_out, repeats = run.sources(unet_config.sample_size)
 
     def make_evaluation(trainer, denoiser):
-        sets = example_sets(source.squares(), held_out, kid_images)
+        sets = example_sets(source.squares(), held_out, run.options["kid_images"])
 
         def sample(count):
             return sample_images(
@@ -63,7 +57,7 @@ def ddim(unet_config, kid, kid_images, num_inference_steps, **options):
             lambda: image_grid(sample(16), scale=2),
             sets=sets,
             generate=lambda examples: sample(len(examples)),
-            extractor=extractor_of(kid, run.settings.jit_compile) if sets else None,
+            extractor=extractor_of(run, emoji_image_encoder) if sets else None,
         )
 
     train_pixel_ddim(

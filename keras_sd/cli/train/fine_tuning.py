@@ -14,6 +14,7 @@ from keras_sd.cli.train.data_options import (
     source_options,
 )
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
+from keras_sd.cli.train.kid import example_sets, extractor_of
 from keras_sd.cli.train.masks import mask_options
 from keras_sd.cli.train.optimizer import text_encoder_rate_option
 from keras_sd.cli.train.options import (
@@ -21,7 +22,7 @@ from keras_sd.cli.train.options import (
     inference_steps_option,
     model_option,
 )
-from keras_sd.cli.train.preparation import SMALL_IMAGE, example_sets, image_size_of
+from keras_sd.cli.train.preparation import SMALL_IMAGE, image_size_of
 from keras_sd.cli.train.prompts import sample_options
 from keras_sd.cli.train.samples import sample_grid, sampling
 from keras_sd.cli.train.validation import (
@@ -162,20 +163,20 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
         encoded = DrawnCaptions(encoded, source.captions(), captions, tokenizer)
 
     sample = sampling(run, pipeline, conditioning, **options)
-    compiled = run.settings.jit_compile
+    extractor = extractor_of(run, lambda: pipeline.image_encoder)
 
     def score_of(captions):
         """Return the CLIP score of sets of captions by the pretrained text encoder."""
         from keras_sd.metrics.clip_score import ClipScore
 
-        if not captions or pipeline.clip_head is None:
+        if not captions or pipeline.image_encoder is None or pipeline.clip_head is None:
             return None
         with without_updates(pipeline.text_encoder):
-            return ClipScore(pipeline, captions, compiled)
+            return ClipScore(pipeline, captions, run.settings.jit_compile)
 
     def captions_of_sets():
         sets = example_sets(source.squares(), held_out, run.options["kid_images"])
-        sets = sets if pipeline.image_encoder else {}
+        sets = sets if extractor is not None else {}
         return sets, {name: [one["captions"][0] for one in examples] for name, examples in sets.items()}
 
     # A text encoder whose own weights are trained is another one later, and in a resumed run from the start.
@@ -186,7 +187,6 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
     score_before = score_of(captions_of_sets()[1]) if scores_now else None
 
     def make_evaluation(trainer):
-        from keras_sd.metrics.features import ClipFeatures
         from keras_sd.training.evaluation import SampleEvaluation
 
         sets, captions = captions_of_sets()
@@ -195,7 +195,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
             grid,
             sets=sets,
             generate=lambda examples: sample([example["captions"][0] for example in examples], examples),
-            extractor=ClipFeatures(pipeline.image_encoder, jit_compile=compiled) if sets else None,
+            extractor=extractor,
             score=score_before or score_of(captions),
         )
 

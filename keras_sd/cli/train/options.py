@@ -24,7 +24,8 @@ FILE, FILE_OR_FOLDER = click.Path(dir_okay=False), click.Path()
 # Options that only affect evaluations.
 OF_EVALUATIONS = (
     *("validation_prompts", "num_validation_images", "validation_images", "num_inference_steps"),
-    *("validation_prompts_file", "kid", "kid_images", "guidance_scale", "sample_at_first"),
+    *("validation_prompts_file", "kid", "kid_images", "inception_weights", "guidance_scale"),
+    "sample_at_first",
 )
 
 # Those of `training.learning_rate`, which imports a backend.
@@ -211,6 +212,20 @@ def evaluation_options(num_inference_steps=20):
             type=FROM_ZERO,
             callback=_enough_for_kid,
             help="Images of each split that KID is measured on; 0: no KID.",
+        ),
+        click.option(
+            "--kid",
+            type=click.Choice(["kid_emoji", "kid_inception", "kid_inception_imagenet"]),
+            default="kid_emoji",
+            help="Network that KID and FID look through: the model's CLIP (of `ddim`, that of `emoji`), "
+            "Inception v3 with the published weights of FID and KID, or with Keras' ImageNet weights at 75 "
+            "pixels.",
+        ),
+        click.option(
+            "--inception-weights",
+            type=FILE,
+            help="pt_inception-2015-12-05-6726825d.pth of --kid kid_inception. By default from torch hub's "
+            "cache, downloaded if missing.",
         ),
     )
 

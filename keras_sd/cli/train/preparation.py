@@ -25,9 +25,10 @@ from keras_sd.cli.train.data_options import (
 from keras_sd.cli.train.diffusion import diffusion_of
 from keras_sd.cli.train.epochs import check_epochs, images_of_epoch, steps_of_epochs
 from keras_sd.cli.train.framing import check_framing, check_sides, check_small_images, framed, framing_of
+from keras_sd.cli.train.kid import check_kid, open_inception
 from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
-from keras_sd.cli.train.options import FEWEST_FOR_KID, OF_EVALUATIONS
+from keras_sd.cli.train.options import OF_EVALUATIONS
 from keras_sd.cli.train.prompts import prompts_of
 from keras_sd.cli.train.validation import choose_validation, split_source, warn_of_other_draws
 from keras_sd.data.emoji import architecture
@@ -56,6 +57,7 @@ class Run:
         checkpoint: folder of the checkpoint to resume from, or None.
         counts_repeats: whether an epoch shows images as often as their repeats say.
         command: the command that uses the model, and what it takes before a prompt.
+        inception: the feature extractor of KID if it is Inception v3.
     """
 
     settings: object
@@ -66,6 +68,7 @@ class Run:
     checkpoint: Path | None = None
     counts_repeats: bool = True
     command: tuple = ("generate",)
+    inception: object = None
 
     def resolution(self, own_size):
         """Return the side of the run's square images in pixels; `own_size` is that of the model's."""
@@ -180,6 +183,8 @@ def prepare(
         diffusion_of(options)
     idle = [name for name in OF_EVALUATIONS if name not in used]
     refuse_unused(idle, options["evaluation_steps"], "with --evaluation-steps 0")
+    if "kid" in options:
+        check_kid(options)
     prompts_of(options)
     _check_trackers(options)
     apply_config(options)
@@ -231,8 +236,10 @@ def prepare(
     if checkpoint is not None:
         warn_of_other_draws(options)
         _check_resumed(checkpoint, settings, identity)
+    inception = open_inception(options)
     _print_summary(method, settings, source, options)
-    return Run(settings, source, held_out, model, options, checkpoint, counts_repeats)
+    parts = settings, source, held_out, model, options, checkpoint, counts_repeats
+    return Run(*parts, inception=inception)
 
 
 def _check_trackers(options):
@@ -404,32 +411,6 @@ def _print_summary(method, settings, source, options):
 
 def _name_of_data(options):
     return next(options[name] for name in _DATA if options.get(name))
-
-
-def example_sets(source, held_out, count):
-    """Return the examples that KID is measured on, evenly spaced in each split that has enough of them."""
-    from keras_sd.data.sources import evenly
-
-    splits = {"train": source, "held_out": held_out}
-    if count and 0 < len(held_out) < FEWEST_FOR_KID:
-        warnings.warn(
-            f"{len(held_out)} images are held out, too few for KID, which is measured on training images "
-            f"alone; hold out {FEWEST_FOR_KID} or more",
-            stacklevel=3,
-        )
-    return {
-        name: evenly(split, count) for name, split in splits.items() if count and len(split) >= FEWEST_FOR_KID
-    }
-
-
-def extractor_of(name, jit_compile=True):
-    """Return the feature extractor "kid_inception" or "kid_emoji"."""
-    from keras_sd.metrics.features import ClipFeatures, InceptionFeatures
-    from keras_sd.weights.loading import load_part
-
-    if name == "kid_inception":
-        return InceptionFeatures(75, jit_compile=jit_compile)
-    return ClipFeatures(load_part(presets.find("emoji"), "image_encoder"), jit_compile=jit_compile)
 
 
 PARTS = (
