@@ -18,7 +18,7 @@ BATCH_SIZE = 16
 EVALUATIONS = 5
 SAMPLES = 64  # pictures drawn at each evaluation
 SAMPLING_STEPS = 10
-KID = "kid_emoji"  # or "kid_inception" with a connection
+KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 
 # %% [markdown]
 # ## Introduction
@@ -252,7 +252,7 @@ average = EMACallback(optimizer, objective.trainable_variables)
 # the average, and measures both.
 
 # %%
-if KID == "kid_inception":
+if KID == "kid_inception_imagenet":
     extractor = InceptionFeatures(75)
 else:
     extractor = ClipFeatures(load_part(presets.find("emoji"), "image_encoder"))

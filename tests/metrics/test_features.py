@@ -69,7 +69,7 @@ def test_inception_features_are_the_averaged_map():
     extractor = InceptionFeatures(image_size=75, weights=None)
     images = random_images(3, 64)
     features = extract(extractor, images, batch_size=2)
-    assert extractor.name == "kid_inception"
+    assert extractor.name == "kid_inception_imagenet"
     assert features.shape == (3, 2048) and features.dtype == np.float32
     enlarged = ops.image.resize(images.astype("float32"), (75, 75), interpolation="bilinear")
     prepared = keras.applications.inception_v3.preprocess_input(ops.convert_to_numpy(enlarged))

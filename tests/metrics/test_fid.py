@@ -69,6 +69,6 @@ def test_bad_features_and_names():
     ):
         with pytest.raises(UserError, match=told):
             frechet_inception_distance(good, other)
-    assert [name_of(name) for name in ("kid_emoji", "kid_inception")] == [
-        *("fid_emoji", "fid_inception_imagenet"),
+    assert [name_of(f"kid_{network}") for network in ("emoji", "inception", "inception_imagenet")] == [
+        *("fid_emoji", "fid_inception", "fid_inception_imagenet"),
     ]

@@ -154,6 +154,17 @@ BAD = [
     ),
     ("clip", ["--frozen-text-encoder", "model", "--tokenizer", "words"], "--tokenizer: has no effect"),
     ("ddim", ["--kid-images", "0", "--kid", "kid_inception"], "--kid: has no effect"),
+    (
+        "lora",
+        ["--inception-weights", "file"],
+        "--inception-weights: has no effect without --kid kid_inception",
+    ),
+    (
+        "lcm",
+        ["--kid", "kid_inception_imagenet", "--inception-weights", "file"],
+        "without --kid kid_inception",
+    ),
+    ("ddim", ["--kid", "kid_inception", "--inception-weights", "nope"], "nope: no such file"),
     ("lora", ["--evaluation-steps", "0", "--kid-images", "8"], "--kid-images: has no effect"),
     ("lora", ["--evaluation-steps", "0", "--guidance-scale", "2"], "--guidance-scale: has no effect"),
     ("lcm", ["--evaluation-steps", "0", "--validation-prompts", "a"], "--validation-prompts: has no"),
