@@ -226,7 +226,7 @@ def test_runs_on_both_backends_agree_and_resume_to_the_bit(place, run_program):
     assert any(name.startswith("discriminator") for name in whole)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
-        np.testing.assert_allclose(other[name], array, rtol=2e-2, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(other[name], array, atol=1e-3, err_msg=name)  # of updates up to 8e-3
     exported = load_file(place / "whole/model/vae/diffusion_pytorch_model.safetensors")
     assert exported.keys() == torch_state(AutoencoderKL(tiny.VAE)).keys()
 
