@@ -38,6 +38,7 @@ from .metrics.kid import KernelInceptionDistance as KernelInceptionDistance
 from .metrics.kid import kernel_inception_distance as kernel_inception_distance
 from .metrics.kid import paired_kernel_inception_distance as paired_kernel_inception_distance
 from .metrics.reconstruction import peak_signal_to_noise_ratio as peak_signal_to_noise_ratio
+from .metrics.reconstruction import structural_similarity as structural_similarity
 from .models.image_encoder import ImageEncoder as ImageEncoder
 from .models.pixels import images_from_unit as images_from_unit
 from .models.pixels import images_to_unit as images_to_unit

@@ -4,7 +4,7 @@ kid             Kernel Inception Distance (KID), on features and as a Keras metr
 fid             Fréchet Inception Distance (FID), on features
 features        the extractors that both use: CLIP's image tower, Inception v3
 clip_score      CLIP score: how well images fit their captions
-reconstruction  PSNR and edge error of an autoencoder or upscaler
+reconstruction  PSNR, SSIM, edge error and edge energy of an autoencoder or upscaler
 """
 
 from keras_sd.metrics.features import ClipFeatures, InceptionFeatures, PublishedInceptionFeatures, extract
@@ -16,7 +16,7 @@ from keras_sd.metrics.kid import (
     paired_kernel_inception_distance,
     polynomial_mmd,
 )
-from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
+from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio, structural_similarity
 
 __all__ = [
     "KID",
@@ -30,4 +30,5 @@ __all__ = [
     "paired_kernel_inception_distance",
     "peak_signal_to_noise_ratio",
     "polynomial_mmd",
+    "structural_similarity",
 ]
