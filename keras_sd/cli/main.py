@@ -14,12 +14,13 @@ from keras_sd.cli.dataset import dataset
 from keras_sd.cli.ema import ema
 from keras_sd.cli.encode import encode
 from keras_sd.cli.export import export
-from keras_sd.cli.generate import COMMANDS, sampling_options
+from keras_sd.cli.generate import COMMANDS
 from keras_sd.cli.lora import lora
-from keras_sd.cli.model_options import check_sampling, open_model
+from keras_sd.cli.model_options import open_model
 from keras_sd.cli.outputs import check_output, check_output_folder, output_option
 from keras_sd.cli.plot import plot
 from keras_sd.cli.program import run_command
+from keras_sd.cli.sampling_options import check_sampling, fill_sampling, sampling_options
 from keras_sd.cli.train.main import train
 from keras_sd.data.emoji.source import PACKAGES as EMOJI_PACKAGES
 from keras_sd.errors import require
@@ -44,6 +45,7 @@ def evaluate(model, output, overwrite, **sampling):
     """Measure MODEL, a model of the emoji images: KID, retrieval and reconstruction."""
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
     require(*EMOJI_PACKAGES)
+    fill_sampling(model, sampling)
     check_sampling(model, sampling)
     pipeline = open_model(model)
     from tqdm import tqdm

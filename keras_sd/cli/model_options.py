@@ -8,7 +8,7 @@ import click
 
 # Whatever loads a backend is imported inside, after the options have been checked.
 from keras_sd import interruption, presets
-from keras_sd.cli.command import decorated, refuse_unused
+from keras_sd.cli.command import decorated
 from keras_sd.errors import UserError
 from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 from keras_sd.weights.safetensors_files import read_safetensors
@@ -62,36 +62,6 @@ def _compiled(context, parameter, value):
     if not value and os.environ.get("KERAS_BACKEND") == "jax":
         raise click.BadParameter("JAX always compiles; leave it out, or use TensorFlow.")
     return value
-
-
-def check_sampling(model, options):
-    """Raise UserError for options of sampling that the model cannot take, if its files say it already.
-
-    Args:
-        options: of the command.
-    """
-    folder = presets.find(model)
-    from keras_sd.diffusion.samplers import find_sampler
-    from keras_sd.diffusion.scheduler_config import SchedulerConfig
-    from keras_sd.diffusion.schedules import NoiseSchedule
-    from keras_sd.pipeline.defaults import ModelDefaults
-    from keras_sd.weights.diffusers_folder import SCHEDULER
-
-    if (folder / SCHEDULER).is_file():
-        config, steps = SchedulerConfig.load(folder / SCHEDULER), options["num_inference_steps"]
-        if steps > config.num_train_timesteps:
-            raise UserError(
-                f"num_inference_steps {steps}: out of range; use 1 to {config.num_train_timesteps}"
-            )
-        sampler = find_sampler(options.get("sampler"), config)
-        sampler.tables(NoiseSchedule(config), steps, options.get("eta", 0.0))
-    scale = options["guidance_scale"]
-    if scale is None:
-        scale = ModelDefaults.load(folder).guidance_scale
-    unused = {"guidance_interval", "guidance_rescale"}
-    if options.get("negative_prompt"):
-        unused.add("negative_prompt")
-    refuse_unused(unused, scale > 1, f"with --guidance-scale {scale:g}, which is no guidance")
 
 
 def check_size(options, height, width):

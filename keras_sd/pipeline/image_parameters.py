@@ -3,7 +3,7 @@
 The names are those of AUTOMATIC1111's web interface if it has one: LoRAs are tags in the prompt
 (`<lora:ink:0.8>`) and `Lora hashes`, words of textual inversion `TI hashes`, another VAE is `VAE` and `VAE
 hash`. Hashes are truncated as there. Names of this package: `Guidance interval`, `Guidance rescale`, `Reuse
-interval`, `Precision`, `Walk`, `Frames`, `Frame rate`.
+interval`, `Precision`, `Walk`, `Frames`, `Frame rate`, `Postprocess steps`. `Size` is that before upscaling.
 
 This module imports no backend.
 """
@@ -116,7 +116,7 @@ def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
         pipeline: in the state in which it made the image.
         prompt, negative_prompt: texts; for a walk, a list of prompts. LoRAs in the model are appended to each
             prompt as tags.
-        settings: as `sampling_parameters` takes them.
+        settings: as `sampling_parameters` takes them; by default the model's own steps and guidance.
 
     Returns:
         Name -> value, for `save_png`.
@@ -130,8 +130,15 @@ def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
     precision = pipeline.unet.compute_dtype
     prompts = [with_lora_tags(text, inside) for text in prompts]
     walk = None if isinstance(prompt, str) else json.dumps(prompts, ensure_ascii=False)
+    names = ("num_inference_steps", "guidance_scale", "guidance_rescale")
+    settings |= pipeline.defaults.filled({name: settings.get(name) for name in names})
     settings["scheduler_config"] = pipeline.scheduler_config
-    return sampling_parameters(prompts[0], negative_prompt, **settings) | without_none(
+    sampled = sampling_parameters(prompts[0], negative_prompt, **settings)
+    if pipeline.defaults.sampling["guidance_rescale"]:
+        sampled["Guidance rescale"] = number(
+            settings["guidance_rescale"]
+        )  # 0 is not this model's usual value
+    return sampled | without_none(
         {
             "Walk": walk,
             "Model hash": pipeline.model_hash,
@@ -265,11 +272,13 @@ _READERS = {
     "Walk": ("prompts", _walk),
     "Frames": ("num_frames", _whole(1, MOST_IMAGES)),
     "Frame rate": ("frame_rate", _number(1, 50)),
+    "Postprocess upscaler": ("upscaler", str),
+    "Postprocess steps": ("upscaler_steps", _whole(1)),
 }
 """Setting -> the parameter's name and its reader, which raises `ValueError` for a wrong text."""
 
 # Settings that are no options, or that are read together with another one.
-_NO_OPTIONS = {"Model hash", "Batch size", "Batch pos", "Version"}
+_NO_OPTIONS = {"Postprocess upscale by", "Model hash", "Batch size", "Batch pos", "Version"}
 
 
 def _read(title, text, read):

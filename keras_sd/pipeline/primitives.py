@@ -537,8 +537,8 @@ class Primitives:
         Args:
             prompt, negative_prompt: texts; for a walk, a list of prompts. LoRAs in the model are appended to
                 each prompt as tags.
-            settings: num_inference_steps, guidance_scale, seed (of the call plus the image's index), size
-                `(height, width)` in pixels, and other arguments of the task.
+            settings: seed (of the call plus the image's index), size `(height, width)` in pixels, and other
+                arguments of the task.
 
         Returns:
             Name -> value, with A1111's names.

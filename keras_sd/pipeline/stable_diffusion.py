@@ -48,11 +48,11 @@ Progress: TypeAlias = bool | Callable[[int, int, Tensor], object]
 class SamplingOptions(TypedDict, total=False):
     """Keyword arguments of every task; `StableDiffusion.text_to_image` documents them."""
 
-    num_inference_steps: int
+    num_inference_steps: int | None
     guidance_scale: float | None
     sampler: str | Sampler | None
     eta: float
-    guidance_rescale: float
+    guidance_rescale: float | None
     guidance_interval: tuple[float, float]
     reuse_interval: int
     clip_skip: int | None
@@ -143,14 +143,14 @@ class StableDiffusion(Primitives):
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
-        num_inference_steps: int = 30,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str | Sampler | None = None,
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
         eta: float = 0.0,
-        guidance_rescale: float = 0.0,
+        guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         reuse_interval: int = 1,
         clip_skip: int | None = None,
@@ -163,7 +163,8 @@ class StableDiffusion(Primitives):
             negative_prompt: what images must not show: a text, or a list with one for each prompt.
             num_images: images for each prompt. Image i of all is generated from `seed` + i. It is the same
                 alone or in a batch, up to rounding.
-            num_inference_steps: denoising steps, 1 to the schedule's number of timesteps.
+            num_inference_steps: denoising steps, 1 to the schedule's number of timesteps. By default the
+                model's own, usually 30.
             guidance_scale: scale of classifier-free guidance (Ho and Salimans, 2022); up to 1 there is none,
                 in half the time. By default the model's own, usually 7.5.
             sampler: a name in `keras_sd.SAMPLERS`, or a `Sampler`; by default that of the model's
@@ -172,7 +173,8 @@ class StableDiffusion(Primitives):
             height, width: in pixels, multiples of the VAE's factor (8); by default the size that the model
                 was trained at.
             eta: fraction of fresh noise in each step of DDIM and TCD, 0 (none) to 1.
-            guidance_rescale: 0 (not) to 1; reduces overexposure by strong guidance (Lin et al., 2023).
+            guidance_rescale: 0 (not) to 1; reduces overexposure by strong guidance (Lin et al., 2023). By
+                default the model's own, usually 0.
             guidance_interval: fractions of the steps between which there is guidance; other steps take half
                 the time (Kynkäänniemi et al., 2024).
             reuse_interval: run the whole UNet every so many steps; steps between reuse its deep features
@@ -436,13 +438,13 @@ class StableDiffusion(Primitives):
 
     def _check_guidance(self, given, negatives):
         """Check a task's arguments of guidance, and warn of those that have no effect without any."""
-        scale = given.get("guidance_scale")
-        scale = checked_guidance_scale(self.defaults.guidance_scale if scale is None else scale)
+        scale = self.defaults.filled({"guidance_scale": given.get("guidance_scale")})["guidance_scale"]
+        scale, rescale = checked_guidance_scale(scale), given.get("guidance_rescale")
         if "guidance_interval" in given:
             given["guidance_interval"] = checked_interval(given["guidance_interval"])
         unused = {
             "negative_prompt": any(negatives),
-            "guidance_rescale": checked_rescale(given.get("guidance_rescale", 0.0)),
+            "guidance_rescale": rescale is not None and checked_rescale(rescale),
             "guidance_interval": given.get("guidance_interval", (0, 1)) != (0, 1),
         }
         for name in unused if not gives_guidance(scale) else ():
@@ -475,8 +477,9 @@ class StableDiffusion(Primitives):
         *,
         begin=None,
         strength=1.0,
-        num_inference_steps=30,
+        num_inference_steps=None,
         guidance_scale=None,
+        guidance_rescale=None,
         sampler=None,
         progress=True,
         **options,
@@ -490,8 +493,9 @@ class StableDiffusion(Primitives):
                 `denoise`, "noise" to replace the noise, and "sample", the latents to start from if
                 `strength` is below 1.
         """
-        if guidance_scale is None:
-            guidance_scale = self.defaults.guidance_scale
+        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+        chosen = self.defaults.filled({"num_inference_steps": num_inference_steps, **guidance})
+        num_inference_steps = chosen.pop("num_inference_steps")
         grid = {
             "sampler": sampler,
             "num_inference_steps": num_inference_steps,
@@ -513,8 +517,8 @@ class StableDiffusion(Primitives):
                     *(np.stack([repeated(kind[i], tokens) for i in batch]) for kind in (context, negative)),
                     streams=streams,
                     on_step=on_step,
-                    guidance_scale=guidance_scale,
                     **grid,
+                    **chosen,
                     **given,
                     **options,
                 )

@@ -19,6 +19,7 @@ from keras_sd.files.writing import replaced_folder
 from keras_sd.models.batches import equal_batches
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit, resized
 from keras_sd.models.unet import UNet
+from keras_sd.pipeline.defaults import UPSCALING, ModelDefaults
 from keras_sd.weights.diffusers_folder import (
     LOW_RES_SCHEDULER,
     SCHEDULER,
@@ -40,6 +41,7 @@ class Upscaler:
         unet: a `UNet` with 6 input and 3 output channels, and class labels for the noise levels.
         scheduler_config: `SchedulerConfig` of the images' noise.
         low_res_scheduler_config: `SchedulerConfig` of the noise on the small image.
+        defaults: `keras_sd.pipeline.defaults.ModelDefaults` of the upscaler; by default the usual values.
         batch_size: the largest number of images per batch.
         jit_compile: whether XLA compiles on TensorFlow; JAX always compiles.
 
@@ -59,6 +61,7 @@ class Upscaler:
         scheduler_config: SchedulerConfig,
         low_res_scheduler_config: SchedulerConfig,
         *,
+        defaults: ModelDefaults | None = None,
         batch_size: int = 8,
         jit_compile: bool = True,
     ) -> None:
@@ -67,6 +70,7 @@ class Upscaler:
             raise UserError("upscaler: the UNet has not 6 channels in, 3 out and noise levels; use another")
         self.unet = unet
         self.scheduler_config, self.low_res_scheduler_config = scheduler_config, low_res_scheduler_config
+        self.defaults = defaults or ModelDefaults(usual_sampling=UPSCALING)
         self.batch_size = whole_number("batch_size", batch_size, 1)
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
 
@@ -77,7 +81,8 @@ class Upscaler:
         Args:
             path: a folder such as a `super-resolution` run's `model`, a preset or a hub id.
             dtype: precision of weights and computation: "float32", "float16" or "bfloat16".
-            options: batch_size and jit_compile, as in the constructor.
+            options: defaults, batch_size and jit_compile, as in the constructor; defaults are by default
+                those of the folder.
 
         Returns:
             The upscaler.
@@ -89,7 +94,8 @@ class Upscaler:
         schedules = (
             SchedulerConfig.from_dict(read_json(folder / place)) for place in (SCHEDULER, LOW_RES_SCHEDULER)
         )
-        return cls(load_part(folder, "unet", dtype), *schedules, **options)
+        defaults = ModelDefaults.load(folder)
+        return cls(load_part(folder, "unet", dtype), *schedules, **{"defaults": defaults} | options)
 
     @staticmethod
     def is_in(path: str | Path) -> bool:
@@ -107,6 +113,7 @@ class Upscaler:
             write_part(folder, "unet", self.unet.config.to_dict(), torch_state(self.unet), dtype)
             write_scheduler(folder / SCHEDULER, self.scheduler_config.to_dict())
             write_scheduler(folder / LOW_RES_SCHEDULER, self.low_res_scheduler_config.to_dict())
+            self.defaults.save(folder)
 
     @formerly(images="image", num_steps="num_inference_steps")
     def upscale(
@@ -115,7 +122,7 @@ class Upscaler:
         factor: int = 2,
         *,
         noise_level: int = 0,
-        num_inference_steps: int = 10,
+        num_inference_steps: int | None = None,
         sampler: str | Sampler | None = None,
         seed: int = 0,
         eta: float = 0.0,
@@ -129,8 +136,9 @@ class Upscaler:
             factor: upscaling factor of the sides; best is the one that the UNet was trained for.
             noise_level: noise added to the image, as a timestep. 0 stays close to the image; more lets the
                 model invent more.
-            num_inference_steps, sampler, eta, reuse_interval: as `Denoiser.steps` takes them. Fewer steps
-                give smoother images, more steps sharper ones.
+            num_inference_steps: denoising steps; by default the upscaler's own, usually 10. Fewer steps give
+                smoother images, more steps sharper ones.
+            sampler, eta, reuse_interval: as `Denoiser.steps` takes them.
             seed: image i is generated from `seed` + i.
             on_step: called after each step with a `Denoised(step, latents)`.
 
@@ -142,6 +150,8 @@ class Upscaler:
         """
         whole_number("noise_level", noise_level, 0, self.unet.config.num_class_embeds - 1)
         whole_number("factor", factor, 1)
+        if num_inference_steps is None:
+            num_inference_steps = self.defaults.sampling["num_inference_steps"]
         images = as_images(image)
         seeds = image_seeds(seed, len(images))
         height, width = (side * factor for side in images.shape[1:3])

@@ -39,6 +39,8 @@ VALUES = {
     "strength": 0.625,
     "noise_level": 7,
     "dtype": "bfloat16",
+    "upscaler": "emoji-upscaler",
+    "upscaler_steps": 2,
 }
 ETA = {"sampler": "ddim", "eta": 0.5}
 # What an image does not depend on, but for rounding, and what is said in another way.
@@ -48,6 +50,7 @@ NO_VALUES = {
     "batch_size": "images are the same in any batch",
     "jit_compile": "images are the same, but for rounding",
     "lora_folder": "its LoRAs are listed as those of --lora are",
+    "upscale": "the model's own upscaler is named as that of --upscaler is",
 }
 FILES = {"model", "vae", "loras", "embeddings"}
 

@@ -339,7 +339,7 @@ def test_options_of_loading_are_honoured_or_refused(folder):
     model = StableDiffusion.load(
         folder / "model", name="x", defaults=ModelDefaults({"sampling": {"guidance_scale": 2}})
     )
-    assert (model.name, model.defaults.guidance_scale) == ("x", 2)
+    assert (model.name, model.defaults.sampling["guidance_scale"]) == ("x", 2)
     missing = folder / "none"  # options are checked before files
     for path, options, line in [
         (folder / "model", {"defaults": 1}, "defaults 1: of another type; give a "),

@@ -297,5 +297,5 @@ def run_records(folder, file):
     RunRecord(folder, 3).last("evaluated")
     defaults = ModelDefaults.load(folder)
     defaults.training("text-to-image")
-    defaults.guidance_scale + 1
+    defaults.sampling["guidance_scale"] + 1
     read_run(folder / "checkpoint-4")
