@@ -2,10 +2,12 @@
 
 Prompt fidelity is measured by the nearest real image in pixels, for prompts seen in training and for held-out
 combinations of a known concept with a skin tone and a gender. Image quality is measured by KID over the
-bundled CLIP image tower, between images generated from the held-out prompts and the held-out images.
+bundled CLIP image tower, between images generated from the held-out prompts and the held-out images, and
+sharpness by the edge energy of the reconstructed and of the generated images, against the real ones.
 """
 
 import hashlib
+import math
 import statistics
 import time
 from typing import NamedTuple
@@ -16,11 +18,12 @@ import numpy as np
 from keras_sd import interruption
 from keras_sd.data.emoji.retrieval import first_of_identical, nearest, top1
 from keras_sd.data.emoji.source import load_emoji
+from keras_sd.diffusion.samplers import find_sampler
 from keras_sd.errors import UserError
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.fid import frechet_inception_distance
 from keras_sd.metrics.kid import paired_kernel_inception_distance
-from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
+from keras_sd.metrics.reconstruction import edge_energy_ratio, reconstruction_figures
 from keras_sd.models.batches import equal_batches
 
 IMAGE_SIZE = 64
@@ -29,36 +32,74 @@ FLOOR_DRAWS = 20
 
 
 class Measure(NamedTuple):
-    """A row of the table: the figure's key, title and format, the required bar and the value hoped for."""
+    """A row of the table.
+
+    Attributes:
+        key, title, form: of the figure, and how it is written.
+        bar, hoped: the value that is required, and the one hoped for.
+        ideal: the best value; a target is met by what is as close to it.
+    """
 
     key: str
     title: str
     form: str
     bar: float | None = None
     hoped: float | None = None
-    higher_is_better: bool = True
+    ideal: float = math.inf
+
+    def reaches(self, figure, target):
+        """Return whether a figure is at the target, or on the ideal's side of it."""
+        if math.isinf(self.ideal):
+            return figure >= target if self.ideal > 0 else figure <= target
+        return abs(figure - self.ideal) <= abs(target - self.ideal)
 
 
 MEASURES = (
     Measure("reconstruction_psnr", "VAE reconstruction PSNR, held-out images", "{:.2f} dB", 24.0, 28.0),
+    Measure("reconstruction_ssim", "VAE reconstruction SSIM, held-out images", "{:.3f}", 0.85, 0.9),
+    Measure(
+        "reconstruction_edge_energy",
+        "VAE reconstruction: edge energy kept, held-out images",
+        "{:.1%}",
+        0.8,
+        0.9,
+        ideal=1.0,
+    ),
     Measure("training_top1", "training prompts: nearest base concept is the right one", "{:.1%}", 0.25, 0.60),
+    Measure(
+        "training_edge_energy",
+        "training prompts: edge energy of generated images over the real ones'",
+        "{:.1%}",
+        0.7,
+        0.9,
+        ideal=1.0,
+    ),
     Measure("held_out_concept", "held-out combinations: right base concept", "{:.1%}", 0.12, 0.50),
     Measure("held_out_variant", "held-out combinations: right variant", "{:.1%}", 0.06, 0.30),
     Measure("kid", "KID of generated against held-out images (kid_emoji)", "{:.5f}"),
     Measure("fid", "FID of generated against held-out images (fid_emoji)", "{:.4f}"),
     Measure("kid_floor", "KID of real variants against held-out images: the floor", "{:.5f}"),
-    Measure("kid_ratio", "KID of generated images over the floor", "{:.2f}x", None, 3.0, False),
-    Measure("generation_seconds", "generation of 4 images after the first call", "{:.2f} s", 3.0, 1.5, False),
+    Measure("kid_ratio", "KID of generated images over the floor", "{:.2f}x", None, 3.0, ideal=-math.inf),
+    Measure(
+        "generation_seconds",
+        "generation of 4 images after the first call",
+        "{:.2f} s",
+        3.0,
+        1.5,
+        ideal=-math.inf,
+    ),
 )
 
 
 def evaluate_emoji(
     pipeline,
     *,
-    num_inference_steps=30,
+    num_inference_steps=None,
     guidance_scale=None,
+    guidance_rescale=None,
     guidance_interval=(0.0, 1.0),
     reuse_interval=1,
+    sampler=None,
     seed=0,
     batch_size=40,
     progress=None,
@@ -67,16 +108,20 @@ def evaluate_emoji(
 
     Args:
         pipeline: a `keras_sd.StableDiffusion` with an image encoder.
-        num_inference_steps, guidance_scale, guidance_interval, reuse_interval: of the DDIM sampler; the
-            guidance scale is the model's own by default. Image i is drawn from `seed` + i.
+        num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, reuse_interval, sampler: as
+            in `text_to_image`; by default the model's own.
+        seed: image i is drawn from `seed` + i.
         batch_size: the largest number of prompts per call; all calls are of one size, so that sampling is
             compiled once.
         progress: callable (iterable, description) -> iterable, such as a progress bar.
 
     Returns:
-        `reconstruction_psnr` in dB: VAE (mode of the posterior) on the held-out images.
+        `reconstruction_psnr` in dB, `reconstruction_ssim`, `reconstruction_edge_energy` (the share that is
+        kept): VAE (mode of the posterior) on the held-out images.
         `training_top1`: share of 200 canonical captions of base concepts, chosen by hash, whose generated
         image is nearest to the right one among the images of all base concepts.
+        `training_edge_energy`: mean edge energy of these generated images over that of the real images of
+        the same captions.
         `held_out_concept`, `held_out_variant`: share of the held-out captions whose generated image is
         nearest, among all images of the set, to an image of the right concept, or to the right image.
         `kid`, `kid_standard_deviation`: images of the held-out captions against the held-out images.
@@ -87,28 +132,30 @@ def evaluate_emoji(
         `kid_ratio`: `kid` / `kid_floor`.
         `kid_training`: KID of real training images of all kinds, mean over the draws.
         `generation_seconds`: 4 images of one prompt, median of 5 calls after a first one.
-        The remaining entries are the settings and the numbers of images.
+        `targets`: key of a figure -> its "bar" and the value "hoped" for, or None (`MEASURES`).
+        The remaining entries are the settings and the numbers of images. The sampler has its displayed name.
 
     Raises:
         UserError: the pipeline has no image encoder.
     """
     if getattr(pipeline, "image_encoder", None) is None:
         raise UserError("model to evaluate: no image_encoder, which KID needs; use emoji")
-    if guidance_scale is None:
-        guidance_scale = pipeline.defaults.guidance_scale
+    options = pipeline.defaults.filled(
+        {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": list(guidance_interval),
+            "reuse_interval": reuse_interval,
+            "sampler": sampler,
+        }
+    )
     progress = progress or (lambda iterable, description: iterable)
     emoji = load_emoji()
     images = np.stack([one.load(IMAGE_SIZE) for one in progress(emoji, "images")])
     held_out = np.array([i for i, one in enumerate(emoji) if one.split == "validation"])
     bases = np.array([i for i, one in enumerate(emoji) if one.code == one.concept])
     prompted = by_hash(emoji, bases, "prompts")[:TRAINING_PROMPTS]
-    options = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "guidance_interval": list(guidance_interval),
-        "reuse_interval": reuse_interval,
-        "sampler": "ddim",
-    }
 
     def generate(indices, description):
         prompts = [emoji[i].captions[0] for i in indices]
@@ -118,18 +165,21 @@ def evaluate_emoji(
 
     from_training = generate(prompted, "training prompts")
     from_held_out = generate(held_out, "held-out prompts")
-    reconstructed = pipeline.decode(pipeline.encode_image(images[held_out]))
+    reconstructed = reconstruction_figures(images[held_out], pipeline.reconstruct(images[held_out]))
     with interruption.phase("evaluating retrieval", in_commands=True):
         rates = held_out_rates(emoji, images, held_out, from_held_out)
         rates["training_top1"] = top1(from_training, images[bases], np.searchsorted(bases, prompted))
+        rates["training_edge_energy"] = edge_energy_ratio(images[prompted], from_training)
     with interruption.phase("evaluating KID", in_commands=True):
         kid = kid_and_floor(emoji, images, held_out, from_held_out, ClipFeatures(pipeline.image_encoder))
     return {
-        "reconstruction_psnr": peak_signal_to_noise_ratio(images[held_out], reconstructed),
+        **{f"reconstruction_{name}": figure for name, figure in reconstructed.items()},
         **rates,
         **kid,
         "generation_seconds": generation_seconds(pipeline, seed, options),
+        "targets": {each.key: {"bar": each.bar, "hoped": each.hoped} for each in MEASURES},
         **options,
+        "sampler": find_sampler(sampler, pipeline.scheduler_config).name,
         "seed": seed,
         "backend": keras.backend.backend(),
         "training_prompts": len(prompted),
@@ -156,13 +206,10 @@ def format_table(results):
 
 
 def _verdict(measure, figure):
-    def reaches(target):
-        return figure >= target if measure.higher_is_better else figure <= target
-
-    if measure.hoped is not None and reaches(measure.hoped):
+    if measure.hoped is not None and measure.reaches(figure, measure.hoped):
         return "as hoped"
     if measure.bar is not None:
-        return "yes" if reaches(measure.bar) else "no"
+        return "yes" if measure.reaches(figure, measure.bar) else "no"
     return "reported" if measure.hoped is None else "not as hoped"
 
 

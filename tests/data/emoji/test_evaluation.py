@@ -93,6 +93,7 @@ class Archive(StableDiffusion):
         *,
         num_inference_steps,
         guidance_scale,
+        guidance_rescale,
         guidance_interval,
         reuse_interval,
         seed,
@@ -100,7 +101,7 @@ class Archive(StableDiffusion):
         progress,
     ):
         self.calls.append((len(prompt), seed, num_inference_steps, guidance_scale, sampler, progress))
-        self.shortcuts.add((*guidance_interval, reuse_interval))
+        self.shortcuts.add((*guidance_interval, reuse_interval, guidance_rescale))
         return np.stack([self.pictures[text].load(64) for text in prompt])
 
 
@@ -116,6 +117,7 @@ def test_perfect_pictures_get_perfect_figures():
     )
     assert results == json.loads(json.dumps(results))
     assert results["training_top1"] == results["held_out_concept"] == results["held_out_variant"] == 1.0
+    assert results["training_edge_energy"] == 1.0
     assert results["training_prompts"] == results["held_out_prompts"] == 200
     assert 1600 < results["base_concepts"] < results["images"]
     # The very same images on both sides: nothing but the scatter of the subsets is left.
@@ -130,11 +132,16 @@ def test_perfect_pictures_get_perfect_figures():
     first = peak_signal_to_noise_ratio(images[:20], levels)
     rest = peak_signal_to_noise_ratio(images[20:], archive.decode(archive.encode_image(images[20:])))
     assert results["reconstruction_psnr"] == pytest.approx(0.1 * first + 0.9 * rest, abs=1e-2)
+    # Random weights decode to noise: unlike, and with more edges than an emoji.
+    assert results["reconstruction_ssim"] < 0.5 and results["reconstruction_edge_energy"] != 1
+    assert results["targets"]["reconstruction_psnr"] == {"bar": 24.0, "hoped": 28.0}
+    assert results["targets"].keys() <= results.keys()
     assert bars == ["images", "training prompts", "held-out prompts"]
     # Equal batches, image i drawn from seed + i; then six calls of four for the time.
-    batches = [(50, 7 + start, 3, 7.5, "ddim", False) for start in range(0, 200, 50)]
-    assert archive.calls == batches * 2 + [(4, 7, 3, 7.5, "ddim", False)] * 6
-    assert archive.shortcuts == {(0.0, 1.0, 1)}
+    batches = [(50, 7 + start, 3, 7.5, None, False) for start in range(0, 200, 50)]
+    assert archive.calls == batches * 2 + [(4, 7, 3, 7.5, None, False)] * 6
+    assert archive.shortcuts == {(0.0, 1.0, 1, 0.0)}
+    assert results["sampler"] == "DDIM"
     table = format_table(results)
     assert table.count("as hoped") >= 4
     assert "100.0%" in table and "28.00 dB" in table
@@ -183,7 +190,9 @@ def test_batches_are_filled_up_and_seeded_by_position():
 def test_table_tells_what_is_met():
     results = {
         "reconstruction_psnr": 25.0,
+        "reconstruction_edge_energy": 1.15,
         "training_top1": 0.2,
+        "training_edge_energy": 1.4,
         "held_out_concept": 0.5,
         "held_out_variant": 0.06,
         "kid": 0.01,
@@ -195,6 +204,9 @@ def test_table_tells_what_is_met():
     assert rows[0] == ["measure", "bar", "hoped for", "figure", "met"]
     assert len({len(line) for line in format_table(results).splitlines()}) == 1
     verdicts = [row[-1] for row in rows[2:]]
+    # Too much edge energy misses the bar as too little does.
+    edges, of_generated = verdicts.pop(1), verdicts.pop(2)
+    assert (edges, of_generated) == ("yes", "no")
     assert verdicts == ["yes", "no", "as hoped", "yes", "reported", "reported", "not as hoped", "yes"]
     assert rows[2][1:4] == ["24.00 dB", "28.00 dB", "25.00 dB"]
 
