@@ -1,4 +1,4 @@
-"""The demonstration: images of the bundled model, before and after fine-tuning on grey images."""
+"""The demonstration: images of the bundled model, upscaled, and before and after fine-tuning on grey ones."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from keras_sd.files.writing import write_json, write_text
 from keras_sd.metrics.features import ClipFeatures, extract
 from keras_sd.metrics.kid import paired_kernel_inception_distance
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
+from keras_sd.pipeline.upscaler import Upscaler
 from keras_sd.training.diffusion_settings import DiffusionSettings, NoiseDrawing
 from keras_sd.training.encodings import EncodedSource
 from keras_sd.training.objectives import DiffusionObjective
@@ -37,15 +38,16 @@ PROMPTS = (
     "blue circle",
 )
 IMAGE_SIZE = 64
+UPSCALED = 4  # of the prompts
 DRAWS = 4  # noise samples for each held-out image; the loss is their mean
 
 
 def run_demo(
     folder,
     say=print,
-    max_train_steps=300,
+    max_train_steps=200,
     training_images=600,
-    held_out_images=100,
+    held_out_images=48,
     num_inference_steps=20,
     jit_compile=True,
 ):
@@ -66,8 +68,10 @@ def run_demo(
     start = time.perf_counter()
     # With one batch size, sampling is compiled once.
     pipeline = StableDiffusion.from_preset("emoji", batch_size=len(PROMPTS), jit_compile=jit_compile)
-    save_grid(pipeline, folder / "before.png", num_inference_steps)
+    drawn = save_grid(pipeline, folder / "before.png", num_inference_steps)
     say(f"{folder / 'before.png'}: {len(PROMPTS)} prompts, as the bundled model draws them")
+    save_upscaled(drawn[:UPSCALED], folder / "upscaled.png")
+    say(f"{folder / 'upscaled.png'}: {UPSCALED} of them at {IMAGE_SIZE} pixels, and upscaled beside")
 
     images = folder / "images"
     write_grey_images(images, training_images, held_out_images)
@@ -127,6 +131,7 @@ def report(folder, figures, seconds, say):
     say(f"\nIn {seconds:.0f} s, these were written:")
     for name, what in (
         ("before.png", "the bundled model's images"),
+        ("upscaled.png", "some of them upscaled: keras-sd generate heart --upscale"),
         ("after.png", "the same prompts and seeds, fine-tuned"),
         ("images/", "the data set"),
         ("run/logs/", "the loss of each step, for TensorBoard too"),
@@ -181,11 +186,23 @@ def examples_of(images, split):
 
 
 def save_grid(pipeline, path, num_inference_steps):
-    """Write a grid with one image of each prompt."""
+    """Write a grid with one image of each prompt; return the images."""
     images = pipeline.text_to_image(
         list(PROMPTS), num_inference_steps=num_inference_steps, seed=0, progress=False
     )
     save_png(image_grid(images, labels=PROMPTS, columns=4, scale=2), path)
+    return images
+
+
+def save_upscaled(images, path):
+    """Write images of the first prompts, each enlarged pixel by pixel and beside it upscaled."""
+    # So few images are faster without XLA.
+    larger = Upscaler.load("emoji-upscaler", jit_compile=False).upscale(images, seed=0)
+    enlarged = images.repeat(2, axis=1).repeat(2, axis=2)
+    pairs = np.stack([enlarged, larger], axis=1).reshape(-1, *larger.shape[1:])
+    sides = [each.shape[1] for each in (images, larger)]
+    labels = [f"{prompt}, {side} px" for prompt in PROMPTS[: len(images)] for side in sides]
+    save_png(image_grid(pairs, labels=labels, columns=4), path)
 
 
 def write_grey_images(folder, training_images, held_out_images):

@@ -66,7 +66,7 @@ def evaluate(model, output, overwrite, **sampling):
 @cli.command(cls=Command)
 @output_option("demo", "Folder for images, data set, run and results.", "--output-dir")
 def demo(output_dir, overwrite):
-    """Generate images with the emoji model, fine-tune it for a few minutes, and compare."""
+    """Generate images with the emoji model, upscale some, fine-tune it for a few minutes, and compare."""
     folder = check_output_folder(
         output_dir, "demo", overwrite, is_own=lambda folder: (folder / "before.png").is_file()
     )

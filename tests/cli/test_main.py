@@ -524,7 +524,8 @@ def test_evaluation_of_the_bundled_model_is_a_table_and_a_file(keras_sd_command,
     assert results["model"] == "emoji" and results["num_inference_steps"] == 1
     assert results["reconstruction_psnr"] > 24
     table = [line for line in output.splitlines() if line.startswith("| ")]
-    assert len(table) == 10 and f"{results['reconstruction_psnr']:.2f} dB" in table[1]
+    assert len(table) == 13 and f"{results['reconstruction_psnr']:.2f} dB" in table[1]
+    assert 0.8 < results["reconstruction_ssim"] < 1 and results["targets"]["kid_ratio"]["hoped"] == 3
 
 
 def test_demo_fine_tunes_and_names_what_it_wrote(tmp_path):
@@ -538,6 +539,8 @@ def test_demo_fine_tunes_and_names_what_it_wrote(tmp_path):
         assert np.isfinite([before, after]).all() and before != after
         assert any(f"{before:.4f}" in line and f"{after:.4f}" in line for line in lines)
     named = [Path(line.split()[0]) for line in lines if line.startswith("  ")]
-    assert len(named) == 6 and all(path.exists() for path in named)
+    assert len(named) == 7 and all(path.exists() for path in named)
+    with Image.open(folder / "upscaled.png") as sheet:
+        assert sheet.width > 4 * 128 and sheet.height > 2 * 128  # four prompts in two rows, twice each
     steps = [json.loads(line) for line in (folder / "run/logs/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3]
