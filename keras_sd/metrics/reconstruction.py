@@ -95,31 +95,56 @@ def edge_energy_ratio(images: Images, others: Images) -> float:
     Args:
         images, others: uint8 `(n, h, w, c)`; each set may have its own number and size.
     """
-    real, other = edge_energy(images), edge_energy(others)
+    return _ratio(edge_energy(images), edge_energy(others))
+
+
+def _ratio(real, made):
     if real == 0:
-        return 1.0 if other == 0 else float("inf")
-    return other / real
+        return 1.0 if made == 0 else float("inf")
+    return made / real
+
+
+class ReconstructionFigures:
+    """Gathers what an evaluation of an autoencoder logs, batch by batch, so that memory does not grow."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: dict[str, float] = {}
+
+    def update(self, images: Images, reconstructions: Images) -> None:
+        """Add a batch.
+
+        Args:
+            images, reconstructions: uint8 `(n, h, w, 3)`; all batches are of one size.
+
+        Raises:
+            UserError: they have another type or shape, or the shapes differ.
+        """
+        figures = {"psnr": peak_signal_to_noise_ratio(images, reconstructions)}
+        if min(np.shape(images)[1:3]) >= SSIM_WINDOW:
+            figures["ssim"] = structural_similarity(images, reconstructions)
+        figures |= {"real": edge_energy(images), "made": edge_energy(reconstructions)}
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + len(images) * value
+        self._count += len(images)
+
+    def result(self) -> dict[str, float]:
+        """Return the figures of all images together.
+
+        Returns:
+            `psnr` in dB, `ssim`, and `edge_energy`, the share that is kept (`edge_energy_ratio`). Images
+            smaller than SSIM's window have no `ssim`.
+        """
+        means = {name: total / self._count for name, total in self._sums.items()}
+        kept = _ratio(means.pop("real"), means.pop("made"))
+        return means | {"edge_energy": kept}
 
 
 def reconstruction_figures(images: Images, reconstructions: Images) -> dict[str, float]:
-    """Return what an autoencoder's evaluation logs, all of it figures of all images together.
-
-    Give all images in one call, as the ratio of edge energies is no mean over batches.
-
-    Args:
-        images, reconstructions: uint8 `(n, h, w, 3)`.
-
-    Returns:
-        `psnr` in dB, `ssim`, and `edge_energy`, the share that is kept (`edge_energy_ratio`). Images smaller
-        than SSIM's window have no `ssim`.
-
-    Raises:
-        UserError: the images have another type or shape, or the shapes differ.
-    """
-    figures = {"psnr": peak_signal_to_noise_ratio(images, reconstructions)}
-    if min(np.shape(images)[1:3]) >= SSIM_WINDOW:
-        figures["ssim"] = structural_similarity(images, reconstructions)
-    return figures | {"edge_energy": edge_energy_ratio(images, reconstructions)}
+    """Return the figures of `ReconstructionFigures` of images that are there at once."""
+    figures = ReconstructionFigures()
+    figures.update(images, reconstructions)
+    return figures.result()
 
 
 def edge_error(images, reconstructions):

@@ -9,7 +9,7 @@ from keras import ops
 from keras_sd import backend
 from keras_sd.data.sources import fingerprint_of, framing_identity, image_batches, repeats_identity
 from keras_sd.errors import UserError
-from keras_sd.metrics.reconstruction import peak_signal_to_noise_ratio
+from keras_sd.metrics.reconstruction import ReconstructionFigures
 from keras_sd.models.pixels import images_from_unit, images_to_unit
 from keras_sd.progress import Progress
 from keras_sd.training.autoencoder_objective import (
@@ -32,13 +32,12 @@ def latent_shape(config, height, width):
 
 
 def measure_reconstruction(vae, examples):
-    """Return the mean peak signal-to-noise ratio (dB) of the reconstructed images of examples."""
-    ratios, count = 0.0, 0
+    """Return the figures of the reconstruction of examples (`ReconstructionFigures`)."""
+    figures = ReconstructionFigures()
     for images in _image_batches(vae, examples):
-        outputs = images_from_unit(ops.convert_to_numpy(vae(images_to_unit(ops.convert_to_tensor(images)))))
-        ratios += len(images) * peak_signal_to_noise_ratio(images, outputs)
-        count += len(images)
-    return ratios / count
+        outputs = vae(images_to_unit(ops.convert_to_tensor(images)))
+        figures.update(images, images_from_unit(ops.convert_to_numpy(outputs)))
+    return figures.result()
 
 
 def measure_scale(vae, examples):
@@ -144,10 +143,10 @@ def train_autoencoder(
         noise = generator.standard_normal(shape, dtype="float32")
         return {"images": image, "noise": np.zeros_like(noise) if decoder_only else noise}
 
-    measured, name = held_out, "reconstruction_psnr"
+    measured, suffix = held_out, ""
     if not len(held_out):
         indices = np.unique(np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(int))
-        measured, name = [squares[index] for index in indices], "reconstruction_psnr_train"
+        measured, suffix = [squares[index] for index in indices], "_train"
         warnings.warn(
             f"no held-out images: the reconstruction is measured on {len(measured)} training images; put "
             "others into a sub-folder `validation`",
@@ -156,7 +155,9 @@ def train_autoencoder(
 
     def evaluate(step):
         with trainer.ema.applied():
-            trainer.log_figures(step, {name: measure_reconstruction(vae, measured)})
+            figures = measure_reconstruction(vae, measured)
+        named = {f"reconstruction_{name}{suffix}": figure for name, figure in figures.items()}
+        trainer.log_figures(step, named)
 
     scale = {}
 

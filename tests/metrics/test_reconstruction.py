@@ -4,6 +4,7 @@ from skimage.metrics import structural_similarity as skimage_ssim
 
 from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import (
+    ReconstructionFigures,
     edge_energy,
     edge_energy_ratio,
     edge_error,
@@ -103,11 +104,16 @@ def test_flat_images_do_not_rule_the_ratio(pairs):
 def test_figures_of_an_evaluation(pairs):
     images, blurred = pairs
     figures = reconstruction_figures(images, blurred)
-    assert figures == {
+    expected = {
         "psnr": peak_signal_to_noise_ratio(images, blurred),
         "ssim": structural_similarity(images, blurred),
         "edge_energy": edge_energy(blurred) / edge_energy(images),
     }
+    assert figures == pytest.approx(expected, rel=1e-12)
+    in_batches = ReconstructionFigures()
+    for part in (slice(0, 1), slice(1, None)):
+        in_batches.update(images[part], blurred[part])
+    assert in_batches.result() == pytest.approx(expected, rel=1e-12)
     assert 0.2 < figures["edge_energy"] < 0.8
     assert reconstruction_figures(images[:, :8], blurred[:, :8]).keys() == {"psnr", "edge_energy"}
 
