@@ -226,7 +226,7 @@ def test_runs_on_both_backends_agree_and_resume_to_the_bit(place, run_program):
     assert any(name.startswith("discriminator") for name in whole)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
-    # Adam gives rounding errors the size of updates where there is hardly a gradient, so single numbers differ.
+    # Where there is hardly a gradient, Adam turns rounding errors into whole updates: single numbers differ.
     differences = np.concatenate([(other[name] - array).ravel() for name, array in whole.items()])
     assert np.abs(differences).max() < 4 * 0.002
     assert np.sqrt(np.mean(differences**2)) < 2e-4
