@@ -152,6 +152,15 @@ def set_kept(kept):
     _state.kept = kept
 
 
+def command_to_resume():
+    """Return the command that resumes this program's training; None without a command or a checkpoint."""
+    if _state.program is None or _state.run_folder is None:
+        return None
+    checkpoints = _checkpoints()
+    # The latest checkpoint may be of another branch than the resumed one.
+    return _state.command(checkpoints != _state.checkpoints_before) if checkpoints else None
+
+
 def how_to_resume():
     """Return one line on how to go on with an interrupted command; None if it has to begin anew."""
     name = signal.Signals(_state.received).name
@@ -160,11 +169,9 @@ def how_to_resume():
         if _state.kept is None:
             return None
         return f"{name}: ended{during}; {_state.kept}; go on with: {_state.command(False)}"
-    checkpoints = _checkpoints()
-    if not checkpoints:
+    command = command_to_resume()
+    if command is None:
         return f"{name}: ended{during}; there is no checkpoint yet, start again"
-    # The latest checkpoint may be of another branch than the resumed one.
-    command = _state.command(checkpoints != _state.checkpoints_before)
     model = _state.run_folder / "model"
     if model.is_dir():
         return f"{name}: ended{during}; the model is in {model}; finish what is left with: {command}"

@@ -8,7 +8,14 @@ compat         all uses of private and experimental functions
 """
 
 from keras_sd.backend.arrays import aligned_copy, to_numpy, to_tensor
-from keras_sd.backend.compat import forget, lay_out, processes_stop_at, sync_state, unlocked
+from keras_sd.backend.compat import (
+    drop_partial_update,
+    forget,
+    lay_out,
+    processes_stop_at,
+    sync_state,
+    unlocked,
+)
 from keras_sd.backend.compilation import (
     batches_of_shapes,
     first_call,

@@ -75,6 +75,15 @@ def sync_state(model):
         model.jax_state_sync()
 
 
+def drop_partial_update(optimizer):
+    """Drop the gradients of batches since the last update, of an optimizer that accumulates them."""
+    accumulation = optimizer.gradient_accumulation_steps
+    if accumulation:
+        optimizer._backend_reset_gradient_accumulators()
+        # Keras counts batches.
+        optimizer._iterations.assign(optimizer._iterations // accumulation * accumulation)
+
+
 class JointOptimizer(keras.optimizers.Optimizer):
     """An optimizer with one call, of `update_all` in a subclass, for all variables and the weight decay.
 

@@ -44,7 +44,7 @@ from keras_sd.data.images import framed
 from keras_sd.data.joined_source import ConfiguredSource
 from keras_sd.data.masks import MaskFiles
 from keras_sd.data.tfds_source import TFDSSource, knows_name, prepared_builder
-from keras_sd.errors import UserError, installed_version
+from keras_sd.errors import UserError, installed_version, os_fault
 
 _SIDE = 72  # pixels of the emoji's PNG files; they are drawn from SVG at any other size
 _KEPT_SIDE = 128  # pixels; larger images are drawn again each time, as all of them would fill the memory
@@ -338,6 +338,7 @@ def batches(
     buckets: Sequence[int] | np.ndarray | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    on_fault: Callable[[UserError], object] | None = None,
 ) -> Iterable[dict]:
     """Return endless batches of `draw(example, generator)` as a Grain `IterDataset`.
 
@@ -362,6 +363,8 @@ def batches(
         buckets: the number of each example's bucket; by default all are of one.
         process_index: the contiguous slice of each batch that this process reads.
         process_count: number of processes; divides `batch_size`.
+        on_fault: called with the error of an example that cannot be read, before the stream raises it:
+            TensorFlow passes on no more than the text of an exception. Several threads call it.
 
     Raises:
         UserError: the source is empty, or the batch size or the seed is out of range.
@@ -383,7 +386,13 @@ def batches(
     drawn = getattr(source, "draw_example", lambda index, generator: source[index])
 
     def example(position: int, generator: np.random.Generator) -> dict:
-        made = draw(drawn(order.example(position), generator), generator)
+        try:
+            made = draw(drawn(order.example(position), generator), generator)
+        except (UserError, OSError) as error:  # a file has vanished, or was damaged
+            fault = error if isinstance(error, UserError) else UserError(os_fault(error))
+            if on_fault is not None:
+                on_fault(fault)
+            raise fault from error.__cause__
         if not isinstance(made, dict) or not made:  # Grain would leave None out, and look for others for ever
             raise UserError(f"draw: returned {shown(made)}; return a dictionary of arrays")
         return made

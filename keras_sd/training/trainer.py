@@ -30,6 +30,7 @@ from keras_sd.training.callbacks import (
     StopOnSignal,
 )
 from keras_sd.training.checkpoints import Checkpoints
+from keras_sd.training.data_faults import fault_of_data, save_before_fault
 from keras_sd.training.evaluation_schedule import EvaluationCallback, EvaluationSchedule
 from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.objectives import Objective
@@ -239,7 +240,8 @@ class Trainer:
             Whether training reached `max_train_steps`.
 
         Raises:
-            UserError: the loss is not finite, no checkpoint can be written, or memory is not sufficient.
+            UserError: the loss is not finite, an example cannot be read (the steps before are saved), no
+                checkpoint can be written, or memory is not sufficient.
         """
         settings = self.settings
         self._schedules = [
@@ -280,6 +282,7 @@ class Trainer:
         settings = self.settings
         accumulation = settings.gradient_accumulation_steps
         buckets = getattr(source, "buckets", None)
+        faults: list[UserError] = []
         training_batches = batches(
             source,
             batch_size=settings.train_batch_size,
@@ -290,19 +293,26 @@ class Trainer:
             buckets=buckets,
             process_index=backend.process_index(),
             process_count=backend.process_count(),
+            on_fault=faults.append,
         )
         if hasattr(source, "encode_batches"):  # a source that is not encoded yet
             training_batches = source.encode_batches(training_batches)
-        if buckets is not None and len(np.unique(buckets)) > 1:
-            training_batches = backend.batches_of_shapes(training_batches)
         self.objective.enter_phase_of(self.step)
-        self.objective.fit(
-            training_batches,
-            steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,
-            verbose=0,
-            shuffle=False,  # Grain has shuffled already
-            callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
-        )
+        try:
+            if buckets is not None and len(np.unique(buckets)) > 1:
+                training_batches = backend.batches_of_shapes(training_batches)
+            self.objective.fit(
+                training_batches,
+                steps_per_epoch=(settings.max_train_steps - self.step) * accumulation,
+                verbose=0,
+                shuffle=False,  # Grain has shuffled already
+                callbacks=StepCallbackList(callbacks, add_history=True, model=self.objective),
+            )
+        except Exception as error:
+            fault = fault_of_data(error, faults)
+            if fault is None:
+                raise
+            raise save_before_fault(fault, self.checkpoints, callbacks, self.optimizer) from error
         self.step = self.log.step
 
     def _finish(self, prepare_export, export):
