@@ -7,7 +7,7 @@ import warnings
 import click
 
 from keras_sd.cli import config_file
-from keras_sd.cli.foreign_flags import FOREIGN_FLAGS
+from keras_sd.cli.foreign_flags import FOREIGN_FLAGS, answer_to
 from keras_sd.errors import UserError
 
 HELP_SETTINGS = {"show_default": True, "max_content_width": 110}
@@ -22,7 +22,6 @@ TAKEN_NAMES = {"--random-crop": "--crop-size"}
 MAY_BE_EMPTY = {"prompt", "prompts", "negative_prompt", "validation_prompts"}
 """Names of parameters that may be an empty text: what an image shows."""
 
-_RENAMED = re.compile(r"is called (--[a-z-]+) here")
 # An argument at the beginning of a line, or marked anywhere: `name`, `name=value`.
 _ARGUMENT = re.compile(r"^(?P<first>\w+)(?=[ :])|`(?P<marked>\w+)(?:=(?P<value>[^`]*))?`")
 
@@ -46,10 +45,9 @@ class Command(click.Command):
             if new in known and flag not in known and "--" not in renamed:
                 warnings.warn(f"{flag}: is called {new} now; use that", stacklevel=2)
                 argument = f"{new}{equals}{value}"
-            elif flag in FOREIGN_FLAGS and flag not in known and "--" not in renamed:
-                answer = FOREIGN_FLAGS[flag]
-                name = _RENAMED.match(answer)
-                if name is None or name[1] in known:
+            elif flag not in known and "--" not in renamed:
+                answer = answer_to(flag, known)
+                if answer is not None:
                     raise UserError(f"{flag}: {answer}")
             renamed.append(argument)
         self._warn_of_repeated(renamed)

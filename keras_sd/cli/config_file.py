@@ -12,15 +12,20 @@ from typing import Any
 
 import click
 
-from keras_sd.cli.foreign_flags import FOREIGN_FLAGS
+from keras_sd.cli.foreign_flags import FOREIGN_FLAGS, answer_to
 from keras_sd.cli.option_types import SIDE
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import read_text, shown
 
 FLAG = "--config-file"
 _NOT_KEPT = ("config_file", "resume_from_checkpoint")
-# The length of a run is given in one of two ways; that of the command line counts.
-_COUNTERPARTS = {"num_train_epochs": "--max-train-steps", "max_train_steps": "--num-train-epochs"}
+# A length is given in one of two ways; that of the command line counts.
+_COUNTERPARTS = {
+    "num_train_epochs": "--max-train-steps",
+    "max_train_steps": "--num-train-epochs",
+    "checkpointing_epochs": "--checkpointing-steps",
+    "checkpointing_steps": "--checkpointing-epochs",
+}
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 config_file_option = click.option(
@@ -28,6 +33,18 @@ config_file_option = click.option(
     help="TOML file of options, which those of the command line replace. Keys are the options' names, in "
     "sections of any name. A run keeps its own as `options.toml`.",
 )
+
+
+class UnknownKeys(UserError):
+    """Several keys of a file are no options of the command.
+
+    Attributes:
+        faults: one line of each, with what to use.
+    """
+
+    def __init__(self, path: Path, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(f"{path}: {len(faults)} keys are no options of this command; change or remove them")
 
 
 def with_config_file(command: click.Command, arguments: list[str]) -> list[str]:
@@ -60,10 +77,8 @@ def with_config_file(command: click.Command, arguments: list[str]) -> list[str]:
     typed = {known.get(argument.partition("=")[0]) for argument in arguments}
     given: dict[click.Option, str] = {}
     words: list[str] = []
-    for key, value in options.items():
-        parameter = _option_of(path, key, value, known)
-        if parameter is None:
-            continue
+    for key, parameter in _options_of(path, options, known).items():
+        value = options[key]
         if parameter in given:
             raise UserError(f"{path}: {given[parameter]} and {key} are one option; remove one of them")
         given[parameter] = key
@@ -106,20 +121,37 @@ def _read(path: Path) -> dict[str, Any]:
     return options
 
 
-def _option_of(path: Path, key: str, value: Any, known: dict[str, click.Option]) -> click.Option | None:
-    """Return the option of a key; None for one of other scripts that is turned off."""
-    flag = f"--{key.replace('_', '-')}"
-    parameter = known.get(flag)
-    if parameter is not None and flag != FLAG:
-        return parameter
-    if flag in FOREIGN_FLAGS:
-        if value is False or value in ("", []):
-            return None
-        raise UserError(f"{path}: {key}: {FOREIGN_FLAGS[flag]}")
+def _options_of(
+    path: Path, options: dict[str, Any], known: dict[str, click.Option]
+) -> dict[str, click.Option]:
+    """Return key -> option, without the keys of other scripts that are turned off.
+
+    Raises:
+        UserError: some keys are no options; all of them are named.
+    """
+    found, faults = {}, []
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        if flag in known and flag != FLAG:
+            found[key] = known[flag]
+        elif flag not in FOREIGN_FLAGS or not (value is False or value in ("", [])):
+            faults.append(f"{path}: {_remedy(key, flag, known)}")
+    if len(faults) > 1:
+        raise UnknownKeys(path, faults)
+    if faults:
+        raise UserError(faults[0])
+    return found
+
+
+def _remedy(key: str, flag: str, known: dict[str, click.Option]) -> str:
+    """Return what to use in place of a key that is no option."""
+    answer = answer_to(flag, known)
+    if answer is not None:
+        return f"{key}: {answer}"
     flags = [name for name, one in known.items() if name != FLAG and name in one.opts]
     nearest = difflib.get_close_matches(flag, flags, n=1)
     remedy = f"the nearest is {nearest[0][2:].replace('-', '_')}" if nearest else "remove it"
-    raise UserError(f"{path}: {key} is no option of this command; {remedy}")
+    return f"{key} is no option of this command; {remedy}"
 
 
 def _arguments(path: Path, key: str, value: Any, parameter: click.Option) -> list[str]:

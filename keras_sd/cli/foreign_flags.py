@@ -1,5 +1,9 @@
 """Flags of diffusers' and kohya's scripts that have another name here or do not exist, and what to use."""
 
+import re
+from collections.abc import Container
+
+_RENAMED = re.compile(r"is called (--[a-z-]+) here")
 _SIZES = "the sizes of buckets are fixed; --aspect-ratio-buckets sets their number"
 _BLOCKS = "use --learning-rate-by-block, with factors of blocks by their names"
 _SCHEDULE = (
@@ -203,3 +207,15 @@ FOREIGN_FLAGS = {
     ),
 }
 """Flag with hyphens -> what to use here, or why there is none. Commands answer with it in one line."""
+
+
+def answer_to(flag: str, known: Container[str]) -> str | None:
+    """Return what a command answers to a flag of other scripts; None where it has nothing to say.
+
+    Args:
+        flag: the flag, with hyphens.
+        known: the command's own flags.
+    """
+    answer = FOREIGN_FLAGS.get(flag)
+    renamed = None if answer is None else _RENAMED.match(answer)
+    return None if renamed is not None and renamed[1] not in known else answer

@@ -114,6 +114,28 @@ def test_bad_file_is_told_in_one_line(tmp_path, run_program, text, told):
     assert code == 2 and told in errors and errors.count("\n") == 1, errors
 
 
+def test_all_unknown_keys_are_named_at_once(tmp_path, run_program):
+    path = tmp_path / "kohya.toml"
+    path.write_text(
+        "network_dim = 8\nxformers = true\nsdpa = false\nrnak = 2\nseed = 1\nqqqq = 1\n", encoding="utf-8"
+    )
+    code, _, errors = run_program(main, "lora", "--config-file", path)
+    *lines, last = [line.partition(f"{path}: ")[2] for line in errors.splitlines()]
+    assert code == 2 and last == "4 keys are no options of this command; change or remove them"
+    assert lines == [
+        "network_dim: is called --rank here",
+        "xformers: XLA compiles attention; leave it out",
+        "rnak is no option of this command; the nearest is rank",
+        "qqqq is no option of this command; remove it",
+    ]
+
+
+def test_no_flag_is_named_that_the_command_lacks(tmp_path, run_program):
+    (tmp_path / "kohya.toml").write_text("network_dim = 8\n", encoding="utf-8")
+    code, _, errors = run_program(main, "vae", "--config-file", tmp_path / "kohya.toml")
+    assert code == 2 and "network_dim is no option of this command; " in errors and "--rank" not in errors
+
+
 def test_missing_file_is_told_in_one_line(run_program):
     code, _, errors = run_program(main, "vae", "--config-file", "nope.toml")
     assert code == 2 and errors.endswith("error: --config-file nope.toml: no such file; correct the path\n")
