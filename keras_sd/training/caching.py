@@ -79,10 +79,14 @@ class Caching:
             raise UserError(f"cache_dir {self.cache_dir}: {reason}; leave it out")
 
     def folder(self) -> Path:
-        """Return the folder for encodings on disk."""
+        """Return the folder for encodings on disk.
+
+        Raises:
+            UserError: none is given, and there is no cache folder.
+        """
         if self.cache_dir is not None:
             return Path(self.cache_dir)
         root = cache_root()
         if root is None:
-            raise UserError(f"cache_dir: missing, and {VARIABLE} turns the cache off; give a folder")
+            raise UserError(f"cache_dir: missing, and there is no cache folder ({VARIABLE}); give a folder")
         return root / "encodings"

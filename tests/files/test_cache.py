@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from keras_sd.cli.main import main
+from keras_sd.cli.train.main import main as train
 from keras_sd.files.cache import VARIABLE, cache_root
 
 
@@ -13,6 +16,52 @@ def test_values_that_turn_the_cache_off(monkeypatch, value):
     assert cache_root() is None
 
 
-def test_any_other_value_is_a_folder(monkeypatch):
+def test_a_place_that_cannot_be_used_is_told_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place, told in {
+        str(tmp_path / "file"): "is no folder",
+        str(tmp_path / "file" / "below"): r"cannot be written to \(Not a directory\)",
+        "/proc/keras_sd": r"cannot be written to \(No such file or directory\)",
+        "/proc/self": r"cannot be written to \(",  # a folder that is there, also to root
+        "~no-such-user/cache": "there is no such home",
+    }.items():
+        monkeypatch.setenv(VARIABLE, place)
+        line = f"^{VARIABLE} {place}: {told}.*, so there is no cache; name another folder, or off$"
+        with pytest.warns(UserWarning, match=line) as warned:
+            assert cache_root() is None and cache_root() is None
+        assert len(warned) == 1
+
+
+def test_a_home_without_a_cache_is_no_matter(tmp_path, monkeypatch, recwarn):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_root() is None and not recwarn.list
+
+
+def test_a_command_warns_in_one_line_and_goes_on(tmp_path, monkeypatch, run_program):
+    monkeypatch.chdir(tmp_path)  # where the command writes a drawing
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "0.txt").write_text("black")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file"))
+    code, _, errors = run_program(main, "dataset", tmp_path / "images")
+    assert code == 0 and errors.count(f"warning: {VARIABLE} {tmp_path / 'file'}: is no folder") == 1
+    assert "Traceback" not in errors
+
+
+def test_encodings_on_disk_need_a_place(tmp_path, monkeypatch, run_program):
+    monkeypatch.setenv(VARIABLE, "off")
+    values = ["--cache-latents", "disk", "--output-dir", tmp_path / "run", "--evaluation-steps", 0]
+    code, _, errors = run_program(train, "lora", *values)
+    assert code == 2 and errors.endswith(
+        "--cache-dir: missing, and there is no cache folder (KERAS_SD_CACHE); give a folder\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_other_value_is_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(VARIABLE, "~/kept")
     assert cache_root() == Path("~/kept").expanduser()

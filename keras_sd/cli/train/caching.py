@@ -39,10 +39,12 @@ def caching_of(options):
     """Return the `Caching` of a command's options.
 
     Raises:
-        UserError: an option has no effect.
+        UserError: an option has no effect, or there is no place for encodings.
     """
     caching = Caching(options["cache_latents"], options["cache_dir"], options["cache_dtype"])
     if caching.cache_dir is not None and Path(caching.cache_dir).exists():
         if not Path(caching.cache_dir).is_dir():
             raise UserError(f"--cache-dir {caching.cache_dir}: not a folder; choose another place")
+    if caching.cache_latents == "disk":
+        caching.folder()
     return caching if options["center_crop"] else caching.with_random_crops()
