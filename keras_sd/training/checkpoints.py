@@ -403,6 +403,15 @@ def steps_and_examples(folder) -> tuple[int, int]:
     return manifest["step"], position.get("examples", position["batch"] * config.get("train_batch_size", 1))
 
 
+def groups_of(folder) -> set[str]:
+    """Return the names of a checkpoint's groups of tensors.
+
+    Raises:
+        UserError: the folder has no valid manifest.
+    """
+    return set(_checked(_read_manifest, Path(folder))["tensors"])
+
+
 def _checked(check: Callable[[Path], dict], folder: Path) -> dict:
     """Return the manifest that `_verify` or `_read_manifest` returns, or raise a UserError."""
     try:
@@ -445,7 +454,7 @@ def _same_checkpoint(staging: Path, target: Path) -> bool:
 
 
 # What a run has whose config does not name it: the usual value, which is left out.
-UNNAMED: dict[str, int | float | str | bool | None] = {
+UNNAMED: dict[str, int | float | str | bool | dict | None] = {
     "optimizer": "adamw",
     "clip_skip": 1,
     "max_token_length": 75,
@@ -463,6 +472,16 @@ UNNAMED: dict[str, int | float | str | bool | None] = {
     "log_sigma_mean": None,
     "log_sigma_std": None,
     "alignment_weight": 0.0,
+    "train_text_encoder": False,
+    "adapter": "lora",
+    "conv_rank": None,
+    "conv_alpha": None,
+    "lokr_factor": None,
+    "use_dora": False,
+    "use_rslora": False,
+    "rank_by_block": {},
+    "alpha_by_block": {},
+    "lora_weights": None,
 }
 
 # The user's words for the keys of a run's config.

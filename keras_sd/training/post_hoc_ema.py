@@ -23,6 +23,7 @@ SIGMAS = (0.05, 0.1)
 """sigma_rel of the two averages that are kept."""
 
 FOLDER = "post-hoc-ema"
+PREFIX = "post_hoc_"  # of the names of their groups of tensors
 DTYPES = ("float16", "float32")
 UPDATES = "updates"
 _SHORTEST, _LONGEST = 0.005, 0.28  # a weight that is the same for all steps has 0.2887
@@ -44,7 +45,7 @@ def gamma_of(sigma_rel: float) -> float:
 
 def group_of(sigma_rel: float) -> str:
     """Return the name of an average's tensors in a checkpoint and in a snapshot."""
-    return f"post_hoc_{sigma_rel:.3f}".rstrip("0")
+    return f"{PREFIX}{sigma_rel:.3f}".rstrip("0")
 
 
 class Profile(NamedTuple):

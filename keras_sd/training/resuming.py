@@ -3,6 +3,7 @@
 import warnings
 
 from keras_sd.errors import UserError
+from keras_sd.training import post_hoc_ema
 from keras_sd.training.settings import MAY_CHANGE
 
 _SUMS = "gradients/"  # prefix of gradient sums over the batches since the last update
@@ -26,13 +27,9 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
         UserError: names or shapes differ.
     """
     saved = checkpoint.groups
-    averages = [group for group in state if group.startswith("post_hoc_")]
-    if any(group not in saved for group in averages):
-        raise UserError(
-            f"{path}: has no averages for `post_hoc_ema`, which have to be kept from the first step; leave "
-            "it out, or begin anew"
-        )
-    if not averages and any(group.startswith("post_hoc_") for group in saved):
+    averages = [group for group in state if group.startswith(post_hoc_ema.PREFIX)]
+    check_averages(path, saved, averages)
+    if not averages and any(group.startswith(post_hoc_ema.PREFIX) for group in saved):
         warnings.warn(f"{path}: its averages for `post_hoc_ema` are not kept on", stacklevel=2)
     for group in ("weights", "ema", *averages):
         _check_same(f"{path}: {group}", saved.get(group, {}), state[group])
@@ -55,6 +52,21 @@ def fit_state(path, checkpoint, state, optimizer, inner_optimizer, settings):
         theirs["iterations"] = theirs["iterations"] // before * now  # Keras counts batches
     _check_same(f"{path}: optimizer", theirs, own)
     saved["optimizer"], state["optimizer"] = theirs, own
+
+
+def check_averages(path, saved, averages):
+    """Raise UserError if a checkpoint lacks averages that the run is to keep.
+
+    Args:
+        path: path of the checkpoint.
+        saved: the names of its groups.
+        averages: the names of the groups of averages.
+    """
+    if any(group not in saved for group in averages):
+        raise UserError(
+            f"{path}: has no averages for `post_hoc_ema`, which have to be kept from the first step; leave "
+            "it out, or begin anew"
+        )
 
 
 def _optimizer_names(scaling, kinds, trained, accumulates):

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -187,6 +188,30 @@ def described(method, options, given):
 def is_described():
     """Return whether a training command of this process has described its run."""
     return _description is not None
+
+
+def changed_options(run_folder, names):
+    """Return which options of this process' command differ from those that the run was started with.
+
+    Args:
+        run_folder: the run folder; without a description, by an older version, nothing is known.
+        names: of the options.
+
+    Returns:
+        A dictionary of name -> (value before, value now), both as JSON values; None is an option not given.
+    """
+    if _description is None:
+        return {}
+    try:
+        before = read_json(Path(run_folder) / DESCRIPTION)["options"]
+    except (UserError, OSError, KeyError, TypeError):  # a user may have edited it
+        return {}
+    now = json.loads(json.dumps(_description["options"], default=str))
+    return {
+        name: (before[name], now[name])
+        for name in names
+        if name in before and name in now and before[name] != now[name]
+    }
 
 
 def write_description(run_folder):

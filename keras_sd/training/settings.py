@@ -27,18 +27,19 @@ MAY_CHANGE = (
     "max_train_steps",
     "train_batch_size",
     "gradient_accumulation_steps",
+    # These change what a run leaves behind, and no weights.
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "evaluation_steps",
+    "validation_steps",
+    "post_hoc_ema",
+    "report_to",
 )
 # Settings that change no result of a run, apart from rounding.
 _CHANGES_NOTHING = {
     "output_dir",
     "resume_from_checkpoint",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "evaluation_steps",
     "sample_at_first",
-    "validation_steps",
-    "report_to",
-    "post_hoc_ema",
     "tracker_project_name",
     "wandb_run_name",
     "jit_compile",

@@ -188,6 +188,7 @@ def test_settings_that_may_change_are_told_and_honoured(tmp_path, whole_run, cap
         "resuming after step 3 with changes: max_grad_norm is 0.0, it was 1.0; "
         "max_train_steps is 5, it was 6; train_batch_size is 5, it was 4; "
         "gradient_accumulation_steps is 2, it was 1; "
+        "checkpointing_steps is 100, it was 1; checkpoints_total_limit is 2, it was None; "
         "the cosine schedule of the learning rate ends at the new last step; "
         "updates are now of 10 images, and their order continues after the 12 seen\n"
     ) in capsys.readouterr().err

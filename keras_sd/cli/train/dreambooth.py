@@ -100,7 +100,7 @@ def dreambooth(**options):
         options,
         variant="lora" if options["lora"] else None,
         used=of_class,
-        identity=low_rank_identity(options, trained) if options["lora"] else None,
+        identity=_identity(options, trained),
         images=count,
     )
     from keras_sd.training.conditioning import refuse_conditioning
@@ -142,6 +142,18 @@ def dreambooth(**options):
 
 def _config_sources(options):
     """Return the sources of the subject and of its class by --dataset-config; None without one."""
+def _identity(options, trained):
+    """Return the JSON values of options that a checkpoint to resume must share."""
+    has_class = options["with_prior_preservation"]
+    values = low_rank_identity(options, trained) if options["lora"] else {}
+    values["train_text_encoder"] = options["train_text_encoder"]
+    values["prior_loss_weight"] = options["prior_loss_weight"] if has_class else None
+    if options["instance_prompt"]:
+        prompts = [options["instance_prompt"], *([options["class_prompt"]] if has_class else [])]
+        values["prompts"] = [[prompt] for prompt in prompts]
+    return values
+
+
     if not options["dataset_config"]:
         return None
     from keras_sd.data.dataset_config import read_dataset_config

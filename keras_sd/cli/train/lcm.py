@@ -52,6 +52,8 @@ def lcm(**options):
     identity = low_rank_identity(options, ["unet"])
     run = prepare("lcm", options, used=["guidance_scale"], identity=identity)
     from keras_sd.training.conditioning import refuse_conditioning
+    identity |= {"num_ddim_timesteps": options["num_ddim_timesteps"]}
+    identity |= {"huber_c": options["huber_c"] if is_huber else None}
     from keras_sd.training.consistency import train_consistency
 
     pipeline, identity = open_with_loras(run, ["unet"])

@@ -30,7 +30,8 @@ from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import OF_EVALUATIONS
 from keras_sd.cli.train.prompts import prompts_of
-from keras_sd.cli.train.validation import choose_validation, split_source, warn_of_other_draws
+from keras_sd.cli.train.resumption import check_resumed, check_same_data, check_same_model
+from keras_sd.cli.train.validation import choose_validation, split_source, warn_of_other_evaluations
 from keras_sd.data.emoji import architecture
 from keras_sd.data.framing import FramedSource
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -234,8 +235,11 @@ def prepare(
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
     if checkpoint is not None:
-        warn_of_other_draws(options)
-        _check_resumed(checkpoint, settings, identity)
+        check_resumed(checkpoint, method, settings, options, identity)
+        check_same_data(checkpoint, source, options)
+        schedule = scheduler_config and chosen_schedule(scheduler_config, options)
+        check_same_model(checkpoint, model, schedule, options)
+        warn_of_other_evaluations(options)
     inception = open_inception(options)
     _print_summary(method, settings, source, options)
     parts = settings, source, held_out, model, options, checkpoint, counts_repeats
@@ -253,29 +257,13 @@ def _check_trackers(options):
         check_wandb()
 
 
-def _check_resumed(checkpoint, settings, identity):
-    """Raise UserError for a checkpoint of other options before images are encoded."""
-    from keras_sd.training.checkpoints import check_same_run, steps_and_examples
-    from keras_sd.training.settings import MAY_CHANGE
-
-    step, _ = steps_and_examples(checkpoint)
-    if step > settings.max_train_steps:
-        raise UserError(
-            f"max_train_steps {settings.max_train_steps}: {checkpoint} is of step {step}; give {step} or "
-            "more, or resume from an earlier checkpoint"
-        )
-    known = {name: value for name, value in settings.identity().items() if name not in MAY_CHANGE}
-    check_same_run(checkpoint, {"optimizer": settings.optimizer})  # first, as its options differ too
-    check_same_run(checkpoint, identity | known)
-
-
 def _scheduler_of(model):
     """Return the noise schedule of a model's folder; the usual one for a single file, which has none."""
     path = model / "scheduler" / "scheduler_config.json"
     return SchedulerConfig.load(path) if path.is_file() else SchedulerConfig()
 
 
-def _chosen_schedule(scheduler_config, options):
+def chosen_schedule(scheduler_config, options):
     """Return a model's schedule as the options change it."""
     if options.get("prediction_type"):
         scheduler_config = dataclasses.replace(scheduler_config, prediction_type=options["prediction_type"])
@@ -285,7 +273,7 @@ def _chosen_schedule(scheduler_config, options):
 
 
 def _check_schedule(scheduler_config, options):
-    scheduler_config = _chosen_schedule(scheduler_config, options)
+    scheduler_config = chosen_schedule(scheduler_config, options)
     if options.get("rescale_betas_zero_snr") and scheduler_config.prediction_type == "epsilon":
         remedy = (
             "give --prediction-type v_prediction" if "prediction_type" in options else "take another model"
@@ -448,7 +436,7 @@ def open_pipeline(run, adapt=None):
     if options.get("from_scratch"):
         parts["unet"] = UNet(read_config(options["unet_config"], config.UNetConfig, architecture.EMOJI_UNET))
         parts.setdefault("scheduler_config", architecture.EMOJI_SCHEDULER)
-    parts["scheduler_config"] = _chosen_schedule(parts["scheduler_config"], options)
+    parts["scheduler_config"] = chosen_schedule(parts["scheduler_config"], options)
     if adapt is not None:
         adapt(parts)
     if options.get("clip_skip", 1) > 1:

@@ -38,6 +38,7 @@ def super_resolution(unet_config, factor, crop_size, num_inference_steps, valida
         defaults_from=defaults_from(unet_config),
         need_captions=False,
         scheduler_config=architectures.UPSCALER_SCHEDULER,
+        identity={"factor": factor, "crop": crop_size},
     )
     import numpy as np
 

@@ -50,7 +50,10 @@ def text_to_image(**options):
         "text-to-image",
         options,
         variant="from scratch" if options["from_scratch"] else None,
-        identity={"alignment_weight": options["alignment_weight"]},
+        identity={
+            "alignment_weight": options["alignment_weight"],
+            "train_text_encoder": options["train_text_encoder"],
+        },
     )
     pipeline = open_pipeline(run)
     alignment = alignment_of(pipeline, options)

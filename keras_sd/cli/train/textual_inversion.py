@@ -61,11 +61,13 @@ def textual_inversion(**options):
     """
     if not options["train_data_dir"] and not options["dataset_config"]:
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")
+    words = vector_names(options["placeholder_token"], options["num_vectors"])
     tokenizer = presets.find(options["pretrained_model_name_or_path"]) / "tokenizer"
     if tokenizer.is_dir():  # otherwise the words are checked when the model is open
-        words = vector_names(options["placeholder_token"], options["num_vectors"])
         Tokenizer.load(tokenizer).add_tokens(words)
-    run = prepare("textual-inversion", options, need_captions=False)
+    identity = {name: options[name] for name in ("initializer_token", "learnable_property")}
+    identity |= {"tokens": words}
+    run = prepare("textual-inversion", options, need_captions=False, identity=identity)
     from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.textual_inversion import train_textual_inversion
     from keras_sd.weights.textual_inversion import DIFFUSERS_FILE

@@ -77,6 +77,7 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
         variant=None if pretrained_vae else "from scratch",
         defaults_from=pretrained_vae or defaults_from(vae_config),
         need_captions=False,
+        identity={"kl_weight": kl_weight, "random_crop": crop_size, "decoder_only": decoder_only},
     )
     start, end = losses.get("adversarial_start", 0), run.settings.max_train_steps
     if start and start >= end:

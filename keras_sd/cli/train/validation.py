@@ -1,17 +1,15 @@
 """The options of the validation loss, the images that it is measured on, and those that are held out."""
 
-import tomllib
 import warnings
-from pathlib import Path
 
 import click
 import numpy as np
 
 from keras_sd.cli.command import decorated, refuse_unused
 from keras_sd.cli.option_types import FROM_ZERO, Number
+from keras_sd.cli.train.options import OF_EVALUATIONS
 from keras_sd.errors import UserError
-from keras_sd.files.json_files import read_text
-from keras_sd.training.run_folder import OPTIONS
+from keras_sd.training.run_folder import changed_options
 
 USUAL_STEPS = 500
 _USUAL_EXAMPLES = 64
@@ -59,21 +57,21 @@ def choose_validation(options):
     refuse_unused(["validation_split"], uses_split, reason)
 
 
-def warn_of_other_draws(options):
-    """Warn if a resumed run measures its validation loss on other draws than before."""
-    path = Path(options["output_dir"]) / OPTIONS
-    if not options.get("validation_steps") or not path.is_file():
-        return
-    try:
-        before = tomllib.loads(read_text(path)).get("validation_examples", _USUAL_EXAMPLES)
-    except (UserError, tomllib.TOMLDecodeError):  # a user may have edited it
-        return
-    if before != options["validation_examples"]:
-        warnings.warn(
-            f"--validation-examples {options['validation_examples']}: it was {before}, so the validation "
-            "losses before and after are of other draws",
-            stacklevel=3,
+def warn_of_other_evaluations(options):
+    """Warn if a resumed run evaluates in another way than before, so that figures cannot be compared."""
+    names = [name for name in (*OF_EVALUATIONS, "validation_examples") if name != "sample_at_first"]
+    changed = changed_options(options["output_dir"], names)
+    if changed:
+        said = "; ".join(
+            f"`{name}` {_value(now)}, before {_value(then)}" for name, (then, now) in changed.items()
         )
+        warnings.warn(f"evaluations are not those before the resumed step: {said}", stacklevel=3)
+
+
+def _value(value):
+    if value is None or value == []:
+        return "not given"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def split_source(source, held_out, options):
