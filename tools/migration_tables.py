@@ -85,6 +85,9 @@ DIFFERENT = {
     "--logging-dir": FOREIGN_FLAGS["--logging-dir"],
     "--train-batch-size": "the same, of all devices together",
     "--mixed-precision": "the same; `auto` by default",
+    "--save-every-n-steps": "the same, of checkpoints; the last --checkpoints-total-limit are kept",
+    "--save-every-n-epochs": "the same, of checkpoints; the last --checkpoints-total-limit are kept",
+    "--dim-from-weights": "the same, of files whose layers have one rank",
     "--max-grad-norm": "the same; 0 clips nothing",
 }
 

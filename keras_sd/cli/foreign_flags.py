@@ -9,7 +9,7 @@ _BLOCKS = "use --learning-rate-by-block, with factors of blocks by their names"
 _SCHEDULE = (
     "the result holds no noise schedule; set rescale_betas_zero_snr in the model's scheduler_config.json"
 )
-_SAVING = "use --checkpointing-steps, in updates"
+_SAVING = "use --checkpointing-steps, or --checkpointing-epochs"
 _SAMPLES = "use --evaluation-steps, in updates"
 _LOGS = "leave it out; logs for TensorBoard are always in the run folder, --output-dir"
 _ATTENTION = "XLA compiles attention; leave it out"
@@ -34,7 +34,6 @@ FOREIGN_FLAGS = {
     "--network-args": "use --conv-rank, --conv-alpha, --lokr-factor, --rank-by-block and --alpha-by-block",
     "--network-train-unet-only": "is the default; leave it out",
     "--network-weights": "is called --lora-weights here",
-    "--dim-from-weights": "give --rank and --lora-alpha of the file",
     "--min-snr-gamma": "is called --snr-gamma here",
     "--debiased-estimation-loss": "is called --debiased-estimation here",
     "--unet-lr": "is called --learning-rate here",
@@ -53,8 +52,6 @@ FOREIGN_FLAGS = {
     "--zero-terminal-snr": _SCHEDULE,
     "--rescale-betas-zero-snr": _SCHEDULE,
     "--output-config": "leave it out; a run writes `options.toml` into its --output-dir",
-    "--save-every-n-epochs": _SAVING,
-    "--save-every-n-steps": _SAVING,
     "--save-model-as": _FORMAT,
     "--save-precision": _FORMAT,
     "--output-name": "leave it out; the result is in the folder `model` of --output-dir",

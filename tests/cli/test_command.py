@@ -97,7 +97,10 @@ def flags_of_commands():
         (("--resolution", "512,768"), "512,768 is no square; give one side"),
         (("--network_dim", 8), "--network-dim: is called --rank here"),
         (("--random_crop",), "--random-crop: use --no-center-crop with --cache-latents off"),
-        (("--save_every_n_epochs=3",), "--save-every-n-epochs: use --checkpointing-steps, in updates"),
+        (
+            ("--save_n_epoch_ratio=3",),
+            "--save-n-epoch-ratio: use --checkpointing-steps, or --checkpointing-epochs",
+        ),
         (("--resolution", "64,64", "--train_data_dir", "/none"), "/none: no such folder"),
     ],
 )

@@ -33,6 +33,7 @@ from keras_sd.cli.train.lora import (
     open_with_loras,
     rank_options,
 )
+from keras_sd.cli.train.lora_ranks import take_ranks_of_file
 from keras_sd.cli.train.masks import mask_options, masks_of
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import COUNT, run_options
@@ -88,6 +89,7 @@ def dreambooth(**options):
     refuse_unused(
         ["rescale_betas_zero_snr"], not options["lora"], "on a LoRA, whose file has no noise schedule"
     )
+    take_ranks_of_file(options)
     sources, class_folder = _config_sources(options), None
     if sources is None:
         class_folder, count = _check_folders(options)
@@ -140,8 +142,6 @@ def dreambooth(**options):
         run.print_next_command("--lora" if options["lora"] else None, prompt=prompt)
 
 
-def _config_sources(options):
-    """Return the sources of the subject and of its class by --dataset-config; None without one."""
 def _identity(options, trained):
     """Return the JSON values of options that a checkpoint to resume must share."""
     has_class = options["with_prior_preservation"]
@@ -154,6 +154,8 @@ def _identity(options, trained):
     return values
 
 
+def _config_sources(options):
+    """Return the sources of the subject and of its class by --dataset-config; None without one."""
     if not options["dataset_config"]:
         return None
     from keras_sd.data.dataset_config import read_dataset_config

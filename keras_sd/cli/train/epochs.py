@@ -3,6 +3,7 @@
 import click
 import numpy as np
 
+from keras_sd.cli.command import is_given
 from keras_sd.cli.option_types import COUNT
 from keras_sd.errors import UserError
 
@@ -16,9 +17,19 @@ epochs_option = click.option(
     "image as often as its repeats say.",
 )
 
+saving_epochs_option = click.option(
+    "--checkpointing-epochs",
+    "--save-every-n-epochs",
+    type=COUNT,
+    help="Save a checkpoint whenever all images were shown so often, in place of --checkpointing-steps.",
+)
+
 
 def check_epochs(options):
-    """Raise UserError if the length of a run is given twice."""
+    """Raise UserError if the length of a run, or that between two checkpoints, is given twice."""
+    saving = options["checkpointing_epochs"]
+    if saving and is_given("checkpointing_steps"):
+        raise UserError(f"--checkpointing-epochs {saving}: --checkpointing-steps is given too; leave one out")
     if options["num_train_epochs"] and options["max_train_steps"] is not None:
         raise UserError(
             f"--num-train-epochs {options['num_train_epochs']}: --max-train-steps is given too; leave one out"
@@ -52,9 +63,19 @@ def steps_of_epochs(options, images, checkpoint=None):
     from keras_sd.training.checkpoints import steps_and_examples
 
     step, seen = (0, 0) if checkpoint is None else steps_and_examples(checkpoint)
-    epochs = options["num_train_epochs"]
-    of_update = options["train_batch_size"] * options["gradient_accumulation_steps"]
+    epochs, of_update = options["num_train_epochs"], _images_of_update(options)
     steps = step + max(-(-(epochs * images - seen) // of_update), 0)
     if steps > _MOST_STEPS:
         raise UserError(f"--num-train-epochs {epochs}: {steps} updates are too many; give fewer")
     return max(steps, 1)
+
+
+def saving_steps_of_epochs(options, images):
+    """Return the number of updates from one checkpoint to the next, to the nearest; the arguments are those
+    of `steps_of_epochs`.
+    """
+    return max(round(options["checkpointing_epochs"] * images / _images_of_update(options)), 1)
+
+
+def _images_of_update(options):
+    return options["train_batch_size"] * options["gradient_accumulation_steps"]

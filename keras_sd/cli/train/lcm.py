@@ -13,6 +13,7 @@ from keras_sd.cli.train.fine_tuning import (
     pretrained_option,
 )
 from keras_sd.cli.train.lora import lora_export, low_rank_identity, low_rank_options, open_with_loras
+from keras_sd.cli.train.lora_ranks import take_ranks_of_file
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import evaluation_options, model_option, run_options
 from keras_sd.cli.train.preparation import prepare
@@ -49,11 +50,12 @@ def lcm(**options):
     """Distil a model for sampling in 2 to 8 steps (sampler `lcm`), saved as a LoRA."""
     is_huber = options["loss_type"] == "huber"
     refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
+    take_ranks_of_file(options)
     identity = low_rank_identity(options, ["unet"])
-    run = prepare("lcm", options, used=["guidance_scale"], identity=identity)
-    from keras_sd.training.conditioning import refuse_conditioning
     identity |= {"num_ddim_timesteps": options["num_ddim_timesteps"]}
     identity |= {"huber_c": options["huber_c"] if is_huber else None}
+    run = prepare("lcm", options, used=["guidance_scale"], identity=identity)
+    from keras_sd.training.conditioning import refuse_conditioning
     from keras_sd.training.consistency import train_consistency
 
     pipeline, identity = open_with_loras(run, ["unet"])

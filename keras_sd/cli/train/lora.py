@@ -13,6 +13,7 @@ from keras_sd.cli.train.fine_tuning import (
     train_on_captions,
     trained_parts,
 )
+from keras_sd.cli.train.lora_ranks import ranks_of_file_option, take_ranks_of_file
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
@@ -22,7 +23,7 @@ from keras_sd.training.adapter_settings import ADAPTERS, AdapterSettings
 RANK = click.IntRange(1, 16_384)
 OF_LORA = (
     *("rank", "lora_alpha", "conv_rank", "conv_alpha", "adapter", "lokr_factor", "use_dora", "use_rslora"),
-    *("rank_by_block", "alpha_by_block", "lora_weights", "trigger_words"),
+    *("rank_by_block", "alpha_by_block", "lora_weights", "dim_from_weights", "trigger_words"),
 )
 """Names of the options that `rank_options` adds."""
 
@@ -65,6 +66,7 @@ def rank_options(rank):
             type=FILE_OR_FOLDER,
             help="Begin from this LoRA, of the same layers, kind, rank and alpha.",
         ),
+        ranks_of_file_option,
         click.option(
             "--trigger-word",
             "trigger_words",
@@ -95,6 +97,7 @@ def low_rank_options(*, rank, layers):
 @block_rates_option
 def lora(**options):
     """Fine-tune the UNet on captioned images by LoRA, saved as a small file."""
+    take_ranks_of_file(options)
     trained = trained_parts(options)
     run = prepare("lora", options, identity=low_rank_identity(options, trained))
     pipeline, identity = open_with_loras(run, trained)

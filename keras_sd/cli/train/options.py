@@ -8,7 +8,7 @@ import click
 from keras_sd.cli.command import decorated
 from keras_sd.cli.config_file import config_file_option
 from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, Number
-from keras_sd.cli.train.epochs import epochs_option
+from keras_sd.cli.train.epochs import epochs_option, saving_epochs_option
 from keras_sd.cli.train.framing import framing_options
 from keras_sd.cli.train.optimizer import DECAY, optimizer_options
 from keras_sd.errors import UserError
@@ -146,7 +146,17 @@ def run_options(method, *, without=(), **defaults):
         ),
         option("--offload-ema/--no-offload-ema", False, "Keep the EMA weights in host memory."),
         ("seed", seed_option),
-        option("--checkpointing-steps", 500, "Save a checkpoint every N updates.", type=COUNT),
+        (
+            "checkpointing_steps",
+            click.option(
+                "--checkpointing-steps",
+                "--save-every-n-steps",
+                default=500,
+                type=COUNT,
+                help="Save a checkpoint every N updates.",
+            ),
+        ),
+        ("checkpointing_epochs", saving_epochs_option),
         option("--checkpoints-total-limit", 2, "Number of latest checkpoints to keep.", type=COUNT),
         option("--resume-from-checkpoint", None, "Continue from `latest` or from this checkpoint folder."),
         option("--evaluation-steps", 1000, "Sample and measure every N updates; 0: never.", type=FROM_ZERO),

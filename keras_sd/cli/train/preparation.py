@@ -23,7 +23,12 @@ from keras_sd.cli.train.data_options import (
     refuse_drawn_captions,
 )
 from keras_sd.cli.train.diffusion import diffusion_of
-from keras_sd.cli.train.epochs import check_epochs, images_of_epoch, steps_of_epochs
+from keras_sd.cli.train.epochs import (
+    check_epochs,
+    images_of_epoch,
+    saving_steps_of_epochs,
+    steps_of_epochs,
+)
 from keras_sd.cli.train.framing import check_framing, check_sides, check_small_images, framed, framing_of
 from keras_sd.cli.train.kid import check_kid, open_inception
 from keras_sd.cli.train.masks import refuse_masks
@@ -93,18 +98,17 @@ class Run:
         return source, held_out, repeats
 
     def count_epochs(self, source, repeats=None):
-        """Count the updates of --num-train-epochs anew, as images that are too small were left out."""
-        if not self.options["num_train_epochs"]:
-            return
+        """Count the updates of epochs anew, as images that are too small were left out."""
         from keras_sd import backend
 
         images = images_of_epoch(source, repeats)
-        steps = steps_of_epochs(self.options, images, self.checkpoint)
-        if steps != self.settings.max_train_steps:
-            self.options["max_train_steps"] = steps
-            self.settings = dataclasses.replace(self.settings, max_train_steps=steps)
-            if backend.process_index() == 0:
-                print(f"epochs of {images} images: {steps} steps", file=sys.stderr, flush=True)
+        counted = _updates_of_epochs(self.options, images, self.checkpoint)
+        changed = {name: steps for name, steps in counted.items() if steps != getattr(self.settings, name)}
+        self.options.update(changed)
+        self.settings = dataclasses.replace(self.settings, **changed)
+        if "max_train_steps" in changed and backend.process_index() == 0:
+            steps = changed["max_train_steps"]
+            print(f"epochs of {images} images: {steps} steps", file=sys.stderr, flush=True)
 
     def framed(self, source, own_size, factor=1):
         """Return a source with its images framed as the options say, and print what is cropped away."""
@@ -221,10 +225,9 @@ def prepare(
         if name in options and options[name] is None:
             options[name] = value
     counts_repeats = counts_repeats is None or counts_repeats(source)
-    if options["num_train_epochs"]:
-        if images is None:
-            images = images_of_epoch(source, own_repeats(source) if counts_repeats else None)
-        options["max_train_steps"] = steps_of_epochs(options, images, checkpoint)
+    if images is None and source is not None:
+        images = images_of_epoch(source, own_repeats(source) if counts_repeats else None)
+    options.update(_updates_of_epochs(options, images, checkpoint))
     choose_validation(options)
     if not relative_step:
         check_learning_rate(options)
@@ -244,6 +247,16 @@ def prepare(
     _print_summary(method, settings, source, options)
     parts = settings, source, held_out, model, options, checkpoint, counts_repeats
     return Run(*parts, inception=inception)
+
+
+def _updates_of_epochs(options, images, checkpoint):
+    """Return the settings that are given in epochs, as numbers of updates."""
+    counted = {}
+    if options["num_train_epochs"]:
+        counted["max_train_steps"] = steps_of_epochs(options, images, checkpoint)
+    if options["checkpointing_epochs"]:
+        counted["checkpointing_steps"] = saving_steps_of_epochs(options, images)
+    return counted
 
 
 def _check_trackers(options):
