@@ -14,7 +14,8 @@ from keras_sd.cli.train.clip import new_text_encoder
 from keras_sd.cli.train.data_options import configured_source, reading_of
 from keras_sd.cli.train.fine_tuning import trained_parts
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras
-from keras_sd.cli.train.preparation import Run, open_pipeline
+from keras_sd.cli.train.opening import open_pipeline
+from keras_sd.cli.train.run import Run
 from keras_sd.data.sources import load_source
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule

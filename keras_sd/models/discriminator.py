@@ -10,8 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_sd.arguments import Tensor, whole_number
-from keras_sd.errors import UserError
+from keras_sd.arguments import Tensor
 from keras_sd.models.initializers import normal
 from keras_sd.models.layers import GroupNormalization, convolution, sequential
 
@@ -28,16 +27,10 @@ class PatchDiscriminator(keras.Model):
     Args:
         width: channels of the first convolution, a multiple of 8.
         depth: number of convolutions that halve the resolution. With 3, an output sees 70 x 70 pixels.
-
-    Raises:
-        UserError: `width` or `depth` is out of range.
     """
 
     def __init__(self, width: int = 64, depth: int = 3, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
-        if whole_number("discriminator width", width, _GROUPS) % _GROUPS:
-            raise UserError(f"discriminator width {width}: not a multiple of {_GROUPS}; change it")
-        whole_number("discriminator depth", depth, 1)
         widths = [width * min(2**level, _LARGEST_FACTOR) for level in range(depth + 1)]
         strides = [2] * (depth - 1) + [1]
         self.conv_in = _convolution(3, width, stride=2)

@@ -12,11 +12,8 @@ from keras_sd.errors import UserError
 from keras_sd.metrics.reconstruction import ReconstructionFigures
 from keras_sd.models.pixels import images_from_unit, images_to_unit
 from keras_sd.progress import Progress
-from keras_sd.training.autoencoder_objective import (
-    AdversarialAutoencoderObjective,
-    AutoencoderLosses,
-    AutoencoderObjective,
-)
+from keras_sd.training.autoencoder_losses import AutoencoderLosses
+from keras_sd.training.autoencoder_objective import AdversarialAutoencoderObjective, AutoencoderObjective
 from keras_sd.training.lora import freeze
 from keras_sd.training.trainer import Trainer
 from keras_sd.weights.diffusers_folder import write_part

@@ -1,59 +1,19 @@
 """The objectives of an autoencoder: reconstruction error, perceptual distance and a discriminator."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_sd import backend
-from keras_sd.arguments import real_number, whole_number
 from keras_sd.models.discriminator import PatchDiscriminator
 from keras_sd.models.pixels import images_to_unit
+from keras_sd.training.autoencoder_losses import AutoencoderLosses
 from keras_sd.training.objectives import Objective
 from keras_sd.training.perceptual import PerceptualDistance
 
 _EPSILON = 1e-4  # of the adaptive weight, in Esser et al.'s equation 7 and code
 _LARGEST_WEIGHT = 1e4
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderLosses:
-    """The weights of an autoencoder's losses.
-
-    Attributes:
-        kl_weight: of the divergence from the standard normal, in nats per latent number.
-        perceptual_weight: of the perceptual distance; 0 leaves it out.
-        adversarial_weight: of the discriminator's verdict, times the adaptive weight; 0 leaves it out.
-        adversarial_start: the number of steps before its verdict counts. The discriminator learns from the
-            first step, so that it has learned something by then.
-        discriminator_width, discriminator_depth: as in `models.discriminator`.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    kl_weight: float = 3e-4
-    perceptual_weight: float = 0.0
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 0
-    discriminator_width: int = 64
-    discriminator_depth: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
-            real_number(name, getattr(self, name), lambda value: value >= 0, "0 or more")
-        whole_number("adversarial_start", self.adversarial_start, 0)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the losses that are used, for a run's identity; those of earlier versions stay the same."""
-        names = ["kl_weight"]
-        if self.perceptual_weight:
-            names.append("perceptual_weight")
-        if self.adversarial_weight:
-            names += ["adversarial_weight", "adversarial_start"]
-            names += ["discriminator_width", "discriminator_depth"]
-        return {name: getattr(self, name) for name in names}
 
 
 class AutoencoderObjective(Objective):

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 
 from keras_sd.cli.train.main import main
 from keras_sd.errors import UserError
-from keras_sd.models.discriminator import PatchDiscriminator
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training.autoencoder import train_autoencoder
-from keras_sd.training.autoencoder_objective import AdversarialAutoencoderObjective, AutoencoderLosses
+from keras_sd.training.autoencoder_losses import AutoencoderLosses
+from keras_sd.training.autoencoder_objective import AdversarialAutoencoderObjective
 from keras_sd.training.lora import freeze
 from keras_sd.training.settings import Settings
 from keras_sd.weights.diffusers_folder import write_part
@@ -268,7 +268,7 @@ def test_arguments_are_checked(tmp_path):
         train_autoencoder(
             settings, AutoencoderKL(tiny.VAE), [], [], losses=AutoencoderLosses(perceptual_weight=1)
         )
-    with pytest.raises(UserError, match="not a multiple of 8"):
-        PatchDiscriminator(12)
+    with pytest.raises(UserError, match="discriminator_width 12: not a multiple of 8"):
+        AutoencoderLosses(discriminator_width=12)
     with pytest.raises(UserError, match="adversarial_weight -1"):
         AutoencoderLosses(adversarial_weight=-1)

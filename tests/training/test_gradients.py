@@ -21,7 +21,8 @@ from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.training import adapter_settings, lora
-from keras_sd.training.autoencoder_objective import AutoencoderLosses, AutoencoderObjective
+from keras_sd.training.autoencoder_losses import AutoencoderLosses
+from keras_sd.training.autoencoder_objective import AutoencoderObjective
 from keras_sd.training.consistency import ConsistencyObjective
 from keras_sd.training.diffusion_settings import DiffusionSettings
 from keras_sd.training.objectives import DiffusionObjective, PriorPreservationObjective

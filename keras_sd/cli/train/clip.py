@@ -5,8 +5,9 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
+from keras_sd.cli.train.opening import defaults_from, read_config
 from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
-from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
+from keras_sd.cli.train.preparation import prepare
 from keras_sd.data.emoji import architecture
 
 

@@ -7,8 +7,9 @@ from keras_sd.cli.command import Command
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.kid import emoji_image_encoder, example_sets, extractor_of
+from keras_sd.cli.train.opening import defaults_from, read_config
 from keras_sd.cli.train.options import FILE, evaluation_options, run_options
-from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
+from keras_sd.cli.train.preparation import prepare
 from keras_sd.cli.train.validation import validation_of, validation_options, validation_sets
 from keras_sd.training import architectures
 

@@ -35,9 +35,10 @@ from keras_sd.cli.train.lora import (
 )
 from keras_sd.cli.train.lora_ranks import take_ranks_of_file
 from keras_sd.cli.train.masks import mask_options, masks_of
+from keras_sd.cli.train.opening import image_size_of, open_pipeline
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import COUNT, run_options
-from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
+from keras_sd.cli.train.preparation import prepare
 from keras_sd.cli.train.validation import validated_examples
 from keras_sd.errors import UserError
 

@@ -79,3 +79,13 @@ def saving_steps_of_epochs(options, images):
 
 def _images_of_update(options):
     return options["train_batch_size"] * options["gradient_accumulation_steps"]
+
+
+def updates_of_epochs(options, images, checkpoint):
+    """Return the settings that are given in epochs, as numbers of updates."""
+    counted = {}
+    if options["num_train_epochs"]:
+        counted["max_train_steps"] = steps_of_epochs(options, images, checkpoint)
+    if options["checkpointing_epochs"]:
+        counted["checkpointing_steps"] = saving_steps_of_epochs(options, images)
+    return counted

@@ -16,13 +16,13 @@ from keras_sd.cli.train.data_options import (
 from keras_sd.cli.train.diffusion import diffusion_of, diffusion_options
 from keras_sd.cli.train.kid import example_sets, extractor_of
 from keras_sd.cli.train.masks import mask_options
+from keras_sd.cli.train.opening import SMALL_IMAGE, image_size_of
 from keras_sd.cli.train.optimizer import text_encoder_rate_option
 from keras_sd.cli.train.options import (
     evaluation_options,
     inference_steps_option,
     model_option,
 )
-from keras_sd.cli.train.preparation import SMALL_IMAGE, image_size_of
 from keras_sd.cli.train.prompts import sample_options
 from keras_sd.cli.train.samples import sample_grid, sampling
 from keras_sd.cli.train.validation import (

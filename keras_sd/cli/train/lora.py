@@ -14,9 +14,10 @@ from keras_sd.cli.train.fine_tuning import (
     trained_parts,
 )
 from keras_sd.cli.train.lora_ranks import ranks_of_file_option, take_ranks_of_file
+from keras_sd.cli.train.opening import image_size_of, open_pipeline
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import FILE_OR_FOLDER, run_options
-from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
+from keras_sd.cli.train.preparation import prepare
 from keras_sd.errors import UserError
 from keras_sd.training.adapter_settings import ADAPTERS, AdapterSettings
 

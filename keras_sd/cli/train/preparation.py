@@ -1,18 +1,16 @@
-"""The beginning of a training command: checks, settings, images, and the pretrained model.
+"""The beginning of a training command: checks, settings and images.
 
 `prepare` checks the options, the run folder, the images and the model's location before it loads a backend,
 so that errors appear within seconds.
 """
 
 import dataclasses
-import shlex
 import sys
 import warnings
 from pathlib import Path
 
-from keras_sd import config, interruption, presets
+from keras_sd import interruption, presets
 from keras_sd.cli.command import is_given, refuse_unused
-from keras_sd.cli.model_options import skipped_layers
 from keras_sd.cli.train.caching import caching_of
 from keras_sd.cli.train.data_options import (
     apply_config,
@@ -23,125 +21,22 @@ from keras_sd.cli.train.data_options import (
     refuse_drawn_captions,
 )
 from keras_sd.cli.train.diffusion import diffusion_of
-from keras_sd.cli.train.epochs import (
-    check_epochs,
-    images_of_epoch,
-    saving_steps_of_epochs,
-    steps_of_epochs,
-)
-from keras_sd.cli.train.framing import check_framing, check_sides, check_small_images, framed, framing_of
+from keras_sd.cli.train.epochs import check_epochs, images_of_epoch, updates_of_epochs
+from keras_sd.cli.train.framing import check_framing, check_small_images
 from keras_sd.cli.train.kid import check_kid, open_inception
 from keras_sd.cli.train.masks import refuse_masks
 from keras_sd.cli.train.optimizer import check_learning_rate, choose_optimizer, optimizer_defaults
 from keras_sd.cli.train.options import OF_EVALUATIONS
 from keras_sd.cli.train.prompts import prompts_of
 from keras_sd.cli.train.resumption import check_resumed, check_same_data, check_same_model
+from keras_sd.cli.train.run import Run
+from keras_sd.cli.train.schedule import check_schedule, chosen_schedule, scheduler_of
 from keras_sd.cli.train.validation import choose_validation, split_source, warn_of_other_evaluations
-from keras_sd.data.emoji import architecture
-from keras_sd.data.framing import FramedSource
-from keras_sd.diffusion.scheduler_config import SchedulerConfig
-from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, require
 from keras_sd.pipeline.defaults import ModelDefaults
 from keras_sd.training.optimizer_options import TITLES
-from keras_sd.training.rate_factors import check_blocks
 
 _DATA = ("dataset_config", "train_data_dir", "dataset_name")
-SMALL_IMAGE = 128  # pixels; evaluations generate more images of at most this size, and enlarge them
-
-
-@dataclasses.dataclass
-class Run:
-    """The result of `prepare`.
-
-    Attributes:
-        settings: `trainer.Settings`.
-        source, held_out: the checked sources of training images and of held-out ones (empty if there are
-            none), not yet at the training resolution; None if the method reads its own.
-        model: path of the pretrained model, or None.
-        options: all options of the command, with the model's defaults filled in.
-        checkpoint: folder of the checkpoint to resume from, or None.
-        counts_repeats: whether an epoch shows images as often as their repeats say.
-        command: the command that uses the model, and what it takes before a prompt.
-        inception: the feature extractor of KID if it is Inception v3.
-    """
-
-    settings: object
-    source: object
-    held_out: object
-    model: Path | None
-    options: dict
-    checkpoint: Path | None = None
-    counts_repeats: bool = True
-    command: tuple = ("generate",)
-    inception: object = None
-
-    def resolution(self, own_size):
-        """Return the side of the run's square images in pixels; `own_size` is that of the model's."""
-        return self.options["resolution"] or own_size
-
-    def sources(self, own_size, factor=1):
-        """Return the framed training source, the held-out one in squares, and the repeats per epoch.
-
-        Args:
-            own_size: side in pixels of the model's images, the default resolution.
-            factor: pixels along a side for each latent value.
-
-        Raises:
-            UserError: images do not fit, or a checkpoint to resume has other sizes or crops.
-        """
-        source = self.framed(self.source, own_size, factor)
-        self.source = source.source  # without images that are too small
-        held_out = FramedSource(self.held_out, source.framing.of_squares()) if self.held_out else ()
-        repeats = source.repeats() if self.counts_repeats else None
-        self.count_epochs(source, repeats)
-        return source, held_out, repeats
-
-    def count_epochs(self, source, repeats=None):
-        """Count the updates of epochs anew, as images that are too small were left out."""
-        from keras_sd import backend
-
-        images = images_of_epoch(source, repeats)
-        counted = _updates_of_epochs(self.options, images, self.checkpoint)
-        changed = {name: steps for name, steps in counted.items() if steps != getattr(self.settings, name)}
-        self.options.update(changed)
-        self.settings = dataclasses.replace(self.settings, **changed)
-        if "max_train_steps" in changed and backend.process_index() == 0:
-            steps = changed["max_train_steps"]
-            print(f"epochs of {images} images: {steps} steps", file=sys.stderr, flush=True)
-
-    def framed(self, source, own_size, factor=1):
-        """Return a source with its images framed as the options say, and print what is cropped away."""
-        from keras_sd.training.checkpoints import check_same_run
-
-        framing = framing_of(self.options, own_size)
-        check_sides(framing, factor)
-        if self.checkpoint is not None:
-            check_same_run(self.checkpoint, {"framing": framing.identity()})
-        on_bad_sample = self.options.get("on_bad_sample") or "error"
-        return framed(source, framing, self.settings.train_batch_size, on_bad_sample)
-
-    def print_next_command(self, option=None, result="", prompt="PROMPT", more=()):
-        """Print a command that generates with what was trained.
-
-        Args:
-            option: the option that adds the result to the pretrained model; None for a whole model.
-            result: path of the result in the run's folder `model`.
-            prompt: an example of a prompt.
-            more: further words of the command.
-        """
-        from keras_sd import backend
-
-        if backend.process_index():
-            return
-        if self.options.get("clip_skip", 1) > 1:
-            more = ["--clip-skip", self.options["clip_skip"], *more]
-        words = [option or "--model", self.settings.output_dir / "model" / result]
-        base = self.options["pretrained_model_name_or_path"]
-        if option and base != "emoji":  # which is the default
-            words = ["--model", base, *words]
-        command = shlex.join(map(str, ["keras-sd", *self.command, prompt, *words, *more]))
-        print(f"generate with it: {command}", file=sys.stderr, flush=True)
 
 
 def prepare(
@@ -215,7 +110,7 @@ def prepare(
     model = None
     if options.get("pretrained_model_name_or_path"):
         model = presets.find(options["pretrained_model_name_or_path"])
-        scheduler_config = _scheduler_of(model)
+        scheduler_config = scheduler_of(model)
         if options.get("unet_config") is None:
             defaults_from = model
     defaults = ModelDefaults.load(defaults_from) if defaults_from else ModelDefaults()
@@ -227,13 +122,13 @@ def prepare(
     counts_repeats = counts_repeats is None or counts_repeats(source)
     if images is None and source is not None:
         images = images_of_epoch(source, own_repeats(source) if counts_repeats else None)
-    options.update(_updates_of_epochs(options, images, checkpoint))
+    options.update(updates_of_epochs(options, images, checkpoint))
     choose_validation(options)
     if not relative_step:
         check_learning_rate(options)
         _check_warmup(options)
     if scheduler_config is not None:
-        _check_schedule(scheduler_config, options)
+        check_schedule(scheduler_config, options)
     check_small_images(source, options, model)
     with interruption.phase("starting the backend"):
         settings = settings_of(options)
@@ -249,16 +144,6 @@ def prepare(
     return Run(*parts, inception=inception)
 
 
-def _updates_of_epochs(options, images, checkpoint):
-    """Return the settings that are given in epochs, as numbers of updates."""
-    counted = {}
-    if options["num_train_epochs"]:
-        counted["max_train_steps"] = steps_of_epochs(options, images, checkpoint)
-    if options["checkpointing_epochs"]:
-        counted["checkpointing_steps"] = saving_steps_of_epochs(options, images)
-    return counted
-
-
 def _check_trackers(options):
     """Raise UserError for figures that cannot go where they should."""
     from keras_sd.training.trackers import check_wandb, checked_trackers
@@ -268,37 +153,6 @@ def _check_trackers(options):
     refuse_unused(of_wandb, "wandb" in trackers, "without --report-to wandb")
     if "wandb" in trackers and not options["process_id"]:  # process 0 reports
         check_wandb()
-
-
-def _scheduler_of(model):
-    """Return the noise schedule of a model's folder; the usual one for a single file, which has none."""
-    path = model / "scheduler" / "scheduler_config.json"
-    return SchedulerConfig.load(path) if path.is_file() else SchedulerConfig()
-
-
-def chosen_schedule(scheduler_config, options):
-    """Return a model's schedule as the options change it."""
-    if options.get("prediction_type"):
-        scheduler_config = dataclasses.replace(scheduler_config, prediction_type=options["prediction_type"])
-    if options.get("rescale_betas_zero_snr"):
-        return scheduler_config.with_zero_terminal_snr()
-    return scheduler_config
-
-
-def _check_schedule(scheduler_config, options):
-    scheduler_config = chosen_schedule(scheduler_config, options)
-    if options.get("rescale_betas_zero_snr") and scheduler_config.prediction_type == "epsilon":
-        remedy = (
-            "give --prediction-type v_prediction" if "prediction_type" in options else "take another model"
-        )
-        raise UserError(
-            "--rescale-betas-zero-snr: cannot be learned by a model that predicts epsilon, as its last "
-            f"timestep is noise alone; {remedy}, or leave it out"
-        )
-    NoiseSchedule(scheduler_config).check_learnable()
-    steps, most = options["num_inference_steps"], scheduler_config.num_train_timesteps
-    if steps > most:
-        raise UserError(f"--num-inference-steps {steps}: the model has {most} timesteps; give fewer")
 
 
 def _check_warmup(options):
@@ -412,66 +266,3 @@ def _print_summary(method, settings, source, options):
 
 def _name_of_data(options):
     return next(options[name] for name in _DATA if options.get(name))
-
-
-PARTS = (
-    *("tokenizer", "text_encoder", "image_encoder", "clip_head", "unet", "vae", "scheduler_config"),
-    "low_res_scheduler_config",
-)
-
-
-def open_pipeline(run, adapt=None):
-    """Open the pretrained model, and replace the parts that the options name or train from scratch.
-
-    Args:
-        run: the result of `prepare`.
-        adapt: called with the dictionary of parts before anything is compiled with them.
-    """
-    from keras_sd.models.unet import UNet
-    from keras_sd.pipeline.stable_diffusion import StableDiffusion
-    from keras_sd.training.clip_skip import skip_layers
-    from keras_sd.training.trainer import PRECISIONS
-    from keras_sd.weights.loading import load_clip, load_part
-
-    options = run.options
-    vae_folder, clip_folder = options.get("pretrained_vae"), options.get("pretrained_clip")
-    dtype = PRECISIONS[run.settings.mixed_precision]
-    parts, defaults = {}, None
-    if not (vae_folder and clip_folder and options["from_scratch"]):
-        with interruption.phase(f"opening {options['pretrained_model_name_or_path']}"):
-            pretrained = StableDiffusion.load(run.model, dtype=dtype)
-        parts = {name: getattr(pretrained, name) for name in PARTS}
-        defaults = pretrained.defaults
-    if vae_folder:
-        parts["vae"] = load_part(vae_folder, "vae", dtype)
-    if clip_folder:
-        parts |= load_clip(clip_folder)
-    if options.get("from_scratch"):
-        parts["unet"] = UNet(read_config(options["unet_config"], config.UNetConfig, architecture.EMOJI_UNET))
-        parts.setdefault("scheduler_config", architecture.EMOJI_SCHEDULER)
-    parts["scheduler_config"] = chosen_schedule(parts["scheduler_config"], options)
-    if adapt is not None:
-        adapt(parts)
-    if options.get("clip_skip", 1) > 1:
-        skip_layers(parts["text_encoder"], skipped_layers(parts["text_encoder"], options["clip_skip"]))
-    if options.get("learning_rate_by_block"):
-        check_blocks(parts["unet"], options["learning_rate_by_block"])
-    pipeline = StableDiffusion(**parts, defaults=defaults, jit_compile=options["jit_compile"])
-    # Sample images are generated while all that training needs stays in memory.
-    largest = 64 if run.resolution(image_size_of(pipeline)) <= SMALL_IMAGE else 4
-    pipeline.batch_size = min(run.settings.train_batch_size, largest)
-    return pipeline
-
-
-def image_size_of(pipeline):
-    """Return the side of a model's training images, in pixels."""
-    return pipeline.unet.config.sample_size * pipeline.vae.config.downsampling
-
-
-def read_config(path, config_class, default):
-    return config_class.load(path) if path else default
-
-
-def defaults_from(config_path):
-    """Return the folder of the emoji model, whose defaults suit the built-in configs; None for a user's."""
-    return None if config_path else presets.find("emoji")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_sd.cli.train.preparation import SMALL_IMAGE, image_size_of
+from keras_sd.cli.train.opening import SMALL_IMAGE, image_size_of
 from keras_sd.cli.train.prompts import prompts_of
 from keras_sd.errors import UserError
 

@@ -12,9 +12,10 @@ from keras_sd.cli.train.fine_tuning import (
     trained_parts,
     zero_snr_option,
 )
+from keras_sd.cli.train.opening import open_pipeline
 from keras_sd.cli.train.optimizer import block_rates_option
 from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
-from keras_sd.cli.train.preparation import open_pipeline, prepare
+from keras_sd.cli.train.preparation import prepare
 
 
 @click.command("text-to-image", cls=Command)

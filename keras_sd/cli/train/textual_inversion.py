@@ -15,8 +15,9 @@ from keras_sd.cli.train.fine_tuning import (
     subject_options,
 )
 from keras_sd.cli.train.masks import mask_options
+from keras_sd.cli.train.opening import image_size_of, open_pipeline
 from keras_sd.cli.train.options import run_options
-from keras_sd.cli.train.preparation import image_size_of, open_pipeline, prepare
+from keras_sd.cli.train.preparation import prepare
 from keras_sd.cli.train.validation import validated_examples
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import Tokenizer, vector_names

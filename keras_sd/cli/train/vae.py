@@ -8,10 +8,12 @@ from keras_sd import config, presets
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import FROM_ZERO, NOT_NEGATIVE
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
+from keras_sd.cli.train.opening import defaults_from, read_config
 from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, run_options
-from keras_sd.cli.train.preparation import defaults_from, prepare, read_config
+from keras_sd.cli.train.preparation import prepare
 from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
+from keras_sd.training.autoencoder_losses import AutoencoderLosses
 
 
 @click.command(cls=Command)
@@ -77,9 +79,9 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
         variant=None if pretrained_vae else "from scratch",
         defaults_from=pretrained_vae or defaults_from(vae_config),
         need_captions=False,
-        identity={"kl_weight": kl_weight, "random_crop": crop_size, "decoder_only": decoder_only},
+        identity={**losses.identity(), "random_crop": crop_size, "decoder_only": decoder_only},
     )
-    start, end = losses.get("adversarial_start", 0), run.settings.max_train_steps
+    start, end = losses.adversarial_start, run.settings.max_train_steps
     if start and start >= end:
         warnings.warn(
             f"--adversarial-start {start}: the run ends at step {end}, before the discriminator counts; give "
@@ -88,7 +90,6 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
         )
     from keras_sd.models.vae import AutoencoderKL
     from keras_sd.training.autoencoder import train_autoencoder
-    from keras_sd.training.autoencoder_objective import AutoencoderLosses
     from keras_sd.training.trainer import PRECISIONS
     from keras_sd.weights.loading import load_part
 
@@ -108,7 +109,7 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
         source,
         held_out,
         repeats=repeats,
-        losses=AutoencoderLosses(**losses),
+        losses=losses,
         image_encoder=seen_by,
         crop_size=crop_size,
         decoder_only=decoder_only,
@@ -116,7 +117,7 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
 
 
 def _losses(options, perceptual_model):
-    """Take the arguments of `AutoencoderLosses` out of the options, those that are given; check them."""
+    """Take the `AutoencoderLosses` out of the options."""
     of_discriminator = ["adversarial_start", "discriminator_width", "discriminator_depth"]
     names = ["kl_weight", "perceptual_weight", "adversarial_weight", *of_discriminator]
     values = {name: options.pop(name) for name in names}
@@ -126,7 +127,4 @@ def _losses(options, perceptual_model):
         raise UserError(
             "--perceptual-weight: the distance needs features; name a model with --perceptual-model"
         )
-    width = values["discriminator_width"]
-    if width and width % 8:
-        raise UserError(f"--discriminator-width {width}: not a multiple of 8; change it")
-    return {name: value for name, value in values.items() if value is not None}
+    return AutoencoderLosses(**{name: value for name, value in values.items() if value is not None})

@@ -4,7 +4,7 @@ import click
 import numpy as np
 import pytest
 
-from keras_sd.cli.train.preparation import Run
+from keras_sd.cli.train.run import Run
 from keras_sd.cli.train.samples import sample_grid
 from keras_sd.errors import UserError
 from keras_sd.files.image_files import image_grid
