@@ -34,6 +34,7 @@ FOREIGN_FLAGS = {
     "--network-args": "use --conv-rank, --conv-alpha, --lokr-factor, --rank-by-block and --alpha-by-block",
     "--network-train-unet-only": "is the default; leave it out",
     "--network-weights": "is called --lora-weights here",
+    "--dim-from-weights": "this method trains no LoRA; leave it out",
     "--min-snr-gamma": "is called --snr-gamma here",
     "--debiased-estimation-loss": "is called --debiased-estimation here",
     "--unet-lr": "is called --learning-rate here",

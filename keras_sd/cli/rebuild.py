@@ -14,6 +14,7 @@ from keras_sd.cli.train.clip import new_text_encoder
 from keras_sd.cli.train.data_options import configured_source, reading_of
 from keras_sd.cli.train.fine_tuning import trained_parts
 from keras_sd.cli.train.lora import low_rank_identity, open_with_loras
+from keras_sd.cli.train.lora_ranks import RANKS
 from keras_sd.cli.train.opening import open_pipeline
 from keras_sd.cli.train.run import Run
 from keras_sd.data.sources import load_source
@@ -119,6 +120,8 @@ def _low_rank(options, identity, trained):
     if "rank" not in identity:
         raise _mismatch("rank", None, options["rank"])
     options = type(options)({**options, "lora_weights": None})  # the checkpoint has what became of them
+    if options.get("dim_from_weights"):  # not the command's
+        options = type(options)({**options, **{name: identity.get(name) for name in RANKS}})
     _check_same(identity, low_rank_identity(options, trained))
     pipeline, _ = open_with_loras(_run(options), trained)
     _check_base(pipeline, options, identity)

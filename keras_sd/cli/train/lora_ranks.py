@@ -5,7 +5,8 @@ import click
 from keras_sd.cli.command import refuse_unused
 from keras_sd.errors import UserError
 
-_NAMES = ("rank", "lora_alpha", "conv_rank", "conv_alpha", "rank_by_block", "alpha_by_block")
+RANKS = ("rank", "lora_alpha", "conv_rank", "conv_alpha")
+"""Names of the options that a file replaces."""
 
 ranks_of_file_option = click.option(
     "--dim-from-weights",
@@ -25,7 +26,11 @@ def take_ranks_of_file(options):
         return
     if not options["lora_weights"]:
         raise UserError("--dim-from-weights: no file is named; give --lora-weights, or leave it out")
-    refuse_unused(_NAMES, False, "with --dim-from-weights, which takes them from the file")
+    refuse_unused(
+        (*RANKS, "rank_by_block", "alpha_by_block"),
+        False,
+        "with --dim-from-weights, which takes them from the file",
+    )
     from keras_sd.weights.lora_arithmetic import read_plain_lora
 
     updates = read_plain_lora(options["lora_weights"]).updates

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_sd.cli.main import main as keras_sd
 from keras_sd.cli.train.main import main
 from keras_sd.training.lora import add_lora, save_lora
 from keras_sd.weights.lora_arithmetic import read_plain_lora
@@ -49,11 +50,13 @@ def arguments(folder, file, *options):
 def test_ranks_and_alphas_are_those_of_the_file(folder, run_program):
     code, _, errors = run_program(main, *arguments(folder, "one"))
     assert code == 0, errors
-    before, after = (
+    code, _, errors = run_program(keras_sd, "export", folder / "run" / "checkpoint-1", folder / "exported")
+    assert code == 0, errors
+    before, after, exported = (
         {name: (update.down.shape, update.alpha) for name, update in read_plain_lora(path).updates.items()}
-        for path in (folder / "one" / KOHYA_FILE, folder / "run" / "model" / KOHYA_FILE)
+        for path in (folder / place / KOHYA_FILE for place in ("one", "run/model", "exported"))
     )
-    assert after == before
+    assert after == before and exported == before
     found = {(len(shape), shape[0], alpha) for shape, alpha in after.values()}
     assert {(2, 3, 6.0), (4, 2, 5.0)} <= found
 

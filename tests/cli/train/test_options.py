@@ -62,6 +62,7 @@ BAD = [
     ),
     ("text-to-image", ["--text-encoder-lr", "1e-5"], "--text-encoder-lr: has no effect without --train-text"),
     ("lora", ["--train-text-encoder", "--text-encoder-lr", "0"], "--text-encoder-lr"),
+    ("vae", ["--dim_from_weights"], "--dim-from-weights: this method trains no LoRA; leave it out"),
     ("lcm", ["--train-text-encoder"], "--train-text-encoder: this method does not train the text encoder"),
     ("lora", ["--learning-rate-by-block", "mid_block"], "--learning-rate-by-block: 'mid_block' is no NAME="),
     (
