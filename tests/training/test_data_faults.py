@@ -17,7 +17,7 @@ from tests.programs import Program
 from tests.training.test_trainer import assert_same_state, state, train
 
 SIDE = 16
-STEPS = 60
+STEPS = 40  # more than are read ahead
 
 
 @pytest.fixture
