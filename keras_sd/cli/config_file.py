@@ -129,7 +129,8 @@ def _options_of(
     Raises:
         UserError: some keys are no options; all of them are named.
     """
-    found, faults = {}, []
+    found: dict[str, click.Option] = {}
+    faults: list[str] = []
     for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"
         if flag in known and flag != FLAG:
