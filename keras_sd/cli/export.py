@@ -25,6 +25,8 @@ from keras_sd.weights.safetensors_files import (
 )
 
 _MARK = "trained.json"  # the config of the training, and the sign of a folder that this command wrote
+# So begin the names of trained weights that are no part of a written model.
+_OF_TRAINING_ALONE = ("alignment_projection.", "discriminator.")
 
 
 @click.command(cls=Command)
@@ -74,15 +76,13 @@ def export_weights(run_folder, config_path, tensors, place, dtype, source):
     _check_is_apart(place, run_folder)
     with interruption.phase(f"opening {source}"):
         from keras_sd.cli.rebuild import rebuild
-        from keras_sd.training.alignment import PROJECTION
         from keras_sd.training.run_folder import write_whole_folder
 
         with _in_folder(run["directory"]):
             objective, write = rebuild(
                 run["method"], run["options"], read_json(config_path, largest=64 * MIB)
             )
-    # Of training alone.
-    tensors = {name: array for name, array in tensors.items() if not name.startswith(f"{PROJECTION}.")}
+    tensors = {name: array for name, array in tensors.items() if not name.startswith(_OF_TRAINING_ALONE)}
     _assign(objective, tensors, source)
 
     def write_model(staging):

@@ -28,10 +28,11 @@ from keras_sd.models.unet import UNet
 from keras_sd.models.vae import AutoencoderKL
 from keras_sd.pipeline.upscaler import Upscaler
 from keras_sd.training.autoencoder import measure_scale
+from keras_sd.training.autoencoder_objective import AutoencoderObjective
 from keras_sd.training.contrastive import save_clip
 from keras_sd.training.lora import save_lora
 from keras_sd.training.lora_metadata import METADATA
-from keras_sd.training.objectives import AutoencoderObjective, ContrastiveObjective, DiffusionObjective
+from keras_sd.training.objectives import ContrastiveObjective, DiffusionObjective
 from keras_sd.training.pixel_ddim import save_model
 from keras_sd.training.settings import Settings
 from keras_sd.training.textual_inversion import initial_vectors, save_embedding

@@ -290,7 +290,7 @@ class PhaseCallback(StepCallback):
         initial_step: number of steps done before.
     """
 
-    def __init__(self, objective, initial_step: int = 0):
+    def __init__(self, objective: Any, initial_step: int = 0):
         super().__init__(initial_step)
         self._objective = objective
         self._compiling = contextlib.ExitStack()

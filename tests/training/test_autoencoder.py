@@ -6,8 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
+from keras_sd.cli.main import cli as export_main
 from keras_sd.cli.train.main import main
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
@@ -230,8 +231,11 @@ def test_runs_on_both_backends_agree_and_resume_to_the_bit(place, run_program):
     differences = np.concatenate([(other[name] - array).ravel() for name, array in whole.items()])
     assert np.abs(differences).max() < 4 * 0.002
     assert np.sqrt(np.mean(differences**2)) < 2e-4
-    exported = load_file(place / "whole/model/vae/diffusion_pytorch_model.safetensors")
-    assert exported.keys() == torch_state(AutoencoderKL(tiny.VAE)).keys()
+    written = (place / "whole/model/vae/diffusion_pytorch_model.safetensors").read_bytes()
+    assert load(written).keys() == torch_state(AutoencoderKL(tiny.VAE)).keys()
+    arguments = ["export", str(place / "parts/checkpoint-4"), str(place / "again")]
+    export_main(arguments, standalone_mode=False)
+    assert (place / "again/vae/diffusion_pytorch_model.safetensors").read_bytes() == written
 
 
 @pytest.mark.parametrize(
