@@ -67,8 +67,18 @@ class Objective(keras.Model):
             self.train_function = backend.train_function_by_shape(self._new_train_function)
 
     def _new_train_function(self):
-        kept = self.train_function
-        super().make_train_function(force=True)
+        kept, step = self.train_function, self.train_step
+
+        def train_step(*arguments):
+            return step(*arguments)
+
+        # A function of its own: JAX remembers the trace of each function, and would give that of an earlier
+        # phase back for the same one.
+        self.train_step = train_step
+        try:
+            super().make_train_function(force=True)
+        finally:
+            self.train_step = step
         made, self.train_function = self.train_function, kept
         return made
 
