@@ -1,6 +1,5 @@
 """Options that name a model and its additions, and opening them."""
 
-import math
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import click
 # Whatever loads a backend is imported inside, after the options have been checked.
 from keras_sd import interruption, presets
 from keras_sd.cli.command import decorated
+from keras_sd.cli.option_types import LARGEST
 from keras_sd.errors import UserError
 from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 from keras_sd.weights.safetensors_files import read_safetensors
@@ -144,8 +144,8 @@ def path_and_weight(text, title="--lora "):
         weight = float(weight)
     except ValueError:
         return text, 1.0  # a colon of the path
-    if path and not math.isfinite(weight):
-        raise UserError(f"{title}{text}: {weight} is not a finite number; give another weight")
+    if path and not abs(weight) < LARGEST:
+        raise UserError(f"{title}{text}: {weight} is not a finite number in float32; give another weight")
     return (path, weight) if path else (text, 1.0)
 
 

@@ -4,7 +4,7 @@ import math
 
 import click
 
-_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # normal float32 numbers
+_SMALLEST, LARGEST = 1.2e-38, 3.4e38  # normal float32 numbers
 
 
 class Number(click.FloatRange):
@@ -16,7 +16,7 @@ class Number(click.FloatRange):
         number = super().convert(value, parameter, context)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", parameter, context)
-        if number and not _SMALLEST < abs(number) < _LARGEST:
+        if number and not _SMALLEST < abs(number) < LARGEST:
             self.fail(f"{value} is out of the range of float32.", parameter, context)
         return number
 

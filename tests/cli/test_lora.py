@@ -69,6 +69,7 @@ def test_bad_input_ends_in_one_line(folder, run_program, tmp_path):
     for arguments, fault in (
         (("merge", lokr, "--output", new), "only LoRA and LoCon can be computed with"),
         (("merge", f"{a}:nan", "--output", new), "not a finite number"),
+        (("merge", f"{a}:1e39", "--output", new), "1e+39 is not a finite number in float32"),
         (("merge", tmp_path / "none", "--output", new), "no such LoRA"),
         (("merge", a, "--output", a), "exists"),
         (("merge", a, "--model", model, "--rank", 2, "--output", new), "--rank: has no effect with --model"),
