@@ -49,7 +49,7 @@ def upscale(image, prompt, num_images, noise_level, **options):
     output = check_images(options, num_images)
     folder = presets.find(options["model"])
     more = {} if noise_level is None else {"noise_level": noise_level}
-    _check_upscaler(f"model {options['model']}", folder, noise_level)
+    _check_upscaler(f"model {options['model']}:", folder, noise_level)
     fill_sampling(options["model"], options)
     if holds_pixel_upscaler(folder):
         if prompt:
@@ -66,14 +66,14 @@ def upscale(image, prompt, num_images, noise_level, **options):
 
 
 def _check_upscaler(title, folder, noise_level=None):
-    """Raise UserError for a model that is no upscaler, or lacks the noise level, if its config says so."""
-    if not (folder / "unet" / "config.json").is_file():
-        return
+    """Raise UserError for a model or file that is no upscaler, or lacks the noise level."""
     from keras_sd.config import UNetConfig
+    from keras_sd.weights.readers import read_configs
 
-    levels = UNetConfig.load(folder / "unet" / "config.json").num_class_embeds
+    unet = read_configs(folder).parts.get("unet")
+    levels = unet and UNetConfig.from_dict(unet.config).num_class_embeds
     if not levels:
-        raise UserError(f"{title}: is no upscaler; use emoji-upscaler, x4-upscaler or another one")
+        raise UserError(f"{title} is no upscaler; use emoji-upscaler, x4-upscaler or another one")
     if noise_level is not None:
         whole_number("noise_level", noise_level, 0, levels - 1)
 
@@ -197,6 +197,7 @@ def second_stage(options):
     from keras_sd.pipeline.defaults import ModelDefaults
     from keras_sd.weights.diffusers_folder import SCHEDULER
 
+    title = f"--upscaler {name}:"
     if not name:
         name = ModelDefaults.load(presets.find(options["model"])).sampling["upscaler"]
         if not name:
@@ -204,8 +205,9 @@ def second_stage(options):
                 f"--upscale: {options['model']} names no upscaler of its own; give one by --upscaler, such "
                 "as x4-upscaler"
             )
+        title = f"--upscale: {name}, which {options['model']} names,"
     folder = presets.find(name)
-    _check_upscaler(f"--upscaler {name}", folder)
+    _check_upscaler(title, folder)
     if steps is None:
         steps = ModelDefaults.load(folder).sampling["num_inference_steps"]
     if (folder / SCHEDULER).is_file():

@@ -1,6 +1,7 @@
 """`generate --upscale`: what is drawn and upscaled in one command is what two make, and can be made again."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -31,6 +32,10 @@ def folder(tmp_path_factory):
     config = dataclasses.replace(tiny.ONE_BLOCK_UNET, in_channels=7, num_class_embeds=50)
     with_text = tiny.pipeline(SCHEDULES[0], config, low_res_scheduler_config=SCHEDULES[1])
     with_text.save(folder / "text")
+    (folder / "file.txt").write_text("no model")
+    shutil.copyfile(folder / "model/vae/diffusion_pytorch_model.safetensors", folder / "encoder.safetensors")
+    shutil.copytree(folder / "model", folder / "names")
+    (folder / "names/keras_sd.json").write_text('{"sampling": {"upscaler": "emoji"}}')
     return folder
 
 
@@ -107,11 +112,19 @@ def test_the_model_names_its_upscaler(run_program, folder, tmp_path):
         (("--upscaler-steps", 3), "--upscaler-steps: has no effect without --upscale or --upscaler; leave"),
         (("--upscaler", "emoji"), "--upscaler emoji: is no upscaler; use emoji-upscaler, x4-upscaler"),
         (("--upscaler", "none.ckpt"), "'none.ckpt': no such file"),
+        (("--upscaler", "{file}"), "--upscaler {file}: is no upscaler"),
+        (("--upscaler", "{folder}/file.txt"), "{folder}/file.txt: of no known kind"),
+        (("--upscaler", "{folder}"), "{folder}: no model_index.json there"),
+        (
+            ("--model", "{folder}/names", "--upscale"),
+            "--upscale: emoji, which {folder}/names names, is no upscaler",
+        ),
         (("--upscaler", "emoji-upscaler", "--upscaler-steps", 1001), "--upscaler-steps 1001: out of range"),
     ],
 )
 def test_unfit_upscalers_are_one_line_before_a_model_is_opened(run_program, folder, options, line):
-    model = folder / "model"
-    code, output, errors = run_program(cli.main, "generate", "heart", "--model", model, *options)
+    places = {"folder": folder, "model": folder / "model", "file": folder / "encoder.safetensors"}
+    options = [str(option).format(**places) for option in options]
+    code, output, errors = run_program(cli.main, "generate", "heart", "--model", places["model"], *options)
     assert (code, output) == (2, "") and "opening" not in errors
-    assert line.format(model=model) in errors.strip().split("\n")[-1]
+    assert line.format(**places) in errors.strip().split("\n")[-1]
