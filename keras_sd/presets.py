@@ -11,10 +11,18 @@ from keras_sd.weights.diffusers_folder import has_weights, weights_path
 _BUNDLED = Path(__file__).parent / "bundled"
 
 # The files of a diffusers folder; repositories on the hub hold the same weights in other formats too.
-_HUB_FILES = [
-    "model_index.json",
-    *(f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "low_res_scheduler")),
+_HUB_FOLDERS = ("unet", "vae", "text_encoder", "image_encoder", "tokenizer", "scheduler", "low_res_scheduler")
+# Those of a part alone, such as a CLIP or a VAE.
+_HUB_PART = [
+    "config.json",
+    *(
+        f"{stem}.{suffix}"
+        for stem in ("model", "diffusion_pytorch_model")
+        for suffix in ("safetensors", "bin")
+    ),
+    "pytorch_model.bin",
 ]
+_HUB_FILES = ["model_index.json", *(f"{part}/*" for part in _HUB_FOLDERS), *_HUB_PART]
 _HUB_CONFIGS = ["*.json", "*.txt"]
 # Patterns to leave out, tried one after the other until weights are found: first safetensors without a
 # variant, then half precision, then torch files.
@@ -121,11 +129,17 @@ def _from_hub(repository, title, weights=True):
         for left_out in _HUB_TRIES:
             ignored = [*_HUB_LEFT_OUT, *left_out]
             folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
-            if has_weights(folder / "unet", "unet"):
+            if has_weights(folder / "unet", "unet") or _is_whole_part(folder):
                 break
         return folder
     except (OSError, ValueError) as error:
         raise UserError(f"{title}: {_hub_fault(repository, error)}") from error
+
+
+def _is_whole_part(folder):
+    """Return whether a folder is that of a part alone, with its weights."""
+    parts = ("vae", "image_encoder")  # whose files have all names that there are
+    return (folder / "config.json").is_file() and any(has_weights(folder, part) for part in parts)
 
 
 def _hub_fault(repository, error):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from keras_sd import StableDiffusion, presets
 from keras_sd.errors import UserError
@@ -35,6 +36,46 @@ def test_a_name_is_a_preset_then_a_path_then_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="^owner/other: no folder here, not in the hub's cache"):
         presets.find("owner/other")
+
+
+@pytest.mark.parametrize(
+    "there, expected",
+    [
+        (["config.json", "pytorch_model.bin", "tf_model.h5"], ["config.json", "pytorch_model.bin"]),
+        (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"]),
+        (
+            [
+                "config.json",
+                "diffusion_pytorch_model.bin",
+                "diffusion_pytorch_model.safetensors",
+                "README.md",
+            ],
+            ["config.json", "diffusion_pytorch_model.safetensors"],
+        ),
+        (
+            ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "v1-5.ckpt"],
+            ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"],
+        ),
+        (
+            ["model_index.json", "image_encoder/model.safetensors", "unet/diffusion_pytorch_model.bin"],
+            ["image_encoder/model.safetensors", "model_index.json", "unet/diffusion_pytorch_model.bin"],
+        ),
+    ],
+)
+def test_a_hub_id_may_be_of_a_part_alone(there, expected, tmp_path, monkeypatch):
+    """A folder stands in for the hub, whose library chooses the files."""
+
+    def download(repository, allow_patterns, ignore_patterns=None):
+        chosen = filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for name in chosen:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    presets.find("owner/model")
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(files) == expected
 
 
 def test_a_damaged_preset_is_refused(tmp_path, monkeypatch):
