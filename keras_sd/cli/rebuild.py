@@ -159,7 +159,7 @@ def _vae(options, identity):
     _check_same(identity, {"decoder_only": options["decoder_only"]})
     vae_config = config.VAEConfig.from_dict(identity["model"])
     if options["pretrained_vae"]:  # a checkpoint of the decoder alone lacks the other weights
-        vae = load_part(options["pretrained_vae"], "vae", "float32")
+        vae = load_part(presets.find(options["pretrained_vae"]), "vae", "float32")
     else:
         vae = AutoencoderKL(vae_config)
 
@@ -186,7 +186,7 @@ def _source(options, image_size, need_captions):
 def _clip(options, identity):
     image_config = config.ImageEncoderConfig.from_dict(identity["image_model"])
     if options["frozen_text_encoder"]:
-        parts = load_clip(options["frozen_text_encoder"])
+        parts = load_clip(presets.find(options["frozen_text_encoder"]))
         tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
     else:
         tokens = options["tokenizer_folder"]

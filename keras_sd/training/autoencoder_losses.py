@@ -6,6 +6,8 @@ from typing import Any
 from keras_sd.arguments import real_number, whole_number
 from keras_sd.errors import UserError
 
+_WIDEST, _DEEPEST = 1024, 8  # of a discriminator, whose outputs then see more than 2000 pixels
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLosses:
@@ -34,9 +36,9 @@ class AutoencoderLosses:
         for name in ("kl_weight", "perceptual_weight", "adversarial_weight"):
             real_number(name, getattr(self, name), lambda value: value >= 0, "0 or more")
         whole_number("adversarial_start", self.adversarial_start, 0)
-        if whole_number("discriminator_width", self.discriminator_width, 8) % 8:
+        if whole_number("discriminator_width", self.discriminator_width, 8, _WIDEST) % 8:
             raise UserError(f"discriminator_width {self.discriminator_width}: not a multiple of 8; change it")
-        whole_number("discriminator_depth", self.discriminator_depth, 1)
+        whole_number("discriminator_depth", self.discriminator_depth, 1, _DEEPEST)
 
     def identity(self) -> dict[str, Any]:
         """Return the JSON values that a run shares with the one that resumes it."""

@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 from safetensors.numpy import load, load_file
 
+from keras_sd import presets
 from keras_sd.cli.main import cli as export_main
+from keras_sd.cli.main import main as keras_sd
 from keras_sd.cli.train.main import main
 from keras_sd.errors import UserError
 from keras_sd.models.image_encoder import ImageEncoder
@@ -249,6 +251,18 @@ def test_runs_on_both_backends_agree_and_resume_to_the_bit(place, run_program):
             "--discriminator-width 12: not a multiple",
         ),
         (["--adversarial-weight", "nan"], "nan"),
+        (
+            ["--adversarial-weight", 1, "--discriminator-depth", 9],
+            "--discriminator-depth 9: out of range; use a whole number from 1 to 8",
+        ),
+        (
+            ["--adversarial-weight", 1, "--discriminator-width", 8192],
+            "--discriminator-width 8192: out of range",
+        ),
+        (["--perceptual-weight", 1, "--perceptual-model", "nope"], "'nope': no such model"),
+        (["--perceptual-weight", 1, "--perceptual-model", "emoji-upscaler"], "not the image_encoder"),
+        (["--pretrained-vae", "nope"], "'nope': no such model"),
+        (["--pretrained-vae", "emoji-upscaler"], "holds unet, not the vae"),
     ],
 )
 def test_bad_options(place, run_program, options, fault):
@@ -264,6 +278,23 @@ def test_bad_options(place, run_program, options, fault):
     code, _, errors = run_program(main, *words, *options)
     assert code == 2
     assert fault in errors.splitlines()[-1]
+    assert "starting the backend" not in errors and not (place / "bad").exists()
+
+
+def test_a_preset_gives_the_autoencoder_and_the_features(place, run_program):
+    words = ["vae", "--train-data-dir", place / "images", "--output-dir", place / "preset", "--decoder-only"]
+    words += ["--pretrained-vae", "emoji", "--perceptual-weight", 0.1, "--perceptual-model", "emoji"]
+    words += ["--max-train-steps", 1, "--train-batch-size", 1, "--evaluation-steps", 0, "--no-jit-compile"]
+    code, _, errors = run_program(main, *words)
+    assert code == 0, errors
+    code, _, errors = run_program(
+        keras_sd, "export", place / "preset/checkpoint-1", place / "out", "--weights", "raw"
+    )
+    assert code == 0, errors
+    name = "encoder.conv_in.weight"
+    own = load_file(presets.find("emoji") / "vae/diffusion_pytorch_model.safetensors")[name]
+    written = load_file(place / "out/vae/diffusion_pytorch_model.safetensors")
+    np.testing.assert_array_equal(written[name], own)
 
 
 def test_arguments_are_checked(tmp_path):

@@ -1,13 +1,12 @@
 """The options of the alignment of a UNet's features with an image encoder's, and the model that they name."""
 
-from pathlib import Path
-
 import click
 
 from keras_sd import presets
 from keras_sd.cli.command import decorated, refuse_unused
 from keras_sd.cli.option_types import NOT_NEGATIVE
 from keras_sd.cli.train.caching import caching_of
+from keras_sd.cli.train.opening import find_part
 from keras_sd.errors import UserError
 
 _PART = "image_encoder"
@@ -38,13 +37,11 @@ def check_alignment(options):
         return
     caching_of(options).refuse_disk_for_alignment()
     if options["alignment_model"]:
-        from keras_sd.weights.readers import read_part
-
-        read_part(presets.find(options["alignment_model"]), _PART)
+        find_part(options["alignment_model"], _PART)
         return
     folders = [presets.find(options["pretrained_model_name_or_path"])]
     if options["pretrained_clip"]:
-        folders.append(Path(options["pretrained_clip"]))
+        folders.append(presets.find(options["pretrained_clip"]))
     # What a single file holds is known when it is opened.
     if all(folder.is_dir() and not (folder / _PART).is_dir() for folder in folders):
         raise _missing(options)

@@ -5,7 +5,7 @@ import click
 from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
-from keras_sd.cli.train.opening import defaults_from, read_config
+from keras_sd.cli.train.opening import defaults_from, find_part, read_config
 from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
 from keras_sd.cli.train.preparation import prepare
 from keras_sd.data.emoji import architecture
@@ -29,21 +29,21 @@ from keras_sd.data.emoji import architecture
 )
 @click.option(
     "--frozen-text-encoder",
-    type=FILE_OR_FOLDER,
-    help="Folder of a model whose text encoder and tokenizer are used and not trained.",
+    help="Model whose text encoder and tokenizer are used and not trained: preset, hub id, folder or file.",
 )
 def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
     """Train CLIP's text and image encoders on captioned images."""
     refuse_unused(["text_config", "tokenizer_folder"], not frozen_text_encoder, "with --frozen-text-encoder")
+    place = frozen_text_encoder and find_part(frozen_text_encoder, "text_encoder")
     run = prepare("clip", options, defaults_from=defaults_from(text_config or image_config))
     from keras_sd.training.contrastive import train_contrastive
 
     image_config = read_config(image_config, config.ImageEncoderConfig, architecture.EMOJI_IMAGE_ENCODER)
     source, held_out, repeats = run.sources(image_config.image_size)
-    if frozen_text_encoder:
+    if place:
         from keras_sd.weights.loading import load_clip
 
-        parts = load_clip(frozen_text_encoder)
+        parts = load_clip(place)
         tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
         text_encoder.trainable = False
     else:

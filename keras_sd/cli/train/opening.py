@@ -27,7 +27,9 @@ def open_pipeline(run, adapt=None):
     from keras_sd.weights.loading import load_clip, load_part
 
     options = run.options
-    vae_folder, clip_folder = options.get("pretrained_vae"), options.get("pretrained_clip")
+    vae_folder, clip_folder = (
+        options.get(name) and presets.find(options[name]) for name in ("pretrained_vae", "pretrained_clip")
+    )
     dtype = PRECISIONS[run.settings.mixed_precision]
     parts, defaults = {}, None
     if not (vae_folder and clip_folder and options["from_scratch"]):
@@ -54,6 +56,23 @@ def open_pipeline(run, adapt=None):
     largest = 64 if run.resolution(image_size_of(pipeline)) <= SMALL_IMAGE else 4
     pipeline.batch_size = min(run.settings.train_batch_size, largest)
     return pipeline
+
+
+def find_part(name, part):
+    """Return the path of a model that has a part, which is checked before anything is opened.
+
+    Args:
+        name: preset, hub id, or path of a model or of the part alone.
+        part: "image_encoder", "text_encoder" or "vae".
+
+    Raises:
+        UserError: there is no such model, or it has no such part.
+    """
+    from keras_sd.weights.readers import read_part
+
+    place = presets.find(name)
+    read_part(place, part)
+    return place
 
 
 def image_size_of(pipeline):

@@ -12,9 +12,9 @@ from keras_sd.cli.train.fine_tuning import (
     trained_parts,
     zero_snr_option,
 )
-from keras_sd.cli.train.opening import open_pipeline
+from keras_sd.cli.train.opening import find_part, open_pipeline
 from keras_sd.cli.train.optimizer import block_rates_option
-from keras_sd.cli.train.options import FILE, FILE_OR_FOLDER, run_options
+from keras_sd.cli.train.options import FILE, run_options
 from keras_sd.cli.train.preparation import prepare
 
 
@@ -28,13 +28,13 @@ from keras_sd.cli.train.preparation import prepare
 @click.option("--unet-config", type=FILE, help="config.json of the new UNet; by default the emoji model's.")
 @click.option(
     "--pretrained-vae",
-    type=FILE_OR_FOLDER,
-    help="Folder of a `vae` run's model, instead of the pretrained VAE.",
+    help="Model whose VAE replaces the pretrained one, such as a `vae` run's: preset, hub id, folder or "
+    "file.",
 )
 @click.option(
     "--pretrained-clip",
-    type=FILE_OR_FOLDER,
-    help="Folder of a `clip` run's model, instead of the pretrained CLIP.",
+    help="Model whose CLIP replaces the pretrained one, such as a `clip` run's: preset, hub id, folder or "
+    "file.",
 )
 @click.option(
     "--prediction-type",
@@ -47,6 +47,9 @@ def text_to_image(**options):
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
     refuse_unused(["learning_rate_by_block"], not options["from_scratch"], "with --from-scratch")
     check_alignment(options)
+    for name, part in (("pretrained_vae", "vae"), ("pretrained_clip", "text_encoder")):
+        if options[name]:
+            find_part(options[name], part)
     run = prepare(
         "text-to-image",
         options,

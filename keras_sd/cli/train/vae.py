@@ -4,12 +4,12 @@ import warnings
 
 import click
 
-from keras_sd import config, presets
+from keras_sd import config
 from keras_sd.cli.command import Command, refuse_unused
 from keras_sd.cli.option_types import FROM_ZERO, NOT_NEGATIVE
 from keras_sd.cli.train.data_options import dataset_config_option, source_options
-from keras_sd.cli.train.opening import defaults_from, read_config
-from keras_sd.cli.train.options import COUNT, FILE, FILE_OR_FOLDER, run_options
+from keras_sd.cli.train.opening import defaults_from, find_part, read_config
+from keras_sd.cli.train.options import COUNT, FILE, run_options
 from keras_sd.cli.train.preparation import prepare
 from keras_sd.data.emoji import architecture
 from keras_sd.errors import UserError
@@ -32,7 +32,8 @@ from keras_sd.training.autoencoder_losses import AutoencoderLosses
 )
 @click.option(
     "--perceptual-model",
-    help="Model, by name or folder, whose CLIP image encoder has the features of --perceptual-weight.",
+    help="Model whose CLIP image encoder has the features of --perceptual-weight: preset, hub id, folder or "
+    "file.",
 )
 @click.option(
     "--adversarial-weight",
@@ -62,7 +63,10 @@ from keras_sd.training.autoencoder_losses import AutoencoderLosses
     type=COUNT,
     help="Side in pixels of random squares of the resized images to train on. By default whole images.",
 )
-@click.option("--pretrained-vae", type=FILE_OR_FOLDER, help="Folder of a VAE to train further.")
+@click.option(
+    "--pretrained-vae",
+    help="VAE to train further: preset, hub id, folder or file of a model, or of a VAE alone.",
+)
 @click.option(
     "--decoder-only", is_flag=True, help="Train the decoder only, so that latents stay as they are."
 )
@@ -73,11 +77,13 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
     refuse_unused(["vae_config"], not pretrained_vae, "with --pretrained-vae")
     refuse_unused(["kl_weight"], not decoder_only, "with --decoder-only")
     losses = _losses(options, perceptual_model)
+    place = pretrained_vae and find_part(pretrained_vae, "vae")
+    seen_by = perceptual_model and find_part(perceptual_model, "image_encoder")
     run = prepare(
         "vae",
         options | {"crop_size": crop_size},
         variant=None if pretrained_vae else "from scratch",
-        defaults_from=pretrained_vae or defaults_from(vae_config),
+        defaults_from=place or defaults_from(vae_config),
         need_captions=False,
         identity={**losses.identity(), "random_crop": crop_size, "decoder_only": decoder_only},
     )
@@ -94,13 +100,10 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
     from keras_sd.weights.loading import load_part
 
     precision = PRECISIONS[run.settings.mixed_precision]
-    if pretrained_vae:
-        autoencoder = load_part(pretrained_vae, "vae", precision)
+    if place:
+        autoencoder = load_part(place, "vae", precision)
     else:
         autoencoder = AutoencoderKL(read_config(vae_config, config.VAEConfig, architecture.EMOJI_VAE))
-    seen_by = None
-    if perceptual_model:
-        seen_by = load_part(presets.find(perceptual_model), "image_encoder", precision)
     sizes = autoencoder.config
     source, held_out, repeats = run.sources(sizes.sample_size, sizes.downsampling)
     train_autoencoder(
@@ -110,7 +113,7 @@ def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, *
         held_out,
         repeats=repeats,
         losses=losses,
-        image_encoder=seen_by,
+        image_encoder=seen_by and load_part(seen_by, "image_encoder", precision),
         crop_size=crop_size,
         decoder_only=decoder_only,
     )

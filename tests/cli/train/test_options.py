@@ -186,7 +186,10 @@ BAD = [
     ("textual-inversion", ["--placeholder-token", "<a>", "--num-vectors", "100000"], "--num-vectors"),
     # Files that are not there.
     ("text-to-image", ["--from-scratch", "--unet-config", "nope.json"], "nope.json"),
-    ("text-to-image", ["--pretrained-vae", "nope"], "nope"),
+    ("text-to-image", ["--pretrained-vae", "nope"], "'nope': no such model"),
+    ("text-to-image", ["--pretrained-vae", "emoji-upscaler"], "holds unet, not the vae"),
+    ("text-to-image", ["--pretrained-clip", "emoji-upscaler"], "holds unet, not the text_encoder"),
+    ("clip", ["--frozen-text-encoder", "emoji-upscaler"], "holds unet, not the text_encoder"),
     ("vae", ["--vae-config", "nope.json"], "nope.json"),
     ("clip", ["--tokenizer", "nope"], "nope"),
 ]
