@@ -144,11 +144,12 @@ def train_autoencoder(
     if not len(held_out):
         indices = np.unique(np.linspace(0, len(source) - 1, min(_SHOWN, len(source))).astype(int))
         measured, suffix = [squares[index] for index in indices], "_train"
-        warnings.warn(
-            f"no held-out images: the reconstruction is measured on {len(measured)} training images; put "
-            "others into a sub-folder `validation`",
-            stacklevel=2,
-        )
+        if settings.evaluation_steps:
+            warnings.warn(
+                f"no held-out images: the reconstruction is measured on {len(measured)} training images; put "
+                "others into a sub-folder `validation`",
+                stacklevel=2,
+            )
 
     def evaluate(step):
         with trainer.ema.applied():

@@ -531,7 +531,7 @@ def _difference(there: dict, here: dict) -> str:
     if key.partition(".")[0] in _HASHES:
         remedy = ""
         if "weights" in _words(key):
-            remedy = " (of another base model, VAE or text encoder, or of blocks with a learning rate of 0?)"
+            remedy = " (of another base model, VAE or encoder, or of blocks with a learning rate of 0?)"
         return f"made with other {_words(key)}{remedy}"
     return "made with another {} ({} there and {} here)".format(_words(key), *values)
 

@@ -99,7 +99,7 @@ def train_contrastive(settings, text_encoder, image_config, tokenizer, source, h
     sets = {"matching_train": [source[index] for index in indices]}
     if len(held_out):
         sets["matching_held_out"] = held_out
-    else:
+    elif settings.evaluation_steps:
         warnings.warn(
             f"no held-out images: matching is measured on {len(indices)} training images; put others into a "
             "sub-folder `validation`",

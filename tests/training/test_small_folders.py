@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.cli.train.main import train
+from keras_sd.cli.train.main import main, train
 from tests import tiny
 from tests.cli.train.test_train import IMAGE, TEXT, VAE
 
@@ -68,6 +68,18 @@ def test_without_held_out_images(folder, method, count, recwarn):
     assert {"vae": "vae", "clip": "image_encoder"}[method] in os.listdir(run / "model")
     told = [str(warning.message) for warning in recwarn.list if "no held-out images" in str(warning.message)]
     assert len(told) == 1 and f"measured on {count} training images; put others into" in told[0]
+
+
+@pytest.mark.parametrize("method", ["vae", "clip"])
+def test_nothing_is_told_of_a_measurement_that_is_not_made(folder, method, tmp_path, run_program):
+    configs = {
+        "vae": ("--vae-config", folder / "vae.json"),
+        "clip": ("--text-config", folder / "text.json", "--image-config", folder / "image.json"),
+    }
+    values = arguments(folder, method, 3, *configs[method], "--no-jit-compile", "--evaluation-steps", 0)
+    values[values.index("--output-dir") + 1] = tmp_path / "run"
+    code, _, told = run_program(main, *values)
+    assert code == 0 and "no held-out images" not in told, told
 
 
 PROGRAM = """if True:
