@@ -51,6 +51,8 @@ def export(checkpoint, folder, dtype, weights, overwrite):
     place = check_output_folder(folder, None, overwrite, is_own=is_exported).resolve()
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint folder; give RUN/checkpoint-N")
+    if (checkpoint / "run.json").is_file():
+        raise UserError(f"{checkpoint}: is a run, not a checkpoint; give one of it, RUN/checkpoint-N")
     with interruption.phase(f"opening {checkpoint}"):
         read_run(checkpoint.parent)
         from keras_sd.training.checkpoints import Checkpoints

@@ -137,6 +137,8 @@ def check_options_and_refusals(folder, output):
         export(output / "checkpoint-2", folder / "images", "--overwrite")
     with pytest.raises(UserError, match="checkpoint-9: no such checkpoint folder"):
         export(output / "checkpoint-9", folder / "x")
+    with pytest.raises(UserError, match="is a run, not a checkpoint; give one of it, RUN/checkpoint-N"):
+        export(output, folder / "x")
     shutil.copytree(output / "checkpoint-1", folder / "alone" / "checkpoint-1")
     with pytest.raises(UserError, match="run.json: not found; give the checkpoint in the folder of a run"):
         export(folder / "alone" / "checkpoint-1", folder / "x")
