@@ -11,7 +11,7 @@ from pathlib import Path
 
 from keras_sd import interruption
 from keras_sd.errors import UserError
-from keras_sd.files.json_files import read_json
+from keras_sd.files.json_files import parse_json, read_json
 from keras_sd.files.writing import replaced, sync, write_json
 
 LOCK = ".lock"
@@ -206,7 +206,7 @@ def changed_options(run_folder, names):
         before = read_json(Path(run_folder) / DESCRIPTION)["options"]
     except (UserError, OSError, KeyError, TypeError):  # a user may have edited it
         return {}
-    now = json.loads(json.dumps(_description["options"], default=str))
+    now = parse_json(json.dumps(_description["options"], default=str), "options")
     return {
         name: (before[name], now[name])
         for name in names
