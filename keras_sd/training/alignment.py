@@ -141,8 +141,5 @@ class AlignedObjective(DiffusionObjective):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Tensor:
+        # Both are logged apart, so that the loss is that of a run without alignment.
         return ops.mean(y_pred["loss"]) - self.alignment_weight * ops.mean(y_pred["alignment"])
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        # Apart, so that the loss is that of a run without alignment.
-        return {name: ops.mean(values) for name, values in y_pred.items()}

@@ -123,6 +123,3 @@ class AdversarialAutoencoderObjective(AutoencoderObjective):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return ops.mean(y_pred["loss"]) + ops.mean(y_pred["discriminator_loss"])
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        return {name: ops.mean(values) for name, values in y_pred.items()}

@@ -26,6 +26,9 @@ from keras_sd.training.diffusion_settings import DiffusionSettings
 class Objective(keras.Model):
     """Base of all objectives: the model's output is the loss `(n,)`, float32 in every precision.
 
+    An output may also be a dictionary of figures for the log, the `loss` among them; such an objective has a
+    `compute_loss` of its own.
+
     Attributes:
         phase_starts: steps after which the objective changes, in order; the step is compiled anew there.
         phase: how many of these changes the run has passed. The trainer sets it.
@@ -51,9 +54,10 @@ class Objective(keras.Model):
         return ops.mean(y_pred)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        # The loss of this batch alone: Keras' own mean over the epoch would differ between a resumed run and
-        # an uninterrupted one.
-        return {"loss": ops.mean(y_pred)}
+        # Those of this batch alone: Keras' own mean over the epoch would differ between a resumed run and an
+        # uninterrupted one.
+        figures = y_pred if isinstance(y_pred, dict) else {"loss": y_pred}
+        return {name: ops.mean(values) for name, values in figures.items()}
 
     def enter_phase_of(self, step: int) -> bool:
         """Enter the phase of a run that has taken `step` steps; return whether it is another one."""
