@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import secrets
+import weakref
 from pathlib import Path
 
 import keras
@@ -165,6 +166,35 @@ def compute_capability(device):
     return tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
 
 
+def free_gradients_with_graphs():
+    """Let TensorFlow free graphs with custom gradients, and the weights that they hold.
+
+    For each custom gradient that is traced, `tf.nn.silu`'s included, TensorFlow keeps a function in a
+    registry for ever. The function holds the tensors of its graph, and so the whole graph and all variables
+    in it: each model that has computed anything would stay in memory. No public function removes an entry.
+    """
+    from tensorflow.python.framework.ops import gradient_registry
+
+    if not isinstance(gradient_registry._registry, _GradientsOfGraphs):
+        gradient_registry._registry = _GradientsOfGraphs(gradient_registry._registry)
+
+
+class _GradientsOfGraphs(dict):
+    """A registry of gradients where custom ones live as long as the graph in which they are traced."""
+
+    def __setitem__(self, name, entry):
+        if name.startswith("CustomGradient-"):
+            import tensorflow as tf
+
+            function = entry["type"]
+            # An attribute of the graph by this name holds the function.
+            setattr(tf.compat.v1.get_default_graph(), name, function)
+            weakref.finalize(function, self.pop, name, None).atexit = False
+            found = weakref.ref(function)
+            entry = entry | {"type": lambda *arguments: found()(*arguments)}
+        super().__setitem__(name, entry)
+
+
 # JAX
 
 
@@ -232,6 +262,7 @@ _BACKENDS = {
         ("tensorflow", "experimental.dlpack", "from_dlpack"),
         ("tensorflow", "config.experimental", "get_device_details"),
         ("tensorflow.python.ops.control_flow_util", "", "GraphOrParentsInXlaContext"),
+        ("tensorflow.python.framework.ops", "gradient_registry", "_registry"),
     ),
     "jax": (
         ("keras", "Model", "jax_state_sync"),

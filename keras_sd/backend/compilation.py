@@ -30,6 +30,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
+        compat.free_gradients_with_graphs()
         # Variables are captured by reference.
         return tf.function(function, jit_compile=jit_compile, autograph=False)
 
@@ -92,6 +93,7 @@ def train_function_by_shape(make_function):
     keep_programs()
     if keras.backend.backend() != "tensorflow":
         return make_function()
+    compat.free_gradients_with_graphs()
     functions = {}
 
     def train(iterator):

@@ -1,9 +1,13 @@
 """What depends on the backend; programs whose kernels are laid out as a GPU wants them."""
 
+import gc
+
 import keras
+import numpy as np
 import pytest
 
-from keras_sd.backend import first_call
+from keras_sd.backend import first_call, jit, recomputed
+from keras_sd.models.layers import GroupNormalization
 from tests.programs import run_python
 
 
@@ -62,3 +66,34 @@ def test_program_refuses_what_would_be_a_constant_in_it():
 def test_what_a_first_call_does():
     assert first_call(True) == "compiling"
     assert first_call(False) == ("compiling" if keras.backend.backend() == "jax" else "tracing")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX has no graphs")
+def test_a_graph_goes_with_its_program():
+    """Custom gradients, ours and those of TensorFlow's own functions, hold no graph, and so no weights."""
+    import tensorflow as tf
+
+    inputs = np.ones((1, 2, 2, 4), "float32")
+
+    def graphs():
+        gc.collect()
+        return {id(one) for one in gc.get_objects() if type(one).__name__ == "FuncGraph"}
+
+    def use():
+        layer = GroupNormalization(4, 2, silu=True)
+        layer.build(inputs.shape)
+
+        def slope(tensor):
+            with tf.GradientTape() as tape:
+                tape.watch(tensor)
+                value = recomputed(lambda one: keras.ops.silu(layer(one)), layer.variables)(tensor)
+            return tape.gradient(value, tensor)
+
+        program = jit(slope, layer.variables)
+        computed = np.array(program(inputs))
+        assert graphs() - before
+        return computed, np.array(slope(tf.constant(inputs)))
+
+    before = graphs()
+    np.testing.assert_allclose(*use(), atol=1e-6)
+    assert not graphs() - before
