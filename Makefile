@@ -56,7 +56,8 @@ test: $(VENV)/installed-test  ## Run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers, train all methods (two hours, 24 GiB)
-	ROBUSTNESS_INPUTS=5000 $(BIN)/python -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests/robustness tests/full_size) $(ARGS)
+	$(if $(findstring tests/,$(ARGS)),,$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile tests)
+	ROBUSTNESS_INPUTS=5000 $(BIN)/python -m pytest -q -m 'not gpu' $(if $(findstring tests/,$(ARGS)),,tests/robustness tests/full_size) $(ARGS)
 
 # With the interpreter as it is: where there is a GPU, it has JAX for it already.
 test-gpu:  ## Fine-tune at full size on a GPU under JAX (12 minutes); ARGS="--parts lora"

@@ -268,11 +268,13 @@ def run_tutorial(code, hub_cache, folder):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_performance_guide_runs(hub_cache, tmp_path):
     lines = run_tutorial(GUIDE, hub_cache, tmp_path)
     assert lines == ["(3, 64, 64, 3) uint8", "float16 float32", "(3, 64, 64, 3)"]
 
 
+@pytest.mark.slow
 def test_the_random_walks_run(hub_cache, tmp_path):
     lines = run_tutorial(WALKS, hub_cache, tmp_path)
     assert lines == ["(2, 64, 64, 3)"] * 2 + ["(2, 8, 8, 4) (2, 64, 64, 3)"]
@@ -285,6 +287,7 @@ def test_fine_tuning_runs(hub_cache, tmp_path):
     assert lines == ["[49406, 320, 2368, 49407]", "(2, 12, 16)", "2 True", "True (1, 64, 64, 3)"]
 
 
+@pytest.mark.slow
 def test_textual_inversion_runs(hub_cache, tmp_path):
     lines = run_tutorial(TEXTUAL_INVERSION, hub_cache, tmp_path)
     assert lines == ["1 0", "True True", "True", "[[(2049, 128)], [], []]", "True True", "True"]

@@ -71,6 +71,7 @@ def finish(program):
     return program.returncode, re.split(r"[\r\n]+", errors.strip().replace("\x1b[A", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_a_killed_worker_leaves_the_same_bytes(folder, cluster, tmp_path, run_program, backend):
     whole, cache = tmp_path / "whole", tmp_path / "cache"
@@ -87,6 +88,7 @@ def test_a_killed_worker_leaves_the_same_bytes(folder, cluster, tmp_path, run_pr
     assert told[-1] == f"{2 * COUNT} images encoded, {COUNT} are in {cache}"
 
 
+@pytest.mark.slow
 def test_captions_of_a_killed_worker_are_the_same(cluster, tmp_path):
     models.write_clip(tmp_path / "clip")
     models.write_vocabulary(tmp_path / "names.txt")

@@ -42,6 +42,7 @@ def test_every_update_is_trained_and_the_same_on_both_backends(runs, on_jax, sta
     assert_backends_agree(on_jax, on_tensorflow, start)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_the_unbroken_one(runs, on_jax):
     assert_same_run(on_jax, runs.train_killed("killed", "jax"))
 

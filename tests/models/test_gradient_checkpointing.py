@@ -226,6 +226,7 @@ def test_arguments_that_are_on_already_are_not_named(objective, tmp_path):
         enable_gradient_checkpointing(objective, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_command_without_enough_memory_ends_in_one_line(tmp_path, backend):
     """The largest image that may be asked for, with 16 GiB of addresses, which its features exceed."""

@@ -111,6 +111,7 @@ def by_diffusers(specs, tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_case_gives_the_same_by_diffusers(case, specs, by_diffusers, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
@@ -138,6 +139,7 @@ def sd15_unet():
         keras.config.set_dtype_policy(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "expected"), [(512, 401.6e9), (256, 90.1e9)])
 def test_counted_multiplications_of_stable_diffusion_are_those_of_its_layers(
     size, expected, sd15_unet, monkeypatch
@@ -229,6 +231,7 @@ def one_level(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_training_is_counted_as_multiples_of_the_forward_pass(backend, specs, one_level):
     cases = ("unet", "training", "training-lora")

@@ -70,7 +70,13 @@ def run(monkeypatch, capfd, *given):
     return told
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The others share their loop with these.
+OFTEN = ("vae", "dreambooth", "super-resolution")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in METHODS]
+)
 def test_resumed_training_is_the_same_to_the_bit(folder, monkeypatch, capfd, method):
     whole, resumed = f"{method}-whole", f"{method}-resumed"
     told = run(monkeypatch, capfd, *command(folder, method, whole, "--max-train-steps", 4))
