@@ -104,7 +104,7 @@ def test_signal_in_an_evaluation_ends_it_and_the_last_checkpoint_is_kept(folder)
     assert newest(run) == 2 and not (run / "samples").exists()
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=pytest.mark.slow)])
 def test_signal_while_the_step_is_compiled(folder, backend):
     run = f"compiling-{backend}"
     arguments = arguments_of(folder, run, "--unet-config", folder / "large.json", "--evaluation-steps", 0)

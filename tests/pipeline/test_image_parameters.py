@@ -117,7 +117,7 @@ def pixels(path):
         return np.stack([np.asarray(image.convert("RGB")) for _ in map(image.seek, range(image.n_frames))])
 
 
-@pytest.mark.parametrize("changes", [{}, ETA], ids=["euler_a", "eta"])
+@pytest.mark.parametrize("changes", [{}, pytest.param(ETA, marks=pytest.mark.slow)], ids=["euler_a", "eta"])
 def test_what_generate_writes_makes_the_image_again(keras_sd_command, files, tmp_path, changes):
     command = generate.generate
     names = {parameter.name for parameter in command.params}

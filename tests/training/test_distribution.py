@@ -162,6 +162,7 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
     assert (runs / output / "model" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_draw_class_images_into_one_folder(folder):
     """Each image is whole, and as one process draws it, also where some are there already."""
     (folder / "subject").mkdir()
