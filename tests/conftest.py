@@ -3,6 +3,7 @@
 Nothing else differs from what users have: XLA, TensorFlow and JAX run with their own settings.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items):
 def pytest_unconfigure():
     if CACHE:
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage():
+    """Frees the models of each file's tests: they hold themselves, and Python would keep them for long."""
+    yield
+    gc.collect()
+    gc.freeze()  # what is left, so that the next collection is fast
 
 
 @pytest.fixture

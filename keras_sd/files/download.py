@@ -41,7 +41,8 @@ def download(url, path, sha256, remedy):
 
 def _chunks(url, path, remedy):
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as reply:
+        # `urlopen` would go on with the proxies that were set at its first call.
+        with urllib.request.build_opener().open(url, timeout=TIMEOUT_SECONDS) as reply:
             while chunk := reply.read(_CHUNK):
                 yield chunk
     except (OSError, http.client.HTTPException) as error:

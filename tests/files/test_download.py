@@ -57,6 +57,17 @@ def test_a_fault_is_one_line_and_leaves_no_file(tmp_path, address, place, sha256
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+def test_proxies_are_those_of_the_environment_now(tmp_path, address, monkeypatch):
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with monkeypatch.context() as environment:
+        environment.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
+        with pytest.raises(UserError, match="could not be downloaded"):
+            download(f"{address}/whole", tmp_path / "file", sha256, "look elsewhere")
+    download(f"{address}/whole", tmp_path / "file", sha256, "look elsewhere")
+
+
 def test_no_connection_and_no_place(tmp_path, address):
     # Nothing listens at port 9.
     with pytest.raises(

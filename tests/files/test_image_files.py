@@ -118,10 +118,10 @@ def test_texts_that_are_no_parameters_are_refused(tmp_path):
 
 @pytest.mark.parametrize("piece", ["A", " ", ":", 'a:"', 'a: "x" b', ",", "a:", '\\"', "a "])
 def test_settings_take_no_time(piece):
-    begin = time.monotonic()
+    begin = time.process_time()
     text = "p\nSteps: 1, " + piece * (2**20 // len(piece))
     assert parse_parameters(text)["Steps"] == "1"
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_what_is_no_setting_is_passed_over():
