@@ -56,7 +56,7 @@ test: $(VENV)/installed-test  ## Run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers, train all methods (two hours, 24 GiB)
-	$(if $(findstring tests/,$(ARGS)),,$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile tests)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile)
 	ROBUSTNESS_INPUTS=5000 $(BIN)/python -m pytest -q -m 'not gpu' $(if $(findstring tests/,$(ARGS)),,tests/robustness tests/full_size) $(ARGS)
 
 # With the interpreter as it is: where there is a GPU, it has JAX for it already.

@@ -107,8 +107,9 @@ def command(stage, folder, steps_factor, options):
 def save_half(model, path):
     """Save a trained model in half precision."""
     from keras_sd import StableDiffusion, Upscaler
+    from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 
-    kind = StableDiffusion if (model / "vae").exists() else Upscaler
+    kind = Upscaler if holds_pixel_upscaler(model) else StableDiffusion
     kind.load(model).save(path, dtype="float16")
 
 

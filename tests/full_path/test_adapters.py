@@ -23,6 +23,8 @@ DORA = ("--use-dora", "--use-rslora", "--conv-rank", 3, "--conv-alpha", 2, "--tr
 BLOCKS = ("--rank-by-block", "mid_block=0 text_encoder=4", "--alpha-by-block", "text_encoder=2")
 LOKR = ("--adapter", "lokr", "--rank", 2, "--lora-alpha", 1, "--lora-layers", "all")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(folder):
@@ -45,7 +47,6 @@ def lokr(runs):
     return runs["lokr"].train("lokr", "jax")
 
 
-@pytest.mark.slow
 def test_dora_is_trained_in_the_blocks_and_killed_runs_end_the_same(runs, dora):
     first, last = checkpoint(dora, step=KILLED_AFTER), checkpoint(dora)
     assert first.keys() == last.keys() and not any("mid_block" in name for name in first)
@@ -62,7 +63,6 @@ def test_dora_is_trained_in_the_blocks_and_killed_runs_end_the_same(runs, dora):
     assert_same_run(dora, runs["dora"].train_killed("killed", "jax"))
 
 
-@pytest.mark.slow
 def test_lokr_is_the_same_on_both_backends(runs, lokr):
     first = checkpoint(lokr, step=KILLED_AFTER)
     start = {name: array * 0 if "w2_b" in name else array for name, array in first.items()}
@@ -71,7 +71,6 @@ def test_lokr_is_the_same_on_both_backends(runs, lokr):
     assert_backends_agree(lokr, on_tensorflow, start)
 
 
-@pytest.mark.slow
 def test_the_header_tells_how_it_was_trained(dora):
     for name in ("lora_kohya", "pytorch_lora_weights"):
         with safe_open(dora / "model" / f"{name}.safetensors", "np") as file:
@@ -116,7 +115,6 @@ GENERATE = """
 """
 
 
-@pytest.mark.slow
 def test_diffusers_and_lycoris_generate_the_same_images(folder, dora, lokr):
     noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4), dtype="float32")
     theirs = run_reference(GENERATE, {"noise": noise}, folder)

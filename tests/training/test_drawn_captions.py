@@ -63,7 +63,7 @@ def test_a_resumed_run_draws_the_same(folder, drawn):
     resumed = trained(folder, "resumed", *DRAWN, *LONG, "--resume-from-checkpoint", "latest")
     for name, array in drawn.items():
         np.testing.assert_array_equal(resumed[name], array)
-    with pytest.raises(UserError, match="made with another (shuffle_caption|caption_)"):
+    with pytest.raises(UserError, match="made with another shuffle_caption"):
         trained(folder, "resumed", *LONG, "--resume-from-checkpoint", "latest", steps=6)
 
 
