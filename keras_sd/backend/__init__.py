@@ -7,7 +7,14 @@ arrays         conversion between NumPy arrays and tensors
 compat         all uses of private and experimental functions
 """
 
-from keras_sd.backend.arrays import aligned_copy, to_numpy, to_tensor
+from keras_sd.backend.arrays import (
+    aligned_arrays,
+    aligned_memory,
+    aligned_size,
+    copy_values,
+    to_numpy,
+    to_tensor,
+)
 from keras_sd.backend.compat import (
     drop_partial_update,
     forget,

@@ -1,12 +1,14 @@
 """Conversion between NumPy arrays and the tensors and variables of the backend."""
 
+import math
+
 import keras
 import numpy as np
 
 from keras_sd.backend import compat
 
-# The alignment in bytes that TensorFlow's kernels require of memory that is not their own.
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""The alignment in bytes that TensorFlow's kernels require of memory that is not their own."""
 
 
 def to_numpy(variable):
@@ -20,25 +22,55 @@ def to_numpy(variable):
     return whole
 
 
-def aligned_copy(array, axes, dtype):
-    """Return a contiguous copy of a NumPy array with its axes in another order, fit for `to_tensor`."""
-    transposed, dtype = array.transpose(axes), np.dtype(dtype)
-    memory = np.empty(transposed.size * dtype.itemsize + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + transposed.size * dtype.itemsize].view(dtype).reshape(transposed.shape)
+def aligned_size(shape, dtype):
+    """Return the bytes that an array takes in memory of `aligned_arrays`."""
+    return -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def aligned_arrays(memory, shapes, dtypes):
+    """Return arrays one after the other in memory, each fit for `to_tensor`.
+
+    Args:
+        memory: an array of bytes that begins at a multiple of `ALIGNMENT`, of the arrays' `aligned_size`.
+    """
+    arrays, start = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        stop = start + math.prod(shape) * np.dtype(dtype).itemsize
+        arrays.append(memory[start:stop].view(dtype).reshape(shape))
+        start += aligned_size(shape, dtype)
+    return arrays
+
+
+def aligned_memory(size):
+    """Return an array of bytes, not initialised, that begins at a multiple of `ALIGNMENT`."""
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size]
+
+
+def copy_values(array, target):
+    """Copy a NumPy array of any memory layout and type into a contiguous one of the same shape."""
     # 64 columns at a time stay in the processor's cache, which makes it two to three times as fast.
-    is_reordered = not transposed.flags.c_contiguous
+    is_reordered = not array.flags.c_contiguous
     parts = (
-        [np.s_[..., start : start + 64] for start in range(0, copy.shape[-1], 64)] if is_reordered else [...]
+        [np.s_[..., start : start + 64] for start in range(0, target.shape[-1], 64)]
+        if is_reordered
+        else [...]
     )
     with np.errstate(over="ignore"):  # callers check for infinity
         for part in parts:
-            np.copyto(copy[part], transposed[part], casting="unsafe")
-    return copy
+            np.copyto(target[part], array[part], casting="unsafe")
 
 
-def to_tensor(copy):
-    """Return a tensor of an array from `aligned_copy`, on the same memory if the backend allows it."""
-    if keras.backend.backend() == "tensorflow" and copy.dtype.kind == "f" and copy.size:
-        return compat.shared_tensor(copy)
-    return keras.ops.convert_to_tensor(copy)
+def to_tensor(array):
+    """Return a tensor of an array from `aligned_arrays`, on the same memory if the backend allows it.
+
+    Nothing else may write to the array afterwards.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.device_put(array, may_alias=True)
+    if array.dtype.kind == "f" and array.size:
+        return compat.shared_tensor(array)
+    return keras.ops.convert_to_tensor(array)

@@ -13,20 +13,17 @@ from pathlib import Path
 import keras
 
 from keras_sd.backend import compat
-from keras_sd.files.cache import cache_root
+from keras_sd.files.cache import private_folder, remove_oldest
 
 _CACHE_BYTES = 4 * 2**30
 _FLAG = "--tf_xla_persistent_cache_directory="
 
 
 def cache_folder():
-    """Return the folder of compiled programs, or None if there is no cache.
+    """Make and return the folder of compiled programs, or None if there is no cache.
 
     Machine code is valid for one processor and one version of the backend only, so both are in the name.
     """
-    root = cache_root()
-    if root is None:
-        return None
     name = keras.backend.backend()
     try:
         information = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -37,7 +34,7 @@ def cache_folder():
         {line for line in information.splitlines() if line.startswith(("flags", "Features", "model name"))}
     )
     digest = hashlib.sha256("\n".join(processor).encode()).hexdigest()[:16]
-    return root / "xla" / f"{name}-{version}-{digest}"
+    return private_folder("xla", f"{name}-{version}-{digest}")
 
 
 @functools.cache
@@ -53,11 +50,7 @@ def keep_programs():
     flags = os.environ.get("TF_XLA_FLAGS")
     if keras.backend.backend() == "tensorflow" and _FLAG in (flags or ""):
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_oldest(folder)
-    except OSError:  # a home that cannot be written to; programs are compiled each time
-        return
+    remove_oldest(folder, _CACHE_BYTES)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -77,17 +70,3 @@ def keep_programs():
         # Smaller programs compile as fast as they are read.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         compat.write_programs_whole(folder)
-
-
-def _remove_oldest(folder):
-    """Remove the oldest programs until the others take no more than `_CACHE_BYTES`."""
-    entries = []
-    for entry in os.scandir(folder):
-        status = entry.stat()
-        entries.append((status.st_mtime, status.st_size, entry.path))
-    size = sum(entry[1] for entry in entries)
-    for _, length, path in sorted(entries):
-        if size <= _CACHE_BYTES:
-            break
-        Path(path).unlink(missing_ok=True)  # another process may have been faster
-        size -= length

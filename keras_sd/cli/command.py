@@ -32,6 +32,7 @@ class Command(click.Command):
     def parse_args(self, context, arguments):
         known = {flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         renamed = []
+        answers = {}
         for argument in arguments:
             flag, equals, value = argument.partition("=")
             if "--" not in renamed and flag not in known:
@@ -48,8 +49,10 @@ class Command(click.Command):
             elif flag not in known and "--" not in renamed:
                 answer = answer_to(flag, known)
                 if answer is not None:
-                    raise UserError(f"{flag}: {answer}")
+                    answers[flag] = answer
             renamed.append(argument)
+        if answers:
+            raise UserError("; ".join(f"{flag}: {answer}" for flag, answer in answers.items()))
         self._warn_of_repeated(renamed)
         if config_file.FLAG in known:
             renamed = config_file.with_config_file(self, renamed)

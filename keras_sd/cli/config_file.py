@@ -186,7 +186,10 @@ def _text(path: Path, key: str, value: Any, parameter: click.Option) -> str:
     else:
         fits = isinstance(value, str)
     if not fits:
-        raise _misfit(path, key, value, _title(kind))
+        title = _title(kind)
+        if isinstance(value, list):
+            title = f"{title}; write several in one text, with commas" if title == "a text" else title
+        raise _misfit(path, key, value, title)
     text = str(value)
     try:
         kind.convert(text, parameter, click.get_current_context(silent=True))

@@ -110,6 +110,8 @@ def dataset(data, output, overwrite, split, clip, similarity, shown, captions, *
     path = output.free()
     rules = caption_rules(options, framed.source) if captions else None
     save_png(_sheet(found, framed, shown, rules), path)
+    if shown < len(framed):
+        click.echo(f"drawn: {shown} of {len(framed)} images; --images gives their number")
     click.echo(path)
 
 
@@ -173,7 +175,7 @@ def _sheet(found, framed, shown, rules):
         classes = np.bincount(np.digitize(found.tokens, edges) - 1, minlength=len(edges))
         names = [f"{low} to {next_one - 1} tokens" for low, next_one in itertools.pairwise(edges)]
         names.append(f"from {edges[-1]} tokens")
-        bars.append(_bars("captions", dict(zip(names, classes.tolist(), strict=True))))
+        bars.append(_bars("different captions", dict(zip(names, classes.tolist(), strict=True))))
     indices = evenly(range(len(framed)), shown)
     generator = np.random.default_rng(0)
     examples = [framed.draw_example(index, generator) for index in indices]
@@ -182,8 +184,16 @@ def _sheet(found, framed, shown, rules):
         of_each = rules if isinstance(rules, list) else [rules] * len(framed)
         pairs = zip(indices, examples, strict=True)
         labels = [of_each[index].draw(example["captions"], generator) for index, example in pairs]
-    grid = image_grid([_cell(example["image"]) for example in examples], labels)
+    grid = image_grid([_cell(_weighted(example)) for example in examples], labels)
     return _stacked([*bars, grid])
+
+
+def _weighted(example):
+    """Return the image of an example as far as its mask lets a model learn from it; the rest is red."""
+    if "mask" not in example:
+        return example["image"]
+    weight = example["mask"][..., None] / 255
+    return np.uint8(np.round(example["image"] * weight + np.array([200, 0, 0]) * (1 - weight)))
 
 
 def _cell(image):

@@ -48,7 +48,7 @@ def ema(run, folder, sigma_rel, step, dtype, overwrite):
     if distance > _FAR:
         warnings.warn(
             f"--sigma-rel {sigma_rel:g}: the snapshots give an average whose weights are {distance:.0%} off; "
-            "choose one nearer to 0.05 to 0.1, or train with more checkpoints",
+            "choose a length closer to those that are kept, 0.05 and 0.1, or train with more checkpoints",
             stacklevel=2,
         )
     export_weights(run, snapshot / "config.json", tensors, place, dtype, snapshot)

@@ -65,7 +65,7 @@ FOREIGN_FLAGS = {
     "--validation-epochs": _SAMPLES,
     "--validation-steps": "this method has no validation loss; use --evaluation-steps, in updates",
     "--validate-every-n-steps": "is called --validation-steps here",
-    "--validate-every-n-epochs": "is called --validation-steps here, in updates",
+    "--validate-every-n-epochs": "use --validation-steps, the number of updates between two validations",
     "--max-validation-steps": "is called --validation-examples here, in images",
     "--validation-seed": "noise and timesteps of validation follow from --seed; leave it out",
     "--sample-every-n-steps": _SAMPLES,

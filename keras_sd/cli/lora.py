@@ -81,8 +81,8 @@ def _merge_into_model(given, model, output, dtype, overwrite):
 
     pipeline = open_model(model)
     with interruption.phase(f"merging into {model}"):
-        for path, weight in given:
-            pipeline.load_lora(path, weight=weight)
+        for number, (path, weight) in enumerate(given, start=1):
+            pipeline.load_lora(path, name=str(number), weight=weight)  # no prompt calls it by a name
         pipeline.save(place, dtype=dtype)
     click.echo(place)
 

@@ -15,7 +15,7 @@ from keras_sd.arguments import checked_path, shown
 from keras_sd.errors import UserError, os_errors_in_one_line
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.weights.lora import read_lora
-from keras_sd.weights.lora_files import lora_file
+from keras_sd.weights.lora_files import FOLDER_FILES, lora_file
 from keras_sd.weights.lora_updates import change_of
 from keras_sd.weights.rules import from_torch, to_torch
 
@@ -56,8 +56,8 @@ class Adapters:
 
         Args:
             path: as `read_lora` takes it.
-            name: its name; by default that of its file or folder. If another LoRA has this default name, a
-                number is appended, with a warning.
+            name: its name; by default that of its file or folder, of a run's result that of the run. If
+                another LoRA has this default name, a number is appended, with a warning.
 
         Returns:
             The name.
@@ -85,6 +85,10 @@ class Adapters:
     def _free_name(self, path):
         # This resolves ".", but no links: file names in the hub's cache are hashes.
         path = Path(os.path.abspath(path))
+        if not path.is_dir() and path.name in FOLDER_FILES:
+            path = path.parent
+        # A run's result is RUN/model.
+        path = path.parent if path.is_dir() and path.name == "model" and path.parent.name else path
         usual = _NO_NAME.sub("_", path.name if path.is_dir() else path.stem)
         numbered = (f"{usual}-{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain([usual], numbered) if name not in self._loaded)

@@ -258,8 +258,9 @@ class Primitives:
 
         Args:
             path: a file, or a folder with `pytorch_lora_weights.safetensors` or PEFT's `adapter_model`.
-            name: its name from now on; by default that of the file or folder. If another LoRA has this
-                default name, a number is appended, with a warning.
+            name: its name from now on; by default that of the file or folder, of a training run's result
+                that of the run folder. If another LoRA has this default name, a number is appended, with a
+                warning.
             weight: factor of the updates; with 0 the LoRA is only available to prompts.
 
         Returns:

@@ -155,21 +155,8 @@ def kronecker_factors(size: int, factor: int | None) -> tuple[int, int]:
     """Return the factors of a layer's width, the smaller one first.
 
     Args:
-        factor: one of them; None for the largest divisor up to the square root.
-
-    Raises:
-        UserError: `factor` does not divide the width.
+        factor: one of them, a divisor of the width; None for the largest one up to the square root.
     """
     if factor is None:
         factor = max(divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0)
-    if size % factor:
-        near = [str(divisor) for divisor in range(2, 65) if size % divisor == 0]
-        raise UserError(
-            f"lokr_factor {factor}: does not divide a layer of width {size}; give {_either(near)}"
-            "or leave it out"
-        )
     return min(factor, size // factor), max(factor, size // factor)
-
-
-def _either(divisors):
-    return f"one of {', '.join(divisors)}, " if divisors else ""

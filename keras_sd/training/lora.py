@@ -38,6 +38,7 @@ def add_updates(models: dict[str, Any], settings: AdapterSettings) -> None:
     for name in ("rank_by_block", "alpha_by_block"):
         for block in getattr(settings, name):
             _check_block(name, block, models, settings)
+    _check_factor(chosen, settings)
     if not all(chosen.values()):
         raise UserError("LoRA: the model has no attention to put it on; train all layers or the full model")
     for part, model in models.items():
@@ -74,9 +75,27 @@ def _chosen(part, model, settings):
         rank_and_alpha = settings.rank_and_alpha(part, name)
         if rank_and_alpha is not None:
             chosen[name] = (layer, *rank_and_alpha)
-            if settings.adapter == "lokr":  # before anything is changed
-                _kronecker_shape(layer, rank_and_alpha[0], settings)
     return chosen
+
+
+def _check_factor(chosen, settings):
+    """Raise UserError unless the factor of LoKr divides the widths of all chosen layers."""
+    factor = settings.lokr_factor
+    widths = {
+        size: f"{part}.{name}"
+        for part, layers in chosen.items()
+        for name, (layer, *_) in layers.items()
+        for size in layer.kernel.shape[-2:]
+    }
+    bad = [size for size in sorted(widths) if factor is not None and size % factor]
+    if bad:
+        common = math.gcd(*widths)
+        divisors = [str(divisor) for divisor in range(2, 65) if common % divisor == 0]
+        either = f"give one of {', '.join(divisors)}, or " if divisors else ""
+        raise UserError(
+            f"lokr_factor {factor}: does not divide {bad[0]}, a width of {widths[bad[0]]}; "
+            f"{either}leave it out"
+        )
 
 
 def adaptable_layers(model):
@@ -188,6 +207,7 @@ def assign_updates(models: dict[str, Any], path: str | Path) -> None:
             Then nothing has changed.
     """
     lora = read_lora(path, models)
+    remedies = _remedies_for_numbers(lora)
     tensors = {}
     for part, model in models.items():
         own, theirs = trained_updates(model), lora.get(part, {})
@@ -207,7 +227,7 @@ def assign_updates(models: dict[str, Any], path: str | Path) -> None:
             )
         for layer, update in theirs.items():
             name = f"{path}: {part}.{layer}"
-            tensors[part] = tensors.get(part, {}) | _tensors_like(own[layer], update, layer, name)
+            tensors[part] = tensors.get(part, {}) | _tensors_like(own[layer], update, layer, name, remedies)
     for part, model in models.items():
         for parameter in parameter_paths(model):
             if parameter.name in tensors.get(part, {}):
@@ -217,12 +237,52 @@ def assign_updates(models: dict[str, Any], path: str | Path) -> None:
 _TITLES = {LowRank: "LoRA", Kronecker: "LoKr", Hadamard: "LoHa", Decomposed: "DoRA"}
 
 
-def _tensors_like(own, update, layer, name):
-    """Return the tensors of an update by published name; raise UserError unless it is like the run's."""
+# What makes a run train an update of a kind; there is nothing for the others.
+_REMEDIES = {
+    LowRank: "train plain LoRA",
+    Kronecker: "give `adapter='lokr'`",
+    Decomposed: "give `use_dora=True`",
+}
+
+
+def _remedies_for_numbers(lora):
+    """Return what to give where a rank or an alpha differs, by its name.
+
+    One that is the same in the whole file is left out, as the message names it.
+    """
+    products = [
+        update.update if isinstance(update, Decomposed) else update
+        for layers in lora.values()
+        for update in layers.values()
+    ]
+    ranks = {
+        len(update.down) if isinstance(update, LowRank) else update.rank
+        for update in products
+        if not isinstance(update, Hadamard)
+    } - {None}
+    alphas = {update.alpha for update in products}
+    remedies = {}
+    for what, found, options in (
+        ("rank", ranks, "`rank`, `conv_rank` and `rank_by_block`"),
+        ("alpha", alphas, "`lora_alpha`, `conv_alpha` and `alpha_by_block`"),
+    ):
+        if len(found) > 1:
+            listed = ", ".join(f"{number:g}" for number in sorted(found))
+            remedies[what] = f"the file has {what}s {listed}: give {options} as it was trained with"
+    return remedies
+
+
+def _tensors_like(own, update, layer, name, remedies):
+    """Return the tensors of an update by published name; raise UserError unless it is like the run's.
+
+    Args:
+        remedies: for another rank or alpha, as `_remedies_for_numbers` returns them.
+    """
     if type(own) is not type(update):
+        theirs = type(update)
         raise UserError(
-            f"{name} is {_TITLES[type(update)]}, and {_TITLES[type(own)]} is trained; use `adapter` and "
-            "`use_dora` of the file, or another LoRA"
+            f"{name} is {_TITLES[theirs]}, and {_TITLES[type(own)]} is trained; "
+            f"{_REMEDIES[theirs] + ', or ' if theirs in _REMEDIES else ''}use another LoRA"
         )
     tensors = {}
     if isinstance(own, Decomposed):
@@ -231,8 +291,11 @@ def _tensors_like(own, update, layer, name):
         tensors[f"{layer}.lora_magnitude_vector"] = update.magnitude
         own, update = own.update, update.update
     if isinstance(own, LowRank):
-        _check_same(name, "rank", len(update.down), len(own.down))
-        factors = {"lora_A.weight": update.down, "lora_B.weight": _rescaled(name, update, own, len(own.down))}
+        _check_rank(name, len(update.down), len(own.down), remedies)
+        factors = {
+            "lora_A.weight": update.down,
+            "lora_B.weight": _rescaled(name, update, own, len(own.down), remedies),
+        }
     else:
         is_like = len(update.w1) == 1 and [a.shape for a in update.w1] == [a.shape for a in own.w1]
         if not is_like or len(update.w2) != len(own.w2):
@@ -240,31 +303,30 @@ def _tensors_like(own, update, layer, name):
                 f"{name} has matrices of other sizes than are trained; "
                 "use the rank and `lokr_factor` of the file"
             )
-        _check_same(name, "rank", update.rank, own.rank)
+        _check_rank(name, update.rank, own.rank, remedies)
         factors = {"lokr_w1": update.w1[0]}
         if own.rank is None:
             factors["lokr_w2.weight"] = update.w2[0]
         else:
-            factors["lokr_w2_a.weight"] = _rescaled(name, update, own, own.rank)
+            factors["lokr_w2_a.weight"] = _rescaled(name, update, own, own.rank, remedies)
             factors["lokr_w2_b.weight"] = update.w2[1]
     return tensors | {f"{layer}.{role}": np.asarray(array, "float32") for role, array in factors.items()}
 
 
-def _check_same(name, what, theirs, own):
+def _check_rank(name, theirs, own, remedies):
     if theirs != own:
-        raise UserError(f"{name} has {what} {theirs:g}, and {own:g} is trained; give `{what}={theirs:g}`")
+        remedy = remedies.get("rank", f"give `rank={theirs}`")
+        raise UserError(f"{name} has rank {theirs}, and {own} is trained; {remedy}")
 
 
-def _rescaled(name, update, own, rank):
+def _rescaled(name, update, own, rank, remedies):
     """Return the outer factor of an update with the scale of the run's in place of its own."""
     outer = update.up if isinstance(update, LowRank) else update.w2[0]
     if update.alpha == rank:
         return np.asarray(outer, "float32") * np.float32(rank / own.alpha)
     if not math.isclose(update.alpha, own.alpha, rel_tol=1e-6):
-        raise UserError(
-            f"{name} has alpha {update.alpha:g}, and {own.alpha:g} is trained; "
-            f"give `lora_alpha={update.alpha:g}`"
-        )
+        remedy = remedies.get("alpha", f"give `lora_alpha={update.alpha:g}`")
+        raise UserError(f"{name} has alpha {update.alpha:g}, and {own.alpha:g} is trained; {remedy}")
     return outer
 
 

@@ -13,6 +13,7 @@ from keras_sd.files.json_files import parse_json, read_json
 ERROR = "_standard_error"
 _START_OF_NEW = 0.8  # loss of a network that predicts nothing yet: noise and velocity have variance 1
 _FEW_STEPS = 50  # of fewer steps little can be said
+_LEAST_FALL = 1e-3  # of the loss of a run that learns, as a share; its images and noise are always the same
 
 
 class _Record(TypedDict):
@@ -103,7 +104,9 @@ def window_of(count: int) -> int:
 
 def findings(run: RunCurves) -> list[str]:
     """Return what looks wrong with a run, each in a line; none for a good one."""
-    found = [check(run) for check in (_not_finite, _diverged, _spikes, _wrong_target, _overfits, _stuck)]
+    found = [
+        check(run) for check in (_not_finite, _diverged, _spikes, _wrong_target, _overfits, _stuck, _still)
+    ]
     return [line for line in found if line]
 
 
@@ -175,9 +178,19 @@ def _stuck(run):
     if curve is None or len(curve.values) < 3 or curve.steps[-1] < _FEW_STEPS:
         return None
     start, end = curve.values[0], curve.values[-1]
-    if end >= start and math.isfinite(end):
+    if end > (1 - _LEAST_FALL) * start and math.isfinite(end):
         return (
             f"does not learn: the loss on fixed training images is {end:.4g}, and was {start:.4g} at step "
             f"{curve.steps[0]:.0f}"
         )
     return None
+
+
+def _still(run):
+    estimate = run.curves.get("prodigy_d")
+    if estimate is None or len(estimate.values) < 2 or (estimate.values != estimate.values[0]).any():
+        return None
+    return (
+        f"hardly learns: Prodigy's estimate d is still {estimate.values[0]:.1g} after "
+        f"{len(estimate.values)} steps; train longer, without a warm-up, or give a larger prodigy-d0"
+    )

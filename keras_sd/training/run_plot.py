@@ -160,8 +160,10 @@ def _step_panel(runs, name, title, scale):
             if curve is not None and len(curve.values):
                 label = run.name if len(runs) > 1 else None
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, label=label)
-        positive = any((run.curves[name].values > 0).any() for run in runs if name in run.curves)
-        axes.set_yscale(scale if positive else "linear")
+        curves = [run.curves[name].values for run in runs if name in run.curves]
+        peaks = [values.max(initial=0.0, where=np.isfinite(values)) for values in curves]
+        differ = min(peaks) > 0 and max(peaks) > 10 * min(peaks)  # a small one would be a line at 0
+        axes.set_yscale("log" if differ or (scale == "log" and max(peaks) > 0) else "linear")
 
     return panel if any(name in run.curves for run in runs) else None
 
@@ -191,7 +193,10 @@ def _evaluation_panel(runs, group):
                 if curve is None or (len(runs) > 1 and name.endswith("_raw")):
                     continue
                 of_set = next((part for part in _SETS if f"_{part}" in name), None)
+                # Of several runs, whose colours are their own, EMA weights alone are drawn.
                 dashes = ":" if name.endswith("_raw") else "-"
+                if len(runs) > 1 and of_set == "train":
+                    dashes = "--"
                 detail = name.removeprefix(kind).strip("_").replace("held_out", "held-out").replace("_", ", ")
                 label = ", ".join(filter(None, (run.name if len(runs) > 1 else None, detail))) or None
                 own = _SETS[of_set] if of_set and len(runs) == 1 else colour

@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 
 import h5py
-import numpy as np
 
 from keras_sd.arguments import checked_path
 from keras_sd.config import TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
+from keras_sd.files.mapping import map_file
 from keras_sd.weights import derived_config
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.expected_shapes import expected_shapes
@@ -156,7 +156,7 @@ def _read_layers(path):
     """Return the arrays of each layer with weights, in the order of layers and weights in the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give an .h5 file of KerasCV's")
-    data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    data = map_file(path)
     try:
         with h5py.File(path, "r") as file:
             # A file of a whole model has its weights in a group.

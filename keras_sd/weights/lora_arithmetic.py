@@ -27,6 +27,7 @@ _OLD_BLOCKS = tuple(f"lora_unet_{name}_" for name in ("input_blocks", "middle_bl
 # Layers that every program looks for in a LoRA.
 _STARTS = {"unet": ("down_blocks.", "mid_block.", "up_blocks."), "text_encoder": ("text_model.encoder.",)}
 _NO_LIMIT = (2**62,) * 4
+_PLAIN = {"down", "up", "mid"}
 _OWN = ("ss_network_dim", "ss_network_alpha", "sshs_", "format", "lora_adapter_metadata")
 
 
@@ -34,7 +35,7 @@ class LoraFile(NamedTuple):
     """The updates of a file, and the texts in its header.
 
     Attributes:
-        updates: kohya's name of a layer -> `LowRank`.
+        updates: kohya's name of a layer -> `LowRank`, or what `read_products` returns.
         metadata: dictionary of texts.
     """
 
@@ -48,6 +49,20 @@ def read_plain_lora(path: Any) -> LoraFile:
     Raises:
         UserError: the file is damaged, or has updates of another kind; the message names it.
     """
+    return _read(path, _PLAIN)
+
+
+def read_products(path: Any) -> LoraFile:
+    """Read a file of any kind without the magnitudes of DoRA: values are `LowRank`, `Kronecker`, `Hadamard`.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return _read(path)
+
+
+def _read(path, roles=None):
+    """Read a file whose layers have tensors of these roles only; None for all."""
     path = lora_file(path)
     tensors = read_tensors(path)
     found = by_layer(tensors, lambda name: _layer_of(name, path), path)
@@ -56,7 +71,7 @@ def read_plain_lora(path: Any) -> LoraFile:
     for (part, layer), halves in found.items():
         name = KOHYA_PREFIXES[part] + layer.replace(".", "_")
         own = {role: array for role, array in halves.items() if role != "alpha"}
-        other = sorted(own.keys() - {"down", "up", "mid"})
+        other = sorted(own.keys() - roles) if roles else ()
         if other:
             raise UserError(
                 f"{path}: {name} has {other[0]}, and only LoRA and LoCon can be computed with; "

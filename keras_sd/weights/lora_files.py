@@ -21,7 +21,7 @@ PARTS = ("unet", "text_encoder")
 
 # The files of a folder in the order in which they are looked for: diffusers' names, PEFT's, then ours of
 # LoKr, which the others have no place for.
-_FOLDER_FILES = (
+FOLDER_FILES = (
     *(PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin", KOHYA_FILE),
 )
 _MOST_NAMED = 10
@@ -42,7 +42,7 @@ _PROCESSOR_PATTERN = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)$")
 
 def holds_lora(folder):
     """Return whether the path is a folder with a LoRA of diffusers or PEFT."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in _FOLDER_FILES)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in FOLDER_FILES)
 
 
 def loras_in(folder):
@@ -57,7 +57,7 @@ def lora_file(path):
     Raises:
         UserError: the folder holds no LoRA. The message names those near it.
     """
-    file = file_in(path, _FOLDER_FILES)
+    file = file_in(path, FOLDER_FILES)
     if file.exists() or not Path(path).is_dir():
         return file
     run = next((parent for parent in (Path(path), Path(path).parent) if holds_lora(parent / "model")), None)

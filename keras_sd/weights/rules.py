@@ -6,10 +6,8 @@ only kernels are transposed, by their rank. There is no table of tensors, and th
 directions.
 """
 
-import concurrent.futures
 import functools
 import hashlib
-import os
 
 import keras
 import numpy as np
@@ -19,9 +17,10 @@ from keras_sd.errors import UserError
 from keras_sd.models.initializers import deferring
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.precision import dtype_policy
+from keras_sd.weights.conversion import Conversion, convert, is_finite
 from keras_sd.weights.expected_shapes import REMEDY, account, check_config, same_shape
 from keras_sd.weights.old_names import canonical_name
-from keras_sd.weights.safetensors_files import is_weight, release, type_name
+from keras_sd.weights.safetensors_files import is_weight, type_name
 
 # By rank: torch has a kernel's outputs first, (out, in) or OIHW, Keras last, (in, out) or HWIO.
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
@@ -88,45 +87,32 @@ def check_tensors(config, tensors, source="weights", partial=False):
 
 def _set_initializers(found, tensors, initializers):
     """Set the array of each variable's initializer; return the names of arrays that are not finite."""
-    bad = []
-    # NumPy releases the GIL while it copies.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        copies = threads.map(lambda pair: _take(pair[0], tensors[pair[1]]), found)
-        for (parameter, name), (copy, is_finite) in zip(found, copies, strict=True):
-            initializers[id(parameter.variable)].load = functools.partial(backend.to_tensor, copy)
-            bad += [] if is_finite else [name]
-    return bad
-
-
-def _take(parameter, array):
-    """Return a published array in its variable's layout and precision, and whether it is finite."""
-    copy = _to_keras(parameter, array)
-    release(array)
-    return copy, _is_finite(copy)
+    arrays, bad = convert(
+        [
+            Conversion(_to_keras(parameter, tensors[name]), parameter.variable.dtype)
+            for parameter, name in found
+        ]
+    )
+    for (parameter, _), array in zip(found, arrays, strict=True):
+        initializers[id(parameter.variable)].load = functools.partial(backend.to_tensor, array)
+    return [found[index][1] for index in bad]
 
 
 def _to_keras(parameter, array):
+    """Return a view of a published array with the axes of the `Parameter`'s variable."""
     # A 1x1 convolution and a linear layer hold the same numbers; files use either shape.
     shaped = np.reshape(array, torch_shape(parameter))
-    axes = np.argsort(_torch_axes(parameter))  # the inverse permutation
-    return backend.aligned_copy(shaped, axes, parameter.variable.dtype)
+    return shaped.transpose(np.argsort(_torch_axes(parameter)))  # the inverse permutation
 
 
 def from_torch(parameter, array):
     """Return an array in torch layout transposed to the layout of the `Parameter`'s variable, float32."""
-    return np.asarray(_to_keras(parameter, array), "float32")
+    return np.asarray(_to_keras(parameter, array), "float32", order="C")
 
 
 def to_torch(parameter, array):
     """Return an array in the layout of the `Parameter`'s variable transposed to torch layout."""
     return np.asarray(array).transpose(_torch_axes(parameter))
-
-
-def _is_finite(array):
-    array = np.asarray(array)
-    # A finite sum proves that all terms are finite, and needs no temporary array.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(array.sum(dtype="float32")) or np.isfinite(array).all())
 
 
 def load_weights(model, tensors, *, prefix="", source="weights", remedy=REMEDY):
@@ -147,12 +133,14 @@ def load_weights(model, tensors, *, prefix="", source="weights", remedy=REMEDY):
     """
     tensors = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     found = _matched(model, tensors, source, remedy=remedy)
-    bad = [name for _, name in found if not _is_finite(tensors[name])]
+    bad = [name for _, name in found if not is_finite(np.asarray(tensors[name]))]
     if bad:
         raise _non_finite(bad, source)
     for parameter, name in found:
         parameter.variable.assign(
-            keras.ops.cast(_to_keras(parameter, tensors[name]), parameter.variable.dtype)
+            keras.ops.cast(
+                np.ascontiguousarray(_to_keras(parameter, tensors[name])), parameter.variable.dtype
+            )
         )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import mmap
 import os
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import shown
+from keras_sd.files.mapping import map_file
 from keras_sd.files.writing import replaced
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -54,7 +54,7 @@ def read_safetensors(path: str | Path, any_type: bool = False) -> dict[str, npt.
         raise UserError(f"{path}: no such file; give a safetensors file")
     with _opened(path):
         pass  # opening checks the header: its size, and that the offsets fill the file exactly
-    data = np.memmap(path, np.uint8, mode="r")
+    data = map_file(path)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if start > _LARGEST_HEADER:
         raise UserError(f"{path}: a header of {start} bytes, more than {_LARGEST_HEADER}; fetch it again")
@@ -123,20 +123,6 @@ def _view(data, name, entry, path, any_type):
         return data[begin:end].view(_NUMPY_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     except ValueError as error:  # more axes than NumPy allows, or an axis that is too large
         raise UserError(f"{path}: {name[:200]} has no shape of an array; fetch it again") from error
-
-
-def release(array):
-    """Release the memory of a mapped array's pages; a later use reads them from disk again."""
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, mmap.mmap) or not array.flags.c_contiguous:
-        return
-    begin = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (begin + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def write_safetensors(path, tensors, dtype=None, metadata=None):

@@ -17,6 +17,7 @@ import numpy as np
 
 from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
+from keras_sd.files.mapping import map_file
 from keras_sd.weights.safetensors_files import unreadable
 from keras_sd.weights.stored_zip import ZIP_MAGIC, DamagedFile, StoredZip
 
@@ -81,7 +82,7 @@ def read_torch(path, any_type=False):
         raise UserError(f"{path}: {fault}; give a file of torch.save")
     if not path.stat().st_size:
         raise UserError(f"{path}: an empty file; fetch it again")
-    data = np.asarray(np.memmap(path, np.uint8, mode="r"))  # slices of a memmap itself take 1 kB each
+    data = map_file(path)
     magic = data[: len(LEGACY_MAGIC)].tobytes()
     try:
         if magic.startswith(ZIP_MAGIC):

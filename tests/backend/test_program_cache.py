@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from keras_sd.backend import program_cache
 from keras_sd.files.cache import cache_root
 
 PROGRAM = """if True:
@@ -88,12 +87,3 @@ def test_root(monkeypatch, tmp_path):
     assert cache_root() == tmp_path / "own"
     monkeypatch.setenv("KERAS_SD_CACHE", "")
     assert cache_root() is None
-
-
-def test_oldest_programs_go_first(monkeypatch, tmp_path):
-    for age, name in enumerate(("new", "middle", "old")):
-        (tmp_path / name).write_bytes(bytes(10))
-        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(program_cache, "_CACHE_BYTES", 20)
-    program_cache._remove_oldest(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["middle", "new"]

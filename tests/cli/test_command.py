@@ -96,6 +96,10 @@ def flags_of_commands():
         (("--max_train_steps=x",), "'--max-train-steps': 'x' is not a valid integer"),
         (("--resolution", "512,768"), "512,768 is no square; give one side"),
         (("--network_dim", 8), "--network-dim: is called --rank here"),
+        (
+            ("--network_dim=8", "--unet_lr", 1e-4),
+            "--network-dim: is called --rank here; --unet-lr: is called --learning-rate here",
+        ),
         (("--random_crop",), "--random-crop: use --no-center-crop with --cache-latents off"),
         (
             ("--save_n_epoch_ratio=3",),

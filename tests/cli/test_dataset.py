@@ -50,6 +50,22 @@ def test_figures_and_drawing(folder, tmp_path, capsys):
         shown(capsys, folder, "--output", output)
 
 
+def test_what_masks_leave_out_is_drawn(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    pixels = np.full((64, 64, 4), 255, "uint8")
+    pixels[:, :32, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
+    found = []
+    for option in ("--no-captions", "--alpha-mask"):
+        shown(
+            capsys, tmp_path / "images", "--no-captions", option, "--output", tmp_path / f"{option[2:]}.png"
+        )
+        found.append(np.asarray(Image.open(tmp_path / f"{option[2:]}.png")))
+    is_red = (found[1] == [200, 0, 0]).all(axis=-1)
+    assert not (found[0] == [200, 0, 0]).all(axis=-1).any()
+    assert 0.95 * 192 * 96 < is_red.sum() <= 192 * 96  # half of the cell, but for the blurred edge
+
+
 def test_a_run_that_would_be_refused(folder, tmp_path, capsys):
     options = ("--resolution", 128, "--aspect-ratio-buckets", 3, "--output", tmp_path / "seen.png")
     text = shown(capsys, folder, *options, "--no-captions").out

@@ -1,5 +1,6 @@
 """The folder of the cache, and how it is turned off."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from keras_sd.cli.main import main
 from keras_sd.cli.train.main import main as train
-from keras_sd.files.cache import VARIABLE, cache_root
+from keras_sd.files.cache import VARIABLE, cache_root, private_folder, remove_oldest
 
 
 @pytest.mark.parametrize("value", ["", "off", "OFF", "0", "none", "false", "no"])
@@ -65,3 +66,24 @@ def test_any_other_value_is_a_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(VARIABLE, "~/kept")
     assert cache_root() == Path("~/kept").expanduser()
+
+
+def test_the_oldest_files_go_first(tmp_path):
+    for age, name in enumerate(("new", "middle", "old")):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    remove_oldest(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["middle", "new"]
+
+
+def test_a_private_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "own"))
+    folder = private_folder("xla", "jax")
+    assert folder == tmp_path / "own" / "xla" / "jax" and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert private_folder("xla", "jax") == folder and folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "own" / "link").symlink_to(folder)  # it may lead into a folder of another user
+    with pytest.warns(UserWarning, match="link: belongs to another user or is a link"):
+        assert private_folder("link") is None
+    monkeypatch.setenv(VARIABLE, "off")
+    assert private_folder("xla") is None

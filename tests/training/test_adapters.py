@@ -96,7 +96,10 @@ def test_blocks_have_ranks_and_alphas_of_their_own():
         ({"lokr_factor": 2}, "lokr_factor: has no effect without `adapter='lokr'`"),
         ({"adapter": "lokr", "use_dora": True}, "use_dora: is not trained with `adapter='lokr'`"),
         ({"adapter": "oft"}, "adapter 'oft': unknown; use lora or lokr"),
-        ({"adapter": "lokr", "lokr_factor": 7}, "lokr_factor 7: does not divide a layer of width 8; give"),
+        (
+            {"adapter": "lokr", "lokr_factor": 7},
+            "lokr_factor 7: does not divide 8, a width of unet.*; give one of 2, 4, 8, or leave",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, line):
@@ -128,6 +131,17 @@ def test_training_begins_from_a_file(tmp_path, rank, options, file):
     for name, update in trained_updates(trained).items():
         kernel = state[f"{name}.weight"]
         np.testing.assert_allclose(change_of(updates[name], kernel), change_of(update, kernel), atol=1e-5)
+
+
+def test_a_lora_has_the_name_of_its_run(tmp_path):
+    sd = tiny.pipeline(unet=tiny.SD1_UNET)
+    trained = with_updates(2, 2.0)
+    for folder in ("cat/model", "dog/model", "bird"):
+        save_lora(tmp_path / folder, {"unet": trained})
+    assert [sd.load_lora(tmp_path / path) for path in ("cat/model", "bird")] == ["cat", "bird"]
+    assert sd.load_lora(tmp_path / "dog" / "model" / "pytorch_lora_weights.safetensors") == "dog"
+    with pytest.warns(UserWarning, match="another LoRA is called 'cat', so prompts call this one 'cat-2'"):
+        sd.load_lora(tmp_path / "cat" / "model")
 
 
 @pytest.mark.parametrize(

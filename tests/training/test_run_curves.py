@@ -9,7 +9,7 @@ from PIL import Image
 
 from keras_sd.errors import UserError
 from keras_sd.training import run_plot
-from keras_sd.training.run_curves import findings, read_run
+from keras_sd.training.run_curves import Curve, findings, read_run
 
 STEPS = 400
 
@@ -71,6 +71,7 @@ BAD = {
     "overfits": {"held_out": np.array([0.21, 0.15, 0.13, 0.12, 0.125, 0.13, 0.14, 0.15, 0.16])},
     "starts at a loss of": {"train": falling(1.0, 0.4, 9), "held_out": falling(1.0, 0.4, 9)},
     "does not learn": {"train": np.full(9, 0.2), "held_out": np.full(9, 0.2)},
+    "does not learn: the loss on fixed": {"train": np.linspace(0.2, 0.19999, 9), "held_out": np.full(9, 0.2)},
     "loss is not finite from step 300 on": {"loss": np.where(np.arange(STEPS) < 299, 0.1, np.nan)},
 }
 
@@ -79,6 +80,16 @@ BAD = {
 def test_each_kind_of_bad_run_is_told_alone(tmp_path, told):
     found = findings(read_run(write_run(tmp_path / "bad", **BAD[told])))
     assert len(found) == 1 and told in found[0], found
+
+
+def test_prodigy_that_has_not_begun_is_told(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    run.curves["prodigy_d"] = Curve(np.arange(1.0, 21.0), np.full(20, 1e-6))
+    assert [line.partition(";")[0] for line in findings(run)] == [
+        "hardly learns: Prodigy's estimate d is still 1e-06 after 20 steps"
+    ]
+    run.curves["prodigy_d"].values[-1] = 2e-6
+    assert findings(run) == []
 
 
 def test_panels_show_what_was_logged(tmp_path):
@@ -115,6 +126,14 @@ def test_runs_are_compared_in_one_image(tmp_path):
     for place, panel in zip(axes, filter(None, run_plot._panels(runs)), strict=True):
         panel(place)
     labels = [text.get_label() for text in axes[0].containers]
+    # A run has one colour, so its sets differ by dashes; rates that differ much are both seen.
+    figures = {line.get_label(): line.get_linestyle() for line in axes[3].lines}
+    assert figures == {"first, train, ema": "--", "second, train, ema": "--"}
+    assert axes[1].get_yscale() == "linear"
+    runs[0].curves["learning_rate"].values[:] = 1.0
+    place = Figure().subplots()
+    list(filter(None, run_plot._panels(runs)))[1](place)
+    assert place.get_yscale() == "log"
     assert labels == [
         *("first: held-out, EMA", "first: train, EMA", "second: held-out, EMA", "second: train, EMA"),
     ]

@@ -161,8 +161,8 @@ def _check_warmup(options):
         raise UserError(f"--lr-warmup-steps {warmup}: more than the {steps} steps of the run; give fewer")
     if warmup > steps / 2:
         warnings.warn(
-            f"the learning rate rises over {warmup} of {steps} steps; give a shorter warm-up, such as "
-            f"--lr-warmup-steps {steps // 10}",
+            f"the learning rate rises until step {warmup}, and the run ends at {steps}; give a shorter "
+            f"warm-up, as --lr-warmup-steps {steps // 10}",
             stacklevel=3,
         )
 

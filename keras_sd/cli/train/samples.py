@@ -68,10 +68,20 @@ def sample_grid(run, pipeline, texts, *, columns=None, conditioning=None, images
         for index, prompt in enumerate(prompts):
             own = {"seed": run.settings.seed + index * (columns or 1), **prompt.options()}
             made += list(sample(prompt.prompt, num_images=columns or 1, **own))
-        labels = [prompt.prompt for prompt in prompts for _ in range(columns or 1)]
+        labels = [_label(prompt) for prompt in prompts for _ in range(columns or 1)]
         return image_grid(on_one_size(made), columns=columns, labels=labels, scale=scale)
 
     return grid_of_file
+
+
+def _label(prompt):
+    """Return the text of a line's image: the options of its own that no one sees, then the prompt."""
+    options = prompt.options()
+    titles = {"seed": "seed", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+    shown = [f"{title} {options[name]}" for name, title in titles.items() if name in options]
+    if prompt.negative_prompt:
+        shown.append(f"without {prompt.negative_prompt}")
+    return f"{prompt.prompt} ({', '.join(shown)})" if shown else prompt.prompt
 
 
 def _check(pipeline, prompt, guidance_scale):
