@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import os
+import re
 import secrets
 import weakref
 from pathlib import Path
@@ -166,6 +167,53 @@ def compute_capability(device):
     return tf.config.experimental.get_device_details(device).get("compute_capability", (0, 0))
 
 
+def call_stablehlo(module, arguments, outputs):
+    """Call a serialised StableHLO module in a function that XLA compiles; no public operation does.
+
+    Args:
+        module: its bytes.
+        arguments: list of tensors.
+        outputs: list of (shape, name of the type).
+
+    Returns:
+        A list of tensors.
+    """
+    import tensorflow as tf
+    from tensorflow.compiler.tf2xla.python import xla
+
+    shapes, types = zip(
+        *((tf.TensorShape(shape), tf.as_dtype(dtype)) for shape, dtype in outputs), strict=True
+    )
+    platform = "CUDA" if tf.config.list_logical_devices("GPU") else "CPU"
+    version = xla.call_module_maximum_supported_version()
+    return list(
+        xla.call_module(
+            arguments, version=version, module=module, Sout=shapes, Tout=types, platforms=[platform]
+        )
+    )
+
+
+def named_function(concrete, name):
+    """Return a function of a list of tensors, a concrete function's inputs and captures, under a name.
+
+    TensorFlow numbers its functions, and the number is part of the compilation cache's key: a process that
+    traces in another order would find no program. No public function chooses a name.
+
+    Args:
+        concrete: the concrete function. It and its captures may go.
+        name: names the computation; one that is known already is not defined anew.
+    """
+    from tensorflow.python.eager import context
+
+    known, outputs = context.context(), len(concrete.outputs)
+    if not known.has_function(name):
+        definition = type(concrete.function_def)()
+        definition.CopyFrom(concrete.function_def)
+        definition.signature.name = name
+        known.add_function_def(definition)
+    return lambda tensors: known.call_function(name.encode(), tensors, outputs)
+
+
 def free_gradients_with_graphs():
     """Let TensorFlow free graphs with custom gradients, and the weights that they hold.
 
@@ -196,6 +244,15 @@ class _GradientsOfGraphs(dict):
 
 
 # JAX
+
+
+def trace_settings():
+    """Return JAX's settings that change what is traced, as text; no public function names them."""
+    if keras.backend.backend() != "jax":
+        return ""
+    from jax._src.config import trace_context
+
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(trace_context()))
 
 
 def outputs_first(variable):
@@ -262,12 +319,18 @@ _BACKENDS = {
         ("tensorflow", "experimental.dlpack", "from_dlpack"),
         ("tensorflow", "config.experimental", "get_device_details"),
         ("tensorflow.python.ops.control_flow_util", "", "GraphOrParentsInXlaContext"),
+        ("tensorflow.python.eager.context", "Context", "add_function_def", "call_function", "has_function"),
         ("tensorflow.python.framework.ops", "gradient_registry", "_registry"),
+        (
+            *("tensorflow.compiler.tf2xla.python.xla", ""),
+            *("call_module", "call_module_maximum_supported_version"),
+        ),
     ),
     "jax": (
         ("keras", "Model", "jax_state_sync"),
         ("jax.experimental.layout", "", "Format", "Layout"),
         ("jax.experimental.multihost_utils", "", "process_allgather", "reached_preemption_sync_point"),
+        ("jax._src.config", "", "trace_context"),
         ("jax._src.lru_cache", "", "_CACHE_SUFFIX"),
         ("jax._src.lru_cache", "LRUCache", "put", "path", "eviction_enabled"),
     ),

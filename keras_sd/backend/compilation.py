@@ -5,6 +5,7 @@ import functools
 import keras
 
 from keras_sd.backend import compat, devices
+from keras_sd.backend.exported import ExportedFunction, jax_maker, tensorflow_maker
 from keras_sd.backend.program_cache import keep_programs
 
 
@@ -13,7 +14,7 @@ def first_call(jit_compile: bool) -> str:
     return "compiling" if jit_compile or keras.backend.backend() == "jax" else "tracing"
 
 
-def jit(function, variables=(), jit_compile=True, *, of_process=False):
+def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=None):
     """Compile a pure function of tensors by XLA; it is traced once for each set of input shapes.
 
     Args:
@@ -25,6 +26,9 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False):
         of_process: each process computes its own results on its first device, at any time. Otherwise all
             processes of a distributed run have to call the function together, with the same arguments. The
             variables must not be split over devices.
+        identity: returns a text of all that tracing the function depends on beside its inputs and the
+            package's own code, or None. What tracing gives is then kept for the next process
+            (`backend.exported`), where XLA compiles it and there is one device.
     """
     keep_programs()
     if keras.backend.backend() == "tensorflow":
@@ -32,7 +36,11 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False):
 
         compat.free_gradients_with_graphs()
         # Variables are captured by reference.
-        return tf.function(function, jit_compile=jit_compile, autograph=False)
+        traced = tf.function(function, jit_compile=jit_compile, autograph=False)
+        if identity is None or not jit_compile:
+            return traced
+        variables = list(variables)
+        return ExportedFunction(traced, tensorflow_maker(function, variables), variables, identity)
 
     import jax
 
@@ -54,7 +62,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False):
 
     laid_out = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
 
-    def call(*inputs):
+    def current_values():
         # A step on a GPU takes less time than Keras' check, for each variable, whether to cast it.
         values = [compat.stored_value(variable) for variable in variables]
         for place in kernels:
@@ -65,9 +73,15 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False):
             values[place] = copy
         if of_process and is_distributed:
             values = [value.addressable_data(0) for value in values]
-        return program(values, inputs)
+        return values
 
-    return call
+    def call(*inputs):
+        return program(current_values(), inputs)
+
+    if identity is None or is_distributed or devices.process_count() > 1:
+        return call
+    make = jax_maker(function, functools.partial(_GivenValues, variables), current_values, options)
+    return ExportedFunction(call, make, variables, identity)
 
 
 def _takes_outputs_first(variable):

@@ -97,6 +97,19 @@ def compiles_for_processor(tensor):
     return isinstance(tensor, jax.core.Tracer) and jax_platform() == "cpu"
 
 
+def kind():
+    """Return the kind of the devices that programs are traced for, as text."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return str(
+            [compat.compute_capability(one) for one in tf.config.list_physical_devices("GPU")] or "cpu"
+        )
+    import jax
+
+    return f"{jax_platform()} {jax.device_count()} {jax.devices()[0].device_kind}"
+
+
 def multiplies_bfloat16():
     """Return whether the device has units for bfloat16 (TPUs, NVIDIA since Ampere, AMD)."""
     if keras.backend.backend() == "tensorflow":

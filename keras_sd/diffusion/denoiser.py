@@ -28,6 +28,7 @@ from keras_sd.diffusion.samplers import Sampler, find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.thresholding import limited
 from keras_sd.errors import UserError
+from keras_sd.models.architecture import program_identity
 
 
 class NoiseStreams:
@@ -91,7 +92,14 @@ class Denoiser:
         jit_compile = switch("jit_compile", jit_compile)
         self._first_call = backend.first_call(jit_compile)
         self._program, self._storing_program, self._reusing_program = (
-            backend.jit(step, unet.variables, jit_compile)
+            backend.jit(
+                step,
+                unet.variables,
+                jit_compile,
+                identity=functools.partial(
+                    program_identity, f"{step.__name__} {schedule.prediction_type}", unet
+                ),
+            )
             for step in (self._step, self._storing_step, self._reusing_step)
         )
 

@@ -31,6 +31,7 @@ from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, os_errors_in_one_line
+from keras_sd.models.architecture import program_identity
 from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
@@ -100,8 +101,15 @@ class Primitives:
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
         self._jit_compile = jit_compile = switch("jit_compile", jit_compile)
         self._text_encodings: dict[int, Any] = {}  # number of skipped layers -> compiled function
-        self._encode_image = backend.jit(self._image_to_latents, vae.variables, jit_compile)
-        self._decode = backend.jit(self._latents_to_image, vae.variables, jit_compile)
+        self._encode_image, self._decode = (
+            backend.jit(
+                function,
+                vae.variables,
+                jit_compile,
+                identity=functools.partial(program_identity, function.__name__, vae),
+            )
+            for function in (self._image_to_latents, self._latents_to_image)
+        )
 
     # Files
 
@@ -560,7 +568,14 @@ class Primitives:
                     return encoder(ids)
                 return encoder.hidden_states(ids, -1 - clip_skip)
 
-            self._text_encodings[clip_skip] = backend.jit(encode, encoder.variables, self._jit_compile)
+            self._text_encodings[clip_skip] = backend.jit(
+                encode,
+                encoder.variables,
+                self._jit_compile,
+                identity=functools.partial(
+                    program_identity, f"text {clip_skip} of {encoder.clip_skip}", encoder
+                ),
+            )
         return self._text_encodings[clip_skip]
 
     def _checked(self, images):

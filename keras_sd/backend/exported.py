@@ -1,0 +1,306 @@
+"""Exported programs: what tracing a function gave is kept, so that the next process does not trace it again.
+
+Tracing a network in Python takes longer than reading its compiled program. Where a caller says what the trace
+of a function depends on, its StableHLO is kept in the cache folder: by `jax.export` on JAX, and on TensorFlow
+as the module that XLA compiles, called by one operation. Weights are inputs of a program, not part of it, and
+Python runs nothing of an entry. No entry is needed: one that is damaged or unusable is replaced.
+
+The process that writes an entry runs it as well: so the compilation cache has the same program for all.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_sd.backend import compat, devices
+from keras_sd.files.cache import PARTIAL, is_own, private_folder, remove_oldest
+
+Identity = Callable[[], str | None]
+"""Returns what a trace depends on beside the shapes of the inputs; None if nothing may be kept."""
+
+_CACHE_BYTES = 2**29  # the UNet of Stable Diffusion takes 0.3 MB
+_SHA256_BYTES = 32
+_PACKAGE = Path(__file__).parents[1]
+# What is traced is in these folders of the package.
+_SOURCES = ("backend", "diffusion", "kernels", "models", "pipeline")
+# Beginnings of environment variables that change what is traced, and some that do not.
+_SETTINGS = ("JAX_", "KERAS_", "NVIDIA_TF32", "TF_", "XLA_")
+_WITHOUT_EFFECT = ("JAX_COMPILATION_CACHE", "KERAS_HOME", "KERAS_SD_CACHE", "TF_CPP_")
+# cuDNN's attention, which JAX does not count among the calls that later versions understand. An entry is for
+# one version only.
+_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax")
+
+
+class Program(NamedTuple):
+    """A program for inputs of certain shapes.
+
+    Attributes:
+        call: the function of the inputs, a tuple.
+        content: bytes to keep; None if the program was read from them.
+    """
+
+    call: Callable[[tuple[Any, ...]], Any]
+    content: bytes | None
+
+
+class ExportedFunction:
+    """A function that is read from the cache folder, or traced and kept, for each set of input shapes.
+
+    Args:
+        traced: the compiled function, which runs where nothing can be kept.
+        make: `make(inputs, content)` returns its `Program` for the shapes of these inputs: of the bytes of an
+            entry, or new for None.
+        variables: the Keras variables that it reads.
+        identity: an `Identity`.
+    """
+
+    def __init__(
+        self,
+        traced: Callable[..., Any],
+        make: Callable[[tuple[Any, ...], bytes | None], Program],
+        variables: list[keras.Variable],
+        identity: Identity,
+    ) -> None:
+        self._traced, self._make = traced, make
+        self._variables, self._identity = variables, identity
+        self._calls: dict[Any, Callable[[tuple[Any, ...]], Any]] = {}
+
+    def __call__(self, *inputs):
+        signature = _signature(inputs)
+        call = self._calls.get(signature)
+        if call is not None:
+            return call(inputs)
+        call, result = self._first_call(signature, inputs)
+        self._calls[signature] = call
+        return result
+
+    def _first_call(self, signature, inputs):
+        """Return the function for these shapes, and its result."""
+        identity = self._identity()
+        entry = None if identity is None else self._entry(identity, signature)
+        kept = None if entry is None else _read(entry)
+        for content in () if entry is None else (None,) if kept is None else (kept, None):
+            try:
+                program = self._make(inputs, content)
+                result = program.call(inputs)
+            except Exception as error:  # of whatever library meets something that it does not know
+                if devices.is_out_of_memory(error):
+                    raise
+                continue
+            if program.content is not None:
+                _write(entry, program.content)
+            return program.call, result
+        return lambda inputs: self._traced(*inputs), self._traced(*inputs)
+
+    def _entry(self, identity, signature):
+        folder = private_folder("programs")
+        if folder is None:
+            return None
+        variables = [
+            (variable.name, tuple(variable.shape), variable.dtype, variable.trainable)
+            for variable in self._variables
+        ]
+        text = json.dumps([identity, repr(signature), variables, _environment()])
+        return folder / hashlib.sha256(text.encode()).hexdigest()
+
+
+def _signature(value):
+    """Return the structure of inputs with the shapes and types of their arrays."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return tuple((key, _signature(value[key])) for key in sorted(value))
+    if isinstance(value, tuple | list):
+        return (type(value).__name__, *map(_signature, value))
+    return tuple(value.shape), keras.backend.standardize_dtype(value.dtype)
+
+
+def _environment():
+    """Return what each trace in this process depends on: versions, sources, settings and the device."""
+    backend = keras.backend.backend()
+    packages = ("keras", backend, *(("jaxlib",) if backend == "jax" else ()))
+    return [
+        {name: importlib.metadata.version(name) for name in packages},
+        _sources(),
+        {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_SETTINGS) and not name.startswith(_WITHOUT_EFFECT)
+        },
+        keras.config.floatx(),
+        keras.config.image_data_format(),
+        keras.config.dtype_policy().name,
+        keras.config.is_flash_attention_enabled(),
+        compat.trace_settings(),
+        devices.kind(),
+    ]
+
+
+@functools.cache
+def _sources():
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for path in sorted((_PACKAGE / folder).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(entry):
+    """Return the content of an entry; None if there is none, or a damaged one."""
+    try:
+        with open(entry, "rb") as file:
+            if not is_own(os.fstat(file.fileno())):
+                return None
+            digest, content = file.read(_SHA256_BYTES), file.read()
+        os.utime(entry)  # pruning goes by the time of the last use
+    except OSError:
+        return None
+    return content if hashlib.sha256(content).digest() == digest else None
+
+
+def _write(entry, content):
+    staging = entry.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        with open(staging, "xb", opener=_for_owner) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        os.replace(staging, entry)
+        remove_oldest(entry.parent, _CACHE_BYTES)
+    except OSError:
+        staging.unlink(missing_ok=True)
+
+
+def _for_owner(path, flags):
+    return os.open(path, flags, 0o600)
+
+
+def _leaves(inputs):
+    return [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
+
+
+def _of_leaves(function, inputs):
+    """Return a function of a list of arrays, that packs them as `inputs` and calls `function`."""
+    places = keras.tree.flatten(inputs)
+    structure = keras.tree.map_structure(lambda _: 0, inputs)
+
+    def call(leaves):
+        found = iter(leaves)
+        packed = [None if place is None else next(found) for place in places]
+        return function(*keras.tree.pack_sequence_as(structure, packed))
+
+    return call
+
+
+# JAX
+
+
+def jax_maker(function, given_values, values, options):
+    """Return `make` of an `ExportedFunction` on JAX.
+
+    Args:
+        function: the function of the inputs.
+        given_values: `given_values(values)` is a context in which the variables have these values.
+        values: returns the values of the variables, laid out as the program takes them.
+        options: of `jax.jit`.
+    """
+    import jax
+    import jax.export
+
+    def make(inputs, content):
+        new = content is None
+        if new:
+            of_leaves = _of_leaves(function, inputs)
+
+            def program(values, leaves):
+                with given_values(values):
+                    return of_leaves(leaves)
+
+            shapes = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (values(), _leaves(inputs))
+            )
+            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
+            content = bytes(jax.export.export(jax.jit(program), disabled_checks=checks)(*shapes).serialize())
+        call = jax.jit(jax.export.deserialize(bytearray(content)).call, **options)
+        return Program(lambda inputs: call(values(), _leaves(inputs)), content if new else None)
+
+    return make
+
+
+# TensorFlow
+
+
+def tensorflow_maker(function, variables):
+    """Return `make` of an `ExportedFunction` on TensorFlow.
+
+    Args:
+        function: the function of the inputs.
+        variables: the Keras variables that it reads.
+    """
+    import tensorflow as tf
+
+    def export(inputs):
+        of_leaves = _of_leaves(function, inputs)
+        traced = tf.function(lambda *leaves: of_leaves(leaves), jit_compile=True, autograph=False)
+        leaves = [tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)]
+        concrete = traced.get_concrete_function(*(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves))
+        places = {id(compat.stored_value(variable).handle): place for place, variable in enumerate(variables)}
+        header = {
+            # A tensor that is no variable is a KeyError: the next process would not have it.
+            "variables": [places[id(captured)] for captured in concrete.captured_inputs],
+            "outputs": _described(concrete.structured_outputs),
+        }
+        module = traced.experimental_get_compiler_ir(*leaves)(stage="stablehlo_serialized")
+        return json.dumps(header).encode() + b"\n" + module
+
+    def make(inputs, content):
+        new = content is None
+        if new:
+            content = export(inputs)
+        first_line, module = content.split(b"\n", 1)
+        header = json.loads(first_line)
+        outputs = _tensors_of(header["outputs"])
+        used = [compat.stored_value(variables[place]) for place in header["variables"]]
+
+        @functools.partial(tf.function, jit_compile=True, autograph=False)
+        def program(*leaves):
+            return compat.call_stablehlo(module, [*leaves, *(one.read_value() for one in used)], outputs)
+
+        leaves = [tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)]
+        concrete = program.get_concrete_function(*(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves))
+        name = f"exported_{hashlib.sha256(content).hexdigest()}"
+        run, handles = compat.named_function(concrete, name), [one.handle for one in used]
+
+        def call(inputs):
+            results = run([*(tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)), *handles])
+            return _packed(header["outputs"], iter(results))
+
+        return Program(call, content if new else None)
+
+    return make
+
+
+def _described(outputs):
+    """Return the structure of outputs, tensors and tuples of them, as JSON has it."""
+    if isinstance(outputs, tuple | list):
+        return [_described(output) for output in outputs]
+    return {"shape": outputs.shape.as_list(), "dtype": outputs.dtype.name}
+
+
+def _tensors_of(outputs):
+    """Return the (shape, type) of all tensors of described outputs."""
+    if isinstance(outputs, list):
+        return [tensor for output in outputs for tensor in _tensors_of(output)]
+    return [(outputs["shape"], outputs["dtype"])]
+
+
+def _packed(outputs, results):
+    if isinstance(outputs, list):
+        return tuple(_packed(output, results) for output in outputs)
+    return next(results)

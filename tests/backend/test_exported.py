@@ -1,0 +1,139 @@
+"""Exported programs: the next process traces nothing, and has the same results."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from keras_sd.files.cache import private_folder
+from keras_sd.models.architecture import program_identity
+from keras_sd.models.unet import UNet
+from keras_sd.training.lora import add_lora
+from tests import tiny
+
+# Functions of two weights are called in the order of the arguments; prints how often each was traced.
+PROGRAM = """if True:
+    import sys
+    import numpy as np
+    import keras
+    from keras_sd import backend
+    from keras_sd.models.layers import dense
+    layer = dense(8, 8, kernel_initializer="ones")
+    traced = []
+    def make(name):
+        def function(x, numbers, nothing):
+            traced.append(name)
+            assert nothing is None
+            for _ in range(100):
+                x = keras.ops.tanh(x @ layer.kernel + layer.bias) * numbers["scale"]
+            return x, (x + 1.0, numbers["scale"]) if name == "second" else x * 2.0
+        return backend.jit(function, layer.variables, identity=lambda: None if name == "none" else name)
+    for word in sys.argv[1:]:
+        name, size = word.split(":")
+        x = np.linspace(0, 1, 8 * int(size), dtype="float32").reshape(-1, 8)
+        call = make(name)
+        layer.bias.assign(np.zeros(8))
+        before = call(x, {"scale": np.float32(0.5)}, None)
+        layer.bias.assign(np.ones(8))  # weights are inputs
+        after = call(x, {"scale": np.float32(0.5)}, None)
+        assert len(before) == 2 and isinstance(before, tuple)
+        first, second = (float(keras.ops.sum(one[0])) for one in (before, after))
+        assert first != second
+        print(word, traced.count(name), first, second)
+        traced.clear()
+"""
+
+
+def run(backend, *words, folder):
+    """Return word -> (times that it was traced, results)."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words],
+        env={**os.environ, "KERAS_BACKEND": backend, "KERAS_SD_CACHE": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return {line.split()[0]: (int(line.split()[1]), line.split()[2:]) for line in done.stdout.splitlines()}
+
+
+def kept(folder):
+    return sorted((folder / "programs").glob("*"))
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_the_next_process_traces_nothing(backend, tmp_path):
+    first = run(backend, "first:1", "second:1", "first:2", folder=tmp_path)
+    assert {word: count for word, (count, _) in first.items()} == {"first:1": 1, "second:1": 1, "first:2": 1}
+    assert len(kept(tmp_path)) == 3
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in kept(tmp_path))
+    compiled = sorted((tmp_path / "xla").rglob("*.pb"))
+    assert compiled or backend == "jax"  # JAX keeps none that compile in a tenth of a second
+    # In another order, which numbers TensorFlow's functions differently.
+    second = run(backend, "first:2", "second:1", "first:1", folder=tmp_path)
+    assert second == {word: (0, results) for word, (_, results) in first.items()}
+    assert sorted((tmp_path / "xla").rglob("*.pb")) == compiled
+    plain = run(backend, "first:1", "second:1", "first:2", folder="")
+    for word, (_, results) in plain.items():
+        np.testing.assert_allclose([*map(float, results)], [*map(float, first[word][1])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_damaged_entries_are_made_anew(backend, tmp_path):
+    first = run(backend, "first:1", "second:1", folder=tmp_path)
+    one, other = kept(tmp_path)
+    contents = [one.read_bytes(), other.read_bytes()]
+    one.write_bytes(contents[0][:-1])
+    other.write_bytes(contents[1].replace(b"tanh", b"sinh"))
+    again = run(backend, "first:1", "second:1", folder=tmp_path)
+    assert again == first and [one.read_bytes()[:32], other.read_bytes()[:32]] != [b"", b""]
+    assert run(backend, "first:1", "second:1", folder=tmp_path)["first:1"][0] == 0
+    # A whole entry that the backend does not understand, as of another version.
+    import hashlib
+
+    for path in (one, other):
+        path.write_bytes(hashlib.sha256(b"{}\nno program").digest() + b"{}\nno program")
+    assert run(backend, "first:1", "second:1", folder=tmp_path) == first
+    assert run(backend, "first:1", "second:1", folder=tmp_path)["second:1"][0] == 0
+    assert not list((tmp_path / "programs").glob(".*"))
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_what_has_no_identity_is_not_kept(backend, tmp_path):
+    assert run(backend, "none:1", folder=tmp_path)["none:1"][0] == 1
+    assert not kept(tmp_path)
+    assert run(backend, "first:1", folder="off")["first:1"][0] == 1
+
+
+def test_an_identity_is_of_the_architecture_alone():
+    identity = program_identity("step", UNet(tiny.SD1_UNET))
+    assert identity == program_identity("step", tiny.randomize(UNet(tiny.SD1_UNET)))
+    assert identity != program_identity("other", UNet(tiny.SD1_UNET))
+    assert identity != program_identity("step", UNet(tiny.ONE_BLOCK_UNET))
+    half = UNet(tiny.SD1_UNET)
+    half.conv_in.dtype_policy = "mixed_bfloat16"
+    assert identity != program_identity("step", half)
+    trained = UNet(tiny.SD1_UNET)
+    add_lora(trained, 2, 2)
+    assert program_identity("step", trained) is None
+
+    class OwnUNet(UNet):
+        pass
+
+    assert program_identity("step", OwnUNet(tiny.SD1_UNET)) is None
+
+
+def test_a_pipeline_uses_what_another_has_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_SD_CACHE", str(tmp_path))
+    images = []
+    for number in range(2):
+        sd = tiny.pipeline()
+        if number:
+            # Traced once more, the functions would fail.
+            for part in ("unet", "text_encoder", "vae"):
+                monkeypatch.setattr(type(getattr(sd, part)), "call", None)
+        images.append(sd.text_to_image(tiny.TEXTS[0], num_inference_steps=2, progress=False))
+        assert len(list(private_folder("programs").iterdir())) == 3
+    np.testing.assert_array_equal(*images)
