@@ -20,7 +20,7 @@ from keras_sd.cli.task_images import (
     read_task_mask,
     save_images,
 )
-from keras_sd.cli.upscale import second_stage, second_stage_options, upscale
+from keras_sd.cli.upscale import second_stage, second_stage_options
 from keras_sd.errors import UserError
 
 
@@ -160,6 +160,3 @@ def reconstruct(image, height, width, **options):
     path = output.free()
     save_png(pixels, path)
     click.echo(path)
-
-
-COMMANDS = (generate, image_to_image, inpaint, upscale, walk, reconstruct)

@@ -4,37 +4,29 @@ from pathlib import Path
 
 import click
 
-from keras_sd import __version__, presets
-from keras_sd.cli.caption import caption
+from keras_sd import __version__
 
 # Whatever loads a backend is imported inside the commands, after their options have been checked.
 from keras_sd.cli.command import HELP_SETTINGS, Command
-from keras_sd.cli.convert import convert
-from keras_sd.cli.dataset import dataset
-from keras_sd.cli.ema import ema
-from keras_sd.cli.encode import encode
-from keras_sd.cli.export import export
-from keras_sd.cli.generate import COMMANDS
-from keras_sd.cli.lora import lora
-from keras_sd.cli.model_options import open_model
+from keras_sd.cli.lazy_commands import LazyCommands
 from keras_sd.cli.outputs import check_output, check_output_folder, output_option
-from keras_sd.cli.plot import plot
 from keras_sd.cli.program import run_command
 from keras_sd.cli.sampling_options import check_sampling, fill_sampling, sampling_options
-from keras_sd.cli.train.main import train
-from keras_sd.data.emoji.source import PACKAGES as EMOJI_PACKAGES
 from keras_sd.errors import require
-from keras_sd.files.writing import write_json
+
+_OF_IMAGES = ("generate", "image-to-image", "inpaint", "walk", "reconstruct")
+_OTHERS = ("upscale", "convert", "caption", "dataset", "encode", "export", "ema", "lora", "plot")
+_COMMANDS = LazyCommands(
+    dict.fromkeys(_OF_IMAGES, "keras_sd.cli.generate")
+    | {name: f"keras_sd.cli.{name}" for name in _OTHERS}
+    | {"train": "keras_sd.cli.train.main"}
+)
 
 
-@click.group(context_settings=HELP_SETTINGS)
+@click.group(context_settings=HELP_SETTINGS, commands=_COMMANDS)
 @click.version_option(__version__, prog_name="keras-sd")
 def cli():
     """Stable Diffusion in Keras 3: train, fine-tune, generate and measure under XLA."""
-
-
-for command in (*COMMANDS, convert, caption, dataset, encode, train, export, ema, lora, plot):
-    cli.add_command(command)
 
 
 @cli.command(cls=Command)
@@ -43,10 +35,15 @@ for command in (*COMMANDS, convert, caption, dataset, encode, train, export, ema
 @sampling_options
 def evaluate(model, output, overwrite, **sampling):
     """Measure MODEL, a model of the emoji images: KID, retrieval and reconstruction."""
+    from keras_sd.data.emoji.source import PACKAGES
+    from keras_sd.files.writing import write_json
+
     output = check_output(output, ".json", default="results.json", overwrite=overwrite)
-    require(*EMOJI_PACKAGES)
+    require(*PACKAGES)
     fill_sampling(model, sampling)
     check_sampling(model, sampling)
+    from keras_sd.cli.model_options import open_model
+
     pipeline = open_model(model)
     from tqdm import tqdm
 
@@ -67,10 +64,13 @@ def evaluate(model, output, overwrite, **sampling):
 @output_option("demo", "Folder for images, data set, run and results.", "--output-dir")
 def demo(output_dir, overwrite):
     """Generate images with the emoji model, upscale some, fine-tune it for a few minutes, and compare."""
+    from keras_sd import presets
+    from keras_sd.data.emoji.source import PACKAGES
+
     folder = check_output_folder(
         output_dir, "demo", overwrite, is_own=lambda folder: (folder / "before.png").is_file()
     )
-    require("grain", "tensorboard", *EMOJI_PACKAGES)
+    require("grain", "tensorboard", *PACKAGES)
     presets.find("emoji")
     from keras_sd.cli.demo import run_demo
 
@@ -80,6 +80,8 @@ def demo(output_dir, overwrite):
 @cli.command("presets", cls=Command)
 def list_presets():
     """List the presets: name, licence and source of each model."""
+    from keras_sd import presets
+
     for name, preset in presets.PRESETS.items():
         source = "bundled" if isinstance(preset.source, Path) else preset.source
         click.echo(f"{name:<16}{preset.licence:<24}{source}")

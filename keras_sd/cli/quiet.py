@@ -27,7 +27,7 @@ def quiet_libraries():
 
 
 class _QuietImport:
-    """An import hook for Keras, and for TensorFlow, which logs while it is imported before it reads the level."""
+    """An import hook for Keras, and for TensorFlow, whose import logs before it reads the level."""
 
     _blocks = {"tensorflow": lambda: _without_log_lines(), "keras": lambda: without_packages(_NOT_FOR_KERAS)}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_sd.cli import generate
 from keras_sd.cli import main as cli
 from keras_sd.cli.demo import run_demo
 from keras_sd.files.image_files import read_parameters
@@ -39,7 +38,11 @@ def keras_sd_command(run_program):
 
     Images are made without XLA, which those that are made once or twice do not pay for.
     """
-    makes_images = {command.name for command in generate.COMMANDS}
+    makes_images = {
+        name
+        for name, command in cli.cli.commands.items()
+        if any("--no-jit-compile" in parameter.secondary_opts for parameter in command.params)
+    }
 
     def run(command, *arguments):
         option = ["--no-jit-compile"] if command in makes_images else []

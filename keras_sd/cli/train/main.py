@@ -6,16 +6,14 @@ import click
 
 from keras_sd.cli.command import HELP_SETTINGS
 from keras_sd.cli.config_file import as_toml, given_options
+from keras_sd.cli.lazy_commands import LazyCommands
 from keras_sd.cli.program import run_command
-from keras_sd.cli.train.clip import clip
-from keras_sd.cli.train.ddim import ddim
-from keras_sd.cli.train.dreambooth import dreambooth
-from keras_sd.cli.train.lcm import lcm
-from keras_sd.cli.train.lora import lora
-from keras_sd.cli.train.super_resolution import super_resolution
-from keras_sd.cli.train.text_to_image import text_to_image
-from keras_sd.cli.train.textual_inversion import textual_inversion
-from keras_sd.cli.train.vae import vae
+
+
+_METHODS = (
+    *("text-to-image", "lora", "lcm", "dreambooth", "textual-inversion", "vae", "clip", "ddim"),
+    "super-resolution",
+)
 
 
 class MethodGroup(click.Group):
@@ -27,13 +25,8 @@ class MethodGroup(click.Group):
         return super().parse_args(context, arguments)
 
 
-@click.group(cls=MethodGroup, context_settings=HELP_SETTINGS)
-def train():
-    """Train or fine-tune a model; the method is text-to-image unless another is named."""
-
-
-def _describing(command):
-    """Return a method's function, which records in the run folder how the run was started."""
+def _describe(command):
+    """Have a method record in the run folder how the run was started."""
     callback = command.callback
 
     @functools.wraps(callback)
@@ -45,12 +38,17 @@ def _describing(command):
         with described(command.name, dict(options), text):
             return callback(**options)
 
-    return call
+    command.callback = call
 
 
-for _command in (text_to_image, lora, lcm, dreambooth, textual_inversion, vae, clip, ddim, super_resolution):
-    _command.callback = _describing(_command)
-    train.add_command(_command)
+_COMMANDS = LazyCommands(
+    {name: f"keras_sd.cli.train.{name.replace('-', '_')}" for name in _METHODS}, prepare=_describe
+)
+
+
+@click.group(cls=MethodGroup, context_settings=HELP_SETTINGS, commands=_COMMANDS)
+def train():
+    """Train or fine-tune a model; the method is text-to-image unless another is named."""
 
 
 def main():
