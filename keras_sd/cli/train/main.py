@@ -9,7 +9,6 @@ from keras_sd.cli.config_file import as_toml, given_options
 from keras_sd.cli.lazy_commands import LazyCommands
 from keras_sd.cli.program import run_command
 
-
 _METHODS = (
     *("text-to-image", "lora", "lcm", "dreambooth", "textual-inversion", "vae", "clip", "ddim"),
     "super-resolution",
