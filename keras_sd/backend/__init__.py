@@ -1,6 +1,8 @@
 """Code that depends on the backend, TensorFlow or JAX; besides it, only `kernels` imports a backend.
 
 compilation    functions compiled by XLA
+exported       keeps what tracing gave for the next process
+identity       what Python objects contribute to a trace
 program_cache  keeps compiled programs for the next process
 devices        processes and devices
 arrays         conversion between NumPy arrays and tensors
@@ -46,4 +48,5 @@ from keras_sd.backend.devices import (
     process_count,
     process_index,
 )
+from keras_sd.backend.identity import identity_of
 from keras_sd.backend.program_cache import cache_folder, keep_programs

@@ -5,7 +5,13 @@ import functools
 import keras
 
 from keras_sd.backend import compat, devices
-from keras_sd.backend.exported import ExportedFunction, jax_maker, tensorflow_maker
+from keras_sd.backend.exported import (
+    ExportedFunction,
+    jax_maker,
+    jax_step,
+    signature_of,
+    tensorflow_maker,
+)
 from keras_sd.backend.program_cache import keep_programs
 
 
@@ -49,8 +55,8 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
     # Every process gets whole outputs, however the variables are sharded.
     is_distributed = devices.replicated() is not None
     options = {} if of_process else {"out_shardings": devices.replicated()}
+    layouts = [None] * len(variables)
     if kernels:
-        layouts = [None] * len(variables)
         for place in kernels:
             layouts[place] = compat.outputs_first(variables[place])
         options["in_shardings"] = (layouts, None)
@@ -80,7 +86,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
 
     if identity is None or is_distributed or devices.process_count() > 1:
         return call
-    make = jax_maker(function, functools.partial(_GivenValues, variables), current_values, options)
+    make = jax_maker(function, functools.partial(_GivenValues, variables), current_values, layouts)
     return ExportedFunction(call, make, variables, identity)
 
 
@@ -94,8 +100,11 @@ def _takes_outputs_first(variable):
     return is_kernel and devices.jax_platform() == "gpu" and keras.distribution.distribution() is None
 
 
-def train_function_by_shape(make_function):
+def train_function_by_shape(make_function, train_step=None, identity=None):
     """Return a train function for Keras' `fit()` that compiles one step for each shape of batches.
+
+    On JAX what tracing the step gives is kept for the next process, where `identity` can tell what it depends
+    on, and there is one device.
 
     TensorFlow would read its iterator in a second function around the step, and trace and optimise that as
     well, which takes up to two fifths of the time to the first step. And once a second shape has come, Keras
@@ -103,10 +112,22 @@ def train_function_by_shape(make_function):
 
     Args:
         make_function: returns a new train function, as `Model.make_train_function` makes it.
+        train_step: the model's step.
+        identity: as in `jit`, of the model and its optimizer.
     """
     keep_programs()
     if keras.backend.backend() != "tensorflow":
-        return make_function()
+        is_alone = keras.distribution.distribution() is None and devices.process_count() == 1
+        if identity is None or not is_alone:
+            return make_function()
+        step = jax_step(train_step, identity)
+
+        def train_on_jax(state, iterator):
+            data = next(iterator)
+            # The shapes of the state, thousands of arrays, are in the identity.
+            return step.call(signature_of(data), state, data)
+
+        return train_on_jax
     compat.free_gradients_with_graphs()
     functions = {}
 

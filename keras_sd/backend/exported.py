@@ -30,13 +30,15 @@ _CACHE_BYTES = 2**29  # the UNet of Stable Diffusion takes 0.3 MB
 _SHA256_BYTES = 32
 _PACKAGE = Path(__file__).parents[1]
 # What is traced is in these folders of the package.
-_SOURCES = ("backend", "diffusion", "kernels", "models", "pipeline")
+_SOURCES = ("backend", "diffusion", "kernels", "models", "pipeline", "training", "training/optimizers")
 # Beginnings of environment variables that change what is traced, and some that do not.
 _SETTINGS = ("JAX_", "KERAS_", "NVIDIA_TF32", "TF_", "XLA_")
 _WITHOUT_EFFECT = ("JAX_COMPILATION_CACHE", "KERAS_HOME", "KERAS_SD_CACHE", "TF_CPP_")
 # cuDNN's attention, which JAX does not count among the calls that later versions understand. An entry is for
 # one version only.
-_CALLS = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax")
+_CALLS = tuple(
+    f"__cudnn$fmha{kind}Softmax{direction}" for kind in ("", "ScaleBias") for direction in ("", "Backward")
+)
 
 
 class Program(NamedTuple):
@@ -74,7 +76,10 @@ class ExportedFunction:
         self._calls: dict[Any, Callable[[tuple[Any, ...]], Any]] = {}
 
     def __call__(self, *inputs):
-        signature = _signature(inputs)
+        return self.call(signature_of(inputs), *inputs)
+
+    def call(self, signature, *inputs):
+        """Return the result for inputs of a signature, which is looked up in place of their shapes."""
         call = self._calls.get(signature)
         if call is not None:
             return call(inputs)
@@ -112,14 +117,14 @@ class ExportedFunction:
         return folder / hashlib.sha256(text.encode()).hexdigest()
 
 
-def _signature(value):
+def signature_of(value):
     """Return the structure of inputs with the shapes and types of their arrays."""
     if value is None:
         return None
     if isinstance(value, dict):
-        return tuple((key, _signature(value[key])) for key in sorted(value))
+        return tuple((key, signature_of(value[key])) for key in sorted(value))
     if isinstance(value, tuple | list):
-        return (type(value).__name__, *map(_signature, value))
+        return (type(value).__name__, *map(signature_of, value))
     return tuple(value.shape), keras.backend.standardize_dtype(value.dtype)
 
 
@@ -201,14 +206,14 @@ def _of_leaves(function, inputs):
 # JAX
 
 
-def jax_maker(function, given_values, values, options):
+def jax_maker(function, given_values, values, layouts):
     """Return `make` of an `ExportedFunction` on JAX.
 
     Args:
         function: the function of the inputs.
         given_values: `given_values(values)` is a context in which the variables have these values.
         values: returns the values of the variables, laid out as the program takes them.
-        options: of `jax.jit`.
+        layouts: of each variable, None for the usual one.
     """
     import jax
     import jax.export
@@ -227,10 +232,53 @@ def jax_maker(function, given_values, values, options):
             )
             checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
             content = bytes(jax.export.export(jax.jit(program), disabled_checks=checks)(*shapes).serialize())
-        call = jax.jit(jax.export.deserialize(bytearray(content)).call, **options)
+        usual = _on_one_device()
+        call = jax.jit(
+            jax.export.deserialize(bytearray(content)).call,
+            in_shardings=([layout or usual for layout in layouts], usual),
+        )
         return Program(lambda inputs: call(values(), _leaves(inputs)), content if new else None)
 
     return make
+
+
+def _on_one_device():
+    """Return the sharding of inputs; without it the results of one call compile the next one anew.
+
+    An exported program binds its results to the device, to which its first inputs are not bound.
+    """
+    import jax
+
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def jax_step(train_step, identity):
+    """Return Keras' training step on JAX as a function of state and data, read or exported for their shapes.
+
+    The state is donated, as Keras does.
+
+    Args:
+        train_step: the function of a state and a batch; returns logs and the new state.
+        identity: an `Identity` of all that it is traced with.
+    """
+    import jax
+    import jax.export
+
+    def donating(function, **options):
+        return jax.jit(lambda state, data: function(state, data), donate_argnums=0, **options)
+
+    def make(inputs, content):
+        new = content is None
+        if new:
+            shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
+            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
+            # A function of its own, as JAX remembers the trace of each function.
+            step = jax.jit(lambda state, data: train_step(state, data))
+            content = bytes(jax.export.export(step, disabled_checks=checks)(*shapes).serialize())
+        call = donating(jax.export.deserialize(bytearray(content)).call, in_shardings=_on_one_device())
+        return Program(lambda inputs: call(*inputs), content if new else None)
+
+    return ExportedFunction(donating(train_step), make, [], identity)
 
 
 # TensorFlow

@@ -28,7 +28,6 @@ from keras_sd.diffusion.samplers import Sampler, find_sampler
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.diffusion.thresholding import limited
 from keras_sd.errors import UserError
-from keras_sd.models.architecture import program_identity
 
 
 class NoiseStreams:
@@ -97,7 +96,7 @@ class Denoiser:
                 unet.variables,
                 jit_compile,
                 identity=functools.partial(
-                    program_identity, f"{step.__name__} {schedule.prediction_type}", unet
+                    backend.identity_of, step.__name__, schedule.prediction_type, unet
                 ),
             )
             for step in (self._step, self._storing_step, self._reusing_step)

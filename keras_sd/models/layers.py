@@ -61,11 +61,6 @@ class LowRankUpdate(Weights):
     lokr_w1 = lokr_w2 = lokr_w2_a = lokr_w2_b = None
     has_active_update = True
 
-    @property
-    def has_update(self):
-        """Whether the layer has an update, active or not."""
-        return self.lora_A is not None or self.lokr_w1 is not None
-
     def add_low_rank(self, rank, scale, *, use_dora=False):
         """Add an update of LoRA, or of DoRA, of that rank. It has no effect before it is trained.
 

@@ -31,7 +31,6 @@ from keras_sd.diffusion.finite import check_inputs, check_result
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError, os_errors_in_one_line
-from keras_sd.models.architecture import program_identity
 from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
@@ -106,7 +105,7 @@ class Primitives:
                 function,
                 vae.variables,
                 jit_compile,
-                identity=functools.partial(program_identity, function.__name__, vae),
+                identity=functools.partial(backend.identity_of, function.__name__, vae),
             )
             for function in (self._image_to_latents, self._latents_to_image)
         )
@@ -572,9 +571,7 @@ class Primitives:
                 encode,
                 encoder.variables,
                 self._jit_compile,
-                identity=functools.partial(
-                    program_identity, f"text {clip_skip} of {encoder.clip_skip}", encoder
-                ),
+                identity=functools.partial(backend.identity_of, "encode text", clip_skip, encoder),
             )
         return self._text_encodings[clip_skip]
 

@@ -5,6 +5,7 @@ noise and timesteps, so the compiled step is a pure function.
 """
 
 import bisect
+import functools
 from typing import Any
 
 import keras
@@ -68,7 +69,14 @@ class Objective(keras.Model):
 
     def make_train_function(self, force: bool = False) -> None:
         if self.train_function is None or force:
-            self.train_function = backend.train_function_by_shape(self._new_train_function)
+            is_compiled = self.jit_compile and not self.run_eagerly and self.steps_per_execution == 1
+            self.train_function = backend.train_function_by_shape(
+                self._new_train_function,
+                self.train_step,
+                functools.partial(backend.identity_of, "training step", self, self.optimizer)
+                if is_compiled
+                else None,
+            )
 
     def _new_train_function(self):
         kept, step = self.train_function, self.train_step

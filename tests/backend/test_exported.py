@@ -1,17 +1,21 @@
 """Exported programs: the next process traces nothing, and has the same results."""
 
+import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from keras_sd.backend import identity_of
 from keras_sd.files.cache import private_folder
-from keras_sd.models.architecture import program_identity
 from keras_sd.models.unet import UNet
-from keras_sd.training.lora import add_lora
+from keras_sd.training.lora import add_lora, without_updates
 from tests import tiny
+
+ROOT = Path(__file__).parents[2]
 
 # Functions of two weights are called in the order of the arguments; prints how often each was traced.
 PROGRAM = """if True:
@@ -91,8 +95,6 @@ def test_damaged_entries_are_made_anew(backend, tmp_path):
     assert again == first and [one.read_bytes()[:32], other.read_bytes()[:32]] != [b"", b""]
     assert run(backend, "first:1", "second:1", folder=tmp_path)["first:1"][0] == 0
     # A whole entry that the backend does not understand, as of another version.
-    import hashlib
-
     for path in (one, other):
         path.write_bytes(hashlib.sha256(b"{}\nno program").digest() + b"{}\nno program")
     assert run(backend, "first:1", "second:1", folder=tmp_path) == first
@@ -107,22 +109,104 @@ def test_what_has_no_identity_is_not_kept(backend, tmp_path):
     assert run(backend, "first:1", folder="off")["first:1"][0] == 1
 
 
-def test_an_identity_is_of_the_architecture_alone():
-    identity = program_identity("step", UNet(tiny.SD1_UNET))
-    assert identity == program_identity("step", tiny.randomize(UNet(tiny.SD1_UNET)))
-    assert identity != program_identity("other", UNet(tiny.SD1_UNET))
-    assert identity != program_identity("step", UNet(tiny.ONE_BLOCK_UNET))
+STEP = """if True:
+    import sys
+    import numpy as np
+    import keras
+    from keras_sd import DiffusionObjective, NoiseSchedule, SchedulerConfig, UNet
+    from keras_sd.training.lora import add_lora
+    from keras_sd.training.optimizers import AdamW
+    from tests import tiny
+
+    kind, rate, scale = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    unet = tiny.randomize(UNet(tiny.ONE_BLOCK_UNET))
+    keras.utils.set_random_seed(0)
+    add_lora(unet, 2, scale)
+    traced = []
+    class Counted(DiffusionObjective):
+        def call(self, batch):
+            traced.append(1)
+            return super().call(batch)
+    call = DiffusionObjective.call
+    def counted(self, batch):
+        traced.append(1)
+        return call(self, batch)
+    DiffusionObjective.call = counted
+    objective = (Counted if kind == "own" else DiffusionObjective)(unet, NoiseSchedule(SchedulerConfig()))
+    objective.compile(optimizer=AdamW(learning_rate=rate))
+    generator = np.random.default_rng(0)
+    draw = lambda *shape: generator.standard_normal(shape).astype("float32")
+    batches = [
+        {
+            "samples": draw(2, 8, 8, 4),
+            "noise": draw(2, 8, 8, 4),
+            "timesteps": np.array([3, 700], "int32"),
+            "context": draw(2, 5, unet.config.cross_attention_dim),
+        }
+        for _ in range(3)
+    ]
+    objective.fit(((batch,) for batch in batches), steps_per_epoch=3, verbose=0)
+    print(len(traced), *(float(keras.ops.sum(keras.ops.abs(v))) for v in unet.trainable_variables))
+"""
+
+
+def trained(*arguments, folder):
+    """Return how often the loss was traced in training on JAX, and a number of each trained weight."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": "jax", "KERAS_SD_CACHE": str(folder), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    count, *numbers = done.stdout.split()
+    return int(count), numbers
+
+
+def test_a_training_step_is_kept_on_jax(tmp_path):
+    count, weights = trained("ours", 1e-2, 2, folder=tmp_path)
+    assert count == 1 and len(kept(tmp_path)) == 1
+    assert trained("ours", 1e-2, 2, folder=tmp_path) == (0, weights)
+    assert trained("ours", 1e-2, 2, folder="off") == (1, weights)
+    # What is traced into the step is part of the name.
+    for others in ((2e-2, 2), (1e-2, 4)):
+        count, changed = trained("ours", *others, folder=tmp_path)
+        assert count == 1 and changed != weights
+    assert len(kept(tmp_path)) == 3
+
+
+def test_a_step_of_a_class_of_ones_own_is_traced_each_time(tmp_path):
+    assert trained("own", 1e-2, 2, folder=tmp_path)[0] == trained("own", 1e-2, 2, folder=tmp_path)[0] > 0
+    assert not kept(tmp_path)
+
+
+def test_an_identity_is_of_all_that_is_traced():
+    def identity(unet):
+        return identity_of("step", unet)
+
+    first = identity(UNet(tiny.SD1_UNET))
+    assert first is not None and first == identity(tiny.randomize(UNet(tiny.SD1_UNET)))
+    others = [identity_of("other", UNet(tiny.SD1_UNET)), identity(UNet(tiny.ONE_BLOCK_UNET))]
     half = UNet(tiny.SD1_UNET)
     half.conv_in.dtype_policy = "mixed_bfloat16"
-    assert identity != program_identity("step", half)
-    trained = UNet(tiny.SD1_UNET)
-    add_lora(trained, 2, 2)
-    assert program_identity("step", trained) is None
+    others.append(identity(half))
+    for scale in (2.0, 4.0):
+        trained = UNet(tiny.SD1_UNET)
+        add_lora(trained, 2, scale)
+        others.append(identity(trained))
+    with without_updates(trained):
+        others.append(identity(trained))
+    changed = UNet(tiny.SD1_UNET)
+    changed.down_blocks[0].resnets[0].norm1.epsilon = 0.5
+    others.append(identity(changed))
+    assert None not in others and len({first, *others}) == len(others) + 1
 
     class OwnUNet(UNet):
         pass
 
-    assert program_identity("step", OwnUNet(tiny.SD1_UNET)) is None
+    own = UNet(tiny.SD1_UNET)
+    own.conv_in.activation = lambda values: values
+    assert identity(OwnUNet(tiny.SD1_UNET)) is identity(own) is None
 
 
 def test_a_pipeline_uses_what_another_has_kept(tmp_path, monkeypatch):
