@@ -37,7 +37,7 @@ STAGES = {
     ),
     "text-to-image": (
         "text-to-image --from-scratch --pretrained-vae {folder}/vae-edges/model "
-        "--pretrained-clip {folder}/clip-image/model --max-train-steps 12000 --train-batch-size 64 "
+        "--pretrained-clip {folder}/clip-image/model --max-train-steps 15000 --train-batch-size 64 "
         "--learning-rate 1e-3 --lr-warmup-steps 200 --ema-decay 0.999 --mixed-precision bf16 "
         "--alignment-weight 0.5"
     ),
