@@ -14,6 +14,8 @@ from keras_sd.backend.exported import (
 )
 from keras_sd.backend.program_cache import keep_programs
 
+_MOST_SHAPES = 32  # of a function that stay in memory; a program of Stable Diffusion takes some tens of MiB
+
 
 def first_call(jit_compile: bool) -> str:
     """Return what the first call of a step does: "compiling", or "tracing" for TensorFlow without XLA."""
@@ -46,7 +48,8 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
         if identity is None or not jit_compile:
             return traced
         variables = list(variables)
-        return ExportedFunction(traced, tensorflow_maker(function, variables), variables, identity)
+        make = tensorflow_maker(function, variables)
+        return ExportedFunction(traced, make, variables, identity, _MOST_SHAPES)
 
     import jax
 
@@ -87,7 +90,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
     if identity is None or is_distributed or devices.process_count() > 1:
         return call
     make = jax_maker(function, functools.partial(_GivenValues, variables), current_values, layouts)
-    return ExportedFunction(call, make, variables, identity)
+    return ExportedFunction(call, make, variables, identity, _MOST_SHAPES)
 
 
 def _takes_outputs_first(variable):

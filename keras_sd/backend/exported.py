@@ -62,6 +62,8 @@ class ExportedFunction:
             entry, or new for None.
         variables: the Keras variables that it reads.
         identity: an `Identity`.
+        most_shapes: programs that stay in memory; the oldest is dropped for a further one, and read again
+            where it is needed. None keeps all. (TensorFlow itself keeps compiled programs to the end.)
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class ExportedFunction:
         make: Callable[[tuple[Any, ...], bytes | None], Program],
         variables: list[keras.Variable],
         identity: Identity,
+        most_shapes: int | None = None,
     ) -> None:
         self._traced, self._make = traced, make
         self._variables, self._identity = variables, identity
+        self._most_shapes = most_shapes
         self._calls: dict[Any, Callable[[tuple[Any, ...]], Any]] = {}
 
     def __call__(self, *inputs):
@@ -85,6 +89,8 @@ class ExportedFunction:
             return call(inputs)
         call, result = self._first_call(signature, inputs)
         self._calls[signature] = call
+        if self._most_shapes is not None and len(self._calls) > self._most_shapes:
+            self._calls.pop(next(iter(self._calls)), None)  # another thread may have done so
         return result
 
     def _first_call(self, signature, inputs):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_sd.backend import identity_of
+from keras_sd.backend.exported import ExportedFunction, Program
 from keras_sd.files.cache import private_folder
 from keras_sd.models.unet import UNet
 from keras_sd.training.lora import add_lora, without_updates
@@ -221,3 +222,17 @@ def test_a_pipeline_uses_what_another_has_kept(tmp_path, monkeypatch):
         images.append(sd.text_to_image(tiny.TEXTS[0], num_inference_steps=2, progress=False))
         assert len(list(private_folder("programs").iterdir())) == 3
     np.testing.assert_array_equal(*images)
+
+
+def test_the_programs_of_old_shapes_leave_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_SD_CACHE", str(tmp_path))
+    made = []
+
+    def make(inputs, content):
+        made.append(len(inputs[0]))
+        return Program(lambda inputs: inputs[0] * 2, None)
+
+    call = ExportedFunction(lambda x: x * 2, make, [], lambda: "double", most_shapes=2)
+    for size in (1, 2, 1, 3, 2, 1):  # 1 is dropped for 3, and 2 for 1
+        np.testing.assert_array_equal(call(np.ones(size)), 2 * np.ones(size))
+    assert made == [1, 2, 3, 1]
