@@ -25,6 +25,9 @@ SUPPORTED = {"keras": ">=3.15.1,<3.16", "tensorflow": ">=2.21,<2.22", "jax": ">=
 
 # Keras
 
+NUMBERING = ("_tracker", "_trainable_variables_indices")
+"""Attributes in which Keras keeps the `id` of objects, which is another one in each process."""
+
 
 def stored_value(variable):
     """Return a variable's tensor.
@@ -312,7 +315,7 @@ _KERAS = (
     ("keras.src.utils.tracking", "Tracker", "lock", "unlock", "untrack"),
     ("keras", "layers.Layer", "_tracker"),
     ("keras", "optimizers.Optimizer", "_apply_weight_decay", "_backend_update_step", "_clip_gradients"),
-    ("keras", "optimizers.Optimizer", "_get_variable_index"),
+    ("keras", "optimizers.Optimizer", "_get_variable_index", "_trainable_variables_indices"),
 )
 _BACKENDS = {
     "tensorflow": (

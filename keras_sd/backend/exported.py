@@ -22,6 +22,7 @@ import keras
 
 from keras_sd.backend import compat, devices
 from keras_sd.files.cache import PARTIAL, is_own, private_folder, remove_oldest
+from keras_sd.files.json_files import parse_json
 
 Identity = Callable[[], str | None]
 """Returns what a trace depends on beside the shapes of the inputs; None if nothing may be kept."""
@@ -318,7 +319,7 @@ def tensorflow_maker(function, variables):
         if new:
             content = export(inputs)
         first_line, module = content.split(b"\n", 1)
-        header = json.loads(first_line)
+        header = parse_json(first_line, "header")
         outputs = _tensors_of(header["outputs"])
         used = [compat.stored_value(variables[place]) for place in header["variables"]]
 

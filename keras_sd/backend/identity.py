@@ -18,11 +18,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_sd.backend import compat
+
 _PACKAGES = ("keras_sd", "keras")
 # Endings of attributes that take part in building, not in calling, or that number objects.
 _WITHOUT_EFFECT = (
-    *("_initializer", "_constraint", "input_spec", "train_function", "test_function"),
-    *("_tracker", "_trainable_variables_indices", "history"),
+    *("_initializer", "_constraint", "input_spec", "train_function", "test_function", "history"),
+    *compat.NUMBERING,
 )
 
 

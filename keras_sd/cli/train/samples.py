@@ -79,6 +79,7 @@ def _label(prompt):
     options = prompt.options()
     titles = {"seed": "seed", "num_inference_steps": "steps", "guidance_scale": "guidance"}
     shown = [f"{title} {options[name]}" for name, title in titles.items() if name in options]
+    shown = [text.removesuffix(".0") for text in shown]
     if prompt.negative_prompt:
         shown.append(f"without {prompt.negative_prompt}")
     return f"{prompt.prompt} ({', '.join(shown)})" if shown else prompt.prompt

@@ -40,7 +40,8 @@ def test_a_file_gives_each_line_its_own_options(pipeline, tmp_path):
         image(pipeline, "blue heart", 9, negative_prompt="a face", num_inference_steps=3, guidance_scale=4.0),
         image(pipeline, "woman", 7, height=20, width=24),
     ]
-    labels = ["red heart", "blue heart", "woman"]
+    shown = "blue heart (seed 9, steps 3, guidance 4, without a face)"
+    labels = ["red heart", shown, "woman"]
     sheets = on_one_size([one[0] for one in images])
     assert sheets.shape == (3, 20, 24, 3)
     grid = grid_of(pipeline, tmp_path, lines)
@@ -54,7 +55,7 @@ def test_rows_of_a_subject_have_seeds_of_their_own(pipeline, tmp_path):
         *(image(pipeline, "red heart", seed)[0] for seed in (5, 6)),
         *(image(pipeline, "blue heart", seed)[0] for seed in (30, 31)),
     ]
-    labels = ["red heart"] * 2 + ["blue heart"] * 2
+    labels = ["red heart"] * 2 + ["blue heart (seed 30)"] * 2
     expected = image_grid(np.stack(images), columns=2, labels=labels, scale=2)
     assert np.abs(grid.astype(int) - expected).max() <= 1  # two at a time, up to rounding
 
