@@ -87,7 +87,7 @@ DIFFERENT = {
     "--mixed-precision": "the same; `auto` by default",
     "--save-every-n-steps": "the same, of checkpoints; the last --checkpoints-total-limit are kept",
     "--save-every-n-epochs": "the same, of checkpoints; the last --checkpoints-total-limit are kept",
-    "--dim-from-weights": "the same, of files whose layers have one rank, and of all that keras-sd has written",
+    "--dim-from-weights": "the same, of files with one rank, and of all that keras-sd has written",
     "--max-grad-norm": "the same; 0 clips nothing",
 }
 
