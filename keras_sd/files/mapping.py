@@ -53,11 +53,15 @@ def origin_of(array: npt.NDArray[Any]) -> Origin | None:
 def release(array: npt.NDArray[Any]) -> None:
     """Release the memory of a mapped array's pages; a later use reads them from disk again."""
     mapped = _mapped(array)
-    if mapped is None or not array.flags.c_contiguous or not hasattr(mmap, "MADV_DONTNEED"):
+    if mapped is None or not array.size or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    begin = array.ctypes.data - _address(mapped)
+    # A transposed view has the same bytes; those between the elements of another view are read again, too.
+    spans = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
+    start = array.ctypes.data - _address(mapped)
+    begin = start + sum(span for span in spans if span < 0)
+    end = start + sum(span for span in spans if span > 0) + array.itemsize
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (begin + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0:
         mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
