@@ -234,11 +234,7 @@ def jax_maker(function, given_values, values, layouts):
                 with given_values(values):
                     return of_leaves(leaves)
 
-            shapes = jax.tree.map(
-                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (values(), _leaves(inputs))
-            )
-            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
-            content = bytes(jax.export.export(jax.jit(program), disabled_checks=checks)(*shapes).serialize())
+            content = _exported_by_jax(program, values(), _leaves(inputs))
         usual = _on_one_device()
         call = jax.jit(
             jax.export.deserialize(bytearray(content)).call,
@@ -247,6 +243,16 @@ def jax_maker(function, given_values, values, layouts):
         return Program(lambda inputs: call(values(), _leaves(inputs)), content if new else None)
 
     return make
+
+
+def _exported_by_jax(function, *inputs):
+    """Return the program of a function for the shapes of its inputs, as bytes."""
+    import jax
+    import jax.export
+
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
+    return bytes(jax.export.export(jax.jit(function), disabled_checks=checks)(*shapes).serialize())
 
 
 def _on_one_device():
@@ -277,11 +283,8 @@ def jax_step(train_step, identity):
     def make(inputs, content):
         new = content is None
         if new:
-            shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
-            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
             # A function of its own, as JAX remembers the trace of each function.
-            step = jax.jit(lambda state, data: train_step(state, data))
-            content = bytes(jax.export.export(step, disabled_checks=checks)(*shapes).serialize())
+            content = _exported_by_jax(lambda state, data: train_step(state, data), *inputs)
         call = donating(jax.export.deserialize(bytearray(content)).call, in_shardings=_on_one_device())
         return Program(lambda inputs: call(*inputs), content if new else None)
 
