@@ -25,6 +25,9 @@ SUPPORTED = {"keras": ">=3.15.1,<3.16", "tensorflow": ">=2.21,<2.22", "jax": ">=
 
 # Keras
 
+STRATEGIES = ("_distribute_strategy", "_distribution_strategy")
+"""Attributes in which Keras keeps TensorFlow's strategy (`has_strategy`) of a model and of an optimizer."""
+
 NUMBERING = ("_tracker", "_trainable_variables_indices")
 """Attributes in which Keras keeps the `id` of objects, which is another one in each process."""
 
@@ -194,6 +197,21 @@ def call_stablehlo(module, arguments, outputs):
             arguments, version=version, module=module, Sout=shapes, Tout=types, platforms=[platform]
         )
     )
+
+
+def has_strategy():
+    """Return whether a strategy of TensorFlow places this computation on devices of its choice."""
+    import tensorflow as tf
+
+    return tf.distribute.has_strategy()
+
+
+def assigns(concrete):
+    """Return whether a concrete function assigns to a variable, itself or in a function that it calls."""
+    types = {operation.type for operation in concrete.graph.get_operations()}
+    for definition in concrete.graph.as_graph_def().library.function:
+        types |= {node.op for node in definition.node_def}
+    return any(name.startswith(("Assign", "ResourceApply", "ResourceScatter")) for name in types)
 
 
 def named_function(concrete, name):

@@ -103,11 +103,11 @@ def _takes_outputs_first(variable):
     return is_kernel and devices.jax_platform() == "gpu" and keras.distribution.distribution() is None
 
 
-def train_function_by_shape(make_function, train_step=None, identity=None):
+def train_function_by_shape(make_function, train_step=None, variables=None, identity=None):
     """Return a train function for Keras' `fit()` that compiles one step for each shape of batches.
 
-    On JAX what tracing the step gives is kept for the next process, where `identity` can tell what it depends
-    on, and there is one device.
+    What tracing the step gives is kept for the next process, where `identity` can tell what it depends on,
+    and there is one device.
 
     TensorFlow would read its iterator in a second function around the step, and trace and optimise that as
     well, which takes up to two fifths of the time to the first step. And once a second shape has come, Keras
@@ -116,6 +116,7 @@ def train_function_by_shape(make_function, train_step=None, identity=None):
     Args:
         make_function: returns a new train function, as `Model.make_train_function` makes it.
         train_step: the model's step.
+        variables: returns all the Keras variables that it may read or assign.
         identity: as in `jit`, of the model and its optimizer.
     """
     keep_programs()
@@ -132,17 +133,25 @@ def train_function_by_shape(make_function, train_step=None, identity=None):
 
         return train_on_jax
     compat.free_gradients_with_graphs()
-    functions = {}
 
-    def train(iterator):
-        batch = next(iterator)
-        # `train_on_batch` has None in place of targets and weights.
-        shapes = tuple(tuple(getattr(array, "shape", ())) for array in keras.tree.flatten(batch))
-        if shapes not in functions:
-            functions[shapes] = make_function()
-        return functions[shapes](iter([batch]))
+    class _ByShape(dict):
+        def __missing__(self, signature):
+            self[signature] = make_function()
+            return self[signature]
 
-    return train
+    functions = _ByShape()
+
+    def traced(batch):
+        return functions[signature_of(batch)](iter([batch]))
+
+    if identity is None or compat.has_strategy():
+        return lambda iterator: traced(next(iterator))
+
+    def make(inputs, content):
+        return tensorflow_maker(train_step, variables())(inputs, content)
+
+    step = ExportedFunction(traced, make, [], identity)
+    return lambda iterator: step(next(iterator))
 
 
 def batches_of_shapes(batches):

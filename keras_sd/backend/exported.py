@@ -299,20 +299,33 @@ def tensorflow_maker(function, variables):
 
     Args:
         function: the function of the inputs.
-        variables: the Keras variables that it reads.
+        variables: the Keras variables that it reads or assigns.
     """
     import tensorflow as tf
 
     def export(inputs):
-        of_leaves = _of_leaves(function, inputs)
-        traced = tf.function(lambda *leaves: of_leaves(leaves), jit_compile=True, autograph=False)
+        of_leaves, assigned = _of_leaves(function, inputs), []
+
+        # XLA's program of a function that assigns has operations that a module cannot hold, so the new values
+        # are results.
+        def with_new_values(*leaves):
+            with keras.StatelessScope() as scope:
+                results = of_leaves(leaves)
+                new = [scope.get_current_value(variable) for variable in variables]
+            assigned[:] = [place for place, value in enumerate(new) if value is not None]
+            return results, tuple(new[place] for place in assigned)
+
+        traced = tf.function(with_new_values, jit_compile=True, autograph=False)
         leaves = [tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)]
         concrete = traced.get_concrete_function(*(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves))
+        if compat.assigns(concrete):
+            raise NotImplementedError  # past Keras' variables, as its own optimizers do
         places = {id(compat.stored_value(variable).handle): place for place, variable in enumerate(variables)}
         header = {
             # A tensor that is no variable is a KeyError: the next process would not have it.
             "variables": [places[id(captured)] for captured in concrete.captured_inputs],
-            "outputs": _described(concrete.structured_outputs),
+            "assigned": assigned,
+            "outputs": _described(concrete.structured_outputs[0]),
         }
         module = traced.experimental_get_compiler_ir(*leaves)(stage="stablehlo_serialized")
         return json.dumps(header).encode() + b"\n" + module
@@ -325,15 +338,21 @@ def tensorflow_maker(function, variables):
         header = parse_json(first_line, "header")
         outputs = _tensors_of(header["outputs"])
         used = [compat.stored_value(variables[place]) for place in header["variables"]]
+        assigned = [compat.stored_value(variables[place]) for place in header["assigned"]]
+        updated = [(one.shape.as_list(), one.dtype.name) for one in assigned]
 
         @functools.partial(tf.function, jit_compile=True, autograph=False)
         def program(*leaves):
-            return compat.call_stablehlo(module, [*leaves, *(one.read_value() for one in used)], outputs)
+            values = [*leaves, *(one.read_value() for one in used)]
+            results = compat.call_stablehlo(module, values, [*outputs, *updated])
+            for one, value in zip(assigned, results[len(outputs) :], strict=True):
+                one.assign(value, read_value=False)
+            return results[: len(outputs)]
 
         leaves = [tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)]
         concrete = program.get_concrete_function(*(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves))
         name = f"exported_{hashlib.sha256(content).hexdigest()}"
-        run, handles = compat.named_function(concrete, name), [one.handle for one in used]
+        run, handles = compat.named_function(concrete, name), list(concrete.captured_inputs)
 
         def call(inputs):
             results = run([*(tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)), *handles])
@@ -345,9 +364,11 @@ def tensorflow_maker(function, variables):
 
 
 def _described(outputs):
-    """Return the structure of outputs, tensors and tuples of them, as JSON has it."""
+    """Return the structure of outputs, tensors and tuples or dictionaries of them, as JSON has it."""
     if isinstance(outputs, tuple | list):
         return [_described(output) for output in outputs]
+    if isinstance(outputs, dict):
+        return {"keys": {key: _described(outputs[key]) for key in sorted(outputs)}}
     return {"shape": outputs.shape.as_list(), "dtype": outputs.dtype.name}
 
 
@@ -355,10 +376,14 @@ def _tensors_of(outputs):
     """Return the (shape, type) of all tensors of described outputs."""
     if isinstance(outputs, list):
         return [tensor for output in outputs for tensor in _tensors_of(output)]
+    if "keys" in outputs:
+        return [tensor for output in outputs["keys"].values() for tensor in _tensors_of(output)]
     return [(outputs["shape"], outputs["dtype"])]
 
 
 def _packed(outputs, results):
     if isinstance(outputs, list):
         return tuple(_packed(output, results) for output in outputs)
+    if "keys" in outputs:
+        return {key: _packed(output, results) for key, output in outputs["keys"].items()}
     return next(results)

@@ -25,6 +25,7 @@ _PACKAGES = ("keras_sd", "keras")
 _WITHOUT_EFFECT = (
     *("_initializer", "_constraint", "input_spec", "train_function", "test_function", "history"),
     *compat.NUMBERING,
+    *compat.STRATEGIES,
 )
 
 
@@ -93,7 +94,8 @@ def _described_object(value, seen):
         name: _described(one, seen)
         for name, one in sorted(attributes.items())
         if not name.endswith(_WITHOUT_EFFECT)
-        and not (is_layer and (name in _of_every_layer() or name.startswith("_self_")))
+        and not name.startswith("_self_")  # by which TensorFlow tracks what to save
+        and not (is_layer and name in _of_every_layer())
     }
     if is_layer:
         found["dtype_policy"] = value.dtype_policy.name

@@ -73,10 +73,16 @@ class Objective(keras.Model):
             self.train_function = backend.train_function_by_shape(
                 self._new_train_function,
                 self.train_step,
+                self._variables_of_step,
                 functools.partial(backend.identity_of, "training step", self, self.optimizer)
                 if is_compiled
                 else None,
             )
+
+    def _variables_of_step(self):
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        return [*self.variables, *self.metrics_variables, *self.optimizer.variables]
 
     def _new_train_function(self):
         kept, step = self.train_function, self.train_step
