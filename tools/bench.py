@@ -214,16 +214,16 @@ def take_turns(side, reference, repeats):
     return figures
 
 
-def model_folder(model, root):
+def model_folder(model, root, dtype="float32"):
     """Return a diffusers folder of the model; Stable Diffusion's is made once, with random weights."""
     from keras_sd import presets
 
     if model == "emoji":
         return presets.find("emoji")
-    folder = Path(root, model)
+    folder = Path(root, model if dtype == "float32" else f"{model}-{dtype}")
     if not folder.exists():
         click.echo(f"{folder}: writing {model} with random weights", err=True)
-        command = [sys.executable, "-m", "benchmark.random_models", model, str(folder)]
+        command = [sys.executable, "-m", "benchmark.random_models", model, str(folder), dtype]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(TOOLS)})
     return folder
 
