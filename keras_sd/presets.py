@@ -43,7 +43,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "emoji": Preset(
-        _BUNDLED / "emoji", "CC-BY-4.0", "d38786460918894ef71e8e43c1aa3ef92dc096ef487a20ab788dee2f4d6be783"
+        _BUNDLED / "emoji", "CC-BY-4.0", "9313e25de868760d15c66b5f4a9fbcb4c9ce15c37292b5a37ec87df9b5cfa648"
     ),
     "emoji-upscaler": Preset(
         _BUNDLED / "emoji_upscaler",

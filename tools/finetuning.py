@@ -19,7 +19,7 @@ from keras_sd.files.writing import write_json
 # A fruit that Twemoji does not have, and a combination that the bundled model has not seen.
 SUBJECT, SUBJECT_CLASS = "e0c4", "fruit"
 UNSEEN = "1f44c-1f3ff"
-SAMPLING = {"num_inference_steps": 30, "guidance_scale": 5.0, "progress": False}
+SAMPLING = {"num_inference_steps": 30, "guidance_scale": 2.0, "progress": False}
 
 
 @click.group()

@@ -17,7 +17,7 @@ from keras_sd.cli.program import run_command
 @click.option("--model", default="emoji", help="Preset, hub id, folder or file.")
 @click.option("--prompt", default="face with sunglasses", help="Text of all images.")
 @click.option("--steps", default=(3, 5, 10, 20, 50), multiple=True, type=int, help="Numbers of steps.")
-@click.option("--guidance-scale", default=5.0)
+@click.option("--guidance-scale", default=2.0)
 @click.option("--seed", default=0)
 def sampler_grid(output, overwrite, model, prompt, steps, guidance_scale, seed):
     """One row for each sampler, one column for each number of steps."""

@@ -35,7 +35,7 @@ def test_a_model_without_the_file_has_the_usual_values(tmp_path):
 
 def test_the_bundled_model_has_values_of_its_own():
     defaults = ModelDefaults.load(presets.find("emoji"))
-    assert (defaults.sampling["guidance_scale"], defaults.sampling["upscaler"]) == (5.0, "emoji-upscaler")
+    assert (defaults.sampling["guidance_scale"], defaults.sampling["upscaler"]) == (2.0, "emoji-upscaler")
     upscaling = ModelDefaults.load(presets.find("emoji-upscaler"))
     assert upscaling.sampling["num_inference_steps"] == 10
     assert defaults.training("lora") == {
@@ -46,7 +46,7 @@ def test_the_bundled_model_has_values_of_its_own():
         "max_train_steps": 1000,
         "ema_decay": 0.999,
         "adam_beta2": 0.99,
-        "guidance_scale": 5.0,
+        "guidance_scale": 2.0,
     }
     # A variant without values of its own has those of its method.
     assert defaults.training("dreambooth", "lora") == defaults.training("dreambooth")
