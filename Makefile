@@ -75,8 +75,9 @@ lint: $(VENV)/installed-test  ## Check style, formatting and types
 bench: $(VENV)/installed-bench  ## Time XLA on and off, on TensorFlow and JAX (15 minutes)
 	$(BIN)/python tools/bench.py $(ARGS)
 
-bench-peers: $(VENV)/installed-bench-peers  ## Time diffusers, OpenVINO and KerasCV beside (40 minutes)
+bench-peers: $(VENV)/installed-bench-peers  ## Time diffusers, OpenVINO and KerasCV beside (80 minutes)
 	$(BIN)/python tools/bench.py $(PEERS) $(ARGS)
+	$(BIN)/python tools/bench_start.py $(STARTS)
 
 notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 	$(BIN)/python tools/run_notebooks.py $(ARGS)

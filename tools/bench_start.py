@@ -4,6 +4,7 @@ Each side runs as a whole process, in turns with the others, with caches of its 
 has filled. Ours are the real commands where there is one. Times are those at which lines of output arrive.
 """
 
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import click
 from tqdm import tqdm
 
-from bench import PACKAGES, PEER_PACKAGES, TOOLS, Choices, model_folder
+from bench import PACKAGES, PEER_PACKAGES, TOOLS, Choices, installed_backends, model_folder
 from benchmark.marks import PROMPT
 from benchmark.starts_report import plot, table
 from keras_sd.cli.outputs import check_output, overwrite_option
@@ -54,7 +55,6 @@ class Side(NamedTuple):
 class Row(NamedTuple):
     """A line of the table: who is compared, ours first."""
 
-    key: str
     title: str
     sides: list[Side]
     figure: str = "seconds"
@@ -90,116 +90,134 @@ def peer(task, folder, *arguments, phases, counted=()):
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX"}
 WHOLE = (("whole process", None),)
 FIRST_STEP = (("to the first step", r"step 1\b"),)
+OPENING = (("import", "mark: imported"), ("open", "mark: read"))
+DRAWING = (("import", "mark: imported"), ("open", "mark: opened"), ("first image", "mark: done"))
+TRAINING = ("--dataset-name", "emoji", "--max-train-steps", 2, "--evaluation-steps", 0, "--output-dir", "run")
 
 
-def rows(emoji, sd15, half, size):
-    """Return all rows.
+class Models:
+    """Folders of the models, which are made when they are asked for."""
 
-    Args:
-        emoji, sd15, half: folders of the models, `half` with float16 weights.
-        size: pixels of Stable Diffusion's images.
-    """
-    opening = (("import", "mark: imported"), ("open", "mark: read"))
-    drawing = (("import", "mark: imported"), ("open", "mark: opened"), ("first image", "mark: done"))
-    of_emoji = (
-        "--dataset-name",
-        "emoji",
-        "--max-train-steps",
-        2,
-        "--evaluation-steps",
-        0,
-        "--output-dir",
-        "run",
+    def __init__(self, weights_dir):
+        self._weights_dir = weights_dir
+
+    @functools.cached_property
+    def emoji(self):
+        return model_folder("emoji", self._weights_dir)
+
+    @functools.cached_property
+    def sd15(self):
+        return model_folder("sd15", self._weights_dir).resolve()
+
+    @functools.cached_property
+    def half(self):
+        """SD 1.5 with float16 weights."""
+        return model_folder("sd15", self._weights_dir, "float16").resolve()
+
+
+def opening(models, size):
+    return Row(
+        "open SD 1.5, every weight read",
+        [
+            *ours("", "open", models.sd15, phases=OPENING, counted=("open",)),
+            peer("open", models.sd15, phases=OPENING, counted=("open",)),
+        ],
     )
-    train = ("keras_sd.train", "text-to-image", *of_emoji, "--max-train-samples", 128)
-    lora = ("keras_sd.train", "lora", *of_emoji, "--max-train-samples", 2, "--resolution", size, "--rank", 4)
-    lora = (*lora, "--train-batch-size", 1, "--pretrained-model-name-or-path", sd15)
-    lora_phases = (("to the opened model", "training: lora"), ("first step", r"step 1\b"))
-    large = ("keras_sd", "generate", PROMPT, "--model", half, "--num-inference-steps", 1)
-    large = (*large, "--height", 512, "--width", 512, "--dtype", "float16", "--output", "image.png")
+
+
+def first_image(models, size):
+    return Row(
+        f"SD 1.5, {size} px: process start to the first image of one step",
+        [
+            *ours("", "generate", models.sd15, size, 1, phases=DRAWING),
+            peer("generate", models.sd15, size, 1, phases=DRAWING),
+        ],
+    )
+
+
+def generate(models, size):
     draw = ("keras_sd", "generate", PROMPT, "--num-images", IMAGES, "--output", "image.png")
-    return [
-        Row(
-            "opening",
-            "open SD 1.5, every weight read",
-            [
-                *ours("", "open", sd15, phases=opening, counted=("open",)),
-                peer("open", sd15, phases=opening, counted=("open",)),
-            ],
-        ),
-        Row(
-            "first-image",
-            f"SD 1.5, {size} px: process start to the first image of one step",
-            [
-                *ours("", "generate", sd15, size, 1, phases=drawing),
-                peer("generate", sd15, size, 1, phases=drawing),
-            ],
-        ),
-        Row(
-            "generate",
-            f"`keras-sd generate` with `emoji`, {IMAGES} images, whole process",
-            [
-                *command("", *draw, phases=WHOLE),
-                peer("generate", emoji, 64, STEPS, IMAGES, phases=WHOLE),
-            ],
-        ),
-        Row(
-            "generate-phases",
-            f"`emoji`, {IMAGES} images of {STEPS} steps: process start to the images",
-            [
-                *ours("", "generate", emoji, 64, STEPS, IMAGES, phases=drawing),
-                peer("generate", emoji, 64, STEPS, IMAGES, phases=drawing),
-            ],
-        ),
-        Row(
-            "training",
-            "`train text-to-image` with `emoji`: process start to the first step",
-            [
-                *command("", *train, phases=FIRST_STEP),
-                *command(
-                    ", --no-jit-compile",
-                    *train,
-                    "--no-jit-compile",
-                    phases=FIRST_STEP,
-                    backends=("tensorflow",),
-                ),
-                peer("train", emoji, 64, 2, 64, phases=FIRST_STEP),
-            ],
-        ),
-        Row(
-            "lora",
-            f"`train lora`, SD 1.5, {size} px: opened model to the first step",
-            [
-                *command("", *lora, phases=lora_phases, counted=("first step",)),
-                peer(
-                    "train-lora",
-                    sd15,
-                    size,
-                    2,
-                    1,
-                    phases=(("to the opened model", "mark: opened"), ("first step", r"step 1\b")),
-                    counted=("first step",),
-                ),
-            ],
-        ),
-        *(
-            Row(
-                f"first-{part}",
-                f"SD 1.5, {size} px, nothing cached: first call of the {title}",
-                ours("", part, sd15, size, phases=drawing, counted=("first image",), fresh=True),
-            )
-            for part, title in (("unet", "UNet"), ("decoder", "decoder"))
-        ),
-        Row(
-            "memory",
-            "`keras-sd generate`, SD 1.5, 512 px, one step, float16 weights: peak of memory",
-            [
-                *command("", *large, phases=WHOLE),
-                peer("generate", half, 512, 1, 1, "float16", phases=WHOLE),
-            ],
-            figure="peak_gigabytes",
-        ),
-    ]
+    return Row(
+        f"`keras-sd generate` with `emoji`, {IMAGES} images, whole process",
+        [*command("", *draw, phases=WHOLE), peer("generate", models.emoji, 64, STEPS, IMAGES, phases=WHOLE)],
+    )
+
+
+def generate_phases(models, size):
+    return Row(
+        f"`emoji`, {IMAGES} images of {STEPS} steps: process start to the images",
+        [
+            *ours("", "generate", models.emoji, 64, STEPS, IMAGES, phases=DRAWING),
+            peer("generate", models.emoji, 64, STEPS, IMAGES, phases=DRAWING),
+        ],
+    )
+
+
+def training(models, size):
+    train = ("keras_sd.train", "text-to-image", *TRAINING, "--max-train-samples", 128)
+    plain = (*train, "--no-jit-compile")
+    return Row(
+        "`train text-to-image` with `emoji`: process start to the first step",
+        [
+            *command("", *train, phases=FIRST_STEP),
+            *command(", --no-jit-compile", *plain, phases=FIRST_STEP, backends=("tensorflow",)),
+            peer("train", models.emoji, 64, 2, 64, phases=FIRST_STEP),
+        ],
+    )
+
+
+def lora(models, size):
+    train = ("keras_sd.train", "lora", *TRAINING, "--pretrained-model-name-or-path", models.sd15)
+    train = (*train, "--max-train-samples", 2, "--resolution", size, "--rank", 4, "--train-batch-size", 1)
+    phases = (("to the opened model", "training: lora"), ("first step", r"step 1\b"))
+    of_peer = (("to the opened model", "mark: opened"), ("first step", r"step 1\b"))
+    return Row(
+        f"`train lora`, SD 1.5, {size} px: opened model to the first step",
+        [
+            *command("", *train, phases=phases, counted=("first step",)),
+            peer("train-lora", models.sd15, size, 2, 1, phases=of_peer, counted=("first step",)),
+        ],
+    )
+
+
+def first_unet(models, size):
+    return Row(
+        f"SD 1.5, {size} px, nothing cached: first call of the UNet",
+        ours("", "unet", models.sd15, size, phases=DRAWING, counted=("first image",), fresh=True),
+    )
+
+
+def first_decoder(models, size):
+    return Row(
+        f"SD 1.5, {size} px, nothing cached: first call of the decoder",
+        ours("", "decoder", models.sd15, size, phases=DRAWING, counted=("first image",), fresh=True),
+    )
+
+
+def memory(models, size):
+    draw = ("keras_sd", "generate", PROMPT, "--model", models.half, "--num-inference-steps", 1)
+    draw = (*draw, "--height", 512, "--width", 512, "--dtype", "float16", "--output", "image.png")
+    return Row(
+        "`keras-sd generate`, SD 1.5, 512 px, one step, float16 weights: peak of memory",
+        [
+            *command("", *draw, phases=WHOLE),
+            peer("generate", models.half, 512, 1, 1, "float16", phases=WHOLE),
+        ],
+        figure="peak_gigabytes",
+    )
+
+
+ROWS = {
+    "opening": opening,
+    "first-image": first_image,
+    "generate": generate,
+    "generate-phases": generate_phases,
+    "training": training,
+    "lora": lora,
+    "first-unet": first_unet,
+    "first-decoder": first_decoder,
+    "memory": memory,
+}
 
 
 def run(side, cache, folder, to_the_end):
@@ -256,15 +274,15 @@ def run(side, cache, folder, to_the_end):
     }
 
 
-def measure(row, rounds, root, advance):
+def measure(key, row, rounds, root, advance):
     """Return the figures of a row's sides: of the run that filled the caches, and of those in turns."""
     measured = [{"side": side.name, "counted": side.counted, "runs": []} for side in row.sides]
-    places = [(root / f"{row.key}-{number}", root / "out") for number in range(len(row.sides))]
+    places = [(root / f"{key}-{number}", root / "out") for number in range(len(row.sides))]
     for number in range(rounds + 1):
         for side, figures, (cache, folder) in zip(row.sides, measured, places, strict=True):
             if "failed" in figures:
                 continue
-            advance(f"{row.key}, {side.name}")
+            advance(f"{key}, {side.name}")
             try:
                 figures["runs"].append(run(side, cache, folder, to_the_end=not number))
             except Failure as failure:
@@ -276,27 +294,14 @@ def measure(row, rounds, root, advance):
         figures["first"] = first
         figures["cache_bytes"] = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
         figures["median"] = {
-            key: statistics.median(one[key] for one in runs) for key in ("seconds", "peak_gigabytes")
+            name: statistics.median(one[name] for one in runs) for name in ("seconds", "peak_gigabytes")
         }
         figures["phases"] = {
             name: statistics.median(one["phases"][name] for one in runs) for name in first["phases"]
         }
     for cache, _ in places:
         shutil.rmtree(cache, ignore_errors=True)
-    return {"key": row.key, "title": row.title, "figure": row.figure, "sides": measured}
-
-
-KEYS = (
-    "opening",
-    "first-image",
-    "generate",
-    "generate-phases",
-    "training",
-    "lora",
-    "first-unet",
-    "first-decoder",
-    "memory",
-)
+    return {"key": key, "title": row.title, "figure": row.figure, "sides": measured}
 
 
 @click.command(context_settings={"show_default": True})
@@ -304,12 +309,18 @@ KEYS = (
     "--output", show_default="bench/starts.json, numbered if there is one", help="JSON file to write."
 )
 @overwrite_option
-@click.option("--rows", "chosen", default=",".join(KEYS), type=Choices(KEYS), help="Those to measure.")
+@click.option("--rows", "chosen", default=",".join(ROWS), type=Choices(ROWS), help="Those to measure.")
+@click.option(
+    "--backends",
+    default=lambda: ",".join(installed_backends()),
+    show_default="those installed",
+    type=Choices(NAMES),
+)
 @click.option("--rounds", default=5, type=click.IntRange(1), help="Timed runs of each side.")
 @click.option("--size", default=256, type=click.IntRange(64), help="Pixels of Stable Diffusion's images.")
 @click.option("--weights-dir", default="build/bench", help="Where models with random weights are kept.")
 @click.option("--before", type=click.Path(exists=True), help="An earlier result, drawn beside in the plot.")
-def bench_start(output, overwrite, chosen, rounds, size, weights_dir, before):
+def bench_start(output, overwrite, chosen, backends, rounds, size, weights_dir, before):
     """Time the starts of the commands beside diffusers."""
     place = check_output(
         output,
@@ -318,13 +329,11 @@ def bench_start(output, overwrite, chosen, rounds, size, weights_dir, before):
         overwrite=overwrite,
         beside=lambda path: [path.with_suffix(".md"), path.with_suffix(".png")],
     )
-    listed = rows(
-        model_folder("emoji", weights_dir),
-        Path(model_folder("sd15", weights_dir)).resolve(),
-        Path(model_folder("sd15", weights_dir, "float16")).resolve(),
-        size,
-    )
-    todo = [row for row in listed if row.key in chosen]
+    models = Models(weights_dir)
+    todo = {}
+    for key in chosen:
+        row = ROWS[key](models, size)
+        todo[key] = row._replace(sides=[side for side in row.sides if side.backend in (None, *backends)])
     results = description(PACKAGES + PEER_PACKAGES)
     results |= {
         "command": " ".join(["python tools/bench_start.py", *sys.argv[1:]]),
@@ -334,15 +343,17 @@ def bench_start(output, overwrite, chosen, rounds, size, weights_dir, before):
     output = place.free()
     with (
         tempfile.TemporaryDirectory() as root,
-        tqdm(total=sum(len(row.sides) for row in todo) * (rounds + 1), unit="run", dynamic_ncols=True) as bar,
+        tqdm(
+            total=sum(len(row.sides) for row in todo.values()) * (rounds + 1), unit="run", dynamic_ncols=True
+        ) as bar,
     ):
 
         def advance(what):
             bar.set_description(what)
             bar.update()
 
-        for row in todo:
-            results["rows"].append(measure(row, rounds, Path(root), advance))
+        for key, row in todo.items():
+            results["rows"].append(measure(key, row, rounds, Path(root), advance))
             write_json(output, results)
             bar.write(table({**results, "rows": results["rows"][-1:]}))
     write_text(output.with_suffix(".md"), table(results) + "\n")
