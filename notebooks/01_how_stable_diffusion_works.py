@@ -13,7 +13,7 @@ PRESET = "emoji"
 PROMPT = "smiling face with sunglasses"
 PICTURE = "1f981"  # code point of the emoji that is encoded, a lion
 NUM_STEPS = 30
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 2.0
 SEED = 0
 
 # %% [markdown]

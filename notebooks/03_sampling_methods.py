@@ -14,7 +14,7 @@ PROMPT = "face with sunglasses"
 STEP_COUNTS = (3, 5, 10, 20, 50)
 REFERENCE_STEPS = 200
 NUM_SEEDS = 4  # pictures that distances are averaged over
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 2.0
 SEED = 0
 
 # %% [markdown]

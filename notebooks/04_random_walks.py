@@ -12,7 +12,7 @@
 PRESET = "emoji"
 PROMPTS = ("red heart", "blue heart", "blue circle", "red apple")
 NUM_STEPS = 25
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 2.0
 NUM_FRAMES = 24  # of each walk
 WALK_PROMPT = "face with sunglasses"  # of walks through the noise
 GRID_SIDE = 6

@@ -19,7 +19,7 @@ LORA_LEARNING_RATE = 1.5e-3  # 1e-4 for Stable Diffusion
 TRAINING_PICTURES = 2000  # at most
 KID_PICTURES = 100
 NUM_STEPS = 20  # of sampling
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
 # ## Introduction

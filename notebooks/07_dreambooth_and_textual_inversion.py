@@ -23,7 +23,7 @@ NUM_VECTORS = 4
 SAMPLES = 8
 CLASS_SAMPLES = 64  # to see how far the class has moved
 NUM_STEPS = 20  # of sampling
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
 # ## Introduction

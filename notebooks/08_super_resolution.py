@@ -356,7 +356,7 @@ show(
 
 # %%
 sd = StableDiffusion.from_preset(PRESET)
-drawn = sd.text_to_image(list(PROMPTS), num_inference_steps=30, guidance_scale=5.0, seed=0, progress=False)
+drawn = sd.text_to_image(list(PROMPTS), num_inference_steps=30, guidance_scale=2.0, seed=0, progress=False)
 size = [2 * side for side in drawn.shape[1:3]]
 show(
     {

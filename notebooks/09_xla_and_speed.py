@@ -100,7 +100,7 @@ print(f"Keras {keras.__version__} on {keras.backend.backend()}, {os.cpu_count()}
 sampling = {
     "num_images": NUM_IMAGES,
     "num_inference_steps": NUM_STEPS,
-    "guidance_scale": 5.0,
+    "guidance_scale": 2.0,
     "progress": False,
 }
 models = {

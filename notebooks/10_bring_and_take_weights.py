@@ -12,7 +12,7 @@
 PRESET = "emoji"
 PROMPTS = ("red heart", "grinning face", "rocket", "tulip")
 NUM_STEPS = 20
-GUIDANCE_SCALE = 5.0
+GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
 # ## Introduction

@@ -1,6 +1,8 @@
 """Opens the parts of a model from any format, and checks that they fit together."""
 
+import contextlib
 import functools
+import gc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,23 @@ _MODELS = {
 }
 
 
+@contextlib.contextmanager
+def _collection_paused():
+    """A block, or a function, in which Python does not look for garbage.
+
+    A model is 100,000 objects that all stay. While they are made, Python would look through these and through
+    all of the backend's again and again, for 0.4 of the 0.9 seconds that opening Stable Diffusion takes.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collection_paused()
 def open_parts(checkpoint, dtype="float32", partial=False):
     """Build the models of a `Checkpoint`, as `StableDiffusion` takes them.
 
@@ -109,6 +128,7 @@ def _clip_tokenizer(config):
     return tokenizer
 
 
+@_collection_paused()
 def load_part(path: str | Path, part: str, dtype: str = "float32") -> Any:
     """Opens one part of a model.
 
