@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_sd.backend import compat, devices
-from keras_sd.files.cache import PARTIAL, is_own, private_folder, remove_oldest
+from keras_sd.files.cache import PARTIAL, open_entry, private_folder, remove_oldest
 from keras_sd.files.json_files import parse_json
 
 Identity = Callable[[], str | None]
@@ -168,9 +168,7 @@ def _sources():
 def _read(entry):
     """Return the content of an entry; None if there is none, or a damaged one."""
     try:
-        with open(entry, "rb") as file:
-            if not is_own(os.fstat(file.fileno())):
-                return None
+        with open_entry(entry) as file:
             digest, content = file.read(_SHA256_BYTES), file.read()
         os.utime(entry)  # pruning goes by the time of the last use
     except OSError:

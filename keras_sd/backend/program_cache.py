@@ -4,10 +4,12 @@ Importing this module does nothing. `keep_programs` sets the cache up before the
 the first function is compiled.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import os
+import warnings
 from pathlib import Path
 
 import keras
@@ -50,7 +52,10 @@ def keep_programs():
     flags = os.environ.get("TF_XLA_FLAGS")
     if keras.backend.backend() == "tensorflow" and _FLAG in (flags or ""):
         return
-    remove_oldest(folder, _CACHE_BYTES)
+    with contextlib.suppress(OSError):
+        remove_oldest(folder, _CACHE_BYTES)
+    # A program that cannot be read or written is compiled.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

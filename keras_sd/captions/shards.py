@@ -13,7 +13,7 @@ from keras_sd.captions.journal import Entry, read_journal
 from keras_sd.captions.ranking import Clip
 from keras_sd.data.images import read_image
 from keras_sd.errors import UserError
-from keras_sd.files.cache import cache_root
+from keras_sd.files.cache import private_folder
 
 _SMALLEST_SIDE = 1024  # larger images are shrunk to this; the models see 224 to 384 pixels
 
@@ -89,9 +89,8 @@ class ShardCaptioner:
 
 def _open_interrogator(settings, device, with_captioner):
     captioner = settings.captioner if with_captioner else None
-    root = cache_root()
     return Interrogator(
-        None if settings.mode == "caption" else Clip(settings.clip, device, root and root / "captions"),
+        None if settings.mode == "caption" else Clip(settings.clip, device, private_folder("captions")),
         settings.lists,
         Captioner(captioner, device) if captioner is not None else None,
         settings.maximum_phrases,

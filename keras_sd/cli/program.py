@@ -14,6 +14,10 @@ from keras_sd.cli.quiet import quiet_libraries
 from keras_sd.errors import UserError, check_backend, is_installed, missing_package, os_fault
 
 _RESUME = "--resume-from-checkpoint"
+# TensorFlow does not go on without a cache that it was given.
+_UNWRITTEN_PROGRAM = re.compile(
+    r"xla_compile_cache\S*; (No space left on device|Disk quota exceeded|Permission denied|Read-only [a-z ]+)"
+)
 _MOST_FAULTS = 20  # of a data set, that are named
 
 
@@ -93,6 +97,12 @@ def message_of(error):
         return missing_package(error.name)
     if isinstance(error, OSError) and error.errno is not None:
         return os_fault(error)
+    unwritten = _UNWRITTEN_PROGRAM.search(str(error))
+    if unwritten is not None:
+        return (
+            f"KERAS_SD_CACHE: TensorFlow cannot keep a compiled program ({unwritten[1]}); free space, name "
+            "another folder, or off"
+        )
     if is_out_of_memory(error):
         return (
             "out of memory; use half precision (--dtype bfloat16, in training --mixed-precision bf16), a "

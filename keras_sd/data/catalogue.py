@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import stat
 import time
 import warnings
 import zlib
@@ -23,7 +24,7 @@ import PIL
 
 from keras_sd.data.images import Examined, StoredImage, examine_image
 from keras_sd.errors import UserError
-from keras_sd.files.cache import cache_root
+from keras_sd.files.cache import private_folder
 from keras_sd.progress import Progress
 
 OnFault = Callable[[Any, UserError], None]
@@ -234,16 +235,23 @@ def _forget(keys: list[bytes]) -> None:
         _with_catalogue(lambda connection: connection.executemany(_DELETE, [(key,) for key in keys]))
 
 
+def _remove_unless_file(path: Path) -> None:
+    """Remove a link or a pipe, which SQLite would write through or wait for."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+
+
 def _with_catalogue(action: Callable[[sqlite3.Connection], object]) -> None:
     """Call `action(connection)` in one transaction; do nothing where there is no catalogue to use."""
-    root = cache_root()
-    if root is None:
+    folder = private_folder("images")
+    if folder is None:
         return
-    file = root / FILE
+    file = folder / FILE
     for is_second in (False, True):
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+            _remove_unless_file(file)
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
             with contextlib.closing(sqlite3.connect(file, timeout=_LOCK_SECONDS)) as connection, connection:
                 connection.execute(_TABLE)
                 action(connection)

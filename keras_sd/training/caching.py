@@ -5,7 +5,7 @@ from pathlib import Path
 
 from keras_sd.data.encoding_store import DTYPES
 from keras_sd.errors import UserError
-from keras_sd.files.cache import VARIABLE, cache_root
+from keras_sd.files.cache import VARIABLE, private_folder
 
 MODES = ("memory", "disk", "off")
 
@@ -86,7 +86,7 @@ class Caching:
         """
         if self.cache_dir is not None:
             return Path(self.cache_dir)
-        root = cache_root()
-        if root is None:
+        folder = private_folder("encodings")
+        if folder is None:
             raise UserError(f"cache_dir: missing, and there is no cache folder ({VARIABLE}); give a folder")
-        return root / "encodings"
+        return folder

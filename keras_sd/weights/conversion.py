@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_sd import backend
-from keras_sd.files.cache import PARTIAL, is_own, private_folder, remove_oldest
+from keras_sd.files.cache import PARTIAL, open_entry, private_folder, remove_oldest
 from keras_sd.files.mapping import origin_of, release
 
 SMALLEST = 64 * 2**20
@@ -100,23 +100,17 @@ def _ending(entry):
 
 def _read(entry, size):
     """Return the bytes of an entry's arrays, mapped into memory, or None."""
+    ending = _ending(entry)
     try:
-        file = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open_entry(entry) as opened:
+            file = opened.fileno()
+            if os.fstat(file).st_size != size + len(ending) or os.pread(file, len(ending), size) != ending:
+                return None
+            with contextlib.suppress(OSError):  # a cache that is read-only now
+                os.utime(entry)  # pruning goes by the time of the last use
+            return _private(file, size)
     except OSError:
         return None
-    try:
-        status, ending = os.fstat(file), _ending(entry)
-        if not is_own(status) or status.st_size != size + len(ending):
-            return None
-        if os.pread(file, len(ending), size) != ending:
-            return None
-        with contextlib.suppress(OSError):  # a cache that is read-only now
-            os.utime(entry)  # pruning goes by the time of the last use
-        return _private(file, size)
-    except OSError:
-        return None
-    finally:
-        os.close(file)
 
 
 def _private(file, size):

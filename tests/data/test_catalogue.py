@@ -66,8 +66,8 @@ def test_a_second_start_opens_no_image(images, cache):
     second = FolderSource(images, 16, need_captions=False)
     assert second.content_keys() == keys and (second.sizes() == first.sizes()).all()
     assert second.fingerprint() == first.fingerprint()
-    assert [path.name for path in cache.iterdir()] == [FILE]
-    assert cache.stat().st_mode & 0o777 == 0o700 and (cache / FILE).stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (cache / "images").iterdir()] == [FILE]
+    assert cache.stat().st_mode & 0o777 == 0o700 and (cache / "images" / FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_checks_and_hashes_are_remembered_apart(images):
@@ -111,7 +111,7 @@ def test_no_cache_folder(images, cache, monkeypatch):
 @pytest.mark.parametrize("fault", ["no database", "cut short", "another table", "a flipped bit"])
 def test_a_damaged_catalogue_is_made_anew(images, cache, fault, recwarn):
     expected = examine_images(paths(images))
-    file = cache / FILE
+    file = cache / "images" / FILE
     if fault == "no database":
         file.write_bytes(b"no database at all" * 100)
     elif fault == "cut short":
@@ -131,12 +131,28 @@ def test_a_damaged_catalogue_is_made_anew(images, cache, fault, recwarn):
     assert len(told) == (0 if fault == "a flipped bit" else 1)
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_file_is_replaced_by_the_catalogue(images, cache, kind, tmp_path):
+    """SQLite would write through a link, and wait for a pipe."""
+    expected = examine_images(paths(images))
+    file, other = cache / "images" / FILE, tmp_path / "other"
+    other.write_bytes(b"")
+    file.unlink()
+    if kind == "link":
+        file.symlink_to(other)
+    else:
+        os.mkfifo(file)
+    assert examine_images(paths(images)) == expected and not other.read_bytes()
+    spoil(paths(images)[0])
+    assert file.is_file() and not file.is_symlink() and examine_images(paths(images)) == expected
+
+
 def test_files_that_are_gone_are_forgotten(images, cache):
     examine_images(paths(images))
     paths(images)[0].unlink()
     age(paths(images)[0], 2 * HOUR)
     examine_images(paths(images))
-    with sqlite3.connect(cache / FILE) as connection:
+    with sqlite3.connect(cache / "images" / FILE) as connection:
         assert connection.execute("SELECT count(*) FROM images").fetchone() == (2,)
 
 
@@ -145,7 +161,7 @@ def test_two_runs_at_once_and_one_that_is_killed(images, cache):
         os.link(images / "0.jpg", images / f"{number}.jpg")
     code = "import sys, keras_sd.data.folders as f; f.FolderSource(sys.argv[1], 16, False).content_keys()"
     runs = [subprocess.Popen([sys.executable, "-c", code, str(images)]) for _ in range(3)]
-    while not (cache / FILE).exists() and runs[0].poll() is None:
+    while not (cache / "images" / FILE).exists() and runs[0].poll() is None:
         time.sleep(0.01)
     runs[0].send_signal(signal.SIGKILL)
     assert [run.wait(60) for run in runs][1:] == [0, 0]

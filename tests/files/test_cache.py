@@ -1,14 +1,17 @@
 """The folder of the cache, and how it is turned off."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from keras_sd.cli.main import main
+from keras_sd.cli.program import message_of
 from keras_sd.cli.train.main import main as train
-from keras_sd.files.cache import VARIABLE, cache_root, private_folder, remove_oldest
+from keras_sd.files import cache
+from keras_sd.files.cache import VARIABLE, cache_root, open_entry, private_folder, remove_oldest
 
 
 @pytest.mark.parametrize("value", ["", "off", "OFF", "0", "none", "false", "no"])
@@ -87,3 +90,61 @@ def test_a_private_folder(tmp_path, monkeypatch):
         assert private_folder("link") is None
     monkeypatch.setenv(VARIABLE, "off")
     assert private_folder("xla") is None
+
+
+def test_what_others_have_left_is_removed(tmp_path, monkeypatch):
+    if os.geteuid():
+        pytest.fail("only root can make a file of another user")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "own"))
+    folder = private_folder("xla")
+    (folder / "own").write_text("")
+    for name in ("other", "folder/other"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+        os.chown(folder / name, 12345, 12345)
+    os.chown(folder / "folder", 12345, 12345)
+    folder.chmod(0o777)
+    assert [path.name for path in private_folder("xla").iterdir()] == ["own"]
+
+
+def test_an_entry_is_a_file_of_ones_own(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    with open_entry(tmp_path / "file") as file:
+        assert file.read() == b"content"
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", "none", ""):
+        with pytest.raises(OSError):
+            open_entry(tmp_path / name)
+
+
+def test_pipes_links_and_unfinished_files_are_removed(tmp_path):
+    old = time.time() - 2 * 86400
+    for name in ("kept-cache", "whole", "ours.partial", "xla.pb.tmp"):
+        (tmp_path / name).write_text("content")
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / "now.partial").write_text("content")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "whole")
+    os.mkfifo(tmp_path / "pipe")
+    remove_oldest(tmp_path, 2**20)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept-cache", "whole", "now.partial", "folder"}
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, run_program):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "full"))
+    monkeypatch.setattr(cache, "_LEAST_BYTES", 2**60)
+    code, _, errors = run_program(main, "generate", "heart", "--num-inference-steps", 1)
+    assert code == 0 and (tmp_path / "image.png").is_file() and not any((tmp_path / "full").iterdir())
+    assert errors.count("warning") == 1 and f"{VARIABLE} {tmp_path / 'full'}: has " in errors
+
+
+def test_an_error_of_tensorflows_cache_is_one_line():
+    error = RuntimeError(
+        "/c/xla/tensorflow/xla_compile_cache__k__XLA_CPU_JIT.pbvm-1.tmp; No space left on device [Op:x]"
+    )
+    assert message_of(error) == (
+        "KERAS_SD_CACHE: TensorFlow cannot keep a compiled program (No space left on device); free space, "
+        "name another folder, or off"
+    )
