@@ -16,20 +16,25 @@ _LOG_LINES = r"^[IW][0-9]{4} |^WARNING: All log messages before absl::Initialize
 
 
 def quiet_libraries():
-    """Make libraries log errors only, unless a level is set; call it before they are imported."""
-    if _LEVEL in os.environ:
-        return
-    os.environ[_LEVEL] = "3"
-    handler = logging.StreamHandler()
-    handler.setLevel(logging.ERROR)
-    logging.basicConfig(handlers=[handler])
-    sys.meta_path.insert(0, _QuietImport())
+    """Make libraries log errors only, unless a level is set, and import no more than a command needs.
+
+    Call it before they are imported.
+    """
+    blocks = {"keras": lambda: without_packages(_NOT_FOR_KERAS)}
+    if _LEVEL not in os.environ:
+        os.environ[_LEVEL] = "3"
+        handler = logging.StreamHandler()
+        handler.setLevel(logging.ERROR)
+        logging.basicConfig(handlers=[handler])
+        blocks["tensorflow"] = _without_log_lines  # its import logs before it reads the level
+    sys.meta_path.insert(0, _ImportsInBlocks(blocks))
 
 
-class _QuietImport:
-    """An import hook for Keras, and for TensorFlow, whose import logs before it reads the level."""
+class _ImportsInBlocks:
+    """An import hook that executes packages in blocks: name -> function that returns a context."""
 
-    _blocks = {"tensorflow": lambda: _without_log_lines(), "keras": lambda: without_packages(_NOT_FOR_KERAS)}
+    def __init__(self, blocks):
+        self._blocks = blocks
 
     def find_spec(self, name, path=None, target=None):
         if name not in self._blocks:

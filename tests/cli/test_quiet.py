@@ -70,3 +70,22 @@ def test_errors_and_last_words_are_passed_on(aborts):
     lines = done.stderr.splitlines()
     assert lines[0] == "before" and lines[-1] == ("warning: of ours" if aborts else "after")
     assert [line[-12:] for line in lines[1:3]] == [".cc:153] no AVX"[-12:], "It ends here"]
+
+
+IMPORTED = """if True:
+    import sys
+    from keras_sd.cli.quiet import quiet_libraries
+    quiet_libraries()
+    import keras
+    print(*(name for name in ("matplotlib", "pandas", "sklearn") if name in sys.modules))
+    import matplotlib, pandas, sklearn
+"""
+
+
+@pytest.mark.parametrize("level", [None, "0"])
+def test_what_keras_imports_on_the_side_is_left_out(level):
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    environment.pop("TF_CPP_MIN_LOG_LEVEL")
+    environment |= {} if level is None else {"TF_CPP_MIN_LOG_LEVEL": level}
+    done = subprocess.run([sys.executable, "-c", IMPORTED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout.strip(), done.stderr
