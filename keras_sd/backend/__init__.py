@@ -13,6 +13,7 @@ from keras_sd.backend.arrays import (
     aligned_arrays,
     aligned_memory,
     aligned_size,
+    copies,
     copy_values,
     to_numpy,
     to_tensor,

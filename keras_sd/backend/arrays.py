@@ -1,5 +1,6 @@
 """Conversion between NumPy arrays and the tensors and variables of the backend."""
 
+import functools
 import math
 
 import keras
@@ -60,6 +61,23 @@ def copy_values(array, target):
     with np.errstate(over="ignore"):  # callers check for infinity
         for part in parts:
             np.copyto(target[part], array[part], casting="unsafe")
+
+
+def copies(variables):
+    """Return the values of Keras variables in memory of their own, which another program may be given."""
+    values = [compat.current_value(variable) for variable in variables]
+    if keras.backend.backend() == "jax":
+        return _copied_by_jax()(values)
+    return [keras.ops.copy(value) for value in values]
+
+
+@functools.cache
+def _copied_by_jax():
+    """Return one program for all values: JAX would compile a copy for each of a hundred shapes."""
+    import jax
+    import jax.numpy as jnp
+
+    return jax.jit(lambda values: [jnp.copy(value) for value in values])
 
 
 def to_tensor(array):

@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_sd.errors import UserError
@@ -92,6 +93,20 @@ def drop_partial_update(optimizer):
         optimizer._iterations.assign(optimizer._iterations // accumulation * accumulation)
 
 
+class _HostZeros(keras.initializers.Initializer):
+    """Zeros of NumPy. For Keras' own JAX compiles a program for each of a hundred shapes."""
+
+    def __call__(self, shape, dtype=None):
+        return np.zeros(shape, dtype)
+
+
+def _zeros():
+    """Return the initializer of an optimizer's state."""
+    if keras.backend.backend() == "jax" and keras.distribution.distribution() is None:
+        return _HostZeros()
+    return "zeros"  # which are made where they belong
+
+
 class JointOptimizer(keras.optimizers.Optimizer):
     """An optimizer with one call, of `update_all` in a subclass, for all variables and the weight decay.
 
@@ -138,10 +153,10 @@ class JointOptimizer(keras.optimizers.Optimizer):
         """
         name = kind.replace(" ", "_")
         if shape is None and dtype is None:
-            return self.add_variable_from_reference(variable, name=name)
+            return self.add_variable_from_reference(variable, name=name, initializer=_zeros())
         return self.add_variable(
             variable.shape if shape is None else shape,
-            initializer=keras.initializers.Constant(first) if first else "zeros",
+            initializer=keras.initializers.Constant(first) if first else _zeros(),
             dtype=dtype or "float32",
             layout=getattr(variable, "_layout", None) if shape is None else None,
             name=name,

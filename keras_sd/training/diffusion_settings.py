@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.special
 
 from keras_sd.diffusion import prediction
 from keras_sd.diffusion.schedules import NoiseSchedule
@@ -142,7 +141,9 @@ class NoiseDrawing:
         """Return the timestep at a quantile, 0 to just below 1, of the distribution of timesteps."""
         if self.settings.timestep_sampling == "uniform":
             return np.int32(quantile * self.num_timesteps)
-        return self._log_normal(scipy.special.ndtri(quantile))
+        from scipy.special import ndtri  # here, as its import takes a sixth of a second
+
+        return self._log_normal(ndtri(quantile))
 
     def _log_normal(self, normal):
         """Return the timestep of a value of the standard normal distribution."""

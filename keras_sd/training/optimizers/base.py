@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.arguments import Tensor
 from keras_sd.backend.compat import JointOptimizer
 
@@ -81,13 +82,13 @@ class EMAOptimizer(JointOptimizer):
         self.state, self.state_names = state, names
         self.fill_state(variables)
         if self.ema_decay is not None:
-            self.ema_variables = self.add_optimizer_variables(variables, "ema")
-            for average, variable in zip(self.ema_variables, variables, strict=True):
-                # A copy: JAX donates the buffers of both to the compiled step, so they must not be shared.
-                average.assign(ops.copy(variable))
+            self.ema_variables = [self.add_state(variable, "ema") for variable in variables]
+            # Copies: JAX donates the buffers of both to the compiled step, so they must not be shared.
+            for average, value in zip(self.ema_variables, backend.copies(variables), strict=True):
+                average.assign(value)
         # The first update overwrites them, so their first values do not matter.
         self.post_hoc_variables = [
-            self.add_optimizer_variables(variables, f"post_hoc_{place}")
+            [self.add_state(variable, f"post_hoc_{place}") for variable in variables]
             for place in range(len(self.post_hoc_gammas))
         ]
         names_of_figures = (*self.figure_names, *self.rate_figures)

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.arguments import Tensor
 from keras_sd.training.optimizers.base import EMAOptimizer, Part, bias_correction, joined
 
@@ -74,8 +75,8 @@ class Prodigy(EMAOptimizer):
         return {kind: {} for kind in ("first moment", "second moment", "sum", "start")}
 
     def fill_state(self, variables: list[keras.Variable]) -> None:
-        for state, variable in zip(self.state, variables, strict=True):
-            state[-1].assign(ops.copy(variable))
+        for state, value in zip(self.state, backend.copies(variables), strict=True):
+            state[-1].assign(value)
 
     def start_update(self, rate: Tensor, parts: list[Part]) -> Any:
         """Estimate d from all variables; return the factors of the update (algorithm 4 of the paper)."""
