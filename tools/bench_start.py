@@ -169,13 +169,12 @@ def training(models, size):
 def lora(models, size):
     train = ("keras_sd.train", "lora", *TRAINING, "--pretrained-model-name-or-path", models.sd15)
     train = (*train, "--max-train-samples", 2, "--resolution", size, "--rank", 4, "--train-batch-size", 1)
-    phases = (("to the opened model", "training: lora"), ("first step", r"step 1\b"))
-    of_peer = (("to the opened model", "mark: opened"), ("first step", r"step 1\b"))
+    of_peer = (("import and open", "mark: opened"), *FIRST_STEP)
     return Row(
-        f"`train lora`, SD 1.5, {size} px: opened model to the first step",
+        f"`train lora`, SD 1.5, {size} px, batch of 1: process start to the first step",
         [
-            *command("", *train, phases=phases, counted=("first step",)),
-            peer("train-lora", models.sd15, size, 2, 1, phases=of_peer, counted=("first step",)),
+            *command("", *train, phases=FIRST_STEP),
+            peer("train-lora", models.sd15, size, 2, 1, phases=of_peer),
         ],
     )
 
