@@ -24,11 +24,12 @@ def main(task, folder, size=0, steps=0, count=1):
     model = keras_sd.StableDiffusion.load(folder)
     size, steps, count = int(size), int(steps), int(count)
     if task == "open":
-        # By NumPy, with a thread for each core as torch has them: JAX would compile a sum for each shape.
+        # On JAX by NumPy, as JAX would compile a sum for each shape; TensorFlow would copy for NumPy.
+        is_jax = keras.backend.backend() == "jax"
+        read = (lambda one: np.sum(keras.ops.convert_to_numpy(one))) if is_jax else keras.ops.sum
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             for part in (model.unet, model.vae, model.text_encoder):
-                arrays = [keras.ops.convert_to_numpy(variable) for variable in part.variables]
-                sum(threads.map(np.sum, arrays))
+                sum(map(float, threads.map(read, part.variables)))
         mark("read")
         return
     mark("opened")
