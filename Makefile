@@ -46,7 +46,7 @@ $(VENV)/installed-docs: $(VENV)/installed
 install: $(VENV)/installed  ## Install keras-sd and what it needs into .venv
 	@echo 'Ready: $(BIN)/keras-sd --help'
 
-demo: $(VENV)/installed  ## Generate with the bundled model, upscale, fine-tune it (5 minutes)
+demo: $(VENV)/installed  ## Generate with the bundled model, upscale, fine-tune it (2 minutes)
 	$(BIN)/python -m keras_sd demo $(ARGS)
 
 train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the options

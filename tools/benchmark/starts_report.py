@@ -78,13 +78,14 @@ def plot(path, results, before=None):
 
 def _draw(axis, title, bars):
     names, starts = [name for name, _ in bars], [0.0] * len(bars)
-    for phase in dict.fromkeys(phase for _, phases in bars for phase in phases):
+    most_first = sorted((phases for _, phases in bars), key=len, reverse=True)
+    for phase in dict.fromkeys(phase for phases in most_first for phase in phases):
         lengths = [phases.get(phase, 0.0) for _, phases in bars]
         axis.barh(names, lengths, left=starts, label=phase)
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     for place, total in enumerate(starts):
         axis.text(total, place, f" {total:.1f} s", va="center", fontsize=8)
-    axis.margins(x=0.12)
+    axis.margins(x=0.35)  # room for the numbers and the legend
     axis.invert_yaxis()
     axis.set_title(title, fontsize=10, loc="left")
     axis.tick_params(labelsize=8)
