@@ -29,7 +29,6 @@ from keras_sd.files.writing import write_json, write_text
 from machine import description
 
 STEPS, IMAGES = 30, 4
-RUN_TIMEOUT = 1800
 
 
 class Side(NamedTuple):
@@ -64,19 +63,19 @@ class Failure(Exception):
     """A side that cannot be measured; the line says why."""
 
 
-def ours(title, task, folder, *arguments, phases, counted=(), fresh=False, backends=("tensorflow", "jax")):
+def ours(task, folder, *arguments, phases, counted=(), fresh=False):
     """Return our sides of a task of `benchmark.our_starts`."""
     arguments = ["-m", "benchmark.our_starts", task, str(folder), *map(str, arguments)]
     return [
-        Side(f"keras_sd, {NAMES[backend]}{title}", arguments, phases, counted, backend, fresh)
-        for backend in backends
+        Side(f"keras_sd, {name}", arguments, phases, counted, backend, fresh)
+        for backend, name in NAMES.items()
     ]
 
 
-def command(title, *arguments, phases, counted=(), backends=("tensorflow", "jax")):
-    """Return our sides of a real command."""
+def command(*arguments, phases, title="", backends=("tensorflow", "jax")):
+    """Return our sides of a real command, with a title that tells it from another one of the row."""
     return [
-        Side(f"keras_sd, {NAMES[backend]}{title}", ["-m", *map(str, arguments)], phases, counted, backend)
+        Side(f"keras_sd, {NAMES[backend]}{title}", ["-m", *map(str, arguments)], phases, backend=backend)
         for backend in backends
     ]
 
@@ -119,7 +118,7 @@ def opening(models, size):
     return Row(
         "open SD 1.5, every weight read",
         [
-            *ours("", "open", models.sd15, phases=OPENING, counted=("open",)),
+            *ours("open", models.sd15, phases=OPENING, counted=("open",)),
             peer("open", models.sd15, phases=OPENING, counted=("open",)),
         ],
     )
@@ -129,7 +128,7 @@ def first_image(models, size):
     return Row(
         f"SD 1.5, {size} px: process start to the first image of one step",
         [
-            *ours("", "generate", models.sd15, size, 1, phases=DRAWING),
+            *ours("generate", models.sd15, size, 1, phases=DRAWING),
             peer("generate", models.sd15, size, 1, phases=DRAWING),
         ],
     )
@@ -139,7 +138,7 @@ def generate(models, size):
     draw = ("keras_sd", "generate", PROMPT, "--num-images", IMAGES, "--output", "image.png")
     return Row(
         f"`keras-sd generate` with `emoji`, {IMAGES} images, whole process",
-        [*command("", *draw, phases=WHOLE), peer("generate", models.emoji, 64, STEPS, IMAGES, phases=WHOLE)],
+        [*command(*draw, phases=WHOLE), peer("generate", models.emoji, 64, STEPS, IMAGES, phases=WHOLE)],
     )
 
 
@@ -147,7 +146,7 @@ def generate_phases(models, size):
     return Row(
         f"`emoji`, {IMAGES} images of {STEPS} steps: process start to the images",
         [
-            *ours("", "generate", models.emoji, 64, STEPS, IMAGES, phases=DRAWING),
+            *ours("generate", models.emoji, 64, STEPS, IMAGES, phases=DRAWING),
             peer("generate", models.emoji, 64, STEPS, IMAGES, phases=DRAWING),
         ],
     )
@@ -159,8 +158,8 @@ def training(models, size):
     return Row(
         "`train text-to-image` with `emoji`: process start to the first step",
         [
-            *command("", *train, phases=FIRST_STEP),
-            *command(", --no-jit-compile", *plain, phases=FIRST_STEP, backends=("tensorflow",)),
+            *command(*train, phases=FIRST_STEP),
+            *command(*plain, phases=FIRST_STEP, title=", --no-jit-compile", backends=("tensorflow",)),
             peer("train", models.emoji, 64, 2, 64, phases=FIRST_STEP),
         ],
     )
@@ -173,7 +172,7 @@ def lora(models, size):
     return Row(
         f"`train lora`, SD 1.5, {size} px, batch of 1: process start to the first step",
         [
-            *command("", *train, phases=FIRST_STEP),
+            *command(*train, phases=FIRST_STEP),
             peer("train-lora", models.sd15, size, 2, 1, phases=of_peer),
         ],
     )
@@ -182,14 +181,14 @@ def lora(models, size):
 def first_unet(models, size):
     return Row(
         f"SD 1.5, {size} px, nothing cached: first call of the UNet",
-        ours("", "unet", models.sd15, size, phases=DRAWING, counted=("first image",), fresh=True),
+        ours("unet", models.sd15, size, phases=DRAWING, counted=("first image",), fresh=True),
     )
 
 
 def first_decoder(models, size):
     return Row(
         f"SD 1.5, {size} px, nothing cached: first call of the decoder",
-        ours("", "decoder", models.sd15, size, phases=DRAWING, counted=("first image",), fresh=True),
+        ours("decoder", models.sd15, size, phases=DRAWING, counted=("first image",), fresh=True),
     )
 
 
@@ -199,7 +198,7 @@ def memory(models, size):
     return Row(
         "`keras-sd generate`, SD 1.5, 512 px, one step, float16 weights: peak of memory",
         [
-            *command("", *draw, phases=WHOLE),
+            *command(*draw, phases=WHOLE),
             peer("generate", models.half, 512, 1, 1, "float16", phases=WHOLE),
         ],
         figure="peak_gigabytes",

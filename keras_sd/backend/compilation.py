@@ -134,15 +134,12 @@ def train_function_by_shape(make_function, train_step=None, variables=None, iden
         return train_on_jax
     compat.free_gradients_with_graphs()
 
-    class _ByShape(dict):
-        def __missing__(self, signature):
-            self[signature] = make_function()
-            return self[signature]
-
-    functions = _ByShape()
+    @functools.cache
+    def function_of(signature):
+        return make_function()
 
     def traced(batch):
-        return functions[signature_of(batch)](iter([batch]))
+        return function_of(signature_of(batch))(iter([batch]))
 
     if identity is None or compat.has_strategy():
         return lambda iterator: traced(next(iterator))

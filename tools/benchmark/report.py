@@ -1,7 +1,8 @@
 """Formats benchmark results: a line on the terminal for each side, a Markdown table, a plot and JSON."""
 
+from benchmark.panels import saved_panels
 from benchmark.worker import SAMPLING_CASES
-from keras_sd.files.writing import replaced, write_json, write_text
+from keras_sd.files.writing import write_json, write_text
 
 HEAD = (
     "case                   side                       seconds  first in turns  ratio  "
@@ -146,11 +147,6 @@ def plot(path, results):
 
     Cases with one side only share a panel of seconds.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     measured = [
         (result, [side for side in result["sides"] if "seconds" in side]) for result in results["results"]
     ]
@@ -159,23 +155,16 @@ def plot(path, results):
     heights = [len(sides) for _, sides in compared] + ([len(alone)] if alone else [])
     if not heights:
         return
-    figure, panels = plt.subplots(
-        len(heights),
-        figsize=(8, 0.9 * len(heights) + 0.32 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        constrained_layout=True,
-    )
-    for panel, (result, sides) in zip(panels[:, 0], compared, strict=False):
-        _draw_case(panel, result, sides)
-    if compared:
-        label = "time of a call as a multiple of the first side's in the same turns; line: fastest to slowest"
-        panels[len(compared) - 1, 0].set_xlabel(label, fontsize=9)
-    if alone:
-        _draw_alone(panels[-1, 0], alone)
-    with replaced(path) as staging:
-        figure.savefig(staging, dpi=110, format="png")
-    plt.close(figure)
+    with saved_panels(path, heights, 0.9, 0.32) as panels:
+        for panel, (result, sides) in zip(panels, compared, strict=False):
+            _draw_case(panel, result, sides)
+        if compared:
+            label = (
+                "time of a call as a multiple of the first side's in the same turns; line: fastest to slowest"
+            )
+            panels[len(compared) - 1].set_xlabel(label, fontsize=9)
+        if alone:
+            _draw_alone(panels[-1], alone)
 
 
 def _draw_case(panel, result, sides):

@@ -1,6 +1,6 @@
 """Formats what `tools/bench_start.py` measured: a Markdown table, and a plot of where the seconds go."""
 
-from keras_sd.files.writing import replaced
+from benchmark.panels import saved_panels
 
 HEAD = (
     "| what a user waits for | side | median | over diffusers | first process | range | caches |",
@@ -41,11 +41,6 @@ def plot(path, results, before=None):
         path: PNG file to write.
         before: earlier results, whose sides of the same rows are drawn beside.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     earlier = {row["key"]: row["sides"] for row in before["rows"]} if before else {}
     panels = []
     for row in results["rows"]:
@@ -60,20 +55,10 @@ def plot(path, results, before=None):
             panels.append((row["title"], bars))
     if not panels:
         return
-    heights = [len(bars) for _, bars in panels]
-    figure, axes = plt.subplots(
-        len(panels),
-        figsize=(8, 0.7 * len(panels) + 0.3 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        constrained_layout=True,
-    )
-    for axis, (title, bars) in zip(axes[:, 0], panels, strict=True):
-        _draw(axis, title, bars)
-    axes[-1, 0].set_xlabel("seconds, medians of each phase", fontsize=9)
-    with replaced(path) as staging:
-        figure.savefig(staging, dpi=110, format="png")
-    plt.close(figure)
+    with saved_panels(path, [len(bars) for _, bars in panels], 0.7, 0.3) as axes:
+        for axis, (title, bars) in zip(axes, panels, strict=True):
+            _draw(axis, title, bars)
+        axes[-1].set_xlabel("seconds, medians of each phase", fontsize=9)
 
 
 def _draw(axis, title, bars):
