@@ -107,10 +107,13 @@ _before_abrupt_exit = []
 def phase(name, *, in_commands=False):
     """Print the name of a phase on standard error if it takes more than two seconds.
 
+    In other threads than the main one it does nothing.
+
     Args:
         in_commands: print it in commands only, not in users' Python programs.
     """
-    if in_commands and _state.program is None:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or (in_commands and _state.program is None):
         yield
         return
     before = _state.phase

@@ -1,12 +1,13 @@
 """Code that depends on the backend, TensorFlow or JAX; besides it, only `kernels` imports a backend.
 
-compilation    functions compiled by XLA
-exported       keeps what tracing gave for the next process
-identity       what Python objects contribute to a trace
-program_cache  keeps compiled programs for the next process
-devices        processes and devices
-arrays         conversion between NumPy arrays and tensors
-compat         all uses of private and experimental functions
+compilation      functions compiled by XLA
+compiling_ahead  compiles programs in a thread, before they are called
+exported         keeps what tracing gave for the next process
+identity         what Python objects contribute to a trace
+program_cache    keeps compiled programs for the next process
+devices          processes and devices
+arrays           conversion between NumPy arrays and tensors
+compat           all uses of private and experimental functions
 """
 
 from keras_sd.backend.arrays import (
@@ -36,6 +37,7 @@ from keras_sd.backend.compilation import (
     value_and_gradient,
     with_constant_variables,
 )
+from keras_sd.backend.compiling_ahead import CompilationAhead, compiles_ahead
 from keras_sd.backend.devices import (
     any_process,
     compiles_for_processor,

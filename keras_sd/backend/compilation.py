@@ -89,7 +89,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
 
     if identity is None or is_distributed or devices.process_count() > 1:
         return call
-    make = jax_maker(function, functools.partial(_GivenValues, variables), current_values, layouts)
+    make = jax_maker(function, variables, functools.partial(_GivenValues, variables), current_values, layouts)
     return ExportedFunction(call, make, variables, identity, _MOST_SHAPES)
 
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
 from keras_sd.backend import compat, devices
+from keras_sd.backend.compiling_ahead import is_ahead
 from keras_sd.files.cache import PARTIAL, open_entry, private_folder, remove_oldest
 from keras_sd.files.json_files import parse_json
 
@@ -48,10 +50,13 @@ class Program(NamedTuple):
     Attributes:
         call: the function of the inputs, a tuple.
         content: bytes to keep; None if the program was read from them.
+        compile: compiles it for inputs of these shapes, without running it; returns `call` of what was
+            compiled, and the shapes of its results. None where a program is compiled by running it.
     """
 
     call: Callable[[tuple[Any, ...]], Any]
     content: bytes | None
+    compile: Callable[[tuple[Any, ...]], tuple[Callable[[tuple[Any, ...]], Any], Any]] | None = None
 
 
 class ExportedFunction:
@@ -79,38 +84,60 @@ class ExportedFunction:
         self._variables, self._identity = variables, identity
         self._most_shapes = most_shapes
         self._calls: dict[Any, Callable[[tuple[Any, ...]], Any]] = {}
+        self._zeros: dict[Any, Any] = {}  # results where a thread compiles only
 
     def __call__(self, *inputs):
         return self.call(signature_of(inputs), *inputs)
 
     def call(self, signature, *inputs):
         """Return the result for inputs of a signature, which is looked up in place of their shapes."""
+        if is_ahead():
+            return self._compiled_only(signature, inputs)
         call = self._calls.get(signature)
         if call is not None:
             return call(inputs)
         call, result = self._first_call(signature, inputs)
+        self._keep(signature, call)
+        return result
+
+    def _keep(self, signature, call):
         self._calls[signature] = call
         if self._most_shapes is not None and len(self._calls) > self._most_shapes:
             self._calls.pop(next(iter(self._calls)), None)  # another thread may have done so
-        return result
+
+    def _compiled_only(self, signature, inputs):
+        """Compile the program for these shapes, and return zeros in place of its result."""
+        if signature not in self._zeros:
+            call, self._zeros[signature] = self._first(signature, inputs, _compile)
+            self._keep(signature, call)
+        return self._zeros[signature]
 
     def _first_call(self, signature, inputs):
         """Return the function for these shapes, and its result."""
+        found = self._first(signature, inputs, _run)
+        return found or (lambda inputs: self._traced(*inputs), self._traced(*inputs))
+
+    def _first(self, signature, inputs, use):
+        """Return what `use` returns of the program, which is read or made; None if there is none.
+
+        Args:
+            use: `use(program, inputs)` returns the function for these shapes, and a result.
+        """
         identity = self._identity()
         entry = None if identity is None else self._entry(identity, signature)
         kept = None if entry is None else _read(entry)
         for content in () if entry is None else (None,) if kept is None else (kept, None):
             try:
                 program = self._make(inputs, content)
-                result = program.call(inputs)
+                used = use(program, inputs)
             except Exception as error:  # of whatever library meets something that it does not know
                 if devices.is_out_of_memory(error):
                     raise
                 continue
             if program.content is not None:
                 _write(entry, program.content)
-            return program.call, result
-        return lambda inputs: self._traced(*inputs), self._traced(*inputs)
+            return used
+        return None
 
     def _entry(self, identity, signature):
         folder = private_folder("programs")
@@ -122,6 +149,17 @@ class ExportedFunction:
         ]
         text = json.dumps([identity, repr(signature), variables, _environment()])
         return folder / hashlib.sha256(text.encode()).hexdigest()
+
+
+def _run(program, inputs):
+    return program.call, program.call(inputs)
+
+
+def _compile(program, inputs):
+    import jax
+
+    call, shapes = program.compile(inputs)
+    return call, jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)
 
 
 def signature_of(value):
@@ -211,17 +249,21 @@ def _of_leaves(function, inputs):
 # JAX
 
 
-def jax_maker(function, given_values, values, layouts):
+def jax_maker(function, variables, given_values, values, layouts):
     """Return `make` of an `ExportedFunction` on JAX.
 
     Args:
         function: the function of the inputs.
+        variables: the Keras variables that it reads.
         given_values: `given_values(values)` is a context in which the variables have these values.
         values: returns the values of the variables, laid out as the program takes them.
         layouts: of each variable, None for the usual one.
     """
     import jax
     import jax.export
+
+    # Their values are elsewhere while a model is trained.
+    shapes = [jax.ShapeDtypeStruct(variable.shape, variable.dtype) for variable in variables]
 
     def make(inputs, content):
         new = content is None
@@ -232,13 +274,19 @@ def jax_maker(function, given_values, values, layouts):
                 with given_values(values):
                     return of_leaves(leaves)
 
-            content = _exported_by_jax(program, values(), _leaves(inputs))
+            content = _exported_by_jax(program, shapes, _leaves(inputs))
         usual = _on_one_device()
         call = jax.jit(
             jax.export.deserialize(bytearray(content)).call,
             in_shardings=([layout or usual for layout in layouts], usual),
         )
-        return Program(lambda inputs: call(values(), _leaves(inputs)), content if new else None)
+
+        def compile_only(inputs):
+            lowered = call.lower(shapes, _leaves(inputs))
+            compiled = lowered.compile()
+            return lambda inputs: compiled(values(), _leaves(inputs)), lowered.out_info
+
+        return Program(lambda inputs: call(values(), _leaves(inputs)), content if new else None, compile_only)
 
     return make
 

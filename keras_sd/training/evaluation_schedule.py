@@ -1,11 +1,31 @@
 """When a run is evaluated: every so many steps, at its end, and perhaps before its first step."""
 
+import os
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from keras_sd import backend, interruption
 from keras_sd.training.callbacks import ProgressCallback, StepCallback
+
+_CORES_FOR_TWO_COMPILATIONS = 4
+
+
+class Evaluation(NamedTuple):
+    """How an evaluation is made, with what compiles its programs ahead.
+
+    Attributes:
+        make: `make(trainer)` returns `evaluate(step)`.
+        compile: calls the programs of the evaluation with inputs of the same shapes, and has no other effect
+            (`backend.CompilationAhead`).
+    """
+
+    make: Callable[[Any], Callable[[int], object]]
+    compile: Callable[[], object]
+
+    def __call__(self, trainer: Any) -> Callable[[int], object]:
+        """Return `evaluate(step)`."""
+        return self.make(trainer)
 
 
 class EvaluationSchedule:
@@ -14,7 +34,7 @@ class EvaluationSchedule:
     Args:
         trainer: the `Trainer`.
         make: `make(trainer)` returns `evaluate(step)`; it is called before the first evaluation. None for no
-            evaluation.
+            evaluation. The programs of an `Evaluation` are compiled beside training.
         record: the `run_folder.RunRecord` of the run.
         name: what the record and messages call it.
         setting: the setting of `Settings` that says how many steps are between two evaluations, 0 for none.
@@ -35,6 +55,18 @@ class EvaluationSchedule:
         self._trainer, self._make, self._record = trainer, make, record
         self._name, self._setting, self._at_first = name, setting, at_first
         self._evaluate = None
+        self._ahead: backend.CompilationAhead | None = None
+
+    def compile_ahead(self) -> None:
+        """Start to compile the programs of the first evaluation in a thread, where this is possible."""
+        is_needed = self._evaluate is None and self._ahead is None and isinstance(self._make, Evaluation)
+        if is_needed and self.every and backend.compiles_ahead():
+            self._ahead = backend.CompilationAhead(self._make.compile)
+
+    def cancel_compilation(self) -> None:
+        """Compile no further programs ahead."""
+        if self._ahead is not None:
+            self._ahead.cancel()
 
     def is_due(self, step: int) -> bool:
         """Return whether an evaluation at this step, the first or last of the process, is still due."""
@@ -55,6 +87,9 @@ class EvaluationSchedule:
         """Evaluate; warn of a failure and continue."""
         try:
             with interruption.interruptible(), interruption.phase("evaluating"):
+                if self._ahead is not None:
+                    with interruption.phase("compiling the programs of evaluations"):
+                        self._ahead.wait()
                 if self._evaluate is None:
                     self._evaluate = self._make(self._trainer)
                 self._evaluate(step)
@@ -71,6 +106,25 @@ class EvaluationSchedule:
         else:
             if self._trainer.is_writer:
                 self._record.write(self._name, step)
+
+
+class CompilationCallback(StepCallback):
+    """Compiles the programs of evaluations beside training.
+
+    With few cores that begins after the first step, whose own compilation would only be slower.
+    """
+
+    def __init__(self, schedules: Sequence[EvaluationSchedule], initial_step: int) -> None:
+        super().__init__(initial_step)
+        self.schedules = schedules
+
+    def on_train_begin(self, logs=None):
+        if (os.cpu_count() or 1) >= _CORES_FOR_TWO_COMPILATIONS:
+            self.on_step({})
+
+    def on_step(self, logs):
+        for schedule in self.schedules:
+            schedule.compile_ahead()
 
 
 class EvaluationCallback(StepCallback):

@@ -55,7 +55,7 @@ def train_pixel_ddim(
             `data.framing.FramedSource` crops and flips them at random.
         repeats: how often an epoch shows each example.
         diffusion: `DiffusionSettings`; None for their defaults.
-        make_evaluation: `make_evaluation(trainer, denoiser)` returns a function of the step.
+        make_evaluation: `make_evaluation(denoiser)` returns what `Trainer.run` takes.
         validation: `validation.Validation`: examples of the validation loss, or None for none.
 
     Returns:
@@ -88,7 +88,7 @@ def train_pixel_ddim(
         source,
         draw,
         repeats=repeats,
-        make_evaluation=make_evaluation and (lambda trainer: make_evaluation(trainer, denoiser)),
+        make_evaluation=make_evaluation and make_evaluation(denoiser),
         make_validation=validation_maker(validation, draw, noise),
         export=lambda folder: save_model(folder, unet, scheduler_config),
     )

@@ -31,7 +31,11 @@ from keras_sd.training.callbacks import (
 )
 from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.data_faults import fault_of_data, save_before_fault
-from keras_sd.training.evaluation_schedule import EvaluationCallback, EvaluationSchedule
+from keras_sd.training.evaluation_schedule import (
+    CompilationCallback,
+    EvaluationCallback,
+    EvaluationSchedule,
+)
 from keras_sd.training.logs import MetricsLog, SilentLog
 from keras_sd.training.objectives import Objective
 from keras_sd.training.offloaded_ema import OffloadedEMACallback
@@ -274,6 +278,8 @@ class Trainer:
                             stacklevel=2,
                         )
         finally:
+            for schedule in self._schedules:
+                schedule.cancel_compilation()
             self.log.close()
             release_output_dir(settings.output_dir)
         return self.step >= settings.max_train_steps and stop.signal_received is None
@@ -402,6 +408,7 @@ class Trainer:
             ),
             *([progress] if self.is_writer else []),
             PhaseCallback(self.objective, self.step),
+            CompilationCallback(self._schedules, self.step),
         ]
         callbacks += [
             EvaluationCallback(schedule, progress, self.step, settings.max_train_steps)

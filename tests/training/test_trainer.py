@@ -50,9 +50,12 @@ def train(
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def make_evaluation(trainer, denoiser):
-        assert evaluation_steps
-        return evaluate or stop
+    def make_evaluation(denoiser):
+        def make(trainer):
+            assert evaluation_steps
+            return evaluate or stop
+
+        return make
 
     return train_pixel_ddim(
         settings, tiny.ONE_LEVEL_PIXEL_UNET, SCHEDULER, pictures, make_evaluation=make_evaluation

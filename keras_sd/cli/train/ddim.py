@@ -1,5 +1,7 @@
 """The command that trains an unconditional diffusion model on pixels (DDIM, Song et al., 2021)."""
 
+import functools
+
 import click
 
 from keras_sd import config
@@ -39,27 +41,33 @@ def ddim(unet_config, num_inference_steps, **options):
 
     from keras_sd.files.image_files import image_grid
     from keras_sd.training.evaluation import SampleEvaluation
+    from keras_sd.training.evaluation_schedule import Evaluation
     from keras_sd.training.pixel_ddim import sample_images, train_pixel_ddim
 
     unet_config = read_config(unet_config, config.UNetConfig, architectures.PIXEL_UNET)
     unet_config = dataclasses.replace(unet_config, sample_size=run.resolution(unet_config.sample_size))
     source, held_out, repeats = run.sources(unet_config.sample_size)
 
-    def make_evaluation(trainer, denoiser):
-        sets = example_sets(source.squares(), held_out, run.options["kid_images"])
+    @functools.cache  # for both the compilation and the evaluation
+    def sets():
+        return example_sets(source.squares(), held_out, run.options["kid_images"])
 
+    def evaluation_of(denoiser):
         def sample(count):
             return sample_images(
                 denoiser, count, num_inference_steps=num_inference_steps, seed=run.settings.seed
             )
 
-        return SampleEvaluation(
-            trainer,
-            lambda: image_grid(sample(16), scale=2),
-            sets=sets,
-            generate=lambda examples: sample(len(examples)),
-            extractor=extractor_of(run, emoji_image_encoder) if sets else None,
-        )
+        def make(trainer):
+            return SampleEvaluation(
+                trainer,
+                lambda: image_grid(sample(16), scale=2),
+                sets=sets(),
+                generate=lambda examples: sample(len(examples)),
+                extractor=extractor_of(run, emoji_image_encoder) if sets() else None,
+            )
+
+        return Evaluation(make, lambda: [sample(count) for count in {16, *map(len, sets().values())}])
 
     train_pixel_ddim(
         run.settings,
@@ -68,6 +76,6 @@ def ddim(unet_config, num_inference_steps, **options):
         source,
         repeats=repeats,
         diffusion=diffusion_of(options),
-        make_evaluation=make_evaluation,
+        make_evaluation=evaluation_of,
         validation=validation_of(run, validation_sets(run, source, held_out)),
     )

@@ -1,5 +1,6 @@
 """Options and evaluations that the methods for fine-tuning a pretrained model share."""
 
+import functools
 import warnings
 
 import click
@@ -111,7 +112,7 @@ def subject_options(method, prompt):
 
 
 def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignment=None, **options):
-    """Return encoded source, repeats, `make_evaluation` and `Validation` of a run on captioned images.
+    """Return encoded source, repeats, `Evaluation` and `Validation` of a run on captioned images.
 
     Args:
         frozen_text_encoder: None if the text encoder encodes captions in the training step, so that they are
@@ -125,6 +126,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
     from keras_sd.models.parameters import parameter_paths
     from keras_sd.training.caption_tokenizer import CaptionTokenizer, DrawnCaptions
     from keras_sd.training.conditioning import conditioning_of
+    from keras_sd.training.evaluation_schedule import Evaluation
     from keras_sd.training.lora import without_updates
     from keras_sd.training.stored_encodings import encoded_source
 
@@ -174,6 +176,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
         with without_updates(pipeline.text_encoder):
             return ClipScore(pipeline, captions, run.settings.jit_compile)
 
+    @functools.cache  # for both the compilation and the evaluation
     def captions_of_sets():
         sets = example_sets(source.squares(), held_out, run.options["kid_images"])
         sets = sets if extractor is not None else {}
@@ -199,7 +202,12 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
             score=score_before or score_of(captions),
         )
 
-    return encoded, repeats, make_evaluation, validation
+    def compile_evaluation():
+        grid()
+        for examples in captions_of_sets()[0].values():
+            sample([example["captions"][0] for example in examples], examples)
+
+    return encoded, repeats, Evaluation(make_evaluation, compile_evaluation), validation
 
 
 def train_on_captions(run, pipeline, frozen_text_encoder, *, export, identity=None, alignment=None):
@@ -262,7 +270,8 @@ def part_fingerprints(pipeline, *names):
 
 
 def subject_evaluation(run, pipeline, prompt):
-    """Return `make_evaluation` of a run on one subject: images of the validation prompts, or of `prompt`."""
+    """Return the `Evaluation` of a run on one subject: images of the validation prompts, or of `prompt`."""
+    from keras_sd.training.evaluation_schedule import Evaluation
 
     grid = sample_grid(
         run,
@@ -277,4 +286,4 @@ def subject_evaluation(run, pipeline, prompt):
 
         return SampleEvaluation(trainer, grid)
 
-    return make_evaluation
+    return Evaluation(make_evaluation, grid)

@@ -1,5 +1,7 @@
 """The command that trains a diffusion upscaler on pixels (SR3, Saharia et al., 2022)."""
 
+import functools
+
 import click
 
 from keras_sd import config
@@ -47,6 +49,7 @@ def super_resolution(unet_config, factor, crop_size, num_inference_steps, valida
     from keras_sd.files.image_files import image_grid
     from keras_sd.models.unet import UNet
     from keras_sd.pipeline.upscaler import Upscaler
+    from keras_sd.training.evaluation_schedule import Evaluation
     from keras_sd.training.super_resolution import measure_upscaling, train_super_resolution
 
     unet_config = read_config(unet_config, config.UNetConfig, architectures.UPSCALER_UNET)
@@ -58,17 +61,20 @@ def super_resolution(unet_config, factor, crop_size, num_inference_steps, valida
     )
     source, held_out, repeats = run.sources(unet_config.sample_size)
 
-    def make_evaluation(trainer):
+    @functools.cache  # for both the compilation and the evaluation
+    def shown():
         examples = evenly(held_out or source.squares(), validation_images)
-        shown = np.stack([example["image"] for example in examples])
+        return np.stack([example["image"] for example in examples])
 
+    def measure():
+        return measure_upscaling(upscaler, shown(), factor=factor, num_inference_steps=num_inference_steps)
+
+    def make_evaluation(trainer):
         def evaluate(step):
             with trainer.ema.applied():
-                images, figures = measure_upscaling(
-                    upscaler, shown, factor=factor, num_inference_steps=num_inference_steps
-                )
+                images, figures = measure()
             trainer.log_figures(step, figures)
-            trainer.log.log_image(step, "samples", image_grid(np.concatenate([images, shown]), columns=8))
+            trainer.log.log_image(step, "samples", image_grid(np.concatenate([images, shown()]), columns=8))
 
         return evaluate
 
@@ -80,6 +86,6 @@ def super_resolution(unet_config, factor, crop_size, num_inference_steps, valida
         crop_size=crop_size,
         repeats=repeats,
         diffusion=diffusion_of(options),
-        make_evaluation=make_evaluation,
+        make_evaluation=Evaluation(make_evaluation, measure),
         validation=validation_of(run, validation_sets(run, source, held_out)),
     )
