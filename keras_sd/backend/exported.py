@@ -314,7 +314,8 @@ def _on_one_device():
 def jax_step(train_step, identity):
     """Return Keras' training step on JAX as a function of state and data, read or exported for their shapes.
 
-    The state is donated, as Keras does.
+    What the step changes is donated, as Keras does with the whole state. What it leaves as it is, such as the
+    weights of a frozen model, is not: JAX would have to copy a weight that is mapped from a file.
 
     Args:
         train_step: the function of a state and a batch; returns logs and the new state.
@@ -323,18 +324,61 @@ def jax_step(train_step, identity):
     import jax
     import jax.export
 
-    def donating(function, **options):
-        return jax.jit(lambda state, data: function(state, data), donate_argnums=0, **options)
+    # A function of its own, as JAX remembers the trace of each function.
+    traced = jax.jit(lambda state, data: train_step(state, data), donate_argnums=0)
 
     def make(inputs, content):
         new = content is None
         if new:
-            # A function of its own, as JAX remembers the trace of each function.
-            content = _exported_by_jax(lambda state, data: train_step(state, data), *inputs)
-        call = donating(jax.export.deserialize(bytearray(content)).call, in_shardings=_on_one_device())
-        return Program(lambda inputs: call(*inputs), content if new else None)
+            content = _exported_step(train_step, *inputs)
+        first_line, module = content.split(b"\n", 1)
+        changed = parse_json(first_line, "header")["changed"]
+        unchanged = sorted(set(range(len(jax.tree.leaves(inputs[0])))) - set(changed))
+        call = jax.jit(
+            jax.export.deserialize(bytearray(module)).call, donate_argnums=0, in_shardings=_on_one_device()
+        )
 
-    return ExportedFunction(donating(train_step), make, [], identity)
+        def run(inputs):
+            state, data = inputs
+            leaves, structure = jax.tree.flatten(state)
+            logs, values = call(
+                [leaves[place] for place in changed], [leaves[place] for place in unchanged], data
+            )
+            for place, value in zip(changed, values, strict=True):
+                leaves[place] = value
+            return logs, jax.tree.unflatten(structure, leaves)
+
+        return Program(run, content if new else None)
+
+    return ExportedFunction(traced, make, [], identity)
+
+
+def _exported_step(train_step, state, data):
+    """Return the places of what a step changes in its state, and its program of the rest, as bytes."""
+    import jax
+    import jax.extend
+
+    step = jax.jit(lambda state, data: train_step(state, data)).trace(state, data)
+    jaxpr, places = step.jaxpr.jaxpr, range(len(jax.tree.leaves(state)))
+    first = len(jax.tree.leaves(step.out_info[0]))  # of the state, after the logs
+    changed = [place for place in places if jaxpr.outvars[first + place] is not jaxpr.invars[place]]
+    run = jax.extend.core.jaxpr_as_fun(step.jaxpr)
+    structure = jax.tree.structure(step.out_info[0])
+
+    def changes(values, others, data):
+        values, others = iter(values), iter(others)
+        leaves = [next(values) if place in changed else next(others) for place in places]
+        results = run(*leaves, *jax.tree.leaves(data))
+        return jax.tree.unflatten(structure, results[:first]), [results[first + place] for place in changed]
+
+    leaves = jax.tree.leaves(state)
+    module = _exported_by_jax(
+        changes,
+        [leaves[place] for place in changed],
+        [leaves[place] for place in places if place not in changed],
+        data,
+    )
+    return json.dumps({"changed": changed}).encode() + b"\n" + module
 
 
 # TensorFlow
