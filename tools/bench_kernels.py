@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_sd import backend
-from keras_sd.kernels import chunked_attention, im2col, winograd
+from keras_sd.kernels import chunked_attention, gemm_gradients, im2col, winograd
 
 REPEATS = 9
 
@@ -33,6 +33,15 @@ IM2COL = [
     (1, 32, 320, 320, 3),
     *((1, side, 320, 320, 1) for side in (16, 64)),
 ]
+GRADIENTS = [
+    *((batch, 8, 1280, 1280, 3) for batch in (1, 4, 32)),
+    *((batch, 16, 1280, 1280, 3) for batch in (1, 4)),
+    *((1, side, 640, 640, 3) for side in (16, 32)),
+    *((1, side, 320, 320, 3) for side in (32, 64)),
+    (4, 8, 256, 256, 3),
+    (16, 8, 256, 256, 3),
+    (1, 8, 1280, 1280, 1),
+]
 # Batch, tokens, heads, size of a head; and MiB of scores that are held at a time.
 ATTENTION = [(1, 4096, 8, 40), (16, 1024, 8, 80)]
 SCORES = (4, 16, 64, 256)
@@ -49,6 +58,8 @@ def main():
             measure_convolution(winograd, shape)
         for shape in ATTENTION:
             measure_attention(*shape)
+    for shape in GRADIENTS:
+        measure_gradients(shape)
 
 
 def random(*shape):
@@ -70,6 +81,34 @@ def measure_convolution(kernel, shape):
 
     title = f"{size}x{size}, {inputs} to {outputs} channels, {batch} of {side}x{side}"
     report(kernel.__name__.rpartition(".")[2], title, ours, plain, arrays, chosen)
+
+
+def measure_gradients(shape):
+    batch, side, inputs, outputs, size = shape
+    arrays = random(batch, side, side, inputs), random(size, size, inputs, outputs) / np.float32(inputs**0.5)
+    arrays = (*arrays, random(batch, side, side, outputs))
+    for place, by in enumerate(("inputs", "kernel")):
+        chosen = []
+
+        def gradient(convolve, place, images, weights, upstream):
+            def product(one):
+                pair = (one, weights) if place == 0 else (images, one)
+                return keras.ops.sum(convolve(*map(keras.ops.convert_to_tensor, pair)) * upstream)
+
+            return backend.value_and_gradient(product, (images, weights)[place])[1]
+
+        def ours(images, weights, upstream, place=place, chosen=chosen):
+            chosen.append(gemm_gradients.is_faster(images, weights, (1, 1), "same"))
+            return gradient(gemm_gradients.convolve, place, images, weights, upstream)
+
+        def plain(images, weights, upstream, place=place):
+            def convolve(images, weights):
+                return keras.ops.conv(images, weights, padding="same")
+
+            return gradient(convolve, place, images, weights, upstream)
+
+        title = f"by the {by}: {size}x{size}, {inputs} to {outputs} channels, {batch} of {side}x{side}"
+        report("gemm_gradients", title, ours, plain, arrays, chosen)
 
 
 def measure_attention(batch, tokens, heads, head_size):

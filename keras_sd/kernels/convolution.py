@@ -1,8 +1,8 @@
-"""The choice between Winograd's algorithm, im2col and the backend's own convolution."""
+"""The choice between Winograd's algorithm, im2col, gradients as GEMM and the backend's own convolution."""
 
 from keras import ops
 
-from keras_sd.kernels import im2col, winograd
+from keras_sd.kernels import gemm_gradients, im2col, winograd
 
 
 def convolve(inputs, kernel, strides, padding):
@@ -19,4 +19,6 @@ def convolve(inputs, kernel, strides, padding):
         return winograd.convolve(inputs, ops.convert_to_tensor(kernel))
     if im2col.is_faster(inputs, kernel, strides, padding):
         return im2col.convolve(inputs, ops.convert_to_tensor(kernel), strides, padding)
+    if gemm_gradients.is_faster(inputs, kernel, strides, padding):
+        return gemm_gradients.convolve(inputs, ops.convert_to_tensor(kernel))
     return None

@@ -58,6 +58,19 @@ def convolve(inputs, kernel, strides, padding):
         padding: "valid", or "same" for strides of 1 and odd sizes.
     """
     *sizes, channels, outputs = kernel.shape
+    windows = windows_of(inputs, sizes, strides, padding)
+    products = ops.matmul(
+        ops.reshape(windows, (-1, math.prod(sizes) * channels)), ops.reshape(kernel, (-1, outputs))
+    )
+    return ops.reshape(products, (-1, *windows.shape[1:3], outputs))
+
+
+def windows_of(inputs, sizes, strides=(1, 1), padding="same"):
+    """Return the windows of `(n, h, w, c)` for a kernel of these sizes: `(n, h', w', rows * columns * c)`.
+
+    Args:
+        strides, padding: as in `convolve`.
+    """
     if padding == "same" and max(sizes) > 1:
         edges = [(size // 2, size // 2) for size in sizes]
         inputs = ops.pad(inputs, ((0, 0), *edges, (0, 0)))
@@ -67,8 +80,4 @@ def convolve(inputs, kernel, strides, padding):
         for row in range(sizes[0])
         for column in range(sizes[1])
     ]
-    windows = ops.concatenate(windows, axis=-1)
-    products = ops.matmul(
-        ops.reshape(windows, (-1, math.prod(sizes) * channels)), ops.reshape(kernel, (-1, outputs))
-    )
-    return ops.reshape(products, (-1, *windows.shape[1:3], outputs))
+    return ops.concatenate(windows, axis=-1)

@@ -167,7 +167,7 @@ def freeze(model):
 
 def lora_tensors(model):
     """Return the updates' tensors by published name, in torch layout, as a dictionary of NumPy arrays."""
-    return {name: tensor for name, tensor in torch_state(model).items() if is_update(name)}
+    return torch_state(model, is_update)
 
 
 def trained_updates(model):

@@ -37,13 +37,20 @@ def torch_shape(parameter):
     return tuple(parameter.variable.shape[axis] for axis in _torch_axes(parameter))
 
 
-def torch_state(model):
+def torch_state(model, is_wanted=lambda name: True):
     """Return the model's weights under their published names in torch layout.
+
+    Args:
+        is_wanted: `is_wanted(name)` returns whether a weight is returned; reading one may copy it.
 
     Returns:
         A dictionary of NumPy arrays, in the variables' own precision.
     """
-    return {parameter.name: to_torch(parameter, parameter.variable) for parameter in parameter_paths(model)}
+    return {
+        parameter.name: to_torch(parameter, parameter.variable)
+        for parameter in parameter_paths(model)
+        if is_wanted(parameter.name)
+    }
 
 
 def open_model(model_class, config, tensors, *, source="weights", dtype="float32", partial=False):
