@@ -135,6 +135,15 @@ def switch(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def switch_or_none(name: str, value: Any) -> bool | None:
+    """Return the value as a bool, or None as it is.
+
+    Raises:
+        UserError: it is neither True nor False nor None.
+    """
+    return None if value is None else switch(name, value)
+
+
 def float_array(name: str, values: Any, *shape: int | None) -> Floats:
     """Return numbers, an array or a tensor of the backend, as a float32 array.
 

@@ -2,8 +2,8 @@
 
 Each side of a case runs in a process of its own. It is started twice, with an empty cache of compiled
 programs and with the one that this has filled; the second process stays, and its calls take turns with
-those of the first side of the case, so that a machine that slows down slows both. A ratio compares the
-medians of such turns. Results are compared before anything is timed.
+those of the first side of the case, so that a machine that slows down slows both. A ratio is the median of
+the turns' own, beside the least and the largest of them. Results are compared before anything is timed.
 """
 
 import contextlib
@@ -115,10 +115,11 @@ class Side:
         raise Failure(said[-1][:300] if said and code > 0 else f"ended by signal {-code}")
 
     def call(self):
-        """Return the seconds of one call."""
+        """Return the seconds of one call, by the clock and of the processor's cores."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self._answer()["seconds"]
+        answer = self._answer()
+        return answer["seconds"], answer["processor_seconds"]
 
     def close(self):
         """End the process; return the most bytes that it had in memory."""
@@ -206,11 +207,21 @@ def take_turns(side, reference, repeats):
     """Call a side, and the reference in between if there is one."""
     side.call()  # both are out of the cache by now
     pairs = [(side.call(), reference.call() if reference else None) for _ in range(repeats)]
-    seconds = [own for own, _ in pairs]
-    figures = {"seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+    seconds, processor = zip(*(own for own, _ in pairs), strict=True)
+    figures = {
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "processor_seconds": statistics.median(processor),
+    }
     if reference:
-        figures["reference_seconds"] = statistics.median(other for _, other in pairs)
-        figures["ratio"] = figures["seconds"] / figures["reference_seconds"]
+        ratios = [own[0] / other[0] for own, other in pairs]
+        figures["reference_seconds"] = statistics.median(other[0] for _, other in pairs)
+        figures |= {
+            "ratio": statistics.median(ratios),
+            "least_ratio": min(ratios),
+            "largest_ratio": max(ratios),
+        }
     return figures
 
 

@@ -40,6 +40,7 @@ from keras_sd.backend.compilation import (
 from keras_sd.backend.compiling_ahead import CompilationAhead, compiles_ahead
 from keras_sd.backend.devices import (
     any_process,
+    compiles,
     compiles_for_processor,
     compiling_for,
     device_names,

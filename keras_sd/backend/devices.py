@@ -1,7 +1,10 @@
 """Processes and devices: their number, their abilities, and errors about their memory."""
 
 import contextlib
+import functools
+import os
 import re
+from pathlib import Path
 
 import keras
 
@@ -12,6 +15,8 @@ from keras_sd.backend.program_cache import keep_programs
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|ResourceExhausted|Ran out of memory|Out of memory|OOM when allocating", re.IGNORECASE
 )
+
+_BFLOAT16_UNITS = frozenset(["avx512_bf16", "amx_bf16"])  # of a processor
 
 _platform = None  # set by `compiling_for`
 
@@ -126,6 +131,31 @@ def multiplies_bfloat16():
     capability = str(getattr(device, "compute_capability", "0"))
     # AMD's have names in place of numbers.
     return capability.startswith("gfx9") or (capability[:1].isdigit() and float(capability) >= 8)
+
+
+def compiles(jit_compile, dtype):
+    """Return whether XLA compiles programs of a precision: as `jit_compile` says, or for None where it pays.
+
+    A processor's units for bfloat16 (AVX-512 BF16, AMX) are used by oneDNN in TensorFlow's own operations, and
+    not by XLA, whichever flags it is given. There Stable Diffusion's decoder takes 0.48 of the time without
+    XLA, and the UNet 0.84 (docs/results.md). JAX always compiles.
+    """
+    if jit_compile is not None:
+        return jit_compile
+    if dtype != "bfloat16" or keras.backend.backend() != "tensorflow" or has_accelerator():
+        return True
+    has_onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+    return not (has_onednn and _BFLOAT16_UNITS & processor_flags())
+
+
+@functools.cache
+def processor_flags():
+    """Return what the processor can do, as Linux names it; nothing on another system."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
 
 
 def has_accelerator():

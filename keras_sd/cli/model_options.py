@@ -51,15 +51,16 @@ def model_options(default="emoji"):
         ),
         click.option(
             "--jit-compile/--no-jit-compile",
-            default=True,
+            default=None,
             callback=_compiled,
-            help="Compile with XLA (JAX always does); a few small images are faster without.",
+            help="Compile with XLA (JAX always does); a few small images are faster without. By default also "
+            "without for bfloat16 on a processor that multiplies it.",
         ),
     )
 
 
 def _compiled(context, parameter, value):
-    if not value and os.environ.get("KERAS_BACKEND") == "jax":
+    if value is False and os.environ.get("KERAS_BACKEND") == "jax":
         raise click.BadParameter("JAX always compiles; leave it out, or use TensorFlow.")
     return value
 

@@ -17,7 +17,7 @@ from keras_sd.arguments import (
     float_array,
     share,
     shown,
-    switch,
+    switch_or_none,
     whole_number,
 )
 from keras_sd.diffusion.finite import check_inputs, check_result
@@ -82,13 +82,13 @@ class Denoiser:
     Args:
         unet: `keras_sd.models.unet.UNet`, conditional or not. Its weights may change between calls.
         schedule: the `NoiseSchedule` it was trained on.
-        jit_compile: whether to compile with XLA on TensorFlow; JAX always does.
+        jit_compile: whether to compile with XLA on TensorFlow; None where it is faster. JAX always does.
     """
 
-    def __init__(self, unet: Any, schedule: NoiseSchedule, jit_compile: bool = True) -> None:
+    def __init__(self, unet: Any, schedule: NoiseSchedule, jit_compile: bool | None = None) -> None:
         self.unet = unet
         self.schedule = schedule
-        jit_compile = switch("jit_compile", jit_compile)
+        jit_compile = backend.compiles(switch_or_none("jit_compile", jit_compile), unet.compute_dtype)
         self._first_call = backend.first_call(jit_compile)
         self._program, self._storing_program, self._reusing_program = (
             backend.jit(

@@ -24,6 +24,7 @@ from keras_sd.arguments import (
     formerly,
     shown,
     switch,
+    switch_or_none,
     whole_number,
 )
 from keras_sd.diffusion.denoiser import Denoised, Denoiser, Known
@@ -72,7 +73,7 @@ class Primitives:
         defaults: ModelDefaults | None = None,
         name: str = "keras_sd",
         batch_size: int = 8,
-        jit_compile: bool = True,
+        jit_compile: bool | None = None,
     ) -> None:
         for title, part, kinds in (
             ("tokenizer", tokenizer, Tokenizer),
@@ -98,13 +99,13 @@ class Primitives:
         self.embedding_files: dict[str, Path] = {}
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
         self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
-        self._jit_compile = jit_compile = switch("jit_compile", jit_compile)
+        self._jit_compile = switch_or_none("jit_compile", jit_compile)
         self._text_encodings: dict[int, Any] = {}  # number of skipped layers -> compiled function
         self._encode_image, self._decode = (
             backend.jit(
                 function,
                 vae.variables,
-                jit_compile,
+                backend.compiles(jit_compile, vae.compute_dtype),
                 identity=functools.partial(backend.identity_of, function.__name__, vae),
             )
             for function in (self._image_to_latents, self._latents_to_image)
@@ -147,7 +148,7 @@ class Primitives:
         defaults: ModelDefaults | None = None,
         name: str | None = None,
         batch_size: int = 8,
-        jit_compile: bool = True,
+        jit_compile: bool | None = None,
     ) -> Self:
         """Open a model of any format; the format is detected from the files.
 
@@ -180,7 +181,7 @@ class Primitives:
         check_dtype(dtype)
         (
             switch("partial", partial),
-            switch("jit_compile", jit_compile),
+            switch_or_none("jit_compile", jit_compile),
             whole_number("batch_size", batch_size, 1),
         )
         source = presets.find(path)
@@ -570,7 +571,7 @@ class Primitives:
             self._text_encodings[clip_skip] = backend.jit(
                 encode,
                 encoder.variables,
-                self._jit_compile,
+                backend.compiles(self._jit_compile, encoder.compute_dtype),
                 identity=functools.partial(backend.identity_of, "encode text", clip_skip, encoder),
             )
         return self._text_encodings[clip_skip]

@@ -114,7 +114,7 @@ class StableDiffusion(Primitives):
         defaults: `keras_sd.pipeline.defaults.ModelDefaults` of the model; by default the usual values.
         name: the model's name in the parameters of images.
         batch_size: the largest number of images per batch; more are split into batches of equal size.
-        jit_compile: whether XLA compiles on TensorFlow; JAX always compiles.
+        jit_compile: whether XLA compiles on TensorFlow; None where it is faster. JAX always compiles.
 
     Attributes:
         lora_folder: folder of the LoRAs that prompts name, or None.

@@ -43,7 +43,7 @@ class Upscaler:
         low_res_scheduler_config: `SchedulerConfig` of the noise on the small image.
         defaults: `keras_sd.pipeline.defaults.ModelDefaults` of the upscaler; by default the usual values.
         batch_size: the largest number of images per batch.
-        jit_compile: whether XLA compiles on TensorFlow; JAX always compiles.
+        jit_compile: whether XLA compiles on TensorFlow; None where it is faster. JAX always compiles.
 
     Raises:
         UserError: the UNet is not that of an upscaler.
@@ -63,7 +63,7 @@ class Upscaler:
         *,
         defaults: ModelDefaults | None = None,
         batch_size: int = 8,
-        jit_compile: bool = True,
+        jit_compile: bool | None = None,
     ) -> None:
         config = unet.config
         if config.in_channels != 6 or config.out_channels != 3 or not config.num_class_embeds:

@@ -1,6 +1,7 @@
 """What depends on the backend; programs whose kernels are laid out as a GPU wants them."""
 
 import gc
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -96,3 +97,22 @@ def test_a_graph_goes_with_its_program():
     before = graphs()
     np.testing.assert_allclose(*use(), atol=1e-6)
     assert not graphs() - before
+
+
+@pytest.mark.parametrize(("name", "onednn"), [("tensorflow", "1"), ("tensorflow", "0"), ("jax", "1")])
+def test_bfloat16_is_left_to_onednn_where_the_processor_multiplies_it(name, onednn):
+    flags = Path("/proc/cpuinfo").read_text().split()
+    expected = name == "jax" or onednn == "0" or not {"avx512_bf16", "amx_bf16"} & set(flags)
+    script = f"""if True:
+        from keras_sd import backend
+        from keras_sd.pipeline.stable_diffusion import StableDiffusion
+        assert backend.compiles(None, "bfloat16") is {expected}
+        assert backend.compiles(None, "float32") and backend.compiles(True, "bfloat16")
+        assert not backend.compiles(False, "float32")
+        pipeline = StableDiffusion.from_preset("emoji", dtype="bfloat16")
+        images = pipeline.text_to_image("red heart", num_inference_steps=2, progress=False)
+        compiled = StableDiffusion.from_preset("emoji", dtype="bfloat16", jit_compile=True)
+        others = compiled.text_to_image("red heart", num_inference_steps=2, progress=False)
+        assert abs(images.astype(int) - others.astype(int)).mean() < 8
+    """
+    run_python(["-c", script], name, TF_ENABLE_ONEDNN_OPTS=onednn)

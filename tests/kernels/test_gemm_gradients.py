@@ -80,6 +80,5 @@ SCRIPT = """if True:
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "jax"])
-def test_layers_take_them_where_the_kernel_is_large(name, monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", name)
-    run_python(["-c", SCRIPT])
+def test_layers_take_them_where_the_kernel_is_large(name):
+    run_python(["-c", SCRIPT], name)

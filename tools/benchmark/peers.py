@@ -95,11 +95,13 @@ _PARTS = {
 
 def _forward(spec, inputs):
     model_class, folder, function = _PARTS[spec["case"]]
-    dtype = getattr(torch, spec["precision"])
+    is_openvino = spec["implementation"] == "openvino"
+    # OpenVINO takes a model in float32, and computes in its own default precision or another.
+    dtype = torch.float32 if is_openvino else getattr(torch, spec["precision"])
     model = model_class.from_pretrained(f"{spec['folder']}/{folder}", torch_dtype=dtype).eval().to(DEVICE)
     part = _Part(model, function).eval()
     tensors = [_tensor(array, dtype) for array in inputs.values()]
-    if spec["implementation"] == "openvino":
+    if is_openvino:
         return _openvino(part, tensors, spec["precision"])
     if _is_channels_last(spec):
         tensors = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
@@ -177,7 +179,9 @@ def _training(spec, inputs):
         targets = ["to_q", "to_k", "to_v", "to_out.0"]
         unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    # The fastest that torch has, which who compiles chooses as well.
+    fused = spec["implementation"] == "diffusers-compiled"
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=fused)
     scheduler = DDIMScheduler.from_pretrained(f"{spec['folder']}/scheduler")
     network = _prepared(unet, spec)
     samples, noise, context = (_tensor(inputs[name]) for name in ("samples", "noise", "context"))

@@ -5,8 +5,8 @@ from benchmark.worker import SAMPLING_CASES
 from keras_sd.files.writing import write_json, write_text
 
 HEAD = (
-    "case                   side                       seconds  first in turns  ratio  "
-    "first call cold, warm   memory  GEMM"
+    f"{'case':22} {'side':26} {'seconds, processor':>18} {'first in turns':>15} {'ratio':>18}  "
+    f"{'first call cold, warm':>22} {'memory':>8} {'GEMM':>5}"
 )
 
 
@@ -69,13 +69,29 @@ def _cells(result, figures):
     return [
         case,
         name_of(figures),
-        f"{figures['seconds']:.3f}",
+        _of_call(figures),
         f"{figures['reference_seconds']:.3f}" if "ratio" in figures else "",
-        f"{figures['ratio']:.2f}" if "ratio" in figures else "",
+        _ratio(figures),
         starts,
         memory,
         f"{figures['share_of_gemm']:.0%}" if "share_of_gemm" in figures else "",
     ]
+
+
+def _of_call(figures):
+    """Return the seconds of a call, by the clock and of the processor's cores."""
+    processor = f", {figures['processor_seconds']:.2f}" if "processor_seconds" in figures else ""
+    return f"{figures['seconds']:.3f}{processor}"
+
+
+def _ratio(figures):
+    """Return the median of the ratios of the turns, and the least and the largest."""
+    if "ratio" not in figures:
+        return ""
+    spread = (
+        f" ({figures['least_ratio']:.2f}–{figures['largest_ratio']:.2f})" if "least_ratio" in figures else ""
+    )
+    return f"{figures['ratio']:.2f}{spread}"
 
 
 def _of_starts(figures, name):
@@ -87,7 +103,9 @@ def _of_starts(figures, name):
 def line(result, figures):
     """Return one side as a line for the terminal."""
     case, side, seconds, reference, ratio, starts, memory, share = _cells(result, figures)
-    line = f"{case:22} {side:26} {seconds:>7} {reference:>15} {ratio:>6}  {starts:>22} {memory:>8} {share:>5}"
+    line = (
+        f"{case:22} {side:26} {seconds:>18} {reference:>15} {ratio:>18}  {starts:>22} {memory:>8} {share:>5}"
+    )
     return line.rstrip()
 
 
@@ -99,8 +117,8 @@ def table(results):
     times, `correction` says what was wrong.
     """
     lines = [
-        "| case | side | seconds | the first, in turns | × the first | 1st call: cold, warm "
-        "| start: cold, warm | memory | GEMM | peak |",
+        "| case | side | seconds, of the processor | the first, in turns | × the first "
+        "| 1st call: cold, warm | start: cold, warm | memory | GEMM | peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results["results"]:

@@ -1,9 +1,9 @@
 """Runs one case of the benchmark by one implementation, in a process of its own, whenever it is asked to.
 
 `python -m benchmark.worker SPEC`, a JSON dictionary, answers on standard output with a line of JSON for each
-step: what the start took, then the seconds of one call for every line on standard input, and the peak of the
-memory, the accelerator's own if there is one, when the input ends. Nothing but NumPy is imported here, since
-what is measured includes the imports.
+step: what the start took; then, for every line on standard input, the seconds of one call, by the clock and
+of all cores together; and when the input ends the peak of the memory, the accelerator's own if there is one.
+Nothing but NumPy is imported here, since what is measured includes the imports.
 """
 
 import importlib
@@ -86,9 +86,14 @@ def serve(spec, answer):
         }
     )
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         call()
-        answer({"seconds": time.perf_counter() - start})
+        answer(
+            {
+                "seconds": time.perf_counter() - start,
+                "processor_seconds": time.process_time() - processor,
+            }
+        )
     answer({"peak_bytes": module.device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 
 
