@@ -145,7 +145,9 @@ def train_function_by_shape(make_function, train_step=None, variables=None, iden
         return lambda iterator: traced(next(iterator))
 
     def make(inputs, content):
-        return tensorflow_maker(train_step, variables())(inputs, content)
+        used = variables()
+        frozen = [variable for variable in used if not variable.trainable]
+        return tensorflow_maker(train_step, used, frozen)(inputs, content)
 
     step = ExportedFunction(traced, make, [], identity)
     return lambda iterator: step(next(iterator))

@@ -384,12 +384,14 @@ def _exported_step(train_step, state, data):
 # TensorFlow
 
 
-def tensorflow_maker(function, variables):
+def tensorflow_maker(function, variables, frozen=()):
     """Return `make` of an `ExportedFunction` on TensorFlow.
 
     Args:
         function: the function of the inputs.
         variables: the Keras variables that it reads or assigns.
+        frozen: those of them that need no gradient. A tape in the function would watch them too, whatever
+            Keras says of them, and the gradient of each would be traced.
     """
     import tensorflow as tf
 
@@ -399,10 +401,12 @@ def tensorflow_maker(function, variables):
         # XLA's program of a function that assigns has operations that a module cannot hold, so the new values
         # are results.
         def with_new_values(*leaves):
-            with keras.StatelessScope() as scope:
+            read = [(one, tf.convert_to_tensor(compat.stored_value(one))) for one in frozen]
+            with keras.StatelessScope(read) as scope:
+                old = [scope.get_current_value(variable) for variable in variables]
                 results = of_leaves(leaves)
                 new = [scope.get_current_value(variable) for variable in variables]
-            assigned[:] = [place for place, value in enumerate(new) if value is not None]
+            assigned[:] = [place for place, value in enumerate(new) if value is not old[place]]
             return results, tuple(new[place] for place in assigned)
 
         traced = tf.function(with_new_values, jit_compile=True, autograph=False)
