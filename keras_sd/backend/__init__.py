@@ -6,6 +6,7 @@ exported         keeps what tracing gave for the next process
 identity         what Python objects contribute to a trace
 program_cache    keeps compiled programs for the next process
 devices          processes and devices
+memory           of programs and devices
 arrays           conversion between NumPy arrays and tensors
 compat           all uses of private and experimental functions
 """
@@ -24,6 +25,7 @@ from keras_sd.backend.compat import (
     forget,
     lay_out,
     processes_stop_at,
+    state_shardings,
     sync_state,
     unlocked,
 )
@@ -53,4 +55,5 @@ from keras_sd.backend.devices import (
     process_index,
 )
 from keras_sd.backend.identity import identity_of
+from keras_sd.backend.memory import ProgramMemory, device_bytes
 from keras_sd.backend.program_cache import cache_folder, keep_programs

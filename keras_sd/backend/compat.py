@@ -59,6 +59,11 @@ def lay_out(variable, layout):
     variable.assign(variable.value)
 
 
+def state_shardings(model):
+    """Return how Keras' JAX trainer divides the state of `fit()` among the devices of a distribution."""
+    return model._get_state_sharding_spec()
+
+
 @contextlib.contextmanager
 def unlocked(layer):
     """Allow layers to be added to a built layer inside the block; Keras refuses that."""

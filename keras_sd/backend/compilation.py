@@ -12,6 +12,7 @@ from keras_sd.backend.exported import (
     signature_of,
     tensorflow_maker,
 )
+from keras_sd.backend.memory import telling
 from keras_sd.backend.program_cache import keep_programs
 
 _MOST_SHAPES = 32  # of a function that stay in memory; a program of Stable Diffusion takes some tens of MiB
@@ -103,7 +104,9 @@ def _takes_outputs_first(variable):
     return is_kernel and devices.jax_platform() == "gpu" and keras.distribution.distribution() is None
 
 
-def train_function_by_shape(make_function, train_step=None, variables=None, identity=None):
+def train_function_by_shape(
+    make_function, train_step=None, variables=None, identity=None, shardings=None, on_compiled=None
+):
     """Return a train function for Keras' `fit()` that compiles one step for each shape of batches.
 
     What tracing the step gives is kept for the next process, where `identity` can tell what it depends on,
@@ -118,20 +121,12 @@ def train_function_by_shape(make_function, train_step=None, variables=None, iden
         train_step: the model's step.
         variables: returns all the Keras variables that it may read or assign.
         identity: as in `jit`, of the model and its optimizer.
+        shardings: returns how JAX divides the state among the devices of a distribution.
+        on_compiled: is called with the `memory.ProgramMemory` of each step that JAX compiles, before it runs.
     """
     keep_programs()
     if keras.backend.backend() != "tensorflow":
-        is_alone = keras.distribution.distribution() is None and devices.process_count() == 1
-        if identity is None or not is_alone:
-            return make_function()
-        step = jax_step(train_step, identity)
-
-        def train_on_jax(state, iterator):
-            data = next(iterator)
-            # The shapes of the state, thousands of arrays, are in the identity.
-            return step.call(signature_of(data), state, data)
-
-        return train_on_jax
+        return _train_function_on_jax(make_function, train_step, identity, shardings, on_compiled)
     compat.free_gradients_with_graphs()
 
     @functools.cache
@@ -151,6 +146,37 @@ def train_function_by_shape(make_function, train_step=None, variables=None, iden
 
     step = ExportedFunction(traced, make, [], identity)
     return lambda iterator: step(next(iterator))
+
+
+def _train_function_on_jax(make_function, train_step, identity, shardings, on_compiled):
+    if identity is None:
+        return make_function()
+    if keras.distribution.distribution() is None and devices.process_count() == 1:
+        # The shapes of the state, thousands of arrays, are in the identity.
+        call = jax_step(train_step, identity, on_compiled).call
+    else:
+        import jax
+
+        results = (None, shardings())
+
+        @functools.cache
+        def step_for(signature):
+            # A function of its own, as JAX remembers the trace of each function.
+            step = jax.jit(
+                lambda state, data: train_step(state, data),
+                donate_argnums=0,
+                out_shardings=results,
+            )
+            return telling(step, on_compiled)
+
+        def call(signature, state, data):
+            return step_for(signature)(state, data)
+
+    def train(state, iterator):
+        data = next(iterator)
+        return call(signature_of(data), state, data)
+
+    return train
 
 
 def batches_of_shapes(batches):

@@ -23,6 +23,7 @@ import numpy as np
 
 from keras_sd.backend import compat, devices
 from keras_sd.backend.compiling_ahead import is_ahead
+from keras_sd.backend.memory import telling
 from keras_sd.files.cache import PARTIAL, open_entry, private_folder, remove_oldest
 from keras_sd.files.json_files import parse_json
 
@@ -311,7 +312,7 @@ def _on_one_device():
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def jax_step(train_step, identity):
+def jax_step(train_step, identity, on_compiled=None):
     """Return Keras' training step on JAX as a function of state and data, read or exported for their shapes.
 
     What the step changes is donated, as Keras does with the whole state. What it leaves as it is, such as the
@@ -320,12 +321,18 @@ def jax_step(train_step, identity):
     Args:
         train_step: the function of a state and a batch; returns logs and the new state.
         identity: an `Identity` of all that it is traced with.
+        on_compiled: is called with the `memory.ProgramMemory` of each program that is compiled or read.
     """
     import jax
     import jax.export
 
-    # A function of its own, as JAX remembers the trace of each function.
-    traced = jax.jit(lambda state, data: train_step(state, data), donate_argnums=0)
+    @functools.cache
+    def traced_for(signature):
+        # A function of its own, as JAX remembers the trace of each function.
+        return telling(jax.jit(lambda state, data: train_step(state, data), donate_argnums=0), on_compiled)
+
+    def traced(state, data):
+        return traced_for(signature_of(data))(state, data)
 
     def make(inputs, content):
         new = content is None
@@ -334,9 +341,8 @@ def jax_step(train_step, identity):
         first_line, module = content.split(b"\n", 1)
         changed = parse_json(first_line, "header")["changed"]
         unchanged = sorted(set(range(len(jax.tree.leaves(inputs[0])))) - set(changed))
-        call = jax.jit(
-            jax.export.deserialize(bytearray(module)).call, donate_argnums=0, in_shardings=_on_one_device()
-        )
+        program = jax.export.deserialize(bytearray(module)).call
+        call = telling(jax.jit(program, donate_argnums=0, in_shardings=_on_one_device()), on_compiled)
 
         def run(inputs):
             state, data = inputs

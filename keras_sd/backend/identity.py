@@ -23,7 +23,15 @@ from keras_sd.backend import compat
 _PACKAGES = ("keras_sd", "keras")
 # Endings of attributes that take part in building, not in calling, or that number objects.
 _WITHOUT_EFFECT = (
-    *("_initializer", "_constraint", "input_spec", "train_function", "test_function", "history"),
+    *(
+        "_initializer",
+        "_constraint",
+        "input_spec",
+        "train_function",
+        "test_function",
+        "history",
+        "on_compiled",
+    ),
     *compat.NUMBERING,
     *compat.STRATEGIES,
 )

@@ -6,6 +6,7 @@ noise and timesteps, so the compiled step is a pure function.
 
 import bisect
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -33,10 +34,13 @@ class Objective(keras.Model):
     Attributes:
         phase_starts: steps after which the objective changes, in order; the step is compiled anew there.
         phase: how many of these changes the run has passed. The trainer sets it.
+        on_compiled: called with the `backend.ProgramMemory` of each step that JAX compiles, before it runs;
+            None, or what the trainer sets.
     """
 
     phase_starts: tuple[int, ...] = ()
     phase = 0
+    on_compiled: Callable[[backend.ProgramMemory], object] | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         # Noise and targets stay in float32; only the networks run in half precision.
@@ -77,6 +81,8 @@ class Objective(keras.Model):
                 functools.partial(backend.identity_of, "training step", self, self.optimizer)
                 if is_compiled
                 else None,
+                functools.partial(backend.state_shardings, self),
+                self.on_compiled,
             )
 
     def _variables_of_step(self):

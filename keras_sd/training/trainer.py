@@ -116,6 +116,7 @@ class Trainer:
             enable_gradient_checkpointing(objective)
         # In float16 Keras wraps the optimizer in a loss-scaling one.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
+        objective.on_compiled = self._tell_memory
         log_figures(objective, self.optimizer)
         with self._with_memory_advice():
             # Variables created inside the first traced step would make TensorFlow trace it twice.
@@ -129,6 +130,7 @@ class Trainer:
             write_description(settings.output_dir)
         self._record = RunRecord(settings.output_dir, self.step)
         self._schedules: list[EvaluationSchedule] = []
+        self._source: Any = None
         self.log = self._make_log(identity) if self.is_writer else SilentLog(self.step)
 
     def _make_log(self, identity):
@@ -247,7 +249,7 @@ class Trainer:
             UserError: the loss is not finite, an example cannot be read (the steps before are saved), no
                 checkpoint can be written, or memory is not sufficient.
         """
-        settings = self.settings
+        settings, self._source = self.settings, source
         self._schedules = [
             EvaluationSchedule(
                 self, make_validation, self._record, "validated", "validation_steps", at_first=True
@@ -339,6 +341,24 @@ class Trainer:
         if self.is_writer:
             restore_folder(model)
         return self._record.last("exported") == self.step and model.is_dir()
+
+    def _tell_memory(self, memory):
+        """Print the memory of a step that was compiled, and warn if the device has less."""
+        if not self.is_writer:
+            return
+        total, temporary = memory.total / 2**30, memory.temporaries / 2**30
+        print_above_bars(
+            f"memory of the training step: {total:.2f} GiB on each device, {total - temporary:.2f} of them "
+            f"weights, state and batch, {temporary:.2f} while it runs"
+        )
+        available = backend.device_bytes()
+        if available is not None and memory.total > available:
+            savers = ", or ".join(self._memory_savers(self._source)) or "a smaller model or smaller images"
+            warnings.warn(
+                f"the training step needs {total:.1f} GiB, and the device has "
+                f"{available / 2**30:.1f}; use {savers}",
+                stacklevel=2,
+            )
 
     def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Log the figures of an evaluation, and print them.
