@@ -56,4 +56,4 @@ from keras_sd.backend.devices import (
 )
 from keras_sd.backend.identity import identity_of
 from keras_sd.backend.memory import ProgramMemory, device_bytes
-from keras_sd.backend.program_cache import cache_folder, keep_programs
+from keras_sd.backend.program_cache import cache_folder, forget_programs, keep_programs

@@ -39,6 +39,18 @@ def cache_folder():
     return private_folder("xla", f"{name}-{version}-{digest}")
 
 
+def forget_programs():
+    """Neither read nor write compiled programs from now on.
+
+    XLA for a processor ends the process with a segmentation fault when it runs a kept program that gathers
+    shards of weights from several virtual devices (JAX 0.10).
+    """
+    import jax
+
+    keep_programs()  # which would turn it on later
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 @functools.cache
 def keep_programs():
     """Make XLA read and write its programs in `cache_folder`.

@@ -2,10 +2,13 @@
 
 With data parallelism every device holds all weights and processes its share of each batch. With model
 parallelism the large kernels of attention and feed-forward layers are split over the devices of a process,
-and the batch is split over the processes. XLA sums the gradients in both cases, so the results are those of
+and the batch is split over the processes. Fully sharded data parallelism (FSDP, as ZeRO-3, Rajbhandari et
+al., 2020) splits both: each device holds its share of the weights, of their moments and averages, and of the
+batch, and gathers a weight where it is used. XLA sums the gradients in all cases, so the results are those of
 one device, apart from rounding.
 """
 
+import math
 import re
 
 import keras
@@ -15,8 +18,9 @@ from keras_sd.errors import UserError
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.training import rendezvous
 
-KINDS = ("auto", "data", "model")
+KINDS = ("auto", "data", "model", "fsdp")
 BATCH, MODEL = "batch", "model"
+_LEAST_SHARDED = 2**10  # numbers of a weight; to gather fewer costs more than to hold them
 
 # Layers whose outputs are split, and layers that take these outputs as inputs (Shoeybi et al., 2019, section
 # 3).
@@ -28,7 +32,7 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     """Distribute everything that is created from now on over the devices; call it before any use of JAX.
 
     Args:
-        kind: "data", "model", "auto" (data parallelism over all devices) or None for one device.
+        kind: "data", "model", "fsdp", "auto" (data parallelism over all devices) or None for one device.
         batch_size: examples in a batch over all devices.
         coordinator, num_processes, process_id: `HOST:PORT` of process 0, the number of processes and this
             one's index, from 0. Without them JAX detects TPU pods, Slurm and Open MPI.
@@ -61,6 +65,8 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
             f"give a multiple of {replicas}"
         )
     keras.distribution.set_distribution(distribution)
+    if isinstance(distribution, keras.distribution.ModelParallel) and not backend.has_accelerator():
+        backend.forget_programs()
 
 
 def num_replicas():
@@ -84,6 +90,19 @@ def _distribution(kind):
         return keras.distribution.ModelParallel(
             layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name=BATCH, auto_shard_dataset=False
         )
+    if kind == "fsdp":
+        if processes > 1:
+            raise UserError(
+                "distribution fsdp: splits weights over the devices of one process, and there are "
+                f"{processes}; use data, or one process with all devices"
+            )
+        if len(devices) < 2:
+            raise UserError(f"distribution fsdp: one device was found, {devices[0]}; {remedy}")
+        # One axis for both: the batch and the weights are split over the same devices.
+        mesh = keras.distribution.DeviceMesh((len(devices),), (BATCH,), devices)
+        return keras.distribution.ModelParallel(
+            layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name=BATCH, auto_shard_dataset=False
+        )
     if len(devices) > 1:
         # The data pipeline gives each process its part of a batch.
         return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
@@ -93,11 +112,12 @@ def _distribution(kind):
 
 
 def split_weights(model):
-    """Split the weights of attention and feed-forward layers over the devices, under model parallelism.
+    """Split the weights of attention and feed-forward layers over the devices, or under FSDP all weights.
 
     Keras' layout map uses variable paths, which lack the attribute names here, so the weights are selected by
     their published names. Call this before an optimizer is built, as the moments take the layout of their
-    weights. Low-rank updates are not split.
+    weights. Without a distribution, or under data parallelism, nothing is split; low-rank updates and weights
+    that do not divide among the devices stay whole under FSDP too.
 
     Raises:
         UserError: the model has no such layers, or their features cannot be divided by the number of devices.
@@ -106,6 +126,9 @@ def split_weights(model):
     if not isinstance(distribution, keras.distribution.ModelParallel):
         return
     mesh = distribution.device_mesh
+    if MODEL not in mesh.axis_names:
+        _shard_all(model, mesh)
+        return
     device_count = mesh.shape[mesh.axis_names.index(MODEL)]
     split = []
     for parameter in parameter_paths(model):
@@ -126,6 +149,19 @@ def split_weights(model):
         )
     for variable, layout in split:
         backend.lay_out(variable, layout)
+
+
+def _shard_all(model, mesh):
+    """Split each weight along its longest axis that divides among the devices."""
+    device_count = mesh.shape[0]
+    for parameter in parameter_paths(model):
+        shape = parameter.variable.shape
+        axes = [axis for axis, length in enumerate(shape) if length % device_count == 0]
+        if not axes or math.prod(shape) < _LEAST_SHARDED:
+            continue
+        longest = max(axes, key=shape.__getitem__)
+        axes = [BATCH if axis == longest else None for axis in range(len(shape))]
+        backend.lay_out(parameter.variable, keras.distribution.TensorLayout(axes, mesh))
 
 
 def _split_axis(parameter):

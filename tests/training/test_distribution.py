@@ -18,6 +18,8 @@ from tests.programs import Program
 
 STEPS = 4
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
+RESUMED = ("resumed", "fsdp-on-four")
 
 
 def start(arguments, flags=""):
@@ -99,6 +101,13 @@ def runs(folder):
         train(folder, "resumed", "--resume-from-checkpoint", "latest"),
     )
     finish(model), finish(resumed)
+    # Fully sharded on two devices, the same resumed on four.
+    sharded = train(folder, "fsdp", "--distribution", "fsdp", flags=TWO_DEVICES)
+    finish(sharded)
+    half = f"checkpoint-{STEPS // 2}"
+    shutil.copytree(folder / "fsdp" / half, folder / "fsdp-on-four" / half)
+    more = ("--distribution", "fsdp", "--resume-from-checkpoint", "latest")
+    finish(train(folder, "fsdp-on-four", *more, flags=FOUR_DEVICES))
     return folder
 
 
@@ -142,18 +151,18 @@ def largest_difference(folder, other, group):
     )
 
 
-@pytest.mark.parametrize("output", ["two", "processes", "model-parallel", "resumed"])
+@pytest.mark.parametrize("output", ["two", "processes", "model-parallel", "resumed", "fsdp", "fsdp-on-four"])
 def test_losses_and_weights_are_those_of_one_device(runs, output):
     expected, found = losses(runs / "one"), losses(runs / output)
     assert sorted(expected) == [1, 2, 3, 4]
-    assert sorted(found) == ([3, 4] if output == "resumed" else [1, 2, 3, 4])
+    assert sorted(found) == ([3, 4] if output in RESUMED else [1, 2, 3, 4])
     for step, loss in found.items():
         assert loss == pytest.approx(expected[step], rel=1e-4)
     for group in ("weights", "ema", "post_hoc_0.05", "post_hoc_0.1"):
         assert largest_difference(runs / "one", runs / output, group) < 1e-4
     assert (runs / output / "post-hoc-ema" / f"checkpoint-{STEPS}" / "post_hoc_0.1.safetensors").is_file()
     expected, found = validated(runs / "one"), validated(runs / output)
-    assert sorted(expected) == [0, 2, 4] and sorted(found) == ([2, 4] if output == "resumed" else [0, 2, 4])
+    assert sorted(expected) == [0, 2, 4] and sorted(found) == ([2, 4] if output in RESUMED else [0, 2, 4])
     for step, figures in found.items():
         assert figures == pytest.approx(expected[step], rel=1e-3)
     sample = f"samples/step-{STEPS:06}.png"
@@ -327,3 +336,53 @@ def test_processes_that_do_not_meet_are_told_why():
     assert "started with 2" in fewer[1]
     with socket.create_server(("", address[1])), pytest.raises(UserError, match="use another port"):
         rendezvous.meet(address, 2, 0, 1)
+
+
+def test_fsdp_holds_a_share_of_weights_moments_and_averages():
+    """And the compiler counts what they take, to the byte."""
+    code = """if True:
+        import jax, keras, numpy as np
+        from keras_sd import backend
+        from keras_sd import presets
+        from keras_sd.config import UNetConfig
+        from keras_sd.diffusion.schedules import NoiseSchedule
+        from keras_sd.models.unet import UNet
+        from keras_sd.training import architectures, distribution
+        from keras_sd.training.objectives import DiffusionObjective
+        from keras_sd.training.optimizers import AdamW
+        from tests import tiny
+
+        distribution.start("fsdp", 8)
+
+        def objective_of(config):
+            schedule = NoiseSchedule(architectures.PIXEL_SCHEDULER)
+            objective = DiffusionObjective(UNet(config), schedule)
+            distribution.split_weights(objective)
+            objective.compile(optimizer=AdamW(1e-3))
+            objective.optimizer.build(objective.trainable_variables)
+            values = [one.value for one in (*objective.variables, *objective.optimizer.variables)]
+            held = sum(value.addressable_shards[0].data.nbytes for value in values)
+            return objective, held, sum(value.nbytes for value in values)
+
+        _, held, whole = objective_of(UNetConfig.load(presets.find("emoji") / "unet" / "config.json"))
+        print(held, whole)
+        objective, held, whole = objective_of(tiny.SD1_UNET)
+        told = []
+        objective.on_compiled = told.append
+        side, width = 8, tiny.SD1_UNET.cross_attention_dim
+        batch = {
+            "samples": np.ones((8, side, side, 4), "float32"),
+            "noise": np.zeros((8, side, side, 4), "float32"),
+            "timesteps": np.zeros(8, "int32"),
+            "context": np.ones((8, 5, width), "float32"),
+        }
+        objective.fit(batch, batch_size=8, shuffle=False, verbose=0)
+        (memory,) = told
+        of_batch = sum(array.nbytes for array in batch.values()) // 8
+        metrics = sum(variable.value.nbytes for variable in objective.metrics_variables)
+        print(held, memory.arguments - of_batch - metrics)
+    """
+    output, _ = finish(start(["-c", code], "--xla_force_host_platform_device_count=8"))
+    held, whole, of_tiny, counted = map(int, output.split())
+    assert held < whole * 1.1 / 8  # of emoji, the bundled model
+    assert abs(counted - of_tiny) <= 64  # the compiler leaves out what the step does not read

@@ -172,9 +172,10 @@ def run_options(method, *, without=(), **defaults):
         option(
             "--distribution",
             None,
-            "Train on several devices (JAX). `data` splits the batch, `model` splits the weights, `auto` is "
-            "`data` if there are several devices. By default one device.",
-            type=click.Choice(["auto", "data", "model"]),
+            "Train on several devices (JAX). `data` splits the batch, `model` the weights of large layers, "
+            "`fsdp` the batch and all weights with the optimizer's state, `auto` is `data` if there are "
+            "several devices. By default one device.",
+            type=click.Choice(["auto", "data", "model", "fsdp"]),
         ),
         option("--coordinator", None, "HOST:PORT of process 0, if several processes train together."),
         option("--num-processes", None, "Number of processes that train together.", type=int),
