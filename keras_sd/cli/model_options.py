@@ -56,6 +56,12 @@ def model_options(default="emoji"):
             help="Compile with XLA (JAX always does); a few small images are faster without. By default also "
             "without for bfloat16 on a processor that multiplies it.",
         ),
+        click.option(
+            "--engine",
+            default="keras",
+            type=click.Choice(["keras", "openvino"]),
+            help="openvino: compute each part on a processor by OpenVINO where that is faster.",
+        ),
     )
 
 
