@@ -288,7 +288,9 @@ def jax_maker(function, variables, given_values, values, layouts):
             compiled = lowered.compile()
             return lambda inputs: compiled(values(), leaves_of(inputs)), lowered.out_info
 
-        return Program(lambda inputs: call(values(), leaves_of(inputs)), content if new else None, compile_only)
+        return Program(
+            lambda inputs: call(values(), leaves_of(inputs)), content if new else None, compile_only
+        )
 
     return make
 

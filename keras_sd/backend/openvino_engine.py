@@ -195,9 +195,7 @@ class OpenVINOFunction:
         folder = None if identity is None else private_folder("openvino")
         if folder is None:
             return None
-        variables = [
-            (variable.name, tuple(variable.shape), variable.dtype) for variable in self._variables
-        ]
+        variables = [(variable.name, tuple(variable.shape), variable.dtype) for variable in self._variables]
         # Which engine is faster depends on the processor, and on how much of it there is.
         machine = [sorted(devices.processor_flags()), os.cpu_count()]
         versions = [installed_version("openvino"), environment()]

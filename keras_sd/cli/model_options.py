@@ -118,6 +118,10 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
         embeddings: paths of textual inversions, each followed by ":token" to rename its word.
         options: as `StableDiffusion.load` takes them.
     """
+    if options.get("engine", "keras") != "keras":
+        from keras_sd.backend import check_engine  # which loads a backend
+
+        check_engine(options["engine"], options["dtype"])
     source = presets.find(model)
     if holds_pixel_upscaler(source):
         raise UserError(f"{model}: is an upscaler, which takes no text; use the command upscale")
