@@ -337,9 +337,8 @@ def _compile(graph, weights, dtype):
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(constant)
         model.remove_parameter(parameter)
-    request = core.compile_model(
-        model, "CPU", {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
-    ).create_infer_request()
+    settings = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def call(inputs):
         import tensorflow as tf

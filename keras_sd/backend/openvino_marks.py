@@ -1,9 +1,9 @@
 """Operations that OpenVINO has as one: marks in a graph that is traced for it.
 
-Written out, a group normalisation or an attention is a dozen operations, most of which OpenVINO computes one by
-one. In place of them a trace for OpenVINO holds one operation, which TensorFlow could not run, with a name and
-its settings. `convert_mark` makes of it what OpenVINO calls so. Stable Diffusion's UNet takes 0.75 of the time
-in float32 (2 images of 256 pixels).
+Written out, a group normalisation or an attention is a dozen operations, most of which OpenVINO computes one
+by one. In place of them a trace for OpenVINO holds one operation, which TensorFlow could not run, with a
+name and its settings. `convert_mark` makes of it what OpenVINO calls so. Stable Diffusion's UNet takes 0.75
+of the time in float32 (2 images of 256 pixels).
 """
 
 import contextlib
