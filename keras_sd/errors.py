@@ -21,6 +21,7 @@ _EXTRAS = {
     "pillow_heif": "heif",
     "matplotlib": "plot",
     "wandb": "wandb",
+    "openvino": "openvino",
     "ray": "ray",
     **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
 }

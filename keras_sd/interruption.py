@@ -133,6 +133,14 @@ def first_is_phase(name, elements):
     yield from elements
 
 
+def tell(line):
+    """Print a line on standard error, in commands only."""
+    if _state.program is not None:
+        from keras_sd.progress import print_above_bars
+
+        print_above_bars(line)
+
+
 def _start_phase(name):
     if _state.timer is not None:
         _state.timer.cancel()

@@ -4,6 +4,8 @@ compilation      functions compiled by XLA
 compiling_ahead  compiles programs in a thread, before they are called
 exported         keeps what tracing gave for the next process
 identity         what Python objects contribute to a trace
+openvino_engine  OpenVINO in place of the backend's programs, on a processor
+openvino_marks   operations that OpenVINO has as one
 program_cache    keeps compiled programs for the next process
 devices          processes and devices
 memory           of programs and devices
@@ -56,4 +58,6 @@ from keras_sd.backend.devices import (
 )
 from keras_sd.backend.identity import identity_of
 from keras_sd.backend.memory import ProgramMemory, device_bytes
+from keras_sd.backend.openvino_engine import check_engine, jit_for_engine
+from keras_sd.backend.openvino_marks import mark, traces_for_openvino
 from keras_sd.backend.program_cache import cache_folder, forget_programs, keep_programs

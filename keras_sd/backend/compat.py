@@ -41,6 +41,15 @@ def stored_value(variable):
     return variable._value
 
 
+def shared_array(variable):
+    """Return a variable's value on TensorFlow as an array that shares its memory, on a processor.
+
+    As long as the array is held, TensorFlow writes new values of the variable to other memory. The public
+    functions copy the value, which takes seconds for all weights of a UNet.
+    """
+    return variable._value.value()._numpy_internal()
+
+
 def current_value(variable):
     """Return a variable's tensor, or its value in a `StatelessScope`; `value` casts it to half precision."""
     from keras.src.backend.common.stateless_scope import get_stateless_scope
@@ -359,6 +368,7 @@ _BACKENDS = {
     "tensorflow": (
         ("tensorflow", "experimental.dlpack", "from_dlpack"),
         ("tensorflow", "config.experimental", "get_device_details"),
+        ("tensorflow.python.framework.ops", "_EagerTensorBase", "_numpy_internal"),
         ("tensorflow.python.ops.control_flow_util", "", "GraphOrParentsInXlaContext"),
         ("tensorflow.python.eager.context", "Context", "add_function_def", "call_function", "has_function"),
         ("tensorflow.python.framework.ops", "gradient_registry", "_registry"),

@@ -67,7 +67,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
 
     @functools.partial(jax.jit, **options)
     def program(values, inputs):
-        with _GivenValues(variables, values):
+        with GivenValues(variables, values):
             return function(*inputs)
 
     laid_out = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
@@ -90,7 +90,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
 
     if identity is None or is_distributed or devices.process_count() > 1:
         return call
-    make = jax_maker(function, variables, functools.partial(_GivenValues, variables), current_values, layouts)
+    make = jax_maker(function, variables, functools.partial(GivenValues, variables), current_values, layouts)
     return ExportedFunction(call, make, variables, identity, _MOST_SHAPES)
 
 
@@ -214,7 +214,7 @@ def recomputed(function, variables):
     variables = list(variables)
 
     def pure(values, inputs):
-        with _GivenValues(variables, values):
+        with GivenValues(variables, values):
             return function(*inputs)
 
     def call(*inputs):
@@ -270,13 +270,13 @@ def with_constant_variables(function, variables):
 
     def call(*inputs):
         values = [keras.ops.stop_gradient(compat.current_value(variable)) for variable in variables]
-        with _GivenValues(variables, values):
+        with GivenValues(variables, values):
             return function(*inputs)
 
     return call
 
 
-class _GivenValues(keras.StatelessScope):
+class GivenValues(keras.StatelessScope):
     """A scope where the given variables have the given values, and no other variable can be read.
 
     Other variables would silently become constants of the program that is traced inside.

@@ -126,7 +126,7 @@ class ExportedFunction:
         """
         identity = self._identity()
         entry = None if identity is None else self._entry(identity, signature)
-        kept = None if entry is None else _read(entry)
+        kept = None if entry is None else read_entry(entry)
         for content in () if entry is None else (None,) if kept is None else (kept, None):
             try:
                 program = self._make(inputs, content)
@@ -136,7 +136,7 @@ class ExportedFunction:
                     raise
                 continue
             if program.content is not None:
-                _write(entry, program.content)
+                write_entry(entry, program.content)
             return used
         return None
 
@@ -148,7 +148,7 @@ class ExportedFunction:
             (variable.name, tuple(variable.shape), variable.dtype, variable.trainable)
             for variable in self._variables
         ]
-        text = json.dumps([identity, repr(signature), variables, _environment()])
+        text = json.dumps([identity, repr(signature), variables, environment()])
         return folder / hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -174,7 +174,7 @@ def signature_of(value):
     return tuple(value.shape), keras.backend.standardize_dtype(value.dtype)
 
 
-def _environment():
+def environment():
     """Return what each trace in this process depends on: versions, sources, settings and the device."""
     backend = keras.backend.backend()
     packages = ("keras", backend, *(("jaxlib",) if backend == "jax" else ()))
@@ -204,7 +204,7 @@ def _sources():
     return digest.hexdigest()
 
 
-def _read(entry):
+def read_entry(entry):
     """Return the content of an entry; None if there is none, or a damaged one."""
     try:
         with open_entry(entry) as file:
@@ -215,13 +215,14 @@ def _read(entry):
     return content if hashlib.sha256(content).digest() == digest else None
 
 
-def _write(entry, content):
+def write_entry(entry, content, limit=_CACHE_BYTES):
+    """Write an entry, and remove those that were used longest ago where all take more than `limit` bytes."""
     staging = entry.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
         with open(staging, "xb", opener=_for_owner) as file:
             file.write(hashlib.sha256(content).digest() + content)
         os.replace(staging, entry)
-        remove_oldest(entry.parent, _CACHE_BYTES)
+        remove_oldest(entry.parent, limit)
     except OSError:
         staging.unlink(missing_ok=True)
 
@@ -230,11 +231,12 @@ def _for_owner(path, flags):
     return os.open(path, flags, 0o600)
 
 
-def _leaves(inputs):
+def leaves_of(inputs):
+    """Return the arrays of a nest of them, without what is None."""
     return [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
 
 
-def _of_leaves(function, inputs):
+def function_of_leaves(function, inputs):
     """Return a function of a list of arrays, that packs them as `inputs` and calls `function`."""
     places = keras.tree.flatten(inputs)
     structure = keras.tree.map_structure(lambda _: 0, inputs)
@@ -269,13 +271,13 @@ def jax_maker(function, variables, given_values, values, layouts):
     def make(inputs, content):
         new = content is None
         if new:
-            of_leaves = _of_leaves(function, inputs)
+            of_leaves = function_of_leaves(function, inputs)
 
             def program(values, leaves):
                 with given_values(values):
                     return of_leaves(leaves)
 
-            content = _exported_by_jax(program, shapes, _leaves(inputs))
+            content = _exported_by_jax(program, shapes, leaves_of(inputs))
         usual = _on_one_device()
         call = jax.jit(
             jax.export.deserialize(bytearray(content)).call,
@@ -283,11 +285,13 @@ def jax_maker(function, variables, given_values, values, layouts):
         )
 
         def compile_only(inputs):
-            lowered = call.lower(shapes, _leaves(inputs))
+            lowered = call.lower(shapes, leaves_of(inputs))
             compiled = lowered.compile()
-            return lambda inputs: compiled(values(), _leaves(inputs)), lowered.out_info
+            return lambda inputs: compiled(values(), leaves_of(inputs)), lowered.out_info
 
-        return Program(lambda inputs: call(values(), _leaves(inputs)), content if new else None, compile_only)
+        return Program(
+            lambda inputs: call(values(), leaves_of(inputs)), content if new else None, compile_only
+        )
 
     return make
 
@@ -402,7 +406,7 @@ def tensorflow_maker(function, variables, frozen=()):
     import tensorflow as tf
 
     def export(inputs):
-        of_leaves, assigned = _of_leaves(function, inputs), []
+        of_leaves, assigned = function_of_leaves(function, inputs), []
 
         # XLA's program of a function that assigns has operations that a module cannot hold, so the new values
         # are results.
@@ -416,7 +420,7 @@ def tensorflow_maker(function, variables, frozen=()):
             return results, tuple(new[place] for place in assigned)
 
         traced = tf.function(with_new_values, jit_compile=True, autograph=False)
-        leaves = [tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)]
+        leaves = [tf.convert_to_tensor(leaf) for leaf in leaves_of(inputs)]
         concrete = traced.get_concrete_function(*(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves))
         if compat.assigns(concrete):
             raise NotImplementedError  # past Keras' variables, as its own optimizers do
@@ -425,7 +429,7 @@ def tensorflow_maker(function, variables, frozen=()):
             # A tensor that is no variable is a KeyError: the next process would not have it.
             "variables": [places[id(captured)] for captured in concrete.captured_inputs],
             "assigned": assigned,
-            "outputs": _described(concrete.structured_outputs[0]),
+            "outputs": described(concrete.structured_outputs[0]),
         }
         module = traced.experimental_get_compiler_ir(*leaves)(stage="stablehlo_serialized")
         return json.dumps(header).encode() + b"\n" + module
@@ -436,7 +440,7 @@ def tensorflow_maker(function, variables, frozen=()):
             content = export(inputs)
         first_line, module = content.split(b"\n", 1)
         header = parse_json(first_line, "header")
-        outputs = _tensors_of(header["outputs"])
+        outputs = tensors_of(header["outputs"])
         used = [compat.stored_value(variables[place]) for place in header["variables"]]
         assigned = [compat.stored_value(variables[place]) for place in header["assigned"]]
         updated = [(one.shape.as_list(), one.dtype.name) for one in assigned]
@@ -449,41 +453,42 @@ def tensorflow_maker(function, variables, frozen=()):
                 one.assign(value, read_value=False)
             return results[: len(outputs)]
 
-        leaves = [tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)]
+        leaves = [tf.convert_to_tensor(leaf) for leaf in leaves_of(inputs)]
         concrete = program.get_concrete_function(*(tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves))
         name = f"exported_{hashlib.sha256(content).hexdigest()}"
         run, handles = compat.named_function(concrete, name), list(concrete.captured_inputs)
 
         def call(inputs):
-            results = run([*(tf.convert_to_tensor(leaf) for leaf in _leaves(inputs)), *handles])
-            return _packed(header["outputs"], iter(results))
+            results = run([*(tf.convert_to_tensor(leaf) for leaf in leaves_of(inputs)), *handles])
+            return packed(header["outputs"], iter(results))
 
         return Program(call, content if new else None)
 
     return make
 
 
-def _described(outputs):
+def described(outputs):
     """Return the structure of outputs, tensors and tuples or dictionaries of them, as JSON has it."""
     if isinstance(outputs, tuple | list):
-        return [_described(output) for output in outputs]
+        return [described(output) for output in outputs]
     if isinstance(outputs, dict):
-        return {"keys": {key: _described(outputs[key]) for key in sorted(outputs)}}
+        return {"keys": {key: described(outputs[key]) for key in sorted(outputs)}}
     return {"shape": outputs.shape.as_list(), "dtype": outputs.dtype.name}
 
 
-def _tensors_of(outputs):
+def tensors_of(outputs):
     """Return the (shape, type) of all tensors of described outputs."""
     if isinstance(outputs, list):
-        return [tensor for output in outputs for tensor in _tensors_of(output)]
+        return [tensor for output in outputs for tensor in tensors_of(output)]
     if "keys" in outputs:
-        return [tensor for output in outputs["keys"].values() for tensor in _tensors_of(output)]
+        return [tensor for output in outputs["keys"].values() for tensor in tensors_of(output)]
     return [(outputs["shape"], outputs["dtype"])]
 
 
-def _packed(outputs, results):
+def packed(outputs, results):
+    """Return an iterator's results in the structure of described outputs."""
     if isinstance(outputs, list):
-        return tuple(_packed(output, results) for output in outputs)
+        return tuple(packed(output, results) for output in outputs)
     if "keys" in outputs:
-        return {key: _packed(output, results) for key, output in outputs["keys"].items()}
+        return {key: packed(output, results) for key, output in outputs["keys"].items()}
     return next(results)

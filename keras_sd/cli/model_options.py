@@ -56,6 +56,12 @@ def model_options(default="emoji"):
             help="Compile with XLA (JAX always does); a few small images are faster without. By default also "
             "without for bfloat16 on a processor that multiplies it.",
         ),
+        click.option(
+            "--engine",
+            default="keras",
+            type=click.Choice(["keras", "openvino"]),
+            help="openvino: compute each part on a processor by OpenVINO where that is faster.",
+        ),
     )
 
 
@@ -112,6 +118,10 @@ def open_model(model, loras=(), lora_folder=None, embeddings=(), **options):
         embeddings: paths of textual inversions, each followed by ":token" to rename its word.
         options: as `StableDiffusion.load` takes them.
     """
+    if options.get("engine", "keras") != "keras":
+        from keras_sd.backend import check_engine  # which loads a backend
+
+        check_engine(options["engine"], options["dtype"])
     source = presets.find(model)
     if holds_pixel_upscaler(source):
         raise UserError(f"{model}: is an upscaler, which takes no text; use the command upscale")

@@ -122,7 +122,8 @@ def open_for_sampling(options):
     Returns:
         The pipeline, and the remaining options, which its task takes.
     """
-    names = ("model", "vae", "dtype", "batch_size", "loras", "lora_folder", "embeddings", "jit_compile")
+    names = ("model", "vae", "loras", "lora_folder", "embeddings")
+    names += ("dtype", "batch_size", "jit_compile", "engine")
     model = {name: options.pop(name) for name in names}
     check_sampling(model["model"], options)
     checked_interval(options["guidance_interval"])

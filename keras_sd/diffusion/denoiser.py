@@ -83,11 +83,15 @@ class Denoiser:
         unet: `keras_sd.models.unet.UNet`, conditional or not. Its weights may change between calls.
         schedule: the `NoiseSchedule` it was trained on.
         jit_compile: whether to compile with XLA on TensorFlow; None where it is faster. JAX always does.
+        engine: "keras", or "openvino" to let OpenVINO compute the UNet for shapes where that is faster.
     """
 
-    def __init__(self, unet: Any, schedule: NoiseSchedule, jit_compile: bool | None = None) -> None:
+    def __init__(
+        self, unet: Any, schedule: NoiseSchedule, jit_compile: bool | None = None, engine: str = "keras"
+    ) -> None:
         self.unet = unet
         self.schedule = schedule
+        self._predict = unet
         jit_compile = backend.compiles(switch_or_none("jit_compile", jit_compile), unet.compute_dtype)
         self._first_call = backend.first_call(jit_compile)
         self._program, self._storing_program, self._reusing_program = (
@@ -101,6 +105,43 @@ class Denoiser:
             )
             for step in (self._step, self._storing_step, self._reusing_step)
         )
+        if backend.check_engine(engine, unet.compute_dtype) != "keras":
+            # A step is then no program, so that its sums keep their precision: only the UNet is one.
+            self._predict = self._for_engine(engine, jit_compile)
+            self._program, self._storing_program, self._reusing_program = (
+                self._step,
+                self._storing_step,
+                self._reusing_step,
+            )
+
+    def _for_engine(self, engine, jit_compile):
+        """Return the UNet, as steps call it, for an engine."""
+
+        def plain(inputs, class_labels, deep):
+            return self.unet(inputs, class_labels=class_labels, deep=deep)
+
+        def storing(inputs, class_labels):
+            return self.unet(inputs, class_labels=class_labels, returns_deep=True)
+
+        plain, storing = (
+            backend.jit_for_engine(
+                engine,
+                "UNet",
+                self.unet.compute_dtype,
+                function,
+                self.unet.variables,
+                jit_compile,
+                identity=functools.partial(backend.identity_of, function.__name__, self.unet),
+            )
+            for function in (plain, storing)
+        )
+
+        def predict(inputs, class_labels=None, deep=None, returns_deep=False):
+            if returns_deep:
+                return storing(inputs, class_labels)
+            return plain(inputs, class_labels, deep)
+
+        return predict
 
     def steps(
         self,
@@ -265,7 +306,7 @@ class Denoiser:
         found = []
 
         def unet(*arguments, **options):
-            prediction, deep = self.unet(*arguments, **options, returns_deep=True)
+            prediction, deep = self._predict(*arguments, **options, returns_deep=True)
             found.append(deep)
             return prediction
 
@@ -273,14 +314,14 @@ class Denoiser:
 
     def _reusing_step(self, deep, *inputs):
         """Return the results of `_step`, computed with the deep features of an earlier step."""
-        return self._step(*inputs, unet=functools.partial(self.unet, deep=deep))
+        return self._step(*inputs, unet=functools.partial(self._predict, deep=deep))
 
     def _step(self, latents, memory, random, numbers, guidance, channels, known, unet=None):
         """Compute one row of the tables: evaluate the UNet, and form the weighted sums of the row."""
         signal_rate, noise_rate = numbers["level"][0], numbers["level"][1]
         unet_input = latents if channels is None else ops.concatenate([latents, channels], axis=-1)
         timesteps = ops.broadcast_to(numbers["timestep"], (latents.shape[0],))
-        prediction = guided_prediction(unet or self.unet, unet_input, timesteps, **guidance)
+        prediction = guided_prediction(unet or self._predict, unet_input, timesteps, **guidance)
         sample, noise = to_sample_and_noise(
             self.schedule.prediction_type, prediction, latents, signal_rate, noise_rate
         )

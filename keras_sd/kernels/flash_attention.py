@@ -1,4 +1,4 @@
-"""Flash attention (Dao et al., 2022) by cuDNN, for JAX on NVIDIA's GPUs."""
+"""Flash attention (Dao et al., 2022) by cuDNN, for JAX on NVIDIA's GPUs, and by OpenVINO on processors."""
 
 import keras
 
@@ -12,8 +12,10 @@ _LARGEST_HEAD, _LARGEST_HEAD_ON_HOPPER = 128, 256
 def is_available(query):
     """Return whether `attention` accepts this query `(n, tokens, heads, head_size)`.
 
-    It needs half precision, and JAX on an NVIDIA GPU since Ampere.
+    It needs half precision, and JAX on an NVIDIA GPU since Ampere; or a trace for OpenVINO.
     """
+    if backend.traces_for_openvino():
+        return True
     half = keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
     if keras.backend.backend() != "jax" or not half or backend.jax_platform() != "gpu":
         return False
@@ -30,6 +32,8 @@ def attention(query, key, value):
     Args:
         query, key, value: `(n, tokens, heads, head_size)` in the same half precision.
     """
+    if backend.traces_for_openvino():
+        return backend.mark("attention", [query, key, value], (*query.shape[:3], value.shape[3]))
     import jax
 
     keys, lengths = key.shape[1], None

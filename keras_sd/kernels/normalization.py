@@ -8,6 +8,8 @@ Ba et al., 2016).
 
 from keras import ops
 
+from keras_sd import backend
+
 
 def group_normalization(inputs, gamma, beta, groups, epsilon, *, silu=False):
     """Return the group normalisation of `(n, height, width, channels)`; all but n must be known.
@@ -23,6 +25,9 @@ def group_normalization(inputs, gamma, beta, groups, epsilon, *, silu=False):
     Returns:
         A tensor with the shape and the dtype of the inputs.
     """
+    if backend.traces_for_openvino():
+        settings = {"groups": groups, "epsilon": epsilon, "silu": silu}
+        return backend.mark("group_normalization", [inputs, gamma, beta], inputs.shape, **settings)
     _, height, width, channels = inputs.shape
     shape = (groups, channels // groups)
 
@@ -105,6 +110,8 @@ def layer_normalization(inputs, gamma, beta, epsilon):
     Returns:
         A tensor with the shape and the dtype of the inputs.
     """
+    if backend.traces_for_openvino():
+        return backend.mark("layer_normalization", [inputs, gamma, beta], inputs.shape, epsilon=epsilon)
 
     @ops.custom_gradient
     def normalize(inputs, gamma, beta):

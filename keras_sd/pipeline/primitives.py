@@ -74,6 +74,7 @@ class Primitives:
         name: str = "keras_sd",
         batch_size: int = 8,
         jit_compile: bool | None = None,
+        engine: str = "keras",
     ) -> None:
         for title, part, kinds in (
             ("tokenizer", tokenizer, Tokenizer),
@@ -98,17 +99,26 @@ class Primitives:
         self.vae_source: tuple[str | None, Path | None] = (None, None)
         self.embedding_files: dict[str, Path] = {}
         self.adapters, self.lora_folder = Adapters({"unet": unet, "text_encoder": text_encoder}), None
-        self._denoiser = Denoiser(unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile)
+        self._engine = backend.check_engine(engine, unet.compute_dtype)
+        self._denoiser = Denoiser(
+            unet, NoiseSchedule(scheduler_config), jit_compile=jit_compile, engine=engine
+        )
         self._jit_compile = switch_or_none("jit_compile", jit_compile)
         self._text_encodings: dict[int, Any] = {}  # number of skipped layers -> compiled function
         self._encode_image, self._decode = (
-            backend.jit(
+            backend.jit_for_engine(
+                engine,
+                title,
+                vae.compute_dtype,
                 function,
                 vae.variables,
                 backend.compiles(jit_compile, vae.compute_dtype),
                 identity=functools.partial(backend.identity_of, function.__name__, vae),
             )
-            for function in (self._image_to_latents, self._latents_to_image)
+            for title, function in (
+                ("VAE encoder", self._image_to_latents),
+                ("VAE decoder", self._latents_to_image),
+            )
         )
 
     # Files
@@ -149,6 +159,7 @@ class Primitives:
         name: str | None = None,
         batch_size: int = 8,
         jit_compile: bool | None = None,
+        engine: str = "keras",
     ) -> Self:
         """Open a model of any format; the format is detected from the files.
 
@@ -162,13 +173,14 @@ class Primitives:
             partial: accept missing and unknown weights, with a warning.
             vae: path of a folder or a file with another VAE.
             defaults, name: as in the constructor; by default those of the files.
-            batch_size, jit_compile: as in the constructor.
+            batch_size, jit_compile, engine: as in the constructor.
 
         Returns:
             The model.
 
         Raises:
-            UserError: a file is missing or damaged, or it is no Stable Diffusion model.
+            UserError: a file is missing or damaged, it is no Stable Diffusion model, or the engine cannot
+                compute here or in this precision.
 
         Example:
             ```python
@@ -183,6 +195,7 @@ class Primitives:
             switch("partial", partial),
             switch_or_none("jit_compile", jit_compile),
             whole_number("batch_size", batch_size, 1),
+            backend.check_engine(engine, dtype),
         )
         source = presets.find(path)
         checkpoint = readers.read_checkpoint(
@@ -205,6 +218,7 @@ class Primitives:
             name=source.resolve().name if name is None else name,
             batch_size=batch_size,
             jit_compile=jit_compile,
+            engine=engine,
         )
         model._weights_file = checkpoint.parts["unet"].source
         if vae is not None:
@@ -568,7 +582,10 @@ class Primitives:
                     return encoder(ids)
                 return encoder.hidden_states(ids, -1 - clip_skip)
 
-            self._text_encodings[clip_skip] = backend.jit(
+            self._text_encodings[clip_skip] = backend.jit_for_engine(
+                self._engine,
+                "text encoder",
+                encoder.compute_dtype,
                 encode,
                 encoder.variables,
                 backend.compiles(self._jit_compile, encoder.compute_dtype),

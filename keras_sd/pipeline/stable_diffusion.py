@@ -115,6 +115,8 @@ class StableDiffusion(Primitives):
         name: the model's name in the parameters of images.
         batch_size: the largest number of images per batch; more are split into batches of equal size.
         jit_compile: whether XLA compiles on TensorFlow; None where it is faster. JAX always compiles.
+        engine: "keras", or "openvino": on a processor with TensorFlow and the extra `openvino`, each part is
+            computed by OpenVINO for shapes of inputs where that is faster. Both are measured once.
 
     Attributes:
         lora_folder: folder of the LoRAs that prompts name, or None.
