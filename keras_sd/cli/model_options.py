@@ -53,8 +53,8 @@ def model_options(default="emoji"):
             "--jit-compile/--no-jit-compile",
             default=None,
             callback=_compiled,
-            help="Compile with XLA (JAX always does); a few small images are faster without. By default also "
-            "without for bfloat16 on a processor that multiplies it.",
+            help="Compile with XLA (JAX always does): the first call waits, the others are faster. On by "
+            "default, but for bfloat16 on a processor that multiplies it.",
         ),
         click.option(
             "--engine",

@@ -390,6 +390,9 @@ class Trainer:
             yield "`mixed_precision='bf16'`"
         if not settings.gradient_checkpointing and recomputing_layers(self.objective):
             yield "`gradient_checkpointing=True`"
+        whole = isinstance(keras.distribution.distribution(), keras.distribution.DataParallel)
+        if whole and backend.process_count() == 1:
+            yield "`distribution='fsdp'`"
         if hasattr(source, "encode_batches"):  # the VAE runs beside the step
             yield "`cache_latents='disk'`"
         if settings.train_batch_size > 1:

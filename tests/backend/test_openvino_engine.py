@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from keras_sd import backend
 from keras_sd.backend.openvino_engine import ENGINES, OpenVINOFunction
@@ -18,6 +19,7 @@ from keras_sd.errors import UserError
 from keras_sd.files.cache import private_folder
 from keras_sd.models.layers import dense
 from keras_sd.pipeline.stable_diffusion import StableDiffusion
+from keras_sd.training.lora import adaptable_layers
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +107,32 @@ def test_changed_weights_are_seen():
         np.testing.assert_allclose(values_of(function), expected, atol=1e-6)
         assert len(function._compiled) == 1
     assert entry.stat().st_ino == inode  # weights are no part of it
+
+
+def test_loras_are_seen(tmp_path):
+    options = {"num_inference_steps": 2, "seed": 3, "progress": False}
+    model = StableDiffusion.from_preset("emoji", engine="openvino")
+    model.text_to_image("red heart", **options)
+    let_be_faster("openvino")
+    name, layer = next(
+        (name, layer) for name, layer in adaptable_layers(model.unet).items() if name.endswith("attn2.to_v")
+    )
+    draw, (inputs, outputs) = np.random.default_rng(0).standard_normal, layer.kernel.shape
+    file = tmp_path / "strong.safetensors"
+    tensors = {"lora_A": draw((2, inputs), "float32"), "lora_B": draw((outputs, 2), "float32")}
+    save_file({f"unet.{name}.{half}.weight": tensor for half, tensor in tensors.items()}, file)
+    images = []
+    for engine in ENGINES:
+        model = StableDiffusion.from_preset("emoji", engine=engine)
+        before = model.text_to_image("red heart", **options)
+        model.load_lora(file, weight=0.0)
+        tagged = model.text_to_image("red heart <lora:strong:1>", **options)
+        images.append([before, tagged, model.text_to_image("red heart", **options)])
+    for ours, theirs in zip(*images, strict=True):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+    before, tagged, after = images[1]
+    assert np.abs(before.astype(int) - tagged.astype(int)).max() > 8
+    assert np.array_equal(before, after)
 
 
 def test_a_choice_is_kept_for_each_shape_and_damage_is_repaired():
