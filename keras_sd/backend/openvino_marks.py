@@ -10,6 +10,8 @@ import contextlib
 import contextvars
 import json
 
+from keras_sd.files.json_files import parse_json
+
 _is_tracing = contextvars.ContextVar("is_tracing", default=False)
 _MARK = "PyFunc"  # an operation of any inputs that carries a text
 
@@ -41,7 +43,8 @@ def mark(name, inputs, shape, **settings):
     import tensorflow as tf
 
     tensors = [tf.convert_to_tensor(one) for one in inputs]
-    (result,) = tf.raw_ops.PyFunc(input=tensors, token=json.dumps([name, settings]), Tout=[tensors[0].dtype])
+    text = json.dumps({"name": name, "settings": settings})
+    (result,) = tf.raw_ops.PyFunc(input=tensors, token=text, Tout=[tensors[0].dtype])
     result.set_shape(shape)
     return result
 
@@ -55,9 +58,9 @@ def marks_of_openvino():
 
 def convert_mark(node):
     """Return OpenVINO's outputs for a mark."""
-    name, settings = json.loads(node.get_attribute("token", ""))
+    mark = parse_json(node.get_attribute("token", ""), "mark")
     inputs = [node.get_input(place) for place in range(node.get_input_size())]
-    return [_OPERATIONS[name](*inputs, **settings).output(0)]
+    return [_OPERATIONS[mark["name"]](*inputs, **mark["settings"]).output(0)]
 
 
 def _group_normalization(inputs, gamma, beta, groups, epsilon, silu):

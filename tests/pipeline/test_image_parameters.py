@@ -49,6 +49,7 @@ NO_VALUES = {
     "overwrite": "where it goes",
     "batch_size": "images are the same in any batch",
     "jit_compile": "images are the same, but for rounding",
+    "engine": "images are the same, but for rounding",
     "lora_folder": "its LoRAs are listed as those of --lora are",
     "upscale": "the model's own upscaler is named as that of --upscaler is",
 }
