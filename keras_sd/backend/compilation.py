@@ -9,10 +9,10 @@ from keras_sd.backend.exported import (
     ExportedFunction,
     jax_maker,
     jax_step,
+    jax_step_by_shape,
     signature_of,
     tensorflow_maker,
 )
-from keras_sd.backend.memory import telling
 from keras_sd.backend.program_cache import keep_programs
 
 _MOST_SHAPES = 32  # of a function that stay in memory; a program of Stable Diffusion takes some tens of MiB
@@ -152,31 +152,14 @@ def _train_function_on_jax(make_function, train_step, identity, shardings, on_co
     if identity is None:
         return make_function()
     if keras.distribution.distribution() is None and devices.process_count() == 1:
-        # The shapes of the state, thousands of arrays, are in the identity.
-        call = jax_step(train_step, identity, on_compiled).call
+        exported = jax_step(train_step, identity, on_compiled)
+
+        def step(state, data):
+            # The shapes of the state, thousands of arrays, are in the identity.
+            return exported.call(signature_of(data), state, data)
     else:
-        import jax
-
-        results = (None, shardings())
-
-        @functools.cache
-        def step_for(signature):
-            # A function of its own, as JAX remembers the trace of each function.
-            step = jax.jit(
-                lambda state, data: train_step(state, data),
-                donate_argnums=0,
-                out_shardings=results,
-            )
-            return telling(step, on_compiled)
-
-        def call(signature, state, data):
-            return step_for(signature)(state, data)
-
-    def train(state, iterator):
-        data = next(iterator)
-        return call(signature_of(data), state, data)
-
-    return train
+        step = jax_step_by_shape(train_step, on_compiled, out_shardings=(None, shardings()))
+    return lambda state, iterator: step(state, next(iterator))
 
 
 def batches_of_shapes(batches):

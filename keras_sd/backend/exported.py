@@ -316,6 +316,24 @@ def _on_one_device():
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
+def jax_step_by_shape(train_step, on_compiled, **options):
+    """Return Keras' training step on JAX as a function of state and data, traced anew for each shape of data.
+
+    Args:
+        train_step, on_compiled: as for `jax_step`.
+        options: of `jax.jit`.
+    """
+    import jax
+
+    @functools.cache
+    def step_for(signature):
+        # A function of its own, as JAX remembers the trace of each function.
+        step = jax.jit(lambda state, data: train_step(state, data), donate_argnums=0, **options)
+        return telling(step, on_compiled)
+
+    return lambda state, data: step_for(signature_of(data))(state, data)
+
+
 def jax_step(train_step, identity, on_compiled=None):
     """Return Keras' training step on JAX as a function of state and data, read or exported for their shapes.
 
@@ -330,13 +348,7 @@ def jax_step(train_step, identity, on_compiled=None):
     import jax
     import jax.export
 
-    @functools.cache
-    def traced_for(signature):
-        # A function of its own, as JAX remembers the trace of each function.
-        return telling(jax.jit(lambda state, data: train_step(state, data), donate_argnums=0), on_compiled)
-
-    def traced(state, data):
-        return traced_for(signature_of(data))(state, data)
+    traced = jax_step_by_shape(train_step, on_compiled)
 
     def make(inputs, content):
         new = content is None

@@ -94,25 +94,23 @@ class Denoiser:
         self._predict = unet
         jit_compile = backend.compiles(switch_or_none("jit_compile", jit_compile), unet.compute_dtype)
         self._first_call = backend.first_call(jit_compile)
-        self._program, self._storing_program, self._reusing_program = (
-            backend.jit(
-                step,
-                unet.variables,
-                jit_compile,
-                identity=functools.partial(
-                    backend.identity_of, step.__name__, schedule.prediction_type, unet
-                ),
-            )
-            for step in (self._step, self._storing_step, self._reusing_step)
-        )
-        if backend.check_engine(engine, unet.compute_dtype) != "keras":
+        programs = [self._step, self._storing_step, self._reusing_step]
+        if backend.check_engine(engine, unet.compute_dtype) == "keras":
+            programs = [
+                backend.jit(
+                    step,
+                    unet.variables,
+                    jit_compile,
+                    identity=functools.partial(
+                        backend.identity_of, step.__name__, schedule.prediction_type, unet
+                    ),
+                )
+                for step in programs
+            ]
+        else:
             # A step is then no program, so that its sums keep their precision: only the UNet is one.
             self._predict = self._for_engine(engine, jit_compile)
-            self._program, self._storing_program, self._reusing_program = (
-                self._step,
-                self._storing_step,
-                self._reusing_step,
-            )
+        self._program, self._storing_program, self._reusing_program = programs
 
     def _for_engine(self, engine, jit_compile):
         """Return the UNet, as steps call it, for an engine."""

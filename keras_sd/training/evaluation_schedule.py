@@ -58,9 +58,9 @@ class EvaluationSchedule:
         self._ahead: backend.CompilationAhead | None = None
 
     def compile_ahead(self) -> None:
-        """Start to compile the programs of the first evaluation in a thread, where this is possible."""
+        """Start to compile the programs of the first evaluation in a thread (`backend.compiles_ahead`)."""
         is_needed = self._evaluate is None and self._ahead is None and isinstance(self._make, Evaluation)
-        if is_needed and self.every and backend.compiles_ahead():
+        if is_needed and self.every:
             self._ahead = backend.CompilationAhead(self._make.compile)
 
     def cancel_compilation(self) -> None:

@@ -1,6 +1,7 @@
 """The training loop: Keras' `fit()` on an objective, with checkpoints, exact resumption and evaluations."""
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -116,7 +117,6 @@ class Trainer:
             enable_gradient_checkpointing(objective)
         # In float16 Keras wraps the optimizer in a loss-scaling one.
         objective.compile(optimizer=self.optimizer, jit_compile=settings.jit_compile)
-        objective.on_compiled = self._tell_memory
         log_figures(objective, self.optimizer)
         with self._with_memory_advice():
             # Variables created inside the first traced step would make TensorFlow trace it twice.
@@ -130,7 +130,6 @@ class Trainer:
             write_description(settings.output_dir)
         self._record = RunRecord(settings.output_dir, self.step)
         self._schedules: list[EvaluationSchedule] = []
-        self._source: Any = None
         self.log = self._make_log(identity) if self.is_writer else SilentLog(self.step)
 
     def _make_log(self, identity):
@@ -249,7 +248,8 @@ class Trainer:
             UserError: the loss is not finite, an example cannot be read (the steps before are saved), no
                 checkpoint can be written, or memory is not sufficient.
         """
-        settings, self._source = self.settings, source
+        settings = self.settings
+        self.objective.on_compiled = functools.partial(self._tell_memory, source)
         self._schedules = [
             EvaluationSchedule(
                 self, make_validation, self._record, "validated", "validation_steps", at_first=True
@@ -342,7 +342,7 @@ class Trainer:
             restore_folder(model)
         return self._record.last("exported") == self.step and model.is_dir()
 
-    def _tell_memory(self, memory):
+    def _tell_memory(self, source, memory):
         """Print the memory of a step that was compiled, and warn if the device has less."""
         if not self.is_writer:
             return
@@ -353,10 +353,9 @@ class Trainer:
         )
         available = backend.device_bytes()
         if available is not None and memory.total > available:
-            savers = ", or ".join(self._memory_savers(self._source)) or "a smaller model or smaller images"
             warnings.warn(
                 f"the training step needs {total:.1f} GiB, and the device has "
-                f"{available / 2**30:.1f}; use {savers}",
+                f"{available / 2**30:.1f}; use {self._memory_advice(source)}",
                 stacklevel=2,
             )
 
@@ -380,8 +379,10 @@ class Trainer:
         except Exception as error:
             if not backend.is_out_of_memory(error):
                 raise
-            savers = list(self._memory_savers(source)) or ["a smaller model or smaller images"]
-            raise UserError(f"training: out of memory; use {', or '.join(savers)}") from error
+            raise UserError(f"training: out of memory; use {self._memory_advice(source)}") from error
+
+    def _memory_advice(self, source):
+        return ", or ".join(self._memory_savers(source)) or "a smaller model or smaller images"
 
     def _memory_savers(self, source):
         """Yield further arguments that save device memory, those with the least cost first."""
@@ -431,7 +432,7 @@ class Trainer:
             ),
             *([progress] if self.is_writer else []),
             PhaseCallback(self.objective, self.step),
-            CompilationCallback(self._schedules, self.step),
+            *([CompilationCallback(self._schedules, self.step)] if backend.compiles_ahead() else []),
         ]
         callbacks += [
             EvaluationCallback(schedule, progress, self.step, settings.max_train_steps)

@@ -189,6 +189,9 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
     scores_now = scores_now and run.settings.evaluation_steps
     score_before = score_of(captions_of_sets()[1]) if scores_now else None
 
+    def generate(examples):
+        return sample([example["captions"][0] for example in examples], examples)
+
     def make_evaluation(trainer):
         from keras_sd.training.evaluation import SampleEvaluation
 
@@ -197,7 +200,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
             trainer,
             grid,
             sets=sets,
-            generate=lambda examples: sample([example["captions"][0] for example in examples], examples),
+            generate=generate,
             extractor=extractor,
             score=score_before or score_of(captions),
         )
@@ -205,7 +208,7 @@ def encoded_examples(run, pipeline, frozen_text_encoder, captions=None, alignmen
     def compile_evaluation():
         grid()
         for examples in captions_of_sets()[0].values():
-            sample([example["captions"][0] for example in examples], examples)
+            generate(examples)
 
     return encoded, repeats, Evaluation(make_evaluation, compile_evaluation), validation
 
