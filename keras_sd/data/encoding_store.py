@@ -115,7 +115,8 @@ class EncodingStore:
         self.folder = Path(folder)
         with os_errors_in_one_line(self.folder):
             if not self.folder.is_dir():
-                self.folder.mkdir(0o700, parents=True)
+                # The other processes of a run may make it at the same time.
+                self.folder.mkdir(0o700, parents=True, exist_ok=True)
         self._shards: dict[str, _Shard] = {}
         self._lock = threading.Lock()
         self._readers: dict[str, Any] = {}

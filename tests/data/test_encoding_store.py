@@ -1,5 +1,6 @@
 """Encodings on disk: found by their keys, the same bytes from any run, and checked when they are read."""
 
+import concurrent.futures
 import io
 import os
 import resource
@@ -74,6 +75,18 @@ def test_shards_of_another_process_are_found(tmp_path):
     assert len(early) == 0
     early.refresh()
     assert_whole(early)
+
+
+def test_processes_of_one_run_make_the_folder_at_the_same_time(tmp_path):
+    together = threading.Barrier(8)
+
+    def opened(folder):
+        together.wait()
+        return EncodingStore(folder)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for index in range(50):
+            list(pool.map(opened, [tmp_path / str(index)] * 8))
 
 
 def test_a_catalogue_that_is_missing_or_damaged_is_made_again(tmp_path):
