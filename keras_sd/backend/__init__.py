@@ -25,6 +25,7 @@ from keras_sd.backend.arrays import (
 from keras_sd.backend.compat import (
     drop_partial_update,
     forget,
+    forget_variable,
     lay_out,
     processes_stop_at,
     state_shardings,

@@ -88,6 +88,11 @@ def forget(layer, child):
     layer._tracker.untrack(child)
 
 
+def forget_variable(layer, variable):
+    """Remove a variable from the weights of a layer, which replacing the attribute does not do."""
+    layer._untrack_variable(variable)
+
+
 def sync_state(model):
     """Give the variables of model and optimizer their present values.
 

@@ -16,6 +16,13 @@ from keras_sd.weights.safetensors_files import read_safetensors
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+quantize_option = click.option(
+    "--quantize",
+    type=click.Choice(["int8"]),
+    help="int8: keep the kernels of UNet and text encoder in 8 bits, a quarter of the memory of float32.",
+)
+
+
 def model_options(default="emoji"):
     """Return a decorator that adds the options for the model, its additions and its computation."""
     return decorated(
@@ -62,6 +69,7 @@ def model_options(default="emoji"):
             type=click.Choice(["keras", "openvino"]),
             help="openvino: compute each part on a processor by OpenVINO where that is faster.",
         ),
+        quantize_option,
     )
 
 

@@ -123,7 +123,7 @@ def open_for_sampling(options):
         The pipeline, and the remaining options, which its task takes.
     """
     names = ("model", "vae", "loras", "lora_folder", "embeddings")
-    names += ("dtype", "batch_size", "jit_compile", "engine")
+    names += ("dtype", "batch_size", "jit_compile", "engine", "quantize")
     model = {name: options.pop(name) for name in names}
     check_sampling(model["model"], options)
     checked_interval(options["guidance_interval"])

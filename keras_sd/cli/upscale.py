@@ -55,7 +55,7 @@ def upscale(image, prompt, num_images, noise_level, **options):
         if prompt:
             raise UserError(f"{options['model']}: takes no prompt; leave it out, or give a model with text")
         unused = {"guidance_scale", "guidance_interval", "guidance_rescale", "negative_prompt"}
-        unused |= {"vae", "loras", "lora_folder", "embeddings", "clip_skip", "engine"}
+        unused |= {"vae", "loras", "lora_folder", "embeddings", "clip_skip", "engine", "quantize"}
         refuse_unused(unused, False, f"on {options['model']}, which takes no text")
         check_sampling(folder, options)
         _upscale_pixels(folder, pixels, output, num_images, more, options)

@@ -16,6 +16,7 @@ from keras_sd.errors import UserError
 from keras_sd.kernels import normalization
 from keras_sd.kernels.convolution import convolve
 from keras_sd.models.initializers import Deferred, deferred_weights, glorot_uniform, uniform
+from keras_sd.models.quantized_kernel import QuantizableKernel
 
 
 class Weights:
@@ -144,7 +145,7 @@ class LowRankUpdate(Weights):
         return ops.reshape(outer, (-1, *outer.shape[1:-2], rows * outer.shape[-1]))
 
 
-class Dense(LowRankUpdate, keras.layers.Dense):
+class Dense(LowRankUpdate, QuantizableKernel, keras.layers.Dense):
     """Keras' linear layer with an optional update."""
 
     def _inner(self, outputs, initializer, inputs=None):
@@ -158,7 +159,7 @@ class Dense(LowRankUpdate, keras.layers.Dense):
         return sequential(layers, grouped)
 
 
-class Conv2D(LowRankUpdate, keras.layers.Conv2D):
+class Conv2D(LowRankUpdate, QuantizableKernel, keras.layers.Conv2D):
     """Keras' convolution with an optional update: a kernel of the same size, then one of 1x1."""
 
     def convolution_op(self, inputs, kernel):

@@ -3,7 +3,8 @@
 The names are those of AUTOMATIC1111's web interface if it has one: LoRAs are tags in the prompt
 (`<lora:ink:0.8>`) and `Lora hashes`, words of textual inversion `TI hashes`, another VAE is `VAE` and `VAE
 hash`. Hashes are truncated as there. Names of this package: `Guidance interval`, `Guidance rescale`, `Reuse
-interval`, `Precision`, `Walk`, `Frames`, `Frame rate`, `Postprocess steps`. `Size` is that before upscaling.
+interval`, `Precision`, `Quantization`, `Walk`, `Frames`, `Frame rate`, `Postprocess steps`. `Size` is that
+before upscaling.
 
 This module imports no backend.
 """
@@ -146,6 +147,7 @@ def image_parameters(pipeline, prompt, negative_prompt=None, **settings):
             "VAE hash": vae_file and model_hash(vae_file),
             "VAE": vae_name,
             "Precision": None if precision == "float32" else precision,
+            "Quantization": pipeline.quantization,
             "Lora hashes": _listed({name: lora_hash(files[name]) for name in [*inside, *tagged]}),
             "TI hashes": _listed({token: embedding_hash(file) for token, file in words.items()}),
         }
@@ -241,6 +243,12 @@ def _precision(text):
     return text
 
 
+def _quantization(text):
+    if text != "int8":
+        raise ValueError("unknown")
+    return text
+
+
 def _walk(text):
     prompts = parse_json(text, "Walk", list[str])
     if not prompts:
@@ -269,6 +277,7 @@ _READERS = {
     "Noise level": ("noise_level", _whole(0)),
     "Model": ("model", str),
     "Precision": ("dtype", _precision),
+    "Quantization": ("quantize", _quantization),
     "Walk": ("prompts", _walk),
     "Frames": ("num_frames", _whole(1, MOST_IMAGES)),
     "Frame rate": ("frame_rate", _number(1, 50)),

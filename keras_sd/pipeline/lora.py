@@ -156,21 +156,21 @@ class Adapters:
                     self._assign(parameter, key, updates.get(key, {}))
 
     def _assign(self, parameter, key, updates):
-        base = self._bases.setdefault(key, np.array(parameter.variable))
+        base = self._bases.setdefault(key, parameter.layer.stored_kernel())
         if updates:
             with np.errstate(over="ignore", invalid="ignore"):  # checked below
-                own = np.asarray(base, "float32")
+                own = base.decoded()
                 plain = to_torch(parameter, own)
                 total = sum(change_of(update, plain, weight) for weight, update in updates.values())
-                kernel = (own + from_torch(parameter, total)).astype(base.dtype)
-            if not np.isfinite(kernel).all():
+                kernel = base.encoded(own + from_torch(parameter, total))
+            if not kernel.is_finite():
                 raise UserError(
-                    f"LoRA {', '.join(map(repr, updates))}: makes {'.'.join(key)} infinite in {base.dtype}; "
-                    "use a smaller weight, or an undamaged file"
+                    f"LoRA {', '.join(map(repr, updates))}: makes {'.'.join(key)} infinite in "
+                    f"{base.values.dtype}; use a smaller weight, or an undamaged file"
                 )
-            parameter.variable.assign(kernel)
+            parameter.layer.assign_kernel(kernel)
         else:
-            parameter.variable.assign(base)
+            parameter.layer.assign_kernel(base)
             del self._bases[key]
 
 

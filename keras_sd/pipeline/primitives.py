@@ -36,6 +36,7 @@ from keras_sd.models.batches import in_batches
 from keras_sd.models.image_encoder import ImageEncoder
 from keras_sd.models.pixels import as_images, images_from_unit, images_to_unit
 from keras_sd.models.precision import check_dtype
+from keras_sd.models.quantization import check_quantization, quantization_of, quantize_kernels
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.tokenizer import Tokenizer, vector_names
 from keras_sd.models.unet import UNet
@@ -160,6 +161,7 @@ class Primitives:
         batch_size: int = 8,
         jit_compile: bool | None = None,
         engine: str = "keras",
+        quantize: str | None = None,
     ) -> Self:
         """Open a model of any format; the format is detected from the files.
 
@@ -174,6 +176,9 @@ class Primitives:
             vae: path of a folder or a file with another VAE.
             defaults, name: as in the constructor; by default those of the files.
             batch_size, jit_compile, engine: as in the constructor.
+            quantize: "int8" keeps the kernels of UNet and text encoder in 8 bits, with a scale for each
+                output: a quarter of the memory of float32. LoRAs are rounded likewise. Such a model makes
+                images; it is neither trained nor saved. None keeps them in `dtype`.
 
         Returns:
             The model.
@@ -196,6 +201,7 @@ class Primitives:
             switch_or_none("jit_compile", jit_compile),
             whole_number("batch_size", batch_size, 1),
             backend.check_engine(engine, dtype),
+            check_quantization(quantize),
         )
         source = presets.find(path)
         checkpoint = readers.read_checkpoint(
@@ -212,8 +218,12 @@ class Primitives:
             raise UserError(
                 f"{path}: has no noise schedule; put the model's own {diffusers_folder.SCHEDULER} there"
             )
+        parts = open_parts(checkpoint, dtype, partial)
+        if quantize is not None:
+            quantize_kernels(parts["unet"])
+            quantize_kernels(parts["text_encoder"])
         model = cls(
-            **open_parts(checkpoint, dtype, partial),
+            **parts,
             defaults=ModelDefaults.load(source) if defaults is None else defaults,
             name=source.resolve().name if name is None else name,
             batch_size=batch_size,
@@ -261,6 +271,11 @@ class Primitives:
                 raise UserError(f"{path}: a single file has no place for learned words; name a folder")
             else:
                 single_file.write_single_file(path, checkpoint, dtype)
+
+    @property
+    def quantization(self) -> str | None:
+        """What the UNet's kernels are quantized to: "int8", or None."""
+        return quantization_of(self.unet)
 
     @functools.cached_property
     def model_hash(self) -> str | None:

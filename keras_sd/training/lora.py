@@ -11,6 +11,7 @@ import numpy as np
 from keras_sd.errors import UserError
 from keras_sd.models.layers import LowRankUpdate
 from keras_sd.models.parameters import parameter_paths
+from keras_sd.models.quantization import refuse_quantized
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.training.adapter_settings import AdapterSettings, kronecker_factors, longest_block
@@ -34,6 +35,8 @@ def add_updates(models: dict[str, Any], settings: AdapterSettings) -> None:
         UserError: a model has no such layer, no layer is in a named block, or a factor of LoKr does not
             divide a layer's width.
     """
+    for model in models.values():
+        refuse_quantized("LoRA", model)
     chosen = {part: _chosen(part, model, settings) for part, model in models.items()}
     for name in ("rank_by_block", "alpha_by_block"):
         for block in getattr(settings, name):

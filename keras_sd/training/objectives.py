@@ -20,6 +20,7 @@ from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.layers import dense
 from keras_sd.models.pixels import images_to_unit
+from keras_sd.models.quantization import refuse_quantized
 from keras_sd.models.text_encoder import TextEncoder
 from keras_sd.models.unet import UNet
 from keras_sd.training.diffusion_settings import DiffusionSettings
@@ -47,6 +48,10 @@ class Objective(keras.Model):
         super().__init__(autocast=False, **kwargs)
         # The networks are built. Otherwise Keras on JAX would trace the forward pass once more at each start.
         self.built = True
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        refuse_quantized("training", self)
+        super().compile(*arguments, **options)
 
     def compute_loss(
         self,

@@ -17,6 +17,7 @@ from keras_sd.errors import UserError
 from keras_sd.models.initializers import deferring
 from keras_sd.models.parameters import parameter_paths
 from keras_sd.models.precision import dtype_policy
+from keras_sd.models.quantization import refuse_quantized
 from keras_sd.weights.conversion import Conversion, convert, is_finite
 from keras_sd.weights.expected_shapes import REMEDY, account, check_config, same_shape
 from keras_sd.weights.old_names import canonical_name
@@ -45,7 +46,11 @@ def torch_state(model, is_wanted=lambda name: True):
 
     Returns:
         A dictionary of NumPy arrays, in the variables' own precision.
+
+    Raises:
+        UserError: the model is quantized.
     """
+    refuse_quantized("weights", model)
     return {
         parameter.name: to_torch(parameter, parameter.variable)
         for parameter in parameter_paths(model)

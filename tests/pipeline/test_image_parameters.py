@@ -39,6 +39,7 @@ VALUES = {
     "strength": 0.625,
     "noise_level": 7,
     "dtype": "bfloat16",
+    "quantize": "int8",
     "upscaler": "emoji-upscaler",
     "upscaler_steps": 2,
 }

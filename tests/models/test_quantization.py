@@ -1,0 +1,132 @@
+"""Kernels in 8 bits: exact codes, images close to the original, LoRAs on them, and what refuses them."""
+
+import numpy as np
+import pytest
+
+from keras_sd import AdamW, DiffusionObjective, NoiseSchedule, SchedulerConfig, StableDiffusion
+from keras_sd.errors import UserError
+from keras_sd.models.layers import convolution, dense
+from keras_sd.models.quantization import quantization_of, quantize_kernels
+from keras_sd.models.quantized_kernel import QuantizableKernel
+from keras_sd.models.unet import UNet
+from keras_sd.training.lora import adaptable_layers, add_lora
+from keras_sd.weights.lora_updates import LowRank
+from keras_sd.weights.lora_writing import write_lora
+from keras_sd.weights.rules import torch_state
+from tests import tiny
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with random weights, and a LoRA for it."""
+    folder = tmp_path_factory.mktemp("quantization")
+    tiny.pipeline().save(folder / "model")
+    generator = np.random.default_rng(0)
+    down, up = generator.standard_normal((2, 16)), generator.standard_normal((8, 2))
+    update = LowRank(down.astype("float32"), up.astype("float32"), 2.0)
+    write_lora(folder / "ink.safetensors", {"unet": {LAYER: update}})
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda: dense(24, 6), lambda: convolution(5, 6, 3)])
+def test_codes_are_the_nearest_of_255(make):
+    layer = make()
+    kernel = np.random.default_rng(0).standard_normal(layer.kernel.shape).astype("float32")
+    kernel[..., 2] = 0
+    kernel[..., 3] *= 1e-30
+    layer.kernel.assign(kernel)
+    layer.quantize_kernel()
+    codes, scale = layer.stored_kernel()
+    largest = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)))
+    assert codes.dtype == np.int8 and scale.dtype == np.float32
+    np.testing.assert_allclose(scale, np.where(largest == 0, 1, largest / 127), rtol=1e-6)
+    assert (np.abs(np.asarray(layer.kernel) - kernel) <= scale * 0.5001).all()
+    assert not np.asarray(layer.kernel)[..., 2].any()
+    assert [each.dtype for each in layer.weights if "kernel" in each.name] == ["int8", "float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_computes_with_its_decoded_kernels(folder, dtype):
+    model = StableDiffusion.load(folder / "model", dtype=dtype, quantize="int8", jit_compile=False)
+    plain = StableDiffusion.load(folder / "model", dtype=dtype, jit_compile=False)
+    assert model.quantization == "int8" and plain.quantization is None
+    for part in ("unet", "text_encoder"):
+        for layer, exact in zip(*(_layers(getattr(one, part)) for one in (model, plain)), strict=True):
+            exact.assign_kernel(exact.stored_kernel().encoded(layer.stored_kernel().decoded()))
+    given = {"prompt": "red heart", "num_inference_steps": 2, "progress": False, "seed": 3}
+    images, expected = (one.text_to_image(**given).astype(int) for one in (model, plain))
+    assert np.abs(images - expected).max() <= (1 if dtype == "float32" else 8)
+    ours, theirs = (_bytes(one.unet) for one in (model, plain))
+    assert ours < theirs * (0.4 if dtype == "float32" else 0.7)  # biases and scales of tiny layers weigh much
+
+
+def _layers(layer):
+    return [found for found in layer._flatten_layers() if isinstance(found, QuantizableKernel)]
+
+
+def _bytes(model):
+    sizes = {"int8": 1, "bfloat16": 2, "float32": 4}
+    return sum(int(np.prod(each.shape)) * sizes[each.dtype] for each in model.variables)
+
+
+def test_compiled_images_are_those_without_compilation(folder):
+    """The program of the model that is not quantized, which is kept in the same folder, is another one."""
+    given = {"prompt": "red heart", "num_inference_steps": 2, "progress": False}
+    for quantize in (None, "int8", "int8"):
+        eager, compiled = (
+            StableDiffusion.load(folder / "model", quantize=quantize, jit_compile=jit_compile)
+            for jit_compile in (False, True)
+        )
+        images = [one.text_to_image(**given).astype(int) for one in (eager, compiled)]
+        assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_loras_are_added_and_removed(folder):
+    model = StableDiffusion.load(folder / "model", quantize="int8", jit_compile=False)
+    layer = adaptable_layers(model.unet)[LAYER]
+    before = layer.stored_kernel()
+    model.load_lora(folder / "ink.safetensors")
+    plain = StableDiffusion.load(folder / "model", jit_compile=False)
+    plain.load_lora(folder / "ink.safetensors")
+    expected = adaptable_layers(plain.unet)[LAYER].stored_kernel().values
+    codes, scale = layer.stored_kernel()
+    # Two roundings: of the base, and of the sum.
+    assert (np.abs(codes * scale - expected) <= 0.5001 * (scale + before.scale)).all()
+    assert np.abs(expected - before.decoded()).max() > 10 * scale.max()
+    model.unload_lora()
+    for ours, original in zip(layer.stored_kernel(), before, strict=True):
+        assert np.array_equal(ours, original)
+
+
+def test_a_lora_of_infinite_numbers_changes_nothing(folder, tmp_path):
+    model = StableDiffusion.load(folder / "model", quantize="int8", jit_compile=False)
+    before = adaptable_layers(model.unet)[LAYER].stored_kernel()
+    update = LowRank(np.full((2, 16), 1e30, "float32"), np.full((8, 2), 1e30, "float32"), 2.0)
+    write_lora(tmp_path / "large.safetensors", {"unet": {LAYER: update}})
+    with pytest.raises(UserError, match="'large': makes .* infinite"):
+        model.load_lora(tmp_path / "large.safetensors")
+    assert np.array_equal(adaptable_layers(model.unet)[LAYER].stored_kernel().values, before.values)
+
+
+def test_what_is_quantized_is_not_saved_and_not_trained(folder, tmp_path):
+    model = StableDiffusion.load(folder / "model", quantize="int8", jit_compile=False)
+    with pytest.raises(UserError, match="quantized to int8.*without `quantize`"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    unet = UNet(tiny.SD1_UNET)
+    quantize_kernels(unet)
+    assert quantization_of(unet) == "int8"
+    with pytest.raises(UserError, match="quantized to int8"):
+        DiffusionObjective(unet, NoiseSchedule(SchedulerConfig())).compile(optimizer=AdamW(1e-3))
+    with pytest.raises(UserError, match="quantized to int8"):
+        torch_state(unet)
+    with pytest.raises(UserError, match="quantized to int8"):
+        add_lora(unet, 2, 2)
+
+
+def test_unknown_kinds_are_refused(folder):
+    for kind in ("int4", True, ["int8"]):
+        with pytest.raises(UserError, match="^quantize .*: unknown; use int8"):
+            StableDiffusion.load(folder / "model", quantize=kind)
