@@ -51,6 +51,7 @@ from keras_sd.backend.devices import (
     device_names,
     has_accelerator,
     is_out_of_memory,
+    is_traced_for_processor,
     jax_platform,
     join_processes,
     multiplies_bfloat16,

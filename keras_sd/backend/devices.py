@@ -1,15 +1,13 @@
 """Processes and devices: their number, their abilities, and errors about their memory."""
 
 import contextlib
-import functools
 import os
 import re
-from pathlib import Path
 
 import keras
 
 from keras_sd.backend import compat
-from keras_sd.backend.program_cache import keep_programs
+from keras_sd.backend.program_cache import keep_programs, processor_lines
 
 # The status of XLA, messages of its compilers (for TPUs they check memory in advance), and TensorFlow's.
 _OUT_OF_MEMORY = re.compile(
@@ -93,10 +91,16 @@ def jax_platform():
 
 def compiles_for_processor(tensor):
     """Return whether `tensor` belongs to a program that XLA will compile for a CPU."""
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    return is_traced_for_processor(tensor) and (not on_tensorflow or compat.is_traced_for_xla())
+
+
+def is_traced_for_processor(tensor):
+    """Return whether `tensor` belongs to a program for a CPU that is being traced."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return compat.is_traced_for_xla() and not tf.config.list_logical_devices("GPU")
+        return not tf.executing_eagerly() and not tf.config.list_logical_devices("GPU")
     import jax
 
     return isinstance(tensor, jax.core.Tracer) and jax_platform() == "cpu"
@@ -148,14 +152,9 @@ def compiles(jit_compile, dtype):
     return not (has_onednn and _BFLOAT16_UNITS & processor_flags())
 
 
-@functools.cache
 def processor_flags():
     """Return what the processor can do, as Linux names it; nothing on another system."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
+    return frozenset(word for line in processor_lines() if line.startswith("flags") for word in line.split())
 
 
 def has_accelerator():

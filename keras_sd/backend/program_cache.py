@@ -26,17 +26,25 @@ def cache_folder():
 
     Machine code is valid for one processor and one version of the backend only, so both are in the name.
     """
-    name = keras.backend.backend()
+    name, processor = keras.backend.backend(), processor_lines()
     try:
-        information = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         version = importlib.metadata.version(name)
-    except (OSError, importlib.metadata.PackageNotFoundError):  # another system, or a nightly build
+    except importlib.metadata.PackageNotFoundError:  # a nightly build
         return None
-    processor = sorted(
-        {line for line in information.splitlines() if line.startswith(("flags", "Features", "model name"))}
-    )
+    if not processor:
+        return None
     digest = hashlib.sha256("\n".join(processor).encode()).hexdigest()[:16]
     return private_folder("xla", f"{name}-{version}-{digest}")
+
+
+@functools.cache
+def processor_lines():
+    """Return Linux's lines that name the processor and what it can do, sorted; none on another system."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    return tuple(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
 def forget_programs():

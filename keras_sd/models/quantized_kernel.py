@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_sd import backend
+from keras_sd.kernels.late_decoding import once_inputs_are_there
 
 _LARGEST = 127
 
@@ -55,6 +56,17 @@ class QuantizableKernel:
         if self.kernel_scale is None:
             return kernel
         return ops.cast(ops.cast(kernel, "float32") * self.kernel_scale, self.compute_dtype)
+
+    def call(self, inputs):
+        if self.kernel_scale is None:
+            return super().call(inputs)
+        window = {name: getattr(self, name) for name in ("strides", "padding") if hasattr(self, name)}
+        return once_inputs_are_there(
+            inputs,
+            lambda: super(QuantizableKernel, self).call(inputs),
+            self._kernel.shape,
+            **window,
+        )
 
     def quantize_kernel(self):
         """Keep the kernel in 8 bits from now on."""

@@ -270,6 +270,15 @@ def test_figures_of_fewer_evaluations_are_the_measured_ones():
         assert f"| {row['way']} | {' | '.join(figures)} |" in text
 
 
+def test_figures_of_lower_precisions_are_the_measured_ones():
+    rows = json.loads((ROOT / "benchmarks/precision-cost.json").read_text(encoding="utf-8"))["rows"]
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert len(rows) == 4
+    for row in rows:
+        figures = f"{row['weight_bytes'] / 1e6:.1f} MB", f"{row['kid']:.4f}", f"{row['clip_score']:.2f}"
+        assert f" | {' | '.join(figures)} | " in text
+
+
 def test_the_diagram_is_that_of_the_imports():
     imports = draw_architecture.read_imports()
     assert imports["pipeline"] >= {"weights", "diffusion"} and "pipeline" not in imports["training"]
