@@ -22,7 +22,8 @@ from tools import draw_architecture, migration_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "notebooks" / "README.md"),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "SECURITY.md")),
+    ROOT / "notebooks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
