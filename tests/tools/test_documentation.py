@@ -85,6 +85,8 @@ def parse(command, arguments, parent=None):
     if not isinstance(command, click.Group):
         command.make_context(command.name, list(arguments), parent=parent)
         return
+    if arguments[0] in {flag for option in command.params for flag in option.opts}:
+        return  # --version
     if command is train and arguments[0].startswith("-"):
         arguments = ["text-to-image", *arguments]
     name, *others = arguments
