@@ -88,7 +88,8 @@ notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 	$(BIN)/python tools/run_notebooks.py $(ARGS)
 
 docs: $(VENV)/installed-docs  ## Build the documentation as HTML in build/docs
-	$(BIN)/python tools/make_docs.py $(ARGS)
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+	@echo build/docs/index.html
 
 package: $(VENV)/installed-package  ## Build the wheel and the source distribution in dist/, and check them
 	rm -rf dist
