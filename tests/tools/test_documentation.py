@@ -218,6 +218,17 @@ def test_folder_of_images_becomes_a_model_by_the_commands_of_the_page(workplace)
     assert list(workplace.glob("runs/*/model/*.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["getting-started", "formats"])
+def test_python_of_short_pages(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / f"{name}.md", "python")
+    quick = 'from_preset("emoji", jit_compile=False)'
+    exec(code.replace('from_preset("emoji")', quick), {})
+    (image,) = tmp_path.glob("*.png")
+    shown = {"getting-started": ("grid.png", ""), "formats": ("heart.png", "3\n")}
+    assert (image.name, capsys.readouterr().out) == shown[name]
+
+
 def test_python_of_the_pages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (first,) = blocks(ROOT / "README.md", "python")
