@@ -8,7 +8,7 @@ ARGS ?=
 PEERS := --peers diffusers,diffusers-channels-last,diffusers-compiled,openvino,keras-cv --xla on --repeats 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train test test-full test-gpu test-notebooks lint bench bench-peers notebooks docs clean
+.PHONY: help install demo train test test-full test-gpu test-notebooks lint bench bench-peers notebooks docs package clean
 # A half-written result (an interrupted installation) must not look finished.
 .DELETE_ON_ERROR:
 
@@ -43,6 +43,10 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@
 
+$(VENV)/installed-package: setup.cfg | $(BIN)/pip
+	$(BIN)/python -m pip install --editable '.[package]'
+	@touch $@
+
 install: $(VENV)/installed  ## Install keras-sd and what it needs into .venv
 	@echo 'Ready: $(BIN)/keras-sd --help'
 
@@ -67,10 +71,11 @@ test-gpu:  ## Fine-tune at full size on a GPU under JAX (12 minutes); ARGS="--pa
 test-notebooks: $(VENV)/installed-test $(VENV)/installed-notebooks  ## Execute notebooks at their smallest setting
 	$(BIN)/python -m pytest -q -n 2 --maxschedchunk 1 tests/notebooks $(ARGS)
 
-lint: $(VENV)/installed-test  ## Check style, formatting and types
+lint: $(VENV)/installed-test  ## Check style, formatting, types and spelling
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python -m codespell_lib
 
 bench: $(VENV)/installed-bench  ## Time XLA on and off, on TensorFlow and JAX (15 minutes)
 	$(BIN)/python tools/bench.py $(ARGS)
@@ -83,7 +88,13 @@ notebooks: $(VENV)/installed-notebooks  ## Execute the notebooks in place
 	$(BIN)/python tools/run_notebooks.py $(ARGS)
 
 docs: $(VENV)/installed-docs  ## Build the documentation as HTML in build/docs
-	$(BIN)/python tools/make_docs.py $(ARGS)
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs $(ARGS)
+	@echo build/docs/index.html
+
+package: $(VENV)/installed-package  ## Build the wheel and the source distribution in dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove builds and caches; .venv, runs/, demo/ and bench/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

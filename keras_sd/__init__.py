@@ -13,7 +13,7 @@ import lazy_loader
 
 from keras_sd.errors import PackageFinder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if PackageFinder not in sys.meta_path:
     sys.meta_path.insert(0, PackageFinder)

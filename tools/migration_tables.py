@@ -93,12 +93,51 @@ DIFFERENT = {
 
 HEAD = """# Coming from other trainers
 
-Each flag of other trainers' scripts, and what it is here. Underscores are read as hyphens, and a flag that
-has another name is answered by the command in the same words. `python tools/migration_tables.py` writes this
-page. Two shorter tables tell what to use for a purpose: of
+Three short guides, and then each flag of other trainers' scripts with what it is here. Underscores are read
+as hyphens, and a flag that has another name is answered by the command in the same words.
+`python tools/migration_tables.py` writes this page. Two shorter tables tell what to use for a purpose: of
 [data](data.md#coming-from-kohyas-scripts-or-diffusers) and of
 [training](finetuning.md#coming-from-kohyas-scripts-or-diffusers). A TOML file of options is read by
 `--config-file`, and one of data sets by `--dataset-config`.
+
+## From diffusers' Flax scripts
+
+Give the flags of `train_text_to_image_flax.py` to our command, on the JAX backend:
+
+```bash
+KERAS_BACKEND=jax python -m keras_sd.train text-to-image --pretrained_model_name_or_path=sd-1.5 \\
+    --train_data_dir=images --resolution=512 --center_crop --random_flip --train_batch_size=8 \\
+    --mixed_precision=bf16 --max_train_steps=15000 --learning_rate=1e-5 --max_grad_norm=1 \\
+    --output_dir=runs/mine
+```
+
+- `--train_batch_size` is that of all devices together; there it is that of each device.
+- Several devices share the batch with `--distribution data`; there they always do.
+- The model that is written has EMA weights. `keras-sd export runs/mine/checkpoint-15000 mine --weights raw`
+  writes the others.
+- `runs/mine/model` is a diffusers folder with safetensors, for PyTorch's pipelines as well.
+
+## From kohya's scripts
+
+Folders such as `10_cat` and `.caption` files are read as they are. A LoRA of rank 16, with buckets:
+
+```bash
+python -m keras_sd.train lora --pretrained-model-name-or-path v1-5-pruned-emaonly.safetensors \\
+    --train-data-dir images --rank 16 --lora-alpha 8 --resolution 512 --enable-bucket --train-batch-size 2 \\
+    --max-train-epochs 10 --learning-rate 1e-4 --optimizer-type adamw8bit --output-dir runs/cat
+```
+
+- `runs/cat/model/lora_kohya.safetensors` is for A1111, ComfyUI and kohya's scripts. `--lora` of our commands
+  takes it, too.
+- The UNet alone is trained, unless you give `--train-text-encoder`.
+- kohya's TOML file of data sets is read by `--dataset-config`.
+
+## From KerasCV
+
+Change the import line to `import keras_sd.keras_cv as keras_cv`, and `from keras_cv.models` to
+`from keras_sd.keras_cv.models`. Images differ a little from KerasCV's, whose GELU and normalisations depart
+from Stable Diffusion's. New code is better off with `keras_sd.StableDiffusion`, which has more tasks,
+samplers and sizes. KerasCV's H5 files are read by `keras-sd convert`.
 """
 
 

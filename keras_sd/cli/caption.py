@@ -88,6 +88,9 @@ def caption(folder, threads, num_shards, shard_index, txt, contact_sheet, overwr
     An interrupted run continues when the same command is given again. Cleaning (--remove-artists to
     --max-tokens) can be changed afterwards without captioning again. Captions that existed before the first
     run or were changed by hand are kept, unless --overwrite is given.
+
+    \b
+    keras-sd caption images --mode fast
     """
     if contact_sheet is not None:
         contact_sheet = check_output(contact_sheet, ".png", overwrite=overwrite, remedy="remove it")

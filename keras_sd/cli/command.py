@@ -8,6 +8,7 @@ import click
 
 from keras_sd.cli import config_file
 from keras_sd.cli.foreign_flags import FOREIGN_FLAGS, answer_to
+from keras_sd.cli.option_groups import grouped
 from keras_sd.errors import UserError
 
 HELP_SETTINGS = {"show_default": True, "max_content_width": 110}
@@ -61,6 +62,11 @@ class Command(click.Command):
         except click.UsageError as error:
             error.ctx = error.ctx or context  # the parser does not always know the command
             raise
+
+    def format_options(self, context, formatter):
+        for title, options in grouped(self.get_params(context)).items():
+            with formatter.section(title):
+                formatter.write_dl([option.get_help_record(context) for option in options])
 
     def _warn_of_repeated(self, arguments):
         """Warn of options that are given twice although one value counts."""

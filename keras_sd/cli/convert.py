@@ -47,6 +47,9 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     SOURCE is a preset, a hub id, a folder in diffusers' layout or of KerasCV's H5 files, or a single file.
     OUTPUT becomes a diffusers folder or, if it ends in .safetensors, a single file (as in A1111). With
     --verify the exit code is 1 if a difference is larger than its tolerance.
+
+    \b
+    keras-sd convert model.ckpt my-model --dtype float16 --verify
     """
     place = presets.find(source)
     output = check_place(output, place, overwrite)

@@ -66,6 +66,9 @@ def dataset(data, output, overwrite, split, clip, similarity, shown, captions, *
     """Print and draw what a run on DATA would see: a folder, a data set's name, or a .toml of several.
 
     With the options of that run. Of the model only the configs and the tokenizer are read.
+
+    \b
+    keras-sd dataset images --resolution 512 --aspect-ratio-buckets 9
     """
     from keras_sd.data.framing import FramedSource, framed_source
     from keras_sd.data.survey import name_of, similar_pairs, survey

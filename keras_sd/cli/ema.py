@@ -35,6 +35,9 @@ def ema(run, folder, sigma_rel, step, dtype, overwrite):
     """Write the model of RUN with an average of any length to FOLDER, as the run writes its own.
 
     The run has to be trained with --post-hoc-ema (Karras et al., 2024).
+
+    \b
+    keras-sd ema runs/lora my-lora --sigma-rel 0.1
     """
     from keras_sd.training.post_hoc_ema import Snapshots, gamma_of
 

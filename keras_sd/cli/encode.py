@@ -73,6 +73,9 @@ def encode(dataset, folder, **options):
     DATASET is a folder of images, the name of a data set, or a .toml of several, as for training. A run with
     the same model, size, crops, batch size and precision and with --cache-latents disk --cache-dir FOLDER
     then encodes nothing. A run that was interrupted goes on where it was.
+
+    \b
+    keras-sd encode images encodings --pretrained-model-name-or-path sd-1.5 --resolution 512
     """
     if dataset.endswith(".toml"):
         options["dataset_config"] = dataset

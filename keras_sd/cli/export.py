@@ -46,6 +46,9 @@ def export(checkpoint, folder, dtype, weights, overwrite):
     """Write the model of CHECKPOINT (RUN/checkpoint-N) to FOLDER, as the run does at its end.
 
     The base model of the run must still be where it was, and unchanged.
+
+    \b
+    keras-sd export runs/lora/checkpoint-500 my-lora
     """
     checkpoint = Path(checkpoint).resolve()
     place = check_output_folder(folder, None, overwrite, is_own=is_exported).resolve()

@@ -47,6 +47,9 @@ def generate(prompt, num_images, height, width, **options):
     One image is written to the file named by --output. Of several images, heart.png shows all side by side,
     and heart-0.png, heart-1.png, ... are the single ones. Each file holds the parameters that made it.
     Without --output no file is replaced: image.png, image-1.png, ...
+
+    \b
+    keras-sd generate "red heart" --num-images 4 --seed 1 --output heart.png
     """
     output = check_images(options, num_images)
     check_size(options, height, width)
@@ -74,7 +77,11 @@ def generate(prompt, num_images, height, width, **options):
 @prompt_options
 @model_options()
 def image_to_image(image, prompt, num_images, strength, height, width, **options):
-    """Generate images from PROMPT that start from IMAGE."""
+    """Generate images from PROMPT that start from IMAGE.
+
+    \b
+    keras-sd image-to-image photo.png "an oil painting" --strength 0.6
+    """
     fill_sampling(options["model"], options)
     first_step(strength, options["num_inference_steps"])
     pixels = read_task_image(image, options, height, width)
@@ -99,6 +106,9 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
 
     Transparent parts of MASK are kept. If no opaque part of it is white, as in a layer painted in another
     colour, all opaque parts are replaced.
+
+    \b
+    keras-sd inpaint photo.png mask.png "a garden bench"
     """
     fill_sampling(options["model"], options)
     first_step(strength, options["num_inference_steps"])
@@ -122,7 +132,11 @@ def inpaint(image, mask, prompt, num_images, strength, height, width, **options)
 @prompt_options
 @model_options()
 def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **options):
-    """Interpolate between PROMPTS; with a single one, vary the noise along a circle."""
+    """Interpolate between PROMPTS; with a single one, vary the noise along a circle.
+
+    \b
+    keras-sd walk "red heart" "blue heart" --output walk.gif
+    """
     output = check_output(output, (".gif", ".png"), default="walk.gif", overwrite=overwrite)
     refuse_unused({"frame_rate"}, output.path.suffix.lower() == ".gif", "on a PNG file")
     if num_frames < len(prompts):
@@ -149,7 +163,11 @@ def walk(prompts, output, overwrite, num_frames, frame_rate, height, width, **op
 @image_size_options
 @model_options()
 def reconstruct(image, height, width, **options):
-    """Encode and decode IMAGE with the VAE, to show what it preserves."""
+    """Encode and decode IMAGE with the VAE, to show what it preserves.
+
+    \b
+    keras-sd reconstruct photo.png --output same.png
+    """
     refuse_unused({"loras", "lora_folder", "embeddings"}, False, "on the VAE, which alone is used")
     pixels = read_task_image(image, options, height, width)
     output = check_images(options)

@@ -34,7 +34,11 @@ def cli():
 @output_option("results.json", "JSON file to write.")
 @sampling_options
 def evaluate(model, output, overwrite, **sampling):
-    """Measure MODEL, a model of the emoji images: KID, retrieval and reconstruction."""
+    """Measure MODEL, a model of the emoji images: KID, retrieval and reconstruction.
+
+    \b
+    keras-sd evaluate emoji --output results.json
+    """
     from keras_sd.data.emoji.source import PACKAGES
     from keras_sd.files.writing import write_json
 
@@ -63,7 +67,11 @@ def evaluate(model, output, overwrite, **sampling):
 @cli.command(cls=Command)
 @output_option("demo", "Folder for images, data set, run and results.", "--output-dir")
 def demo(output_dir, overwrite):
-    """Generate images with the emoji model, upscale some, fine-tune it for a few minutes, and compare."""
+    """Generate images with the emoji model, upscale some, fine-tune it for a few minutes, and compare.
+
+    \b
+    keras-sd demo --output-dir demo
+    """
     from keras_sd import presets
     from keras_sd.data.emoji.source import PACKAGES
 
@@ -79,7 +87,11 @@ def demo(output_dir, overwrite):
 
 @cli.command("presets", cls=Command)
 def list_presets():
-    """List the presets: name, licence and source of each model."""
+    """List the presets: name, licence and source of each model.
+
+    \b
+    keras-sd presets
+    """
     from keras_sd import presets
 
     for name, preset in presets.PRESETS.items():

@@ -18,6 +18,9 @@ def plot(runs, output, overwrite):
     """Plot the losses, rates and evaluations of RUN, a run folder, as one PNG; several are compared.
 
     What looks wrong with a run stands above the panels.
+
+    \b
+    keras-sd plot runs/lora runs/other --output runs.png
     """
     from keras_sd.training.run_curves import findings, read_run
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 
-from keras_sd import interruption
+from keras_sd import __version__, interruption
 from keras_sd.cli.quiet import quiet_libraries
 from keras_sd.errors import UserError, check_backend, is_installed, missing_package, os_fault
 
@@ -22,7 +22,7 @@ _MOST_FAULTS = 20  # of a data set, that are named
 
 
 def run_command(command, program):
-    """Run a click command as a program, and exit.
+    """Run a click command as a program, and exit. It gets an option --version.
 
     Exit codes: 0 done; 2 bad input (`UserError`, wrong usage, insufficient memory), one line on stderr; 130
     and 143 ended by Ctrl-C and SIGTERM. Any other exception is a bug and keeps its traceback. A `UserWarning`
@@ -49,6 +49,9 @@ def run_command(command, program):
 def _run(command, program):
     """Run the command and return the exit code; raise `SystemExit` or the exception of a bug."""
     import click  # here, so that the library's exceptions need no command line
+
+    if not any(parameter.name == "version" for parameter in command.params):
+        click.version_option(__version__, prog_name=program)(command)
 
     warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)
     if hasattr(sys.stdout, "reconfigure"):  # file names that are not UTF-8 are printed as their bytes

@@ -44,6 +44,9 @@ def upscale(image, prompt, num_images, noise_level, **options):
     """Upscale IMAGE: 2x with the bundled model, 4x with Stable Diffusion's x4 upscaler.
 
     The bundled upscaler takes no PROMPT.
+
+    \b
+    keras-sd upscale small.png --output large.png
     """
     pixels = read_task_image(image)
     output = check_images(options, num_images)

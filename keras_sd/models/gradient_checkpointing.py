@@ -24,7 +24,7 @@ class RecomputingLayer(Layer):
 
 
 def recomputing_layers(model):
-    """Return all `RecomputingLayer`s of a model, at any depth."""
+    """Return every `RecomputingLayer` of a model, at any depth."""
     own = [model] if isinstance(model, RecomputingLayer) else []
     return own + [found for _, layer in sublayers(model) for found in recomputing_layers(layer)]
 

@@ -50,15 +50,15 @@ class OutputParity(NamedTuple):
             "low-res scheduler", whose files are compared.
         against: "source" (the source's part, opened here) or the library that opened what was written.
         difference: the largest absolute difference.
-        deviation: the standard deviation of the expected output.
-        ratio: the difference over the deviation. All three are None where nothing was computed.
+        standard_deviation: that of the expected output.
+        ratio: the difference over the standard deviation. All three are None where nothing was computed.
         verdict: GOOD, FAR, ROUNDING or NOT_COMPARED; anything else is the reason of a failure.
     """
 
     output: str
     against: str
     difference: float | None
-    deviation: float | None
+    standard_deviation: float | None
     ratio: float | None
     verdict: str
 
@@ -160,10 +160,8 @@ def _figure(value):
 
 def _outputs_table(outputs):
     titles = ["output", "compared with", "largest difference", "standard deviation", "ratio", "verdict"]
-    rows = [
-        [o.output, o.against, _figure(o.difference), _figure(o.deviation), _figure(o.ratio), o.verdict]
-        for o in outputs
-    ]
+    figures = [map(_figure, (o.difference, o.standard_deviation, o.ratio)) for o in outputs]
+    rows = [[o.output, o.against, *three, o.verdict] for o, three in zip(outputs, figures, strict=True)]
     return _table(titles, rows)
 
 

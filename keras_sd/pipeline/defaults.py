@@ -1,7 +1,7 @@
 """Default values of sampling and training, which depend on the model.
 
 A model whose defaults differ from the usual ones names them in `keras_sd.json` in its folder, a file that
-diffusers ignores and that `save` writes again:
+diffusers ignores and that `save` writes again::
 
     {"sampling": {"num_inference_steps": 20, "guidance_scale": 5.0, "guidance_rescale": 0.7,
                   "upscaler": "emoji-upscaler"},

@@ -77,7 +77,7 @@ class Chunks(NamedTuple):
 
 
 def parse_prompt(text):
-    """Split a prompt into a list of `Fragment`s; neighbours of the same weight are joined.
+    """Split a prompt into a list of `Fragment` tuples; neighbours of the same weight are joined.
 
     A bracket that is never closed extends to the end; one that was never opened is a letter. Round and square
     brackets are matched independently, so they may overlap.

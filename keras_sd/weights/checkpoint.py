@@ -1,4 +1,4 @@
-"""A checkpoint of any format in memory: `Checkpoint` and its `Part`s.
+"""A checkpoint of any format in memory: `Checkpoint`, with a `Part` for each network.
 
 Readers of every format return a `Checkpoint` in the names, layout and config keys of the diffusers
 folder; writers take one. Tensors are in torch layout, as published, and may be mapped from disk.

@@ -72,7 +72,7 @@ def test_presets_are_listed_with_licence_and_source():
 
 def test_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "keras_sd", "--version"], capture_output=True, text=True)
-    assert done.stdout.startswith("keras-sd, version 0.1.0")
+    assert done.stdout.startswith("keras-sd, version 0.2.0")
 
 
 def test_names_that_are_no_utf8_are_told_as_they_are():

@@ -9,6 +9,7 @@ import click
 import numpy as np
 import pytest
 
+import keras_sd
 from keras_sd.cli.main import cli
 from keras_sd.cli.train.main import train
 from keras_sd.data.emoji.source import load_emoji
@@ -22,7 +23,8 @@ from tools import draw_architecture, migration_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "notebooks" / "README.md"),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "SECURITY.md")),
+    ROOT / "notebooks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -84,6 +86,8 @@ def parse(command, arguments, parent=None):
     if not isinstance(command, click.Group):
         command.make_context(command.name, list(arguments), parent=parent)
         return
+    if arguments[0] in {flag for option in command.params for flag in option.opts}:
+        return  # --version
     if command is train and arguments[0].startswith("-"):
         arguments = ["text-to-image", *arguments]
     name, *others = arguments
@@ -165,12 +169,17 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_commands_of_the_readme(workplace):
+HOW_TO = ROOT / "docs" / "how-to.md"
+
+
+def test_commands_of_the_tasks(workplace):
     # The others need a model of the hub, a run or LoRAs of one's own, or train, or are run by the next test.
     elsewhere = re.compile(
         r"v1-5|x4-upscaler|sd-1\.5|convert|caption|evaluate|export|dataset|encode|^(plot|ema|lora) "
     )
-    found = [arguments for program, arguments in commands(ROOT / "README.md") if program == "keras-sd"]
+    found = [*commands(ROOT / "README.md"), *commands(HOW_TO)]
+    found = [arguments for program, arguments in found if program == "keras-sd"]
+    found = [arguments for index, arguments in enumerate(found) if arguments not in found[:index]]
     found = [arguments for arguments in found if not elsewhere.search(" ".join(arguments))]
     tasks = {"generate", "image-to-image", "inpaint", "upscale", "walk", "reconstruct", "presets"}
     assert {task for task, *_ in found} == tasks and len(found) >= 10
@@ -201,13 +210,23 @@ def test_folder_of_images_becomes_a_model_by_the_commands_of_the_page(workplace)
     PROGRAMS[" ".join(program)].main(shlex.split(arguments), standalone_mode=False)
     captions = (workplace / "images/metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(captions) == 4 and "Monet" not in "".join(captions)
-    readme = [arguments for _, arguments in commands(ROOT / "README.md")]
-    of_data = [arguments for arguments in readme if arguments[0] in ("dataset", "encode")]
+    of_data = [arguments for _, arguments in commands(HOW_TO) if arguments[0] in ("dataset", "encode")]
     for arguments in of_data:
         cli.main(arguments, standalone_mode=False)
     assert len(of_data) == 2 and list(workplace.glob("encodings/*.arrayrecord"))
     assert (workplace / "dataset.png").is_file()
     assert list(workplace.glob("runs/*/model/*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["getting-started", "formats"])
+def test_python_of_short_pages(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / f"{name}.md", "python")
+    quick = 'from_preset("emoji", jit_compile=False)'
+    exec(code.replace('from_preset("emoji")', quick), {})
+    (image,) = tmp_path.glob("*.png")
+    shown = {"getting-started": ("grid.png", ""), "formats": ("heart.png", "3\n")}
+    assert (image.name, capsys.readouterr().out) == shown[name]
 
 
 def test_python_of_the_pages(tmp_path, monkeypatch):
@@ -289,14 +308,35 @@ def test_migration_page_says_what_commands_answer():
     assert migration_tables.PAGE.read_text(encoding="utf-8") == migration_tables.page()
 
 
-def test_documentation_builds_without_warnings(tmp_path):
-    output = tmp_path / "html"
-    run_python(["-m", "tools.make_docs", output], "tensorflow")  # which TFDS needs
-    index = (output / "index.html").read_text(encoding="utf-8")
-    assert 'href="api/index.html"' in index and 'src="docs/images/grid.png"' in index
-    assert (output / "docs/images/grid.png").is_file()
-    assert "text_to_image" in (output / "api/keras_sd/pipeline/stable_diffusion.html").read_text(
-        encoding="utf-8"
-    )
-    assert not (output / "api/keras_sd/cli.html").exists()
-    assert "keras-sd generate" in (output / "commands.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the documentation as HTML, as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    recipe = re.search(r"python -m (sphinx .*) -d \S+ \. \S+ \$\(ARGS\)", (ROOT / "Makefile").read_text())[1]
+    assert "-W" in recipe.split()
+    run_python(
+        ["-m", *recipe.split(), "-d", folder / "trees", ROOT, folder / "html"], "tensorflow"
+    )  # for TFDS
+    return folder / "html"
+
+
+def test_site_has_every_page(site):
+    index = (site / "index.html").read_text(encoding="utf-8")
+    for page in PAGES:
+        name = page.relative_to(ROOT).with_suffix(".html").as_posix()
+        assert (site / name).is_file(), name
+        assert name == "README.html" or f'href="{name}"' in index, name
+    assert 'src="_images/grid.png"' in index and (site / "_images/grid.png").is_file()
+
+
+def test_site_has_all_names_modules_and_commands(site):
+    public = (site / "docs/reference/public.html").read_text(encoding="utf-8")
+    missing = {name for name in keras_sd.__all__ if f'id="keras_sd.{name}"' not in public}
+    assert missing == {"__version__", "SAMPLERS"}  # constants
+    modules = "".join(page.read_text(encoding="utf-8") for page in site.glob("docs/reference/modules/*.html"))
+    for path in (ROOT / "keras_sd").glob("*/**/*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        assert f'id="module-{name}"' in modules or name.startswith("keras_sd.cli"), name
+    commands = (site / "docs/reference/commands.html").read_text(encoding="utf-8")
+    for name in ("keras-sd generate", "keras-sd lora merge", "keras-sd train text-to-image"):
+        assert f">{name}<a" in commands

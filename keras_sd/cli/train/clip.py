@@ -32,7 +32,11 @@ from keras_sd.data.emoji import architecture
     help="Model whose text encoder and tokenizer are used and not trained: preset, hub id, folder or file.",
 )
 def clip(text_config, image_config, tokenizer_folder, frozen_text_encoder, **options):
-    """Train CLIP's text and image encoders on captioned images."""
+    """Train CLIP's text and image encoders on captioned images.
+
+    \b
+    python -m keras_sd.train clip --train-data-dir images
+    """
     refuse_unused(["text_config", "tokenizer_folder"], not frozen_text_encoder, "with --frozen-text-encoder")
     place = frozen_text_encoder and find_part(frozen_text_encoder, "text_encoder")
     run = prepare("clip", options, defaults_from=defaults_from(text_config or image_config))

@@ -27,7 +27,11 @@ from keras_sd.training import architectures
 @validation_options
 @evaluation_options()
 def ddim(unet_config, num_inference_steps, **options):
-    """Train an unconditional diffusion model on pixels, like the Keras example for DDIM."""
+    """Train an unconditional diffusion model on pixels, like the Keras example for DDIM.
+
+    \b
+    python -m keras_sd.train ddim --train-data-dir images --resolution 64
+    """
     run = prepare(
         "ddim",
         options | {"num_inference_steps": num_inference_steps},

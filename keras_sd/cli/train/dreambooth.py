@@ -85,7 +85,11 @@ _CLASS_OPTIONS = ("class_prompt", "class_data_dir", "num_class_images", "prior_l
 @click.option("--sample-batch-size", default=4, type=COUNT, help="Images per batch when sampling.")
 @subject_options("dreambooth", "the instance prompt")
 def dreambooth(**options):
-    """Teach a model one subject from a few images of it (DreamBooth)."""
+    """Teach a model one subject from a few images of it (DreamBooth).
+
+    \b
+    python -m keras_sd.train dreambooth --instance-data-dir dog --instance-prompt "a photo of a sks dog"
+    """
     refuse_unused(OF_LORA, options["lora"], "without --lora")
     refuse_unused(
         ["rescale_betas_zero_snr"], not options["lora"], "on a LoRA, whose file has no noise schedule"

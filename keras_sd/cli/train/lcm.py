@@ -47,7 +47,11 @@ _FEW_STEPS = ("--sampler", "lcm", "--num-inference-steps", "4", "--guidance-scal
 @sample_options("some of the captions")
 @evaluation_options(num_inference_steps=4)
 def lcm(**options):
-    """Distil a model for sampling in 2 to 8 steps (sampler `lcm`), saved as a LoRA."""
+    """Distil a model for sampling in 2 to 8 steps (sampler `lcm`), saved as a LoRA.
+
+    \b
+    python -m keras_sd.train lcm --pretrained-model-name-or-path sd-1.5 --train-data-dir images
+    """
     is_huber = options["loss_type"] == "huber"
     refuse_unused(["huber_c"], is_huber, "with --loss-type l2")
     take_ranks_of_file(options)

@@ -97,7 +97,11 @@ def low_rank_options(*, rank, layers):
 @text_encoder_options("Train LoRA weights of the text encoder too.")
 @block_rates_option
 def lora(**options):
-    """Fine-tune the UNet on captioned images by LoRA, saved as a small file."""
+    """Fine-tune the UNet on captioned images by LoRA, saved as a small file.
+
+    \b
+    python -m keras_sd.train lora --pretrained-model-name-or-path sd-1.5 --train-data-dir images
+    """
     take_ranks_of_file(options)
     trained = trained_parts(options)
     run = prepare("lora", options, identity=low_rank_identity(options, trained))

@@ -4,6 +4,7 @@ import functools
 
 import click
 
+from keras_sd import __version__
 from keras_sd.cli.command import HELP_SETTINGS
 from keras_sd.cli.config_file import as_toml, given_options
 from keras_sd.cli.lazy_commands import LazyCommands
@@ -19,7 +20,7 @@ class MethodGroup(click.Group):
     """A group that trains text-to-image when no method is named."""
 
     def parse_args(self, context, arguments):
-        if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
+        if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("--help", "--version")):
             arguments = ["text-to-image", *arguments]
         return super().parse_args(context, arguments)
 
@@ -46,6 +47,7 @@ _COMMANDS = LazyCommands(
 
 
 @click.group(cls=MethodGroup, context_settings=HELP_SETTINGS, commands=_COMMANDS)
+@click.version_option(__version__, prog_name="python -m keras_sd.train")
 def train():
     """Train or fine-tune a model; the method is text-to-image unless another is named."""
 

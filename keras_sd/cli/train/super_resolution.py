@@ -34,7 +34,11 @@ from keras_sd.training import architectures
     "--validation-images", default=32, type=COUNT, help="Held-out images that evaluations shrink and upscale."
 )
 def super_resolution(unet_config, factor, crop_size, num_inference_steps, validation_images, **options):
-    """Train a diffusion upscaler on images and smaller copies of them."""
+    """Train a diffusion upscaler on images and smaller copies of them.
+
+    \b
+    python -m keras_sd.train super-resolution --train-data-dir images
+    """
     run = prepare(
         "super-resolution",
         options | {"num_inference_steps": num_inference_steps},

@@ -43,7 +43,11 @@ from keras_sd.cli.train.preparation import prepare
 )
 @zero_snr_option
 def text_to_image(**options):
-    """Train the whole UNet on captioned images: fine-tune it, or train a new one from scratch."""
+    """Train the whole UNet on captioned images: fine-tune it, or train a new one from scratch.
+
+    \b
+    python -m keras_sd.train text-to-image --pretrained-model-name-or-path sd-1.5 --train-data-dir images
+    """
     refuse_unused(["unet_config"], options["from_scratch"], "without --from-scratch")
     refuse_unused(["learning_rate_by_block"], not options["from_scratch"], "with --from-scratch")
     check_alignment(options)

@@ -59,6 +59,9 @@ def textual_inversion(**options):
     """Teach a model a new word from a few images without captions (textual inversion).
 
     Only the vectors of the word are trained. The model stays as it is, and the file has a few kilobytes.
+
+    \b
+    python -m keras_sd.train textual-inversion --train-data-dir cat --placeholder-token "<cat>"
     """
     if not options["train_data_dir"] and not options["dataset_config"]:
         raise UserError("--train-data-dir: missing; give a folder with images of what the word shall mean")

@@ -71,7 +71,11 @@ from keras_sd.training.autoencoder_losses import AutoencoderLosses
     "--decoder-only", is_flag=True, help="Train the decoder only, so that latents stay as they are."
 )
 def vae(vae_config, crop_size, pretrained_vae, decoder_only, perceptual_model, **options):
-    """Train the autoencoder (VAE) that encodes images to latents."""
+    """Train the autoencoder (VAE) that encodes images to latents.
+
+    \b
+    python -m keras_sd.train vae --train-data-dir images --resolution 64
+    """
     if decoder_only and not pretrained_vae:
         raise UserError("--decoder-only: there are no latents yet; name an autoencoder with --pretrained-vae")
     refuse_unused(["vae_config"], not pretrained_vae, "with --pretrained-vae")
