@@ -68,6 +68,7 @@ from keras_sd.backend.openvino_engine import check_engine, jit_for_engine
 from keras_sd.backend.openvino_marks import mark, traces_for_openvino
 from keras_sd.backend.planning import (
     PlannedProgram,
+    devices_here,
     plan,
     plan_step,
     start_plan,

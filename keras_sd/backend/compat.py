@@ -357,6 +357,13 @@ def trace_settings():
     return re.sub(r" at 0x[0-9a-f]+", "", repr(trace_context()))
 
 
+def tpu_topology(name, **options):
+    """Return JAX's devices of a topology of TPUs, for which libtpu compiles where there are none."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
 def outputs_first(variable):
     """Return the memory layout with outputs first of a convolution's kernel `(height, width, in, out)`.
 
@@ -437,6 +444,7 @@ _BACKENDS = {
             *("_initialize", "_initialize_with_initializer", "_initialize_layout", "_direct_assign"),
         ),
         ("jax.experimental.layout", "", "Format", "Layout"),
+        ("jax.experimental.topologies", "", "get_topology_desc"),
         ("jax.experimental.multihost_utils", "", "process_allgather", "reached_preemption_sync_point"),
         ("jax._src.config", "", "trace_context"),
         ("jax._src.lru_cache", "", "_CACHE_SUFFIX"),

@@ -26,6 +26,7 @@ from keras_sd.backend.memory import memory_of
 from keras_sd.backend.operations import operations_of
 from keras_sd.errors import UserError
 from keras_sd.files.cache import private_folder
+from keras_sd.files.json_files import parse_json
 
 _NEEDED = re.compile(r"\(?([\d.]+)G\)? (?:of|exceeds available HBM \() ?([\d.]+)G")
 _LOCKED = re.compile(r"lockfile|already in use", re.IGNORECASE)
@@ -110,6 +111,13 @@ def start_plan(devices: Sequence[Any], processes: int = 1) -> Plan:
     return _plan
 
 
+def devices_here(several: bool) -> list[Any]:
+    """Return JAX's devices of this machine, or the first one alone."""
+    import jax
+
+    return jax.devices() if several else jax.devices()[:1]
+
+
 def tpu_devices(topology: str) -> list[Any]:
     """Return JAX's devices of TPUs that are not there; this process must have `tpu_environment`.
 
@@ -119,13 +127,11 @@ def tpu_devices(topology: str) -> list[Any]:
     Raises:
         UserError: libtpu is in use by another process, or does not know the topology.
     """
-    from jax.experimental import topologies
-
     # Chips of a host: otherwise those of a topology must fill whole hosts of four.
     lengths = [int(length) for length in topology.partition(":")[2].split("x")]
     options = {"chips_per_host_bounds": [1, 1, 1]} if max(lengths) == 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        return compat.tpu_topology(topology, **options)
     except Exception as error:
         line = str(error).splitlines()[0]
         if _LOCKED.search(line):
@@ -172,7 +178,7 @@ def compile_planned(title: str, program: Any, *inputs: Any, parts: int | None = 
         if entry is not None:
             write_entry(entry, json.dumps(dataclasses.asdict(program)).encode())
     else:
-        program = PlannedProgram(**json.loads(kept))
+        program = PlannedProgram(**parse_json(kept, "plan"))
     _plan.programs.append(program)
     return lowered.out_info
 

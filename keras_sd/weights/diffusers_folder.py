@@ -6,12 +6,12 @@ torch files. It is written in one form: one safetensors file for each part.
 
 import difflib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 from typing_extensions import TypedDict
 
-from keras_sd import backend
 from keras_sd.arguments import checked_path
 from keras_sd.errors import UserError
 from keras_sd.files.json_files import MIB, read_json, shown
@@ -158,7 +158,7 @@ def read_part(directory, part, variant=None):
         UserError: a file is missing or damaged.
     """
     config = read_json(Path(directory) / "config.json")
-    if backend.plan() is None:
+    if not _is_planned():
         source = weights_path(directory, part, variant)
         tensors = read_weights(source)
     else:  # shapes are enough
@@ -166,6 +166,15 @@ def read_part(directory, part, variant=None):
     if part in _TOWERS and isinstance(config.get(_TOWERS[part][0]), dict):
         config, tensors = _tower_of_clip(config, tensors, part)
     return Part(config, tensors, source)
+
+
+def _is_planned():
+    """Return whether this process plans, without importing a backend, which one that plans has imported."""
+    if "keras_sd.backend" not in sys.modules:
+        return False
+    from keras_sd import backend
+
+    return backend.plan() is not None
 
 
 def _tower_of_clip(config, tensors, part):

@@ -89,6 +89,7 @@ def run_plan(command, options, call):
     is_elsewhere = plan != HERE and _CHILD not in os.environ
     from keras_sd import backend
     from keras_sd.files.cache import private_folder
+    from keras_sd.files.json_files import parse_json
 
     folder = private_folder("plans")
     entry = None if folder is None else folder / _key(command, options)
@@ -102,7 +103,7 @@ def run_plan(command, options, call):
         content = json.dumps(_found()).encode()
         if entry is not None:
             backend.write_entry(entry, content)
-    click.echo(as_text(json.loads(content), command, plan))
+    click.echo(as_text(parse_json(content, "plan"), command, plan))
 
 
 def _with_distribution(options):
@@ -121,10 +122,7 @@ def _start(options):
     if options["plan"] != HERE:
         backend.start_plan(backend.tpu_devices(options["plan"]), options["num_processes"] or 1)
         return
-    import jax
-
-    devices = jax.devices()
-    backend.start_plan(devices if options["distribution"] else devices[:1])
+    backend.start_plan(backend.devices_here(several=bool(options["distribution"])))
 
 
 def _run_child(plan):
@@ -176,9 +174,9 @@ def _key(command, options):
 def _devices(plan):
     if plan != HERE:
         return None
-    import jax
+    from keras_sd import backend
 
-    return [f"{device.platform} {device.device_kind}" for device in jax.devices()]
+    return [f"{device.platform} {device.device_kind}" for device in backend.devices_here(several=True)]
 
 
 def _contents(path):
