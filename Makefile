@@ -27,6 +27,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --editable '.[test]'
 	@touch $@
 
+$(VENV)/installed-tpu-plan: $(VENV)/installed
+	$(BIN)/python -m pip install --editable '.[tpu-plan]'
+	@touch $@
+
 $(VENV)/installed-notebooks: $(VENV)/installed
 	$(BIN)/python -m pip install --editable '.[notebooks]'
 	@touch $@
@@ -59,7 +63,7 @@ train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the option
 test: $(VENV)/installed-test  ## Run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-full: $(VENV)/installed-test  ## Compare full-size models with diffusers, train all methods (two hours, 24 GiB)
+test-full: $(VENV)/installed-test $(VENV)/installed-tpu-plan  ## Compare full-size models with diffusers, train all methods (two hours, 24 GiB)
 	$(if $(ARGS),,$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile)
 	ROBUSTNESS_INPUTS=5000 $(BIN)/python -m pytest -q -m 'not gpu' $(if $(findstring tests/,$(ARGS)),,tests/robustness tests/full_size) $(ARGS)
 

@@ -22,6 +22,7 @@ _EXTRAS = {
     "matplotlib": "plot",
     "wandb": "wandb",
     "openvino": "openvino",
+    "libtpu": "tpu-plan",
     "ray": "ray",
     **dict.fromkeys(("torch", "torchvision", "transformers", "open_clip", "sklearn", "janome"), "caption"),
 }

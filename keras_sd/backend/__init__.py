@@ -2,10 +2,15 @@
 
 compilation      functions compiled by XLA
 compiling_ahead  compiles programs in a thread, before they are called
+entries          files of the cache folder
 exported         keeps what tracing gave for the next process
 identity         what Python objects contribute to a trace
 openvino_engine  OpenVINO in place of the backend's programs, on a processor
 openvino_marks   operations that OpenVINO has as one
+planning         compiles programs that are never run, for TPUs that are not there too
+operations       counts those of a program
+collectives      counts what a program sends between devices
+chips            what makers publish of theirs
 program_cache    keeps compiled programs for the next process
 devices          processes and devices
 memory           of programs and devices
@@ -47,8 +52,8 @@ from keras_sd.backend.devices import (
     any_process,
     compiles,
     compiles_for_processor,
-    compiling_for,
     device_names,
+    gpu_capability,
     has_accelerator,
     is_out_of_memory,
     is_traced_for_processor,
@@ -58,8 +63,18 @@ from keras_sd.backend.devices import (
     process_count,
     process_index,
 )
+from keras_sd.backend.entries import read_entry, write_entry
 from keras_sd.backend.identity import identity_of
 from keras_sd.backend.memory import ProgramMemory, device_bytes
 from keras_sd.backend.openvino_engine import check_engine, jit_for_engine
 from keras_sd.backend.openvino_marks import mark, traces_for_openvino
+from keras_sd.backend.planning import (
+    PlannedProgram,
+    devices_here,
+    plan,
+    plan_step,
+    start_plan,
+    tpu_devices,
+    tpu_environment,
+)
 from keras_sd.backend.program_cache import cache_folder, forget_programs, keep_programs

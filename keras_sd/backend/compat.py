@@ -65,12 +65,64 @@ def lay_out(variable, layout):
     Keras sets a layout only when it creates a variable, by a path that has no attribute names in our models.
     """
     variable._layout = layout
-    variable.assign(variable.value)
+    if _is_shape(variable._value):
+        variable._value = variable._value.update(sharding=layout.backend_layout)
+    else:
+        variable.assign(variable.value)
+
+
+def _is_shape(value):
+    """Return whether a variable's value is the shape alone (`leave_variables_without_values`)."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(value, jax.ShapeDtypeStruct)
+
+
+def leave_variables_without_values(sharding):
+    """Give Keras' variables on JAX, from now on, a shape, a type and a sharding in place of a value.
+
+    An assignment outside of a trace has no effect. Keras has no such variables: one that is made in a
+    `StatelessScope` gets its value at the end of it.
+
+    Args:
+        sharding: returns the sharding of a variable without a layout.
+    """
+    import jax
+
+    kind = keras.src.backend.jax.core.JaxVariable
+    assign_in_trace = kind.assign
+
+    def leave(self, value=None):
+        if self._layout is None:
+            self._initialize_layout()
+        layout = self._layout
+        if isinstance(layout, keras.distribution.TensorLayout):
+            layout = layout.backend_layout
+        self._value = jax.ShapeDtypeStruct(self._shape, self._dtype, sharding=layout or sharding())
+
+    def initialize(self, value):
+        self._shape = self._validate_shape(value.shape)
+        leave(self)
+
+    def assign(self, value):
+        is_traced = keras.src.backend.common.stateless_scope.in_stateless_scope()
+        return assign_in_trace(self, value) if is_traced else value
+
+    kind._initialize, kind._initialize_with_initializer = initialize, leave
+    kind._direct_assign, kind.assign = leave, assign
 
 
 def state_shardings(model):
     """Return how Keras' JAX trainer divides the state of `fit()` among the devices of a distribution."""
     return model._get_state_sharding_spec()
+
+
+def state_of(model):
+    """Return the state of `fit()` as Keras' JAX trainer passes it to a training step."""
+    groups = ("trainable", "non_trainable", "optimizer", "metrics")
+    return model._get_jax_state(**{f"{group}_variables": True for group in groups})
 
 
 @contextlib.contextmanager
@@ -310,6 +362,13 @@ def trace_settings():
     return re.sub(r" at 0x[0-9a-f]+", "", repr(trace_context()))
 
 
+def tpu_topology(name, **options):
+    """Return JAX's devices of a topology of TPUs, for which libtpu compiles where there are none."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
 def outputs_first(variable):
     """Return the memory layout with outputs first of a convolution's kernel `(height, width, in, out)`.
 
@@ -383,8 +442,14 @@ _BACKENDS = {
         ),
     ),
     "jax": (
-        ("keras", "Model", "jax_state_sync"),
+        ("keras", "Model", "jax_state_sync", "_get_jax_state"),
+        (
+            "keras.src.backend.jax.core",
+            "JaxVariable",
+            *("_initialize", "_initialize_with_initializer", "_initialize_layout", "_direct_assign"),
+        ),
         ("jax.experimental.layout", "", "Format", "Layout"),
+        ("jax.experimental.topologies", "", "get_topology_desc"),
         ("jax.experimental.multihost_utils", "", "process_allgather", "reached_preemption_sync_point"),
         ("jax._src.config", "", "trace_context"),
         ("jax._src.lru_cache", "", "_CACHE_SUFFIX"),

@@ -4,7 +4,7 @@ import functools
 
 import keras
 
-from keras_sd.backend import compat, devices
+from keras_sd.backend import compat, devices, planning
 from keras_sd.backend.exported import (
     ExportedFunction,
     jax_maker,
@@ -23,7 +23,7 @@ def first_call(jit_compile: bool) -> str:
     return "compiling" if jit_compile or keras.backend.backend() == "jax" else "tracing"
 
 
-def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=None):
+def jit(function, variables=(), jit_compile=True, *, title="program", of_process=False, identity=None):
     """Compile a pure function of tensors by XLA; it is traced once for each set of input shapes.
 
     Args:
@@ -32,6 +32,7 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
             constants in it: an assignment is seen by the next call and compiles nothing. One that is
             missing here is a RuntimeError.
         jit_compile: False compiles without XLA on TensorFlow; JAX always uses XLA.
+        title: what it computes, in a few words, for a plan (`backend.planning`).
         of_process: each process computes its own results on its first device, at any time. Otherwise all
             processes of a distributed run have to call the function together, with the same arguments. The
             variables must not be split over devices.
@@ -70,6 +71,10 @@ def jit(function, variables=(), jit_compile=True, *, of_process=False, identity=
         with GivenValues(variables, values):
             return function(*inputs)
 
+    if planning.plan() is not None:
+        return planning.PlannedFunction(
+            title, program, variables, None if of_process else devices.replicated()
+        )
     laid_out = dict.fromkeys(kernels, (None, None))  # a kernel's value, and its copy in that layout
 
     def current_values():

@@ -1,12 +1,11 @@
 """Processes and devices: their number, their abilities, and errors about their memory."""
 
-import contextlib
 import os
 import re
 
 import keras
 
-from keras_sd.backend import compat
+from keras_sd.backend import compat, planning
 from keras_sd.backend.program_cache import keep_programs, processor_lines
 
 # The status of XLA, messages of its compilers (for TPUs they check memory in advance), and TensorFlow's.
@@ -15,8 +14,6 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 _BFLOAT16_UNITS = frozenset(["avx512_bf16", "amx_bf16"])  # of a processor
-
-_platform = None  # set by `compiling_for`
 
 
 def join_processes(*arguments):
@@ -61,32 +58,28 @@ def any_process(flags):
 
 
 def device_names():
-    """Return the names of JAX's devices in all processes, those of a process side by side."""
+    """Return the names of JAX's devices in all processes, those of a process side by side.
+
+    Of planned devices, which Keras could not find by name, these are the devices themselves.
+    """
     import jax
 
+    if planning.plan() is not None:
+        return planning.plan().devices
     ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return [f"{device.platform}:{device.id}" for device in ordered]
 
 
-@contextlib.contextmanager
-def compiling_for(platform):
-    """Trace JAX's programs inside the block for a platform, "cpu", "gpu" or "tpu", which may be elsewhere.
+def jax_devices():
+    """Return the devices that JAX compiles for: those of this process, or the planned ones."""
+    import jax
 
-    Kernels are chosen during tracing, when JAX does not yet know the platform.
-    """
-    global _platform
-    before, _platform = _platform, platform
-    try:
-        yield
-    finally:
-        _platform = before
+    return jax.local_devices() if planning.plan() is None else planning.plan().devices
 
 
 def jax_platform():
     """Return the platform that JAX compiles for: "cpu", "gpu" or "tpu"."""
-    import jax
-
-    return _platform or jax.default_backend()
+    return jax_devices()[0].platform
 
 
 def compiles_for_processor(tensor):
@@ -116,7 +109,8 @@ def kind():
         )
     import jax
 
-    return f"{jax_platform()} {jax.device_count()} {jax.devices()[0].device_kind}"
+    count = jax.device_count() if planning.plan() is None else len(planning.plan().devices)
+    return f"{jax_platform()} {count} {jax_devices()[0].device_kind}"
 
 
 def multiplies_bfloat16():
@@ -127,9 +121,7 @@ def multiplies_bfloat16():
         keep_programs()  # before TensorFlow reads its flags
         devices = tf.config.list_physical_devices("GPU")
         return bool(devices) and compat.compute_capability(devices[0]) >= (8, 0)
-    import jax
-
-    device = jax.local_devices()[0]
+    device = jax_devices()[0]
     if device.platform != "gpu":
         return device.platform == "tpu"
     capability = str(getattr(device, "compute_capability", "0"))
@@ -164,9 +156,7 @@ def has_accelerator():
 
         keep_programs()  # before TensorFlow reads its flags
         return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
-    import jax
-
-    return jax.default_backend() != "cpu"
+    return jax_platform() != "cpu"
 
 
 def is_out_of_memory(error):
@@ -189,6 +179,11 @@ def _is_of_backend(error):
     import jax
 
     return isinstance(error, jax.errors.JaxRuntimeError | RuntimeError)
+
+
+def gpu_capability():
+    """Return the compute capability of the GPU that JAX compiles for, such as 9.0; 0 of another device."""
+    return float(getattr(jax_devices()[0], "compute_capability", 0))
 
 
 def replicated():

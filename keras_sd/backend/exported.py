@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +22,14 @@ import numpy as np
 
 from keras_sd.backend import compat, devices
 from keras_sd.backend.compiling_ahead import is_ahead
+from keras_sd.backend.entries import read_entry, write_entry
 from keras_sd.backend.memory import telling
-from keras_sd.files.cache import PARTIAL, open_entry, private_folder, remove_oldest
+from keras_sd.files.cache import private_folder
 from keras_sd.files.json_files import parse_json
 
 Identity = Callable[[], str | None]
 """Returns what a trace depends on beside the shapes of the inputs; None if nothing may be kept."""
 
-_CACHE_BYTES = 2**29  # the UNet of Stable Diffusion takes 0.3 MB
-_SHA256_BYTES = 32
 _PACKAGE = Path(__file__).parents[1]
 # What is traced is in these folders of the package.
 _SOURCES = ("backend", "diffusion", "kernels", "models", "pipeline", "training", "training/optimizers")
@@ -202,33 +200,6 @@ def _sources():
         for path in sorted((_PACKAGE / folder).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def read_entry(entry):
-    """Return the content of an entry; None if there is none, or a damaged one."""
-    try:
-        with open_entry(entry) as file:
-            digest, content = file.read(_SHA256_BYTES), file.read()
-        os.utime(entry)  # pruning goes by the time of the last use
-    except OSError:
-        return None
-    return content if hashlib.sha256(content).digest() == digest else None
-
-
-def write_entry(entry, content, limit=_CACHE_BYTES):
-    """Write an entry, and remove those that were used longest ago where all take more than `limit` bytes."""
-    staging = entry.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
-    try:
-        with open(staging, "xb", opener=_for_owner) as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(staging, entry)
-        remove_oldest(entry.parent, limit)
-    except OSError:
-        staging.unlink(missing_ok=True)
-
-
-def _for_owner(path, flags):
-    return os.open(path, flags, 0o600)
 
 
 def leaves_of(inputs):

@@ -25,6 +25,7 @@ from keras_sd import interruption
 from keras_sd.arguments import shown
 from keras_sd.backend import compat, devices
 from keras_sd.backend.compilation import GivenValues, jit
+from keras_sd.backend.entries import read_entry, write_entry
 from keras_sd.backend.exported import (
     Identity,
     described,
@@ -32,10 +33,8 @@ from keras_sd.backend.exported import (
     function_of_leaves,
     leaves_of,
     packed,
-    read_entry,
     signature_of,
     tensors_of,
-    write_entry,
 )
 from keras_sd.backend.openvino_marks import marks_of_openvino, tracing_for_openvino
 from keras_sd.errors import UserError, installed_version, require
@@ -84,7 +83,7 @@ def jit_for_engine(engine, title, dtype, function, variables, jit_compile, ident
         title, dtype: as for `OpenVINOFunction`.
         function, variables, jit_compile, identity: as for `jit`.
     """
-    program = jit(function, variables, jit_compile, identity=identity)
+    program = jit(function, variables, jit_compile, title=title, identity=identity)
     if engine == "keras":
         return program
     return OpenVINOFunction(program, function, variables, identity, title, dtype)

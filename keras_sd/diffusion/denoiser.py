@@ -101,6 +101,7 @@ class Denoiser:
                     step,
                     unet.variables,
                     jit_compile,
+                    title="sampling step",
                     identity=functools.partial(
                         backend.identity_of, step.__name__, schedule.prediction_type, unet
                     ),

@@ -19,9 +19,7 @@ def is_available(query):
     half = keras.backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
     if keras.backend.backend() != "jax" or not half or backend.jax_platform() != "gpu":
         return False
-    import jax
-
-    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    capability = backend.gpu_capability()
     largest = _LARGEST_HEAD_ON_HOPPER if capability >= 9 else _LARGEST_HEAD
     return capability >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= largest
 

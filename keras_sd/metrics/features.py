@@ -56,7 +56,9 @@ class FeatureExtractor:
     @functools.cached_property
     def compiled(self) -> Callable:
         """The extractor as a compiled function, for use outside of a compiled step."""
-        return backend.jit(self.__call__, self.network.variables, self._jit_compile)
+        return backend.jit(
+            self.__call__, self.network.variables, self._jit_compile, title="features of images"
+        )
 
 
 class ClipFeatures(FeatureExtractor):

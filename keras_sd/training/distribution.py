@@ -42,7 +42,8 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
         UserError: the backend, the devices, the batch size or the processes do not allow it.
     """
     processes = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    address = rendezvous.check_processes(kind, **processes)
+    plan = backend.plan()
+    address = None if plan else rendezvous.check_processes(kind, **processes)
     if kind is None:
         return
     if keras.backend.backend() != "jax":
@@ -50,7 +51,9 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
             f"distribution {kind}: several devices need JAX, and the backend is "
             f"{keras.backend.backend()}; set KERAS_BACKEND=jax"
         )
-    if address:
+    if plan:
+        pass  # the devices are chosen
+    elif address:
         rendezvous.meet(address, num_processes, process_id, timeout)
         backend.join_processes(coordinator, num_processes, process_id)
     else:
@@ -75,10 +78,22 @@ def num_replicas():
     return 1 if distribution is None else distribution.num_model_replicas
 
 
+def work_parts():
+    """Return among how many devices a step's work is divided; None where they do not share it equally."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    return None if MODEL in distribution.device_mesh.axis_names else distribution.device_mesh.devices.size
+
+
 def _distribution(kind):
     """Return the `keras.distribution` over all devices; None for "auto" on one device."""
-    devices, processes = backend.device_names(), backend.process_count()
-    remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave it out"
+    plan = backend.plan()
+    devices, processes = backend.device_names(), plan.processes if plan else backend.process_count()
+    if plan and plan.platform == "tpu":
+        remedy = "plan for more chips, or leave it out"
+    else:
+        remedy = "on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count=2, or leave it out"
     if kind == "model":
         own = len(devices) // processes
         if own < 2:

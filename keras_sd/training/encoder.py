@@ -61,6 +61,7 @@ class Encoder:
             lambda images: _scaled_moments(vae, images_to_unit(images)),
             vae.variables,
             jit_compile,
+            title="VAE encoder, for training",
             of_process=True,
         )
         self._masked = backend.jit(
@@ -69,6 +70,7 @@ class Encoder:
             ),
             vae.variables,
             jit_compile,
+            title="VAE encoder of masked images",
             of_process=True,
         )
         if alignment is not None:
@@ -76,12 +78,17 @@ class Encoder:
                 lambda images: alignment.targets(images),
                 alignment.image_encoder.variables,
                 jit_compile,
+                title="image encoder of the alignment",
                 of_process=True,
             )
         if text_encoder is not None:
             encode = text_encoder  # of the type that is not None
             self._encode_text = backend.jit(
-                lambda ids: encode(ids), encode.variables, jit_compile, of_process=True
+                lambda ids: encode(ids),
+                encode.variables,
+                jit_compile,
+                title="text encoder, for training",
+                of_process=True,
             )
 
     def moments(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ from keras_sd.training.optimizers import young_decay
 
 
 def _host_copy(values):
-    return np.array(ops.convert_to_numpy(values))
+    return np.array(backend.to_numpy(values))
 
 
 class OffloadedEMACallback(EMACallback, StepCallback):

@@ -75,6 +75,8 @@ def encoded_source(
         raise UserError("data set: no examples to encode; give one with images")
     encoder = Encoder(vae, text_encoder, tokenizer, batch_size, jit_compile, alignment)
     mode = caching.cache_latents
+    if backend.plan() is not None:  # one batch is enough
+        return UnencodedSource(source, encoder, CaptionIndex(source.captions(), tokenizer))
     if not hasattr(source, "bucket_sizes"):
         if mode not in (None, "memory") or caching.cache_dir is not None:
             raise UserError(f"cache_latents {mode or 'disk'}: images are not framed; use a `FramedSource`")

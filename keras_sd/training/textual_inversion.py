@@ -5,6 +5,7 @@ import functools
 import numpy as np
 from keras import ops
 
+from keras_sd import backend
 from keras_sd.diffusion.schedules import NoiseSchedule
 from keras_sd.errors import UserError
 from keras_sd.models.tokenizer import vector_names
@@ -53,12 +54,14 @@ def initial_vectors(pipeline, count, words=None, seed=0):
     """
     embeddings = pipeline.text_encoder.embeddings
     if words is None:
-        table = np.asarray(ops.convert_to_numpy(embeddings.token_embedding.embeddings), "float32")
+        table = np.asarray(backend.to_numpy(embeddings.token_embedding.embeddings), "float32")
         noise = np.random.default_rng(seed).standard_normal((count, table.shape[1]), dtype="float32")
         return table.mean(axis=0) + _SPREAD * table.std(axis=0) * noise
     (ids,) = pipeline.tokenizer.encode([words])
     if not ids:
         raise UserError(f"initializer token {words!r}: has no letters; name what the new word is like")
+    if backend.plan() is not None:
+        return np.zeros((count, embeddings.token_embedding.embeddings.shape[1]), "float32")
     vectors = embeddings.token_vectors(np.resize(np.array(ids, "int32"), count))
     return np.asarray(ops.convert_to_numpy(vectors), "float32")
 

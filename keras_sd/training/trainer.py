@@ -34,6 +34,7 @@ from keras_sd.training.checkpoints import Checkpoints
 from keras_sd.training.data_faults import fault_of_data, save_before_fault
 from keras_sd.training.evaluation_schedule import (
     CompilationCallback,
+    Evaluation,
     EvaluationCallback,
     EvaluationSchedule,
 )
@@ -92,8 +93,10 @@ class Trainer:
             raise UserError(f"identity {shown(identity)}: no dictionary of JSON values; give one")
         self.objective = objective
         self.settings = settings
-        self.is_writer = backend.process_index() == 0
-        claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
+        # A plan writes nothing.
+        self.is_writer = backend.process_index() == 0 and backend.plan() is None
+        if backend.plan() is None:
+            claim_output_dir(settings.output_dir, settings.resume_from_checkpoint, lock=self.is_writer)
         if is_described():  # started by a command that can be repeated
             interruption.set_run_folder(settings.output_dir, settings.resume_from_checkpoint)
         rates = RateFactors(objective, settings)
@@ -242,13 +245,17 @@ class Trainer:
                 folder becomes `output_dir/model` once it is complete.
 
         Returns:
-            Whether training reached `max_train_steps`.
+            Whether training reached `max_train_steps`. A process that plans (`backend.start_plan`) compiles
+            the programs of a step and of an evaluation, and returns False.
 
         Raises:
             UserError: the loss is not finite, an example cannot be read (the steps before are saved), no
                 checkpoint can be written, or memory is not sufficient.
         """
         settings = self.settings
+        if backend.plan() is not None:
+            self._plan(source, draw, repeats, make_evaluation)
+            return False
         self.objective.on_compiled = functools.partial(self._tell_memory, source)
         self._schedules = [
             EvaluationSchedule(
@@ -286,23 +293,44 @@ class Trainer:
             release_output_dir(settings.output_dir)
         return self.step >= settings.max_train_steps and stop.signal_received is None
 
+    def _batches(self, source, draw, repeats, on_fault=None):
+        """Return the training batches from where the run goes on."""
+        return batches(
+            source,
+            batch_size=self.settings.train_batch_size,
+            seed=self.settings.seed,
+            draw=draw,
+            start=self._first_batch,
+            repeats=repeats,
+            buckets=getattr(source, "buckets", None),
+            process_index=backend.process_index(),
+            process_count=backend.process_count(),
+            on_fault=on_fault,
+        )
+
+    def _plan(self, source, draw, repeats, make_evaluation):
+        """Compile the step for the first batch, and the programs of an evaluation, and run neither."""
+        batch = next(iter(self._batches(source, draw, repeats)))
+        if hasattr(source, "encode_batch"):
+            batch = source.encode_batch(batch)
+        shapes = [array.shape for name, array in batch.items() if name in ("samples", "images")]
+        backend.plan().facts = {
+            "batch_size": self.settings.train_batch_size,
+            "sample_shape": list(shapes[0][1:]) if shapes else [],
+            "mixed_precision": self.settings.mixed_precision,
+        }
+        self.objective.enter_phase_of(0)
+        backend.plan_step("training step", self.objective, batch, distribution.work_parts())
+        if self.settings.evaluation_steps and isinstance(make_evaluation, Evaluation):
+            make_evaluation.compile()
+        backend.plan().compile_pending()
+
     def _fit(self, source, draw, repeats, callbacks):
         settings = self.settings
         accumulation = settings.gradient_accumulation_steps
         buckets = getattr(source, "buckets", None)
         faults: list[UserError] = []
-        training_batches = batches(
-            source,
-            batch_size=settings.train_batch_size,
-            seed=settings.seed,
-            draw=draw,
-            start=self._first_batch,
-            repeats=repeats,
-            buckets=buckets,
-            process_index=backend.process_index(),
-            process_count=backend.process_count(),
-            on_fault=faults.append,
-        )
+        training_batches = self._batches(source, draw, repeats, faults.append)
         if hasattr(source, "encode_batches"):  # a source that is not encoded yet
             training_batches = source.encode_batches(training_batches)
         self.objective.enter_phase_of(self.step)

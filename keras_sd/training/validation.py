@@ -83,7 +83,10 @@ class ValidationLoss:
         self.num_timesteps = noise.num_timesteps
         objective, settings = trainer.objective, trainer.settings
         self._losses = backend.jit(
-            lambda batch: objective.call(batch), objective.variables, settings.jit_compile
+            lambda batch: objective.call(batch),
+            objective.variables,
+            settings.jit_compile,
+            title="validation loss",
         )
         # Each device computes the whole batch, whose weights are the same everywhere.
         self._limit = max(1, settings.train_batch_size // num_replicas())

@@ -244,6 +244,8 @@ def _images(run, pipeline, class_folder):
     instances = read(options["instance_data_dir"], options["instance_prompt"], masks_of(options))
     if class_folder is None:
         return instances, []
+    if options["plan"] is not None:  # what is not there yet has the same shapes
+        return instances, instances
     prompt = options["class_prompt"]
     # Images of the model as training finds it: new updates have no effect yet.
     generate_class_images(

@@ -154,7 +154,7 @@ def lora_export(run, pipeline, names, sources):
         sources,
         names,
     )
-    if not backend.process_index():
+    if not backend.process_index() and backend.plan() is None:
         write_json(Path(run.options["output_dir"]) / METADATA, metadata)
     models = {name: getattr(pipeline, name) for name in names}
     return lambda folder: save_lora(folder, models, metadata)

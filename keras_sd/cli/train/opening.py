@@ -27,8 +27,10 @@ def open_pipeline(run, adapt=None):
     from keras_sd.weights.loading import load_clip, load_part
 
     options = run.options
+    has_weights = options.get("plan") is None
     vae_folder, clip_folder = (
-        options.get(name) and presets.find(options[name]) for name in ("pretrained_vae", "pretrained_clip")
+        options.get(name) and presets.find(options[name], weights=has_weights)
+        for name in ("pretrained_vae", "pretrained_clip")
     )
     dtype = PRECISIONS[run.settings.mixed_precision]
     parts, defaults = {}, None

@@ -11,6 +11,7 @@ from keras_sd.cli.option_types import COUNT, FROM_ZERO, NOT_NEGATIVE, POSITIVE, 
 from keras_sd.cli.train.epochs import epochs_option, saving_epochs_option
 from keras_sd.cli.train.framing import framing_options
 from keras_sd.cli.train.optimizer import DECAY, optimizer_options
+from keras_sd.cli.train.plan import plan_option
 from keras_sd.errors import UserError
 from keras_sd.pipeline.defaults import usual
 from keras_sd.training.optimizer_options import OPTIONS
@@ -177,6 +178,7 @@ def run_options(method, *, without=(), **defaults):
             "several devices. By default one device.",
             type=click.Choice(["auto", "data", "model", "fsdp"]),
         ),
+        ("plan", plan_option),
         option("--coordinator", None, "HOST:PORT of process 0, if several processes train together."),
         option("--num-processes", None, "Number of processes that train together.", type=int),
         option("--process-id", None, "Index of this process, from 0.", type=int),

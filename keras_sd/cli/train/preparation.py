@@ -77,6 +77,7 @@ def prepare(
     from keras_sd.training.run_folder import claim_output_dir
 
     require("array_record", "grain", "tensorboard")
+    is_planned = options["plan"] is not None
     if "cache_latents" in options:
         caching_of(options)
     if "timestep_sampling" in options:
@@ -94,14 +95,17 @@ def prepare(
     check_epochs(options)
     refuse_unused({"coordinator_timeout"}, options["coordinator"] is not None, "without --coordinator")
     processes = {name: options[name] for name in ("coordinator", "num_processes", "process_id")}
-    check_processes(options["distribution"], **processes)
+    if not is_planned:
+        check_processes(options["distribution"], **processes)
     identity = caption_identity(options) | (identity or {})
     check_framing(method, options)
     # Only process 0 locks the folder; which one that is, is known later.
-    checkpoint = claim_output_dir(
-        options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
-    )
-    interruption.set_run_folder(options["output_dir"], options["resume_from_checkpoint"])
+    checkpoint = None
+    if not is_planned:
+        checkpoint = claim_output_dir(
+            options["output_dir"], options["resume_from_checkpoint"], lock=options["distribution"] is None
+        )
+        interruption.set_run_folder(options["output_dir"], options["resume_from_checkpoint"])
     source, held_out = _check_sources(options, need_captions)
     if "alpha_mask" not in options:
         refuse_masks(source, options, method)
@@ -109,7 +113,7 @@ def prepare(
         refuse_drawn_captions(options, source, method)
     model = None
     if options.get("pretrained_model_name_or_path"):
-        model = presets.find(options["pretrained_model_name_or_path"])
+        model = presets.find(options["pretrained_model_name_or_path"], weights=not is_planned)
         scheduler_config = scheduler_of(model)
         if options.get("unet_config") is None:
             defaults_from = model
@@ -224,7 +228,7 @@ def settings_of(options):
         process_id=options["process_id"],
         timeout=options["coordinator_timeout"],
     )
-    if not backend.process_index():
+    if not backend.process_index() and options["plan"] is None:
         claim_output_dir(options["output_dir"], options["resume_from_checkpoint"])
     if automatic and backend.multiplies_bfloat16():
         settings = dataclasses.replace(settings, mixed_precision="bf16")
@@ -239,7 +243,7 @@ def _print_summary(method, settings, source, options):
     """Print the main settings of a run in one line."""
     from keras_sd import backend
 
-    if backend.process_index():
+    if backend.process_index() or options["plan"] is not None:
         return
     of_model = options.get("pretrained_model_name_or_path")
     parts = [method + (f" of {of_model}" if of_model else "")]
