@@ -49,6 +49,7 @@ from keras_sd.backend.devices import (
     compiling_for,
     device_names,
     has_accelerator,
+    is_joined,
     is_out_of_memory,
     jax_platform,
     join_processes,

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 from pathlib import Path
 
 import keras
@@ -18,6 +19,8 @@ _OUT_OF_MEMORY = re.compile(
 
 _BFLOAT16_UNITS = frozenset(["avx512_bf16", "amx_bf16"])  # of a processor
 
+_LONGEST_EXPORT = 24 * 60 * 60  # seconds for which the other processes wait at their end for process 0
+
 _platform = None  # set by `compiling_for`
 
 
@@ -31,10 +34,15 @@ def join_processes(*arguments):
     import jax
 
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(*arguments, shutdown_timeout_seconds=_LONGEST_EXPORT)
     except ValueError:
         if arguments:
             raise
+
+
+def is_joined():
+    """Return whether JAX is connected with other processes."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def process_count():

@@ -51,7 +51,8 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
             f"{keras.backend.backend()}; set KERAS_BACKEND=jax"
         )
     if address:
-        rendezvous.meet(address, num_processes, process_id, timeout)
+        for connection in rendezvous.meet(address, num_processes, process_id, timeout).values():
+            connection.close()
         backend.join_processes(coordinator, num_processes, process_id)
     else:
         backend.join_processes()
