@@ -19,8 +19,11 @@ from keras_sd.backend.arrays import (
     aligned_size,
     copies,
     copy_values,
+    is_split,
+    own_slices,
     to_numpy,
     to_tensor,
+    whole_on_host,
 )
 from keras_sd.backend.compat import (
     drop_partial_update,
@@ -48,6 +51,7 @@ from keras_sd.backend.devices import (
     compiles_for_processor,
     compiling_for,
     device_names,
+    exchanged_texts,
     has_accelerator,
     is_joined,
     is_out_of_memory,

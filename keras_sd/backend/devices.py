@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_sd.backend import compat
 from keras_sd.backend.program_cache import keep_programs
@@ -33,8 +34,12 @@ def join_processes(*arguments):
     """
     import jax
 
+    options = {"shutdown_timeout_seconds": _LONGEST_EXPORT}
+    if arguments:
+        # Under Slurm JAX would take one GPU of those that the process has.
+        options["cluster_detection_method"] = "deactivate"
     try:
-        jax.distributed.initialize(*arguments, shutdown_timeout_seconds=_LONGEST_EXPORT)
+        jax.distributed.initialize(*arguments, **options)
     except ValueError:
         if arguments:
             raise
@@ -68,6 +73,18 @@ def any_process(flags):
     if process_count() == 1:
         return flags
     return compat.gathered(flags).any(axis=0)
+
+
+def exchanged_texts(text):
+    """Return the texts of all processes, in the order of their numbers; all have to call this."""
+    if process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), "uint8")
+    lengths = compat.gathered(np.array([len(own)], "int32")).reshape(-1)
+    padded = np.zeros(lengths.max(), "uint8")
+    padded[: len(own)] = own
+    rows = compat.gathered(padded)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def device_names():

@@ -6,7 +6,7 @@ objectives         a network with its loss
 optimizers         AdamW, AdamW8bit, Adafactor, Lion and Prodigy with EMA weights; optimizer_options: settings
 offloaded_ema      EMA weights in host memory
 callbacks          checkpoints, signals, progress, non-finite losses
-checkpoints        training checkpoints that survive a kill
+checkpoints        training checkpoints that survive a kill; slices: of tensors that processes share
 resuming           adapts a checkpoint to changed settings
 run_folder         the lock, records and exports of a run folder
 logs               metrics.jsonl, sample images; trackers: TensorBoard and wandb
