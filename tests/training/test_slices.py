@@ -5,7 +5,6 @@ import dataclasses
 import json
 import shutil
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,13 +58,16 @@ def runs(tmp_path_factory):
         pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
         Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
     dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(folder / "unet.json")
-    finish(*(start(folder, "together", *together, devices=2) for together in two_processes()))
+    finish(*(start(folder, folder / "together", *together, devices=2) for together in two_processes()))
     for run in ("on-four", "on-one"):
         half = f"checkpoint-{HALF}"
         shutil.copytree(folder / "together" / half, folder / run / half)
     resumed = ("--resume-from-checkpoint", "latest")
-    finish(start(folder, "alone"), start(folder, "on-four", *resumed, "--distribution", "fsdp", devices=4))
-    finish(start(folder, "on-one", *resumed))
+    finish(
+        start(folder, folder / "alone"),
+        start(folder, folder / "on-four", *resumed, "--distribution", "fsdp", devices=4),
+    )
+    finish(start(folder, folder / "on-one", *resumed))
     return folder
 
 
@@ -132,7 +134,7 @@ def test_hosts_without_a_common_run_folder_are_told_before_the_first_step(runs, 
     for index, together in enumerate(two_processes()):
         (tmp_path / str(index)).mkdir()
         with contextlib.chdir(tmp_path / str(index)):
-            programs.append(start(runs, "run", *together, devices=2, place=Path()))
+            programs.append(start(runs, "run", *together, devices=2))
     for program in programs:
         done = program.finish()
         assert done.returncode == 2
