@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -204,25 +205,107 @@ def watching(program, command):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
     _state.__init__()
     _state.program, _state.command = program, command
+    _begin()
+    try:
+        yield
+    finally:
+        _end()
+        _state.program = None
+
+
+_undo = None  # ends the watching
+
+
+def _begin():
+    """Begin to watch: set the handlers and start the thread."""
+    global _undo
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     old_hook, sys.unraisablehook = sys.unraisablehook, _show_or_raise_again
     handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
     old_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
+
+    def undo():
         signal.set_wakeup_fd(old_descriptor)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.unraisablehook = old_hook
-        _state.program = None
         os.close(writer)  # which ends the thread
         thread.join()
+
+    _undo = undo
+
+
+def _end():
+    global _undo
+    if _undo is not None:
+        _undo()
+    _undo = None
+
+
+def is_watching():
+    """Return whether this is a program inside `watching`."""
+    return _undo is not None
+
+
+def program():
+    """Return the name of the program inside `watching`, as typed; otherwise None."""
+    return _state.program
+
+
+def fork():
+    """Fork a program inside `watching`: a copy goes on as this program, and this process can wait for it.
+
+    Ctrl-C and SIGTERM that this process receives are passed on to the copy. It has a process group of its
+    own, so that Ctrl-C reaches it once, and ends with this process, however that ends.
+
+    Returns:
+        The process id of the copy; in the copy None.
+    """
+    reader, writer = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _end()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no other thread is running now, whatever a library supposes
+        child = os.fork()
+    if child:
+        os.close(reader)  # and the other end stays open as long as this process lives
+
+        def pass_on(number, frame):
+            try:
+                os.kill(child, number)
+            except ProcessLookupError:
+                raise SystemExit(exit_code(number)) from None
+
+        for number in SIGNALS:
+            signal.signal(number, pass_on)
+    else:
+        os.close(writer)
+        os.setpgid(0, 0)
+        threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
+        _begin()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return child or None
+
+
+def _end_with(reader):
+    """End this process and its own children when the other end of a pipe is closed."""
+    os.read(reader, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_abruptly(code):
+    """End the process without Python's cleanup, in which libraries may wait for other processes."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    _exit(code)
 
 
 def _raise(number, frame):
@@ -287,10 +370,14 @@ def _end_at_once(number):
     if words is not None:
         # Not `sys.stderr`, which the main thread may be using.
         os.write(2, f"\n{_state.program}: {words}\n".encode())
+    _exit(exit_code(number))
+
+
+def _exit(code):
     for function in _before_abrupt_exit:
         with contextlib.suppress(Exception):
             function()
-    os._exit(exit_code(number))
+    os._exit(code)
 
 
 def _forget_in_child():

@@ -30,6 +30,11 @@ class Program:
         environment = {**os.environ, "KERAS_BACKEND": "jax", **environment}
         self._process = start_process(_run, self._arguments, environment, os.getcwd(), self._printed)
 
+    @property
+    def pid(self):
+        """The id of the process."""
+        return self._process.pid
+
     def is_running(self):
         return self._process.is_alive()
 

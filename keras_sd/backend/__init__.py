@@ -24,8 +24,11 @@ from keras_sd.backend.arrays import (
     aligned_size,
     copies,
     copy_values,
+    is_split,
+    own_slices,
     to_numpy,
     to_tensor,
+    whole_on_host,
 )
 from keras_sd.backend.compat import (
     drop_partial_update,
@@ -53,8 +56,10 @@ from keras_sd.backend.devices import (
     compiles,
     compiles_for_processor,
     device_names,
+    exchanged_texts,
     gpu_capability,
     has_accelerator,
+    is_joined,
     is_out_of_memory,
     is_traced_for_processor,
     jax_platform,

@@ -1,5 +1,6 @@
 """Conversion between NumPy arrays and the tensors and variables of the backend."""
 
+import contextlib
 import functools
 import math
 
@@ -12,20 +13,69 @@ ALIGNMENT = 64
 """The alignment in bytes that TensorFlow's kernels require of memory that is not their own."""
 
 
-def to_numpy(variable):
-    """Return a variable or tensor as a NumPy array; this process must have all of its shards.
+def is_split(variable):
+    """Return whether this process has no more than a part of a variable, and other processes the rest."""
+    value = keras.ops.convert_to_tensor(variable)
+    if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
+        return False
+    return sum(shard.data.size for shard in _own_shards(value)) < value.size
 
-    While a process plans, a variable has zeros.
+
+def to_numpy(variable):
+    """Return a variable or tensor as a NumPy array.
+
+    If its shards are in several processes, all of them have to call this: each gets the whole array. While a
+    process plans, a variable has zeros.
     """
     if planning.plan() is not None and isinstance(variable, keras.Variable):
         return np.broadcast_to(np.zeros((), variable.dtype), variable.shape)
     value = keras.ops.convert_to_tensor(variable)
     if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
         return keras.ops.convert_to_numpy(value)
+    if is_split(variable):
+        return compat.gathered(value, tiled=True)
     whole = np.empty(value.shape, value.dtype)
-    for shard in value.addressable_shards:
+    for shard in _own_shards(value):
         whole[shard.index] = shard.data
     return whole
+
+
+def own_slices(variable):
+    """Return what this process has to save of a variable that is split among processes.
+
+    Returns:
+        A list of (start along each axis, NumPy array); those of all processes make the whole.
+    """
+    shards = keras.ops.convert_to_tensor(variable).addressable_shards
+    return [
+        (tuple(part.start or 0 for part in shard.index), np.asarray(shard.data))
+        for shard in shards
+        if shard.replica_id == 0
+    ]
+
+
+def _own_shards(value):
+    """Return the shards of a JAX array in this process, one of each part."""
+    return list({str(shard.index): shard for shard in value.addressable_shards}.values())
+
+
+@contextlib.contextmanager
+def whole_on_host(variables, keep):
+    """Inside the block, have variables whose shards are in several processes in the host's memory.
+
+    They are gathered one after the other, so no device holds more than one whole.
+
+    Args:
+        variables: Keras variables; all processes have to name the same.
+        keep: whether this process needs them.
+    """
+    with contextlib.ExitStack() as stack:
+        for variable in variables:
+            if is_split(variable):
+                whole = to_numpy(variable)
+                if keep:
+                    stack.enter_context(compat.host_value(variable, whole))
+        yield
 
 
 def aligned_size(shape, dtype):

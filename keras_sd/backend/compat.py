@@ -114,6 +114,16 @@ def leave_variables_without_values(sharding):
     kind._direct_assign, kind.assign = leave, assign
 
 
+@contextlib.contextmanager
+def host_value(variable, array):
+    """Have a variable read from a NumPy array inside the block; Keras' own assignment moves it to devices."""
+    before, variable._value = variable._value, array
+    try:
+        yield
+    finally:
+        variable._value = before
+
+
 def state_shardings(model):
     """Return how Keras' JAX trainer divides the state of `fit()` among the devices of a distribution."""
     return model._get_state_sharding_spec()
@@ -379,11 +389,14 @@ def outputs_first(variable):
     return Format(Layout(major_to_minor=(3, 0, 1, 2)), variable.value.sharding)
 
 
-def gathered(array):
-    """Return the arrays of all processes, stacked; public collectives work in compiled functions only."""
+def gathered(array, tiled=False):
+    """Return the arrays of all processes, stacked, or if `tiled` an array whose shards are in all of them.
+
+    Public collectives work in compiled functions only.
+    """
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(array)
+    return multihost_utils.process_allgather(array, tiled=tiled)
 
 
 def processes_stop_at(step):

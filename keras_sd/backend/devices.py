@@ -2,8 +2,10 @@
 
 import os
 import re
+import sys
 
 import keras
+import numpy as np
 
 from keras_sd.backend import compat, planning
 from keras_sd.backend.program_cache import keep_programs, processor_lines
@@ -15,6 +17,8 @@ _OUT_OF_MEMORY = re.compile(
 
 _BFLOAT16_UNITS = frozenset(["avx512_bf16", "amx_bf16"])  # of a processor
 
+_LONGEST_EXPORT = 24 * 60 * 60  # seconds for which the other processes wait at their end for process 0
+
 
 def join_processes(*arguments):
     """Connect JAX with the other processes of the run, all of which have to be running.
@@ -25,11 +29,20 @@ def join_processes(*arguments):
     """
     import jax
 
+    options = {"shutdown_timeout_seconds": _LONGEST_EXPORT}
+    if arguments:
+        # Under Slurm JAX would take one GPU of those that the process has.
+        options["cluster_detection_method"] = "deactivate"
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(*arguments, **options)
     except ValueError:
         if arguments:
             raise
+
+
+def is_joined():
+    """Return whether JAX is connected with other processes."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def process_count():
@@ -55,6 +68,18 @@ def any_process(flags):
     if process_count() == 1:
         return flags
     return compat.gathered(flags).any(axis=0)
+
+
+def exchanged_texts(text):
+    """Return the texts of all processes, in the order of their numbers; all have to call this."""
+    if process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), "uint8")
+    lengths = compat.gathered(np.array([len(own)], "int32")).reshape(-1)
+    padded = np.zeros(lengths.max(), "uint8")
+    padded[: len(own)] = own
+    rows = compat.gathered(padded)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def device_names():

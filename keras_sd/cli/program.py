@@ -26,7 +26,8 @@ def run_command(command, program):
 
     Exit codes: 0 done; 2 bad input (`UserError`, wrong usage, insufficient memory), one line on stderr; 130
     and 143 ended by Ctrl-C and SIGTERM. Any other exception is a bug and keeps its traceback. A `UserWarning`
-    is one line on stderr.
+    is one line on stderr. Of processes that train together each has the exit code of the first that failed
+    (`training.watcher`).
 
     Args:
         command: the `click.Command`.
@@ -39,11 +40,26 @@ def run_command(command, program):
             # A library may turn the exception of a signal into any other.
             bad_input = isinstance(error, SystemExit) and error.code == 2
             if interruption.received() is None or bad_input:
+                _leave_peers(error)
                 raise
             words = interruption.how_to_resume()
             if words is not None:
                 print(f"{program}: {words}", file=sys.stderr)
             sys.exit(interruption.exit_code(interruption.received()))
+
+
+def _leave_peers(error):
+    """End this process at once if it has failed and trained with others, which JAX would wait for."""
+    if "keras_sd.backend" not in sys.modules:
+        return
+    from keras_sd import backend
+
+    is_exit = isinstance(error, SystemExit)
+    if not backend.is_joined() or (is_exit and not error.code):
+        return
+    if not is_exit:
+        sys.excepthook(type(error), error, error.__traceback__)
+    interruption.end_abruptly(error.code if is_exit and isinstance(error.code, int) else 1)
 
 
 def _run(command, program):

@@ -9,6 +9,7 @@ Order in the list: `StopOnSignal`, `logs.MetricsLog`, `StopOnNonFiniteLoss`, `Ch
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from keras_sd import backend, interruption
 from keras_sd.errors import UserError
 from keras_sd.progress import is_terminal
+from keras_sd.training import slices
 from keras_sd.training.checkpoints import Checkpoints
 
 
@@ -189,7 +191,7 @@ class ProgressCallback(StepCallback):
 class CheckpointCallback(StepCallback):
     """Saves a checkpoint every `every` steps, when training is stopped, and at its end.
 
-    Of several processes only the first one writes.
+    Of several processes the first one writes, and where the state is split among them, all.
 
     Args:
         checkpoints: `Checkpoints` of the run.
@@ -242,18 +244,28 @@ class CheckpointCallback(StepCallback):
                 callback.flush()
             backend.sync_state(self.model)
             groups, position = self.gather_state()
-            for group, tensors in groups.items():
-                for name, tensor in tensors.items():
-                    # A loss belongs to the weights before its step; the step itself may have broken them.
-                    if not np.isfinite(tensor).all():
-                        fault = f"{group}/{name} is not finite after step {self.step}"
-                        raise diverged(fault, self.checkpoints)
-            if backend.process_index() == 0:
+            self._check_finite(groups)
+            if backend.process_index() == 0 or slices.is_sliced(groups):
                 is_regular = self.step % self.every == 0 or self.step == self.total_steps
                 if self.before_save is not None and is_regular:
                     self.before_save(self.step, groups)
                 self.checkpoints.save(self.step, groups, position)
             self._saved_step = self.step
+
+    def _check_finite(self, groups):
+        """Raise UserError for a number that is not finite, in all processes."""
+        # A loss belongs to the weights before its step; the step itself may have broken them.
+        broken = [
+            f"{group}/{name}"
+            for group, tensors in groups.items()
+            for name, tensor in tensors.items()
+            if not all(np.isfinite(array).all() for array in slices.arrays_of(tensor))
+        ]
+        if slices.is_sliced(groups):
+            found = map(json.loads, backend.exchanged_texts(json.dumps(broken[:1])))
+            broken = [name for names in found for name in names]
+        if broken:
+            raise diverged(f"{broken[0]} is not finite after step {self.step}", self.checkpoints)
 
 
 class StopOnNonFiniteLoss(BufferedCallback):

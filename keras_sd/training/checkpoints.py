@@ -3,19 +3,23 @@
 A checkpoint is a folder `checkpoint-N` (N is the step) with one safetensors file per group of tensors,
 `config.json`, `position.json` and `manifest.json`. It is written under a hidden name, and renamed when it is
 complete and on disk. The manifest holds the size and the SHA-256 of every file and a digest of itself, so
-later damage is detected.
+later damage is detected. Where several processes hold tensors in slices, all of them write the checkpoint
+(`training.slices`), on a file system that they share.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 in NumPy, for safetensors)
 import numpy as np
@@ -26,14 +30,19 @@ from typing_extensions import TypedDict
 from keras_sd.errors import FULL_DISK, UserError
 from keras_sd.files.json_files import MIB, parse_json, read_bytes, read_json, shape_fault, shown
 from keras_sd.files.writing import sync
+from keras_sd.training import slices
 from keras_sd.training.run_folder import children
+from keras_sd.training.slices import Sliced, SlicedTensor
 
 FORMAT_VERSION = 1
+SLICED_VERSION = 2
+"""The version of a checkpoint with slices, which earlier versions of this package cannot read."""
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 POSITION = "position.json"
 _LARGEST_FILE = 64 * MIB
 _ANOTHER = "give another folder or 'latest'"
+_VISIBLE_WITHIN = 30.0  # seconds after which a file of another process is there, on a shared file system
 
 
 class _File(TypedDict):
@@ -42,12 +51,13 @@ class _File(TypedDict):
 
 
 class Manifest(TypedDict):
-    """The schema of `manifest.json`: the files, and each group's tensors in order."""
+    """The schema of `manifest.json`: the files, each group's tensors in order, and those in slices."""
 
     version: int
     step: int
     files: dict[str, _File]
     tensors: dict[str, list[str]]
+    slices: NotRequired[dict[str, dict[str, SlicedTensor]]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,8 @@ class Checkpoints:
         Args:
             step: number of steps taken.
             groups: file name (`weights`, `ema`, ...) → tensor name → array of any shape; bool, integer,
-                float16, float32, float64 or bfloat16. Order is kept.
+                float16, float32, float64 or bfloat16. Order is kept. Where there are `slices.Sliced` among
+                them, all processes have to call this; otherwise only one may.
             position: JSON values from which the data pipeline resumes.
 
         Returns:
@@ -104,26 +115,136 @@ class Checkpoints:
         `latest` does not return a checkpoint of the abandoned branch. They are not deleted.
         """
         target = self.run_folder / f"checkpoint-{step}"
-        staging = self.run_folder / f".{target.name}.staging-{os.getpid()}"
+        if slices.is_sliced(groups):
+            self._save_together(target, step, groups, position)
+            return target
+        staging = self._staging(target)
         try:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             self._recover()
             self._remove_leftovers()
             try:
-                self._write(staging, step, groups, position)
-                self._set_aside(staging, target)
-                self._publish(staging, target)
+                self._write(staging, target, step, groups, position)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 self._recover()
                 raise
         except OSError as error:
-            last = self.last_good()
-            kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-            raise UserError(f"{disk_fault(target, error)}; {kept}") from error
+            raise UserError(f"{disk_fault(target, error)}; {self._kept()}") from error
         self._resumed = None
         self._rotate(step)
         return target
+
+    def _staging(self, target: Path) -> Path:
+        return self.run_folder / f".{target.name}.staging-{os.getpid()}"
+
+    def check_shared(self) -> None:
+        """Raise UserError unless all processes, which have to call this, see what process 0 writes."""
+        with self._shared_staging(self.run_folder / "checkpoint-0") as (_, round_of):
+            round_of(lambda: None)
+
+    def _save_together(self, target: Path, step: int, groups, position: dict) -> None:
+        """Save with the other processes, in rounds that fail in all of them or in none."""
+        from keras_sd import backend
+
+        process, processes = backend.process_index(), backend.process_count()
+        with self._shared_staging(target) as (staging, round_of):
+            parts = round_of(lambda: self._write_part(staging, groups, process, processes))
+            state = staging, target, step, groups, position, parts
+            round_of(lambda: None if process else self._complete(*state))
+        self._resumed = None
+
+    @contextlib.contextmanager
+    def _shared_staging(self, target: Path):
+        """Yield the folder into which all processes write, and a function for what they do together.
+
+        `round_of(function)` calls a function, returns what it returned in all processes, and raises UserError
+        in all of them if it did in one.
+        """
+        from keras_sd import backend
+
+        def round_of(function):
+            try:
+                own = {"result": function()}
+            except (OSError, UserError) as error:
+                fault = disk_fault(target, error) if isinstance(error, OSError) else str(error)
+                own = {"fault": fault}
+            told = list(map(json.loads, backend.exchanged_texts(json.dumps(own))))
+            faults = [one["fault"] for one in told if "fault" in one]
+            if faults:
+                raise UserError(f"{faults[0]}; {self._kept()}")
+            return [one["result"] for one in told]
+
+        process = backend.process_index()
+        own = self._staging(target)
+        try:
+            staging = self.run_folder / round_of(lambda: None if process else self._begin(own))[0]
+            words = f"{self.run_folder}: process {process} does not see what process 0 wrote"
+            round_of(lambda: _wait_until(staging.is_dir, words))
+            yield staging, round_of
+        finally:
+            if not process:
+                shutil.rmtree(own, ignore_errors=True)
+                self._recover()
+
+    def _kept(self) -> str:
+        last = self.last_good()
+        return f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+
+    def _begin(self, staging: Path) -> str:
+        """Make the folder into which all processes write; return its name."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        self._recover()
+        self._remove_leftovers()
+        staging.mkdir()
+        return staging.name
+
+    def _write_part(self, staging: Path, groups, process: int, processes: int) -> dict:
+        """Write this process' slices, and in process 0 what is whole; return what the manifest says of it."""
+        files: dict[str, _File] = {}
+        entries = {}
+        for group, tensors in groups.items():
+            sliced = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Sliced)}
+            file = slices.file_of(group, process, processes)
+            arrays, entries[group] = slices.listed(sliced, file)
+            written = {file: arrays}
+            if process == 0:
+                whole = {name: tensor for name, tensor in tensors.items() if name not in sliced}
+                written[_group_file(staging, group).name] = whole
+            for name, content in written.items():
+                (staging / name).touch()
+                mode = (staging / name).stat().st_mode  # safetensors makes it readable for its owner only
+                _write_group(staging / name, content)
+                (staging / name).chmod(mode)
+                sync(staging / name)
+                files[name] = _described(staging / name)
+        return {"files": files, "slices": entries}
+
+    def _complete(self, staging: Path, target: Path, step: int, groups, position: dict, parts) -> None:
+        """Write the manifest when all parts are there, and publish the checkpoint."""
+        files: dict[str, _File] = {}
+        for process, part in enumerate(parts):
+            for name, described in part["files"].items():
+                _wait_until(
+                    lambda file=staging / name, size=described["size"]: (
+                        file.is_file() and file.stat().st_size == size
+                    ),
+                    f"{self.run_folder}: process 0 does not see {name}, which process {process} wrote",
+                )
+                files[name] = described
+        for name, text in ((CONFIG, self._config_text), (POSITION, _json_text(position))):
+            (staging / name).write_text(text, encoding="utf-8")
+            sync(staging / name)
+            files[name] = _described(staging / name)
+        manifest: Manifest = {
+            "version": SLICED_VERSION,
+            "step": step,
+            "files": files,
+            "tensors": {group: list(tensors) for group, tensors in groups.items()},
+            "slices": slices.joined(part["slices"] for part in parts),
+        }
+        self._finish(staging, target, manifest)
+        self._rotate(step)
 
     def last_good(self) -> Path | None:
         """Return this run's newest complete checkpoint; before its first save, the one it resumed from."""
@@ -151,7 +272,7 @@ class Checkpoints:
         manifest = _checked(_verify, folder)
         groups = {}
         for group, names in manifest["tensors"].items():
-            tensors = _load_group(folder, group)
+            tensors = _load_group(folder, group, manifest.get("slices", {}).get(group, {}))
             groups[group] = {name: tensors[name] for name in names}
         position, config = (read_json(folder / name, largest=_LARGEST_FILE) for name in (POSITION, CONFIG))
         return TrainingState(manifest["step"], groups, position, config)
@@ -213,7 +334,7 @@ class Checkpoints:
         if there != here:
             raise UserError(_another_run(folder, there, here))
 
-    def _write(self, staging: Path, step: int, groups, position: dict) -> None:
+    def _write(self, staging: Path, target: Path, step: int, groups, position: dict) -> None:
         staging.mkdir()
         (staging / CONFIG).write_text(self._config_text, encoding="utf-8")
         (staging / POSITION).write_text(_json_text(position), encoding="utf-8")
@@ -224,16 +345,22 @@ class Checkpoints:
         files = sorted(staging.iterdir())
         for file in files:
             sync(file)
-        manifest = {
+        manifest: Manifest = {
             "version": FORMAT_VERSION,
             "step": step,
-            "files": {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+            "files": {file.name: _described(file) for file in files},
             # safetensors sorts the tensors of a file; the order is stored here.
             "tensors": {group: list(tensors) for group, tensors in groups.items()},
         }
+        self._finish(staging, target, manifest)
+
+    def _finish(self, staging: Path, target: Path, manifest: Manifest) -> None:
+        """Write the manifest, and give the folder its name."""
         (staging / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
         sync(staging / MANIFEST)
         sync(staging)
+        self._set_aside(staging, target)
+        self._publish(staging, target)
 
     def _set_aside(self, staging: Path, target: Path) -> None:
         """Rename newer checkpoints of an abandoned branch, and a foreign folder with the new one's name."""
@@ -344,7 +471,7 @@ def _verify(folder: Path) -> dict:
             read_json(folder / name, largest=_LARGEST_FILE)
         for group, names in manifest["tensors"].items():
             with safe_open(_group_file(folder, group), framework="np") as file:
-                there = set(file.keys())
+                there = set(file.keys()) | manifest.get("slices", {}).get(group, {}).keys()
             if there != set(names):
                 raise InvalidCheckpoint(f"{group} holds other tensors than {MANIFEST} says")
     except (UserError, SafetensorError, OSError) as error:  # the file was written like this
@@ -362,8 +489,9 @@ def _read_manifest(folder: Path) -> dict:
     except UserError as error:
         raise InvalidCheckpoint(f"{MANIFEST} is damaged ({error})") from None
     version = manifest.get("version")
-    if version != FORMAT_VERSION:
-        raise InvalidCheckpoint(f"format version {shown(version)} is not supported, only {FORMAT_VERSION}")
+    if version not in (FORMAT_VERSION, SLICED_VERSION):
+        known = f"{FORMAT_VERSION} and {SLICED_VERSION}"
+        raise InvalidCheckpoint(f"format version {shown(version)} is not supported, only {known}")
     digest = manifest.pop("digest", None)
     # Compared as text, so that no damage goes unnoticed.
     if digest is None or text != _manifest_text(manifest).encode():
@@ -371,16 +499,21 @@ def _read_manifest(folder: Path) -> dict:
     fault = shape_fault(manifest, Manifest)
     if fault:
         raise InvalidCheckpoint(f"{MANIFEST} is damaged ({fault})")
+    sliced = [entry for group in manifest.get("slices", {}).values() for entry in group.values()]
+    unlisted = {one["file"] for entry in sliced for one in entry["slices"]} - manifest["files"].keys()
+    if unlisted:
+        raise InvalidCheckpoint(f"{MANIFEST} is damaged (it does not list {shown(min(unlisted))})")
     outside = [name for name in (*manifest["files"], *manifest["tensors"]) if Path(name).name != name]
     if outside:
         raise InvalidCheckpoint(f"{MANIFEST} names {shown(outside[0])}, which is not in its folder")
     return manifest
 
 
-def _load_group(folder: Path, group: str) -> dict[str, np.ndarray]:
+def _load_group(folder: Path, group: str, sliced: Mapping[str, SlicedTensor]) -> dict[str, np.ndarray]:
     try:
-        return load_file(_group_file(folder, group))
-    except (SafetensorError, OSError, KeyError, TypeError) as error:  # TypeError for types unknown to NumPy
+        return load_file(_group_file(folder, group)) | slices.read(folder, sliced)
+    # TypeError for types unknown to NumPy
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         fault = shown(str(error))
         raise UserError(f"{_group_file(folder, group)}: cannot be read ({fault}); {_ANOTHER}") from error
 
@@ -557,6 +690,19 @@ def _json_text(value, **options) -> str:
 
 def _group_file(folder: Path, group: str) -> Path:
     return folder / f"{group}.safetensors"
+
+
+def _wait_until(is_there: Callable[[], bool], fault: str) -> None:
+    """Wait for what another process has written; some shared file systems show it seconds later."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while not is_there():
+        if time.monotonic() > deadline:
+            raise UserError(f"{fault}; choose an `output_dir` on a file system that all processes share")
+        time.sleep(0.1)
+
+
+def _described(path: Path) -> _File:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

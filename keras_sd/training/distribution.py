@@ -54,7 +54,8 @@ def start(kind, batch_size, *, coordinator=None, num_processes=None, process_id=
     if plan:
         pass  # the devices are chosen
     elif address:
-        rendezvous.meet(address, num_processes, process_id, timeout)
+        for connection in rendezvous.meet(address, num_processes, process_id, timeout).values():
+            connection.close()
         backend.join_processes(coordinator, num_processes, process_id)
     else:
         backend.join_processes()
@@ -106,11 +107,6 @@ def _distribution(kind):
             layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name=BATCH, auto_shard_dataset=False
         )
     if kind == "fsdp":
-        if processes > 1:
-            raise UserError(
-                "distribution fsdp: splits weights over the devices of one process, and there are "
-                f"{processes}; use data, or one process with all devices"
-            )
         if len(devices) < 2:
             raise UserError(f"distribution fsdp: one device was found, {devices[0]}; {remedy}")
         # One axis for both: the batch and the weights are split over the same devices.

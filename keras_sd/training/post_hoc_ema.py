@@ -8,6 +8,7 @@ any other length: its coefficients are those whose sum of power functions is nea
 A length is named by sigma_rel, the standard deviation of the power function as a share of the training.
 """
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_sd.errors import UserError
+from keras_sd.training.slices import Sliced
 
 SIGMAS = (0.05, 0.1)
 """sigma_rel of the two averages that are kept."""
@@ -81,18 +83,28 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> tuple[npt.NDA
     return found, float(np.sqrt(max(distance, 0) / norm))
 
 
-def narrowed(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Return the tensors of a snapshot in the precision in which it is kept.
+def narrowed(tensors: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the tensors of a snapshot, arrays or `slices.Sliced`, in the precision in which it is kept.
 
     Raises:
         UserError: a number is too large for it.
     """
-    with np.errstate(over="ignore"):
-        narrow = {name: np.asarray(tensor, "float32").astype(dtype) for name, tensor in tensors.items()}
-    for name, tensor in narrow.items():
-        if not np.isfinite(tensor).all():
+
+    def narrow(name, array):
+        with np.errstate(over="ignore"):
+            array = np.asarray(array, "float32").astype(dtype)
+        if not np.isfinite(array).all():
             raise UserError(f"post_hoc_ema {dtype}: {name} has a number too large for it; use float32")
-    return narrow
+        return array
+
+    return {
+        name: dataclasses.replace(
+            tensor, parts=tuple((start, narrow(name, array)) for start, array in tensor.parts)
+        )
+        if isinstance(tensor, Sliced)
+        else narrow(name, tensor)
+        for name, tensor in tensors.items()
+    }
 
 
 class Snapshots:

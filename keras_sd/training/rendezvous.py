@@ -1,19 +1,22 @@
 """Waits until all processes of a run are present, before JAX connects them.
 
 JAX aborts a process whose peers do not connect in time. Here each process announces itself to process 0 over
-TCP first, and a fault becomes a one-line error.
+TCP first, and a fault becomes a one-line error. In a command the processes that watch (`training.watcher`)
+meet first, compare their options and versions, and keep their connections.
 """
 
 import contextlib
+import json
 import socket
 import time
 
-from keras_sd.arguments import whole_number
+from keras_sd.arguments import shown, whole_number
 from keras_sd.errors import UserError
 
 _READY = "ready"
 _PAUSE = 0.2  # seconds between two attempts
-_LONGEST_LINE = 200
+_LONGEST_LINE = 2**18
+_MOST_DIFFERENCES = 3  # that are named
 
 
 def parse_address(text):
@@ -45,78 +48,108 @@ def check_processes(kind, coordinator=None, num_processes=None, process_id=None)
     return parse_address(coordinator)
 
 
-def meet(address, process_count, process_index, timeout):
+def meet(address, process_count, process_index, timeout, facts=None):
     """Wait until all processes of a run have arrived.
 
     Args:
         address: `(host, port)` at which all others can reach process 0.
         process_count, process_index: the number of processes, and the index of this one.
         timeout: seconds to wait.
+        facts: what has to be the same in all processes, as JSON: name -> value, and under "versions" package
+            -> version.
+
+    Returns:
+        The open connections, by index: in process 0 those to all others, in another one that to process 0.
 
     Raises:
-        UserError: a process does not connect, connects twice or expects another number of processes.
+        UserError: a process does not connect, connects twice, expects another number of processes, or differs
+            in a fact, which ends all processes.
     """
     deadline = time.monotonic() + timeout
+    facts = {} if facts is None else facts
     if process_index == 0:
-        _receive_all(address, process_count, deadline, timeout)
-    else:
-        _announce(address, f"{process_index} of {process_count}", deadline, timeout)
+        return _receive_all(address, process_count, deadline, timeout, facts)
+    announcement = f"{process_index} of {process_count} {json.dumps(facts)}"
+    return {0: _announce(address, announcement, deadline, timeout)}
 
 
-def _receive_all(address, process_count, deadline, timeout):
+def _receive_all(address, process_count, deadline, timeout, facts):
     """Run process 0's part: receive the announcements, and answer when all processes are present."""
     place = "{}:{}".format(*address)
     with contextlib.ExitStack() as stack:
-        try:
-            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-            # Like JAX, listen on all interfaces.
-            server = stack.enter_context(
-                socket.create_server(
-                    ("", address[1]), family=family, dualstack_ipv6=family == socket.AF_INET6
-                )
-            )
-        except OSError as error:
-            raise UserError(
-                f"coordinator {place}: cannot listen there: {error.strerror}; use another port"
-            ) from None
-        present = {}
-        while len(present) < process_count - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection = stack.enter_context(server.accept()[0])
-            except TimeoutError:
-                missing = sorted(set(range(1, process_count)) - present.keys())
-                raise UserError(
-                    f"coordinator {place}: process {', '.join(map(str, missing))} did not connect within "
-                    f"{timeout:g} s; start all {process_count} processes with this address"
-                ) from None
-            index, fault = _read_announcement(connection, process_count, present)
-            if fault:
-                _send(connection, fault)
-            elif index is not None:
-                present[index] = connection
+        present, differences = {}, []
+        with _server(address) as server:
+            while len(present) < process_count - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                try:
+                    connection = stack.enter_context(server.accept()[0])
+                except TimeoutError:
+                    missing = sorted(set(range(1, process_count)) - present.keys())
+                    raise UserError(
+                        f"coordinator {place}: process {', '.join(map(str, missing))} did not connect within "
+                        f"{timeout:g} s; start all {process_count} processes with this address"
+                    ) from None
+                index, theirs, fault = _read_announcement(connection, process_count, present)
+                if fault:
+                    _send(connection, fault)
+                elif index is not None:
+                    present[index] = connection
+                    differences += [f"process {index}: {words}" for words in _differences(theirs, facts)]
+        # Nobody listens any more when the others go on, to meet again at this address.
+        answer = "; ".join(sorted(differences)[:_MOST_DIFFERENCES]) or _READY
         for connection in present.values():
-            _send(connection, _READY)
+            _send(connection, answer)
+        if answer != _READY:
+            raise UserError(answer)
+        stack.pop_all()
+        return present
+
+
+def _server(address):
+    """Return a listening socket; like JAX, it listens on all interfaces."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        return socket.create_server(("", address[1]), family=family, dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:
+        place = "{}:{}".format(*address)
+        raise UserError(
+            f"coordinator {place}: cannot listen there: {error.strerror}; use another port"
+        ) from None
+
+
+def _differences(theirs, ours):
+    """Yield what another process has to change, a few words for each fact that differs."""
+    versions = theirs.pop("versions", {}), ours.get("versions", {})
+    for name in sorted(versions[0].keys() | versions[1].keys()):
+        there, here = (side.get(name) or "missing" for side in versions)
+        if there != here:
+            yield f"{name} is {there} there and {here} in process 0; install the same version"
+    for name in sorted(theirs.keys() | ours.keys() - {"versions"}):
+        there, here = theirs.get(name), ours.get(name)
+        if there != here:
+            yield f"`{name}` is {shown(there)} there and {shown(here)} in process 0; give both the same"
 
 
 def _read_announcement(connection, process_count, present):
-    """Return the index of the announced process, or None, and its fault, or None."""
+    """Return the index of the announced process, or None, its facts and its fault, or None."""
     # A short timeout, so that other programs that connect cannot block the run.
     connection.settimeout(5)
     try:
-        words = _read_line(connection).split(" of ")
-        index, count = map(int, words)
-    except (OSError, ValueError):
-        return None, None
+        index, _, count, facts = _read_line(connection).split(" ", 3)
+        index, count, facts = int(index), int(count), json.loads(facts)
+        facts["versions"] = dict(facts.get("versions", {}))
+    except (OSError, ValueError, TypeError):
+        return None, None, None
     if count != process_count:
-        return None, f"num_processes {count}: process 0 was started with {process_count}; give all the same"
+        fault = f"num_processes {count}: process 0 was started with {process_count}; give all the same"
+        return None, None, fault
     if index in present:
-        return None, f"process_id {index}: taken by another process; give each its own"
-    return index, None
+        return None, None, f"process_id {index}: taken by another process; give each its own"
+    return index, facts, None
 
 
 def _announce(address, announcement, deadline, timeout):
-    """Run the part of all other processes: announce this one, and wait for the answer."""
+    """Run the part of all other processes: announce this one, wait for the answer, return the connection."""
     place = "{}:{}".format(*address)
     absent = UserError(
         f"coordinator {place}: process 0 cannot be reached within {timeout:g} s; start it there, and see "
@@ -133,7 +166,8 @@ def _announce(address, announcement, deadline, timeout):
             raise UserError(f"coordinator {place}: no such host; give process 0's address") from None
         except OSError:
             time.sleep(min(_PAUSE, remaining))
-    with connection:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connection)
         _send(connection, announcement)
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
@@ -142,13 +176,15 @@ def _announce(address, announcement, deadline, timeout):
             answer = ""
         except OSError:
             raise absent from None
-    if not answer:
-        raise UserError(
-            f"coordinator {place}: not all processes connected within {timeout:g} s; start them all, with "
-            "the same `num_processes`"
-        )
-    if answer != _READY:
-        raise UserError(answer)
+        if not answer:
+            raise UserError(
+                f"coordinator {place}: not all processes connected within {timeout:g} s; start them all, "
+                "with the same `num_processes`"
+            )
+        if answer != _READY:
+            raise UserError(answer)
+        stack.pop_all()
+        return connection
 
 
 def _send(connection, line):

@@ -54,6 +54,7 @@ from keras_sd.training.run_folder import (
     write_whole_folder,
 )
 from keras_sd.training.settings import MAY_CHANGE, PRECISIONS, Settings
+from keras_sd.training.slices import Sliced
 from keras_sd.training.trackers import checked_trackers
 from keras_sd.weights.rules import weights_fingerprint
 
@@ -101,6 +102,11 @@ class Trainer:
             interruption.set_run_folder(settings.output_dir, settings.resume_from_checkpoint)
         rates = RateFactors(objective, settings)
         distribution.split_weights(objective)
+        if settings.offload_ema and any(map(backend.is_split, objective.trainable_variables)):
+            raise UserError(
+                "offload_ema True: needs all weights in each process, and they are split among "
+                f"{backend.process_count()}; leave it out"
+            )
         # A checkpoint does not hold the frozen weights, only their fingerprint.
         frozen = weights_fingerprint(objective, left_out=objective.trainable_variables)
         identity = {**identity, **settings.identity(), "frozen": frozen}
@@ -110,6 +116,8 @@ class Trainer:
         self.snapshots = None
         if settings.post_hoc_ema:
             self.snapshots = Checkpoints(settings.output_dir / post_hoc_ema.FOLDER, identity)
+        if any(map(backend.is_split, objective.trainable_variables)):
+            self.checkpoints.check_shared()
         self.optimizer = make_optimizer(settings)
         if settings.post_hoc_ema:
             self.optimizer.post_hoc_gammas = tuple(map(post_hoc_ema.gamma_of, post_hoc_ema.SIGMAS))
@@ -174,9 +182,12 @@ class Trainer:
         }
 
     def gather_state(self) -> tuple[dict[str, Any], dict[str, int]]:
-        """Copy the state to the host; return `(groups, position)` for a checkpoint."""
+        """Copy the state to the host; return `(groups, position)` for a checkpoint.
+
+        A tensor of which this process has no more than slices is a `slices.Sliced` of them.
+        """
         groups = {
-            group: {name: backend.to_numpy(variable) for name, variable in variables.items()}
+            group: {name: _held(variable) for name, variable in variables.items()}
             for group, variables in self._state().items()
         }
         settings = self.settings
@@ -185,7 +196,7 @@ class Trainer:
         return groups, {"batch": batch, "examples": batch * settings.train_batch_size}
 
     def save_snapshot(self, step: int, groups: dict[str, Any]) -> None:
-        """Save the power-function averages of a checkpoint's groups where they stay, in one process."""
+        """Save the power-function averages of a checkpoint's groups where they stay."""
         dtype = self.settings.post_hoc_ema
         if self.snapshots is None:
             return
@@ -358,10 +369,11 @@ class Trainer:
             with interruption.interruptible(), interruption.phase("exporting the model"), self.ema.applied():
                 if prepare_export is not None:
                     prepare_export()
-                if self.is_writer:
-                    write_whole_folder(self.settings.output_dir / MODEL, export)
-                    self._record.write("exported", self.step)
-                    print(f"saved: {self.settings.output_dir / MODEL}", file=sys.stderr, flush=True)
+                with backend.whole_on_host(self.objective.variables, keep=self.is_writer):
+                    if self.is_writer:
+                        write_whole_folder(self.settings.output_dir / MODEL, export)
+                        self._record.write("exported", self.step)
+                        print(f"saved: {self.settings.output_dir / MODEL}", file=sys.stderr, flush=True)
         return export_is_due | any([schedule.run_if_due(self.step) for schedule in self._schedules])
 
     def _is_exported(self):
@@ -420,7 +432,7 @@ class Trainer:
         if not settings.gradient_checkpointing and recomputing_layers(self.objective):
             yield "`gradient_checkpointing=True`"
         whole = isinstance(keras.distribution.distribution(), keras.distribution.DataParallel)
-        if whole and backend.process_count() == 1:
+        if whole:
             yield "`distribution='fsdp'`"
         if hasattr(source, "encode_batches"):  # the VAE runs beside the step
             yield "`cache_latents='disk'`"
@@ -470,3 +482,10 @@ class Trainer:
         for callback in callbacks:
             callback.batches_per_step = settings.gradient_accumulation_steps
         return callbacks
+
+
+def _held(variable):
+    """Return what this process holds of a variable: the array, or `Sliced` where others hold the rest."""
+    if backend.is_split(variable):
+        return Sliced(tuple(variable.shape), tuple(backend.own_slices(variable)))
+    return backend.to_numpy(variable)

@@ -205,6 +205,20 @@ def test_two_processes_draw_class_images_into_one_folder(folder):
         assert np.abs(drawn - expected).max() <= 1
 
 
+def test_a_process_under_slurm_has_all_devices_of_its_node():
+    """JAX would take one for each task, though it is told of the processes."""
+    code = f"""if True:
+        import jax
+        from keras_sd.training import distribution
+        distribution.start("auto", 2, coordinator="{free_address()}", num_processes=1, process_id=0)
+        print(jax.config.jax_cuda_visible_devices, jax.distributed.is_initialized())
+    """
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+    slurm |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    output, _ = finish(Program(["-c", code], XLA_FLAGS=TWO_DEVICES, **slurm))
+    assert output == "all True\n"
+
+
 def test_every_device_holds_a_part_of_split_weights():
     """Kernels are split as Megatron-LM's, by outputs and then by inputs; moments like their weights."""
     code = """if True:

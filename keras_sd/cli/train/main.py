@@ -26,13 +26,15 @@ class MethodGroup(click.Group):
 
 
 def _describe(command):
-    """Have a method record in the run folder how the run was started."""
+    """Have a method watch its process, and record in the run folder how the run was started."""
     callback = command.callback
 
     @functools.wraps(callback)
     def call(**options):
+        from keras_sd.cli.train.processes import watch
         from keras_sd.training.run_folder import described
 
+        watch(command.name, options)
         context = click.get_current_context()
         if options["plan"] is not None:
             from keras_sd.cli.train.plan import run_plan
