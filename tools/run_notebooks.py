@@ -81,6 +81,14 @@ SMALLEST = {
         "FEW_STEPS": 2,
         "NUM_STEPS": 2,
     },
+    "12_several_devices": {
+        "VIRTUAL_DEVICES": 2,
+        "WIDTH": 16,
+        "KINDS": ("fsdp",),
+        "TRAIN_BATCH_SIZE": 2,
+        "IMAGES": 4,
+        "STEPS": 2,
+    },
 }
 
 METADATA = {
