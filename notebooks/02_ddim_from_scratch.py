@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Train a diffusion model on pixels with `fit()`, and measure it as it learns.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -21,11 +21,17 @@ SAMPLING_STEPS = 10
 KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To train a diffusion model on pixels from nothing with `fit()`.
+# - What a noise schedule, the predicted velocity and the moving average of the weights (EMA) are.
+# - To measure generated images by the Kernel Inception Distance (KID) while the model learns.
+#
 # ## Introduction
 #
-# A diffusion model learns one thing: to tell a picture from the noise that was mixed into it. Whoever can
-# do that can also draw. Begin with noise alone, ask the model which picture is in it, take away a little of
-# the noise, and ask again.
+# A diffusion model learns one thing: to tell an image from the noise that was mixed into it. A model that
+# can do that can also generate. Begin with noise alone, ask the model which image is in it, take away a
+# little of the noise, and ask again.
 #
 # This notebook follows the Keras example [Denoising Diffusion Implicit
 # Models](https://keras.io/examples/generative/ddim/) by András Béres: an unconditional model that works on
@@ -33,7 +39,7 @@ KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 # from `keras_sd`, and they are the very parts that Stable Diffusion is made of. What Stable Diffusion adds,
 # the text and the latents, is told in `01_how_stable_diffusion_works`.
 #
-# The pictures are [Twemoji](https://github.com/jdecked/twemoji) (CC-BY 4.0), which come as a Python
+# The images are [Twemoji](https://github.com/jdecked/twemoji) (CC-BY 4.0), which come as a Python
 # package, so nothing is downloaded.
 
 # %%
@@ -94,12 +100,12 @@ def show(pictures, titles, width=2.2):
 
 
 # %% [markdown]
-# ## The pictures
+# ## The images
 #
-# A source is a sequence of examples. Each is a dictionary with a picture and its captions, of which an
+# A source is a sequence of examples. Each is a dictionary with an image and its captions, of which an
 # unconditional model needs none.
 #
-# As minutes are short we take the pictures of one kind; many kinds take longer to learn.
+# To keep the run short we take the images of one kind; many kinds take longer to learn.
 
 # %%
 everything = load_source(DATASET, "train", IMAGE_SIZE, need_captions=False)
@@ -111,13 +117,14 @@ show([image_grid(pictures, columns=12, scale=2)], ["training pictures"], width=8
 # %% [markdown]
 # ## Signal and noise
 #
-# The forward process mixes a picture $x$ with standard-normal noise $\varepsilon$:
+# The forward process mixes an image $x$ with standard-normal noise $\varepsilon$:
 #
 # $$x_t = \alpha_t\, x + \sigma_t\, \varepsilon, \qquad \alpha_t^2 + \sigma_t^2 = 1.$$
 #
-# $\alpha_t$ is the *signal rate* and $\sigma_t$ the *noise rate*. As their squares add to one, a mixture of
-# unit variance keeps unit variance. A *schedule* says how they fall and rise over the timesteps. We use the
-# cosine schedule (Nichol and Dhariwal, 2021), which gives every level of noise about its fair share of the
+# $t$ is the timestep, from 0 (nearly the image) to 999 (nearly noise), and $x_t$ the mixture. $\alpha_t$ is
+# the *signal rate* and $\sigma_t$ the *noise rate*. As their squares add to one, a mixture of unit variance
+# keeps unit variance. A *schedule* says how they fall and rise over the timesteps. We use the cosine
+# schedule (Nichol and Dhariwal, 2021), which gives every level of noise about its fair share of the
 # timesteps.
 
 # %%
@@ -144,9 +151,9 @@ show([images_from_unit(each) for each in noisy], [f"timestep {t}" for t in times
 # two. It is the class that Stable Diffusion uses too. A configuration leaves out the attention, takes three
 # channels in, and gives three channels out.
 #
-# What should the network answer? It may predict the noise, or the picture, or the *velocity* $v =
+# What should the network answer? It may predict the noise, or the image, or the *velocity* $v =
 # \alpha_t\,\varepsilon - \sigma_t\,x$ (Salimans and Ho, 2022). Each of the three follows from any other
-# together with $x_t$. We take the velocity: it asks for the picture where there is only noise, and for the
+# together with $x_t$. We take the velocity: it asks for the image where there is only noise, and for the
 # noise where there is nearly none, so no timestep is trivial.
 #
 # `DiffusionObjective` is a Keras model whose output is the loss of each example. That is the one hook
@@ -224,8 +231,8 @@ for title, jit_compile in (("off", False), ("on", True)):
 # ## Training
 #
 # The optimizer is AdamW (Loshchilov and Hutter, 2019). Beside the weights it keeps an *exponential moving
-# average* (EMA) of them. The last weights of a run are a little off in a direction that the last few
-# batches chose; the average has that noise smoothed away, and after a long run samples drawn with it are
+# average* (EMA) of them. The last weights of a run depend by chance on the last few
+# batches; the average is smoother, and after a long run samples made with it are
 # usually better. `EMACallback` swaps in the average for the time of a `with` block.
 
 # %%
@@ -242,9 +249,9 @@ average = EMACallback(optimizer, objective.trainable_variables)
 # %% [markdown]
 # ## What is measured
 #
-# The loss says how well noise is told from pictures. It does not say how good the drawings are. For that
-# there is KID (Bińkowski et al., 2018): how far apart two sets of pictures are, seen through the features
-# of a network that knows pictures. The Keras example looks through InceptionV3. We look through the image
+# The loss says how well noise is told from images. It does not say how good the drawings are. For that
+# there is KID (Bińkowski et al., 2018): how far apart two sets of images are, seen through the features
+# of a network that knows images. The Keras example looks through InceptionV3. We look through the image
 # encoder that comes with the bundled model, since it knows emoji and is here already. Zero is perfect; the
 # estimate is unbiased, so it may fall a little below zero.
 #
@@ -346,7 +353,7 @@ for axis in (left, right):
 plt.show()
 
 # %% [markdown]
-# In a run as short as this one the average is behind to the end: it remembers earlier weights, which were
+# In a run as short as this one the average is worse to the end: it still contains earlier weights, which were
 # worse, and the learning rate, which falls to zero, leaves it little noise to smooth away. It gains in long
 # runs, once the weights move more slowly than they scatter. That is why its decay starts small and grows
 # (`AdamW` here uses min(decay, (1 + n) / (10 + n)) at update n), and why long runs take one closer to 1.

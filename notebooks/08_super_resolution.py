@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** A diffusion upscaler against interpolation: how it works, what it invents.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -21,16 +21,22 @@ NUM_SEEDS = 8
 PROMPTS = ("red heart", "grinning face", "rocket", "tulip", "pizza", "snowman")
 
 # %% [markdown]
+# **What you will learn**
+#
+# - How a diffusion model upscales: the small image is an input of the network, beside the noise.
+# - To compare it with bicubic and Lanczos interpolation, by figures and by eye.
+# - Which details are known and which are invented, and what the noise level changes.
+#
 # ## Introduction
 #
-# Make a picture smaller and detail is lost. Many large pictures become the same small one, so no method can
-# know which of them it was. Interpolation does not ask: it draws smooth curves through the pixels, and edges
+# Make an image smaller and detail is lost. Many large images become the same small one, so no method can
+# know which of them it was. Interpolation computes smooth curves through the pixels, and edges
 # become soft. A network that is trained to come close to the true pixels answers with the mean of all
-# likely pictures, which is soft again where it is not sure.
+# likely images, which is soft again where it is not sure.
 #
-# A diffusion model can do something else: draw *one* likely picture. SR3 (Saharia et al., *Image
+# A diffusion model can do something else: draw *one* likely image. SR3 (Saharia et al., *Image
 # super-resolution via iterative refinement*, arXiv:2104.07636) begins with noise, as every diffusion model
-# does, and refines it while it looks at the small picture.
+# does, and refines it while it looks at the small image.
 #
 # The bundled upscaler is such a model. It doubles the sides of emoji, has less than a million weights and
 # runs on a processor.
@@ -94,11 +100,11 @@ def show(rows, columns, size=1.7):
 # %% [markdown]
 # ## What the network sees
 #
-# Text-to-image models look at their condition, the prompt, by cross-attention. Here the condition is a
-# picture, and it has its place: a pixel of the small picture says something about the same spot of the large
-# one. So the small picture is enlarged by bicubic interpolation and *concatenated* to the noisy picture along
-# the channels: three of noise and three of picture go in, three come out. A UNet of convolutions does the
-# rest. It has no attention, so it takes pictures of any size.
+# Text-to-image models take their condition, the prompt, in by cross-attention. Here the condition is an
+# image, and it has its place: a pixel of the small image says something about the same spot of the large
+# one. So the small image is enlarged by bicubic interpolation and *concatenated* to the noisy image along
+# the channels: three of noise and three of image go in, three come out. A UNet of convolutions does the
+# rest. It has no attention, so it takes images of any size.
 
 # %%
 upscaler = Upscaler.load(presets.find(UPSCALER), batch_size=15)
@@ -121,11 +127,11 @@ titles = ["64 pixels", "enlarged", *(f"after {place + 1} of {len(states)}" for p
 show({"": seen}, titles)
 
 # %% [markdown]
-# Left what goes in, then the picture on its way from noise.
+# Left what goes in, then the image on its way from noise.
 #
 # ## Against interpolation
 #
-# Pictures that no model was trained on are made small (bicubic) and large again. Lanczos interpolation takes
+# Images that no model was trained on are made small (bicubic) and large again. Lanczos interpolation takes
 # a wider neighbourhood into account than bicubic does and is a little sharper. The lower row is the square
 # that is marked in the upper one.
 
@@ -163,7 +169,7 @@ for index, corner in ((0, (44, 20)), (len(truth) // 2, (44, 58))):
     )
 
 # %% [markdown]
-# Two figures over all test pictures. The peak signal-to-noise ratio (PSNR) says how close the pixels come;
+# Two figures over all test images. The peak signal-to-noise ratio (PSNR) says how close the pixels come;
 # more is better. The edge error is the mean absolute error of the differences between neighbouring pixels, in
 # levels of 0 to 255; less is better. It rises where edges are soft, and where there are rings beside them.
 
@@ -180,9 +186,9 @@ print(f"edges against bicubic: {gain:+.0%}")
 #
 # ## Steps
 #
-# This network predicts the clean picture. With one step it does so from pure noise and the small picture:
+# This network predicts the clean image. With one step it does so from pure noise and the small image:
 # the mean of all that is likely, which squared errors like best. Each further step settles something, and a
-# single likely picture is farther from the truth than the mean is (Blau and Michaeli, *The
+# single likely image is farther from the truth than the mean is (Blau and Michaeli, *The
 # perception-distortion tradeoff*, arXiv:1711.06077). Do the figures show it?
 
 # %%
@@ -207,13 +213,13 @@ show({"": by_steps.values()}, [f"{count} steps" for count in by_steps], size=1.5
 
 # %% [markdown]
 # Only in part. From the second step on both figures get worse, as expected, but by little: at twice the size
-# the small picture leaves little open. One step alone is not the best, though. It has to answer from pure
+# the small image leaves little open. One step alone is not the best, though. It has to answer from pure
 # noise, which a small network does less well than it should; the second one mends that. More steps pay where
 # more has to be invented.
 #
 # ## What is invented
 #
-# Other seeds begin from other noise and end at other pictures. Where they differ, the small picture left it
+# Other seeds begin from other noise and end at other images. Where they differ, the small image left it
 # open. The map shows the standard deviation over seeds, for each pixel.
 
 # %%
@@ -245,13 +251,13 @@ print(
 #
 # ## The noise level
 #
-# What if the picture that comes in is itself not clean? An upscaler that trusts every pixel enlarges the
+# What if the image that comes in is itself not clean? An upscaler that trusts every pixel enlarges the
 # faults as well. Ho et al. (*Cascaded diffusion models for high fidelity image generation*, arXiv:2106.15282)
-# put noise on the small picture in training, of a random level, and tell the network the level. It learns how
-# far to trust what it sees. In use one chooses: 0 keeps to the picture, more lets the model invent more.
+# put noise on the small image in training, of a random level, and tell the network the level. It learns how
+# far to trust what it sees. In use one chooses: 0 keeps to the image, more lets the model invent more.
 #
-# On top is what the network sees of a clean picture at each level, then what it makes of it. The last row is
-# made of a small picture that had noise on it before.
+# On top is what the network sees of a clean image at each level, then what it makes of it. The last row is
+# made of a small image that had noise on it before.
 
 
 # %%
@@ -284,24 +290,23 @@ for title, values in results.items():
     print(f"{title:18}", *(f"{value:7.2f}" for value in values))
 
 # %% [markdown]
-# Level 0 is best in both rows, which is worth a look. A clean picture loses with every level, since noise
+# Level 0 is best in both rows, which is worth a look. A clean image loses with every level, since noise
 # hides what was known. The grainy one loses far less, as there is less to hide, but it gains nothing either:
 # the network has learned to see through noise that is independent from pixel to pixel, and grain that was on
-# the small picture arrives enlarged, as blotches. So the level is no filter for faults of any kind. It pays
-# in a cascade, where the small picture comes from another model whose faults are to be drawn over; Ho et al.
+# the small image arrives enlarged, as blotches. So the level is no filter for faults of any kind. It pays
+# in a cascade, where the small image comes from another model whose faults are to be drawn over; Ho et al.
 # find the level by trying.
 #
 # ## How it is trained
 #
-# Training needs large pictures only, since small ones are made from them. Three things keep the upscaler from
-# learning a single way of becoming small by heart, as it would fail on pictures that became small in another
-# way:
+# Training needs large images only, since small ones are made from them. Three things keep the upscaler from
+# fitting a single method of reduction, as it would fail on images that were reduced by another:
 #
 # - the filter is drawn anew each time (box, bilinear, Hamming, bicubic or Lanczos),
-# - one picture in four is blurred a little before,
-# - noise of a random level goes onto the small picture, low levels more often.
+# - one image in four is blurred a little before,
+# - noise of a random level goes onto the small image, low levels more often.
 #
-# It sees squares cut out of pictures. What a convolution learns on 48 pixels holds on 128.
+# It sees squares cut out of images. What a convolution learns on 48 pixels holds on 128.
 
 # %%
 schedule = NoiseSchedule(upscaler.scheduler_config)
@@ -349,9 +354,9 @@ show(
 #
 # The bundled upscaler took 28 minutes on two cores.
 #
-# ## Larger pictures of what a model draws
+# ## Larger images of what a model draws
 #
-# This is how large text-to-image systems work as well: a base model draws a small picture, and upscalers
+# This is how large text-to-image systems work as well: a base model draws a small image, and upscalers
 # make it large, each a diffusion model of its own. The emoji model draws 64 pixels.
 
 # %%
@@ -368,14 +373,14 @@ show(
 )
 
 # %% [markdown]
-# What the small picture lacks, the upscaler does not add, at level 40 as little as at level 0: it sharpens
+# What the small image lacks, the upscaler does not add, at level 40 as little as at level 0: it sharpens
 # edges and leaves shapes as they are.
 #
 # ## Stable Diffusion's x4 upscaler
 #
 # The [x4 upscaler](https://huggingface.co/stabilityai/stable-diffusion-x4-upscaler) follows the same idea
 # with two differences. It works on latents, so that 512 x 512 pixels in and 2048 x 2048 out stay
-# affordable: the noise has the 4 channels of latents at the small picture's size, the small picture comes
+# affordable: the noise has the 4 channels of latents at the small image's size, the small image comes
 # along as 3 more, and a VAE with a factor of 4 decodes. And it reads a prompt by cross-attention. It has the
 # noise levels, too:
 #
@@ -384,7 +389,7 @@ show(
 # large = x4.upscale(small, "a photo of a cat", noise_level=20, num_inference_steps=50)  # 4x the sides
 # ```
 #
-# For pictures as small as emoji, latents are the wrong place: a small autoencoder errs more at edges than
+# For images as small as emoji, latents are the wrong place: a small autoencoder errs more at edges than
 # this whole upscaler does (`docs/finetuning.md`).
 #
 # ## References
