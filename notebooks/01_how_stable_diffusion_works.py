@@ -3,8 +3,8 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
-# **Description:** The three parts of Stable Diffusion, each one looked at while it works.<br>
+# **Last modified:** 2026/11/30<br>
+# **Description:** The three parts of Stable Diffusion, each one seen at work.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
 # %% tags=["parameters"]
@@ -17,20 +17,28 @@ GUIDANCE_SCALE = 2.0
 SEED = 0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - What the text encoder, the UNet and the autoencoder of Stable Diffusion do, each seen at work.
+# - How the text gets in: by cross-attention, and not by concatenation to the noise.
+# - What the variational autoencoder (VAE) is for: small and smooth latents. It is not there to prevent
+#   overfitting.
+# - What classifier-free guidance adds, and what too much of it does.
+#
 # ## Introduction
 #
-# Stable Diffusion (Rombach et al., 2022) turns a text into an image with three networks:
+# Stable Diffusion (Rombach et al., 2022) makes an image from a text with three networks:
 #
 # 1. The **text encoder** turns the prompt into a table of numbers, one row for each token.
-# 2. The **UNet** turns noise into *latents*, a small array that stands for an image. It is asked many
-#    times, and looks at the text's table every time.
+# 2. The **UNet** turns noise into *latents*, a small array that encodes an image. It is evaluated many
+#    times, and reads the text's table every time.
 # 3. The **decoder** of an autoencoder turns the latents into pixels.
 #
-# Around them stand a tokenizer, which cuts text into pieces, and a sampler, which is no network but
-# arithmetic.
+# Besides there are a tokenizer, which splits text into pieces, and a sampler, which is arithmetic and
+# no network.
 #
-# By default this notebook opens `emoji`, a model that is bundled with `keras_sd`. It is Stable Diffusion in
-# miniature: the same parts, trained by the same recipe, on images of emoji. All that is shown here holds
+# By default this notebook opens `emoji`, a model that is bundled with `keras_sd`. It is a small Stable
+# Diffusion: the same parts, trained by the same recipe, on images of emoji. All that is shown here holds
 # for the large models, and `PRESET` above opens one of those instead.
 
 # %%
@@ -107,8 +115,8 @@ show([pictures], [f"seed {SEED + index}" for index in range(4)])
 # %% [markdown]
 # ## The text encoder
 #
-# A network cannot read letters. The tokenizer cuts a prompt into *tokens*: frequent words stay whole, rare
-# ones fall to pieces (byte-pair encoding, Sennrich et al., 2016). Each token is a number in a vocabulary.
+# Networks compute with numbers. The tokenizer splits a prompt into *tokens*: frequent words stay whole, rare
+# ones are split further (byte-pair encoding, Sennrich et al., 2016). Each token is a number in a vocabulary.
 # Between a token for the beginning and one for the end stand those of the prompt, and padding fills the
 # rest, so that all prompts have the same length.
 
@@ -157,7 +165,7 @@ print(f"{values[np.logical_not(sharing)].mean():.2f}; dog face and lion {cosines
 
 # %% [markdown]
 # Prompts that share a thing or a colour are closer on average than those that share no word. A dog face and
-# a lion are close without a common word, as their images are alike. Nobody told the encoder so: it
+# a lion are close without a common word, as their images are alike. This was not programmed: it
 # follows from which captions stood beside which images. The small model has learned from few images,
 # and some of its other neighbours are chance.
 #
@@ -166,7 +174,7 @@ print(f"{values[np.logical_not(sharing)].mean():.2f}; dog face and lion {cosines
 #
 # ## Latents
 #
-# A diffusion model works hard: it looks at the whole image at every step. On pixels that is expensive. So
+# A diffusion model computes on the whole image at every step. On pixels that is expensive. So
 # Stable Diffusion works on *latents*, into which the encoder of an autoencoder packs an image.
 
 # %%
@@ -184,8 +192,8 @@ show([[picture, restored]], ["picture", "encoded, decoded"])
 # %% [markdown]
 # (The last figure is the peak signal-to-noise ratio: each 6 dB more halve the error.)
 #
-# Latents can be looked at: each channel is a small grey image. They are no code in the sense of a ZIP
-# file. The lion's outline is still where it was, only coarser, and a latent position stands for a square of
+# Latents can be looked at: each channel is a small grey image. They are not compressed as a ZIP file is.
+# The lion's outline is still where it was, only coarser, and a latent position stands for a square of
 # pixels.
 
 # %%
@@ -216,7 +224,12 @@ show([moved], ["as encoded", *[f"+ {amount:g} noise" for amount in amounts[1:]]]
 #
 # In a textbook VAE that penalty is strong enough to generate with: draw standard-normal latents, decode
 # them, and a new image comes out. In Stable Diffusion it is very weak. The standard deviations are small,
-# so that the latents say exactly which image it was, and the decoder is a good one.
+# so that the latents determine the image almost exactly, and the decoder can reproduce it.
+#
+# So what is it for? It makes the latents *small*, so that each step of the UNet is cheap, and *smooth*, so
+# that small errors of the UNet stay small in the image. It is often said that the VAE prevents overfitting;
+# it does not. Overfitting is a matter of the UNet and its training images, and is seen by a validation loss
+# (`11_your_own_photographs`).
 
 # %%
 posterior = sd.vae.encode(images_to_unit(picture[None]))
@@ -255,7 +268,7 @@ show([[sd.decode(each)[0] for each in noisy]], [f"timestep {t}" for t in timeste
 
 # %% [markdown]
 # Generating goes the other way, from noise alone. Asked about pure noise, the UNet cannot know which
-# image is in it, as there is none. What it answers is an average of all images that the prompt might
+# image is in it, as there is none. Its answer is an average of all images that the prompt might
 # mean. The sampler takes one step of a few dozen towards that answer and asks again. With each step there
 # is more to go by, and the answers get sharper.
 #
@@ -314,8 +327,8 @@ print(f"the text comes as a second input of shape {context.shape}")
 # channels, for another purpose: an inpainting model sees the image and the mask there, an upscaler the
 # small image.)
 #
-# These choices can be watched. We listen to the attention function while the UNet answers, and keep the
-# weights wherever there are as many keys as tokens.
+# These choices can be watched. We record what the attention function computes while the UNet is evaluated,
+# and keep the weights wherever there are as many keys as tokens.
 
 
 # %%
@@ -399,6 +412,8 @@ show(rows, [f"step {index + 1}" for index in shown], ["without the text", "with 
 #
 # $$\text{prediction} = \text{without} + \text{scale} \cdot (\text{with} - \text{without}).$$
 #
+# Here *with* and *without* are the UNet's predictions with the prompt and with an empty one.
+#
 # A scale of 1 is the plain conditional model. More of it follows the prompt more closely and varies less.
 # Too much gives harsh colours.
 
@@ -426,7 +441,8 @@ show([[state[0].mean(axis=-1), drawn]], ["latents (mean)", "decoded"], cmap="gra
 #
 # - `02_ddim_from_scratch` trains a diffusion model from nothing.
 # - `03_sampling_methods` compares the ways from noise to image.
-# - `04_random_walks` wanders through what the model can draw.
+# - `04_random_walks` interpolates between prompts and noises.
+# - `11_your_own_photographs` fine-tunes on a folder of images.
 #
 # ## References
 #

@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Train a diffusion model on pixels with `fit()`, and measure it as it learns.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -21,11 +21,17 @@ SAMPLING_STEPS = 10
 KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To train a diffusion model on pixels from nothing with `fit()`.
+# - What a noise schedule, the predicted velocity and the moving average of the weights (EMA) are.
+# - To measure generated images by the Kernel Inception Distance (KID) while the model learns.
+#
 # ## Introduction
 #
-# A diffusion model learns one thing: to tell an image from the noise that was mixed into it. Whoever can
-# do that can also draw. Begin with noise alone, ask the model which image is in it, take away a little of
-# the noise, and ask again.
+# A diffusion model learns one thing: to tell an image from the noise that was mixed into it. A model that
+# can do that can also generate. Begin with noise alone, ask the model which image is in it, take away a
+# little of the noise, and ask again.
 #
 # This notebook follows the Keras example [Denoising Diffusion Implicit
 # Models](https://keras.io/examples/generative/ddim/) by András Béres: an unconditional model that works on
@@ -99,7 +105,7 @@ def show(pictures, titles, width=2.2):
 # A source is a sequence of examples. Each is a dictionary with an image and its captions, of which an
 # unconditional model needs none.
 #
-# As minutes are short we take the images of one kind; many kinds take longer to learn.
+# To keep the run short we take the images of one kind; many kinds take longer to learn.
 
 # %%
 everything = load_source(DATASET, "train", IMAGE_SIZE, need_captions=False)
@@ -115,9 +121,10 @@ show([image_grid(pictures, columns=12, scale=2)], ["training pictures"], width=8
 #
 # $$x_t = \alpha_t\, x + \sigma_t\, \varepsilon, \qquad \alpha_t^2 + \sigma_t^2 = 1.$$
 #
-# $\alpha_t$ is the *signal rate* and $\sigma_t$ the *noise rate*. As their squares add to one, a mixture of
-# unit variance keeps unit variance. A *schedule* says how they fall and rise over the timesteps. We use the
-# cosine schedule (Nichol and Dhariwal, 2021), which gives every level of noise about its fair share of the
+# $t$ is the timestep, from 0 (nearly the image) to 999 (nearly noise), and $x_t$ the mixture. $\alpha_t$ is
+# the *signal rate* and $\sigma_t$ the *noise rate*. As their squares add to one, a mixture of unit variance
+# keeps unit variance. A *schedule* says how they fall and rise over the timesteps. We use the cosine
+# schedule (Nichol and Dhariwal, 2021), which gives every level of noise about its fair share of the
 # timesteps.
 
 # %%
@@ -224,8 +231,8 @@ for title, jit_compile in (("off", False), ("on", True)):
 # ## Training
 #
 # The optimizer is AdamW (Loshchilov and Hutter, 2019). Beside the weights it keeps an *exponential moving
-# average* (EMA) of them. The last weights of a run are a little off in a direction that the last few
-# batches chose; the average has that noise smoothed away, and after a long run samples drawn with it are
+# average* (EMA) of them. The last weights of a run depend by chance on the last few
+# batches; the average is smoother, and after a long run samples made with it are
 # usually better. `EMACallback` swaps in the average for the time of a `with` block.
 
 # %%
@@ -346,7 +353,7 @@ for axis in (left, right):
 plt.show()
 
 # %% [markdown]
-# In a run as short as this one the average is behind to the end: it remembers earlier weights, which were
+# In a run as short as this one the average is worse to the end: it still contains earlier weights, which were
 # worse, and the learning rate, which falls to zero, leaves it little noise to smooth away. It gains in long
 # runs, once the weights move more slowly than they scatter. That is why its decay starts small and grows
 # (`AdamW` here uses min(decay, (1 + n) / (10 + n)) at update n), and why long runs take one closer to 1.

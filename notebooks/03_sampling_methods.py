@@ -3,8 +3,8 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
-# **Description:** Every sampler over numbers of steps and seeds: which of them meet, and how soon.<br>
+# **Last modified:** 2026/11/30<br>
+# **Description:** Every sampler over numbers of steps and seeds: which of them agree, and how soon.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
 # %% tags=["parameters"]
@@ -18,12 +18,20 @@ GUIDANCE_SCALE = 2.0
 SEED = 0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - What a sampler does, and that samplers differ: in the image, in the number of evaluations and in how
+#   they converge.
+# - Which samplers arrive at the same image, and which ones never settle.
+# - Which one to choose for speed, for variety and for comparisons.
+#
 # ## Introduction
 #
 # A diffusion model is a network that tells an image from noise. It does not say how to get from noise to an
-# image. That is the task of the *sampler*: a rule that says at which levels of noise the network is
-# asked, and what is made of the answers. The network stays the same, so samplers can be swapped freely, and
-# there are many of them.
+# image. That is the task of the *sampler*: a rule that says at which noise levels the network is evaluated,
+# and how its predictions are combined. The network stays the same, so any sampler can be used with it, and
+# there are many of them. It is sometimes said that the choice makes no difference. It does, in the image
+# and in the cost, and this notebook measures how much.
 #
 # They come in two kinds.
 #
@@ -82,11 +90,12 @@ def show(rows, titles, labels, side=1.2):
 
 
 # %% [markdown]
-# ## Where the network is asked
+# ## Timestep spacing
 #
 # `SAMPLERS` is a table. A sampler turns the noise schedule and a number of steps into rows of plain
-# numbers: the timestep to ask at, and weights by which the answer is mixed with what there is already. One
-# step, compiled once, works on the rows of all samplers. So we can look at a sampler without running it.
+# numbers: the timestep of the evaluation, and the weights by which the prediction and the latents are
+# combined. One step, compiled once, works on the rows of all samplers. So we can look at a sampler without
+# running it.
 #
 # The number of rows is the number of times that the network is evaluated. That is what costs time, and it
 # is the fair measure: Heun and DPM2 evaluate twice a step.
@@ -206,8 +215,8 @@ plot_distances(names, own.get, f"Distance to the own picture in {REFERENCE_STEPS
 # %% [markdown]
 # (LCM is left out: it is meant for models that were distilled for it, and takes 50 steps at most.)
 #
-# The curves stay high, and that is no fault: at each number of steps there is a good image, only another
-# one. How far apart are good images of the same prompt? As a yardstick here are the distances between
+# The curves stay high, and that is no fault. At each number of steps there is a good image, only another
+# one. How far apart are good images of the same prompt? For comparison here are the distances between
 # seeds.
 
 # %%
@@ -220,7 +229,7 @@ for name in names:
     print(f"{SAMPLERS[name].name:20} in {most} steps: {away:5.1f} from its own")
 
 # %% [markdown]
-# ## Who meets whom
+# ## Which samplers agree
 #
 # The distances between all samplers at the largest number of steps show the two kinds at a glance: the
 # deterministic ones form one block of the same image.
@@ -242,7 +251,7 @@ plt.show()
 # %% [markdown]
 # ## Seeds
 #
-# Each column is one seed. The deterministic rows agree in every column, the others go their own ways.
+# Each column is one seed. The deterministic rows agree in every column, the others differ.
 
 # %%
 chosen = ["ddim", "dpmpp_2m", "unipc", "euler_a", "dpmpp_2m_sde"]
@@ -270,10 +279,10 @@ show(
 # %% [markdown]
 # ## What to take
 #
-# For the same image in the least time take a deterministic multistep solver, DPM++ 2M or UniPC, in 15 to
-# 25 steps. For variety take Euler a or DPM++ 2M SDE and more steps. To compare two models, or to walk
-# between images (`04_random_walks`), stay with a deterministic one, since otherwise the sampler's chance
-# is mixed with what you want to see. The choice is made in one word, and nothing is compiled anew:
+# For the same image in the least time take a deterministic multistep solver, DPM++ 2M or UniPC, in 15 to 25
+# steps. For variety take Euler a or DPM++ 2M SDE and more steps. To compare two models, or to walk between
+# images (`04_random_walks`), stay with a deterministic one, since otherwise the sampler's random numbers
+# add to the differences that you want to see. The choice is made in one word, and nothing is compiled anew:
 #
 # ```bash
 # keras-sd generate "face with sunglasses" --sampler dpmpp_2m --num-inference-steps 20

@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Walk from prompt to prompt, from noise to noise, in circles and over grids.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -19,11 +19,17 @@ GRID_SIDE = 6
 SEED = 1
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To interpolate between prompts and between noises, and to save the result as a GIF.
+# - Why noise is interpolated along an arc and text encodings along a line.
+# - To make circular walks and grids.
+#
 # ## Introduction
 #
-# A model that turns text and noise into images is a map: every text and every noise is a place, and there
-# is an image at each. A deterministic sampler makes that map continuous. Places that lie close together
-# have images that look alike, so one can walk, and film the way.
+# A model that turns text and noise into images is a function: every text together with a noise
+# gives an image. With a deterministic sampler it is continuous. Inputs that lie close together
+# give images that look alike, so one can interpolate, and make an animation of the way.
 #
 # This notebook follows the Keras example [A walk through latent space with Stable
 # Diffusion](https://keras.io/examples/generative/random_walks_with_stable_diffusion/) by Ian Stenbit,
@@ -31,7 +37,7 @@ SEED = 1
 
 # - through the text encodings, from prompt to prompt;
 # - through the noise, from seed to seed;
-# - round a circle of noises, which makes an endless film;
+# - round a circle of noises, which makes an animation without an end;
 # - over a grid, in two directions at once.
 
 # %%
@@ -105,8 +111,8 @@ play(frames)
 
 # %% [markdown]
 # A shape holds for some frames and then gives way to the next one within a few. The model was trained on
-# texts only, not on what lies between them, and it decides. With the closed list `[*PROMPTS, PROMPTS[0]]`
-# the film would have no end.
+# texts only, not on what lies between them. With the closed list `[*PROMPTS, PROMPTS[0]]`
+# the animation would have no end.
 #
 # ## Straight lines and arcs
 #
@@ -115,8 +121,8 @@ play(frames)
 # line between two of them cuts through the inside. Half way its points are shorter, by about $1/\sqrt 2$:
 # too little noise. The model never saw such noise in training.
 #
-# *Spherical linear interpolation* (slerp; Shoemake, 1985) goes along the sphere instead. For an angle
-# $\theta$ between $a$ and $b$ it is
+# *Spherical linear interpolation* (slerp; Shoemake, 1985) goes along the sphere instead. For noises $a$ and
+# $b$ with the angle $\theta$ between them, and a position $t$ from 0 at $a$ to 1 at $b$, it is
 #
 # $$\operatorname{slerp}(a, b; t) = \frac{\sin((1-t)\,\theta)\,a + \sin(t\,\theta)\,b}{\sin\theta}.$$
 
@@ -199,7 +205,7 @@ play(frames)
 # ## In a circle
 #
 # Two noises $a$ and $b$ span a circle: $\cos(\varphi)\,a + \sin(\varphi)\,b$ is again standard-normal noise
-# for every angle $\varphi$. After a whole turn the film is where it began, so it can be played without end.
+# for every angle $\varphi$. After a full circle the animation is where it began, so it can be repeated.
 # This is what `random_walk` does when it gets one prompt.
 
 # %%
@@ -257,7 +263,7 @@ show(draw(rightwards, downwards), columns=GRID_SIDE)
 # ```
 #
 # Samplers that add fresh noise work as well. `random_walk` then gives the same fresh noise to all frames,
-# so that their films do not flicker.
+# so that the animations do not flicker.
 #
 # ## References
 #

@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Caption a folder, clean the captions, add a product's words, and look at the result.<br>
 # **Accelerator:** None (GPU for published models)
 
@@ -17,18 +17,25 @@ DEVICE = "cpu"
 PICTURES = 120
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To caption a folder of images, and to count how many captions are right.
+# - What the modes of captioning do.
+# - To clean captions, and to write the folder that a training reads.
+#
 # ## Introduction
 #
-# To fine-tune a text-to-image model one needs images with texts. Images one often has; the texts are the
-# work. This notebook lets two models write them, in the way that CLIP Interrogator made popular:
+# To fine-tune a text-to-image model one needs images with texts. The images are often there; writing the
+# texts is the work. This notebook lets two models write them, in the way that CLIP Interrogator made
+# popular:
 #
 # - **BLIP** looks at an image and says a sentence, such as "a bottle on a wooden table";
 # - **CLIP** has one vector for an image and one for any phrase. Out of long lists of phrases those are
 #   taken whose vectors lie closest to the image's.
 #
-# Then rules clean what the models said, since models say strange things, and names of living artists above
-# all. No published model can be fetched offline, so here the bundled `emoji` model's own small CLIP looks at
-# emoji, and no BLIP speaks. The switches at the head change both.
+# Then rules clean what the models said, since models also write things that should not be in a caption,
+# above all names of living artists. No published model can be fetched offline, so here the bundled `emoji`
+# model's own small CLIP looks at emoji, and BLIP is left out. The parameters at the head change both.
 
 # %%
 import os
@@ -87,7 +94,7 @@ def show(folder, names, texts, columns=4):
 # %% [markdown]
 # ## A folder of images
 #
-# We draw emoji as PNG files. One file is broken on purpose: in a folder of thousands there is always one.
+# We draw emoji as PNG files. One file is damaged on purpose, as in a large folder some often are.
 
 # %%
 emoji = evenly([one for one in load_emoji() if one.code == one.concept and one.split == "train"], PICTURES)
@@ -118,8 +125,8 @@ print(f"{len(every_name)} names of emoji, such as {', '.join(every_name[100:105]
 # %% [markdown]
 # CLIP must be in a form that open_clip opens, and `keras-sd convert --open-clip` brings any model's CLIP
 # into it. For a published one, its name is enough (`ViT-L-14/openai` for Stable Diffusion 1.x, and
-# `ViT-H-14/laion2b_s32b_b79k` for 2.x): a caption should be measured by the CLIP that the model to be
-# trained listens to.
+# `ViT-H-14/laion2b_s32b_b79k` for 2.x): a caption should be measured by the CLIP that is the text encoder
+# of the model to be trained.
 
 # %%
 clip = CLIP
@@ -162,8 +169,8 @@ for name in later[:6]:
 # %% [markdown]
 # Where it errs, it takes an image for one that looks much like it. The phrases behind the right one are of
 # little worth, though: an image of one thing has no second name, and with `maximum_phrases` at three it
-# gets some all the same. This CLIP was trained on these emoji and their names, so it knows its world well,
-# and nothing else. A published CLIP knows the whole world, less exactly. Whatever you use: look at a sample
+# gets some all the same. This CLIP was trained on these emoji and their names, so it knows these well
+# and nothing else. A published CLIP knows far more, less exactly. Whatever you use: look at a sample
 # before you train.
 #
 # ## The other modes
@@ -257,7 +264,7 @@ print("$ python -m keras_sd.train lora --train-data-dir pictures --max-train-ste
 #
 # - Two models describe, rules clean, and a person looks.
 # - Measure captions where you can: with names that you know, or with CLIP's similarity.
-# - Ask the CLIP that the model to be trained listens to.
+# - Use the CLIP that is the text encoder of the model to be trained.
 # - Take names of artists out, and ask people before their images go in (`docs/responsible-use.md`).
 #
-# All options are in [docs/captions.md](../docs/captions.md). Now teach it: `06_fine_tune`.
+# All options are in [docs/captions.md](../docs/captions.md). `06_fine_tune` trains on captioned images.

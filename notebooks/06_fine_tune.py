@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Full fine-tuning and LoRA to a new style, measured by KID, and opened in diffusers.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -22,6 +22,12 @@ NUM_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To fine-tune a model to a new style, with all weights or by LoRA.
+# - To measure the change: the same prompts and seeds, and the Kernel Inception Distance (KID).
+# - To use the results at any strength, and in diffusers.
+#
 # ## Introduction
 #
 # A text-to-image model draws in the styles that it has seen. To have it draw in yours, show it some hundred
@@ -136,8 +142,8 @@ show(
 # %% [markdown]
 # ## Before
 #
-# Two yardsticks. The first one is your eyes: the same prompts from the same seeds, so that every difference
-# comes from the weights. The second one is the Kernel Inception Distance (KID; Bińkowski et al.,
+# There are two measures. The first one is to look: the same prompts from the same seeds, so that every
+# difference comes from the weights. The second one is the Kernel Inception Distance (KID; Bińkowski et al.,
 # *Demystifying MMD GANs*, arXiv:1801.01401): how far apart two sets of images are in the features of a
 # trained network. We compare OpenMoji's held-out images with what the model draws for their captions, seen
 # by the bundled CLIP. Smaller is closer, and a small negative value is possible: the estimate has no bias,
@@ -180,8 +186,8 @@ print(
 #
 # - The learning rate rises for some steps and then falls along a cosine. It is lower than in the training
 #   from scratch (1e-3), since good weights are there already.
-# - `ema_decay`: what is exported is a moving average of the weights. In a short run its memory must be short
-#   too, or the average still remembers the beginning.
+# - `ema_decay`: what is exported is a moving average of the weights. In a short run its decay must be lower,
+#   or the average still contains the weights of the beginning.
 # - `caption_dropout`: one caption in ten is left empty. The model goes on learning to draw without a prompt,
 #   which classifier-free guidance needs (Ho and Salimans, arXiv:2207.12598).
 #
@@ -235,8 +241,9 @@ show(pictures, PROMPTS)
 # %% [markdown]
 # ## LoRA
 #
-# A layer with the kernel $W$ of $m \times n$ numbers gets an update $\frac{\alpha}{r} B A$, where $A$ has
-# $r \times n$ numbers and $B$ has $m \times r$. With a small rank $r$ that is a fraction of the kernel. $B$
+# A layer with the kernel $W$ of $m \times n$ numbers gets an update $\frac{\alpha}{r} B A$, where the
+# matrix $A$ has $r \times n$ numbers and $B$ has $m \times r$. $r$ is the rank, and $\alpha$ a constant
+# that scales the update, by default the rank. With a small rank $r$ that is a fraction of the kernel. $B$
 # begins at zero, so the model begins as it was.
 #
 # It is common to give updates to the projections of attention alone. A style of outlines and fills is a
@@ -280,7 +287,7 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# The exported folder has the update in two dialects: PEFT's, which diffusers reads, and kohya's for the web
+# The exported folder has the update in two formats: PEFT's, which diffusers reads, and kohya's for the web
 # interfaces. `load_lora` reads either, and a weight says how much of it goes in. At 0 the model is bit for
 # bit what it was; half way the styles mix.
 
@@ -367,8 +374,8 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 # What this notebook did by the library's parts, two commands do with your own images:
 #
 # ```bash
-# python -m keras_sd.train text-to-image --train-data-dir images --output-dir runs/full
-# python -m keras_sd.train lora --train-data-dir images --lora-layers all --rank 16 --output-dir runs/lora
+# python -m keras_sd.train text-to-image --train-data-dir pictures --output-dir runs/full
+# python -m keras_sd.train lora --train-data-dir pictures --lora-layers all --rank 16 --output-dir runs/lora
 # keras-sd generate "red heart" --lora runs/lora/model/pytorch_lora_weights.safetensors:0.8
 # ```
 #

@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** One thing taught from four images, both ways, with and without prior preservation.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -26,10 +26,16 @@ NUM_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To teach a model one subject from four images, by DreamBooth and by textual inversion.
+# - What prior preservation is for, and how to see that a model forgets.
+# - Which of the two methods to choose.
+#
 # ## Introduction
 #
-# A model knows fish. It does not know *this* fish, or your dog, or the toy on your desk. Two methods teach it
-# from three to five images.
+# A model can make images of fish, but not of *this* fish, or your dog, or the toy on your desk. Two methods
+# teach it from three to five images.
 #
 # - **DreamBooth** (Ruiz et al., *DreamBooth: Fine tuning text-to-image diffusion models for subject-driven
 #   generation*, arXiv:2208.12242) trains the whole UNet on these images, under a prompt that has a rare
@@ -176,7 +182,9 @@ seconds["DreamBooth alone"] = time.perf_counter() - begun
 #
 # $$\mathcal{L} = \mathcal{L}_\text{subject} + \lambda\, \mathcal{L}_\text{class},$$
 #
-# and every batch holds as many images of the class as of the subject, so a step takes twice the work.
+# where $\mathcal{L}$ is the loss, each part the loss on those images, and $\lambda$ the weight of the
+# class, by default 1, and every batch holds as many images of the class as of the subject, so a step takes
+# twice the work.
 
 # %%
 begun = time.perf_counter()
@@ -194,7 +202,7 @@ seconds["DreamBooth with prior"] = time.perf_counter() - begun
 #
 # The UNet and the text encoder are frozen. What is trained is the table of a new word, `<fish>`, here of
 # four vectors. They begin as those of a known word, the class. Captions come from templates ("{}",
-# "{} emoji", "picture of {}", ...), so that the word learns to stand in a sentence.
+# "{} emoji", "picture of {}", ...), so that the word can be used in a sentence.
 #
 # Each step still passes through the whole UNet and text encoder to find out where the vectors should go, but
 # the result is a handful of vectors.

@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** A diffusion upscaler against interpolation: how it works, what it invents.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -21,10 +21,16 @@ NUM_SEEDS = 8
 PROMPTS = ("red heart", "grinning face", "rocket", "tulip", "pizza", "snowman")
 
 # %% [markdown]
+# **What you will learn**
+#
+# - How a diffusion model upscales: the small image is an input of the network, beside the noise.
+# - To compare it with bicubic and Lanczos interpolation, by figures and by eye.
+# - Which details are known and which are invented, and what the noise level changes.
+#
 # ## Introduction
 #
 # Make an image smaller and detail is lost. Many large images become the same small one, so no method can
-# know which of them it was. Interpolation does not ask: it draws smooth curves through the pixels, and edges
+# know which of them it was. Interpolation computes smooth curves through the pixels, and edges
 # become soft. A network that is trained to come close to the true pixels answers with the mean of all
 # likely images, which is soft again where it is not sure.
 #
@@ -94,7 +100,7 @@ def show(rows, columns, size=1.7):
 # %% [markdown]
 # ## What the network sees
 #
-# Text-to-image models look at their condition, the prompt, by cross-attention. Here the condition is an
+# Text-to-image models take their condition, the prompt, in by cross-attention. Here the condition is an
 # image, and it has its place: a pixel of the small image says something about the same spot of the large
 # one. So the small image is enlarged by bicubic interpolation and *concatenated* to the noisy image along
 # the channels: three of noise and three of image go in, three come out. A UNet of convolutions does the
@@ -294,8 +300,7 @@ for title, values in results.items():
 # ## How it is trained
 #
 # Training needs large images only, since small ones are made from them. Three things keep the upscaler from
-# learning a single way of becoming small by heart, as it would fail on images that became small in another
-# way:
+# fitting a single method of reduction, as it would fail on images that were reduced by another:
 #
 # - the filter is drawn anew each time (box, bilinear, Hamming, bicubic or Lanczos),
 # - one image in four is blurred a little before,
@@ -342,7 +347,7 @@ show(
 # is a mean squared error. That is all; the rest is the same loop as for every other model here:
 #
 # ```bash
-# python -m keras_sd.train super-resolution --output-dir runs/upscaler --train-data-dir images \
+# python -m keras_sd.train super-resolution --output-dir runs/upscaler --train-data-dir pictures \
 #     --max-train-steps 2000 --learning-rate 1.5e-3 --ema-decay 0.998 --evaluation-steps 500
 # keras-sd upscale small.png --model runs/upscaler/model
 # ```

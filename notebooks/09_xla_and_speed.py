@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** What compiling costs and brings: on and off, cold and warm, precision, several devices.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -19,21 +19,27 @@ TRAINING_BATCH = 16
 DEVICE_STEPS = 8  # training steps on one and on two devices
 
 # %% [markdown]
+# **What you will learn**
+#
+# - What XLA costs at the first call, and what it saves at later ones.
+# - Which changes compile anew and which do not.
+# - What half precision and several devices bring, and where a device's limits lie.
+#
 # ## Introduction
 #
 # XLA takes a whole program, such as one denoising step, and makes machine code of it: operations are fused so
 # that large tensors pass through memory once, and buffers are laid out beforehand. The first call pays for it
 # twice:
 #
-# 1. **Tracing.** Python runs through the model once and writes down its operations.
+# 1. **Tracing.** Python runs through the model once and records its operations.
 # 2. **Compiling.** XLA turns them into machine code, for these shapes and no others.
 #
 # Every later call, a **warm** one, runs the machine code alone.
 #
 # `keras_sd` compiles by default, and keeps what was compiled for the next process. This notebook measures
 # what it costs and what it brings on the machine that it runs on. Figures of a busy machine jump, and ours
-# was busy with other work. So sides take turns, we compare medians, and where the marks of two sides
-# overlap, nothing is certain.
+# was busy with other work. So the sides are measured alternately, we compare medians, and where the marks
+# of two sides overlap, the difference is not certain.
 
 # %%
 import os
@@ -115,8 +121,8 @@ warm = take_turns(sides)
 show(warm, f"{NUM_IMAGES} pictures, {NUM_STEPS} steps")
 
 # %% [markdown]
-# Without XLA, TensorFlow on an x86 processor gives convolutions and matrix multiplications to oneDNN, which
-# is hand-tuned for it. XLA gains by fusing what lies between them. A TPU runs nothing that XLA has not
+# Without XLA, TensorFlow on an x86 processor computes convolutions and matrix multiplications by oneDNN,
+# which is optimized for it. XLA gains by fusing what lies between them. A TPU runs nothing that XLA has not
 # compiled. Keras' own default (`jit_compile="auto"`) compiles with an accelerator and does not without one,
 # so on this processor it would take the slower side.
 #
@@ -251,10 +257,10 @@ show(take_turns(sides), f"training step, batch of {TRAINING_BATCH}")
 # ## Several devices
 #
 # Under JAX, `--distribution data` gives each device a part of every batch, and XLA adds what makes the
-# gradients meet. Whoever has one processor can still see it work: XLA takes it for two devices. The
+# gradients meet. It can be tried on one processor, which XLA then takes for two devices. The
 # losses of one and of two are the same, up to rounding, since it is the same sum in another order. A small
 # model of pixels shows it soonest. The flag is the same for every kind of training; several hosts add
-# `--coordinator`.
+# `--coordinator`. `12_several_devices` has all kinds of distribution.
 
 # %%
 levels = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -293,11 +299,11 @@ np.testing.assert_allclose(one, two, rtol=1e-4)
 # ## What to expect on T4, A100, H100 and TPU
 #
 # This notebook ran on a processor, so it has no figure of them and does not guess one; what was measured
-# stands in [docs/results.md](../docs/results.md). What can be said here is where the limit lies. A UNet
+# stands in [docs/results.md](../docs/results.md). What can be said here is where the limits lie. A UNet
 # evaluation cannot be faster than its multiplications at the device's peak, nor than reading its weights
 # once from memory. The multiplications are those that `make bench` counted for Stable Diffusion 1.5 at 256
 # pixels; an image takes two evaluations a step with guidance. The peaks are those that the makers publish
-# for dense products in half precision.
+# for dense matrix multiplications in half precision.
 
 # %%
 results = json.loads((notebooks.parent / "benchmarks" / "peers.json").read_text())["results"]

@@ -3,7 +3,7 @@
 #
 # **Author:** keras_sd<br>
 # **Date created:** 2026/11/24<br>
-# **Last modified:** 2026/11/24<br>
+# **Last modified:** 2026/11/30<br>
 # **Description:** Open models of every format, convert, verify and publish them, and distrust pickles.<br>
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
@@ -15,9 +15,15 @@ NUM_STEPS = 20
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
+# **What you will learn**
+#
+# - To open models of every format, and to convert and verify them.
+# - What is in a folder of diffusers, and how names and layouts of weights are translated.
+# - To publish a model, and why pickles are dangerous.
+#
 # ## Introduction
 #
-# Weights of Stable Diffusion go round in many formats.
+# Weights of Stable Diffusion are published in many formats.
 #
 # | format | where it comes from | what is in it |
 # |---|---|---|
@@ -132,7 +138,7 @@ print_tree("my-model")
 # %% [markdown]
 # - `model_index.json` is the table of contents: which class of which library opens each part.
 # - Each part has a `config.json`, from which the network is built, and a file of weights.
-# - `tokenizer/` takes texts apart: a vocabulary and the merges of byte pairs.
+# - `tokenizer/` splits texts: a vocabulary and the merges of byte pairs.
 # - `scheduler/` says on which noise schedule the UNet was trained, and what it predicts.
 # - `image_encoder/` is an addition of the bundled model, the other half of its CLIP, for measuring. diffusers
 #   leaves it alone.
@@ -160,7 +166,7 @@ print("the same numbers:", np.array_equal(kernel, published.transpose(2, 3, 1, 0
 #
 # Weights are often passed on in half the size. float16 has 10 bits for the digits and a small range, bfloat16
 # has float32's range and 7 bits for the digits. The bundled model is float16; in memory it is float32
-# unless `load` is told otherwise. What do the images say?
+# unless `load` is told otherwise. How much do the images change?
 
 # %%
 for dtype in ("float32", "float16", "bfloat16"):
@@ -243,7 +249,7 @@ again = StableDiffusion.load("small.safetensors")
 print("read back bit for bit:", same_weights(small, again))
 
 # %% [markdown]
-# ## `.ckpt`, and EMA weights
+# ## `.ckpt`, and averaged weights
 #
 # A `.ckpt` is a pickle of torch with the same names, under `state_dict`. Files from a training often hold
 # the UNet twice: the raw weights, and their exponential moving average (EMA) under `model_ema.` without
@@ -330,7 +336,7 @@ print("converted:", len(differing_tensors(PRESET, "converted")), "tensors differ
 print("bfloat16: ", len(differing_tensors(PRESET, "bfloat16")), "tensors differ")
 
 # %% [markdown]
-# ## LoRA, in two dialects
+# ## LoRA, in two formats
 #
 # A low-rank update has two matrices for each layer. diffusers and PEFT call them `lora_A` and `lora_B` and
 # name the layers as the model does; kohya's scripts, and with them most of what is passed on, call them
@@ -416,7 +422,7 @@ print("SHA-256 of the UNet as pictures name it:", StableDiffusion.load(folder).m
 #
 # ## Why pickles are dangerous
 #
-# A pickle is a program for a small machine, and one of its commands calls any function of Python. Whoever
+# A pickle is a list of instructions, and one of them calls any function of Python. Whoever
 # loads a `.ckpt` with `pickle.load` runs what its author wrote. Here is a harmless one: in the place of
 # weights it has a call of `print`.
 

@@ -72,6 +72,23 @@ SMALLEST = {
         "DEVICE_STEPS": 2,
     },
     "10_bring_and_take_weights": {"NUM_STEPS": 2, "PROMPTS": ("red heart",)},
+    "11_your_own_photographs": {
+        "CROPS": 4,
+        "BUCKETS": 3,
+        "TRAIN_BATCH_SIZE": 2,
+        "TRAINING_STEPS": 2,
+        "VALIDATION_STEPS": 2,
+        "FEW_STEPS": 2,
+        "NUM_STEPS": 2,
+    },
+    "12_several_devices": {
+        "VIRTUAL_DEVICES": 2,
+        "WIDTH": 16,
+        "KINDS": ("fsdp",),
+        "TRAIN_BATCH_SIZE": 2,
+        "IMAGES": 4,
+        "STEPS": 2,
+    },
 }
 
 METADATA = {
