@@ -14,7 +14,12 @@ ALIGNMENT = 64
 
 
 def is_split(variable):
-    """Return whether this process has no more than a part of a variable, and other processes the rest."""
+    """Return whether this process has no more than a part of a variable, and other processes the rest.
+
+    While a process plans, no variable has values.
+    """
+    if planning.plan() is not None:
+        return False
     value = keras.ops.convert_to_tensor(variable)
     if keras.backend.backend() == "tensorflow" or value.is_fully_addressable or value.is_fully_replicated:
         return False

@@ -34,13 +34,13 @@ def _describe(command):
         from keras_sd.cli.train.processes import watch
         from keras_sd.training.run_folder import described
 
-        watch(command.name, options)
-        context = click.get_current_context()
         if options["plan"] is not None:
             from keras_sd.cli.train.plan import run_plan
 
             run_plan(command.name, options, lambda options: callback(**options))
             return None
+        watch(command.name, options)
+        context = click.get_current_context()
         text = as_toml(command.name, given_options(context))
         with described(command.name, dict(options), text):
             return callback(**options)
