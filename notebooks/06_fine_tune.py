@@ -374,8 +374,8 @@ show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
 # What this notebook did by the library's parts, two commands do with your own images:
 #
 # ```bash
-# python -m keras_sd.train text-to-image --train-data-dir pictures --output-dir runs/full
-# python -m keras_sd.train lora --train-data-dir pictures --lora-layers all --rank 16 --output-dir runs/lora
+# python -m keras_sd.train text-to-image --train-data-dir images --output-dir runs/full
+# python -m keras_sd.train lora --train-data-dir images --lora-layers all --rank 16 --output-dir runs/lora
 # keras-sd generate "red heart" --lora runs/lora/model/pytorch_lora_weights.safetensors:0.8
 # ```
 #

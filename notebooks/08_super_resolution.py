@@ -347,7 +347,7 @@ show(
 # is a mean squared error. That is all; the rest is the same loop as for every other model here:
 #
 # ```bash
-# python -m keras_sd.train super-resolution --output-dir runs/upscaler --train-data-dir pictures \
+# python -m keras_sd.train super-resolution --output-dir runs/upscaler --train-data-dir images \
 #     --max-train-steps 2000 --learning-rate 1.5e-3 --ema-decay 0.998 --evaluation-steps 500
 # keras-sd upscale small.png --model runs/upscaler/model
 # ```

@@ -249,7 +249,7 @@ again = StableDiffusion.load("small.safetensors")
 print("read back bit for bit:", same_weights(small, again))
 
 # %% [markdown]
-# ## `.ckpt`, and averaged weights
+# ## `.ckpt`, and EMA weights
 #
 # A `.ckpt` is a pickle of torch with the same names, under `state_dict`. Files from a training often hold
 # the UNet twice: the raw weights, and their exponential moving average (EMA) under `model_ema.` without

@@ -20,6 +20,7 @@ TASKS = {
     "Model": """
         model vae loras lora_folder embeddings pretrained_model_name_or_path clip captioner dtype
         mixed_precision cache_dtype batch_size train_batch_size jit_compile engine
+        quantize
     """,
     "Sampling": """
         num_images num_frames height width strength noise_level negative_prompt num_inference_steps
@@ -73,7 +74,7 @@ TRAINING = {
         validation_prompts validation_prompts_file validation_images num_validation_images guidance_scale
         num_inference_steps kid_images kid inception_weights
     """,
-    "Devices": "distribution coordinator num_processes process_id coordinator_timeout",
+    "Devices": "plan distribution coordinator num_processes process_id coordinator_timeout",
     "Output": """
         output_dir checkpointing_steps checkpointing_epochs checkpoints_total_limit report_to
         tracker_project_name wandb_run_name
