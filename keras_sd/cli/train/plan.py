@@ -41,7 +41,7 @@ plan_option = click.option(
 def check_plan(options):
     """Raise UserError for a plan that cannot be made, before any long work."""
     plan = options["plan"]
-    unused = ("coordinator", "process_id", "coordinator_timeout", "resume_from_checkpoint", "report_to")
+    unused = ("coordinator", "process_id", "coordinator_timeout", "resume_from_checkpoint")
     refuse_unused(unused, False, "with --plan, which trains nothing")
     if os.environ.get("KERAS_BACKEND", "tensorflow") != "jax":
         raise UserError(f"--plan {plan}: needs JAX; set KERAS_BACKEND=jax")
@@ -242,7 +242,9 @@ def as_text(found, command, plan):
 
 
 def _table(programs):
-    kinds = [kind for kind in _KINDS if any(kind in program["sent"] for program in programs)]
+    from keras_sd.backend.collectives import KINDS
+
+    kinds = [kind for kind in KINDS if any(kind in program["sent"] for program in programs)]
     columns = [
         "program",
         "batch",
@@ -276,9 +278,6 @@ def _table(programs):
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
         for row in rows
     ]
-
-
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def _size(count):
