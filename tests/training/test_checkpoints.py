@@ -129,8 +129,8 @@ def test_other_version_and_renamed_folder_are_skipped(tmp_path):
     checkpoints = Checkpoints(tmp_path, CONFIG)
     manifest = checkpoints.save(1, small_groups(), {}) / "manifest.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(module._manifest_text({**content, "version": 2}))
-    with pytest.warns(UserWarning, match="format version 2 is not supported"):
+    manifest.write_text(module._manifest_text({**content, "version": 3}))
+    with pytest.warns(UserWarning, match="format version 3 is not supported"):
         assert checkpoints.latest() is None
     checkpoints.save(3, small_groups(), {}).rename(tmp_path / "checkpoint-4")
     (manifest.parent / "manifest.json").unlink()

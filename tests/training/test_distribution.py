@@ -209,9 +209,10 @@ def test_a_process_under_slurm_has_all_devices_of_its_node():
     """JAX would take one for each task, though it is told of the processes."""
     code = f"""if True:
         import jax
+        from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
         from keras_sd.training import distribution
         distribution.start("auto", 2, coordinator="{free_address()}", num_processes=1, process_id=0)
-        print(jax.config.jax_cuda_visible_devices, jax.distributed.is_initialized())
+        print(CUDA_VISIBLE_DEVICES.value, jax.distributed.is_initialized())
     """
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1"}
     slurm |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
