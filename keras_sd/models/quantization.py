@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+
+from keras_sd import backend
 from keras_sd.arguments import shown
 from keras_sd.errors import UserError
 from keras_sd.models.layers import sublayers
@@ -27,6 +30,10 @@ def quantize_kernels(model) -> None:
     for layer in _quantizable(model):
         if layer.kernel_scale is None:
             layer.quantize_kernel()
+    # The others may be views of a mapped file, all of which would stay in memory for them.
+    for variable in model.variables:
+        if variable.dtype != "int8":
+            variable.assign(backend.to_tensor(np.array(variable)))
 
 
 def quantization_of(model) -> str | None:

@@ -194,3 +194,26 @@ def test_unknown_kinds_are_refused(folder):
     for kind in ("int4", True, ["int8"]):
         with pytest.raises(UserError, match="^quantize .*: unknown; use int8"):
             StableDiffusion.load(folder / "model", quantize=kind)
+
+
+MAPPED = """if True:
+    import gc
+
+    from keras_sd import StableDiffusion
+    from keras_sd.weights import conversion
+
+    conversion.SMALLEST = 0  # so that a small model is kept, too
+    for quantize in (None, None, "int8"):
+        model = StableDiffusion.from_preset("emoji", quantize=quantize)
+        with open("/proc/self/maps") as file:
+            print(len({line.split()[-1] for line in file if "/weights/" in line}))
+        del model
+        gc.collect()
+"""
+
+
+@pytest.mark.parametrize("backend_name", ["tensorflow", "jax"])
+def test_files_of_quantized_parts_are_let_go(backend_name):
+    """Of a model whose parts are mapped from the cache, the UNet and the text encoder are not any more."""
+    _, whole, quantized = map(int, run_python(["-c", MAPPED], backend_name).split())
+    assert whole - quantized == 2
