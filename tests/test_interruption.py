@@ -79,7 +79,7 @@ def test_signal_in_a_step_saves_it_and_tells_how_to_go_on(folder, number):
     line = ended_by(program, number)
     name = signal.Signals(number).name
     step = newest(run)
-    assert step > 20 and not (run / "model").exists()
+    assert step >= 20 and not (run / "model").exists()  # a line may be of step 0
     told, command = line.split("; resume with: ")
     assert told == f"python -m keras_sd.train: {name}: ended"
     assert f'"step": {step},' in log.read_text().splitlines()[-1]
