@@ -1,5 +1,6 @@
 """Running a command as a program: exit codes, errors and warnings in one line, Ctrl-C."""
 
+import copy
 import functools
 import gc
 import os
@@ -67,6 +68,8 @@ def _run(command, program):
     import click  # here, so that the library's exceptions need no command line
 
     if not any(parameter.name == "version" for parameter in command.params):
+        command = copy.copy(command)  # within another program it has none
+        command.params = list(command.params)
         click.version_option(__version__, prog_name=program)(command)
 
     warnings.showwarning = functools.partial(_warn, program, warnings.showwarning)

@@ -12,6 +12,7 @@ import time
 
 from keras_sd.arguments import shown, whole_number
 from keras_sd.errors import UserError
+from keras_sd.files.json_files import parse_json
 
 _READY = "ready"
 _PAUSE = 0.2  # seconds between two attempts
@@ -136,9 +137,9 @@ def _read_announcement(connection, process_count, present):
     connection.settimeout(5)
     try:
         index, _, count, facts = _read_line(connection).split(" ", 3)
-        index, count, facts = int(index), int(count), json.loads(facts)
+        index, count, facts = int(index), int(count), parse_json(facts, "announcement")
         facts["versions"] = dict(facts.get("versions", {}))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, UserError):
         return None, None, None
     if count != process_count:
         fault = f"num_processes {count}: process 0 was started with {process_count}; give all the same"

@@ -14,7 +14,8 @@ set -euo pipefail
 
 run=${RUN:-/shared/runs/first}
 port=${PORT:-29500}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 
 more=()
 if compgen -G "$run/checkpoint-*" >/dev/null; then

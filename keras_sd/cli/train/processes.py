@@ -5,6 +5,7 @@ import json
 import os
 
 from keras_sd import __version__, interruption
+from keras_sd.files.json_files import parse_json
 from keras_sd.training import rendezvous, watcher
 
 # What may differ between processes, and where the options came from.
@@ -31,7 +32,7 @@ def watch(method, options):
         return
     facts = {name: value for name, value in options.items() if name not in _OWN}
     facts |= {"method": method, "versions": {"keras_sd": __version__} | _versions()}
-    facts = json.loads(json.dumps(facts, default=str))
+    facts = parse_json(json.dumps(facts, default=str), "options")
     peers = rendezvous.meet(address, count, index, options["coordinator_timeout"], facts)
     child = interruption.fork()
     if child is None:
