@@ -6,7 +6,6 @@ one, and JAX computes on the processor.
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 import click
 
 from keras_sd.cli.command import refuse_unused
-from keras_sd.errors import UserError, require
+from keras_sd.errors import UserError, installed_version, require
 
 HERE = "here"
 _CHILD = "KERAS_SD_PLANS"  # set in the process that compiles for TPUs
@@ -155,12 +154,7 @@ def _key(command, options):
         if name.startswith("pretrained") and not path.exists():
             path = presets.find(value, weights=False)
         places[name] = _contents(path)
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    versions = {package: installed_version(package) for package in _PACKAGES}
     settings = {
         name: value
         for name, value in sorted(os.environ.items())

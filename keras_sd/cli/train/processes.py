@@ -1,10 +1,10 @@
 """Training in several processes: each watches a copy of itself, which trains (`training.watcher`)."""
 
-import importlib.metadata
 import json
 import os
 
 from keras_sd import __version__, interruption
+from keras_sd.errors import installed_version
 from keras_sd.files.json_files import parse_json
 from keras_sd.training import rendezvous, watcher
 
@@ -31,7 +31,8 @@ def watch(method, options):
     if address is None or count == 1 or not has_jax or not interruption.is_watching():
         return
     facts = {name: value for name, value in options.items() if name not in _OWN}
-    facts |= {"method": method, "versions": {"keras_sd": __version__} | _versions()}
+    versions = {package: installed_version(package) for package in _PACKAGES}
+    facts |= {"method": method, "versions": {"keras_sd": __version__} | versions}
     facts = parse_json(json.dumps(facts, default=str), "options")
     peers = rendezvous.meet(address, count, index, options["coordinator_timeout"], facts)
     child = interruption.fork()
@@ -48,13 +49,3 @@ def watch(method, options):
             how = f"resume all, this one with: {command}"
         interruption.tell(f"{interruption.program()}: error: {end}, which ends the run; {how}")
     raise SystemExit(end.exit_code)
-
-
-def _versions():
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
