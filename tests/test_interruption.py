@@ -9,9 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from keras_sd.cli.program import started_again
 from keras_sd.training import architectures
@@ -25,12 +23,7 @@ LIMIT = 10.0  # seconds from a signal to the end
 def folder(tmp_path_factory):
     """Images of noise, and the configs of a tiny UNet and of one that takes long to compile."""
     folder = tmp_path_factory.mktemp("interruption")
-    generator = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for index in range(8):
-        pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(folder / "unet.json")
+    tiny.pixel_folder(folder, 8)
     dataclasses.replace(architectures.PIXEL_UNET, layers_per_block=8).save(folder / "large.json")
     return folder
 

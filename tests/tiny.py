@@ -1,9 +1,11 @@
 """The smallest models that have every kind of layer, with random weights in place of initial ones."""
 
 import contextlib
+import dataclasses
 
 import keras
 import numpy as np
+from PIL import Image
 
 from keras_sd.config import ImageEncoderConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
@@ -166,3 +168,13 @@ def pipeline(scheduler=None, unet=SD1_UNET, vae=VAE, **options):
         {"text_projection.weight": np.ones((12, 16), "float32"), "logit_scale": np.array(2.5, "float32")},
         **options,
     )
+
+
+def pixel_folder(folder, images):
+    """Write images of noise, 16 pixels high and wide, and `unet.json` of a tiny UNet on pixels."""
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for index in range(images):
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+    dataclasses.replace(ONE_LEVEL_PIXEL_UNET, sample_size=16).save(folder / "unet.json")

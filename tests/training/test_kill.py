@@ -4,15 +4,11 @@
 the program of the one before; that both backends resume to the bit, `test_trainer` says.
 """
 
-import dataclasses
 import json
 import os
 import random
 import signal
 import time
-
-import numpy as np
-from PIL import Image
 
 from tests import tiny
 from tests.programs import Program
@@ -65,12 +61,7 @@ def kill_before_evaluation(program, run):
 
 
 def test_killed_run_ends_as_the_uninterrupted_one(tmp_path):
-    generator = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for index in range(20):
-        picture = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
-        Image.fromarray(picture).save(tmp_path / "images" / f"{index}.png")
-    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(tmp_path / "unet.json")
+    tiny.pixel_folder(tmp_path, 20)
     finish(start(tmp_path, "whole"))
 
     moments = random.Random(0)

@@ -1,14 +1,12 @@
 """Weights split among processes train as on one device; any number of devices reads their checkpoints."""
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import socket
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from keras_sd.errors import UserError
@@ -52,12 +50,7 @@ def two_processes():
 def runs(tmp_path_factory):
     """A run on one device, one of two processes with two devices each, and how that goes on elsewhere."""
     folder = tmp_path_factory.mktemp("slices")
-    generator = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for index in range(8):
-        pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(folder / "unet.json")
+    tiny.pixel_folder(folder, 8)
     finish(*(start(folder, folder / "together", *together, devices=2) for together in two_processes()))
     for run in ("on-four", "on-one"):
         half = f"checkpoint-{HALF}"

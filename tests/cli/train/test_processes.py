@@ -1,7 +1,6 @@
 """Processes that train together: the end of one is soon the end of all, with a line, and all resume."""
 
 import contextlib
-import dataclasses
 import os
 import shlex
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from tests import tiny
@@ -24,12 +22,7 @@ ENDLESS = 100_000  # steps
 def folder(tmp_path_factory):
     """Images of noise, and the config of a tiny UNet."""
     folder = tmp_path_factory.mktemp("processes")
-    generator = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for index in range(8):
-        pixels = generator.integers(0, 256, (16, 16, 3), dtype="uint8")
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    dataclasses.replace(tiny.ONE_LEVEL_PIXEL_UNET, sample_size=16).save(folder / "unet.json")
+    tiny.pixel_folder(folder, 8)
     return folder
 
 
