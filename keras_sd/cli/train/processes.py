@@ -47,5 +47,6 @@ def watch(method, options):
         how = "there is no checkpoint yet, start again"
         if command:
             how = f"resume all, this one with: {command}"
-        interruption.tell(f"{interruption.program()}: error: {end}, which ends the run; {how}")
+        # On a line of its own: the copy may have left a bar without an end.
+        interruption.tell(f"\n{interruption.program()}: error: {end}, which ends the run; {how}")
     raise SystemExit(end.exit_code)
