@@ -6,12 +6,15 @@ Nothing else differs from what users have: XLA, TensorFlow and JAX run with thei
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 
 import pytest
 
+from keras_sd import interruption
 from keras_sd.cli.program import collect_garbage_less_often
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -49,6 +52,20 @@ def _no_garbage():
     yield
     gc.collect()
     gc.freeze()  # what is left, so that the next collection is fast
+
+
+def _signal_handling():
+    """The handlers of signals, and the threads that wait for them."""
+    handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+    return handlers, [thread for thread in threading.enumerate() if "(_watch)" in thread.name]
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """What a test leaves behind would get the signals of later tests, and may end their process."""
+    before = _signal_handling()
+    yield
+    assert _signal_handling() == before
 
 
 @pytest.fixture

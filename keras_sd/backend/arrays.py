@@ -143,14 +143,15 @@ def _copied_by_jax():
 
 
 def to_tensor(array):
-    """Return a tensor of an array from `aligned_arrays`, on the same memory if the backend allows it.
+    """Return a tensor of an array, on the same memory if the backend allows it and the array is aligned.
 
-    Nothing else may write to the array afterwards.
+    Those of `aligned_arrays` are. Nothing else may write to the array afterwards.
     """
     if keras.backend.backend() == "jax":
         import jax
 
         return jax.device_put(array, may_alias=True)
-    if array.dtype.kind == "f" and array.size:
+    # TensorFlow aborts the process when it computes with shared memory that is not aligned.
+    if array.dtype.kind == "f" and array.size and array.ctypes.data % ALIGNMENT == 0:
         return compat.shared_tensor(array)
     return keras.ops.convert_to_tensor(array)

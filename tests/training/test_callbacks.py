@@ -1,5 +1,6 @@
 """Callbacks on a real `fit()` of a tiny model on one backend and, in a second process, on the other."""
 
+import contextlib
 import functools
 import io
 import itertools
@@ -112,15 +113,21 @@ class Run:
         callbacks = [*self.callbacks, *more]
         for callback in callbacks:
             callback.batches_per_step = self.accumulation
-        self.model.fit(
-            batches(self.step * self.accumulation, poisoned_step),
-            epochs=epochs,
-            steps_per_epoch=steps * self.accumulation,
-            callbacks=StepCallbackList(callbacks, model=self.model, add_history=True),
-            shuffle=False,  # which a generator cannot
-            verbose=0,
-        )
+        with contextlib.ExitStack() as stack:
+            stack.push(self._leave)
+            self.model.fit(
+                batches(self.step * self.accumulation, poisoned_step),
+                epochs=epochs,
+                steps_per_epoch=steps * self.accumulation,
+                callbacks=StepCallbackList(callbacks, model=self.model, add_history=True),
+                shuffle=False,  # which a generator cannot
+                verbose=0,
+            )
         return self
+
+    def _leave(self, exception, *details):
+        if exception is not None:  # without one, `fit` restores the signal handlers by itself
+            self.stop.__exit__(exception, *details)
 
 
 class AtStep(StepCallback):
