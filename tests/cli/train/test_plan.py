@@ -141,22 +141,32 @@ def test_what_changes_a_plan_changes_the_name_of_what_is_kept(tmp_path, monkeypa
     assert len({name, *others}) == 6
 
 
+def plan_here(folder, cache, batch_size, devices):
+    """Plans a small run on so many devices of the processor."""
+    arguments = [
+        *("-m", "keras_sd.train", "ddim", "--plan", "here", "--resolution", "8"),
+        *("--unet-config", folder / "unet.json", "--dataset-name", "emoji", "--max-train-samples", "16"),
+        *("--train-batch-size", batch_size, "--kid-images", "0", "--output-dir", folder / "run"),
+        *(("--distribution", "data") if devices > 1 else ()),
+    ]
+    cache.mkdir(exist_ok=True)
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return Program(arguments, XLA_FLAGS=flags, KERAS_SD_CACHE=str(cache))
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """The folder of a plan on two devices that was asked for twice, and both answers."""
+    """The folder of a plan on eight devices that was asked for twice, and both answers."""
     folder = tmp_path_factory.mktemp("plan")
     tiny.ONE_LEVEL_PIXEL_UNET.save(folder / "unet.json")
-    arguments = [
-        *("-m", "keras_sd.train", "ddim", "--plan", "here", "--distribution", "data", "--resolution", "8"),
-        *("--unet-config", folder / "unet.json", "--dataset-name", "emoji", "--max-train-samples", "16"),
-        *("--train-batch-size", "4", "--kid-images", "0", "--output-dir", folder / "run"),
-    ]
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "KERAS_SD_CACHE": str(folder / "cache"),
-    }
-    (folder / "cache").mkdir()
-    return folder, *(Program(arguments, **environment).finish() for _ in range(2))
+    return folder, *(plan_here(folder, folder / "cache", 16, 8).finish() for _ in range(2))
+
+
+def kept_programs(cache):
+    """The programs of the one plan that a cache keeps, by title."""
+    found = (json.loads(path.read_bytes()[32:]) for path in (cache / "plans").iterdir())
+    (programs,) = [each["programs"] for each in found if "programs" in each]
+    return {program["title"]: program for program in programs}
 
 
 def test_a_plan_tells_what_the_step_takes_and_sends(planned):
@@ -164,7 +174,7 @@ def test_a_plan_tells_what_the_step_takes_and_sends(planned):
     assert first.returncode == 0, first.stderr
     assert "plan: compiling the training step" in first.stderr
     rows = re.findall(r"^\| ([a-z ]*?) +\| (\d+) .* ([\d.]+) MiB +\| \d+ s", first.stdout, re.MULTILINE)
-    assert [row[:2] for row in rows] == [("training step", "4"), ("sampling step", "16")]
+    assert [row[:2] for row in rows] == [("training step", "16"), ("sampling step", "16")]
     from keras_sd import UNet
 
     weights = sum(
@@ -173,6 +183,15 @@ def test_a_plan_tells_what_the_step_takes_and_sends(planned):
     # The gradients, and a few sums of the loss and its norm.
     assert float(rows[0][2]) == pytest.approx(weights / 2**20, abs=0.02)
     assert not (folder / "run").exists()
+
+
+def test_a_device_of_eight_computes_what_one_does_at_an_eighth_of_the_batch(planned):
+    folder, *_ = planned
+    done = plan_here(folder, folder / "alone", 2, 1).finish()
+    assert done.returncode == 0, done.stderr
+    eight, one = (kept_programs(folder / name)["training step"] for name in ("cache", "alone"))
+    assert one["sent"] == {} and set(eight["sent"]) == {"all-reduce"}
+    assert eight["operations"] == pytest.approx(one["operations"], rel=0.02)
 
 
 def test_a_plan_is_kept(planned):
@@ -201,12 +220,7 @@ def test_a_plan_for_tpus_compiles_for_them(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "on 4 x TPU v5 lite (v5e:2x2); compiled, not run" in done.stdout
-    (kept,) = [
-        found
-        for found in (json.loads(path.read_bytes()[32:]) for path in (tmp_path / "plans").iterdir())
-        if "programs" in found
-    ]
-    step = next(program for program in kept["programs"] if program["title"] == "training step")
+    step = kept_programs(tmp_path)["training step"]
     from keras_sd import UNet
     from keras_sd.data.emoji.architecture import EMOJI_UNET
 
