@@ -61,10 +61,10 @@ train: $(VENV)/installed  ## Train; ARGS="text-to-image --help" lists the option
 	$(BIN)/python -m keras_sd.train $(ARGS)
 
 test: $(VENV)/installed-test  ## Run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: $(VENV)/installed-test $(VENV)/installed-tpu-plan  ## Compare full-size models with diffusers, train all methods (two hours, 24 GiB)
-	$(if $(ARGS),,$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q -m slow -n 2 --max-worker-restart 0 --dist loadfile)
 	ROBUSTNESS_INPUTS=5000 $(BIN)/python -m pytest -q -m 'not gpu' $(if $(findstring tests/,$(ARGS)),,tests/robustness tests/full_size) $(ARGS)
 
 # With the interpreter as it is: where there is a GPU, it has JAX for it already.
@@ -73,7 +73,7 @@ test-gpu:  ## Fine-tune at full size on a GPU under JAX (12 minutes); ARGS="--pa
 	$(PYTHON) tools/test_gpu.py $(ARGS)
 
 test-notebooks: $(VENV)/installed-test $(VENV)/installed-notebooks  ## Execute notebooks at their smallest setting
-	$(BIN)/python -m pytest -q -n 2 --maxschedchunk 1 tests/notebooks $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --max-worker-restart 0 --maxschedchunk 1 tests/notebooks $(ARGS)
 
 lint: $(VENV)/installed-test  ## Check style, formatting, types and spelling
 	$(BIN)/python -m ruff check .
