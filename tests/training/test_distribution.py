@@ -157,7 +157,7 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
     assert sorted(expected) == [1, 2, 3, 4]
     assert sorted(found) == ([3, 4] if output in RESUMED else [1, 2, 3, 4])
     for step, loss in found.items():
-        assert loss == pytest.approx(expected[step], rel=1e-4)
+        assert loss == pytest.approx(expected[step], rel=1e-5)
     for group in ("weights", "ema", "post_hoc_0.05", "post_hoc_0.1"):
         assert largest_difference(runs / "one", runs / output, group) < 1e-4
     assert (runs / output / "post-hoc-ema" / f"checkpoint-{STEPS}" / "post_hoc_0.1.safetensors").is_file()
@@ -169,6 +169,28 @@ def test_losses_and_weights_are_those_of_one_device(runs, output):
     pictures = [np.asarray(Image.open(runs / name / sample)).astype(int) for name in ("one", output)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert (runs / output / "model" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_loss_curve_does_not_depend_on_the_number_of_devices(folder):
+    """The same eight images a step on 1, 2, 4 and 8 devices, and in two processes of two devices each."""
+    more = ("--train-batch-size", 8, "--max-train-steps", 8)
+    one = train(folder, "curve-1", *more)
+    finish(one)
+    for devices in (2, 4, 8):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        finish(train(folder, f"curve-{devices}", *more, "--distribution", "data", flags=flags))
+    address = free_address()
+    pair = [
+        train(folder, "curve-processes", *more, *processes(address, index), flags=TWO_DEVICES)
+        for index in range(2)
+    ]
+    for process in pair:
+        finish(process)
+    expected = losses(folder / "curve-1")
+    assert len(expected) == 8
+    for name in (2, 4, 8, "processes"):
+        assert losses(folder / f"curve-{name}") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
