@@ -96,6 +96,7 @@ def flags_of_commands():
         (("--max_train_steps=x",), "'--max-train-steps': 'x' is not a valid integer"),
         (("--resolution", "512,768"), "512,768 is no square; give one side"),
         (("--network_dim", 8), "--network-dim: is called --rank here"),
+        (("--model", "sd-1.5"), "--model: is called --pretrained-model-name-or-path here"),
         (
             ("--network_dim=8", "--unet_lr", 1e-4),
             "--network-dim: is called --rank here; --unet-lr: is called --learning-rate here",
