@@ -116,6 +116,17 @@ def test_flags_of_other_scripts(run_program, given, told):
     assert code == 2 and told in errors.splitlines()[-1], errors
 
 
+@pytest.mark.parametrize(
+    ("script", "here"), [("text_to_image_lora", "lora"), ("dreambooth-lora", "dreambooth --lora")]
+)
+def test_methods_by_the_names_of_scripts(run_program, script, here):
+    from keras_sd.cli.main import cli, main
+
+    code, _, errors = run_program(main, "train", script, "--rank", 4)
+    assert code == 2 and errors == f"keras-sd: error: {script}: is called {here} here\n"
+    assert here.split()[0] in cli.commands["train"].commands
+
+
 def test_a_name_that_a_command_lacks_is_not_named(run_program):
     from keras_sd.cli.main import main
 
