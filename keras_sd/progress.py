@@ -48,6 +48,7 @@ class Progress:
         self.line_seconds = line_seconds
         self.disable = disable
         self.done = 0
+        self._first = None  # (time, items) of the first update, which may have compiled
         self._bar = None
 
     def __enter__(self):
@@ -74,6 +75,8 @@ class Progress:
     def update(self, count):
         """Count `count` more as done."""
         self.done += count
+        if self._first is None:
+            self._first = time.monotonic(), self.done
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures(), refresh=False)
             self._bar.update(count)
@@ -83,10 +86,16 @@ class Progress:
 
     def _report(self):
         self._reported = self.done
-        line = f"{self.description} {self.done}/{self.total}, {self._figures()}"
+        line = ", ".join(filter(None, (f"{self.description} {self.done}/{self.total}", self._figures())))
         print(line, file=sys.stderr, flush=True)
 
     def _figures(self):
-        rate = self.done / max(time.monotonic() - self._began, 1e-9)
+        """Return the rate and the time left; an empty text where the first update is all there is to know."""
+        since, before = self._first
+        if self.done == self.total:
+            since, before = self._began, 0  # what the task took as a whole
+        elif self.done == before:
+            return ""
+        rate = (self.done - before) / max(time.monotonic() - since, 1e-9)
         left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
         return f"{rate:.1f} {self.unit}/s, {left} left"

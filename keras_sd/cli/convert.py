@@ -175,7 +175,7 @@ def _write(output, checkpoint, tokenizer, dtype):
         return
     for name in checkpoint.parts.keys() - _held_parts(checkpoint, output):
         warnings.warn(f"{output}: has no place for the {name.replace('_', ' ')}", stacklevel=2)
-    write_single_file(output, checkpoint, dtype)
+    write_single_file(output, checkpoint, dtype, tokenizer)
 
 
 def _write_configs(folder, checkpoint, tokenizer):

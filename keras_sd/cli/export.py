@@ -50,19 +50,19 @@ def export(checkpoint, folder, dtype, weights, overwrite):
     \b
     keras-sd export runs/lora/checkpoint-500 my-lora
     """
-    checkpoint = Path(checkpoint).resolve()
+    given, checkpoint = checkpoint, Path(checkpoint).resolve()
     place = check_output_folder(folder, None, overwrite, is_own=is_exported).resolve()
     if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint}: no such checkpoint folder; give RUN/checkpoint-N")
+        raise UserError(f"{given}: no such checkpoint folder; give RUN/checkpoint-N")
     if (checkpoint / "run.json").is_file():
-        raise UserError(f"{checkpoint}: is a run, not a checkpoint; give one of it, RUN/checkpoint-N")
-    with interruption.phase(f"opening {checkpoint}"):
+        raise UserError(f"{given}: is a run, not a checkpoint; give one of it, RUN/checkpoint-N")
+    with interruption.phase(f"opening {given}"):
         read_run(checkpoint.parent)
         from keras_sd.training.checkpoints import Checkpoints
 
         loaded = Checkpoints(checkpoint.parent, {}).load(checkpoint)
     tensors = loaded.groups["ema" if weights == "ema" else "weights"]
-    export_weights(checkpoint.parent, checkpoint / "config.json", tensors, place, dtype, checkpoint)
+    export_weights(checkpoint.parent, checkpoint / "config.json", tensors, place, dtype, given)
     click.echo(folder)
 
 

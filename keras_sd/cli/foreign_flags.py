@@ -101,6 +101,7 @@ FOREIGN_FLAGS = {
     "--caption-dropout-every-n-epochs": "use --proportion-empty-prompts",
     "--in-json": "write metadata.jsonl or metadata.csv into --train-data-dir",
     # Files, logs and devices.
+    "--model": "is called --pretrained-model-name-or-path here",
     "--revision": _REVISION,
     "--non-ema-revision": _REVISION,
     "--variant": "files of any precision are read; leave it out",

@@ -7,6 +7,7 @@ import click
 
 # Whatever loads a backend is imported inside, after the options have been checked.
 from keras_sd import interruption, presets
+from keras_sd.arguments import shown
 from keras_sd.cli.command import decorated
 from keras_sd.cli.option_types import LARGEST
 from keras_sd.errors import UserError
@@ -162,6 +163,9 @@ def path_and_weight(text, title="--lora "):
     try:
         weight = float(weight)
     except ValueError:
+        if path and Path(path).exists() and not Path(text).exists():
+            fault = f"the weight {shown(weight)} is no number; give one, such as 0.8"
+            raise UserError(f"{title}{text}: {fault}") from None
         return text, 1.0  # a colon of the path
     if path and not abs(weight) < LARGEST:
         raise UserError(f"{title}{text}: {weight} is not a finite number in float32; give another weight")

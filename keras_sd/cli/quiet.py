@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 _LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # for TensorFlow and JAX
+_QUIET = "3"
 # Keras imports them where they are installed, for what no command uses; it takes a fifth of a command's time.
 _NOT_FOR_KERAS = ("matplotlib", "pandas", "sklearn")
 # C++ log lines below errors (`I0000 00:00:17... file.cc:31] ...`), and the line before the first one.
@@ -16,13 +17,12 @@ _LOG_LINES = r"^[IW][0-9]{4} |^WARNING: All log messages before absl::Initialize
 
 
 def quiet_libraries():
-    """Make libraries log errors only, unless a level is set, and import no more than a command needs.
+    """Make libraries log errors only, unless another level is set, and import no more than a command needs.
 
     Call it before they are imported.
     """
     blocks = {"keras": lambda: without_packages(_NOT_FOR_KERAS)}
-    if _LEVEL not in os.environ:
-        os.environ[_LEVEL] = "3"
+    if os.environ.setdefault(_LEVEL, _QUIET) == _QUIET:
         handler = logging.StreamHandler()
         handler.setLevel(logging.ERROR)
         logging.basicConfig(handlers=[handler])

@@ -570,7 +570,9 @@ def check_same_run(folder, values: Mapping) -> None:
 
 
 def _another_run(folder: Path, there: dict, here: dict) -> str:
-    remedy = "resume with the same options or choose another `output_dir`"
+    options = folder.parent / "options.toml"
+    which = f", those in {options}," if options.is_file() else ""
+    remedy = f"resume with the same options{which} or choose another `output_dir`"
     return f"{folder}: {_difference(there, here)}; {remedy}"
 
 

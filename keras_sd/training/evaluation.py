@@ -52,7 +52,8 @@ class SampleEvaluation:
                     with interruption.phase("evaluating: samples"):
                         self.trainer.log.log_image(step, "samples", self.grid())
                 for name, examples in self.sets.items():
-                    with interruption.phase(f"evaluating: KID and FID of the {weights} weights"):
+                    where = f"on {name.replace('_', '-')} images"
+                    with interruption.phase(f"evaluating: KID and FID of the {weights} weights {where}"):
                         figures |= self._figures(name, examples, weights)
         self.trainer.log_figures(step, figures)
 

@@ -80,7 +80,8 @@ def open_parts(checkpoint, dtype="float32", partial=False):
     if checkpoint.tokenizer is not None:
         parts["tokenizer"] = Tokenizer.load(checkpoint.tokenizer)
     elif "text_encoder" in parts:
-        parts["tokenizer"] = _clip_tokenizer(parts["text_encoder"].config)
+        source = checkpoint.parts["text_encoder"].source
+        parts["tokenizer"] = _clip_tokenizer(parts["text_encoder"].config, source)
     if checkpoint.scheduler is not None:
         _warn_of_unknown_options(checkpoint.scheduler)
         parts["scheduler_config"] = SchedulerConfig.from_dict(
@@ -119,13 +120,13 @@ def _contents(name, part):
     return config_class.from_dict(part.config), tensors
 
 
-def _clip_tokenizer(config):
-    """Return CLIP's tokenizer, which single files do not include."""
+def _clip_tokenizer(config, source):
+    """Return CLIP's tokenizer, which single files do not include; `source` is what was opened."""
     tokenizer = Tokenizer.clip(_OPEN_CLIP_PAD_TOKEN if config.hidden_act == "gelu" else END_TOKEN)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"the text encoder has {config.vocab_size} tokens, CLIP's vocabulary {tokenizer.vocab_size}; "
-            "put the tokenizer's files beside the weights"
+            f"{source}: has no tokenizer, and CLIP's has {tokenizer.vocab_size} tokens where the text "
+            f"encoder has {config.vocab_size}; give the diffusers folder of this model, with tokenizer/"
         )
     return tokenizer
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_sd.errors import UserError
+from keras_sd.weights.diffusers_folder import INDEX
 from keras_sd.weights.safetensors_files import file_in, read_safetensors
 from keras_sd.weights.torch_pickle import read_torch
 
@@ -60,6 +61,8 @@ def lora_file(path):
     file = file_in(path, FOLDER_FILES)
     if file.exists() or not Path(path).is_dir():
         return file
+    if (Path(path) / INDEX).is_file():
+        raise UserError(f"{path}: is a whole model, no LoRA; give it as the model")
     run = next((parent for parent in (Path(path), Path(path).parent) if holds_lora(parent / "model")), None)
     if run is not None:
         remedy = f"give {run / 'model'}"

@@ -9,6 +9,7 @@ from keras_sd.files.json_files import read_json, shown
 from keras_sd.weights import diffusers_folder
 from keras_sd.weights.checkpoint import Checkpoint, Part
 from keras_sd.weights.keras_cv_h5 import read_keras_cv
+from keras_sd.weights.lora_files import holds_lora
 from keras_sd.weights.old_models import UPSCALE, repaired
 from keras_sd.weights.open_clip import is_open_clip, read_open_clip
 from keras_sd.weights.single_file import read_single_file
@@ -84,6 +85,8 @@ def _read_directory(folder, variant):
         for part in diffusers_folder.PARTS
         if os.path.lexists(folder / part / "config.json")
     }
+    if not parts:
+        _refuse_folder_of_training(folder)
     if not parts and (folder / "config.json").is_file():
         part = _part_of(folder / "config.json")
         parts[part] = diffusers_folder.read_part(folder, part, variant)
@@ -93,6 +96,18 @@ def _read_directory(folder, variant):
     if "unet" not in parts:
         return checkpoint
     return repaired(checkpoint, UPSCALE if checkpoint.low_res_scheduler else None)
+
+
+def _refuse_folder_of_training(folder):
+    """Raise a UserError for a folder that training has written, and that is no model but is near one."""
+    if (folder / "run.json").is_file():
+        model = folder / "model"
+        remedy = f"give {model}" if model.is_dir() else "its model is written when the run ends"
+        raise UserError(f"{folder}: is the folder of a run; {remedy}")
+    if (folder / "manifest.json").is_file() and folder.name.startswith("checkpoint-"):
+        raise UserError(f"{folder}: is a checkpoint of a run; make a model of it by `keras-sd export`")
+    if holds_lora(folder):
+        raise UserError(f"{folder}: is a LoRA; give the model, and this as its LoRA")
 
 
 def _part_of(path):

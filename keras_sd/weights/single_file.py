@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 
 from keras_sd.arguments import checked_path
+from keras_sd.config import TextEncoderConfig
 from keras_sd.diffusion.scheduler_config import SchedulerConfig
 from keras_sd.errors import UserError
 from keras_sd.weights import derived_config
@@ -304,7 +305,7 @@ def _scheduler(unet_config, step, prediction_type):
     return SchedulerConfig(prediction_type=prediction_type or published).to_dict()
 
 
-def write_single_file(path, checkpoint, dtype=None):
+def write_single_file(path, checkpoint, dtype=None, tokenizer=None):
     """Write a model atomically as a `.safetensors` file in latent-diffusion's names.
 
     The format holds the text encoder, the UNet and the VAE, but no config: a warning names the values that a
@@ -314,6 +315,7 @@ def write_single_file(path, checkpoint, dtype=None):
         path: the file, a `.safetensors`.
         checkpoint: a `Checkpoint`.
         dtype: as in `write_safetensors`.
+        tokenizer: the model's own; the warning names it where it is not CLIP's, which a reader takes.
 
     Raises:
         UserError: there is nothing to write, `dtype` cannot hold a value, or the file cannot be written.
@@ -327,8 +329,10 @@ def write_single_file(path, checkpoint, dtype=None):
     if not tensors:
         raise UserError(f"{path}: no text encoder, UNet or VAE to write; give a Stable Diffusion model")
     lost = _lost_values(checkpoint, _checkpoint(path, tensors, None, "raw", None))
+    if tokenizer is not None and tokenizer.vocab_size != TextEncoderConfig.vocab_size:
+        lost.append(f"the tokenizer of {tokenizer.vocab_size} tokens, without which it cannot be opened")
     if lost:
-        warnings.warn(f"{path}: cannot hold {'; '.join(lost)}: keep the config beside it", stacklevel=2)
+        warnings.warn(f"{path}: cannot hold {'; '.join(lost)}: keep the model as a folder, too", stacklevel=2)
     write_safetensors(path, tensors, dtype)
 
 

@@ -96,6 +96,7 @@ def flags_of_commands():
         (("--max_train_steps=x",), "'--max-train-steps': 'x' is not a valid integer"),
         (("--resolution", "512,768"), "512,768 is no square; give one side"),
         (("--network_dim", 8), "--network-dim: is called --rank here"),
+        (("--model", "sd-1.5"), "--model: is called --pretrained-model-name-or-path here"),
         (
             ("--network_dim=8", "--unet_lr", 1e-4),
             "--network-dim: is called --rank here; --unet-lr: is called --learning-rate here",
@@ -113,6 +114,17 @@ def test_flags_of_other_scripts(run_program, given, told):
 
     code, _, errors = run_program(main, "lora", *given)
     assert code == 2 and told in errors.splitlines()[-1], errors
+
+
+@pytest.mark.parametrize(
+    ("script", "here"), [("text_to_image_lora", "lora"), ("dreambooth-lora", "dreambooth --lora")]
+)
+def test_methods_by_the_names_of_scripts(run_program, script, here):
+    from keras_sd.cli.main import cli, main
+
+    code, _, errors = run_program(main, "train", script, "--rank", 4)
+    assert code == 2 and errors == f"keras-sd: error: {script}: is called {here} here\n"
+    assert here.split()[0] in cli.commands["train"].commands
 
 
 def test_a_name_that_a_command_lacks_is_not_named(run_program):

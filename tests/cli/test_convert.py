@@ -116,6 +116,16 @@ def plant_code(folder):
     return marker
 
 
+def test_a_model_with_a_tokenizer_of_its_own_needs_its_folder(convert_command, tmp_path):
+    """The file of `emoji` is for other programs: no reader can know its words, so both sides say so."""
+    single = tmp_path / "emoji.safetensors"
+    code, _, errors = convert_command("emoji", single)
+    assert code == 0 and "the tokenizer of 2048 tokens, without which it cannot be opened" in errors
+    assert "keep the model as a folder, too" in errors
+    code, _, errors = convert_command(single, tmp_path / "back")
+    assert code == 2 and f"{single}: has no tokenizer" in errors and "give the diffusers folder" in errors
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_there_and_back_is_bit_for_bit(convert_command, folder_of, tmp_path, dtype):
     source, single, back = folder_of(dtype), tmp_path / "model.safetensors", tmp_path / "back"
@@ -217,6 +227,9 @@ def test_a_changed_tensor_is_found(vae_file, tmp_path):
     computed = parity.compare_outputs("source", outputs[0], parity.part_outputs("vae", models[1]))
     assert [output.verdict for output in computed] == ["good", "far"]
     assert computed[1].difference == pytest.approx(0.5, rel=1e-4)
+    nothing = {"UNet": np.zeros((1, 4), "float32")}
+    (output,) = parity.compare_outputs("source", nothing, nothing)
+    assert output.verdict == "not compared: the output is the same number everywhere" and output.passes
 
     report = Report("a", "b", entries, computed, [], "2026-01-01", {})
     assert not report.passes and report.farthest == [entry]

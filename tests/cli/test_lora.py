@@ -70,6 +70,7 @@ def test_bad_input_ends_in_one_line(folder, run_program, tmp_path):
         (("merge", lokr, "--output", new), "only LoRA and LoCon can be computed with"),
         (("merge", f"{a}:nan", "--output", new), "not a finite number"),
         (("merge", f"{a}:1e39", "--output", new), "1e+39 is not a finite number in float32"),
+        (("merge", f"{a}:x", "--output", new), "the weight 'x' is no number; give one, such as 0.8"),
         (("merge", tmp_path / "none", "--output", new), "no such LoRA"),
         (("merge", a, "--output", a), "exists"),
         (("merge", a, "--model", model, "--rank", 2, "--output", new), "--rank: has no effect with --model"),

@@ -139,6 +139,21 @@ def test_progress_in_lines(capsys):
     assert line.startswith("encoding images 8/8, ") and line.endswith(" images/s, 00:00 left\n")
 
 
+def test_the_first_update_does_not_tell_the_time_left(capsys, monkeypatch):
+    """It may wait for a compilation: 40 minutes were told for a task of 15 seconds."""
+    now = [0.0]
+    monkeypatch.setattr("keras_sd.progress.time.monotonic", lambda: now[0])
+    with Progress("encoding images", 100, "images", line_seconds=0) as progress:
+        for now[0], count in ((60.0, 4), (61.0, 16), (65.0, 80)):
+            progress.update(count)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "encoding images 4/100",
+        "encoding images 20/100, 16.0 images/s, 00:05 left",
+        "encoding images 100/100, 1.5 images/s, 00:00 left",
+    ]
+
+
 def test_progress_on_a_terminal(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True

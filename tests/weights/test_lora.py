@@ -533,3 +533,6 @@ def test_folders_near_a_lora_are_told(tmp_path):
         with pytest.raises(UserError) as error:
             lora_file(folder)
         assert str(error.value) == f"{folder}: is no folder of a LoRA; {remedy}"
+    (tmp_path / "empty" / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="empty: is a whole model, no LoRA; give it as the model"):
+        lora_file(tmp_path / "empty")

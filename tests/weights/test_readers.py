@@ -208,6 +208,24 @@ def test_what_cannot_be_read_is_one_line(folders, copied, tmp_path):
         with pytest.raises(UserError, match=line) as caught:
             readers.read_checkpoint(path)
         assert "\n" not in str(caught.value)
+    # What training writes is told, with what to give in its place.
+    run = tmp_path / "run"
+    (run / "checkpoint-4").mkdir(parents=True)
+    for name in ("run.json", "checkpoint-4/manifest.json", "checkpoint-4/config.json"):
+        (run / name).write_text("{}")
+    (run / "lora").mkdir()
+    (run / "lora" / "pytorch_lora_weights.safetensors").touch()
+    for path, fault in (
+        (run, "is the folder of a run; its model is written when the run ends"),
+        (run / "checkpoint-4", "is a checkpoint of a run; make a model of it by `keras-sd export`"),
+        (run / "lora", "is a LoRA; give the model, and this as its LoRA"),
+    ):
+        with pytest.raises(UserError) as caught:
+            readers.read_checkpoint(path)
+        assert str(caught.value) == f"{path}: {fault}"
+    (run / "model").mkdir()
+    with pytest.raises(UserError, match=f"is the folder of a run; give {run / 'model'}$"):
+        readers.read_checkpoint(run)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="unet: no such file as its weights; give a folder"):
         readers.read_checkpoint(folder)

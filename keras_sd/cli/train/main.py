@@ -9,17 +9,23 @@ from keras_sd.cli.command import HELP_SETTINGS
 from keras_sd.cli.config_file import as_toml, given_options
 from keras_sd.cli.lazy_commands import LazyCommands
 from keras_sd.cli.program import run_command
+from keras_sd.errors import UserError
 
 _METHODS = (
     *("text-to-image", "lora", "lcm", "dreambooth", "textual-inversion", "vae", "clip", "ddim"),
     "super-resolution",
 )
 
+# Methods by the names of diffusers' scripts, where those are others.
+_SCRIPTS = {"text-to-image-lora": "lora", "dreambooth-lora": "dreambooth --lora"}
+
 
 class MethodGroup(click.Group):
     """A group that trains text-to-image when no method is named."""
 
     def parse_args(self, context, arguments):
+        if arguments and (here := _SCRIPTS.get(arguments[0].replace("_", "-"))):
+            raise UserError(f"{arguments[0]}: is called {here} here")
         if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("--help", "--version")):
             arguments = ["text-to-image", *arguments]
         return super().parse_args(context, arguments)

@@ -108,7 +108,7 @@ def run_options(method, *, without=(), **defaults):
             "--dataset-name",
             None,
             "`emoji`, `openmoji`, OWNER/NAME on the hub, parquet, arrow or tar files, or a name of "
-            "TensorFlow Datasets (TFDS).",
+            "TensorFlow Datasets (TFDS). By default `emoji`, unless another model is given.",
         ),
         option("--train-data-dir", None, "Folder of training images, instead of --dataset-name."),
         ("max_train_samples", max_train_samples_option),

@@ -81,7 +81,9 @@ def test_what_forbids_to_resume_is_told_before_the_model_is_opened(folder, capfd
 def test_other_images_are_told_before_the_model_is_opened(folder, capfd):
     more = ("--train-data-dir", folder / "others", "--max-train-steps", 4)
     code = train(folder, "closed", "--resume-from-checkpoint", "latest", *more)
-    assert code == 2 and "made with other images, masks or captions" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert code == 2 and "made with other images, masks or captions" in errors
+    assert f"those in {folder / 'run' / 'options.toml'}, or choose another" in errors
 
 
 def test_another_network_is_told_before_the_model_is_opened(folder, capfd):
