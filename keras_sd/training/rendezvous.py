@@ -25,15 +25,21 @@ _MOST_MISSING = 8  # likewise
 
 def parse_address(text):
     """Parse `HOST:PORT` into `(host, port)`; an IPv6 address is in brackets."""
+    address = address_in(text)
+    if address is None:
+        raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
+    return address
+
+
+def address_in(text):
+    """Return the `(host, port)` of `HOST:PORT`, or None if it is no address that can be looked up."""
     host, _, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    elif set(host) & set("[]:"):
-        host = ""
+    elif set(host) & set("[]:/"):
+        return None
     is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
-    if not is_port or not _may_be_a_host(host):
-        raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
-    return host, int(port)
+    return (host, int(port)) if is_port and _may_be_a_host(host) else None
 
 
 def _may_be_a_host(name):
