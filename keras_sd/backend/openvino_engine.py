@@ -336,7 +336,8 @@ def _compile(graph, weights, dtype):
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(constant)
         model.remove_parameter(parameter)
-    settings = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype]}
+    # Where kernels are kept in 8 bits, it would round the inputs to 8 bits, too.
+    settings = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def call(inputs):

@@ -168,7 +168,8 @@ def reconstruct(image, height, width, **options):
     \b
     keras-sd reconstruct photo.png --output same.png
     """
-    refuse_unused({"loras", "lora_folder", "embeddings"}, False, "on the VAE, which alone is used")
+    unused = {"loras", "lora_folder", "embeddings", "quantize"}
+    refuse_unused(unused, False, "on the VAE, which alone is used")
     pixels = read_task_image(image, options, height, width)
     output = check_images(options)
     pipeline = open_model(**options)

@@ -32,6 +32,7 @@ from keras_sd.cli.command import decorated, refuse_unused
 from keras_sd.cli.option_types import COUNT
 from keras_sd.cli.program import message_of
 from keras_sd.errors import UserError, require
+from keras_sd.training.rendezvous import address_in
 
 # Seconds for the cluster to answer. One that is started here may have to load everything from the disk.
 _PATIENCE = 12.0
@@ -238,14 +239,14 @@ def _check_address(address):
     """Raise UserError if an address has another form, or nothing answers there."""
     if address in ("auto", "local"):
         return
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
+    place = address_in(address)
+    if place is None:
         raise UserError(
             f"ray_address {address}: no address of a cluster; give HOST:PORT of its head, auto or local"
         )
     try:
-        socket.create_connection((host, int(port)), _PATIENCE_ADDRESS).close()
-    except (OSError, OverflowError) as error:
+        socket.create_connection(place, _PATIENCE_ADDRESS).close()
+    except OSError as error:
         raise UserError(_no_answer(address)) from error
 
 

@@ -26,6 +26,7 @@ from keras_sd.errors import UserError
 from keras_sd.weights.diffusers_folder import holds_pixel_upscaler
 
 _COMPUTATION = ("dtype", "batch_size", "jit_compile")
+_OF_TEXT = ("engine", "quantize")  # of the computation of upscalers that take a text
 
 
 @click.command(cls=Command)
@@ -144,7 +145,7 @@ class SecondStage(NamedTuple):
         name: what the user calls it.
         folder: where it is.
         num_inference_steps: its denoising steps.
-        computation: dtype, batch_size and jit_compile, as the first stage has them.
+        computation: options of the computation, as the first stage has them.
     """
 
     name: str
@@ -215,4 +216,4 @@ def second_stage(options):
         steps = ModelDefaults.load(folder).sampling["num_inference_steps"]
     if (folder / SCHEDULER).is_file():
         whole_number("upscaler_steps", steps, 1, SchedulerConfig.load(folder / SCHEDULER).num_train_timesteps)
-    return SecondStage(name, folder, steps, {each: options[each] for each in _COMPUTATION})
+    return SecondStage(name, folder, steps, {each: options[each] for each in _COMPUTATION + _OF_TEXT})

@@ -6,7 +6,9 @@ meet first, compare their options and versions, and keep their connections.
 """
 
 import contextlib
+import itertools
 import json
+import os
 import socket
 import time
 
@@ -18,14 +20,34 @@ _READY = "ready"
 _PAUSE = 0.2  # seconds between two attempts
 _LONGEST_LINE = 2**18
 _MOST_DIFFERENCES = 3  # that are named
+_MOST_MISSING = 8  # likewise
 
 
 def parse_address(text):
     """Parse `HOST:PORT` into `(host, port)`; an IPv6 address is in brackets."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    address = address_in(text)
+    if address is None:
         raise UserError(f"coordinator {text}: not an address; give HOST:PORT, such as 10.0.0.1:29500")
-    return host.strip("[]"), int(port)
+    return address
+
+
+def address_in(text):
+    """Return the `(host, port)` of `HOST:PORT`, or None if it is no address that can be looked up."""
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif set(host) & set("[]:/"):
+        return None
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16
+    return (host, int(port)) if is_port and _may_be_a_host(host) else None
+
+
+def _may_be_a_host(name):
+    """Return whether a name can be looked up: its parts have 1 to 63 letters (RFC 1035)."""
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def check_processes(kind, coordinator=None, num_processes=None, process_id=None):
@@ -63,10 +85,11 @@ def meet(address, process_count, process_index, timeout, facts=None):
         The open connections, by index: in process 0 those to all others, in another one that to process 0.
 
     Raises:
-        UserError: a process does not connect, connects twice, expects another number of processes, or differs
-            in a fact, which ends all processes.
+        UserError: there is no such host; or a process does not connect, connects twice, expects another
+            number of processes, or differs in a fact, which ends all processes.
     """
     deadline = time.monotonic() + timeout
+    _check_host(address)
     facts = {} if facts is None else facts
     if process_index == 0:
         return _receive_all(address, process_count, deadline, timeout, facts)
@@ -85,10 +108,9 @@ def _receive_all(address, process_count, deadline, timeout, facts):
                 try:
                     connection = stack.enter_context(server.accept()[0])
                 except TimeoutError:
-                    missing = sorted(set(range(1, process_count)) - present.keys())
                     raise UserError(
-                        f"coordinator {place}: process {', '.join(map(str, missing))} did not connect within "
-                        f"{timeout:g} s; start all {process_count} processes with this address"
+                        f"coordinator {place}: process {_missing(process_count, present)} did not connect "
+                        f"within {timeout:g} s; start all {process_count} processes with this address"
                     ) from None
                 index, theirs, fault = _read_announcement(connection, process_count, present)
                 if fault:
@@ -106,6 +128,23 @@ def _receive_all(address, process_count, deadline, timeout, facts):
         return present
 
 
+def _check_host(address):
+    """Raise UserError if there is no such host; process 0, which only listens, would wait for the others."""
+    try:
+        socket.getaddrinfo(*address)
+    except socket.gaierror:
+        place = "{}:{}".format(*address)
+        raise UserError(f"coordinator {place}: no such host; give process 0's address") from None
+
+
+def _missing(process_count, present):
+    """Return the first of the processes that are not present, as words."""
+    absent = (index for index in range(1, process_count) if index not in present)
+    named = list(itertools.islice(absent, _MOST_MISSING))
+    more = process_count - 1 - len(present) - len(named)
+    return ", ".join(map(str, named)) + (f" and {more} more" if more else "")
+
+
 def _server(address):
     """Return a listening socket; like JAX, it listens on all interfaces."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -114,7 +153,8 @@ def _server(address):
     except OSError as error:
         place = "{}:{}".format(*address)
         raise UserError(
-            f"coordinator {place}: cannot listen there: {error.strerror}; use another port"
+            f"coordinator {place}: cannot listen there: {os.strerror(error.errno)}; use another port, and "
+            "start process 0 once"
         ) from None
 
 
@@ -163,8 +203,6 @@ def _announce(address, announcement, deadline, timeout):
         try:
             connection = socket.create_connection(address, timeout=remaining)
             break
-        except socket.gaierror:
-            raise UserError(f"coordinator {place}: no such host; give process 0's address") from None
         except OSError:
             time.sleep(min(_PAUSE, remaining))
     with contextlib.ExitStack() as stack:

@@ -116,8 +116,11 @@ class _Watcher:
 
     def listen(self):
         """Read what the others have sent, wait for it a moment, and tell them that this process is there."""
-        names = {peer.fileno(): name for name, peer in self._peers.items()}
-        for descriptor in select.select(list(names), [], [], _POLL)[0]:
+        names, poll = {}, select.poll()  # `select.select` takes no descriptor beyond 1023
+        for name, peer in self._peers.items():
+            names[peer.fileno()] = name
+            poll.register(peer, select.POLLIN)
+        for descriptor, _ in poll.poll(1000 * _POLL):
             self._read(names[descriptor])
         now = time.monotonic()
         if now >= self._next_beat:

@@ -89,6 +89,23 @@ def values_of(function, scale=1.0):
     return np.asarray(first)
 
 
+def test_inputs_of_kernels_in_8_bits_are_not_rounded():
+    layer = dense(256, 256)
+    layer.quantize_kernel()
+    inputs = np.random.default_rng(0).standard_normal((4, 256)).astype("float32")
+    functions = []
+    for _ in range(2):
+        functions.append(
+            backend.jit_for_engine(
+                "openvino", "layer", "float32", layer, layer.variables, True, lambda: "in 8 bits"
+            )
+        )
+        results = np.asarray(functions[-1](inputs))
+        np.testing.assert_allclose(results, np.asarray(layer(inputs)), atol=1e-4 * results.std())
+        let_be_faster("openvino")
+    assert functions[1]._compiled
+
+
 def test_changed_weights_are_seen():
     layer = dense(8, 8, kernel_initializer="ones")
     values_of(linear(layer))

@@ -191,6 +191,7 @@ BAD_INPUT = [
     ("evaluate --guidance-scale 1 --guidance-interval 0 0.5", "--guidance-interval: has no", "leave it out"),
     ("reconstruct taken.png --lora a.safetensors", "--lora: has no effect", "leave it out"),
     ("reconstruct taken.png --lora-folder folder", "--lora-folder: has no effect", "leave it out"),
+    ("reconstruct taken.png --quantize int8", "--quantize: has no effect", "leave it out"),
     ("reconstruct taken.png --embedding a.pt", "--embedding: has no effect", "leave it out"),
     ("caption folder --mode caption --clip x/y", "--clip: has no effect with --mode caption", "leave it out"),
     ("caption folder --mode caption --flavors file", "--flavors: has no effect", "leave it out"),

@@ -181,6 +181,8 @@ def test_an_address_that_does_not_answer_is_one_line(folder, tmp_path, run_progr
             "--ray nonsense: no address of a cluster; give HOST:PORT of its head, auto or",
         ),
         (("--ray", "ray://head:10001"), "--ray ray://head:10001: no address of a cluster; give HOST:PORT"),
+        (("--ray", "head:²"), "--ray head:²: no address of a cluster; give HOST:PORT"),
+        (("--ray", "a..b:6379"), "--ray a..b:6379: no address of a cluster; give HOST:PORT"),
         (("--ray-workers", 2), "--ray-workers: has no effect without --ray; leave it out"),
         (("--ray", "local", "--ray-workers", 0), "Invalid value for '--ray-workers'"),
     ],

@@ -88,6 +88,23 @@ def test_an_upscaler_with_text_gets_the_prompt_without_its_loras(generate, folde
     np.testing.assert_array_equal(large, expected[0])
 
 
+def test_an_upscaler_with_text_is_quantized_as_the_model_is(generate, folder, tmp_path):
+    options = ("--upscaler", folder / "text", "--upscaler-steps", 2, "--quantize", "int8", "--seed", 3)
+    large = generate("large.png", *SAMPLING, *options)
+    found = options_of(read_parameters(tmp_path / "large.png"))
+    assert (found["quantize"], found["upscaler"]) == ("int8", str(folder / "text"))
+    small = generate("small.png", *SAMPLING, *options[4:])
+    given = {"num_inference_steps": 2, "progress": False, "seed": 3}
+    exact, coded = (
+        StableDiffusion.load(folder / "text", jit_compile=False, quantize=quantize).upscale(
+            small, "red heart", **given
+        )[0]
+        for quantize in (None, "int8")
+    )
+    np.testing.assert_array_equal(large, coded)
+    assert (exact != coded).any()
+
+
 def test_the_model_names_its_upscaler(run_program, folder, tmp_path):
     model = StableDiffusion.load(folder / "model", jit_compile=False)
     model.defaults = ModelDefaults({"sampling": {"upscaler": "emoji-upscaler", "num_inference_steps": 2}})

@@ -108,3 +108,13 @@ def test_a_host_that_says_nothing_more(silent):
     ends = [end for index, end in enumerate(ends) if index != silent]
     assert {(end.process, end.code, end.exit_code) for end in ends} == {(silent, None, 1)}
     assert str(ends[0]) == f"process {silent} does not answer"
+
+
+def test_more_processes_than_select_can_wait_for():
+    """Of a descriptor beyond 1023, as process 0 of a large pod has them."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        high = socket.socket(fileno=os.dup2(ours.fileno(), 1500))
+        theirs.sendall(b'{"process": 1, "code": 3}\n')
+        end = watcher.follow(copy(), 0, {1: high})
+    assert end == End(1, 3, None)

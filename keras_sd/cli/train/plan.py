@@ -154,6 +154,8 @@ def _key(command, options):
         if name.startswith("pretrained") and not path.exists():
             path = presets.find(value, weights=False)
         places[name] = _contents(path)
+    if options.get("dataset_config"):
+        places["subsets"] = _subsets(options["dataset_config"])
     versions = {package: installed_version(package) for package in _PACKAGES}
     settings = {
         name: value
@@ -180,10 +182,31 @@ def _contents(path):
             return [path.stat().st_size, path.stat().st_mtime_ns]
         if not path.is_dir():
             return None
-        inside = sorted(one for one in path.rglob("*") if one.is_file())
+        inside = sorted(one for one in _below(path) if one.is_file())
         return [[str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns] for one in inside]
     except OSError:  # a text that is too long for a path
         return None
+
+
+def _below(folder):
+    """Yield what is below a folder. Links to folders are followed, as a model's parts may be such."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in files)
+
+
+def _subsets(path):
+    """Return `_contents` of the folders that a file of `--dataset-config` names."""
+    from keras_sd.data.dataset_config import read_dataset_config
+
+    subsets = read_dataset_config(Path(path)).subsets
+    folders = [place for subset in subsets for place in (subset.place, subset.masks.mask_data_dir)]
+    return [None if place is None else _contents(Path(place)) for place in folders]
 
 
 def _sources():

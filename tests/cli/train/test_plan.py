@@ -154,6 +154,24 @@ def plan_here(folder, cache, batch_size, devices):
     return Program(arguments, XLA_FLAGS=flags, KERAS_SD_CACHE=str(cache))
 
 
+def test_linked_and_listed_folders_change_the_name_of_what_is_kept(tmp_path):
+    """The parts of a model may be links, here one that leads back as well, and a file may list folders."""
+    for name in ("model", "parts", "images", "masks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model/unet").symlink_to(tmp_path / "parts")
+    (tmp_path / "parts/back").symlink_to(tmp_path / "model")
+    config = tmp_path / "sets.toml"
+    folders = f'image_dir = "{tmp_path / "images"}"\nconditioning_data_dir = "{tmp_path / "masks"}"'
+    config.write_text(f"[[datasets]]\n[[datasets.subsets]]\n{folders}\n")
+    model = {"plan": "v5e:2x2", "pretrained_model_name_or_path": str(tmp_path / "model")}
+    options = model | {"dataset_config": str(config)}
+    names = [plan._key("lora", options)]
+    for path in ("parts/config.json", "images/1.png", "masks/1.png"):
+        (tmp_path / path).write_text("{}")
+        names.append(plan._key("lora", options))
+    assert len(set(names)) == 4
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """The folder of a plan on eight devices that was asked for twice, and both answers."""
