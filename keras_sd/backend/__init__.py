@@ -29,6 +29,7 @@ from keras_sd.backend.arrays import (
     to_numpy,
     to_tensor,
     whole_on_host,
+    with_values_read,
 )
 from keras_sd.backend.compat import (
     drop_partial_update,

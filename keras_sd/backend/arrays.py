@@ -64,6 +64,25 @@ def _own_shards(value):
     return list({str(shard.index): shard for shard in value.addressable_shards}.values())
 
 
+def with_values_read(variables, compute):
+    """Return `compute`, a function without arguments, with the values of all variables that it uses read now.
+
+    On TensorFlow, for the branch of a condition: XLA copies a variable that is read in a branch, by an
+    operation that StableHLO has no portable form of.
+    """
+    if keras.backend.backend() == "jax":
+        return compute
+    import tensorflow as tf
+
+    state = [(variable, tf.convert_to_tensor(compat.current_value(variable))) for variable in variables]
+
+    def computing():
+        with keras.StatelessScope(state):
+            return compute()
+
+    return computing
+
+
 @contextlib.contextmanager
 def whole_on_host(variables, keep):
     """Inside the block, have variables whose shards are in several processes in the host's memory.

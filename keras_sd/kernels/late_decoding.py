@@ -17,17 +17,17 @@ from keras_sd import backend
 _LARGE = 2**20
 
 
-def once_inputs_are_there(inputs, compute, kernel_shape, strides=(), padding="same"):
+def once_inputs_are_there(inputs, compute, variables, strides=(), padding="same"):
     """Return `compute()`, which depends on `inputs` and on weights; NaN where the first input is not finite.
 
     Args:
         inputs: the tensor to wait for, `(n, ..., channels)`.
         compute: a function without arguments.
-        kernel_shape: `(..., channels, outputs)` of the kernel that is decoded.
+        variables: all that `compute` reads, the kernel `(..., channels, outputs)` that is decoded first.
         strides, padding: of the window, if it is a convolution.
     """
-    *size, _, outputs = kernel_shape
-    if math.prod(kernel_shape) < _LARGE or not backend.is_traced_for_processor(inputs):
+    *size, _, outputs = variables[0].shape
+    if math.prod(variables[0].shape) < _LARGE or not backend.is_traced_for_processor(inputs):
         return compute()
     first = ops.reshape(inputs, (-1,))[0]
     is_finite = ops.abs(first) < math.inf  # of which the compiler does not know that it always holds
@@ -39,4 +39,4 @@ def once_inputs_are_there(inputs, compute, kernel_shape, strides=(), padding="sa
         ]
         return ops.repeat(math.nan * inputs[(slice(None), *steps, ..., slice(0, 1))], outputs, axis=-1)
 
-    return ops.cond(is_finite, compute, undefined)
+    return ops.cond(is_finite, backend.with_values_read(variables, compute), undefined)

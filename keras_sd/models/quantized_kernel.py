@@ -14,6 +14,7 @@ from keras_sd import backend
 from keras_sd.kernels.late_decoding import once_inputs_are_there
 
 _LARGEST = 127
+_HALF = ("float16", "bfloat16")
 
 
 class StoredKernel(NamedTuple):
@@ -58,15 +59,21 @@ class QuantizableKernel:
         return ops.cast(ops.cast(kernel, "float32") * self.kernel_scale, self.compute_dtype)
 
     def call(self, inputs):
-        if self.kernel_scale is None:
+        if not self._is_decoded_by(inputs):
             return super().call(inputs)
         window = {name: getattr(self, name) for name in ("strides", "padding") if hasattr(self, name)}
         return once_inputs_are_there(
             inputs,
             lambda: super(QuantizableKernel, self).call(inputs),
-            self._kernel.shape,
+            [variable for variable in (self._kernel, self.kernel_scale, self.bias) if variable is not None],
             **window,
         )
+
+    def _is_decoded_by(self, inputs):
+        """Return whether a program decodes the kernel: XLA for a processor turns halves into float32."""
+        if self.kernel_scale is None and self._kernel.dtype in _HALF:
+            return backend.compiles_for_processor(inputs)
+        return self.kernel_scale is not None
 
     def quantize_kernel(self):
         """Keep the kernel in 8 bits from now on."""
