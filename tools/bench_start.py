@@ -199,7 +199,7 @@ def memory(models, size):
         "`keras-sd generate`, SD 1.5, 512 px, one step, float16 weights: peak of memory",
         [
             *command(*draw, phases=WHOLE),
-            # In bfloat16, of the same size: a step in float16 takes torch more than 40 minutes on a processor.
+            # In bfloat16, of the same size: in float16 a step takes torch more than 40 minutes here.
             peer("generate", models.half, 512, 1, 1, "bfloat16", phases=WHOLE),
         ],
         figure="peak_gigabytes",
