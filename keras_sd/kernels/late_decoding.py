@@ -1,9 +1,9 @@
 """Kernels that are decoded when their turn comes, on a CPU.
 
 XLA for a CPU runs what depends on weights alone at the beginning of a program and holds all the results. For
-kernels that are decoded from 8 bits this is the whole model in float32, for a call of Stable Diffusion 1.5
-some 4 GiB. An optimization barrier and XLA's schedule for memory do not change it. What stands in a branch of
-a condition on the inputs waits for them.
+kernels that are decoded from 8 bits, or from half precision, in which it does not multiply, this is the whole
+model in float32, for a call of Stable Diffusion 1.5 some 4 GiB. An optimization barrier and XLA's schedule
+for memory do not change it. What stands in a branch of a condition on the inputs waits for them.
 """
 
 import math

@@ -71,9 +71,9 @@ class QuantizableKernel:
 
     def _is_decoded_by(self, inputs):
         """Return whether a program decodes the kernel: XLA for a processor turns halves into float32."""
-        if self.kernel_scale is None and self._kernel.dtype in _HALF:
-            return backend.compiles_for_processor(inputs)
-        return self.kernel_scale is not None
+        if self.kernel_scale is not None:
+            return True
+        return self._kernel.dtype in _HALF and backend.compiles_for_processor(inputs)
 
     def quantize_kernel(self):
         """Keep the kernel in 8 bits from now on."""
