@@ -45,7 +45,10 @@ USUAL_CASES = {
 }
 STEPS = {"emoji": 30, "sd15": 10, "sd21": 10}
 TRAINING_BATCH = {"emoji": 64, "sd15": 1, "sd21": 1}
-PEERS = ("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino", "keras-cv")
+PEERS = (
+    *("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino", "keras-cv"),
+    "engine-openvino",  # ours, with engine="openvino"
+)
 
 # The largest difference between two sides, as a share of the largest number.
 LARGEST_DIFFERENCE = {"float32": 2e-3, "bfloat16": 0.2, "float16": 0.05}
@@ -249,6 +252,7 @@ def sides(case, backends, xla, peers):
     has = {
         "openvino": case in PART_CASES,
         "keras-cv": case in PART_CASES,
+        "engine-openvino": case in SAMPLING_CASES,
         "diffusers-channels-last": case != "text-encoder",
     }
     return ours + [{"implementation": peer, "xla": None} for peer in peers if has.get(peer, True)]

@@ -152,7 +152,7 @@ def _wrong_target(run):
     if start > _START_OF_NEW:
         return (
             f"starts at a loss of {start:.3g}, like a network that knows nothing; see that the prediction "
-            "type is the model's"
+            "type is the model's, unless it has never seen images of this kind"
         )
     return None
 

@@ -135,6 +135,29 @@ def test_case_gives_the_same_by_diffusers(case, specs, by_diffusers, tmp_path, m
     np.testing.assert_allclose(np.load(result), expected, rtol=0, atol=tolerance)
 
 
+def test_engine_is_a_side_of_its_own(specs, tmp_path, monkeypatch):
+    """It makes the images of our own programs. Only the cases that call a whole model have it."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import bench as program
+    from benchmark import worker
+
+    images = {}
+    for name in ("tensorflow", "engine-openvino"):
+        result, answers = tmp_path / f"{name}.npy", []
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+        spec = specs["generation"] | {"implementation": name, "xla": "on", "result": str(result)}
+        worker.serve(spec, answers.append)
+        check_answers(answers)
+        images[name] = np.load(result)
+    assert images["tensorflow"].std() > 0
+    np.testing.assert_allclose(images["engine-openvino"], images["tensorflow"], rtol=0, atol=1 / 255)
+    names = {
+        case: [side["implementation"] for side in program.sides(case, ["tensorflow"], ["on"], program.PEERS)]
+        for case in ("unet", "generation")
+    }
+    assert "engine-openvino" in names["generation"] and "engine-openvino" not in names["unet"]
+
+
 @pytest.fixture(scope="module")
 def sd15_unet():
     """Stable Diffusion 1.5's UNet, of zeros: 1.7 GB."""

@@ -84,9 +84,9 @@ def device_peak():
 
 
 def _pipeline(spec):
-    return StableDiffusion.load(
-        spec["folder"], dtype=spec["precision"], jit_compile=_jit_compile(spec["xla"])
-    )
+    has_engine = spec["implementation"] == "engine-openvino"
+    options = {"engine": "openvino"} if has_engine else {"jit_compile": _jit_compile(spec["xla"])}
+    return StableDiffusion.load(spec["folder"], dtype=spec["precision"], **options)
 
 
 def _denoising(spec, inputs):

@@ -25,7 +25,7 @@ SAMPLING_CASES = ("denoising", "generation")
 
 # Who computes: the module that knows the implementation's name.
 MODULES = {
-    **dict.fromkeys(("tensorflow", "jax", "keras-cv"), "ours"),
+    **dict.fromkeys(("tensorflow", "jax", "engine-openvino", "keras-cv"), "ours"),
     **dict.fromkeys(("diffusers", "diffusers-channels-last", "diffusers-compiled", "openvino"), "peers"),
 }
 
