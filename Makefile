@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-PEERS := --peers diffusers,diffusers-channels-last,diffusers-compiled,openvino,keras-cv --xla on --repeats 3
+PEERS := --peers diffusers,diffusers-channels-last,diffusers-compiled,openvino,keras-cv,engine-openvino --xla on --repeats 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train test test-full test-gpu test-notebooks lint bench bench-peers notebooks docs package clean
