@@ -1,8 +1,8 @@
 """Measures the kernels of `keras_sd.kernels` against what the backend computes by itself, on a processor.
 
 Each row is one shape near a threshold of a kernel: the processor time of the kernel over that of the backend,
-and whether the kernel is chosen there. Both are compiled by XLA, and run in turns; the ratio is that of the
-medians. The thresholds cite the table, benchmarks/kernels.md:
+and whether the kernel is chosen there. Both are compiled by XLA, unless a row says "without XLA". They run in
+turns; the ratio is that of the medians. The thresholds cite the table, benchmarks/kernels.md:
 
     KERAS_BACKEND=tensorflow python tools/bench_kernels.py > tensorflow.md
     KERAS_BACKEND=jax python tools/bench_kernels.py > jax.md
@@ -33,6 +33,20 @@ IM2COL = [
     (1, 32, 320, 320, 3),
     *((1, side, 320, 320, 1) for side in (16, 64)),
 ]
+IM2COL_WITHOUT_XLA = [
+    *((1, 4, width, width, 3) for width in (320, 640)),
+    *((batch, 4, 2560, 1280, 3) for batch in (1, 2)),
+    *((1, 8, width, 1280, 3) for width in (640, 1280, 1920, 2560)),
+    *((batch, 8, 640, 1280, 3) for batch in (2, 4)),
+    *((batch, 8, 2560, 1280, 3) for batch in (8, 16)),
+    *((batch, 16, 1280, 1280, 3) for batch in (1, 2, 4, 8)),
+    (2, 16, 2560, 1280, 3),
+    (1, 16, 640, 640, 3),
+    (1, 32, 960, 640, 3),
+    (1, 64, 320, 320, 3),
+    *((1, side, 2560, 1280, 1) for side in (4, 16)),
+    (1, 32, 640, 640, 1),
+]
 GRADIENTS = [
     *((batch, 8, 1280, 1280, 3) for batch in (1, 4, 32)),
     *((batch, 16, 1280, 1280, 3) for batch in (1, 4)),
@@ -56,6 +70,9 @@ def main():
     else:
         for shape in WINOGRAD:
             measure_convolution(winograd, shape)
+        for dtype in ("bfloat16", "float32"):
+            for shape in IM2COL_WITHOUT_XLA:
+                measure_convolution(im2col, shape, dtype, jit_compile=False)
         for shape in ATTENTION:
             measure_attention(*shape)
     for shape in GRADIENTS:
@@ -66,9 +83,10 @@ def random(*shape):
     return np.random.default_rng(0).standard_normal(shape, dtype="float32")
 
 
-def measure_convolution(kernel, shape):
+def measure_convolution(kernel, shape, dtype="float32", *, jit_compile=True):
     batch, side, inputs, outputs, size = shape
     arrays = random(batch, side, side, inputs), random(size, size, inputs, outputs) / np.float32(inputs**0.5)
+    arrays = [keras.ops.cast(array, dtype) for array in arrays]
     options = ((1, 1), "same")
     chosen = []
 
@@ -80,7 +98,9 @@ def measure_convolution(kernel, shape):
         return keras.ops.conv(images, weights, padding="same")
 
     title = f"{size}x{size}, {inputs} to {outputs} channels, {batch} of {side}x{side}"
-    report(kernel.__name__.rpartition(".")[2], title, ours, plain, arrays, chosen)
+    name = kernel.__name__.rpartition(".")[2]
+    name = name if jit_compile else f"{name}, without XLA, {dtype}"
+    report(name, title, ours, plain, arrays, chosen, jit_compile)
 
 
 def measure_gradients(shape):
@@ -130,13 +150,13 @@ def measure_attention(batch, tokens, heads, head_size):
         report("chunked_attention", title, ours, whole, arrays, [mebibytes * 2**20 == usual])
 
 
-def report(name, title, ours, theirs, arrays, chosen):
-    ours, theirs = (backend.jit(function) for function in (ours, theirs))
+def report(name, title, ours, theirs, arrays, chosen, jit_compile=True):
+    ours, theirs = (backend.jit(function, jit_compile=jit_compile) for function in (ours, theirs))
     times = {ours: [], theirs: []}
     for repeat in range(REPEATS + 1):
         for function, spent in times.items():
             start = time.process_time()
-            keras.ops.convert_to_numpy(function(*arrays))
+            keras.ops.convert_to_numpy(keras.ops.cast(function(*arrays), "float32"))
             if repeat:  # the first call compiles
                 spent.append(1000 * (time.process_time() - start))
     mine, plain = (statistics.median(spent) for spent in times.values())

@@ -68,6 +68,7 @@ from keras_sd.backend.devices import (
     multiplies_bfloat16,
     process_count,
     process_index,
+    runs_by_onednn,
 )
 from keras_sd.backend.entries import read_entry, write_entry
 from keras_sd.backend.identity import identity_of

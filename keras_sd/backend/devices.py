@@ -113,6 +113,15 @@ def compiles_for_processor(tensor):
     return is_traced_for_processor(tensor) and (not on_tensorflow or compat.is_traced_for_xla())
 
 
+def runs_by_onednn(tensor):
+    """Return whether `tensor` belongs to a program of TensorFlow's own operations on a CPU, without XLA.
+
+    These are oneDNN's where it has them: convolutions, matrix multiplications, softmax.
+    """
+    is_own = keras.backend.backend() == "tensorflow" and not compat.is_traced_for_xla()
+    return is_own and is_traced_for_processor(tensor) and _has_onednn()
+
+
 def is_traced_for_processor(tensor):
     """Return whether `tensor` belongs to a program for a CPU that is being traced."""
     if keras.backend.backend() == "tensorflow":
@@ -159,14 +168,17 @@ def compiles(jit_compile, dtype):
 
     A processor's units for bfloat16 (AVX-512 BF16, AMX) are used by oneDNN in TensorFlow's own operations,
     and not by XLA, whichever flags it is given. There Stable Diffusion's decoder takes 0.49 of the time
-    without XLA, and the UNet 0.85 (docs/results.md). JAX always compiles.
+    without XLA, and the UNet 0.63 (docs/results.md). JAX always compiles.
     """
     if jit_compile is not None:
         return jit_compile
     if dtype != "bfloat16" or keras.backend.backend() != "tensorflow" or has_accelerator():
         return True
-    has_onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
-    return not (has_onednn and _BFLOAT16_UNITS & processor_flags())
+    return not (_has_onednn() and _BFLOAT16_UNITS & processor_flags())
+
+
+def _has_onednn():
+    return os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
 
 
 def processor_flags():

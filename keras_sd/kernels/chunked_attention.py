@@ -1,12 +1,13 @@
 """Chunked attention: memory grows linearly with the number of tokens, on every backend.
 
 Chunks of the queries are processed one after the other (Rabe and Staats, 2021). The backward pass keeps the
-inputs, the outputs and one number for each query, and recomputes the weights of each chunk (Dao et al.,
-2022).
+inputs, the outputs and, under XLA, one number for each query, and recomputes the weights of each chunk
+(Dao et al., 2022).
 """
 
 import functools
 
+import keras
 from keras import ops
 
 from keras_sd import backend
@@ -42,7 +43,7 @@ def attention(query, key, value, heads, *, upcast=False):
         tokens = query.shape[1]
         queries, keys, values = split_inputs(query, key, value)
         count = slices(queries, keys)
-        outputs, normalizers = _outputs(queries, keys, values, count)
+        outputs, *normalizers = _outputs(queries, keys, values, count)
         outputs = _join(outputs)
 
         def gradient(upstream):
@@ -100,19 +101,39 @@ def _whole(array):
 
 def _scores(query, key):
     # The softmax of many terms needs more precision than float16 or bfloat16 has.
-    return ops.cast(ops.einsum("nhqd,nhkd->nhqk", query, key), "float32")
+    return ops.cast(_products(query, key), "float32")
+
+
+def _products(query, key):
+    return ops.einsum("nhqd,nhkd->nhqk", query, key)
+
+
+def _softmax(scores):
+    """Return the softmax of scores `(..., keys)` by one operation, which computes in float32."""
+    # On bfloat16 only oneDNN's does, on processors with units for it.
+    if backend.compiles(None, keras.backend.standardize_dtype(scores.dtype)):
+        scores = ops.cast(scores, "float32")
+    return ops.softmax(scores, axis=-1)
 
 
 def _outputs(query, key, value, count):
-    """Return the outputs and, for each query, the log-sum-exp of its scores."""
+    """Return the outputs and, if XLA compiles the program, the log-sum-exp of each query's scores.
+
+    Without XLA each of the softmax's operations would read and write all scores, so that at 512 pixels they
+    took a third of the UNet's time. There it is one operation, which gives no log-sum-exp.
+    """
+    has_softmax = backend.runs_by_onednn(query)
 
     def attend(query):
+        if has_softmax:
+            weights = ops.cast(_softmax(_products(query, key)), value.dtype)
+            return [ops.einsum("nhqk,nhkd->nhqd", weights, value)]
         scores = _scores(query, key)
         top = ops.max(scores, axis=-1, keepdims=True)
         weights = ops.exp(scores - top)
         total = ops.sum(weights, axis=-1, keepdims=True)
         outputs = ops.einsum("nhqk,nhkd->nhqd", ops.cast(weights / total, value.dtype), value)
-        return outputs, (top + ops.log(total))[..., 0]
+        return [outputs, (top + ops.log(total))[..., 0]]
 
     if count == 1:
         return attend(query)
@@ -123,8 +144,11 @@ def _outputs(query, key, value, count):
 
 def _gradients(query, key, value, upstream, shared, normalizers, count):
     def step(carry, parts):
-        query, upstream, shared, normalizers = parts
-        weights = ops.exp(_scores(query, key) - normalizers[..., None])
+        query, upstream, shared, *normalizers = parts
+        if normalizers:
+            weights = ops.exp(_scores(query, key) - normalizers[0][..., None])
+        else:
+            weights = ops.cast(_softmax(_products(query, key)), "float32")
         of_value = ops.einsum("nhqd,nhqk->nhdk", upstream, ops.cast(weights, value.dtype))
         of_weights = ops.cast(ops.einsum("nhqd,nhkd->nhqk", upstream, value), "float32")
         of_scores = ops.cast(weights * (of_weights - shared[..., None]), query.dtype)
@@ -133,7 +157,7 @@ def _gradients(query, key, value, upstream, shared, normalizers, count):
         found = [ops.cast(slope, "float32") for slope in (of_key, of_value)]
         return tuple(sum_ + slope for sum_, slope in zip(carry, found, strict=True)), (of_query,)
 
-    arrays = [query, upstream, shared, normalizers]
+    arrays = [query, upstream, shared, *normalizers]
     # Transposed sums: otherwise a CPU would transpose the weights, which are much larger.
     zeros = tuple(ops.zeros_like(_transposed(array), dtype="float32") for array in (key, value))
     if count == 1:

@@ -1,6 +1,8 @@
-"""Convolution by im2col: one matrix multiplication (GEMM), for JAX on a CPU.
+"""Convolution by im2col: one matrix multiplication (GEMM), for small maps on a CPU.
 
 In JAX's XLA, convolutions on maps of 8x8 and less are slower than GEMM; in TensorFlow's XLA they are as fast.
+Without XLA, TensorFlow gives convolutions to oneDNN, which brings the kernel into a layout of its own in each
+call. Where the kernel is much larger than the map, that takes longer than the convolution.
 On larger maps, copying the patches takes the time that GEMM saves.
 """
 
@@ -11,7 +13,7 @@ from keras import ops
 
 from keras_sd import backend
 
-# Up to 1024 rows of the matrix from maps of up to 8x8, up to 256 rows from any map, and layers from 256
+# JAX: up to 1024 rows of the matrix from maps of up to 8x8, up to 256 rows from any map, and layers from 256
 # channels. With 1280 channels on maps of 8x8, GEMM reached 114 to 153 GFLOP/s where convolutions reached 33
 # to 52, and their gradients by the inputs 121 in place of 15 (2 cores of a Xeon, docs/results.md). On an EPYC
 # the forward pass takes 0.64 of the convolution's processor time with 64 rows, 0.80 with 256, 1.04 with 1024
@@ -21,13 +23,15 @@ _SMALL_MAP = 8 * 8
 _FEW_ROWS, _MOST_ROWS = 256, 1024
 _LEAST_CHANNELS = 256
 
+# TensorFlow without XLA: wide layers up to these rows, others up to 64 rows (benchmarks/kernels.md).
+_ONEDNN_ROWS = {"bfloat16": 512, "float32": 2048}
+_ONEDNN_FEW_ROWS = 64
+_ONEDNN_CHANNELS, _ONEDNN_FEW_CHANNELS = 1280, 512
+
 
 def is_faster(inputs, kernel, strides, padding):
     """Return whether `convolve` accepts these arguments and is faster than the backend's convolution."""
-    is_slow = keras.backend.backend() == "jax" and backend.compiles_for_processor(inputs)
     sizes, is_dense = tuple(kernel.shape[:2]), strides == (1, 1)
-    if not is_slow or inputs.dtype != "float32":
-        return False
     if padding == "same" and not (is_dense and all(size % 2 for size in sizes)):
         return False
     batch, *lengths, channels = inputs.shape
@@ -35,19 +39,33 @@ def is_faster(inputs, kernel, strides, padding):
         isinstance(length, int) for length in lengths
     ):  # they may be unknown while a program is traced
         return False
-    if sizes == (1, 1) and is_dense:
-        return True
-    if not isinstance(batch, int):
-        return False
     if padding == "valid":
         lengths = [
             (length - size) // stride + 1
             for length, size, stride in zip(lengths, sizes, strides, strict=True)
         ]
     positions = math.prod(lengths)
-    rows = batch * positions
+    rows = batch * positions if isinstance(batch, int) else None
+    if keras.backend.backend() == "tensorflow":
+        return rows is not None and _is_faster_than_onednn(inputs, rows, channels, kernel.shape[-1])
+    if inputs.dtype != "float32" or not backend.compiles_for_processor(inputs):
+        return False
+    if sizes == (1, 1) and is_dense:
+        return True
+    if rows is None:
+        return False
     is_small = rows <= _FEW_ROWS or (positions <= _SMALL_MAP and rows <= _MOST_ROWS)
     return is_small and channels >= _LEAST_CHANNELS
+
+
+def _is_faster_than_onednn(inputs, rows, channels, outputs):
+    if not backend.runs_by_onednn(inputs):
+        return False
+    most = _ONEDNN_ROWS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
+    fewest = min(channels, outputs)
+    if rows <= _ONEDNN_FEW_ROWS and fewest >= _ONEDNN_FEW_CHANNELS:
+        return most > 0
+    return rows <= most and fewest >= _ONEDNN_CHANNELS
 
 
 def convolve(inputs, kernel, strides, padding):

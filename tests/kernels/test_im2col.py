@@ -1,10 +1,12 @@
-"""Convolutions as products of matrices against the sum in double precision, and where they are taken."""
+"""Convolutions by im2col against the sum in double precision, and where they are taken."""
 
 import keras
 import numpy as np
 import pytest
 
+from keras_sd import backend
 from keras_sd.kernels import im2col
+from keras_sd.models.layers import convolution
 from tests.programs import run_python
 
 
@@ -79,3 +81,35 @@ def test_layers_take_it_under_jax_where_maps_are_small():
         assert not taken and exported.out_avals[0].shape[1:] == (8, 8, 8)
     """
     run_python(["-c", script])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "outputs", "size", "jit_compile", "takes"),
+    [
+        ("bfloat16", (1, 8, 8, 512), 512, 3, False, True),
+        ("float32", (1, 8, 8, 512), 512, 3, False, True),
+        ("float16", (1, 8, 8, 512), 512, 3, False, False),
+        ("bfloat16", (1, 8, 8, 512), 512, 3, True, False),
+        ("bfloat16", (1, 8, 8, 512), 511, 3, False, False),
+        ("bfloat16", (2, 8, 8, 512), 512, 3, False, False),
+        ("bfloat16", (2, 16, 16, 1280), 1280, 1, False, True),
+        ("bfloat16", (3, 16, 16, 1280), 1280, 1, False, False),
+        ("float32", (3, 16, 16, 1280), 1280, 1, False, True),
+    ],
+    ids=str,
+)
+def test_layers_take_it_without_xla_where_the_kernel_is_larger_than_the_map(
+    dtype, shape, outputs, size, jit_compile, takes, monkeypatch
+):
+    """With what the layer gives without: eager TensorFlow convolves as ever."""
+    assert keras.backend.backend() == "tensorflow"
+    taken, convolve = [], im2col.convolve
+    monkeypatch.setattr(im2col, "convolve", lambda *each: taken.append(each) or convolve(*each))
+    layer = convolution(shape[-1], outputs, size, dtype=dtype)
+    inputs = keras.ops.cast(np.random.default_rng(0).standard_normal(shape, dtype="float32"), dtype)
+    program = backend.jit(lambda inputs: layer(inputs), layer.variables, jit_compile)
+    result = keras.ops.cast(program(inputs), "float32")
+    assert bool(taken) == takes
+    expected = keras.ops.cast(layer(inputs), "float32")
+    assert len(taken) == int(takes)
+    np.testing.assert_allclose(result, expected, atol=5e-5 if dtype == "float32" else 0.05)

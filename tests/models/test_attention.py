@@ -1,5 +1,6 @@
 """Attention: its slices, their gradients and memory, its masks and its numbers in half precision."""
 
+import functools
 import json
 
 import numpy as np
@@ -89,13 +90,29 @@ def test_gradients_of_slices_with_a_batch_of_unknown_size(little_memory, jit_com
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_softmax_is_one_operation_without_xla_and_sums_in_float32(dtype):
+    """A sum of 4,096 equal weights in half precision would end at 256 or 2,048 of them."""
+    query, key = (np.random.default_rng(0).standard_normal((1, n, 1, 8)) / 16 for n in (5, 4096))
+    inputs = [tf.cast(array, dtype) for array in (query, key, np.ones_like(key))]
+    program = tf.function(scaled_dot_product, autograph=False)
+    kinds = {operation.type for operation in program.get_concrete_function(*inputs).graph.get_operations()}
+    assert "Softmax" in kinds and "Exp" not in kinds
+    np.testing.assert_allclose(tf.cast(program(*inputs), "float32"), 1.0, atol=4e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("upcast", [False, True])
-def test_gradients_in_half_precision(little_memory, dtype, upcast):
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_gradients_in_half_precision(little_memory, dtype, upcast, is_traced):
     exact = tuple(tf.constant(array) for array in tensors())
     rounded = tuple(tf.cast(array, dtype) for array in exact)
     expected = gradients(plain_attention, exact)
-    found = gradients(lambda *inputs: scaled_dot_product(*inputs, upcast=upcast), rounded)
+    program = functools.partial(scaled_dot_product, upcast=upcast)
+    if is_traced:
+        found = tf.function(lambda inputs: gradients(program, inputs), autograph=False)(rounded)
+    else:
+        found = gradients(program, rounded)
     for one, other, array in zip(found, expected, rounded, strict=True):
         assert one.dtype == array.dtype
         largest = np.abs(other).max()
