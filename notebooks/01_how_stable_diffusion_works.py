@@ -11,8 +11,8 @@
 # On a GPU or TPU give a hub id or a local folder of Stable Diffusion 1.5 or 2.1 here.
 PRESET = "emoji"
 PROMPT = "smiling face with sunglasses"
-PICTURE = "1f981"  # code point of the emoji that is encoded, a lion
-NUM_STEPS = 30
+IMAGE = "1f981"  # code point of the emoji that is encoded, a lion
+NUM_INFERENCE_STEPS = 30
 GUIDANCE_SCALE = 2.0
 SEED = 0
 
@@ -75,14 +75,14 @@ plt.rcParams.update(
 
 
 def show(rows, titles, labels=None, **options):
-    """Draws rows of pictures under the titles of the columns, with a label before each row."""
+    """Draws rows of images under the titles of the columns, with a label before each row."""
     columns = len(titles)
     width = min(10, 1.9 * columns)
     size = width, width / columns * len(rows) + 0.3
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for row, pictures in enumerate(rows):
-        for axis, picture in zip(axes[row], pictures, strict=True):
-            axis.imshow(picture, **options)
+    for row, images in enumerate(rows):
+        for axis, image in zip(axes[row], images, strict=True):
+            axis.imshow(image, **options)
             axis.set(xticks=[], yticks=[])
         if labels:
             axes[row, 0].set_ylabel(labels[row])
@@ -100,17 +100,17 @@ size = latent_shape[0] * factor
 parts = {"text encoder": sd.text_encoder, "UNet": sd.unet, "autoencoder": sd.vae}
 for name, part in parts.items():
     print(f"{name:13} {part.count_params():>13,} parameters")
-print(f"pictures of {size} x {size} x 3, latents of {' x '.join(map(str, latent_shape))}")
+print(f"images of {size} x {size} x 3, latents of {' x '.join(map(str, latent_shape))}")
 
-pictures = sd.text_to_image(
+images = sd.text_to_image(
     PROMPT,
     num_images=4,
-    num_inference_steps=NUM_STEPS,
+    num_inference_steps=NUM_INFERENCE_STEPS,
     guidance_scale=GUIDANCE_SCALE,
     seed=SEED,
     progress=False,
 )
-show([pictures], [f"seed {SEED + index}" for index in range(4)])
+show([images], [f"seed {SEED + index}" for index in range(4)])
 
 # %% [markdown]
 # ## The text encoder
@@ -146,7 +146,7 @@ summaries = summaries / np.linalg.norm(summaries, axis=1, keepdims=True)
 cosines = summaries @ summaries.T
 
 figure, axis = plt.subplots(figsize=(6.4, 5))
-image = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+heatmap = axis.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
 axis.set_xticks(range(len(prompts)), prompts, rotation=40, ha="right")
 axis.set_yticks(range(len(prompts)), prompts)
 for row, column in np.ndindex(cosines.shape):
@@ -154,7 +154,7 @@ for row, column in np.ndindex(cosines.shape):
     axis.text(
         column, row, f"{value:.1f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black"
     )
-figure.colorbar(image, label="cosine")
+figure.colorbar(heatmap, label="cosine")
 plt.show()
 
 pairs = [(a, b) for a in range(len(prompts)) for b in range(a)]
@@ -178,16 +178,16 @@ print(f"{values[np.logical_not(sharing)].mean():.2f}; dog face and lion {cosines
 # Stable Diffusion works on *latents*, into which the encoder of an autoencoder packs an image.
 
 # %%
-lion = next(emoji for emoji in load_emoji() if emoji.code == PICTURE)
-picture = lion.load(size)
-latents = sd.encode_image(picture)
+lion = next(emoji for emoji in load_emoji() if emoji.code == IMAGE)
+image = lion.load(size)
+latents = sd.encode_image(image)
 restored = sd.decode(latents)[0]
 
-ratio = picture.size / latents.size
-print(f"{picture.size:,} numbers as pixels, {latents.size:,} as latents: {ratio:.0f} times fewer")
-quality = peak_signal_to_noise_ratio(picture[None], restored[None])
-print(f"deviation of the latents {latents.std():.2f}; what comes back is at {quality:.1f} dB")
-show([[picture, restored]], ["picture", "encoded, decoded"])
+ratio = image.size / latents.size
+print(f"{image.size:,} numbers as pixels, {latents.size:,} as latents: {ratio:.0f} times fewer")
+quality = peak_signal_to_noise_ratio(image[None], restored[None])
+print(f"standard deviation of the latents {latents.std():.2f}; what comes back is at {quality:.1f} dB")
+show([[image, restored]], ["image", "encoded, decoded"])
 
 # %% [markdown]
 # (The last figure is the peak signal-to-noise ratio: each 6 dB more halve the error.)
@@ -232,10 +232,11 @@ show([moved], ["as encoded", *[f"+ {amount:g} noise" for amount in amounts[1:]]]
 # (`11_your_own_photographs`).
 
 # %%
-posterior = sd.vae.encode(images_to_unit(picture[None]))
+posterior = sd.vae.encode(images_to_unit(image[None]))
 mean = ops.convert_to_numpy(posterior.mean)
-deviation = np.exp(0.5 * ops.convert_to_numpy(posterior.log_variance))
-print(f"means spread by {mean.std():.3f}, the median deviation around them is {np.median(deviation):.4f}")
+standard_deviation = np.exp(0.5 * ops.convert_to_numpy(posterior.log_variance))
+around = np.median(standard_deviation)
+print(f"means spread by {mean.std():.3f}, the median standard deviation around them is {around:.4f}")
 print(f"KL divergence: {float(posterior.kl_divergence()[0]) / mean.size:.2f} nats for each latent number")
 
 # %% [markdown]
@@ -280,7 +281,7 @@ show([[sd.decode(each)[0] for each in noisy]], [f"timestep {t}" for t in timeste
 
 # %%
 context, negative = np.split(sd.encode_text([PROMPT, ""]), 2)
-state, steps = NoiseStreams([SEED]).draw(latent_shape), ddim_steps(schedule, NUM_STEPS)
+state, steps = NoiseStreams([SEED]).draw(latent_shape), ddim_steps(schedule, NUM_INFERENCE_STEPS)
 states, answers = [], []
 for step in steps:
     states.append(state)
@@ -293,7 +294,7 @@ for step in steps:
     answers.append(sample)
     state = add_noise(sample, remaining, *np.float32(step.end))
 
-shown = np.linspace(0, NUM_STEPS - 1, 6).round().astype(int)
+shown = np.linspace(0, NUM_INFERENCE_STEPS - 1, 6).round().astype(int)
 show(
     [[sd.decode(states[index])[0] for index in shown], [sd.decode(answers[index])[0] for index in shown]],
     [f"step {index + 1}" for index in shown],
@@ -305,7 +306,7 @@ show(
 
 # %%
 compiled = sd.denoise(
-    states[0], context, negative, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_STEPS
+    states[0], context, negative, guidance_scale=GUIDANCE_SCALE, num_inference_steps=NUM_INFERENCE_STEPS
 )
 print(f"largest difference between both results: {np.abs(compiled - state).max():.0e}")
 
@@ -356,7 +357,7 @@ def attention_maps(latents, timestep, context):
 
 tokens = sd.tokenizer.encode([PROMPT])[0]
 pieces = [sd.tokenizer.decode([token]) for token in tokens]
-middle = range(NUM_STEPS // 3, NUM_STEPS)
+middle = range(NUM_INFERENCE_STEPS // 3, NUM_INFERENCE_STEPS)
 maps = np.mean([attention_maps(states[i], steps[i].timestep, context) for i in middle], axis=0)
 shares = maps.mean(axis=(0, 1))
 maps = maps[..., 1 : len(tokens) + 1]
@@ -367,7 +368,7 @@ print(f"{words}, the rest to end and padding")
 drawn = sd.decode(state)[0]
 figure, axes = plt.subplots(1, len(pieces) + 1, figsize=(min(10, 2 * len(pieces) + 2), 2.4))
 axes[0].imshow(drawn)
-axes[0].set_title("the picture")
+axes[0].set_title("the image")
 for index, (axis, piece) in enumerate(zip(axes[1:], pieces, strict=True)):
     heat = maps[..., index] / maps[..., index].max()
     axis.imshow(drawn.mean(axis=-1), cmap="gray", extent=(0, 1, 0, 1), alpha=0.5)
@@ -388,7 +389,7 @@ plt.show()
 # the prompt. The difference between the two answers is all that the text contributes.
 
 # %%
-shown = [0, NUM_STEPS // 4, NUM_STEPS // 2, NUM_STEPS - 1]
+shown = [0, NUM_INFERENCE_STEPS // 4, NUM_INFERENCE_STEPS // 2, NUM_INFERENCE_STEPS - 1]
 rows = []
 for text in (negative, context):
     row = []
@@ -421,7 +422,7 @@ show(rows, [f"step {index + 1}" for index in shown], ["without the text", "with 
 scales = [1, 2, 5, 10]
 rows = []
 for seed in (SEED, SEED + 1):
-    options = {"num_inference_steps": NUM_STEPS, "seed": seed, "progress": False}
+    options = {"num_inference_steps": NUM_INFERENCE_STEPS, "seed": seed, "progress": False}
     rows.append([sd.text_to_image(PROMPT, guidance_scale=scale, **options)[0] for scale in scales])
 show(rows, [f"scale {scale}" for scale in scales], [f"seed {SEED}", f"seed {SEED + 1}"])
 

@@ -9,14 +9,14 @@
 
 # %% tags=["parameters"]
 # This notebook trains a model of its own, so there is no PRESET to choose.
-WORD = "face"  # only pictures with this word in their first caption; "" takes all
+WORD = "face"  # only images with this word in their first caption; "" takes all
 DATASET = "emoji"  # with a connection also a name of TensorFlow Datasets, such as "oxford_flowers102"
 IMAGE_SIZE = 32  # 64 and CHANNELS = (32, 64, 96, 128) on a GPU
 CHANNELS = (24, 48, 72)  # of the UNet, one number for each resolution
 TRAINING_STEPS = 400  # 50,000 and a batch of 64 on a GPU
 BATCH_SIZE = 16
 EVALUATIONS = 5
-SAMPLES = 64  # pictures drawn at each evaluation
+SAMPLES = 64  # images drawn at each evaluation
 SAMPLING_STEPS = 10
 KID = "kid_emoji"  # or "kid_inception_imagenet" with a connection
 
@@ -89,11 +89,11 @@ plt.rcParams.update(
 keras.utils.set_random_seed(0)
 
 
-def show(pictures, titles, width=2.2):
-    """Draws pictures side by side, each under its title."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(width * len(pictures), width + 0.4), squeeze=False)
-    for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
-        axis.imshow(picture)
+def show(images, titles, width=2.2):
+    """Draws images side by side, each under its title."""
+    figure, axes = plt.subplots(1, len(images), figsize=(width * len(images), width + 0.4), squeeze=False)
+    for axis, image, title in zip(axes[0], images, titles, strict=True):
+        axis.imshow(image)
         axis.set_title(title)
         axis.axis("off")
     plt.show()
@@ -110,9 +110,9 @@ def show(pictures, titles, width=2.2):
 # %%
 everything = load_source(DATASET, "train", IMAGE_SIZE, need_captions=False)
 training = [example for example in everything if WORD in " ".join(example["captions"][:1])]
-pictures = np.stack([training[index * len(training) // 48]["image"] for index in range(48)])
-print(f"{len(training):,} pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels")
-show([image_grid(pictures, columns=12, scale=2)], ["training pictures"], width=8)
+images = np.stack([training[index * len(training) // 48]["image"] for index in range(48)])
+print(f"{len(training):,} images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels")
+show([image_grid(images, columns=12, scale=2)], ["training images"], width=8)
 
 # %% [markdown]
 # ## Signal and noise
@@ -138,10 +138,10 @@ axis.grid(alpha=0.3)
 axis.legend()
 plt.show()
 
-picture = images_to_unit(pictures[24])
-noise = np.random.default_rng(0).standard_normal(picture.shape, dtype="float32")
+image = images_to_unit(images[24])
+noise = np.random.default_rng(0).standard_normal(image.shape, dtype="float32")
 timesteps = [0, 200, 400, 600, 800, 999]
-noisy = [add_noise(picture, noise, schedule.signal_rates[t], schedule.noise_rates[t]) for t in timesteps]
+noisy = [add_noise(image, noise, schedule.signal_rates[t], schedule.noise_rates[t]) for t in timesteps]
 show([images_from_unit(each) for each in noisy], [f"timestep {t}" for t in timesteps], width=1.6)
 
 # %% [markdown]

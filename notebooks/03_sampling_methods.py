@@ -13,7 +13,7 @@ PRESET = "emoji"
 PROMPT = "face with sunglasses"
 STEP_COUNTS = (3, 5, 10, 20, 50)
 REFERENCE_STEPS = 200
-NUM_SEEDS = 4  # pictures that distances are averaged over
+NUM_SEEDS = 4  # images that distances are averaged over
 GUIDANCE_SCALE = 2.0
 SEED = 0
 
@@ -67,7 +67,7 @@ schedule = NoiseSchedule(sd.scheduler_config)
 
 
 def draw(sampler, num_inference_steps, **options):
-    """`NUM_SEEDS` pictures of the prompt."""
+    """`NUM_SEEDS` images of the prompt."""
     options = {"num_images": NUM_SEEDS, "seed": SEED, "guidance_scale": GUIDANCE_SCALE, **options}
     return sd.text_to_image(
         PROMPT, sampler=sampler, num_inference_steps=num_inference_steps, progress=False, **options
@@ -75,13 +75,13 @@ def draw(sampler, num_inference_steps, **options):
 
 
 def show(rows, titles, labels, side=1.2):
-    """Draws rows of pictures with a title over each column and a label before each row."""
+    """Draws rows of images with a title over each column and a label before each row."""
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=(side * len(titles) + 2, side * len(rows) + 0.4), squeeze=False
     )
-    for row, pictures, label in zip(axes, rows, labels, strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture)
+    for row, images, label in zip(axes, rows, labels, strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     for axis, title in zip(axes[0], titles, strict=True):
@@ -137,9 +137,9 @@ plt.show()
 # Every row begins from the same noise.
 
 # %%
-pictures = {(name, steps): draw(name, steps) for name in SAMPLERS for steps in STEP_COUNTS}
+images = {(name, steps): draw(name, steps) for name in SAMPLERS for steps in STEP_COUNTS}
 show(
-    [[pictures[name, steps][0] for steps in STEP_COUNTS] for name in SAMPLERS],
+    [[images[name, steps][0] for steps in STEP_COUNTS] for name in SAMPLERS],
     [f"{steps} steps" for steps in STEP_COUNTS],
     [sampler.name for sampler in SAMPLERS.values()],
 )
@@ -158,18 +158,18 @@ show(
 
 # %%
 def distance(some, others):
-    """Root mean square difference of pictures in levels of 0 to 255, averaged over the pictures."""
+    """Root mean square difference of images in levels of 0 to 255, averaged over the images."""
     squares = (some.astype("float64") - others.astype("float64")) ** 2
     return np.sqrt(squares.mean(axis=(1, 2, 3))).mean()
 
 
 def plot_distances(names, reference_of, title):
-    """Draws how far the pictures are from a reference, against evaluations; Karras' spacing is dashed."""
+    """Draws how far the images are from a reference, against evaluations; Karras' spacing is dashed."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     markers = "os^Dv<>pP*Xhd"
     for index, name in enumerate(names):
         counts = [evaluations(name, steps) for steps in STEP_COUNTS]
-        distances = [distance(pictures[name, steps], reference_of(name)) for steps in STEP_COUNTS]
+        distances = [distance(images[name, steps], reference_of(name)) for steps in STEP_COUNTS]
         line = {"marker": markers[index], "linestyle": "--" if "karras" in name else "-"}
         axis.plot(counts, distances, color=f"C{index % 10}", label=SAMPLERS[name].name, **line)
     axis.set(
@@ -190,14 +190,14 @@ def plot_distances(names, reference_of, title):
 
 solution = draw("heun", REFERENCE_STEPS)
 deterministic = [name for name in SAMPLERS if not draws_noise(name)]
-plot_distances(deterministic, lambda name: solution, f"Distance to Heun's picture in {REFERENCE_STEPS} steps")
+plot_distances(deterministic, lambda name: solution, f"Distance to Heun's image in {REFERENCE_STEPS} steps")
 
 # %%
 most = STEP_COUNTS[-1]
-ranking = sorted(deterministic, key=lambda name: distance(pictures[name, most], solution))
+ranking = sorted(deterministic, key=lambda name: distance(images[name, most], solution))
 print(f"distance to the solution, in levels of 255, in {STEP_COUNTS[1]} and in {most} steps:")
 for name in ranking:
-    few, many = (distance(pictures[name, steps], solution) for steps in (STEP_COUNTS[1], most))
+    few, many = (distance(images[name, steps], solution) for steps in (STEP_COUNTS[1], most))
     print(f"{SAMPLERS[name].name:18} {few:6.1f} {many:6.1f}")
 
 # %% [markdown]
@@ -210,7 +210,7 @@ for name in ranking:
 stochastic = [name for name in SAMPLERS if draws_noise(name)]
 own = {name: draw(name, REFERENCE_STEPS) for name in stochastic if name != "lcm"}
 names = list(own)
-plot_distances(names, own.get, f"Distance to the own picture in {REFERENCE_STEPS} steps")
+plot_distances(names, own.get, f"Distance to its own image in {REFERENCE_STEPS} steps")
 
 # %% [markdown]
 # (LCM is left out: it is meant for models that were distilled for it, and takes 50 steps at most.)
@@ -223,9 +223,9 @@ plot_distances(names, own.get, f"Distance to the own picture in {REFERENCE_STEPS
 between_seeds = np.mean(
     [distance(solution, np.roll(solution, shift, axis=0)) for shift in range(1, NUM_SEEDS)]
 )
-print(f"pictures of different seeds are {between_seeds:.1f} levels apart")
+print(f"images of different seeds are {between_seeds:.1f} levels apart")
 for name in names:
-    away = distance(pictures[name, most], own[name])
+    away = distance(images[name, most], own[name])
     print(f"{SAMPLERS[name].name:20} in {most} steps: {away:5.1f} from its own")
 
 # %% [markdown]
@@ -239,13 +239,13 @@ for name in names:
 
 # %%
 order = deterministic + stochastic
-matrix = np.array([[distance(pictures[a, most], pictures[b, most]) for b in order] for a in order])
+matrix = np.array([[distance(images[a, most], images[b, most]) for b in order] for a in order])
 titles = [SAMPLERS[name].name for name in order]
 figure, axis = plt.subplots(figsize=(8, 6.8))
-image = axis.imshow(matrix, cmap="viridis_r")
+heatmap = axis.imshow(matrix, cmap="viridis_r")
 axis.set_xticks(range(len(order)), titles, rotation=60, ha="right")
 axis.set_yticks(range(len(order)), titles)
-figure.colorbar(image, label=f"distance in {most} steps (levels of 255)")
+figure.colorbar(heatmap, label=f"distance in {most} steps (levels of 255)")
 plt.show()
 
 # %% [markdown]
@@ -257,7 +257,7 @@ plt.show()
 chosen = ["ddim", "dpmpp_2m", "unipc", "euler_a", "dpmpp_2m_sde"]
 middle = STEP_COUNTS[len(STEP_COUNTS) // 2 + 1] if len(STEP_COUNTS) > 2 else most
 show(
-    [pictures[name, middle] for name in chosen],
+    [images[name, middle] for name in chosen],
     [f"seed {SEED + index}" for index in range(NUM_SEEDS)],
     [SAMPLERS[name].name for name in chosen],
 )

@@ -11,7 +11,7 @@
 # On a GPU or TPU give a hub id or a local folder of Stable Diffusion 1.5 or 2.1 here.
 PRESET = "emoji"
 PROMPTS = ("red heart", "blue heart", "blue circle", "red apple")
-NUM_STEPS = 25
+NUM_INFERENCE_STEPS = 25
 GUIDANCE_SCALE = 2.0
 NUM_FRAMES = 24  # of each walk
 WALK_PROMPT = "face with sunglasses"  # of walks through the noise
@@ -66,17 +66,17 @@ plt.rcParams.update(
 
 sd = StableDiffusion.from_preset(PRESET)
 latent_shape = sd.latent_shape()
-sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
+sampling = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
 
 
 def draw(noise, context):
-    """Pictures of noises `(n, h, w, c)` and text encodings `(n, tokens, width)`, a batch at a time."""
+    """Images of noises `(n, h, w, c)` and text encodings `(n, tokens, width)`, a batch at a time."""
     negative = sd.encode_text([""]).repeat(len(noise), axis=0)
-    options = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
-    pictures = []
+    options = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    images = []
     for batch in equal_batches(len(noise), sd.batch_size):
-        pictures.append(sd.decode(sd.denoise(noise[batch], context[batch], negative[batch], **options)))
-    return np.concatenate(pictures)[: len(noise)]
+        images.append(sd.decode(sd.denoise(noise[batch], context[batch], negative[batch], **options)))
+    return np.concatenate(images)[: len(noise)]
 
 
 def show(frames, columns=8):
@@ -149,11 +149,11 @@ figure, axis = plt.subplots(figsize=(6, 3))
 for (name, points), style in zip(ways.items(), ("--", "-"), strict=True):
     lengths = np.sqrt(np.mean(points**2, axis=(1, 2, 3)))
     print(
-        f"{name}: deviation half way {lengths[3:5].mean():.2f}, at the ends {lengths[0]:.2f} and "
+        f"{name}: standard deviation half way {lengths[3:5].mean():.2f}, at the ends {lengths[0]:.2f} and "
         f"{lengths[-1]:.2f}"
     )
     axis.plot(shares, lengths, style, marker="o", label=name)
-axis.set(xlabel="share of the way", ylabel="deviation of the noise", ylim=(0, 1.2))
+axis.set(xlabel="share of the way", ylabel="standard deviation of the noise", ylim=(0, 1.2))
 axis.grid(alpha=0.3)
 axis.legend()
 plt.show()

@@ -10,11 +10,11 @@
 # %% tags=["parameters"]
 # With a connection and a GPU: PRESET = None, CLIP = "ViT-L-14/openai", the CLIP that Stable Diffusion 1
 # listens to, CAPTIONER = "Salesforce/blip-image-captioning-large" and DEVICE = "cuda".
-PRESET = "emoji"  # whose CLIP looks at the pictures; None for the one below
+PRESET = "emoji"  # whose CLIP looks at the images; None for the one below
 CLIP = None
 CAPTIONER = None
 DEVICE = "cpu"
-PICTURES = 120
+IMAGES = 120
 
 # %% [markdown]
 # **What you will learn**
@@ -80,7 +80,7 @@ def read_captions(folder):
 
 
 def show(folder, names, texts, columns=4):
-    """Draws pictures above their texts."""
+    """Draws images above their texts."""
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(10, 2.1 * rows), squeeze=False)
     for axis in axes.flat:
@@ -97,14 +97,14 @@ def show(folder, names, texts, columns=4):
 # We draw emoji as PNG files. One file is damaged on purpose, as in a large folder some often are.
 
 # %%
-emoji = evenly([one for one in load_emoji() if one.code == one.concept and one.split == "train"], PICTURES)
-folder = Path("pictures")
+emoji = evenly([one for one in load_emoji() if one.code == one.concept and one.split == "train"], IMAGES)
+folder = Path("images")
 folder.mkdir()
 for one in emoji:
     Image.fromarray(one.load(64)).save(folder / f"{one.code}.png")
 (folder / "broken.png").write_bytes(b"half a download")
 names_of = {f"{one.code}.png": one.captions[0] for one in emoji}
-print(f"{len(emoji)} pictures, such as {', '.join(list(names_of)[:4])}")
+print(f"{len(emoji)} images, such as {', '.join(list(names_of)[:4])}")
 
 # %% [markdown]
 # ## A vocabulary
@@ -257,7 +257,7 @@ show(folder, evenly(list(after), 12), after)
 source = load_source(str(folder), "train", 64)
 example = source[0]
 print(f"{len(source)} examples; the first: {example['image'].shape}, {example['captions']}")
-print("$ python -m keras_sd.train lora --train-data-dir pictures --max-train-steps 500")
+print("$ python -m keras_sd.train lora --train-data-dir images --max-train-steps 500")
 
 # %% [markdown]
 # ## Conclusion

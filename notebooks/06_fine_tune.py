@@ -16,9 +16,9 @@ TRAIN_BATCH_SIZE = 32
 LEARNING_RATE = 3e-4  # 1e-5 for Stable Diffusion
 LORA_RANK = 16
 LORA_LEARNING_RATE = 1.5e-3  # 1e-4 for Stable Diffusion
-TRAINING_PICTURES = 2000  # at most
-KID_PICTURES = 100
-NUM_STEPS = 20  # of sampling
+TRAINING_IMAGES = 2000  # at most
+KID_IMAGES = 100
+NUM_INFERENCE_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
@@ -94,17 +94,17 @@ os.chdir(workspace.name)  # all that is written goes there, and goes away with t
 
 
 def show(rows, columns):
-    """Draws pictures as a table: `rows` is a dictionary from a row's title to its pictures."""
+    """Draws images as a table: `rows` is a dictionary from a row's title to its images."""
     size = 1.5
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(size * len(columns) + 0.4, (size + 0.1) * len(rows)), squeeze=False
     )
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=11)
-    for row, (title, pictures) in zip(axes, rows.items(), strict=True):
+    for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(title)
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture)
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     plt.show()
@@ -124,9 +124,9 @@ image_size = sd.unet.config.sample_size * sd.vae.config.downsampling
 
 source = load_source("openmoji", "train", image_size)
 examples = [source[i] for i, emoji in enumerate(source.emoji) if emoji.code == emoji.concept]
-examples = evenly(examples, TRAINING_PICTURES)
-held_out = evenly(load_source("openmoji", "validation", image_size), KID_PICTURES)
-print(f"{len(examples)} pictures to learn from, {len(held_out)} to measure with, {image_size} pixels")
+examples = evenly(examples, TRAINING_IMAGES)
+held_out = evenly(load_source("openmoji", "validation", image_size), KID_IMAGES)
+print(f"{len(examples)} images to learn from, {len(held_out)} to measure with, {image_size} pixels")
 
 as_twemoji = load_source("emoji", "train", image_size)
 positions = {emoji.captions[0]: index for index, emoji in enumerate(source.emoji)}
@@ -150,21 +150,26 @@ show(
 # but it scatters about zero.
 
 # %%
-sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
+sampling = {
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
+    "seed": 0,
+    "progress": False,
+}
 extractor = ClipFeatures(load_part(presets.find("emoji"), "image_encoder"))
 real_features = extract(extractor, np.stack([example["image"] for example in held_out]))
 
 
 def kid(model):
-    """KID of held-out pictures and what a model draws for their captions."""
+    """KID of held-out images and what a model draws for their captions."""
     drawn = model.text_to_image([example["captions"][0] for example in held_out], **sampling)
     return paired_kernel_inception_distance(real_features, extract(extractor, drawn)).mean
 
 
-pictures = {"before": sd.text_to_image(list(PROMPTS), **sampling)}
+images = {"before": sd.text_to_image(list(PROMPTS), **sampling)}
 kids = {"before": kid(sd)}
 print(f"KID before: {kids['before']:.2f}")
-show(pictures, PROMPTS)
+show(images, PROMPTS)
 
 # %% [markdown]
 # ## Encode once
@@ -225,7 +230,7 @@ def train(folder, learning_rate, unet, export):
 
 tuned = StableDiffusion.from_preset(PRESET, batch_size=sd.batch_size)
 seconds = {"full": train("runs/full", LEARNING_RATE, tuned.unet, export=tuned.save)}
-print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} pictures in {seconds['full']:.0f} s")
+print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} images in {seconds['full']:.0f} s")
 
 # %% [markdown]
 # The run folder holds checkpoints to go on from, logs for TensorBoard, and the exported `model`, which opens
@@ -233,10 +238,10 @@ print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} pictures in {seconds['full'
 
 # %%
 tuned = StableDiffusion.load("runs/full/model", batch_size=sd.batch_size)
-pictures["full"] = tuned.text_to_image(list(PROMPTS), **sampling)
+images["full"] = tuned.text_to_image(list(PROMPTS), **sampling)
 kids["full"] = kid(tuned)
 print(f"KID {kids['before']:.2f} before, {kids['full']:.2f} after full fine-tuning")
-show(pictures, PROMPTS)
+show(images, PROMPTS)
 
 # %% [markdown]
 # ## LoRA
@@ -261,7 +266,7 @@ seconds["LoRA"] = train(
     unet,
     export=lambda folder: save_lora(folder, {"unet": unet}),
 )
-print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} pictures in {seconds['LoRA']:.0f} s")
+print(f"{TRAINING_STEPS} steps of {TRAIN_BATCH_SIZE} images in {seconds['LoRA']:.0f} s")
 
 
 # %% [markdown]
@@ -297,9 +302,9 @@ rows = {}
 for weight in (0, 0.5, 1):
     sd.set_lora_weights({"openmoji": weight})
     rows[f"weight {weight:g}"] = sd.text_to_image(list(PROMPTS), **sampling)
-pictures["LoRA"] = rows["weight 1"]
+images["LoRA"] = rows["weight 1"]
 kids["LoRA"] = kid(sd)
-print("weight 0 is the model as it was:", np.array_equal(rows["weight 0"], pictures["before"]))
+print("weight 0 is the model as it was:", np.array_equal(rows["weight 0"], images["before"]))
 show(rows, PROMPTS)
 
 # %% [markdown]
@@ -313,7 +318,7 @@ def megabytes(folder, pattern):
     return sum(path.stat().st_size for path in Path(folder).glob(pattern)) / 1e6
 
 
-show(pictures, PROMPTS)
+show(images, PROMPTS)
 sizes = {
     "full": megabytes("runs/full/model/unet", "*.safetensors"),
     "LoRA": megabytes("runs/lora/model", "pytorch_lora_weights.safetensors"),
@@ -346,20 +351,20 @@ from diffusers import StableDiffusionPipeline
 
 job = load(open("job.json"))
 pipe = StableDiffusionPipeline.from_pretrained("runs/full/model", safety_checker=None)
-pictures = pipe(**job, latents=torch.from_numpy(np.load("noise.npy")), output_type="np").images
-np.save("pictures.npy", (pictures * 255).round().astype("uint8"))
+images = pipe(**job, latents=torch.from_numpy(np.load("noise.npy")), output_type="np").images
+np.save("images.npy", (images * 255).round().astype("uint8"))
 
 # %%
 noise = NoiseStreams(range(len(PROMPTS))).draw(sd.latent_shape())
 np.save("noise.npy", noise.transpose(0, 3, 1, 2))  # torch has channels first
-job = {"prompt": PROMPTS, "num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
+job = {"prompt": PROMPTS, "num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
 Path("job.json").write_text(json.dumps(job), encoding="utf-8")
 subprocess.run([sys.executable, "with_diffusers.py"], check=True, capture_output=True)
 
-in_diffusers = np.load("pictures.npy")
-difference = np.abs(in_diffusers.astype(int) - pictures["full"]).max()
+in_diffusers = np.load("images.npy")
+difference = np.abs(in_diffusers.astype(int) - images["full"]).max()
 print(f"largest difference of a pixel: {difference} of 255 levels")
-show({"keras_sd": pictures["full"], "diffusers": in_diffusers}, PROMPTS)
+show({"keras_sd": images["full"], "diffusers": in_diffusers}, PROMPTS)
 
 # %% [markdown]
 # The LoRA is taken as easily, on the model that it was trained for:

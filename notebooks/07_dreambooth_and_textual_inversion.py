@@ -10,7 +10,7 @@
 # %% tags=["parameters"]
 # On a GPU or TPU give a hub id or the absolute path of a folder of Stable Diffusion 1.5 or 2.1 here.
 PRESET = "emoji"
-SUBJECT = "e000"  # an OpenMoji that is no emoji of Unicode; with your own pictures give their folder below
+SUBJECT = "e000"  # an OpenMoji that is no emoji of Unicode; with your own images give their folder below
 SUBJECT_CLASS = "fish"
 RARE_WORD = "sks"
 INSTANCE_DATA_DIR = None
@@ -22,7 +22,7 @@ INVERSION_LEARNING_RATE = 1e-2  # 5e-3 for Stable Diffusion
 NUM_VECTORS = 4
 SAMPLES = 8
 CLASS_SAMPLES = 64  # to see how far the class has moved
-NUM_STEPS = 20  # of sampling
+NUM_INFERENCE_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
@@ -89,18 +89,18 @@ os.chdir(workspace.name)  # all that is written goes there, and goes away with t
 
 
 def show(rows, titles=(), size=1.25):
-    """Draws pictures as a table: `rows` is a dictionary from a row's title to its pictures."""
-    columns = max(len(pictures) for pictures in rows.values())
+    """Draws images as a table: `rows` is a dictionary from a row's title to its images."""
+    columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(size * columns + 1.6, (size + 0.05) * len(rows)), squeeze=False
     )
-    for row, (title, pictures) in zip(axes, rows.items(), strict=True):
+    for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(title, rotation=0, ha="right", va="center")
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        for axis, picture in zip(row, pictures, strict=False):
-            axis.imshow(picture)
+        for axis, image in zip(row, images, strict=False):
+            axis.imshow(image)
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=11)
     plt.show()
@@ -138,7 +138,7 @@ source = load_source(INSTANCE_DATA_DIR, "train", image_size, need_captions=False
 subject = np.stack([source[index]["image"] for index in range(len(source))])
 
 instance_prompt = f"{RARE_WORD} {SUBJECT_CLASS}"
-sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
+sampling = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, "progress": False}
 
 
 def draw(model, prompt, count=SAMPLES, seed=0):
@@ -169,7 +169,7 @@ begun = time.perf_counter()
 # !{python} -m keras_sd.train dreambooth --pretrained-model-name-or-path {PRESET} \
 #     --instance-data-dir {INSTANCE_DATA_DIR} --instance-prompt "{instance_prompt}" \
 #     --max-train-steps {DREAMBOOTH_STEPS} --learning-rate {DREAMBOOTH_LEARNING_RATE} \
-#     --evaluation-steps 100000 --num-inference-steps {NUM_STEPS} --num-validation-images 1 \
+#     --evaluation-steps 100000 --num-inference-steps {NUM_INFERENCE_STEPS} --num-validation-images 1 \
 #     --no-jit-compile --output-dir runs/alone 2>&1 | tail -n 1
 seconds["DreamBooth alone"] = time.perf_counter() - begun
 
@@ -193,7 +193,7 @@ begun = time.perf_counter()
 #     --with-prior-preservation --class-prompt "{SUBJECT_CLASS}" --num-class-images {CLASS_IMAGES} \
 #     --sample-batch-size 20 \
 #     --max-train-steps {DREAMBOOTH_STEPS} --learning-rate {DREAMBOOTH_LEARNING_RATE} \
-#     --evaluation-steps 100000 --num-inference-steps {NUM_STEPS} --num-validation-images 1 \
+#     --evaluation-steps 100000 --num-inference-steps {NUM_INFERENCE_STEPS} --num-validation-images 1 \
 #     --no-jit-compile --output-dir runs/prior 2>&1 | tail -n 1
 seconds["DreamBooth with prior"] = time.perf_counter() - begun
 
@@ -214,7 +214,7 @@ begun = time.perf_counter()
 #     --train-data-dir {INSTANCE_DATA_DIR} --placeholder-token "{new_word}" \
 #     --initializer-token "{SUBJECT_CLASS}" --num-vectors {NUM_VECTORS} \
 #     --max-train-steps {INVERSION_STEPS} --train-batch-size 16 --learning-rate {INVERSION_LEARNING_RATE} \
-#     --evaluation-steps 100000 --num-inference-steps {NUM_STEPS} --num-validation-images 1 \
+#     --evaluation-steps 100000 --num-inference-steps {NUM_INFERENCE_STEPS} --num-validation-images 1 \
 #     --no-jit-compile --output-dir runs/word 2>&1 | tail -n 1
 seconds["textual inversion"] = time.perf_counter() - begun
 
@@ -247,7 +247,7 @@ show({"the subject": subject} | {lines(name): samples[name] for name in models})
 # And the class, after each of the three, from seeds that no training used:
 
 # %%
-show({lines(name): pictures[:SAMPLES] for name, pictures in classes.items()})
+show({lines(name): images[:SAMPLES] for name, images in classes.items()})
 
 # %% [markdown]
 # Without prior preservation the class has become the subject, or is on its way there. With it, the class
@@ -261,21 +261,21 @@ show({lines(name): pictures[:SAMPLES] for name, pictures in classes.items()})
 extractor = ClipFeatures(load_part(presets.find("emoji"), "image_encoder"))
 
 
-def unit_features(pictures):
-    features = extract(extractor, pictures)
+def unit_features(images):
+    features = extract(extractor, images)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 wanted = unit_features(subject)
-class_features = {name: extract(extractor, pictures) for name, pictures in classes.items()}
+class_features = {name: extract(extractor, images) for name, images in classes.items()}
 files = {
     "DreamBooth alone": "runs/alone/model/unet/*.safetensors",
     "DreamBooth with prior": "runs/prior/model/unet/*.safetensors",
     "textual inversion": "runs/word/model/learned_embeds.safetensors",
 }
 print(f"{'':24}{'similarity':>12}{'class KID':>12}{'file':>14}{'time':>9}")
-for name, pictures in samples.items():
-    line = f"{name:24}{(unit_features(pictures) @ wanted.T).mean():12.2f}"
+for name, images in samples.items():
+    line = f"{name:24}{(unit_features(images) @ wanted.T).mean():12.2f}"
     if name in files:
         if np.array_equal(classes[name], classes["before"]):
             drift = "unchanged"

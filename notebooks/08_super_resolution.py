@@ -8,15 +8,15 @@
 # **Accelerator:** None (GPU or TPU for Stable Diffusion)
 
 # %% tags=["parameters"]
-# Draws the pictures of the last section. On a GPU or TPU give a hub id or the absolute path of a folder of
+# Draws the images of the last section. On a GPU or TPU give a hub id or the absolute path of a folder of
 # Stable Diffusion 1.5 or 2.1 here.
 PRESET = "emoji"
 UPSCALER = "emoji-upscaler"  # or the folder of a `super-resolution` run's model
-TEST_PICTURES = 60
-NUM_STEPS = 10
+TEST_IMAGES = 60
+NUM_INFERENCE_STEPS = 10
 STEP_COUNTS = (1, 2, 5, 10, 20)
 NOISE_LEVELS = (0, 20, 40, 60, 80)
-INPUT_NOISE = 12  # deviation in levels of 255
+INPUT_NOISE = 12  # standard deviation in levels of 255
 NUM_SEEDS = 8
 PROMPTS = ("red heart", "grinning face", "rocket", "tulip", "pizza", "snowman")
 
@@ -82,16 +82,16 @@ plt.rcParams.update(
 
 
 def show(rows, columns, size=1.7):
-    """Draws pictures as a table: `rows` is a dictionary from a row's title to its pictures."""
+    """Draws images as a table: `rows` is a dictionary from a row's title to its images."""
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(size * len(columns) + 0.4, (size + 0.1) * len(rows)), squeeze=False
     )
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=11)
-    for row, (title, pictures) in zip(axes, rows.items(), strict=True):
+    for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(title)
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture)
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     plt.show()
@@ -113,13 +113,15 @@ print(
     f"{upscaler.unet.count_params():,} weights, {config.in_channels} channels in, {config.out_channels} out"
 )
 
-truth = np.stack([e["image"] for e in evenly(load_source("emoji", "validation", 128), TEST_PICTURES)])
-small = np.stack([resized(picture, (64, 64)) for picture in truth])
-enlarged = np.stack([resized(picture, (128, 128)) for picture in small])
+truth = np.stack([e["image"] for e in evenly(load_source("emoji", "validation", 128), TEST_IMAGES)])
+small = np.stack([resized(image, (64, 64)) for image in truth])
+enlarged = np.stack([resized(image, (128, 128)) for image in small])
 
 states = []
 upscaler.upscale(
-    small[:1], num_inference_steps=NUM_STEPS, on_step=lambda denoised: states.append(denoised.latents)
+    small[:1],
+    num_inference_steps=NUM_INFERENCE_STEPS,
+    on_step=lambda denoised: states.append(denoised.latents),
 )
 places = np.unique(np.linspace(0, len(states) - 1, 4).astype(int))
 seen = [small[0], enlarged[0], *(images_from_unit(states[place])[0] for place in places)]
@@ -137,8 +139,8 @@ show({"": seen}, titles)
 
 
 # %%
-def compare(picture, methods, corner, side=40):
-    """Whole pictures of each method, and below them a square of each, enlarged."""
+def compare(methods, corner, side=40):
+    """Whole images of each method, and below them a square of each, enlarged."""
     left, top = corner
     crops = {name: image[top : top + side, left : left + side] for name, image in methods.items()}
     figure, axes = plt.subplots(2, len(methods), figsize=(1.95 * len(methods), 4.3))
@@ -152,12 +154,11 @@ def compare(picture, methods, corner, side=40):
     plt.show()
 
 
-made, figures = measure_upscaling(upscaler, truth, num_inference_steps=NUM_STEPS)
-lanczos = np.stack([resized(picture, (128, 128), Image.Resampling.LANCZOS) for picture in small])
+made, figures = measure_upscaling(upscaler, truth, num_inference_steps=NUM_INFERENCE_STEPS)
+lanczos = np.stack([resized(image, (128, 128), Image.Resampling.LANCZOS) for image in small])
 nearest = small.repeat(2, axis=1).repeat(2, axis=2)
 for index, corner in ((0, (44, 20)), (len(truth) // 2, (44, 58))):
     compare(
-        truth[index],
         {
             "64 pixels": nearest[index],
             "bicubic": enlarged[index],
@@ -174,7 +175,7 @@ for index, corner in ((0, (44, 20)), (len(truth) // 2, (44, 58))):
 # levels of 0 to 255; less is better. It rises where edges are soft, and where there are rings beside them.
 
 # %%
-print(f"{len(truth)} pictures    PSNR    edge error")
+print(f"{len(truth)} images    PSNR    edge error")
 for title, prefix in (("bicubic", "bicubic_"), ("Lanczos", "lanczos_"), ("upscaler", "")):
     print(f"{title:12} {figures[prefix + 'psnr']:7.2f} dB {figures[prefix + 'edge_error']:9.2f}")
 gain = figures["edge_error"] / figures["bicubic_edge_error"] - 1
@@ -196,10 +197,10 @@ few = slice(0, 15)
 psnrs, edges = [], []
 by_steps = {}
 for num_inference_steps in STEP_COUNTS:
-    pictures = upscaler.upscale(small[few], num_inference_steps=num_inference_steps)
-    psnrs.append(peak_signal_to_noise_ratio(truth[few], pictures))
-    edges.append(edge_error(truth[few], pictures))
-    by_steps[num_inference_steps] = pictures[0]
+    images = upscaler.upscale(small[few], num_inference_steps=num_inference_steps)
+    psnrs.append(peak_signal_to_noise_ratio(truth[few], images))
+    edges.append(edge_error(truth[few], images))
+    by_steps[num_inference_steps] = images[0]
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
 for axis, values, title in ((axes[0], psnrs, "PSNR (dB)"), (axes[1], edges, "edge error (levels)")):
@@ -224,18 +225,18 @@ show({"": by_steps.values()}, [f"{count} steps" for count in by_steps], size=1.5
 
 # %%
 repeated = np.repeat(small[:1], NUM_SEEDS, axis=0)
-draws = upscaler.upscale(repeated, num_inference_steps=NUM_STEPS)  # picture i is drawn from seed + i
+draws = upscaler.upscale(repeated, num_inference_steps=NUM_INFERENCE_STEPS)  # image i is drawn from seed + i
 spread = draws.astype("float32").std(axis=0).mean(axis=-1)
 
 figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.6))
-for axis, picture, title in zip(axes, (draws[0], draws[1]), ("seed 0", "seed 1"), strict=False):
-    axis.imshow(picture)
+for axis, image, title in zip(axes, (draws[0], draws[1]), ("seed 0", "seed 1"), strict=False):
+    axis.imshow(image)
     axis.set_title(title)
 mean = draws.mean(axis=0).round().astype("uint8")
 axes[2].imshow(mean)
 axes[2].set_title(f"mean of {NUM_SEEDS} seeds")
 shown = axes[3].imshow(spread, cmap="gray_r")
-axes[3].set_title("deviation")
+axes[3].set_title("standard deviation")
 figure.colorbar(shown, ax=axes[3], label="levels of 255")
 for axis in axes:
     axis.set(xticks=[], yticks=[])
@@ -261,10 +262,10 @@ print(
 
 
 # %%
-def grainy(pictures):
-    """Pictures with Gaussian noise on them, uint8."""
-    grain = np.random.default_rng(1).normal(0, INPUT_NOISE, pictures.shape)
-    return np.clip(pictures + grain, 0, 255).round().astype("uint8")
+def grainy(images):
+    """Images with Gaussian noise on them, uint8."""
+    grain = np.random.default_rng(1).normal(0, INPUT_NOISE, images.shape)
+    return np.clip(images + grain, 0, 255).round().astype("uint8")
 
 
 low_res = NoiseSchedule(upscaler.low_res_scheduler_config)
@@ -277,9 +278,10 @@ rows = {
     ]
 }
 results = {}
-for title, pictures in (("clean", small[few]), ("grainy", grainy(small[few]))):
+for title, images in (("clean", small[few]), ("grainy", grainy(small[few]))):
     at_levels = [
-        upscaler.upscale(pictures, noise_level=level, num_inference_steps=NUM_STEPS) for level in NOISE_LEVELS
+        upscaler.upscale(images, noise_level=level, num_inference_steps=NUM_INFERENCE_STEPS)
+        for level in NOISE_LEVELS
     ]
     rows[f"of {title}"] = [made[0] for made in at_levels]
     results[title] = [peak_signal_to_noise_ratio(truth[few], made) for made in at_levels]
@@ -336,7 +338,7 @@ show(
     {
         "wanted": [example["samples"] for example in drawn],
         "seen": [images_from_unit(example["channels"]) for example in drawn],
-        "noisy": [images_from_unit(picture) for picture in noisy],
+        "noisy": [images_from_unit(image) for image in noisy],
     },
     [f"level {e['class_labels']}, t {e['timesteps']}" for e in drawn],
     size=1.55,
@@ -365,9 +367,9 @@ drawn = sd.text_to_image(list(PROMPTS), num_inference_steps=30, guidance_scale=2
 size = [2 * side for side in drawn.shape[1:3]]
 show(
     {
-        "bicubic": [resized(picture, size) for picture in drawn],
-        "level 0": upscaler.upscale(drawn, num_inference_steps=NUM_STEPS),
-        "level 40": upscaler.upscale(drawn, noise_level=40, num_inference_steps=NUM_STEPS),
+        "bicubic": [resized(image, size) for image in drawn],
+        "level 0": upscaler.upscale(drawn, num_inference_steps=NUM_INFERENCE_STEPS),
+        "level 40": upscaler.upscale(drawn, noise_level=40, num_inference_steps=NUM_INFERENCE_STEPS),
     },
     PROMPTS,
 )

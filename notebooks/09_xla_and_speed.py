@@ -11,7 +11,7 @@
 # On a GPU or TPU give a hub id or a local folder of Stable Diffusion 1.5 or 2.1 here.
 PRESET = "emoji"
 PROMPT = "red heart"
-NUM_STEPS = 20
+NUM_INFERENCE_STEPS = 20
 NUM_IMAGES = 4
 TURNS = 7  # timed calls of each side
 PRECISIONS = ("bfloat16", "float16")  # beside float32
@@ -105,7 +105,7 @@ print(f"Keras {keras.__version__} on {keras.backend.backend()}, {os.cpu_count()}
 # %%
 sampling = {
     "num_images": NUM_IMAGES,
-    "num_inference_steps": NUM_STEPS,
+    "num_inference_steps": NUM_INFERENCE_STEPS,
     "guidance_scale": 2.0,
     "progress": False,
 }
@@ -113,12 +113,12 @@ models = {
     "XLA on": StableDiffusion.from_preset(PRESET),
     "XLA off": StableDiffusion.from_preset(PRESET, jit_compile=False),
 }
-pictures = {name: sd.text_to_image(PROMPT, **sampling).astype(int) for name, sd in models.items()}
-print("largest difference of a pixel, of 255:", np.abs(pictures["XLA on"] - pictures["XLA off"]).max())
+images = {name: sd.text_to_image(PROMPT, **sampling).astype(int) for name, sd in models.items()}
+print("largest difference of a pixel, of 255:", np.abs(images["XLA on"] - images["XLA off"]).max())
 
 sides = {name: lambda sd=sd: sd.text_to_image(PROMPT, **sampling) for name, sd in models.items()}
 warm = take_turns(sides)
-show(warm, f"{NUM_IMAGES} pictures, {NUM_STEPS} steps")
+show(warm, f"{NUM_IMAGES} images, {NUM_INFERENCE_STEPS} steps")
 
 # %% [markdown]
 # Without XLA, TensorFlow on an x86 processor computes convolutions and matrix multiplications by oneDNN,
@@ -148,7 +148,7 @@ for _ in range(2):
 
 def first_call(xla):
     """Seconds of the first and of the second call in a new process."""
-    arguments = [PRESET, PROMPT, str(NUM_IMAGES), str(NUM_STEPS), xla]
+    arguments = [PRESET, PROMPT, str(NUM_IMAGES), str(NUM_INFERENCE_STEPS), xla]
     done = subprocess.run(
         [sys.executable, "-c", FIRST_CALL, *arguments],
         env={**os.environ, "KERAS_SD_CACHE": str(Path("cache").resolve())},
@@ -194,7 +194,7 @@ sd = models["XLA on"]
 changes = {
     "another prompt": {"prompt": "blue circle"},
     "another sampler": {"prompt": PROMPT, "sampler": "dpmpp_2m"},
-    "one picture more": {"prompt": PROMPT, "num_images": NUM_IMAGES + 1},
+    "one image more": {"prompt": PROMPT, "num_images": NUM_IMAGES + 1},
     "the same again": {"prompt": PROMPT, "num_images": NUM_IMAGES + 1},
 }
 for name, change in changes.items():
@@ -217,7 +217,7 @@ for dtype in PRECISIONS:
 for name, model in precisions.items():
     size = sum(variable.value.dtype.size * int(np.prod(variable.shape)) for variable in model.unet.weights)
     made = model.text_to_image(PROMPT, **sampling).astype(int)
-    error = np.abs(made - pictures["XLA on"]).mean()
+    error = np.abs(made - images["XLA on"]).mean()
     print(f"{name:9} UNet {size / 2**20:6.1f} MiB, mean difference of a pixel {error:.2f} of 255")
 sides = {name: lambda sd=sd: sd.text_to_image(PROMPT, **sampling) for name, sd in precisions.items()}
 show(take_turns(sides, turns=3), "precisions")
@@ -316,7 +316,7 @@ devices = {  # peak operations and bytes a second
     "H100 SXM": (989e12, 3350e9),
     "TPU v5e": (197e12, 819e9),
 }
-print(f"{operations / 1e9:.0f} GFLOP an evaluation of one picture of 256 pixels")
+print(f"{operations / 1e9:.0f} GFLOP an evaluation of one image of 256 pixels")
 for name, (peak, bandwidth) in devices.items():
     arithmetic, memory = 1e3 * operations / peak, 1e3 * weight_bytes / bandwidth
     print(f"{name:11} at least {arithmetic:5.2f} ms to compute, {memory:5.2f} ms to read the weights")

@@ -11,7 +11,7 @@
 # On a GPU or TPU give a hub id or the absolute path of a folder of Stable Diffusion 1.5 or 2.1 here.
 PRESET = "emoji"
 PROMPTS = ("red heart", "grinning face", "rocket", "tulip")
-NUM_STEPS = 20
+NUM_INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 2.0
 
 # %% [markdown]
@@ -91,16 +91,16 @@ os.chdir(workspace.name)  # all that is written goes there, and goes away with t
 
 
 def show(rows, columns, size=1.6):
-    """Draws pictures as a table: `rows` is a dictionary from a row's title to its pictures."""
+    """Draws images as a table: `rows` is a dictionary from a row's title to its images."""
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(size * len(columns) + 1.3, (size + 0.1) * len(rows)), squeeze=False
     )
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=11)
-    for row, (title, pictures) in zip(axes, rows.items(), strict=True):
+    for row, (title, images) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(title, rotation=0, ha="right", va="center")
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture)
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     plt.show()
@@ -114,7 +114,7 @@ def print_tree(folder):
 
 
 def same_weights(one, other):
-    """Whether two models hold the same bits in the parts that pictures are made with."""
+    """Whether two models hold the same bits in the parts that images are made with."""
     return all(
         np.array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
         for part in ("text_encoder", "unet", "vae")
@@ -129,8 +129,13 @@ def same_weights(one, other):
 
 # %%
 sd = StableDiffusion.from_preset(PRESET)
-sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
-pictures = {"the preset": sd.text_to_image(list(PROMPTS), **sampling)}
+sampling = {
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
+    "seed": 0,
+    "progress": False,
+}
+images = {"the preset": sd.text_to_image(list(PROMPTS), **sampling)}
 
 sd.save("my-model")
 print_tree("my-model")
@@ -172,11 +177,11 @@ print("the same numbers:", np.array_equal(kernel, published.transpose(2, 3, 1, 0
 for dtype in ("float32", "float16", "bfloat16"):
     sd.save(dtype, dtype=dtype)
     opened = StableDiffusion.load(dtype)
-    pictures[dtype] = opened.text_to_image(list(PROMPTS), **sampling)
+    images[dtype] = opened.text_to_image(list(PROMPTS), **sampling)
     size = sum(path.stat().st_size for path in Path(dtype).rglob("*.safetensors")) / 1e6
-    difference = np.abs(pictures[dtype].astype(int) - pictures["the preset"])
+    difference = np.abs(images[dtype].astype(int) - images["the preset"])
     print(f"{dtype:9} {size:6.1f} MB, pixels differ by {difference.mean():.2f} levels of 255 in the mean")
-show({name: pictures[name] for name in ("the preset", "bfloat16")}, PROMPTS)
+show({name: images[name] for name in ("the preset", "bfloat16")}, PROMPTS)
 
 # %% [markdown]
 # `dtype` of `load` is another matter: the precision that is computed in. `load(path, dtype="bfloat16")`
@@ -301,7 +306,7 @@ print("average over raw:", ratio.min(), "to", ratio.max())
 model = keras_cv.models.StableDiffusion(
     img_height=sd.latent_shape()[0] * 8, img_width=sd.latent_shape()[1] * 8, model=sd
 )
-drawn = model.text_to_image(PROMPTS[0], batch_size=len(PROMPTS), num_steps=NUM_STEPS, seed=0)
+drawn = model.text_to_image(PROMPTS[0], batch_size=len(PROMPTS), num_steps=NUM_INFERENCE_STEPS, seed=0)
 print(drawn.shape, drawn.dtype)
 
 # %% [markdown]
@@ -356,7 +361,7 @@ for name in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
     for key in list(read_safetensors(f"lora/{name}"))[:2]:
         print("   ", key)
 
-rows = {"without": pictures["the preset"]}
+rows = {"without": images["the preset"]}
 for title, name in (("PEFT", "pytorch_lora_weights"), ("kohya", "lora_kohya")):
     sd.load_lora(f"lora/{name}.safetensors")
     rows[title] = sd.text_to_image(list(PROMPTS), **sampling)
@@ -364,7 +369,7 @@ for title, name in (("PEFT", "pytorch_lora_weights"), ("kohya", "lora_kohya")):
 rows["unloaded"] = sd.text_to_image(list(PROMPTS), **sampling)
 show(rows, PROMPTS)
 apart = np.abs(rows["PEFT"].astype(int) - rows["kohya"]).max()
-print(f"both dialects: pictures differ by {apart} levels at most")
+print(f"both dialects: images differ by {apart} levels at most")
 print("unloaded is as it was:", np.array_equal(rows["unloaded"], rows["without"]))
 
 # %% [markdown]
@@ -407,7 +412,7 @@ sums = {
 (folder / "sha256.json").write_text(json.dumps(sums, indent=2), encoding="utf-8")
 for name, digest in sums.items():
     print(f"{digest[:16]}…  {name}")
-print("SHA-256 of the UNet as pictures name it:", StableDiffusion.load(folder).model_hash)
+print("SHA-256 of the UNet as images name it:", StableDiffusion.load(folder).model_hash)
 
 # %% [markdown]
 # The last line is what the PNGs of this package say about their origin (`Model hash`), so an image can be

@@ -18,7 +18,7 @@ VALIDATION_STEPS = 40
 LEARNING_RATE = 1e-3  # 1e-5 for Stable Diffusion
 FEW_STEPS = 160  # of a run with six images, which is meant to overfit
 COMPILE = "--no-jit-compile"  # "--jit-compile" on a GPU or TPU
-NUM_STEPS = 20  # of sampling
+NUM_INFERENCE_STEPS = 20  # of sampling
 GUIDANCE_SCALE = 1.5  # 7.5 for Stable Diffusion
 
 # %% [markdown]
@@ -361,7 +361,12 @@ command("keras-sd plot runs/photographs")
 # %%
 prompts = [first for _, first, _ in PHOTOGRAPHS.values()] + ["red heart"]
 titles = [*PHOTOGRAPHS, "red heart"]
-sampling = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE, "seed": 0, "progress": False}
+sampling = {
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
+    "seed": 0,
+    "progress": False,
+}
 rows = {"before": sd.text_to_image(prompts, **sampling)}
 best = best or VALIDATION_STEPS  # there is no checkpoint of step 0
 command(f"keras-sd export runs/photographs/checkpoint-{best} chosen", shown=("chosen",))

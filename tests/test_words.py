@@ -41,6 +41,8 @@ def found_in(text):
     text = re.sub(r"\s+", " ", text)
     # A published figure's command stands as it was called.
     text = re.sub(r"(tools/bench\.py[^`]*?) --steps \d+", r"\1", text)
+    # KerasCV's own argument, called as KerasCV has it.
+    text = re.sub(r"(batch_size=[^,]+, )num_steps=", r"\1", text)
     return [
         f"{text[max(match.start() - 30, 0) : match.end() + 30]!r}: write {word}"
         for word, pattern in GLOSSARY.items()
@@ -49,15 +51,16 @@ def found_in(text):
 
 
 def text_of_notebook(path):
-    """The prose of a notebook, or of the script that it is made from."""
+    """What a reader of a notebook or of its script sees: prose, code and printed lines."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        cells = json.loads(text)["cells"]
-        return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    if path.suffix == ".py":
-        cells = re.findall(r"^# %% \[markdown\].*\n((?:#.*\n)+)", text, re.MULTILINE)
-        return re.sub(r"^# ?", "", "\n".join(cells), flags=re.MULTILINE)
-    return text
+    if path.suffix != ".ipynb":
+        return re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+    return "\n".join(seen_in_cell(cell) for cell in json.loads(text)["cells"])
+
+
+def seen_in_cell(cell):
+    printed = ["".join(output.get("text", "")) for output in cell.get("outputs", ())]
+    return "\n".join(["".join(cell["source"]), *printed])
 
 
 def docstrings(path):

@@ -28,7 +28,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 
 # What `--smallest` sets in place of the constants in a notebook's cell tagged `parameters`.
 SMALLEST = {
-    "01_how_stable_diffusion_works": {"NUM_STEPS": 4},
+    "01_how_stable_diffusion_works": {"NUM_INFERENCE_STEPS": 4},
     "02_ddim_from_scratch": {
         "IMAGE_SIZE": 16,
         "CHANNELS": (8,),
@@ -38,14 +38,14 @@ SMALLEST = {
         "SAMPLING_STEPS": 2,
     },
     "03_sampling_methods": {"STEP_COUNTS": (2, 3), "REFERENCE_STEPS": 6, "NUM_SEEDS": 2},
-    "04_random_walks": {"NUM_STEPS": 3, "GRID_SIDE": 4},  # all in batches of 8, compiled once
-    "05_create_captions": {"PICTURES": 20},
+    "04_random_walks": {"NUM_INFERENCE_STEPS": 3, "GRID_SIDE": 4},  # all in batches of 8, compiled once
+    "05_create_captions": {"IMAGES": 20},
     "06_fine_tune": {
         "TRAINING_STEPS": 2,
         "TRAIN_BATCH_SIZE": 4,
-        "TRAINING_PICTURES": 16,
-        "KID_PICTURES": 6,
-        "NUM_STEPS": 2,
+        "TRAINING_IMAGES": 16,
+        "KID_IMAGES": 6,
+        "NUM_INFERENCE_STEPS": 2,
     },
     "07_dreambooth_and_textual_inversion": {
         "CLASS_IMAGES": 4,
@@ -53,25 +53,25 @@ SMALLEST = {
         "INVERSION_STEPS": 2,
         "SAMPLES": 8,
         "CLASS_SAMPLES": 8,
-        "NUM_STEPS": 2,
+        "NUM_INFERENCE_STEPS": 2,
     },
     "08_super_resolution": {
-        "TEST_PICTURES": 4,
-        "NUM_STEPS": 2,
+        "TEST_IMAGES": 4,
+        "NUM_INFERENCE_STEPS": 2,
         "STEP_COUNTS": (1, 2),
         "NOISE_LEVELS": (0, 40),
         "NUM_SEEDS": 4,
         "PROMPTS": ("red heart",),
     },
     "09_xla_and_speed": {
-        "NUM_STEPS": 2,
+        "NUM_INFERENCE_STEPS": 2,
         "NUM_IMAGES": 1,
         "TURNS": 1,
         "PRECISIONS": ("bfloat16",),
         "TRAINING_BATCH": 2,
         "DEVICE_STEPS": 2,
     },
-    "10_bring_and_take_weights": {"NUM_STEPS": 2, "PROMPTS": ("red heart",)},
+    "10_bring_and_take_weights": {"NUM_INFERENCE_STEPS": 2, "PROMPTS": ("red heart",)},
     "11_your_own_photographs": {
         "CROPS": 4,
         "BUCKETS": 3,
@@ -79,7 +79,7 @@ SMALLEST = {
         "TRAINING_STEPS": 2,
         "VALIDATION_STEPS": 2,
         "FEW_STEPS": 2,
-        "NUM_STEPS": 2,
+        "NUM_INFERENCE_STEPS": 2,
     },
     "12_several_devices": {
         "VIRTUAL_DEVICES": 2,
