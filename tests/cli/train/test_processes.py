@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from keras_sd.training.checkpoints import check_manifest
 from tests import tiny
 from tests.programs import Program
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def arguments_of(folder, run, steps):
-    arguments = ["-m", "keras_sd.train", "ddim", "--train-data-dir", folder / "images"]
+    arguments = ["ddim", "--train-data-dir", folder / "images"]
     arguments += ["--unet-config", folder / "unet.json", "--output-dir", folder / run]
     arguments += [
         "--train-batch-size",
@@ -43,7 +44,7 @@ def arguments_of(folder, run, steps):
     return [*arguments, "--lr-scheduler", "constant", "--max-train-steps", steps]
 
 
-def start(folder, run, steps, *more, count=2, own=None, cwd=None):
+def start(folder, run, steps, *more, count=2, own=None, cwd=None, program=("-m", "keras_sd.train")):
     """Starts the processes; `own` holds more options of each of them, `cwd` where each is started."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -53,7 +54,7 @@ def start(folder, run, steps, *more, count=2, own=None, cwd=None):
     programs = []
     for index in range(count):
         with contextlib.chdir(cwd[index] if cwd else "."):
-            programs.append(Program([*arguments, "--process-id", index, *(own[index] if own else ())]))
+            programs.append(Program([*program, *arguments, "--process-id", index, *(own[index] if own else ())]))
     return programs
 
 
@@ -68,6 +69,11 @@ def wait_for_checkpoint(programs, run):
         assert all(program.is_running() for program in programs), [one.printed() for one in programs]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def last_checkpoint(run):
+    """The step of the last checkpoint."""
+    return max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
 
 
 def lines_of(done):
@@ -106,12 +112,11 @@ def check_killed_and_resumed(folder, run, programs, killed):
     while any(map(exists, copies)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    step = max(int(path.name.split("-")[1]) for path in (folder / run).glob("checkpoint-*"))
-    last = step + 2
+    last = last_checkpoint(folder / run) + 2
     resumed = start(folder, run, last, "--resume-from-checkpoint", "latest", count=len(programs))
     for done in end_all(resumed, 240):
         assert done.returncode == 0, done.stderr
-    alone = Program(arguments_of(folder, f"{run}-alone", last)).finish()
+    alone = Program(["-m", "keras_sd.train", *arguments_of(folder, f"{run}-alone", last)]).finish()
     assert alone.returncode == 0, alone.stderr
     for group in ("weights", "ema"):
         found, expected = (
@@ -141,6 +146,36 @@ def test_a_signal_to_one_process_saves_a_checkpoint_and_ends_both(folder):
         assert done.returncode == 128 + signal.SIGTERM
         assert "SIGTERM: ended; resume with: KERAS_BACKEND=jax " in done.stderr.splitlines()[-1]
         assert not lines_of(done) and "Traceback" not in done.stderr
+
+
+SLOW_DISK = """
+import os, sys, time
+fsync, folder = os.fsync, os.environ["SLOW_FOLDER"]
+def slow_fsync(descriptor):
+    if os.path.exists(folder):
+        time.sleep(3)
+    fsync(descriptor)
+os.fsync = slow_fsync
+from keras_sd.train import main
+main("keras_sd.cli.train.main")
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_a_slow_disk_is_saved_after_a_signal(folder, tmp_path, monkeypatch):
+    """Process 1, which writes nothing, waits for it."""
+    monkeypatch.setenv("SLOW_FOLDER", str(tmp_path / "slow"))
+    programs = start(folder, "slow", ENDLESS, program=("-c", SLOW_DISK))
+    wait_for_checkpoint(programs, folder / "slow")
+    (tmp_path / "slow").mkdir()
+    before = last_checkpoint(folder / "slow")
+    programs[1].send(signal.SIGTERM)
+    for done in end_all(programs, 240):
+        assert done.returncode == 128 + signal.SIGTERM, done.stderr
+        assert not lines_of(done) and "Traceback" not in done.stderr
+    saved = last_checkpoint(folder / "slow")
+    assert saved > before
+    check_manifest(folder / "slow" / f"checkpoint-{saved}")
 
 
 def test_bad_input_of_one_process_ends_both(folder, tmp_path):
