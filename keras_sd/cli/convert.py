@@ -59,6 +59,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
         report = check_output(report, (".json", ".md"), overwrite=overwrite)
     with interruption.phase("starting the backend"):
         from keras_sd.parity import compare as parity
+        from keras_sd.pipeline.defaults import ModelDefaults
         from keras_sd.weights.loading import open_parts
         from keras_sd.weights.open_clip import WEIGHTS_NAME, write_open_clip
         from keras_sd.weights.readers import read_checkpoint
@@ -66,6 +67,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
     notes = []
     with _warnings_printed(notes), interruption.phase(f"converting {source}"):
         checkpoint = read_checkpoint(place, **reading)
+        defaults = ModelDefaults.load(place)
         opened = open_parts(checkpoint, partial=partial)
         written = _checkpoint_of(opened, checkpoint, dtype)
         for name, part in written.parts.items():
@@ -76,7 +78,7 @@ def convert(source, output, dtype, partial, overwrite, open_clip, verify, report
                 write_open_clip(folder / WEIGHTS_NAME, written, dtype, tokenizer and tokenizer.save)
             click.echo(output)
             return 0
-        _write(output, written, tokenizer, dtype)
+        _write(output, written, tokenizer, dtype, defaults)
     click.echo(output)
     if not verify and report is None:
         return 0
@@ -166,13 +168,14 @@ def _held_parts(checkpoint, output):
     return [name for name in checkpoint.parts if not (_is_single_file(output) and name == "image_encoder")]
 
 
-def _write(output, checkpoint, tokenizer, dtype):
+def _write(output, checkpoint, tokenizer, dtype, defaults):
     from keras_sd.weights.diffusers_folder import write_folder
     from keras_sd.weights.single_file import write_single_file
 
     if not _is_single_file(output):
-        write_folder(output, checkpoint, tokenizer and tokenizer.save, dtype)
+        write_folder(output, checkpoint, tokenizer and tokenizer.save, dtype, write_more=defaults.save)
         return
+    defaults.warn_of_loss(output)
     for name in checkpoint.parts.keys() - _held_parts(checkpoint, output):
         warnings.warn(f"{output}: has no place for the {name.replace('_', ' ')}", stacklevel=2)
     write_single_file(output, checkpoint, dtype, tokenizer)

@@ -11,6 +11,7 @@ The sampler is that of `scheduler_config.json`. This module imports no backend, 
 before they load one.
 """
 
+import warnings
 from pathlib import Path
 
 from keras_sd import presets
@@ -119,6 +120,14 @@ class ModelDefaults:
         """Write `keras_sd.json` into a model's folder, if the model has values of its own."""
         if self.values:
             write_json(Path(folder) / FILE, self.values)
+
+    def warn_of_loss(self, path):
+        """Warn that a single file has no place for values of the model's own, if it has any."""
+        sampling = [f"{name} {shown(value)}" for name, value in self.values.get("sampling", {}).items()]
+        lost = sampling + ["those of training"] * bool(self.values.get("training"))
+        if lost:
+            message = f"{path}: a single file has no place for the model's own defaults: {', '.join(lost)}"
+            warnings.warn(f"{message}; give them as options, or keep the folder too", stacklevel=3)
 
     def _check_names(self, given, known):
         if not isinstance(given, dict):

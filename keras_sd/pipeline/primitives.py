@@ -270,6 +270,7 @@ class Primitives:
             elif self.tokenizer.added_tokens:
                 raise UserError(f"{path}: a single file has no place for learned words; name a folder")
             else:
+                self.defaults.warn_of_loss(path)
                 single_file.write_single_file(path, checkpoint, dtype, self.tokenizer)
 
     @property

@@ -86,7 +86,8 @@ class EvaluationSchedule:
     def __call__(self, step: int) -> None:
         """Evaluate; warn of a failure and continue."""
         try:
-            with interruption.interruptible(), interruption.phase("evaluating"):
+            phase = "validating" if self._name == "validated" else "evaluating"
+            with interruption.interruptible(), interruption.phase(phase):
                 if self._ahead is not None:
                     with interruption.phase("compiling the programs of evaluations"):
                         self._ahead.wait()

@@ -126,7 +126,7 @@ def _clip_tokenizer(config, source):
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{source}: has no tokenizer, and CLIP's has {tokenizer.vocab_size} tokens where the text "
-            f"encoder has {config.vocab_size}; give the diffusers folder of this model, with tokenizer/"
+            f"encoder has {config.vocab_size}; open the diffusers folder of this model, which has one"
         )
     return tokenizer
 

@@ -123,7 +123,7 @@ def test_a_model_with_a_tokenizer_of_its_own_needs_its_folder(convert_command, t
     assert code == 0 and "the tokenizer of 2048 tokens, without which it cannot be opened" in errors
     assert "keep the model as a folder, too" in errors
     code, _, errors = convert_command(single, tmp_path / "back")
-    assert code == 2 and f"{single}: has no tokenizer" in errors and "give the diffusers folder" in errors
+    assert code == 2 and f"{single}: has no tokenizer" in errors and "open the diffusers folder" in errors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,6 +161,22 @@ def test_parts_alone_are_converted(convert_command, folder_of, vae_file, tmp_pat
     assert convert_command(unet_folder, back, "--dtype", "float32")[0] == 0
     tensors = [read_checkpoint(path).parts["unet"].tensors for path in (unet_file, back)]
     assert {entry.verdict for entry in parity.compare_tensors("unet", *tensors)} == {"equal"}
+
+
+def test_defaults_of_the_model_are_kept_or_named(convert_command, folder_of, tmp_path):
+    """Otherwise the same prompt and seed would give other images."""
+    source = tmp_path / "source"
+    shutil.copytree(folder_of("float32"), source)
+    values = {"sampling": {"guidance_scale": 2.0}, "training": {"lora": {"train_batch_size": 8}}}
+    (source / "keras_sd.json").write_text(json.dumps(values))
+    code, _, errors = convert_command(source, tmp_path / "folder")
+    assert code == 0 and "own defaults" not in errors
+    assert json.loads((tmp_path / "folder" / "keras_sd.json").read_text()) == values
+    code, _, errors = convert_command(source, tmp_path / "single.safetensors")
+    lost = "a single file has no place for the model's own defaults: guidance_scale 2.0, those of training"
+    assert code == 0 and lost in errors
+    code, _, errors = convert_command(folder_of("float32"), tmp_path / "usual.safetensors")
+    assert code == 0 and "own defaults" not in errors
 
 
 def test_overwriting_is_asked_for(convert_command, vae_file, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from tests import tiny
 
 BAR = r"\s*\d+%\|.*|\s*|\d+step \[.*"
-PHASE = r"(starting|opening|compiling|encoding|decoding|evaluating|saving|exporting)[\w :/.-]*"
+PHASE = r"(starting|opening|compiling|encoding|decoding|evaluating|validating|saving|exporting)[\w :/.-]*"
 TRAINING = (r"training: lora of .*", r"encoding (images|captions) \d.*", r"step \d/2, .*", r"saved: .*")
 TRAINING += (r"generate with it: keras-sd generate .*", r"memory of the training step: .*")
 

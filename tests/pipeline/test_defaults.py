@@ -52,6 +52,15 @@ def test_the_bundled_model_has_values_of_its_own():
     assert defaults.training("dreambooth", "lora") == defaults.training("dreambooth")
 
 
+def test_a_single_file_has_no_place_for_them_and_says_so(tmp_path):
+    sd = tiny.pipeline()
+    sd.defaults = ModelDefaults({"sampling": {"guidance_scale": 2.0}})
+    with pytest.warns(UserWarning, match="a single file has no place.*defaults: guidance_scale 2.0;"):
+        sd.save(tmp_path / "single.safetensors")
+    sd.save(tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / FILE).read_text()) == sd.defaults.values
+
+
 def test_a_part_of_the_values_is_enough(tmp_path):
     values = {"training": {"lora": {"learning_rate": 1}, "dreambooth, lora": {"max_train_steps": 7}}}
     (tmp_path / FILE).write_text(json.dumps(values))
