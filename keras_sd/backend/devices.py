@@ -167,8 +167,8 @@ def compiles(jit_compile, dtype):
     """Return whether XLA compiles programs of a precision: as `jit_compile` says, or for None where it pays.
 
     A processor's units for bfloat16 (AVX-512 BF16, AMX) are used by oneDNN in TensorFlow's own operations,
-    and not by XLA, whichever flags it is given. There Stable Diffusion's decoder takes 0.49 of the time
-    without XLA, and the UNet 0.63 (docs/results.md). JAX always compiles.
+    and not by XLA, whichever flags it is given. There Stable Diffusion's decoder and UNet take half of the
+    time without XLA (docs/results.md). JAX always compiles.
     """
     if jit_compile is not None:
         return jit_compile
