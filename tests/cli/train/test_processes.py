@@ -54,7 +54,8 @@ def start(folder, run, steps, *more, count=2, own=None, cwd=None, program=("-m",
     programs = []
     for index in range(count):
         with contextlib.chdir(cwd[index] if cwd else "."):
-            programs.append(Program([*program, *arguments, "--process-id", index, *(own[index] if own else ())]))
+            options = [*arguments, "--process-id", index, *(own[index] if own else ())]
+            programs.append(Program([*program, *options]))
     return programs
 
 
