@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_sd.backend import compat, planning
+from keras_sd.backend.openvino_marks import traces_for_openvino
 from keras_sd.backend.program_cache import keep_programs, processor_lines
 
 # The status of XLA, messages of its compilers (for TPUs they check memory in advance), and TensorFlow's.
@@ -116,10 +117,11 @@ def compiles_for_processor(tensor):
 def runs_by_onednn(tensor):
     """Return whether `tensor` belongs to a program of TensorFlow's own operations on a CPU, without XLA.
 
-    These are oneDNN's where it has them: convolutions, matrix multiplications, softmax.
+    These are oneDNN's where it has them: convolutions, matrix multiplications, softmax. A graph that OpenVINO
+    will convert is none.
     """
     is_own = keras.backend.backend() == "tensorflow" and not compat.is_traced_for_xla()
-    return is_own and is_traced_for_processor(tensor) and _has_onednn()
+    return is_own and not traces_for_openvino() and is_traced_for_processor(tensor) and _has_onednn()
 
 
 def is_traced_for_processor(tensor):

@@ -3,8 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_sd import backend
+from keras_sd.backend.openvino_marks import tracing_for_openvino
 from keras_sd.kernels import im2col
 from keras_sd.models.layers import convolution
 from tests.programs import run_python
@@ -113,3 +115,19 @@ def test_layers_take_it_without_xla_where_the_kernel_is_larger_than_the_map(
     expected = keras.ops.cast(layer(inputs), "float32")
     assert len(taken) == int(takes)
     np.testing.assert_allclose(result, expected, atol=5e-5 if dtype == "float32" else 0.05)
+
+
+def test_openvino_converts_convolutions_as_they_are():
+    """It has kernels of its own, which keep their layout."""
+    layer = convolution(512, 512, dtype="bfloat16")
+    program = tf.function(lambda inputs: layer(inputs), autograph=False)
+    inputs = tf.zeros((1, 8, 8, 512), "bfloat16")
+
+    def kinds():
+        graph = program.get_concrete_function(inputs).graph
+        return {operation.type for operation in graph.get_operations()} & {"Conv2D", "MatMul"}
+
+    assert kinds() == {"MatMul"}
+    program = tf.function(lambda inputs: layer(inputs), autograph=False)
+    with tracing_for_openvino():
+        assert kinds() == {"Conv2D"}
