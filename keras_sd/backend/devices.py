@@ -120,8 +120,8 @@ def runs_by_onednn(tensor):
     These are oneDNN's where it has them: convolutions, matrix multiplications, softmax. A graph that OpenVINO
     will convert is none.
     """
-    is_own = keras.backend.backend() == "tensorflow" and not compat.is_traced_for_xla()
-    return is_own and not traces_for_openvino() and is_traced_for_processor(tensor) and _has_onednn()
+    is_own = is_traced_for_processor(tensor) and not compiles_for_processor(tensor)
+    return is_own and not traces_for_openvino() and _has_onednn()
 
 
 def is_traced_for_processor(tensor):

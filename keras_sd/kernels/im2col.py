@@ -61,11 +61,11 @@ def is_faster(inputs, kernel, strides, padding):
 def _is_faster_than_onednn(inputs, rows, channels, outputs):
     if not backend.runs_by_onednn(inputs):
         return False
-    most = _ONEDNN_ROWS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
+    most_rows = _ONEDNN_ROWS.get(keras.backend.standardize_dtype(inputs.dtype), 0)
     fewest = min(channels, outputs)
-    if rows <= _ONEDNN_FEW_ROWS and fewest >= _ONEDNN_FEW_CHANNELS:
-        return most > 0
-    return rows <= most and fewest >= _ONEDNN_CHANNELS
+    if fewest < _ONEDNN_CHANNELS:
+        most_rows = min(most_rows, _ONEDNN_FEW_ROWS)
+    return rows <= most_rows and fewest >= _ONEDNN_FEW_CHANNELS
 
 
 def convolve(inputs, kernel, strides, padding):

@@ -85,8 +85,9 @@ class EvaluationSchedule:
 
     def __call__(self, step: int) -> None:
         """Evaluate; warn of a failure and continue."""
+        is_validation = self._name == "validated"
+        phase, noun = ("validating", "validation") if is_validation else ("evaluating", "evaluation")
         try:
-            phase = "validating" if self._name == "validated" else "evaluating"
             with interruption.interruptible(), interruption.phase(phase):
                 if self._ahead is not None:
                     with interruption.phase("compiling the programs of evaluations"):
@@ -98,7 +99,6 @@ class EvaluationSchedule:
             if self._trainer.ema.swapped_in:  # the raw weights could not be restored; training cannot go on
                 raise
             fault = "out of memory" if backend.is_out_of_memory(error) else _first_line(error)
-            noun = "validation" if self._name == "validated" else "evaluation"
             warnings.warn(
                 f"{noun} at step {step}: failed ({fault}); training continues, `{self._setting}=0` "
                 f"turns {noun}s off",
